@@ -1,0 +1,199 @@
+"""Compile the CPU library with ninja; shared by ``setup.py`` and :mod:`fastens._native`.
+
+The module imports neither :mod:`fastens` nor, before a function is called, :mod:`torch`, so a build script can load
+it by path: ``python fastens/_build.py OUT_DIR``. The library uses the libtorch stable ABI only: one build serves
+torch 2.11 onward and every Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+LIBRARY_NAME = "libfastens_cpu.so"
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+
+class BuildError(RuntimeError):
+    """The CPU library could not be built; the message carries the cause and the remedy."""
+
+
+def source_root() -> pathlib.Path:
+    """Return the ``csrc`` folder: beside this file in an installed package, one level up in a checkout.
+
+    Raises:
+        BuildError: neither exists.
+    """
+    package = pathlib.Path(__file__).resolve().parent
+    for candidate in (package / "csrc", package.parent / "csrc"):
+        if (candidate / "cpu").is_dir():
+            return candidate
+    raise BuildError(f"no csrc/cpu beside {package}: this installation carries no C++ sources; install from a checkout")
+
+
+def sources() -> list[pathlib.Path]:
+    """Return every C++ source of the CPU library, sorted."""
+    return sorted((source_root() / "cpu").glob("*.cpp"))
+
+
+def headers() -> list[pathlib.Path]:
+    """Return every header the sources may include, sorted."""
+    return sorted(source_root().glob("**/*.h"))
+
+
+def fingerprint() -> str:
+    """Return 16 hex digits that change with the sources, the headers and the flags: the key of a cached build."""
+    digest = hashlib.sha256(" ".join([*compile_flags(), *link_flags(), platform.machine()]).encode())
+    for path in [*sources(), *headers()]:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str:
+    """Return the C++ compiler: ``$CXX``, else the first of c++, g++, clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return chosen
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return name
+    raise BuildError("no C++ compiler: install g++ or clang++, or point $CXX at one")
+
+
+def ninja() -> str:
+    """Return the ninja program: on the path, beside this Python, or of the ``ninja`` distribution.
+
+    Raises:
+        BuildError: there is none.
+    """
+    found = shutil.which("ninja") or shutil.which("ninja", path=str(pathlib.Path(sys.executable).parent))
+    if found:
+        return found
+    try:
+        from ninja import BIN_DIR  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise BuildError("no ninja: `pip install ninja`") from None
+    return str(pathlib.Path(BIN_DIR) / "ninja")
+
+
+def compile_flags() -> list[str]:
+    """Return the flags of every source, without include paths.
+
+    IEEE semantics are kept: no ``-ffast-math``. The two ``-fno-`` flags change no value; they drop ``errno`` and the
+    floating-point exception flags, which otherwise keep selects and square roots from being vectorised.
+    """
+    return [
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
+
+
+def link_flags() -> list[str]:
+    """Return the flags of the link, without library paths; no rpath, since torch is loaded before the library is."""
+    if sys.platform == "darwin":
+        return ["-dynamiclib", "-undefined", "dynamic_lookup"]
+    return ["-shared", "-Wl,--as-needed"]
+
+
+def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
+    """Compile ``csrc/cpu/*.cpp`` into ``out_dir / LIBRARY_NAME`` and return that path.
+
+    Args:
+        out_dir: folder of the library; made where it does not exist.
+        verbose: print every command.
+        work_dir: folder that keeps the objects, which makes the next build incremental; by default a temporary one.
+
+    Raises:
+        BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
+    """
+    if sys.platform == "win32":
+        raise BuildError("the CPU library is built with g++ or clang++ on Linux and macOS; Windows uses the reference")
+    if work_dir is None:
+        with tempfile.TemporaryDirectory(prefix="fastens-build-") as temporary:
+            return build_cpu(out_dir, verbose, pathlib.Path(temporary))
+    work_dir = pathlib.Path(work_dir).resolve()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    (work_dir / "build.ninja").write_text(ninja_file())
+    command = [ninja(), "-C", str(work_dir), *(["-v"] if verbose else [])]
+    result = subprocess.run(command, capture_output=not verbose, text=True, check=False)
+    if result.returncode:
+        output = "" if verbose else f":\n{result.stdout}{result.stderr}"
+        raise BuildError(f"ninja failed in {work_dir} (exit status {result.returncode}){output}")
+    out_dir = pathlib.Path(out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    library = out_dir / LIBRARY_NAME
+    # A process that has the old library mapped keeps its inode: replace the name, never the bytes.
+    staged = out_dir / f".{LIBRARY_NAME}.{os.getpid()}"
+    shutil.copy2(work_dir / LIBRARY_NAME, staged)
+    staged.replace(library)
+    return library
+
+
+def ninja_file() -> str:
+    """Return the text of ``build.ninja``: one object per source, one link.
+
+    Raises:
+        BuildError: no compiler, no torch or no sources.
+    """
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise BuildError(f"building needs torch, which does not import here: {error}") from error
+    includes = [f"-isystem {_quoted(path)}" for path in include_paths()]
+    libraries = [f"-L{_quoted(path)}" for path in library_paths()]
+    objects = {f"{source.stem}.o": _escaped(source) for source in sources()}
+    return "\n".join(
+        [
+            "ninja_required_version = 1.3",
+            f"cxx = {compiler()}",
+            f"cflags = {' '.join([*compile_flags(), f'-I{_quoted(source_root())}', *includes])}",
+            f"ldflags = {' '.join([*link_flags(), *libraries, '-ltorch_cpu', '-lc10'])}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx $in $ldflags -o $out",
+            *(f"build {name}: compile {source}" for name, source in objects.items()),
+            f"build {LIBRARY_NAME}: link {' '.join(objects)}",
+            f"default {LIBRARY_NAME}",
+            "",
+        ]
+    )
+
+
+def _quoted(path: str | pathlib.Path) -> str:
+    return '"' + str(path).replace("$", "$$") + '"'
+
+
+def _escaped(path: pathlib.Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python fastens/_build.py OUT_DIR [WORK_DIR]")
+    try:
+        out_dir, *work_dir = map(pathlib.Path, sys.argv[1:])
+        print(build_cpu(out_dir, True, *work_dir))
+    except BuildError as error:
+        sys.exit(str(error))
