@@ -1,0 +1,21 @@
+"""Ensembles of score models, evaluated in one folded forward pass (arXiv 2601.11444)."""
+
+from typing import Any
+
+from fastens import rules
+from fastens.checkpoints import load_members
+from fastens.ensemble import Ensemble
+from fastens.fold.registry import register_layer
+from fastens.ops.aggregate import aggregate
+
+__version__ = "0.1.0"
+__all__ = ["Ensemble", "aggregate", "load_members", "register_layer", "rules"]
+
+
+def __getattr__(name: str) -> Any:
+    # A saved diffusers pipeline looks both classes up here; neither may import diffusers before that.
+    if name in ("ModelMixin", "DiffusersEnsemble"):
+        from fastens.interop import diffusers
+
+        return getattr(diffusers, name)
+    raise AttributeError(f"module 'fastens' has no attribute {name!r}")

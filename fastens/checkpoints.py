@@ -1,0 +1,256 @@
+"""Members from files, and ensembles to and from files. Nothing here executes code from a checkpoint."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens import rules
+from fastens.ensemble import Ensemble, rebuild
+from fastens.fold.members import make_skeleton, tensors_of
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_STACKS = "ensemble.safetensors"
+_CONFIG = "config.json"
+_EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model")
+_STATE_KEYS = ("state_dict", "model", "model_state_dict")
+
+Factory = Callable[[], nn.Module]
+
+
+class Checkpoints(Sequence[nn.Module]):
+    """Members in files, each read when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, paths: Sequence[str | Path], factory: Factory | None, ema: bool) -> None:
+        self._paths = [Path(path) for path in paths]
+        self._factory = factory
+        self._ema = ema
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        return _load_member(self._paths[k], self._factory, self._ema)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[k] for k in range(len(self)))
+
+
+def load_members(paths: Sequence[str | Path], factory: Factory | None = None, ema: bool = True) -> Checkpoints:
+    """Name the checkpoints of K members; they are read one at a time, when an ensemble takes them.
+
+    Args:
+        paths: diffusers folders, or files: safetensors, or torch files that hold tensors only.
+        factory: makes a member without its weights; needed for files.
+        ema: take the exponential moving average of the weights where a torch file holds both.
+
+    Returns:
+        A lazy sequence of modules.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no paths; a file without a factory; when read: a truncated checkpoint, one of another architecture,
+            or one that would have to execute code.
+    """
+    if isinstance(paths, str | Path):
+        raise TypeError(f"paths is one path, expected a sequence of them: load_members([{str(paths)!r}])")
+    if len(paths) == 0:
+        raise ValueError("paths is empty, expected at least one checkpoint")
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"checkpoint {path} does not exist")
+        if path.suffix in (".pkl", ".pickle"):
+            raise ValueError(_refusal(path))
+        if path.is_file() and factory is None:
+            raise ValueError(f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network")
+    return Checkpoints(paths, factory, ema)
+
+
+def _refusal(path: Path) -> str:
+    return (
+        f"checkpoint {path} is a pickle, which can execute code when it is read; load it yourself if you trust it, and "
+        "save its weights with safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
+    )
+
+
+def _load_member(path: Path, factory: Factory | None, ema: bool) -> nn.Module:
+    if path.is_dir():
+        return _load_diffusers(path)
+    assert factory is not None
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(_refusal(path)) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
+        state = _find_weights(path, state, ema)
+    member = factory()
+    try:
+        member.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path} does not fit the network that factory makes: {error}") from error
+    return member
+
+
+def _find_weights(path: Path, state: Any, ema: bool) -> dict[str, Tensor]:
+    for key in (*(_EMA_KEYS if ema else ()), *_STATE_KEYS):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint {path} holds no dictionary of tensors, nor one under {_EMA_KEYS + _STATE_KEYS}")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / _CONFIG).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {directory} has no {_CONFIG}, so it is no diffusers folder") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoint {directory / _CONFIG} cannot be read: {error}") from error
+
+
+def _diffusers_class(directory: Path, config: dict[str, Any]) -> Any:
+    name = config.get("_class_name")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"{directory} is a diffusers folder: pip install 'fastens[diffusers]'") from error
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"{directory / _CONFIG} names the class {name!r}, which diffusers {diffusers.__version__} has not")
+    return found
+
+
+def _load_diffusers(directory: Path) -> nn.Module:
+    model_class = _diffusers_class(directory, _read_config(directory))
+    weights = list(directory.glob("*.safetensors"))
+    if not weights:
+        if list(directory.glob("*.bin")):
+            raise ValueError(_refusal(next(directory.glob("*.bin"))))
+        raise ValueError(f"checkpoint {directory} has no weights, expected {_WEIGHTS}")
+    for file in weights:
+        _check_safetensors(file)
+    member, info = model_class.from_pretrained(
+        directory, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True
+    )
+    if info["missing_keys"] or info["unexpected_keys"] or info.get("mismatched_keys"):
+        missing, unexpected = sorted(info["missing_keys"])[:3], sorted(info["unexpected_keys"])[:3]
+        raise ValueError(
+            f"checkpoint {directory} does not fit the {model_class.__name__} that its {_CONFIG} describes: "
+            f"missing {missing}, unexpected {unexpected}"
+        )
+    return member
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
+
+
+def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
+    """Write an ensemble: ``ensemble.safetensors`` with its stacks, ``config.json`` with rule and member configuration.
+
+    Raises:
+        ValueError: members of different structure, which have no stacks.
+        OSError: the directory cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if ensemble._engine is None:
+        raise ValueError("members of different structure have no common stacks; save them one by one")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
+    skeleton = ensemble._engine.skeleton
+    config = {
+        "_class_name": type(ensemble).__name__,
+        "num_members": ensemble.num_members,
+        "rule": ensemble.rule.to_dict(),
+        "shared": sorted(ensemble._engine.shared),
+        "settings": {k: v for k, v in ensemble._settings.items() if k != "schedule"},
+        "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
+        "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
+    }
+    partial = directory / f".{_STACKS}.partial"
+    save_file(tensors, partial)
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
+    partial.replace(directory / _STACKS)
+
+
+def load_ensemble(
+    directory: str | Path, factory: Factory | None = None, torch_dtype: torch.dtype | None = None, **_: Any
+) -> Ensemble:
+    """Read what :func:`save_ensemble` wrote.
+
+    Args:
+        directory: the folder.
+        factory: makes a member; needed unless members are diffusers models.
+        torch_dtype: convert floating-point tensors to it.
+        **_: further keywords of diffusers' loaders (``device_map``, ``variant``, ...), which do not apply.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a file that cannot be read, or does not fit the member.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no folder")
+    config = _read_config(directory)
+    if "num_members" not in config:
+        raise ValueError(f"{directory / _CONFIG} describes no ensemble; for single members use load_members([...])")
+    if factory is not None:
+        member = factory()
+    elif config.get("member_config") is not None:
+        name = config["member_class"].rpartition(":")[2]
+        member = _diffusers_class(directory, {"_class_name": name}).from_config(config["member_config"])
+    else:
+        raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
+    stacks = _read_safetensors(directory / _STACKS)
+    skeleton = make_skeleton(member.eval())
+    shared = frozenset(config["shared"])
+    _check_fit(directory, skeleton, stacks, shared, config["num_members"])
+    wanted: dict[str, Tensor] = {}
+    for name, like in tensors_of(skeleton).items():
+        stack = stacks[name]
+        if torch_dtype is not None and stack.is_floating_point():
+            stack = stack.to(torch_dtype)
+        wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
+    settings = {**config["settings"], "schedule": None}
+    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, (skeleton, wanted, shared), False)
+
+
+def _check_fit(
+    directory: Path, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int
+) -> None:
+    for name, like in tensors_of(skeleton).items():
+        shape = tuple(like.shape) if name in shared else (num_members, *like.shape)
+        found = tuple(stacks[name].shape) if name in stacks else None
+        if found != shape:
+            raise ValueError(f"{directory / _STACKS}: {name} is {found}, the member needs {shape}")
+

@@ -1,0 +1,435 @@
+"""The ensemble: K members behind the interface of one."""
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastens import rules
+from fastens.fold.engine import FoldEngine
+from fastens.fold.members import DifferentMembers, make_skeleton, replaced, stack_members, tensors_of
+from fastens.ops.aggregate import aggregate
+from fastens.ops.draw import draw_members
+from fastens.ops.variance import member_variance
+from fastens.report import Report
+
+# Frameworks that insist on a base class of their own: top-level package -> module with ``ensemble_class(member)``.
+ADAPTERS = {"diffusers": "fastens.interop.diffusers"}
+
+
+class Ensemble(nn.Module):
+    """An ensemble of score models that is called, and looks from outside, like one of its members.
+
+    The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
+    left as they are and can be dropped. All members are evaluated in one folded forward pass where their structure
+    allows, and their outputs are combined by an aggregation rule (arXiv 2601.11444).
+
+    Args:
+        members: K >= 1 modules, or checkpoints from :func:`fastens.load_members`, or paths of diffusers folders.
+        rule: name, alias or value of an aggregation rule, see :mod:`fastens.rules`.
+        engine: ``"fold"`` evaluates all members in one pass and needs members of one structure, ``"loop"`` evaluates
+            them one by one, ``"auto"`` folds where it can and says when it cannot.
+        backend: the code that runs the ops: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
+        max_fold: the most rows (members times batch) in one pass, to bound memory; none for no bound.
+        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; recorded.
+        aggregate_in: the parameterisation that the rule is applied in; only that of ``prediction`` so far.
+        schedule: the noise schedule that a conversion would need.
+
+    Raises:
+        ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
+            engine or backend; weights of another number than K; a conversion between parameterisations.
+        TypeError: a member that is not a module.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module | str | Path],
+        rule: str | rules.Rule = "mean",
+        *,
+        engine: str = "auto",
+        backend: str = "auto",
+        max_fold: int | None = None,
+        prediction: str | None = None,
+        aggregate_in: str | None = None,
+        schedule: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList):
+            raise TypeError("members is one module, expected a sequence of them: Ensemble([model, ...])")
+        if len(members) == 0:
+            raise ValueError("members is empty, expected at least one module or checkpoint")
+        if any(isinstance(member, str | Path) for member in members):
+            from fastens.checkpoints import load_members
+
+            members = load_members(members)  # pyright: ignore[reportArgumentType]
+        first = members[0]
+        if not isinstance(first, nn.Module):
+            raise TypeError(f"member 0 is a {type(first).__name__}, expected a torch.nn.Module or the path of a checkpoint")
+        if engine not in ("auto", "fold", "loop"):
+            raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
+        if aggregate_in not in (None, prediction):
+            raise ValueError(
+                f"aggregate_in={aggregate_in!r} with prediction={prediction!r}: rules are applied to what the members "
+                "predict; convert inside the members, or leave aggregate_in out"
+            )
+        if max_fold is not None and max_fold < 1:
+            raise ValueError(f"max_fold is {max_fold}, expected at least one row")
+        settings = {
+            "engine": engine, "backend": backend, "max_fold": max_fold, "prediction": prediction, "schedule": schedule,
+        }
+        self._setup(len(members), rule, settings)
+        try:
+            self._adopt(*stack_members(members))  # pyright: ignore[reportArgumentType]
+        except DifferentMembers as error:
+            if engine == "fold":
+                raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
+            self._adopt_modules(members, str(error))
+        self.train(first.training)
+
+    # Construction
+
+    def _setup(self, num_members: int, rule: str | rules.Rule, settings: dict[str, Any]) -> None:
+        state = self.__dict__
+        state["num_members"] = num_members
+        state["_settings"] = settings
+        state["_draws"] = None  # members of the trajectory in progress, int64 [batch_size]
+        state["_evaluations"] = 0
+        state["_seed"] = None
+        self.rule = rule
+
+    def _adopt(self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
+        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings)
+        self.__dict__["_engine"] = engine
+        self.network = engine.network
+        self._become_member_like(skeleton)
+
+    def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
+        modules = []
+        for member in members:
+            tensors = {
+                name: nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
+                for name, t in tensors_of(member).items()
+            }
+            modules.append(replaced(member, tensors))
+        if self._settings["engine"] == "auto":
+            warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
+        self.__dict__["_engine"] = None
+        self.__dict__["_why_loop"] = why
+        self.network = nn.ModuleList(modules)
+        self._become_member_like(modules[0])
+
+    def _become_member_like(self, member: nn.Module) -> None:
+        base = Ensemble
+        for parent in type(member).__mro__:
+            adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
+            if adapter is not None:
+                base = importlib.import_module(adapter).ensemble_class(member)
+                break
+        self.__class__ = _with_signature(base, type(member))
+
+    # Evaluation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate all members and aggregate; the member's own signature and return type."""
+        rule = self.rule
+        if rule.per_evaluation or rule.per_trajectory:
+            return self._drawn(args, kwargs)
+        return self._combine(self._evaluate(args, kwargs), lambda scores: self._aggregate(scores))
+
+    def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate all members without combining them.
+
+        Returns:
+            [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
+        """
+        return _plain(self._combine(self._evaluate(args, kwargs), _stacked))
+
+    def forward_with_variance(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Evaluate all members once and return their aggregate and their variance.
+
+        Returns:
+            What the ensemble returns, and the variance over members (normalised by K, around the mean) in the structure
+            of :meth:`member_outputs`, [B, ...].
+        """
+        if self.rule.per_evaluation or self.rule.per_trajectory:
+            raise ValueError(f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members")
+        outputs = self._evaluate(args, kwargs)
+        return self._combine(outputs, self._aggregate), _plain(self._combine(outputs, member_variance))
+
+    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
+        if self._engine is not None:
+            return self._engine.evaluate(args, kwargs, self.training)
+        outputs = [member(*args, **kwargs) for member in self.network]
+        return _columns(outputs)
+
+    def _aggregate(self, scores: Any) -> Tensor:
+        return aggregate(scores, self.rule, backend=self._settings["backend"])
+
+    def _combine(self, columns: list[Any], combine: Any) -> Any:
+        *leaves, spec = columns
+        return pytree.tree_unflatten([combine(x) if _is_scores(x) else _agreed(x) for x in leaves], spec)
+
+    def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate, for each sample, only the member drawn for it."""
+        from fastens.fold.arguments import Arguments
+
+        arguments = Arguments(args, kwargs)
+        members = self._draw(arguments.batch_size)
+        if self._engine is not None:
+            return self._engine.evaluate_drawn(args, kwargs, members, self.training)
+        order = torch.argsort(members, stable=True)
+        parts = []
+        for k, member in enumerate(self.network):
+            index = order[members[order] == k]
+            if len(index):
+                part_args, part_kwargs = arguments.selected(index)
+                parts.append(member(*part_args, **part_kwargs))
+        inverse = torch.argsort(order)
+        *leaves, spec = _columns(parts)
+        joined = [
+            torch.cat(list(x)).index_select(0, inverse.to(x[0].device)) if isinstance(x[0], Tensor) else x[0] for x in leaves
+        ]
+        return pytree.tree_unflatten(joined, spec)
+
+    def _draw(self, batch: int) -> Tensor:
+        rule = self.rule
+        state = self.__dict__
+        if state["_draws"] is None:
+            if rule.per_trajectory:
+                raise RuntimeError(
+                    "rule 'mixture' draws one member per sample and trajectory; run the sampler inside "
+                    "`with ens.trajectory(batch_size, generator=g):`"
+                )
+            return draw_members(_seed_from(None), 0, self.num_members, batch)
+        per_sample = state["_draws"]
+        size = len(per_sample)
+        if size == 0 or batch % size:
+            raise ValueError(f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {size}")
+        if rule.per_evaluation:
+            state["_evaluations"] += 1
+            per_sample = draw_members(state["_seed"], state["_evaluations"], self.num_members, size)
+        return per_sample.repeat(batch // size)
+
+    @contextmanager
+    def trajectory(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[None]:
+        """Scope of one member draw per sample, for the rules ``mixture`` and ``alternating``.
+
+        Rows i, i+B, i+2B, ... of a guided batch are one sample and get the same member.
+
+        Args:
+            batch_size: samples in the trajectory, B.
+            generator: read once, here; none for torch's global generator.
+
+        Raises:
+            RuntimeError: a trajectory is already in progress.
+            ValueError: a batch_size below one.
+        """
+        state = self.__dict__
+        if state["_draws"] is not None:
+            raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
+        state["_seed"] = _seed_from(generator)
+        state["_evaluations"] = 0
+        state["_draws"] = draw_members(state["_seed"], 0, self.num_members, batch_size)
+        try:
+            yield
+        finally:
+            state["_draws"] = None
+
+    # Inspection
+
+    @property
+    def rule(self) -> rules.Rule:
+        """How member outputs become one output; settable by name, alias or value."""
+        return self.__dict__["_rule"]
+
+    @rule.setter
+    def rule(self, rule: str | rules.Rule) -> None:
+        resolved = rules.get(rule)
+        weights = getattr(resolved, "weights", None)
+        if weights is not None and len(weights) != self.num_members:
+            raise ValueError(f"rule {resolved} has {len(weights)} weights, expected {self.num_members}, one per member")
+        self.__dict__["_rule"] = resolved
+
+    @property
+    def engine(self) -> str:
+        """How the members are evaluated: ``"fold"`` or ``"loop"``."""
+        return "loop" if self._engine is None else self._engine.engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stacks are."""
+        return next((*self.parameters(), *self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point stack."""
+        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+
+    @property
+    def members(self) -> "_Members":
+        """Members on demand: ``ens.members[k]`` is a module with a copy of member k's weights."""
+        return _Members(self)
+
+    def report(self) -> Report:
+        """Which engine and backend each layer got, and why."""
+        if self._engine is None:
+            return Report("loop", self.num_members, self.__dict__["_why_loop"], [])
+        return self._engine.report(self._settings["backend"])
+
+    def verify(self, *args: Any, **kwargs: Any) -> float:
+        """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
+        return 0.0 if self._engine is None else self._engine.verify(args, kwargs)
+
+    def refresh(self) -> None:
+        """Forget what was derived from the weights or established about them; call it after changing weights."""
+        if self._engine is not None:
+            self._engine.refresh()
+
+    def train(self, mode: bool = True) -> "Ensemble":
+        """Set the mode of the members, as for one of them."""
+        super().train(mode)
+        if self.__dict__.get("_engine") is not None:
+            self._engine.skeleton.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Look like a member: attributes that the ensemble has not are the members'."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            network = self.__dict__.get("_modules", {}).get("network")
+            if network is None or name.startswith("__"):
+                raise
+        member = network[0] if isinstance(network, nn.ModuleList) and self.__dict__["_engine"] is None else network
+        try:
+            return getattr(member, name)
+        except AttributeError:
+            raise AttributeError(f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}") from None
+
+    # Copies and files
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Rebuild from skeleton and stacks, so that classes made on the fly are not pickled."""
+        state = self.__dict__
+        if self._engine is None:
+            content: Any = (None, list(self.network), state["_why_loop"])
+        else:
+            content = (self._engine.skeleton, tensors_of(self.network), self._engine.shared)
+        return rebuild, (self.num_members, self.rule, self._settings, content, self.training)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
+        from fastens.checkpoints import save_ensemble
+
+        save_ensemble(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, factory: Any = None, **options: Any) -> "Ensemble":
+        """Read what :meth:`save_pretrained` wrote; see :func:`fastens.checkpoints.load_ensemble`."""
+        from fastens.checkpoints import load_ensemble
+
+        return load_ensemble(directory, factory, **options)
+
+
+class _Members(Sequence[nn.Module]):
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+
+    def __len__(self) -> int:
+        return self._ensemble.num_members
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"member {k} of {len(self)}")
+        ensemble = self._ensemble
+        if ensemble._engine is None:
+            member = ensemble.network[k]
+            return replaced(member, {name: _copy(t, t) for name, t in tensors_of(member).items()})
+        return ensemble._engine.member(k % len(self))
+
+
+def _copy(value: Tensor, like: Tensor) -> Tensor:
+    copied = value.detach().clone()
+    return nn.Parameter(copied, like.requires_grad) if isinstance(like, nn.Parameter) else copied
+
+
+def rebuild(num_members: int, rule: rules.Rule, settings: dict[str, Any], content: Any, training: bool) -> Ensemble:
+    """Put an ensemble together from what pickling or a file keeps: skeleton, stacks and names of shared tensors."""
+    ensemble = Ensemble.__new__(Ensemble)
+    nn.Module.__init__(ensemble)
+    ensemble._setup(num_members, rule, settings)
+    skeleton, *rest = content
+    if skeleton is None:
+        modules, why = rest
+        ensemble.__dict__.update(_engine=None, _why_loop=why)
+        ensemble.network = nn.ModuleList(modules)
+        ensemble._become_member_like(modules[0])
+    else:
+        ensemble._adopt(skeleton, *rest)
+    return ensemble.train(training)
+
+
+@functools.cache
+def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[Ensemble]:
+    """A subclass of ``base`` whose forward has the signature of the member's, for callers that inspect it."""
+
+    def forward(self: Ensemble, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    forward.__doc__ = base.forward.__doc__
+    forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**names, "forward": forward})
+
+
+def _seed_from(generator: torch.Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def _columns(outputs: list[Any]) -> list[Any]:
+    """The leaves of several outputs side by side, and their structure last."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
+
+
+def _is_scores(x: Any) -> bool:
+    first = x if isinstance(x, Tensor) else x[0]
+    return isinstance(first, Tensor) and first.is_floating_point()
+
+
+def _agreed(column: Any) -> Any:
+    first = column[0]
+    if isinstance(first, Tensor):
+        if any(not torch.equal(first, other) for other in column[1:]):
+            raise TypeError(f"members return different {first.dtype} tensors, which no rule combines")
+    elif type(first).__module__ not in ("builtins", "torch"):
+        raise TypeError(
+            f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
+            "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
+        )
+    return first
+
+
+def _stacked(scores: Any) -> Tensor:
+    return scores if isinstance(scores, Tensor) else torch.stack(scores)
+
+
+def _plain(output: Any) -> Any:
+    """A diffusers output's tensor; anything else as it is."""
+    to_tuple = getattr(output, "to_tuple", None)
+    values = to_tuple() if to_tuple is not None else ()
+    return values[0] if len(values) == 1 else output

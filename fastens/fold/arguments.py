@@ -1,0 +1,84 @@
+"""Which of the caller's tensors carry the batch, and how they are repeated or selected for the fold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+class Arguments:
+    """The arguments of one call, flattened, with the leaves that carry the batch marked.
+
+    The batch is dimension 0 of the first tensor of at least two dimensions (else one); every tensor with as many
+    entries in dimension 0 carries it, except those whose position is in ``excluded``.
+
+    Attributes:
+        leaves: the arguments' leaves.
+        batched: positions of the leaves that carry the batch.
+        batch_size: B.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()) -> None:
+        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        shaped = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > 0]
+        primary = next(((i, x) for i, x in shaped if x.ndim > 1), shaped[0] if shaped else None)
+        if primary is None:
+            raise TypeError("an ensemble needs at least one tensor argument that carries the batch in dimension 0")
+        self.primary = primary[0]
+        self.batch_size: int = primary[1].shape[0]
+        self.batched = [i for i, x in shaped if x.shape[0] == self.batch_size and i not in excluded]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with ``function`` applied to each tensor that carries the batch."""
+        leaves = list(self.leaves)
+        for i in self.batched:
+            leaves[i] = function(leaves[i])
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a folded pass: the batch once per member, [K*B, ...], member-major."""
+        return self.mapped(lambda x: x.repeat(num_members, *(1,) * (x.ndim - 1)))
+
+    def selected(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the samples ``index``, int64 [n]."""
+        return self.mapped(lambda x: x.index_select(0, index.to(x.device)))
+
+    def signature(self) -> tuple[Any, ...]:
+        """What tells one kind of call from another: structure, shapes, dtypes, and switches by value."""
+
+        def key(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.shape, leaf.dtype, leaf.device.type
+            return leaf if leaf is None or isinstance(leaf, bool | str) else type(leaf)
+
+        return (*map(key, self.leaves), self._spec)
+
+
+def establish_excluded(
+    run_member: Callable[[tuple[Any, ...], dict[str, Any]], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> frozenset[int] | None:
+    """Find tensors that only happen to be as long as the batch.
+
+    A member is run on the batch and on the batch twice over; the arguments that carry the batch are those that have
+    to be doubled for the result to double.
+
+    Returns:
+        Positions of the leaves to leave alone, or none where no choice explains the member.
+    """
+    everything = Arguments(args, kwargs)
+    once = [x for x in pytree.tree_leaves(run_member(args, kwargs)) if isinstance(x, Tensor)]
+    candidates = [i for i in everything.batched if i != everything.primary]
+    for excluded in [frozenset({i}) for i in candidates] + [frozenset(candidates)]:
+        doubled = Arguments(args, kwargs, excluded).repeated(2)
+        try:
+            twice = [x for x in pytree.tree_leaves(run_member(*doubled)) if isinstance(x, Tensor)]
+        except Exception:  # noqa: S112 - a wrong choice fails in any way the member likes; the next one is tried
+            continue
+        if len(once) == len(twice) and all(
+            a.ndim == 0 or (b.shape[0] == 2 * a.shape[0] and torch.allclose(b, torch.cat([a, a]), 1e-3, 1e-4))
+            for a, b in zip(once, twice, strict=True)
+        ):
+            return excluded
+    return None

@@ -1,0 +1,257 @@
+"""Evaluating all members of one structure: the folded pass, the loop it is checked against, and the choice."""
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastens.fold.arguments import Arguments, establish_excluded
+from fastens.fold.check import Recording, establishing, first_parting, relative_error, tolerance_for
+from fastens.fold.looped import call_member, member_tensors
+from fastens.fold.member_tensor import MemberTensor
+from fastens.fold.members import replaced, tensors_of
+from fastens.fold.network import build_network, folded_modules
+from fastens.fold.registry import RawModule
+from fastens.fold.rows import NotFoldable, Rows
+from fastens.report import LayerReport, Report
+
+_MAX_REPAIRS = 8  # modules looped one after the other before the whole network is
+
+
+class FoldEngine:
+    """K members of one structure.
+
+    Attributes:
+        network: the folded network, which owns the stacks.
+        skeleton: one member's structure without weights, on which the loop calls each member.
+        shared: names of the tensors that are equal in all members and held once.
+        engine: ``fold`` or ``loop``.
+    """
+
+    def __init__(
+        self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int, settings: dict[str, Any]
+    ) -> None:
+        self.rows = Rows(num_members)
+        self.skeleton = skeleton
+        self.shared = shared
+        self.num_members = num_members
+        self.max_fold: int | None = settings["max_fold"]
+        self.network = build_network(skeleton, stacks, shared, self.rows)
+        self.engine = "loop" if settings["engine"] == "loop" else "fold"
+        self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
+        self._checked: dict[Any, frozenset[int]] = {}  # signature -> leaves that only look like the batch
+
+    def member(self, k: int) -> nn.Module:
+        """A module with a copy of member k's weights."""
+
+        def copied(name: str, like: Tensor, value: Tensor) -> Tensor:
+            clone = value.detach().clone()
+            return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
+
+        values = member_tensors(self.network, k)
+        return replaced(self.skeleton, {n: copied(n, t, values[n]) for n, t in tensors_of(self.skeleton).items()})
+
+    def refresh(self) -> None:
+        """Forget which signatures were checked."""
+        self._checked.clear()
+
+    # Passes
+
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> list[Any]:
+        """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last."""
+        if self.engine == "loop":
+            return self._loop(args, kwargs)
+        excluded = frozenset()
+        if not torch.compiler.is_compiling() and not _capturing():
+            key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
+            if key not in self._checked:
+                self._checked[key] = self._first(args, kwargs, training)
+                if self.engine == "loop":
+                    return self._loop(args, kwargs)
+            excluded = self._checked[key]
+        return self._fold(Arguments(args, kwargs, excluded))
+
+    def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
+        """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
+        if self.engine == "fold" and not torch.compiler.is_compiling():
+            key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
+            if key not in self._checked:
+                self._checked[key] = self._first(args, kwargs, training)
+        arguments = Arguments(args, kwargs)
+        order = torch.argsort(members, stable=True)
+        counts = torch.bincount(members, minlength=self.num_members)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        if self.engine == "fold":
+            output = self._pass(arguments, order, offsets)
+            leaves, spec = pytree.tree_flatten(output)
+            if any(isinstance(leaf, MemberTensor) for leaf in leaves):
+                raise NotFoldable("an output without batch has no member of its own; use engine='loop'")
+        else:
+            parts = []
+            for k in range(self.num_members):
+                index = order[offsets[k] : offsets[k + 1]]
+                if len(index):
+                    part_args, part_kwargs = arguments.selected(index)
+                    parts.append(self._call(k, part_args, part_kwargs))
+            flat = [pytree.tree_flatten(part) for part in parts]
+            leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(f[0] for f in flat), strict=True)]
+            spec = flat[0][1]
+        inverse = torch.argsort(order)
+        restored = [x.index_select(0, inverse.to(x.device)) if isinstance(x, Tensor) else x for x in leaves]
+        return pytree.tree_unflatten(restored, spec)
+
+    def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
+
+    def _loop(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        flat = [pytree.tree_flatten(self._call(k, args, kwargs)) for k in range(self.num_members)]
+        return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
+
+    def _pass(self, arguments: Arguments, index: Tensor | None, offsets: Tensor | None) -> Any:
+        """One folded pass: all samples for every member, or the samples ``index`` dealt out by ``offsets``."""
+        if index is None:
+            args, kwargs = arguments.repeated(self.num_members)
+            self.rows.set(self.num_members * arguments.batch_size)
+        else:
+            args, kwargs = arguments.selected(index)
+            self.rows.set(len(index), offsets)
+        return self.network(*args, **kwargs)
+
+    def _fold(self, arguments: Arguments) -> list[Any]:
+        members, batch = self.num_members, arguments.batch_size
+        if self.max_fold is None or members * batch <= self.max_fold:
+            leaves, spec = pytree.tree_flatten(self._pass(arguments, None, None))
+            return [*(self._unfolded(leaf, batch) for leaf in leaves), spec]
+        parts = []
+        for start in range(0, members * batch, self.max_fold):
+            stop = min(start + self.max_fold, members * batch)
+            offsets = (torch.arange(members + 1) * batch).clamp(start, stop) - start
+            parts.append(pytree.tree_flatten(self._pass(arguments, torch.arange(start, stop) % batch, offsets)))
+        joined = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(p[0] for p in parts), strict=True)]
+        return [*(self._unfolded(leaf, batch) for leaf in joined), parts[0][1]]
+
+    def _unfolded(self, leaf: Any, batch: int) -> Any:
+        if isinstance(leaf, MemberTensor):
+            return leaf.stack
+        if not isinstance(leaf, Tensor):
+            return [leaf] * self.num_members
+        if leaf.ndim == 0 or leaf.shape[0] != self.num_members * batch:
+            raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the batch in dimension 0")
+        return leaf.unflatten(0, (self.num_members, batch))
+
+    # The first pass of a signature
+
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
+        """Establish where the batch is, and check the fold against the loop; fall back to the loop where they part."""
+        arguments = Arguments(args, kwargs)
+        recording = Recording()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            expected: list[list[Tensor]] = []
+            for k in range(self.num_members):
+                if k == 0:
+                    with recording.of(self.skeleton):
+                        output = self._call(0, args, kwargs)
+                else:
+                    output = self._call(k, args, kwargs)
+                expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+            for attempt in range(_MAX_REPAIRS):
+                problem, error = self._attempt(arguments, expected, recording, training)
+                if problem is None:
+                    return frozenset(set(Arguments(args, kwargs).batched) - set(arguments.batched))
+                if attempt == 0 and len(arguments.batched) > 1:
+                    excluded = establish_excluded(lambda a, k: self._call(0, a, k), args, kwargs)
+                    if excluded:
+                        arguments = Arguments(args, kwargs, excluded)
+                        continue
+                if not self._repair(arguments, args, kwargs, error):
+                    break
+            if self._random(args, kwargs):
+                self.why = "members are random in this mode, so the fold was not checked against the loop"
+                return frozenset()
+        self.engine = "loop"
+        self.why = f"the fold disagreed with the loop: {problem}"
+        warnings.warn(f"fastens: members are evaluated one by one, because {self.why}", stacklevel=5)
+        return frozenset()
+
+    def _attempt(
+        self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, training: bool
+    ) -> tuple[str | None, str]:
+        self.rows.probing = True
+        try:
+            # With one member every dimension is as large in both passes, and nothing needs to be dealt out.
+            where = establishing(self.network, recording, self.num_members) if self.num_members > 1 else nullcontext()
+            with where:
+                *leaves, _ = self._fold(arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the loop gave the right answer just before
+            return f"{type(error).__name__}: {error}", str(error)
+        finally:
+            self.rows.probing = False
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        worst = 0.0
+        for i, stack in enumerate(tensors):
+            for k in range(self.num_members):
+                error = relative_error(stack[k], expected[k][i])
+                if not error <= tolerance_for(expected[k][i]):
+                    return f"relative error {error:.1e} in member {k}", "the result differs from the members'"
+                worst = max(worst, error)
+        return None, ""
+
+    def _repair(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> bool:
+        """Loop the module in which fold and loop part; return whether there was one to loop."""
+        path = first_parting(
+            self.network,
+            lambda: self._fold(arguments),
+            lambda k: self._call(k, args, kwargs),
+            self.skeleton,
+            self.num_members,
+        )
+        module = folded_modules(self.network).get(path) if path else None
+        if module is None or module.looped is not None:
+            return False
+        module.looped = f"folded, {why}"
+        return True
+
+    def _random(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        first, second = (pytree.tree_leaves(self._call(0, args, kwargs)) for _ in range(2))
+        return any(isinstance(a, Tensor) and relative_error(a, b) > 0 for a, b in zip(first, second, strict=True))
+
+    def verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """The largest relative error of a folded pass against the loop."""
+        with torch.no_grad():
+            engine, self.engine = self.engine, "fold"
+            try:
+                *folded, _ = self.evaluate(args, kwargs, self.network.training)
+            finally:
+                self.engine = engine
+            *looped, _ = self._loop(args, kwargs)
+        pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
+        return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
+
+    def report(self, backend: str) -> Report:
+        """What each module that owns tensors got."""
+        layers, within = [], None
+        for path, module in folded_modules(self.network).items():
+            if within is not None and path.startswith(within):
+                continue
+            names = [*module._parameters, *module._buffers]
+            owned = [module.stack(name) for name in names]
+            if self.engine == "loop" or module.looped is not None:
+                how, why = "looped", module.looped or self.why
+                within = f"{path}." if path else ""
+            elif isinstance(module, RawModule):
+                how, why = ("shared" if module.shared == set(names) else "raw"), ""
+            else:
+                how, why = "folded", ""
+            counted = list(module.parameters()) if how == "looped" else [t for t in owned if t is not None]
+            number = sum(t.numel() for t in counted) // (1 if how == "shared" else self.num_members)
+            layer = type(module).__mro__[2].__name__
+            layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else "reference", why, number))
+        return Report(self.engine, self.num_members, self.why, layers)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

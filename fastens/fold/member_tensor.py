@@ -1,0 +1,162 @@
+"""A tensor that has one value per member, met by a member's own code.
+
+A module that is not registered runs its own forward on the folded batch, and reads its parameters as
+:class:`MemberTensor`. Operations among member tensors stay one value per member. Where one meets a tensor of the
+folded batch, every row gets its member's value; functions that own a fast member-batched op (``F.linear``, ``F.conv2d``,
+``F.group_norm``, ...) take it. What fits neither raises :class:`NotFoldable`, and the module is looped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.fold.rows import NotFoldable, Rows
+
+# Functions of batch-first tensors that act on each row alone, so that a row may be given its member's value.
+ROW_WISE = frozenset(
+    "add sub rsub subtract mul multiply div true_divide divide pow remainder fmod where lerp addcmul addcdiv maximum "
+    "minimum clamp atan2 eq ne lt le gt ge logaddexp cat concat concatenate matmul bmm baddbmm "
+    "scaled_dot_product_attention add_ sub_ mul_ div_ add __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ "
+    "__rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __pow__ __rpow__ __matmul__ "
+    "__rmatmul__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__".split()
+)
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def folds(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what to call instead of a torch function when one of its arguments is a member tensor."""
+
+    def register(folded: Callable[..., Any]) -> Callable[..., Any]:
+        FUNCTIONS.update(dict.fromkeys(functions, folded))
+        return folded
+
+    return register
+
+
+class MemberTensor:
+    """One tensor per member, of the shape that a member sees.
+
+    Attributes:
+        stack: [K, *shape].
+        rows: which member each row of the folded batch belongs to.
+    """
+
+    def __init__(self, stack: Tensor, rows: Rows) -> None:
+        self.stack = stack
+        self.rows = rows
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return apply(func, args, kwargs or {})
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stack.device
+
+    @property
+    def ndim(self) -> int:
+        return self.stack.ndim - 1
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.stack.requires_grad
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in {"stack", "rows"}:
+            raise AttributeError(name)
+        attribute = getattr(torch.Tensor, name)
+        if callable(attribute):
+            return lambda *args, **kwargs: apply(attribute, (self, *args), kwargs)
+        return apply(lambda tensor: getattr(tensor, name), (self,), {})
+
+    def for_rows(self, ndim: int, num_rows: int) -> Tensor:
+        """Each row's value, to meet a batch-first tensor of ``ndim`` dimensions and ``num_rows`` rows."""
+        rows = self.rows
+        if self.ndim > ndim:
+            raise NotFoldable(f"a parameter of shape {list(self.shape)} meets a batch of {ndim} dimensions")
+        if self.ndim < ndim:  # broadcast from the right, behind the batch
+            expanded = rows.expand(self.stack, num_rows)
+            return expanded.reshape(num_rows, *(1,) * (ndim - 1 - self.ndim), *self.shape)
+        if self.shape[0] == 1:
+            return rows.expand(self.stack[:, 0], num_rows)
+        if self.shape[0] == num_rows:  # was expanded to the batch by the network itself: row r of its own member
+            return self.stack[rows.members(num_rows, self.device), torch.arange(num_rows, device=self.device)]
+        raise NotFoldable(f"a parameter of shape {list(self.shape)} has no batch dimension to meet the rows in")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(torch.Tensor, name)
+
+    def operator(self: MemberTensor, *args: Any) -> Any:
+        return apply(function, (self, *args), {})
+
+    return operator
+
+
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs getitem eq ne lt le gt ge".split()
+):
+    setattr(MemberTensor, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def apply(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Evaluate a torch function some of whose arguments are member tensors."""
+    folded = FUNCTIONS.get(func)
+    if folded is not None:
+        result = folded(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, MemberTensor)]
+    rows = leaves[where[0]].rows
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    batch = [tensor for tensor in tensors if tensor.numel() != 1 and rows.carries_batch(tensor)]
+    if batch:
+        name = getattr(func, "__name__", str(func))
+        if name not in ROW_WISE:
+            raise NotFoldable(f"{name} of a parameter and the batch has no member-batched form")
+        ndim, num_rows = max((tensor.ndim, tensor.shape[0]) for tensor in batch)
+        for i in where:
+            leaves[i] = leaves[i].for_rows(ndim, num_rows)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return func(*args, **kwargs)
+    return _each_member(func, leaves, where, spec, rows)
+
+
+def _each_member(func: Callable[..., Any], leaves: list[Any], where: list[int], spec: Any, rows: Rows) -> Any:
+    def member(*values: Tensor) -> Any:
+        filled = list(leaves)
+        for i, value in zip(where, values, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return func(*args, **kwargs)
+
+    stacks = [leaves[i].stack for i in where]
+    try:
+        result = torch.vmap(member, randomness="different")(*stacks)
+    except (ValueError, RuntimeError) as error:
+        raise NotFoldable(f"{getattr(func, '__name__', func)} of a parameter: {error}") from error
+    return pytree.tree_map_only(Tensor, lambda stack: MemberTensor(stack, rows), result)

@@ -1,0 +1,138 @@
+"""Reading members: their skeleton, their tensors stacked, and where two of them differ."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.registry import is_registered
+
+
+class DifferentMembers(ValueError):
+    """Members whose structure or parameter shapes differ, so that only the loop can run them."""
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tied tensor once under its first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Copy a module with its parameters and buffers replaced, ties and second references kept."""
+    originals = tensors_of(module)
+    memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
+    return copy.deepcopy(module, memo)
+
+
+def make_skeleton(member: nn.Module) -> nn.Module:
+    """Copy a member's structure without its weights: parameters and buffers on the meta device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        shell = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
+
+    return replaced(member, {name: empty(tensor) for name, tensor in tensors_of(member).items()})
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name == "training" or name.startswith("_"):
+            continue
+        if value is None or isinstance(value, bool | int | float | str | tuple | torch.dtype | Tensor):
+            yield name, value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
+    return type(a) is type(b) and a == b
+
+
+def first_difference(first: nn.Module, other: nn.Module) -> str | None:
+    """Where two members differ in class, settings or parameter shapes, or none: ``path: this against that``."""
+    ours, theirs = dict(first.named_modules()), dict(other.named_modules())
+    for path in [*ours, *theirs]:
+        if path not in ours or path not in theirs:
+            return f"{path}: present in one and absent in the other"
+        a, b = ours[path], theirs[path]
+        if type(a) is not type(b):
+            return f"{path or 'the root'}: {type(a).__name__} against {type(b).__name__}"
+        there = dict(_settings(b))
+        for name, value in _settings(a):
+            if not _same(value, there.get(name)):
+                return f"{f'{path}.' if path else ''}{name}: {value!r} against {there.get(name)!r}"
+    a_tensors, b_tensors = tensors_of(first), tensors_of(other)
+    for name in [*a_tensors, *b_tensors]:
+        if name not in a_tensors or name not in b_tensors:
+            return f"{name}: present in one and absent (or tied) in the other"
+        if a_tensors[name].shape != b_tensors[name].shape:
+            return f"{name}: shape {list(a_tensors[name].shape)} against {list(b_tensors[name].shape)}"
+    return None
+
+
+def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int) -> None:
+    """Raise if member k's tensors differ from the first's in dtype or device."""
+    for name, tensor in other.items():
+        expected = first[name]
+        if tensor.dtype != expected.dtype:
+            raise ValueError(
+                f"member {k}: {name} is {tensor.dtype}, but {expected.dtype} in member 0; "
+                f"convert the members to one dtype first, e.g. member.to({expected.dtype})"
+            )
+        if tensor.device != expected.device:
+            raise ValueError(
+                f"member {k}: {name} is on {tensor.device}, but on {expected.device} in member 0; "
+                f"move the members to one device first, e.g. member.to('{expected.device}')"
+            )
+
+
+def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
+    """Read the members one at a time into stacks.
+
+    Args:
+        members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
+
+    Returns:
+        The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors, which
+        are the fixed ones of modules that are not registered, equal in all members.
+
+    Raises:
+        DifferentMembers: structure, settings or shapes differ; names the first difference.
+        ValueError: dtypes or devices differ.
+    """
+    num_members = len(members)
+    first = members[0]
+    skeleton = make_skeleton(first)
+    tensors = tensors_of(first)
+    fixed = _fixed(first, tensors)
+    stacks: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stack = torch.empty((num_members, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        stack[0].copy_(tensor.detach())
+        stacks[name] = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+    for k in range(1, num_members):
+        member = members[k]
+        difference = first_difference(first, member)
+        if difference is not None:
+            raise DifferentMembers(f"member {k} differs from member 0 at {difference}")
+        others = tensors_of(member)
+        check_placement(tensors, others, k)
+        for name, tensor in others.items():
+            stacks[name].data[k].copy_(tensor.detach())
+            if name in fixed and not torch.equal(tensor, tensors[name]):
+                fixed.discard(name)
+    for name in fixed:
+        shared = stacks[name].data[0].clone()
+        stacks[name] = nn.Parameter(shared, False) if isinstance(stacks[name], nn.Parameter) else shared
+    return skeleton, stacks, frozenset(fixed)
+
+
+def _fixed(member: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
+    modules = dict(member.named_modules())
+    return {
+        name
+        for name, tensor in tensors.items()
+        if not tensor.requires_grad and not is_registered(modules[name.rpartition(".")[0]])
+    }

@@ -1,0 +1,1 @@
+"""What a sampler family demands of a model beyond calling it: one file per family."""

@@ -1,0 +1,27 @@
+"""diffusers: an ensemble of its models is a ``ModelMixin``, so that pipelines move, save and reload it."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import nn
+
+from fastens.ensemble import Ensemble
+
+__all__ = ["DiffusersEnsemble", "ModelMixin", "ensemble_class"]
+
+
+class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """An ensemble of diffusers models. Its ``config`` is the members'; see :class:`fastens.Ensemble`."""
+
+    __module__ = "fastens"  # where a saved pipeline looks for the class
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, factory: Any = None, **options: Any) -> Ensemble:
+        """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
+        return Ensemble.from_pretrained(directory, factory, **options)
+
+
+def ensemble_class(member: nn.Module) -> type[Ensemble]:
+    """The class of ensembles of members like this one."""
+    return DiffusersEnsemble if isinstance(member, ModelMixin) else Ensemble

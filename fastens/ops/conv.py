@@ -1,0 +1,57 @@
+"""Member-batched convolution in one, two or three dimensions, plain or transposed."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.reference import conv as reference
+
+_conv = define(
+    "conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "bool transposed, SymInt[] output_padding, SymInt groups, Tensor? offsets=None) -> Tensor",
+    reference.conv,
+)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Convolve each member's rows with its own kernels.
+
+    Args:
+        x: [R, C_in, *space], rows grouped by member; one to three space dimensions.
+        weight: [K, C_out, C_in / groups, *kernel]; transposed: [K, C_in, C_out / groups, *kernel].
+        bias: [K, C_out], or none.
+        stride: one number per space dimension, as padding, dilation and output_padding.
+        padding: zeros added on both sides.
+        dilation: distance between kernel elements.
+        transposed: the gradient of a convolution with respect to its input.
+        output_padding: extra size on one side of a transposed convolution's output.
+        groups: blocks of channels within each member.
+        offsets: int64 [K+1], the first row of each member's group and R; none for K equal groups.
+
+    Returns:
+        [R, C_out, *space'].
+
+    Raises:
+        ValueError: rows that cannot be dealt out to the members, or parameter shapes that do not fit.
+    """
+    if weight.ndim != x.ndim + 1:
+        raise ValueError(f"conv: weight is {list(weight.shape)} and x {list(x.shape)}, expected a member axis more")
+    check_rows("conv", x, weight.shape[0], offsets)
+    channels_in = weight.shape[1] if transposed else weight.shape[2] * groups
+    channels_out = weight.shape[2] * groups if transposed else weight.shape[1]
+    if x.shape[1] != channels_in:
+        raise ValueError(f"conv: x has {x.shape[1]} channels, weight expects {channels_in}")
+    check_stack("conv", "bias", bias, (weight.shape[0], channels_out))
+    return _conv(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, offsets)

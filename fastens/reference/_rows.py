@@ -1,0 +1,43 @@
+"""How rows of a folded batch find their member: uniform groups, or groups given by offsets."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def split_rows(x: Tensor, num_members: int, offsets: Tensor | None) -> list[Tensor]:
+    """Cut ``x`` [R, ...] into the K groups of rows that belong to one member each."""
+    if offsets is None:
+        size = x.shape[0] // num_members
+        return [x[k * size : (k + 1) * size] for k in range(num_members)]
+    return [x[start:stop] for start, stop in pairwise(offsets.tolist())]
+
+
+def expand_rows(stack: Tensor, num_rows: int, offsets: Tensor | None) -> Tensor:
+    """Give every row its member's entry: ``stack`` [K, ...] -> [R, ...]."""
+    num_members = stack.shape[0]
+    if offsets is None:
+        size = num_rows // num_members
+        return stack.unsqueeze(1).expand(num_members, size, *stack.shape[1:]).reshape(-1, *stack.shape[1:])
+    counts = offsets.to(stack.device).diff()
+    return torch.repeat_interleave(stack, counts, dim=0, output_size=num_rows)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, offsets: Tensor | None) -> Tensor:
+    """Scale and shift ``y`` [R, ...] by each row's member: ``weight``, ``bias`` [K, *s] where s begins at ``axis``."""
+
+    def aligned(stack: Tensor) -> Tensor:
+        rows = expand_rows(stack, y.shape[0], offsets)
+        after = y.ndim - axis - (stack.ndim - 1)
+        return rows.reshape(rows.shape[0], *(1,) * (axis - 1), *stack.shape[1:], *(1,) * after)
+
+    if weight is not None:
+        y = y * aligned(weight)
+    return y if bias is None else y + aligned(bias)
+
+
+def per_member(function: Callable[[Tensor, int], Tensor], x: Tensor, num_members: int, offsets: Tensor | None) -> Tensor:
+    """Apply ``function(rows, k)`` to each member's rows and join the results."""
+    return torch.cat([function(rows, k) for k, rows in enumerate(split_rows(x, num_members, offsets))])

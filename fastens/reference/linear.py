@@ -1,0 +1,21 @@
+"""Member-batched linear layer, naively."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastens.reference._rows import per_member
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
+    """Row r of member k: ``x[r] @ weight[k].T + bias[k]``. Shapes as in :func:`fastens.ops.linear.linear`."""
+    if offsets is not None:
+        return per_member(
+            lambda rows, k: F.linear(rows, weight[k], None if bias is None else bias[k]), x, weight.shape[0], offsets
+        )
+    grouped = x.reshape(weight.shape[0], -1, x.shape[-1])  # [K, B*..., in]
+    if bias is None:
+        y = torch.bmm(grouped, weight.transpose(1, 2))
+    else:
+        y = torch.baddbmm(bias.unsqueeze(1), grouped, weight.transpose(1, 2))
+    return y.reshape(*x.shape[:-1], weight.shape[1])

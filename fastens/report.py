@@ -1,0 +1,58 @@
+"""What an ensemble says of itself: engine and backend of each layer, and why."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One module that owns tensors.
+
+    Attributes:
+        path: its path in the member.
+        layer: its class in the member.
+        how: ``folded`` (registered), ``raw`` (its own code, a value per row), ``shared`` (equal in all members) or ``looped``.
+        backend: the code that runs it.
+        why: the reason where it is looped.
+        parameters: parameters of one member in it, children included where it is looped.
+    """
+
+    path: str
+    layer: str
+    how: str
+    backend: str
+    why: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How an ensemble is evaluated.
+
+    Attributes:
+        engine: ``fold`` or ``loop``.
+        num_members: K.
+        why: the reason for the engine.
+        layers: one entry per module that owns tensors; a looped module stands for its children.
+    """
+
+    engine: str
+    num_members: int
+    why: str
+    layers: list[LayerReport]
+
+    @property
+    def looped(self) -> list[LayerReport]:
+        """The modules that are evaluated one member after the other: K calls each."""
+        return [layer for layer in self.layers if layer.how == "looped"]
+
+    def __str__(self) -> str:
+        """A table, one line per layer."""
+        total = sum(layer.parameters for layer in self.layers) or 1
+        lines = [f"engine {self.engine}, {self.num_members} members: {self.why}"]
+        for layer in self.layers:
+            line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"
+            if layer.how == "looped":
+                share = 100 * layer.parameters / total
+                line += f"  {self.num_members} calls, {share:.0f} % of the parameters: {layer.why}"
+            lines.append(line)
+        return "\n".join(lines)
