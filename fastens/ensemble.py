@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastens import rules
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import DifferentMembers, make_skeleton, replaced, stack_members, tensors_of
+from fastens.ops._scores import BACKENDS, seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.draw import draw_members
 from fastens.ops.variance import member_variance
@@ -75,6 +76,8 @@ class Ensemble(nn.Module):
             raise TypeError(f"member 0 is a {type(first).__name__}, expected a torch.nn.Module or the path of a checkpoint")
         if engine not in ("auto", "fold", "loop"):
             raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
         if aggregate_in not in (None, prediction):
             raise ValueError(
                 f"aggregate_in={aggregate_in!r} with prediction={prediction!r}: rules are applied to what the members "
@@ -209,7 +212,7 @@ class Ensemble(nn.Module):
                     "rule 'mixture' draws one member per sample and trajectory; run the sampler inside "
                     "`with ens.trajectory(batch_size, generator=g):`"
                 )
-            return draw_members(_seed_from(None), 0, self.num_members, batch)
+            return draw_members(seed_from(None), 0, self.num_members, batch)
         per_sample = state["_draws"]
         size = len(per_sample)
         if size == 0 or batch % size:
@@ -238,7 +241,7 @@ class Ensemble(nn.Module):
             raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
-        state["_seed"] = _seed_from(generator)
+        state["_seed"] = seed_from(generator)
         state["_evaluations"] = 0
         state["_draws"] = draw_members(state["_seed"], 0, self.num_members, batch_size)
         try:
@@ -393,11 +396,6 @@ def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type
     forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, "forward": forward})
-
-
-def _seed_from(generator: torch.Generator | None) -> int:
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def _columns(outputs: list[Any]) -> list[Any]:

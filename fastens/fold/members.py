@@ -44,6 +44,11 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _class_names(module: nn.Module) -> list[tuple[str, str]]:
+    # Names, not identity: parametrizations give every module a class of its own.
+    return [(parent.__module__, parent.__qualname__) for parent in type(module).__mro__]
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
@@ -57,7 +62,7 @@ def first_difference(first: nn.Module, other: nn.Module) -> str | None:
         if path not in ours or path not in theirs:
             return f"{path}: present in one and absent in the other"
         a, b = ours[path], theirs[path]
-        if type(a) is not type(b):
+        if _class_names(a) != _class_names(b):
             return f"{path or 'the root'}: {type(a).__name__} against {type(b).__name__}"
         there = dict(_settings(b))
         for name, value in _settings(a):

@@ -87,6 +87,8 @@ class FoldedLayer(FoldedModule):
     def _batched(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, MemberTensor):
             return MemberTensor(self.fold_forward(x.stack, None, *args, **kwargs), self.rows)
+        if self.rows.num_members == 1:
+            return self.fold_forward(x, None, *args, **kwargs)
         dim = self.batch_dim
         if dim is None or not self._carries_rows(x, dim):  # the same input for all: each member's answer to it
             shared = x.expand(self.rows.num_members, *x.shape)

@@ -1,0 +1,54 @@
+"""The check of a stack of scores, shared by the ops that reduce over members."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return K tensors [B, ...] of one shape, dtype and device.
+
+    Raises:
+        TypeError: not tensors, or not of a floating-point dtype.
+        ValueError: no members, no batch dimension, or members that differ.
+    """
+    if isinstance(scores, Tensor):
+        if scores.ndim < 2:
+            raise ValueError(f"{op}: scores is {list(scores.shape)}, expected [K, B, ...]: members, then batch")
+        members = list(scores.unbind(0))
+    else:
+        members = list(scores)
+    if not members:
+        raise ValueError(f"{op}: scores holds no members (K = 0), expected at least one")
+    for k, member in enumerate(members):
+        if not isinstance(member, Tensor):
+            raise TypeError(f"{op}: scores[{k}] is a {type(member).__name__}, expected a tensor")
+        if not member.is_floating_point():
+            raise TypeError(f"{op}: scores[{k}] is {member.dtype}, expected a floating-point dtype; convert it first")
+        if member.ndim == 0:
+            raise ValueError(f"{op}: scores[{k}] is 0-dimensional, expected [B, ...]")
+        for what, ours, first in (
+            ("shape", tuple(member.shape), tuple(members[0].shape)),
+            ("dtype", member.dtype, members[0].dtype),
+            ("device", member.device, members[0].device),
+        ):
+            if ours != first:
+                raise ValueError(f"{op}: scores[{k}] has {what} {ours}, but scores[0] {first}; members must agree")
+    return members
+
+
+def check_backend(op: str, backend: str) -> None:
+    """Raise unless ``backend`` can run the op."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
+    if backend in ("native", "triton"):
+        raise RuntimeError(f"{op}: backend {backend!r} has no kernel of this op in this version; use 'auto'")
+
+
+def seed_from(generator: torch.Generator | None) -> int:
+    """Read a seed from a generator, on its own device; none for torch's global one."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))

@@ -1,0 +1,1 @@
+"""Naive PyTorch versions of every op: what tests compare with and benchmarks run against."""
