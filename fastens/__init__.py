@@ -3,13 +3,13 @@
 from typing import Any
 
 from fastens import rules
+from fastens._version import __version__
 from fastens.checkpoints import load_members
 from fastens.ensemble import Ensemble
 from fastens.fold.registry import register_layer
 from fastens.ops.aggregate import aggregate
 
-__version__ = "0.1.0"
-__all__ = ["Ensemble", "aggregate", "load_members", "register_layer", "rules"]
+__all__ = ["Ensemble", "__version__", "aggregate", "load_members", "register_layer", "rules"]
 
 
 def __getattr__(name: str) -> Any:

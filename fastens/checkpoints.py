@@ -68,7 +68,9 @@ def load_members(paths: Sequence[str | Path], factory: Factory | None = None, em
         if path.suffix in (".pkl", ".pickle"):
             raise ValueError(_refusal(path))
         if path.is_file() and factory is None:
-            raise ValueError(f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network")
+            raise ValueError(
+                f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network"
+            )
     return Checkpoints(paths, factory, ema)
 
 
@@ -138,7 +140,9 @@ def _diffusers_class(directory: Path, config: dict[str, Any]) -> Any:
         raise ImportError(f"{directory} is a diffusers folder: pip install 'fastens[diffusers]'") from error
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"{directory / _CONFIG} names the class {name!r}, which diffusers {diffusers.__version__} has not")
+        raise ValueError(
+            f"{directory / _CONFIG} names the class {name!r}, which diffusers {diffusers.__version__} has not"
+        )
     return found
 
 
@@ -253,4 +257,3 @@ def _check_fit(
         found = tuple(stacks[name].shape) if name in stacks else None
         if found != shape:
             raise ValueError(f"{directory / _STACKS}: {name} is {found}, the member needs {shape}")
-

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastens import rules
 from fastens.fold.engine import FoldEngine
-from fastens.fold.members import DifferentMembers, make_skeleton, replaced, stack_members, tensors_of
+from fastens.fold.members import DifferentMembers, replaced, stack_members, tensors_of
 from fastens.ops._scores import BACKENDS, seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.draw import draw_members
@@ -73,7 +73,9 @@ class Ensemble(nn.Module):
             members = load_members(members)  # pyright: ignore[reportArgumentType]
         first = members[0]
         if not isinstance(first, nn.Module):
-            raise TypeError(f"member 0 is a {type(first).__name__}, expected a torch.nn.Module or the path of a checkpoint")
+            raise TypeError(
+                f"member 0 is a {type(first).__name__}, expected a torch.nn.Module or the path of a checkpoint"
+            )
         if engine not in ("auto", "fold", "loop"):
             raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
         if backend not in BACKENDS:
@@ -86,7 +88,11 @@ class Ensemble(nn.Module):
         if max_fold is not None and max_fold < 1:
             raise ValueError(f"max_fold is {max_fold}, expected at least one row")
         settings = {
-            "engine": engine, "backend": backend, "max_fold": max_fold, "prediction": prediction, "schedule": schedule,
+            "engine": engine,
+            "backend": backend,
+            "max_fold": max_fold,
+            "prediction": prediction,
+            "schedule": schedule,
         }
         self._setup(len(members), rule, settings)
         try:
@@ -163,7 +169,9 @@ class Ensemble(nn.Module):
             of :meth:`member_outputs`, [B, ...].
         """
         if self.rule.per_evaluation or self.rule.per_trajectory:
-            raise ValueError(f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members")
+            raise ValueError(
+                f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members"
+            )
         outputs = self._evaluate(args, kwargs)
         return self._combine(outputs, self._aggregate), _plain(self._combine(outputs, member_variance))
 
@@ -171,7 +179,7 @@ class Ensemble(nn.Module):
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
         if self._engine is not None:
             return self._engine.evaluate(args, kwargs, self.training)
-        outputs = [member(*args, **kwargs) for member in self.network]
+        outputs = [member(*args, **kwargs) for member in self.network.children()]
         return _columns(outputs)
 
     def _aggregate(self, scores: Any) -> Tensor:
@@ -191,7 +199,7 @@ class Ensemble(nn.Module):
             return self._engine.evaluate_drawn(args, kwargs, members, self.training)
         order = torch.argsort(members, stable=True)
         parts = []
-        for k, member in enumerate(self.network):
+        for k, member in enumerate(self.network.children()):
             index = order[members[order] == k]
             if len(index):
                 part_args, part_kwargs = arguments.selected(index)
@@ -199,7 +207,8 @@ class Ensemble(nn.Module):
         inverse = torch.argsort(order)
         *leaves, spec = _columns(parts)
         joined = [
-            torch.cat(list(x)).index_select(0, inverse.to(x[0].device)) if isinstance(x[0], Tensor) else x[0] for x in leaves
+            torch.cat(list(x)).index_select(0, inverse.to(x[0].device)) if isinstance(x[0], Tensor) else x[0]
+            for x in leaves
         ]
         return pytree.tree_unflatten(joined, spec)
 
@@ -318,7 +327,9 @@ class Ensemble(nn.Module):
         try:
             return getattr(member, name)
         except AttributeError:
-            raise AttributeError(f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}") from None
+            raise AttributeError(
+                f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
+            ) from None
 
     # Copies and files
 
@@ -359,7 +370,7 @@ class _Members(Sequence[nn.Module]):
             raise IndexError(f"member {k} of {len(self)}")
         ensemble = self._ensemble
         if ensemble._engine is None:
-            member = ensemble.network[k]
+            member = list(ensemble.network.children())[k]
             return replaced(member, {name: _copy(t, t) for name, t in tensors_of(member).items()})
         return ensemble._engine.member(k % len(self))
 

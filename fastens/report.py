@@ -10,7 +10,8 @@ class LayerReport:
     Attributes:
         path: its path in the member.
         layer: its class in the member.
-        how: ``folded`` (registered), ``raw`` (its own code, a value per row), ``shared`` (equal in all members) or ``looped``.
+        how: ``folded`` (registered), ``raw`` (its own code, a value per row), ``shared`` (equal in all members) or
+            ``looped``.
         backend: the code that runs it.
         why: the reason where it is looped.
         parameters: parameters of one member in it, children included where it is looped.

@@ -1,90 +1,120 @@
-"""What each aggregation rule is: its name, its parameters, its randomness (arXiv 2601.11444).
+"""Aggregation rules as values: what each rule is called, its parameters, and the randomness it needs.
 
-A rule is a value: comparable, hashable, printable, and to and from JSON by :meth:`Rule.to_dict` and :func:`from_dict`.
+A rule says how the scores of K members become one score (arXiv 2601.11444, section on aggregation). Rules compare
+and hash by value, print as the expression that makes them, and pass through JSON: ``from_dict(rule.to_dict()) == rule``.
+The arithmetic is in :func:`fastens.aggregate`.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 WEIGHT_SUM_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the outputs S_1 ... S_K of the members become one output.
+    """Base of the rules: no parameters, no randomness.
 
     Attributes:
-        name: the rule's name.
-        per_evaluation: one member is drawn per sample at every evaluation.
-        per_trajectory: one member is drawn per sample and trajectory.
+        name: the rule's name, as :func:`get` takes it.
+        per_evaluation: one member is drawn per sample at every evaluation, and only the drawn members need to run.
+        per_trajectory: one member is drawn per sample for a whole trajectory, so the rule needs an ensemble.
     """
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str]
     per_evaluation: ClassVar[bool] = False
     per_trajectory: ClassVar[bool] = False
 
+    @property
+    def random(self) -> bool:
+        """Whether each sample is sent to one drawn member instead of to all."""
+        return self.per_evaluation or self.per_trajectory
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError where the rule does not fit ``num_members`` members."""
+
     def to_dict(self) -> dict[str, Any]:
-        """The rule as a JSON-able dictionary."""
-        return {"name": self.name, **asdict(self)}
+        """Return the rule as JSON-able values: its name under "rule", beside its parameters."""
+        return {"rule": self.name, **dataclasses.asdict(self)}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Mean(Rule):
-    """Σ w_k S_k, w_k = 1/K by default.
+    """Weighted arithmetic mean, ``sum_k w_k S_k``; ``w_k = 1/K`` by default.
 
     Args:
-        weights: K finite numbers that sum to 1 (within 1e-6), or none.
+        weights: K finite numbers that sum to 1 within 1e-6; kept as a tuple of floats.
+
+    Raises:
+        TypeError: ``weights`` is not a sequence of numbers.
+        ValueError: ``weights`` is empty, not finite, or does not sum to 1.
     """
 
     name: ClassVar[str] = "mean"
-    weights: Sequence[float] | None = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the weights and keep them as a tuple."""
+        """Check the weights and keep them as a tuple, so that the value hashes."""
         if self.weights is None:
             return
-        weights = tuple(float(w) for w in self.weights)
-        if not all(math.isfinite(w) for w in weights):
-            raise ValueError(f"weights {weights} are not all finite")
-        if abs(math.fsum(weights) - 1) > WEIGHT_SUM_TOLERANCE:
-            raise ValueError(f"weights {weights} sum to {math.fsum(weights):g}, expected 1; divide them by their sum")
-        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "weights", _checked_weights(self.weights))
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError where there are weights but not one per member."""
+        if self.weights is not None and len(self.weights) != num_members:
+            raise ValueError(
+                f"`weights`: expected one weight per member, {num_members}, got {len(self.weights)}; "
+                "pass as many weights as members"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as JSON-able values."""
+        return {"rule": self.name, "weights": None if self.weights is None else list(self.weights)}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sum(Rule):
-    """Σ S_k: the score of a product of experts at t = 0."""
+    """Sum, ``sum_k S_k``: the score of a product of experts at t = 0."""
 
     name: ClassVar[str] = "sum"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Median(Rule):
-    """The elementwise median.
+    """Elementwise median.
 
     Args:
-        even: for even K the ``"average"`` of the two middle values, or the ``"lower"`` one.
+        even: for even K, "average" of the two middle values or the "lower" of them.
+
+    Raises:
+        ValueError: another value of ``even``.
     """
 
     name: ClassVar[str] = "median"
     even: str = "average"
 
     def __post_init__(self) -> None:
-        """Check the option."""
-        if self.even not in ("average", "lower"):
-            raise ValueError(f"even is {self.even!r}, expected 'average' or 'lower'")
+        """Check ``even``."""
+        _check_choice("even", self.even, ("average", "lower"))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Geometric(Rule):
-    """exp(mean_k log(S_k + m)) - m with m = |min S| + eps, so that every logarithm's argument is positive.
+    """Shifted geometric mean, ``exp(mean_k log(S_k + m)) - m`` with ``m = |min S| + eps``.
 
     Args:
-        shift: take the minimum over the members and elements of each ``"sample"``, or over the whole ``"batch"``.
-        eps: the smallest argument of a logarithm.
+        shift: the minimum is over the members and elements of one "sample", or over the whole "batch" as in the
+            paper's code, where results depend on batch-mates.
+        eps: added to the shift, so that every logarithm has a positive argument; at least 1e-30, to stay a normal
+            number in float32.
+
+    Raises:
+        ValueError: another value of ``shift``; ``eps`` not finite or too small.
     """
 
     name: ClassVar[str] = "geometric"
@@ -92,47 +122,48 @@ class Geometric(Rule):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
-        if self.shift not in ("sample", "batch"):
-            raise ValueError(f"shift is {self.shift!r}, expected 'sample' or 'batch'")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps is {self.eps}, expected a positive number")
+        """Check ``shift`` and ``eps``."""
+        _check_choice("shift", self.shift, ("sample", "batch"))
+        if not (math.isfinite(self.eps) and self.eps >= 1e-30):
+            raise ValueError(f"`eps`: expected a finite number of at least 1e-30, got {self.eps!r}")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dominant(Rule):
-    """Elementwise the S_k of largest magnitude, with its sign; ties go to the lowest k."""
+    """Elementwise the signed ``S_k`` of largest ``|S_k|``; ties go to the lowest k."""
 
     name: ClassVar[str] = "dominant"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class MaxAbs(Rule):
-    """Elementwise max_k |S_k|. The sign is lost; kept for comparison with the paper."""
+    """Elementwise ``max_k |S_k|``: the sign is lost; kept for comparison with the paper."""
 
     name: ClassVar[str] = "max_abs"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Alternating(Rule):
-    """One member drawn per sample at every evaluation."""
+    """One member, drawn per sample at every evaluation."""
 
     name: ClassVar[str] = "alternating"
     per_evaluation: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Mixture(Rule):
-    """One member drawn per sample and trajectory."""
+    """One member, drawn per sample for a whole trajectory."""
 
     name: ClassVar[str] = "mixture"
     per_trajectory: ClassVar[bool] = True
 
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Mean, Sum, Median, Geometric, Dominant, MaxAbs, Alternating, Mixture)
+RULES: Mapping[str, type[Rule]] = {
+    cls.name: cls for cls in (Mean, Sum, Median, Geometric, Dominant, MaxAbs, Alternating, Mixture)
 }
-ALIASES = {
+
+# The names in the code of arXiv 2601.11444 (rarazafin/score_diffusion_ensemble).
+ALIASES: Mapping[str, str] = {
     "arithmetic": "mean",
     "hinton": "sum",
     "max_arg_values": "dominant",
@@ -141,29 +172,73 @@ ALIASES = {
     "mixture_of_experts": "mixture",
 }
 
+_DEFAULTS: Mapping[str, Rule] = {
+    **{name: cls() for name, cls in RULES.items()},
+    **{alias: RULES[name]() for alias, name in ALIASES.items()},
+}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the rules, without aliases."""
+    return tuple(RULES)
+
 
 def get(rule: str | Rule) -> Rule:
-    """The rule of a name, an alias or a value.
+    """Return the rule that a name or an alias stands for, with default parameters; a rule is returned as it is.
 
     Raises:
-        ValueError: an unknown name; the nearest ones are offered.
-        TypeError: neither a name nor a rule.
+        ValueError: no rule has this name (the nearest names are offered).
+        TypeError: ``rule`` is neither a name nor a rule.
     """
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, str):
-        raise TypeError(f"rule is a {type(rule).__name__}, expected a name or a value of fastens.rules")
-    found = RULES.get(ALIASES.get(rule, rule))
-    if found is None:
-        names = [*RULES, *ALIASES]
-        near = difflib.get_close_matches(rule, names)
-        offer = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(names)}"
-        raise ValueError(f"rule {rule!r} is unknown; {offer}")
-    return found()
+        hint = "; call it to make a value" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise TypeError(f"`rule`: expected a name or a value of fastens.rules, got {rule!r}{hint}")
+    if rule not in _DEFAULTS:
+        near = difflib.get_close_matches(rule.lower().replace("-", "_"), list(_DEFAULTS), n=3, cutoff=0.5)
+        offer = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
+        raise ValueError(f"`rule`: unknown rule {rule!r}; {offer}The rules are {', '.join(RULES)}")
+    return _DEFAULTS[rule]
 
 
-def from_dict(data: dict[str, Any]) -> Rule:
-    """The rule that :meth:`Rule.to_dict` described."""
-    parameters = {key: value for key, value in data.items() if key != "name"}
-    rule_class = type(get(data["name"]))
-    return rule_class(**parameters)
+def from_dict(data: Mapping[str, Any]) -> Rule:
+    """Return the rule that :meth:`Rule.to_dict` wrote.
+
+    Raises:
+        ValueError: "rule" is missing or unknown, or a parameter is not one of the rule's.
+    """
+    parameters = dict(data)
+    name = parameters.pop("rule", None)
+    if not isinstance(name, str):
+        raise ValueError(f"expected the rule's name under 'rule', got {dict(data)!r}")
+    cls = type(get(name))
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        raise ValueError(
+            f"rule {name!r} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    return cls(**parameters)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}`: expected {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+
+
+def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"`weights`: expected a sequence of numbers, one per member, got {weights!r}") from None
+    if not values:
+        raise ValueError("`weights`: expected one weight per member, got none")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"`weights`: expected finite numbers, got {values}")
+    total = math.fsum(values)
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        raise ValueError(
+            f"`weights`: expected a sum of 1 within {WEIGHT_SUM_TOLERANCE}, got {total!r}; divide each weight by the sum"
+        )
+    return values

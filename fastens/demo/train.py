@@ -35,7 +35,7 @@ EMA_DECAY = 0.999
 
 def make_scheduler() -> Any:
     """The noise schedule of training and sampling: beta 1e-4 to 0.02 in 1000 steps."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 
@@ -52,7 +52,7 @@ def train_member(images: Tensor, steps: int, seed: int, progress: Any) -> tuple[
     Returns:
         The model with its averaged weights, and the mean loss of every hundred steps.
     """
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(seed)
@@ -136,8 +136,10 @@ def main(argv: list[str] | None = None) -> None:
         "members": members,
     }
     (options.out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    print(f"wrote {options.members} members and training.json to {options.out}; test loss of the members "
-          f"{log['member_mean_test_loss']:.5f} on average, of their mean {ensemble:.5f}")
+    print(
+        f"wrote {options.members} members and training.json to {options.out}; test loss of the members "
+        f"{log['member_mean_test_loss']:.5f} on average, of their mean {ensemble:.5f}"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def tolerance_for(tensor: Tensor) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max |expected|; NaN and inf must stand in the same places, else inf."""
+    """Max |actual - expected| / max |expected|; NaN and inf must stand in the same places, else inf."""
     if actual.shape != expected.shape:
         return float("inf")
     if not expected.numel():
@@ -84,6 +84,7 @@ class Recording:
         """Record while the skeleton runs as one member."""
         handles = []
         for path, module in skeleton.named_modules():
+
             def before(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
                 self.inputs[path].append(_shapes(args, kwargs))
 
@@ -105,6 +106,7 @@ def establishing(network: nn.Module, recording: Recording, num_members: int) -> 
     calls: dict[str, int] = defaultdict(int)
     handles = []
     for path, module in folded_modules(network).items():
+
         def before(module: Any, args: Any, kwargs: Any, path: str = path) -> None:
             call = calls[path]
             calls[path] += 1
@@ -135,7 +137,8 @@ def _output_dims(
     if not any(dim is not None for dim in dims) or any(
         isinstance(leaf, MemberTensor) for leaf in pytree.tree_leaves((args, kwargs))
     ):
-        return [None] * len(member) if all(dim is None for dim in dims) else None
+        nowhere: list[int | None] = [None] * len(member)
+        return nowhere if all(dim is None for dim in dims) else None
     if not any(shape is not None and num_members > 1 for shape in member):
         return None
     first = next(dim for dim in dims if dim is not None)

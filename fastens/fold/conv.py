@@ -29,7 +29,14 @@ class FoldedConv(FoldedLayer):
         else:
             padding = self.padding
         return conv(
-            x, weight, self.stack("bias"), self.stride, padding, self.dilation, groups=self.groups, offsets=offsets,
+            x,
+            weight,
+            self.stack("bias"),
+            self.stride,
+            padding,
+            self.dilation,
+            groups=self.groups,
+            offsets=offsets,
             output_padding=(0,) * space,
         )
 
@@ -79,7 +86,12 @@ def _plain(space: int) -> Callable[..., Any]:
         numbers = [_numbers(value, space) for value in (stride, padding, dilation)]
         return call_op(
             lambda x, offsets: conv(
-                x, weight.stack, stack_of(bias, weight), *numbers, groups=groups, offsets=offsets,
+                x,
+                weight.stack,
+                stack_of(bias, weight),
+                *numbers,
+                groups=groups,
+                offsets=offsets,
                 output_padding=(0,) * space,
             ),
             input,
@@ -91,8 +103,14 @@ def _plain(space: int) -> Callable[..., Any]:
 
 def _transposed(space: int) -> Callable[..., Any]:
     def folded(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
-        groups: int = 1, dilation: Any = 1,
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
     ) -> Any:
         if not isinstance(weight, MemberTensor):
             return NotImplemented
@@ -101,7 +119,15 @@ def _transposed(space: int) -> Callable[..., Any]:
         )
         return call_op(
             lambda x, offsets: conv(
-                x, weight.stack, stack_of(bias, weight), strides, paddings, dilations, True, output_paddings, groups,
+                x,
+                weight.stack,
+                stack_of(bias, weight),
+                strides,
+                paddings,
+                dilations,
+                True,
+                output_paddings,
+                groups,
                 offsets,
             ),
             input,

@@ -32,7 +32,12 @@ class FoldEngine:
     """
 
     def __init__(
-        self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int, settings: dict[str, Any]
+        self,
+        skeleton: nn.Module,
+        stacks: dict[str, Tensor],
+        shared: frozenset[str],
+        num_members: int,
+        settings: dict[str, Any],
     ) -> None:
         self.rows = Rows(num_members)
         self.skeleton = skeleton
@@ -97,7 +102,9 @@ class FoldEngine:
                     part_args, part_kwargs = arguments.selected(index)
                     parts.append(self._call(k, part_args, part_kwargs))
             flat = [pytree.tree_flatten(part) for part in parts]
-            leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(f[0] for f in flat), strict=True)]
+            leaves = [
+                torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(f[0] for f in flat), strict=True)
+            ]
             spec = flat[0][1]
         inverse = torch.argsort(order)
         restored = [x.index_select(0, inverse.to(x.device)) if isinstance(x, Tensor) else x for x in leaves]
@@ -158,6 +165,7 @@ class FoldEngine:
                 else:
                     output = self._call(k, args, kwargs)
                 expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+            problem = None
             for attempt in range(_MAX_REPAIRS):
                 problem, error = self._attempt(arguments, expected, recording, training)
                 if problem is None:
@@ -186,7 +194,7 @@ class FoldEngine:
             where = establishing(self.network, recording, self.num_members) if self.num_members > 1 else nullcontext()
             with where:
                 *leaves, _ = self._fold(arguments)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the loop gave the right answer just before
+        except Exception as error:
             return f"{type(error).__name__}: {error}", str(error)
         finally:
             self.rows.probing = False

@@ -2,8 +2,8 @@
 
 A module that is not registered runs its own forward on the folded batch, and reads its parameters as
 :class:`MemberTensor`. Operations among member tensors stay one value per member. Where one meets a tensor of the
-folded batch, every row gets its member's value; functions that own a fast member-batched op (``F.linear``, ``F.conv2d``,
-``F.group_norm``, ...) take it. What fits neither raises :class:`NotFoldable`, and the module is looped.
+folded batch, every row gets its member's value; functions that own a fast member-batched op (``F.linear``,
+``F.conv2d``, ``F.group_norm``, ...) take it. What fits neither raises :class:`NotFoldable`, and the module is looped.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,13 @@ from fastens.fold.rows import NotFoldable, Rows
 
 # Functions of batch-first tensors that act on each row alone, so that a row may be given its member's value.
 ROW_WISE = frozenset(
-    "add sub rsub subtract mul multiply div true_divide divide pow remainder fmod where lerp addcmul addcdiv maximum "
-    "minimum clamp atan2 eq ne lt le gt ge logaddexp cat concat concatenate matmul bmm baddbmm "
-    "scaled_dot_product_attention add_ sub_ mul_ div_ add __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ "
-    "__rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __pow__ __rpow__ __matmul__ "
-    "__rmatmul__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__".split()
+    """
+    add sub rsub subtract mul multiply div true_divide divide pow remainder fmod where lerp addcmul addcdiv maximum
+    minimum clamp atan2 eq ne lt le gt ge logaddexp cat concat concatenate matmul bmm baddbmm
+    scaled_dot_product_attention add_ sub_ mul_ div_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__
+    __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __pow__ __rpow__ __matmul__
+    __rmatmul__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    """.split()
 )
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -57,28 +59,35 @@ class MemberTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape that a member sees."""
         return self.stack.shape[1:]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of every member's tensor."""
         return self.stack.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the stack is."""
         return self.stack.device
 
     @property
     def ndim(self) -> int:
+        """How many dimensions a member sees."""
         return self.stack.ndim - 1
 
     @property
     def requires_grad(self) -> bool:
+        """Whether gradients reach the stack."""
         return self.stack.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
+        """The shape that a member sees, or one of its entries."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
+        """How many dimensions a member sees."""
         return self.ndim
 
     def __len__(self) -> int:
@@ -116,9 +125,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs getitem eq ne lt le gt ge".split()
-):
+_OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg abs getitem eq ne lt le gt ge"
+for _name in _OPERATORS.split():
     setattr(MemberTensor, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -137,7 +137,7 @@ def folded_class_of(layer_class: type[nn.Module], names: tuple[str, ...]) -> typ
     """
     folded = _REGISTRY.get(layer_class, RawModule)
     readers = {name: _reader(name) for name in names}
-    return type(f"Folded{layer_class.__name__}", (folded, layer_class), readers)
+    return type(f"Folded{layer_class.__name__}", (folded, layer_class), readers)  # pyright: ignore[reportReturnType]
 
 
 def is_registered(layer: nn.Module) -> bool:

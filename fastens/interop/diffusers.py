@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from fastens.ensemble import Ensemble
@@ -17,7 +17,9 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
     __module__ = "fastens"  # where a saved pipeline looks for the class
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, factory: Any = None, **options: Any) -> Ensemble:
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, directory: str | Path, factory: Any = None, **options: Any
+    ) -> Ensemble:
         """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
         return Ensemble.from_pretrained(directory, factory, **options)
 

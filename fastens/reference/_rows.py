@@ -38,6 +38,8 @@ def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, off
     return y if bias is None else y + aligned(bias)
 
 
-def per_member(function: Callable[[Tensor, int], Tensor], x: Tensor, num_members: int, offsets: Tensor | None) -> Tensor:
+def per_member(
+    function: Callable[[Tensor, int], Tensor], x: Tensor, num_members: int, offsets: Tensor | None
+) -> Tensor:
     """Apply ``function(rows, k)`` to each member's rows and join the results."""
     return torch.cat([function(rows, k) for k, rows in enumerate(split_rows(x, num_members, offsets))])

@@ -24,8 +24,6 @@ def conv(
 
     def member(rows: Tensor, k: int) -> Tensor:
         bias_k = None if bias is None else bias[k]
-        return torch.convolution(
-            rows, weight[k], bias_k, stride, padding, dilation, transposed, output_padding, groups
-        )
+        return torch.convolution(rows, weight[k], bias_k, stride, padding, dilation, transposed, output_padding, groups)
 
     return per_member(member, x, weight.shape[0], offsets)

@@ -1,0 +1,90 @@
+"""The only place that loads the compiled CPU library.
+
+A prebuilt library is looked for in the package, then in the user's cache (where :func:`build` puts one if the package
+folder is not writable). Nothing is compiled at import: where no library is found, the reference kernels serve and the
+cause is kept for :func:`status` and for the errors of ``backend="native"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+
+import torch
+
+from fastens import _build
+
+PACKAGE_DIR = pathlib.Path(__file__).resolve().parent / "_lib"
+
+
+def cache_dir() -> pathlib.Path:
+    """Return the folder of this source version's library in the user's cache (``$XDG_CACHE_HOME/fastens/...``).
+
+    Raises:
+        fastens._build.BuildError: this installation carries no C++ sources, so it cannot have cached a build of them.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "fastens" / _build.fingerprint()
+
+
+def load() -> bool:
+    """Load the library once per process; return whether it is loaded."""
+    return _load() is None
+
+
+def status() -> str:
+    """Return "available", or why the library is not."""
+    return _load() or "available"
+
+
+@functools.cache
+def has_kernel(op: str) -> bool:
+    """Return whether the private op ``fastens::<op>`` has a compiled CPU kernel, loading the library first."""
+    return load() and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastens::{op}", "CPU")
+
+
+def build(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
+    """Compile the library and return its path; it is loaded by the next process.
+
+    Args:
+        out_dir: by default the package's folder, or the user's cache where that is not writable.
+        verbose: print the compiler's commands.
+
+    Raises:
+        fastens._build.BuildError: no compiler, no ninja, no sources, or a compile error.
+    """
+    if out_dir is None:
+        out_dir = PACKAGE_DIR if os.access(PACKAGE_DIR.parent, os.W_OK) else cache_dir()
+    return _build.build_cpu(out_dir, verbose)
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the first library that loads; return None, or the causes."""
+    folders = [PACKAGE_DIR]
+    try:
+        folders.append(cache_dir())
+    except _build.BuildError:
+        pass
+    causes = []
+    for folder in folders:
+        path = folder / _build.LIBRARY_NAME
+        if not path.is_file():
+            causes.append(f"no {path}")
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            causes.append(f"{path} does not load: {error}")
+            continue
+        return None
+    try:
+        remedy = f"a compiler is at hand ({_build.compiler()}): run `python -m fastens._native`"
+    except _build.BuildError as error:
+        remedy = str(error)
+    return f"{'; '.join(causes)}; {remedy}"
+
+
+if __name__ == "__main__":
+    print(build(verbose=True))
