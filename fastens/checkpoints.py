@@ -208,7 +208,11 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
 
 
 def load_ensemble(
-    directory: str | Path, factory: Factory | None = None, torch_dtype: torch.dtype | None = None, **_: Any
+    directory: str | Path,
+    factory: Factory | None = None,
+    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    **_: Any,
 ) -> Ensemble:
     """Read what :func:`save_ensemble` wrote.
 
@@ -216,6 +220,7 @@ def load_ensemble(
         directory: the folder.
         factory: makes a member; needed unless members are diffusers models.
         torch_dtype: convert floating-point tensors to it.
+        dtype: the same, as newer diffusers call it.
         **_: further keywords of diffusers' loaders (``device_map``, ``variant``, ...), which do not apply.
 
     Raises:
@@ -223,6 +228,7 @@ def load_ensemble(
         ValueError: a file that cannot be read, or does not fit the member.
     """
     directory = Path(directory)
+    wanted_dtype = torch_dtype or dtype
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no folder")
     config = _read_config(directory)
@@ -242,8 +248,8 @@ def load_ensemble(
     wanted: dict[str, Tensor] = {}
     for name, like in tensors_of(skeleton).items():
         stack = stacks[name]
-        if torch_dtype is not None and stack.is_floating_point():
-            stack = stack.to(torch_dtype)
+        if wanted_dtype is not None and stack.is_floating_point():
+            stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     settings = {**config["settings"], "schedule": None}
     return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, (skeleton, wanted, shared), False)

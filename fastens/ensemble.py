@@ -281,7 +281,7 @@ class Ensemble(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the stacks are."""
-        return next((*self.parameters(), *self.buffers())).device
+        return next(iter((*self.parameters(), *self.buffers()))).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from fastens import rules
-from fastens.ops._member_op import define
 from fastens.ops._scores import as_scores, check_backend, seed_from
 from fastens.reference import aggregate as reference
-
-_aggregate = define(
-    "aggregate(Tensor[] scores, str rule, float[] weights, str option, float eps, int seed, int offset) -> Tensor",
-    reference.aggregate,
-)
 
 
 def aggregate(
@@ -56,6 +50,5 @@ def aggregate(
     own = getattr(resolved, "weights", None) or ()
     if own and len(own) != len(members):
         raise ValueError(f"aggregate: {len(own)} weights for {len(members)} members, expected one per member")
-    option = getattr(resolved, "even", "") or getattr(resolved, "shift", "")
     seed = seed_from(generator) if resolved.per_evaluation else 0
-    return _aggregate(members, resolved.name, list(own), option, getattr(resolved, "eps", 0.0), seed, 0)
+    return reference.aggregate(members, resolved, seed=seed)

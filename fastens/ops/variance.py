@@ -8,7 +8,7 @@ from fastens.ops._member_op import define
 from fastens.ops._scores import as_scores
 from fastens.reference import variance as reference
 
-_variance = define("member_variance(Tensor[] scores) -> Tensor", reference.variance)
+_variance = define("member_variance(Tensor[] scores) -> Tensor", reference.member_variance)
 
 
 def member_variance(scores: Tensor | Sequence[Tensor]) -> Tensor:

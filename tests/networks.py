@@ -1,0 +1,217 @@
+"""Networks that nobody here wrote, and small ones that use layers in the ways that are easy to get wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def randomised(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network in eval mode with every parameter random, the ones that are zero at the start too."""
+    torch.manual_seed(seed)
+    model = make()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=generator) * (0.3 / max(1, p.shape[-1]) ** 0.5 if p.ndim > 1 else 0.1)
+            )
+            if p.ndim == 1:
+                p.add_(0.5)
+    return model.eval()
+
+
+def unet_2d(attention: bool) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    kind = "AttnDownBlock2D" if attention else "DownBlock2D"
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", kind),
+        up_block_types=(kind.replace("Down", "Up"), "UpBlock2D"),
+        add_attention=attention,
+    )
+
+
+def unet_2d_condition() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+
+
+def pixart() -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+
+
+def unet_1d() -> nn.Module:
+    from diffusers import UNet1DModel
+
+    return UNet1DModel(
+        sample_size=32, in_channels=2, out_channels=2, extra_in_channels=64, block_out_channels=(32, 32, 64)
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.LayerNorm(16), nn.RMSNorm(16), nn.Linear(16, 5))
+
+
+class GRUDenoiser(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.inner = nn.Linear(3, 8)
+        self.gru = nn.GRU(8, 8, batch_first=batch_first)
+        self.outer = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.inner(x) + t.view(-1, 1, 1)
+        h, last = self.gru(h if self.batch_first else h.transpose(0, 1))
+        h = h if self.batch_first else h.transpose(0, 1)
+        return self.outer(h) + last[0].mean(-1)[:, None, None]
+
+
+class Transformer(nn.Module):
+    """Learned positions and a class token at the root; layers in either batch order."""
+
+    def __init__(self, batch_first: bool, norm_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.inner = nn.Linear(4, 16)
+        self.positions = nn.Parameter(torch.zeros(1, 6, 16))
+        self.token = nn.Parameter(torch.zeros(1, 1, 16))
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.outer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x) + self.positions
+        h = torch.cat([self.token.expand(h.shape[0], -1, -1), h], 1)
+        h = self.encoder(h if self.batch_first else h.transpose(0, 1))
+        return self.outer(h if self.batch_first else h.transpose(0, 1))[:, 1:]
+
+
+class GroupNorm32(nn.GroupNorm):
+    """As in guided-diffusion: a subclass with its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class FunctionalConv(nn.Module):
+    """As in EDM: a convolution of its own class that calls the function, and a fixed filter."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+        self.register_buffer("resample_filter", torch.ones(1, 1, 2, 2) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.resample_filter.tile([x.shape[1], 1, 1, 1]), groups=x.shape[1], padding=1)
+        return F.conv2d(x, self.weight.to(x.dtype), padding=1).add_(self.bias.to(x.dtype).reshape(1, -1, 1, 1))
+
+
+class EDMLike(nn.Module):
+    """Noise level without batch, weight normalisation, batch normalisation, fixed random frequencies per member."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(2), requires_grad=False)
+        self.embed = nn.Linear(2, 8)
+        self.conv = FunctionalConv(2, 8)
+        self.norms = nn.Sequential(nn.BatchNorm2d(8), GroupNorm32(2, 8))
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.outer = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 2, 3, padding=1, padding_mode="circular"))
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        level = sigma.to(torch.float32).reshape(-1, 1) * self.frequencies[None]
+        emb = F.silu(self.embed(level)).unsqueeze(2).unsqueeze(3)
+        return self.outer(self.up(F.silu(self.norms(self.conv(x)) + emb)))
+
+
+def rows(batch: int, *shape: int) -> Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Arguments]]] = {
+    "mlp": (mlp, lambda b: ((rows(b, 5),), {})),
+    "unet_2d": (lambda: unet_2d(False), lambda b: ((rows(b, 1, 8, 8), torch.tensor(7)), {})),
+    "unet_2d_attention": (
+        lambda: unet_2d(True),
+        lambda b: ((rows(b, 1, 8, 8), torch.arange(b) + 3), {"return_dict": False}),
+    ),
+    "unet_2d_condition": (
+        unet_2d_condition,
+        lambda b: ((rows(b, 3, 8, 8), 5), {"encoder_hidden_states": rows(b, 4, 12)}),
+    ),
+    "dit": (dit, lambda b: ((rows(b, 3, 8, 8),), {"timestep": torch.arange(b), "class_labels": torch.arange(b) % 5})),
+    "unet_1d": (unet_1d, lambda b: ((rows(b, 2, 32), torch.tensor(4)), {})),
+    "pixart": (
+        pixart,
+        lambda b: (
+            (rows(b, 3, 8, 8),),
+            {
+                "encoder_hidden_states": rows(b, 4, 12),
+                "timestep": torch.arange(b),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            },
+        ),
+    ),
+    "gru": (lambda: GRUDenoiser(True), lambda b: ((rows(b, 7, 3), rows(b)), {})),
+    "gru_time_first": (lambda: GRUDenoiser(False), lambda b: ((rows(b, 7, 3), rows(b)), {})),
+    "transformer": (lambda: Transformer(True, False), lambda b: ((rows(b, 6, 4),), {})),
+    "transformer_time_first": (lambda: Transformer(False, True), lambda b: ((rows(b, 6, 4),), {})),
+    "edm_like": (EDMLike, lambda b: ((rows(b, 2, 8, 8), torch.tensor(0.3)), {})),
+}
+
+
+def tensor_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,126 @@
+"""Members from files, ensembles to and from files."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastens
+from tests.networks import mlp, randomised, unet_2d
+from tests.tolerances import relative_error
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("members")
+    for seed in range(2):
+        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
+    return [root / f"member_{seed}" for seed in range(2)]
+
+
+@pytest.fixture
+def copies(folders, tmp_path):
+    return [shutil.copytree(folder, tmp_path / folder.name) for folder in folders]
+
+
+def test_diffusers_folders(folders):
+    x = torch.randn(2, 1, 8, 8)
+    ensemble = fastens.Ensemble(folders)
+    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    with torch.no_grad():
+        expected = (members[0](x, 3).sample + members[1](x, 3).sample) / 2
+        assert relative_error(ensemble(x, 3).sample, expected) < 1e-5
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_with_a_factory(tmp_path, suffix):
+    members = [randomised(mlp, seed) for seed in range(2)]
+    paths = [tmp_path / f"{k}{suffix}" for k in range(2)]
+    for member, path in zip(members, paths, strict=True):
+        if suffix == ".pt":
+            torch.save({"model": {}, "ema": member.state_dict()}, path)
+        else:
+            save_file(member.state_dict(), path)
+    x = torch.randn(3, 5)
+    ensemble = fastens.Ensemble(fastens.load_members(paths, mlp))
+    with torch.no_grad():
+        assert relative_error(ensemble(x), (members[0](x) + members[1](x)) / 2) < 1e-5
+    with pytest.raises(ValueError, match="pass factory="):
+        fastens.load_members(paths)
+
+
+def test_truncated(copies):
+    weights = next(copies[1].glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated"):
+        fastens.Ensemble(copies)
+
+
+def test_another_architecture(copies):
+    config = json.loads((copies[1] / "config.json").read_text())
+    config["block_out_channels"] = [8, 32]
+    (copies[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError), match=r"member_1|size|shape"):
+        fastens.Ensemble(copies)
+
+
+def test_pickles_are_refused(copies, tmp_path):
+    next(copies[1].glob("*.safetensors")).unlink()
+    torch.save({}, copies[1] / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickle"):
+        fastens.Ensemble(copies)
+    torch.save(randomised(mlp, 0), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match="execute code"):
+        fastens.Ensemble(fastens.load_members([tmp_path / "whole.pt"], mlp))
+    (tmp_path / "a.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="execute code"):
+        fastens.load_members([tmp_path / "a.pkl"], mlp)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fastens.load_members([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="paths is empty"):
+        fastens.load_members([])
+    with pytest.raises(TypeError, match="one path"):
+        fastens.load_members("one")
+
+
+def test_round_trip_with_a_factory(tmp_path):
+    ensemble = fastens.Ensemble([randomised(mlp, seed) for seed in range(2)], fastens.rules.Mean([0.25, 0.75]))
+    ensemble.save_pretrained(tmp_path / "saved")
+    again = fastens.Ensemble.from_pretrained(tmp_path / "saved", factory=mlp)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        assert torch.equal(again(x), ensemble(x))
+    assert again.rule == ensemble.rule
+    with pytest.raises(ValueError, match="pass factory="):
+        fastens.Ensemble.from_pretrained(tmp_path / "saved")
+
+
+def test_pipeline_reloads_in_a_process_that_only_imported_fastens(folders, tmp_path):
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipe = DDIMPipeline(unet=fastens.Ensemble(folders), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="np").images
+    pipe.save_pretrained(tmp_path / "pipe")
+    code = f"""
+import fastens, sys
+assert "diffusers" not in sys.modules
+import torch
+from diffusers import DDIMPipeline
+pipe = DDIMPipeline.from_pretrained({str(tmp_path / "pipe")!r})
+pipe.set_progress_bar_config(disable=True)
+images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="np").images
+torch.save(torch.tensor(images), {str(tmp_path / "images.pt")!r})
+half = DDIMPipeline.from_pretrained({str(tmp_path / "pipe")!r}, torch_dtype=torch.bfloat16)
+assert half.unet.dtype == torch.bfloat16 and half.unet.num_members == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "images.pt"), torch.tensor(images))
