@@ -8,8 +8,9 @@ from fastens.checkpoints import load_members
 from fastens.ensemble import Ensemble
 from fastens.fold.registry import register_layer
 from fastens.ops.aggregate import aggregate
+from fastens.report import backends
 
-__all__ = ["Ensemble", "__version__", "aggregate", "load_members", "register_layer", "rules"]
+__all__ = ["Ensemble", "__version__", "aggregate", "backends", "load_members", "register_layer", "rules"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ cause is kept for :func:`status` and for the errors of ``backend="native"``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -63,10 +64,8 @@ def build(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib
 def _load() -> str | None:
     """Load the first library that loads; return None, or the causes."""
     folders = [PACKAGE_DIR]
-    try:
+    with contextlib.suppress(_build.BuildError):
         folders.append(cache_dir())
-    except _build.BuildError:
-        pass
     causes = []
     for folder in folders:
         path = folder / _build.LIBRARY_NAME

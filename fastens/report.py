@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastens import _native
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -57,3 +59,12 @@ class Report:
                 line += f"  {self.num_members} calls, {share:.0f} % of the parameters: {layer.why}"
             lines.append(line)
         return "\n".join(lines)
+
+
+def backends() -> dict[str, str]:
+    """The code that can run the ops here: name -> "available", or why not."""
+    return {
+        "reference": "available",
+        "native": _native.status(),
+        "triton": "this version has no Triton kernels",
+    }

@@ -1,7 +1,8 @@
 """Aggregation rules as values: what each rule is called, its parameters, and the randomness it needs.
 
 A rule says how the scores of K members become one score (arXiv 2601.11444, section on aggregation). Rules compare
-and hash by value, print as the expression that makes them, and pass through JSON: ``from_dict(rule.to_dict()) == rule``.
+and hash by value, print as the expression that makes them, and pass through JSON:
+``from_dict(rule.to_dict()) == rule``.
 The arithmetic is in :func:`fastens.aggregate`.
 """
 
@@ -14,6 +15,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 WEIGHT_SUM_TOLERANCE = 1e-6
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}`: expected {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+
+
+def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"`weights`: expected a sequence of numbers, one per member, got {weights!r}") from None
+    if not values:
+        raise ValueError("`weights`: expected one weight per member, got none")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"`weights`: expected finite numbers, got {values}")
+    total = math.fsum(values)
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        raise ValueError(
+            f"`weights`: expected a sum of 1 within {WEIGHT_SUM_TOLERANCE}, got {total!r}; "
+            "divide each weight by the sum"
+        )
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,25 +244,3 @@ def from_dict(data: Mapping[str, Any]) -> Rule:
             f"rule {name!r} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
         )
     return cls(**parameters)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}`: expected {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
-
-
-def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
-    try:
-        values = tuple(float(weight) for weight in weights)
-    except (TypeError, ValueError):
-        raise TypeError(f"`weights`: expected a sequence of numbers, one per member, got {weights!r}") from None
-    if not values:
-        raise ValueError("`weights`: expected one weight per member, got none")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"`weights`: expected finite numbers, got {values}")
-    total = math.fsum(values)
-    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
-        raise ValueError(
-            f"`weights`: expected a sum of 1 within {WEIGHT_SUM_TOLERANCE}, got {total!r}; divide each weight by the sum"
-        )
-    return values

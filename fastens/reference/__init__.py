@@ -1,1 +1,1 @@
-"""Naive PyTorch versions of every op: what tests compare with and benchmarks run against."""
+"""Naive PyTorch versions of the ops: the oracle of tests and benchmarks, and the kernel where there is no other."""

@@ -1,0 +1,126 @@
+"""The command line: ``fastens demo``, ``info`` and ``sample``."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXTRAS = {
+    "diffusers": ("diffusers", "safetensors", "tqdm"),
+    "plot": ("matplotlib",),
+    "demo": ("diffusers", "safetensors", "tqdm", "matplotlib", "scikit-learn"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; bad input is one line on standard error and exit status 2."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        options.run(options)
+    except ModuleNotFoundError as error:
+        extra = "demo" if options.command == "demo" else "diffusers,plot"
+        sys.exit(_failed(f"{error.name} is not installed: pip install 'fastens[{extra}]'"))
+    except (ValueError, OSError) as error:
+        sys.exit(_failed(str(error)))
+
+
+def _failed(message: str) -> int:
+    print(f"fastens: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastens", description="Ensembles of diffusion models in one forward pass.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what is installed, and what runs the ops here")
+    info.set_defaults(run=_info)
+    demo = commands.add_parser("demo", help="sample digits with the shipped ensemble by every rule")
+    demo.add_argument("--out", type=Path, default=Path("fastens-demo"), help="folder of picture and figures")
+    demo.add_argument("--samples", type=_positive, default=100, help="images per rule")
+    demo.set_defaults(run=_demo, batch=100)
+    sample = commands.add_parser("sample", help="sample images with an ensemble of your diffusers checkpoints")
+    sample.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="folders that UNet2DModel saved")
+    sample.add_argument("--rule", default="mean", help="aggregation rule")
+    sample.add_argument("--num", type=_positive, default=16, help="how many images")
+    sample.add_argument("--batch", type=_positive, default=16, help="images at a time")
+    sample.add_argument(
+        "--scheduler", type=Path, help="folder of a diffusers scheduler; default: linear beta, 1000 steps"
+    )
+    sample.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
+    sample.set_defaults(run=_sample)
+    for command in (demo, sample):
+        command.add_argument("--steps", type=_positive, default=50, help="sampler steps")
+        command.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
+    return parser
+
+
+def _info(_: argparse.Namespace) -> None:
+    import torch
+
+    import fastens
+
+    print(f"fastens {fastens.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
+    for name, state in fastens.backends().items():
+        print(f"backend {name}: {state}")
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if not _installed(package)]
+        print(f"extra [{extra}]: {'missing ' + ', '.join(missing) if missing else 'installed'}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fastens.demo.run import run_demo
+
+    run_demo(options.out, options.samples, options.steps, options.seed, options.batch)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from tqdm import tqdm
+
+    import fastens
+    from fastens.demo.run import check_writable, sample
+
+    rule = fastens.rules.get(options.rule)
+    check_writable(options.out)
+    ensemble = fastens.Ensemble(fastens.load_members(options.checkpoints), rule)
+    if options.scheduler is None:
+        scheduler = DDIMScheduler(num_train_timesteps=1000)
+    else:
+        scheduler = DDIMScheduler.from_pretrained(options.scheduler)
+    with tqdm(total=options.num, unit="image", desc=f"sampling by {rule.name}") as progress:
+        images = sample(ensemble, scheduler, options.num, options.steps, options.seed, options.batch, progress)
+    _write_samples(options, images)
+
+
+def _write_samples(options: argparse.Namespace, images) -> None:
+    import numpy as np
+    from PIL import Image
+
+    np.save(options.out / "samples.npy", images)
+    for i, image in enumerate((images * 255).round().astype(np.uint8)):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(options.out / f"sample_{i:04}.png")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("run", "checkpoints")}
+    settings["checkpoints"] = [str(path) for path in options.checkpoints]
+    (options.out / "samples.json").write_text(json.dumps(settings, indent=1) + "\n")
+    print(f"{len(images)} samples: {options.out / 'samples.npy'} and PNG files beside it")
