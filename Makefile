@@ -31,7 +31,7 @@ demo: .venv/demo
 	$(BIN)/fastens demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 lint: .venv/dev
 	$(BIN)/ruff check .
