@@ -11,8 +11,7 @@
 // ifunc, which only ELF with glibc has; everywhere else the function is compiled once, for the baseline. A lambda or a
 // template handed to parallel_for would not be cloned: the cloned function calls FASTENS_INLINE templates instead.
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && defined(__GLIBC__)
-#define FASTENS_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FASTENS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTENS_CLONES
 #endif

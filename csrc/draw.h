@@ -29,8 +29,8 @@ inline uint32_t philox(uint64_t seed, uint64_t offset, uint64_t index) {
 // A member in [0, num_members), 0 < num_members < 2^32: the high half of a 64-bit product, whose bias is at most
 // num_members / 2^32.
 inline int64_t draw_member(int64_t seed, int64_t offset, int64_t num_members, int64_t sample) {
-  const uint64_t bits = philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset),
-                               static_cast<uint64_t>(sample));
+  const uint64_t bits =
+      philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), static_cast<uint64_t>(sample));
   return static_cast<int64_t>((bits * static_cast<uint64_t>(num_members)) >> 32);
 }
 
