@@ -40,7 +40,7 @@ lint: .venv/dev
 	$(BIN)/pyright
 
 bench: .venv/dev
-	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json
+	$(BIN)/fastens bench
 
 train: .venv/demo
 	$(BIN)/python -m fastens.demo.train

@@ -1,9 +1,10 @@
-"""The command line: ``fastens demo``, ``info`` and ``sample``."""
+"""The command line: ``fastens demo``, ``info``, ``sample`` and ``bench``."""
 
 import argparse
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
     sample.set_defaults(run=_sample)
+    bench = commands.add_parser("bench", help="run the benchmarks of a checkout; print the ratios and draw them")
+    bench.add_argument("--json", type=Path, help="show this pytest-benchmark result instead of running")
+    bench.add_argument("--bench", type=Path, default=Path("bench"), help="folder of the benchmarks")
+    bench.add_argument("--out", type=Path, default=Path("fastens-bench"), help="folder of table, plot and result")
+    bench.add_argument("--only", default="", help="run the benchmarks whose names match, as pytest -k")
+    bench.set_defaults(run=_bench)
     for command in (demo, sample):
         command.add_argument("--steps", type=_positive, default=50, help="sampler steps")
         command.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
@@ -111,6 +118,27 @@ def _sample(options: argparse.Namespace) -> None:
     with tqdm(total=options.num, unit="image", desc=f"sampling by {rule.name}") as progress:
         images = sample(ensemble, scheduler, options.num, options.steps, options.seed, options.batch, progress)
     _write_samples(options, images)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from fastens import ratios
+    from fastens.demo.run import check_writable
+
+    check_writable(options.out)
+    result = options.json
+    if result is None:
+        if not options.bench.is_dir():
+            raise ValueError(f"{options.bench} is no folder; run this in a checkout, or pass --json RESULT")
+        result = options.out / "bench.json"
+        command = [sys.executable, "-m", "pytest", "-q", str(options.bench), f"--benchmark-json={result}"]
+        command += ["-k", options.only] if options.only else []
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError("a benchmark failed; its output is above")
+    rows = ratios.read(result)
+    text = ratios.table(rows)
+    (options.out / "ratios.md").write_text(text + "\n")
+    ratios.plot(rows, options.out / "ratios.png")
+    print(f"{text}\n\ntable: {options.out / 'ratios.md'}\nplot: {options.out / 'ratios.png'}")
 
 
 def _write_samples(options: argparse.Namespace, images) -> None:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
+    {"ratios"},
     {"demo", "interop", "evaluation", "tabular"},
     {"checkpoints"},
     {"ensemble", "dropout"},
