@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fastens import rules
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import DifferentMembers, replaced, stack_members, tensors_of
-from fastens.ops._scores import BACKENDS, seed_from
+from fastens.ops._dispatch import check_backend
+from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
-from fastens.ops.draw import draw_members
-from fastens.ops.variance import member_variance
+from fastens.ops.draw_members import draw_members
+from fastens.ops.member_variance import member_variance
 from fastens.report import Report
 
 # Frameworks that insist on a base class of their own: top-level package -> module with ``ensemble_class(member)``.
@@ -78,8 +79,7 @@ class Ensemble(nn.Module):
             )
         if engine not in ("auto", "fold", "loop"):
             raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
+        check_backend(backend)
         if aggregate_in not in (None, prediction):
             raise ValueError(
                 f"aggregate_in={aggregate_in!r} with prediction={prediction!r}: rules are applied to what the members "

@@ -59,6 +59,16 @@ class Rule:
         """Whether each sample is sent to one drawn member instead of to all."""
         return self.per_evaluation or self.per_trajectory
 
+    @property
+    def option(self) -> str:
+        """The rule's choice, as the dispatcher's schema takes it; empty where it has none."""
+        return ""
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The rule's numbers, as the dispatcher's schema takes them."""
+        return ()
+
     def check(self, num_members: int) -> None:
         """Raise ValueError where the rule does not fit ``num_members`` members."""
 
@@ -87,6 +97,11 @@ class Mean(Rule):
         if self.weights is None:
             return
         object.__setattr__(self, "weights", _checked_weights(self.weights))
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The weights, empty for equal ones."""
+        return self.weights or ()
 
     def check(self, num_members: int) -> None:
         """Raise ValueError where there are weights but not one per member."""
@@ -126,6 +141,11 @@ class Median(Rule):
         """Check ``even``."""
         _check_choice("even", self.even, ("average", "lower"))
 
+    @property
+    def option(self) -> str:
+        """``even``."""
+        return self.even
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometric(Rule):
@@ -150,6 +170,16 @@ class Geometric(Rule):
         _check_choice("shift", self.shift, ("sample", "batch"))
         if not (math.isfinite(self.eps) and self.eps >= 1e-30):
             raise ValueError(f"`eps`: expected a finite number of at least 1e-30, got {self.eps!r}")
+
+    @property
+    def option(self) -> str:
+        """``shift``."""
+        return self.shift
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """``eps``."""
+        return (self.eps,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,3 +274,14 @@ def from_dict(data: Mapping[str, Any]) -> Rule:
             f"rule {name!r} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
         )
     return cls(**parameters)
+
+
+def from_schema(name: str, option: str, values: Sequence[float]) -> Rule:
+    """Return the rule of a dispatcher call: the inverse of ``name``, ``option`` and ``values``."""
+    if name == Mean.name:
+        return Mean(tuple(values) or None)
+    if name == Median.name:
+        return Median(option)
+    if name == Geometric.name:
+        return Geometric(option, *values)
+    return get(name)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from fastens.ops._dispatch import OPS, Op, register
+from fastens.ops._dispatch import OPS, Op
 
-__all__ = ["OPS", "Op", "all_ops", "register"]
+__all__ = ["OPS", "Op", "all_ops"]
 
 
 def all_ops() -> dict[str, Op]:

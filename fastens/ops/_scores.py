@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "native", "triton")
-
 
 def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return K tensors [B, ...] of one shape, dtype and device.
@@ -40,12 +38,19 @@ def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return members
 
 
-def check_backend(op: str, backend: str) -> None:
-    """Raise unless ``backend`` can run the op."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
-    if backend in ("native", "triton"):
-        raise RuntimeError(f"{op}: backend {backend!r} has no kernel of this op in this version; use 'auto'")
+def result_like(scores: list[Tensor]) -> Tensor:
+    """An uninitialised result [B, ...] in the layout that the native kernels give: as `csrc/cpu/blocks.h` decides."""
+    first = scores[0]
+    sizes, strides = first.shape, first.stride()
+    expected = 1
+    for d in sorted(range(1, first.ndim), key=lambda d: strides[d]):
+        if sizes[d] == 1:
+            continue
+        if strides[d] != expected:
+            return first.new_empty(sizes)
+        expected *= sizes[d]
+    flat = sizes[0] == 1 or strides[0] == expected
+    return torch.empty_like(first) if flat else first.new_empty(sizes)
 
 
 def seed_from(generator: torch.Generator | None) -> int:

@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from fastens import rules
-from fastens.ops._scores import as_scores, check_backend, seed_from
+from fastens.ops._dispatch import Op
+from fastens.ops._scores import as_scores, result_like, seed_from
 from fastens.reference import aggregate as reference
+
+
+def _by_schema(scores: list[Tensor], rule: str, option: str, values: list[float], seed: int, offset: int) -> Tensor:
+    return reference.aggregate(scores, rules.from_schema(rule, option, values), seed=seed, offset=offset)
+
+
+_aggregate = Op(
+    "aggregate(Tensor[] scores, str rule, str option, float[] values, int seed, int offset) -> Tensor",
+    _by_schema,
+    {"native": lambda scores, rule, option, values, seed, offset: result_like(scores)},
+)
 
 
 def aggregate(
@@ -21,10 +33,11 @@ def aggregate(
     """Combine the outputs of K members by a rule (arXiv 2601.11444).
 
     Args:
-        scores: [K, B, ...], or a sequence of K tensors [B, ...]; floating point.
+        scores: [K, B, ...], or a sequence of K tensors [B, ...], of which no stack is made by the native backend;
+            floating point.
         rule: name, alias or value of a rule, see :mod:`fastens.rules`.
         weights: K numbers that sum to 1, for a mean that has none of its own.
-        backend: the code that runs it.
+        backend: the code that runs it: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         generator: from which ``alternating`` draws one member per sample; none for torch's global one.
 
     Returns:
@@ -34,10 +47,10 @@ def aggregate(
         TypeError: scores that are not floating-point tensors.
         ValueError: no members, members that differ, an unknown rule or backend, weights that do not fit, or the rule
             ``mixture``, which needs the trajectory of an ensemble.
+        RuntimeError: a backend asked for by name that cannot run here; the causes are named.
     """
     members = as_scores("aggregate", scores)
     resolved = rules.get(rule)
-    check_backend("aggregate", backend)
     if resolved.per_trajectory:
         raise ValueError(
             "aggregate: rule 'mixture' draws one member per sample and trajectory; use fastens.Ensemble(..., "
@@ -46,9 +59,7 @@ def aggregate(
     if weights is not None:
         if not isinstance(resolved, rules.Mean) or resolved.weights is not None:
             raise ValueError(f"aggregate: weights given with {resolved}, which takes none or has its own")
-        resolved = rules.Mean(weights)
-    own = getattr(resolved, "weights", None) or ()
-    if own and len(own) != len(members):
-        raise ValueError(f"aggregate: {len(own)} weights for {len(members)} members, expected one per member")
+        resolved = rules.Mean(weights)  # pyright: ignore[reportArgumentType]
+    resolved.check(len(members))
     seed = seed_from(generator) if resolved.per_evaluation else 0
-    return reference.aggregate(members, resolved, seed=seed)
+    return _aggregate.resolve(backend, members)(members, resolved.name, resolved.option, resolved.values, seed, 0)

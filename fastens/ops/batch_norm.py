@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import batch_norm as reference
 
-_batch_norm = define(
+_batch_norm = Op(
     "batch_norm(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05, Tensor? offsets=None) -> Tensor",
     reference.batch_norm,
@@ -43,4 +44,4 @@ def batch_norm(
     stacks = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, stack in stacks.items():
         check_stack("batch_norm", name, stack, (num_members, x.shape[1]))
-    return _batch_norm(x, running_mean, running_var, weight, bias, eps, offsets)
+    return _batch_norm.default(x, running_mean, running_var, weight, bias, eps, offsets)

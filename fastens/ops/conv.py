@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import conv as reference
 
-_conv = define(
+_conv = Op(
     "conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "bool transposed, SymInt[] output_padding, SymInt groups, Tensor? offsets=None) -> Tensor",
     reference.conv,
@@ -54,4 +55,4 @@ def conv(
     if x.shape[1] != channels_in:
         raise ValueError(f"conv: x has {x.shape[1]} channels, weight expects {channels_in}")
     check_stack("conv", "bias", bias, (weight.shape[0], channels_out))
-    return _conv(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, offsets)
+    return _conv.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, offsets)

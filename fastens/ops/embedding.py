@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows
 from fastens.reference import embedding as reference
 
-_embedding = define("embedding(Tensor index, Tensor weight, Tensor? offsets=None) -> Tensor", reference.embedding)
+_embedding = Op("embedding(Tensor index, Tensor weight, Tensor? offsets=None) -> Tensor", reference.embedding)
 
 
 def embedding(index: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -31,4 +32,4 @@ def embedding(index: Tensor, weight: Tensor, offsets: Tensor | None = None) -> T
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= weight.shape[1]:  # a stray index would read another member's table
             raise IndexError(f"embedding: index holds {low}..{high}, expected 0..{weight.shape[1] - 1}")
-    return _embedding(index, weight, offsets)
+    return _embedding.default(index, weight, offsets)

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import group_norm as reference
 
-_group_norm = define(
+_group_norm = Op(
     "group_norm(Tensor x, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
     "Tensor? offsets=None) -> Tensor",
     reference.group_norm,
@@ -40,4 +41,4 @@ def group_norm(
         if stack is not None:
             check_rows("group_norm", x, stack.shape[0], offsets)
             check_stack("group_norm", name, stack, (stack.shape[0], x.shape[1]))
-    return _group_norm(x, num_groups, weight, bias, eps, offsets)
+    return _group_norm.default(x, num_groups, weight, bias, eps, offsets)

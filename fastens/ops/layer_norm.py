@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import layer_norm as reference
 
-_layer_norm = define(
+_layer_norm = Op(
     "layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
     "Tensor? offsets=None) -> Tensor",
     reference.layer_norm,
@@ -42,4 +43,4 @@ def layer_norm(
         if stack is not None:
             check_rows("layer_norm", x, stack.shape[0], offsets)
             check_stack("layer_norm", name, stack, (stack.shape[0], *normalized_shape))
-    return _layer_norm(x, normalized_shape, weight, bias, eps, offsets)
+    return _layer_norm.default(x, normalized_shape, weight, bias, eps, offsets)

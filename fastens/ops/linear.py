@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import linear as reference
 
-_linear = define("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? offsets=None) -> Tensor", reference.linear)
+_linear = Op("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? offsets=None) -> Tensor", reference.linear)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
@@ -29,4 +30,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tenso
     if x.shape[-1] != weight.shape[2]:
         raise ValueError(f"linear: x has {x.shape[-1]} features, weight expects {weight.shape[2]}")
     check_stack("linear", "bias", bias, (weight.shape[0], weight.shape[1]))
-    return _linear(x, weight, bias, offsets)
+    return _linear.default(x, weight, bias, offsets)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastens.ops._member_op import check_rows, check_stack, define
+from fastens.ops._dispatch import Op
+from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import rms_norm as reference
 
-_rms_norm = define(
+_rms_norm = Op(
     "rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, "
     "Tensor? offsets=None) -> Tensor",
     reference.rms_norm,
@@ -39,4 +40,4 @@ def rms_norm(
     if weight is not None:
         check_rows("rms_norm", x, weight.shape[0], offsets)
         check_stack("rms_norm", "weight", weight, (weight.shape[0], *normalized_shape))
-    return _rms_norm(x, normalized_shape, weight, eps, offsets)
+    return _rms_norm.default(x, normalized_shape, weight, eps, offsets)

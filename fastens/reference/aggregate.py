@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastens import rules
-from fastens.reference.draw import draw_members
+from fastens.reference.draw_members import draw_members
 
 
 def aggregate(

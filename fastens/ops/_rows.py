@@ -1,23 +1,7 @@
-"""What the member-batched ops share: registration of the reference as default kernel, and the checks of rows."""
-
-from collections.abc import Callable
+"""The checks that the member-batched ops share."""
 
 import torch
 from torch import Tensor
-
-LIBRARY = torch.library.Library("fastens", "FRAGMENT")
-
-
-def define(schema: str, reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Register ``fastens::<schema>`` with its reference as the kernel of every device.
-
-    The reference is composed of differentiable torch ops (CompositeImplicitAutograd), so gradients of any order
-    come with it and compilers see through it; faster backends are separate private ops.
-    """
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
-    return getattr(torch.ops.fastens, name).default
 
 
 def check_rows(op: str, x: Tensor, num_members: int, offsets: Tensor | None) -> None:

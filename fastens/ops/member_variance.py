@@ -1,0 +1,30 @@
+"""Variance over members."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastens.ops._dispatch import Op
+from fastens.ops._scores import as_scores, result_like
+from fastens.reference import member_variance as reference
+
+_variance = Op("member_variance(Tensor[] scores) -> Tensor", reference.member_variance, {"native": result_like})
+
+
+def member_variance(scores: Tensor | Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """Compute the variance of the members around their arithmetic mean, Σ_k (S_k - mean)² / K.
+
+    Args:
+        scores: [K, B, ...], or a sequence of K tensors [B, ...]; floating point.
+        backend: the code that runs it.
+
+    Returns:
+        [B, ...], of the members' dtype; reduced in float32 at least.
+
+    Raises:
+        TypeError: scores that are not floating-point tensors.
+        ValueError: no members, members that differ, or an unknown backend.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+    members = as_scores("member_variance", scores)
+    return _variance.resolve(backend, members)(members)

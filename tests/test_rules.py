@@ -1,0 +1,70 @@
+"""Rules are values: comparable, hashable, printable, JSON-able."""
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from fastens import rules
+
+VALUES = [
+    rules.Mean(),
+    rules.Mean((0.25, 0.75)),
+    rules.Sum(),
+    rules.Median(),
+    rules.Median("lower"),
+    rules.Geometric(),
+    rules.Geometric("batch", 1e-3),
+    rules.Dominant(),
+    rules.MaxAbs(),
+    rules.Alternating(),
+    rules.Mixture(),
+]
+
+
+@pytest.mark.parametrize("rule", VALUES, ids=str)
+def test_a_rule_survives_every_form(rule):
+    assert rules.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert copy.deepcopy(rule) == rule
+    assert hash(copy.deepcopy(rule)) == hash(rule)
+    assert rules.from_schema(rule.name, rule.option, rule.values) == rule
+    assert eval(repr(rule), vars(rules)) == rule
+    assert [other for other in VALUES if other == rule] == [rule]
+
+
+@pytest.mark.parametrize("alias", rules.ALIASES)
+def test_aliases(alias):
+    assert rules.get(alias) == rules.get(rules.ALIASES[alias])
+
+
+def test_names_and_randomness():
+    assert rules.names() == ("mean", "sum", "median", "geometric", "dominant", "max_abs", "alternating", "mixture")
+    assert [name for name in rules.names() if rules.get(name).random] == ["alternating", "mixture"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.get("geometrical"), "did you mean 'geometric'"),
+        (lambda: rules.get("arithmetc"), "did you mean 'arithmetic'"),
+        (lambda: rules.get("zzz"), "The rules are mean, sum"),
+        (lambda: rules.Median("upper"), "expected 'average' or 'lower'"),
+        (lambda: rules.Geometric("pixel"), "expected 'sample' or 'batch'"),
+        (lambda: rules.Geometric(eps=0.0), "at least 1e-30"),
+        (lambda: rules.Mean(()), "got none"),
+        (lambda: rules.Mean((0.5, 0.4)), "sum of 1"),
+        (lambda: rules.from_dict({"weights": [1.0]}), "under 'rule'"),
+        (lambda: rules.from_dict({"rule": "median", "odd": 1}), "has no parameter odd; it has even"),
+    ],
+)
+def test_bad_values_name_themselves(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_weights_fit_the_members():
+    rules.Mean((0.5, 0.5)).check(2)
+    with pytest.raises(ValueError, match="one weight per member, 3, got 2"):
+        rules.Mean((0.5, 0.5)).check(3)
