@@ -23,7 +23,8 @@ def build_library(package: Path) -> None:
     site = sysconfig.get_paths(vars={"base": sys.prefix, "platbase": sys.prefix})["purelib"]
     paths = [p for p in (os.environ.get("PYTHONPATH"), *sys.path, site) if p]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    command = [sys.executable, str(ROOT / "fastens" / "_build.py"), str(package / "_lib"), str(ROOT / "build" / "cpu")]
+    # -S: pip puts a sitecustomize on the path of an isolated build, which fails outside that build
+    command = [sys.executable, "-S", str(ROOT / "fastens" / "_build.py"), str(package / "_lib"), str(ROOT / "build" / "cpu")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         print(f"fastens: installing without the native library: {result.stderr.strip()[-2000:]}", file=sys.stderr)

@@ -14,8 +14,8 @@ namespace {
 
 struct Job {
   const Members& members;
-  std::vector<double> weights{};  // mean, sum: sum_k weights[k] S_k / divisor
-  double divisor = 1;
+  std::vector<double> weights{};  // mean, sum: scale * sum_k weights[k] S_k
+  double scale = 1;
   bool average = true;                  // median of even K: of the two middle values, or the lower
   double base = 0, shift = 0, eps = 0;  // geometric: exp(mean_k log(((S_k - base) + shift) + eps)) - eps + base - shift
 };
@@ -23,7 +23,7 @@ struct Job {
 template <class W>
 FASTENS_INLINE void linear(const Job& job, int64_t begin, int64_t end) {
   const Members& members = job.members;
-  const W divisor = static_cast<W>(job.divisor);
+  const W scale = static_cast<W>(job.scale);
   alignas(64) W buffer[kBlock], out[kBlock];
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = std::min(kBlock, end - at);
@@ -32,8 +32,8 @@ FASTENS_INLINE void linear(const Job& job, int64_t begin, int64_t end) {
       const W weight = static_cast<W>(job.weights[k]);
       for (int64_t i = 0; i < n; ++i) out[i] = weight * score[i] + (k == 0 ? W(0) : out[i]);
     }
-    if (divisor != W(1)) {
-      for (int64_t i = 0; i < n; ++i) out[i] /= divisor;
+    if (scale != W(1)) {
+      for (int64_t i = 0; i < n; ++i) out[i] *= scale;
     }
     narrowed(out, members, at, n);
   }
@@ -342,7 +342,7 @@ Tensor aggregate(std::vector<Tensor> scores, std::string rule, std::string optio
     STD_TORCH_CHECK(values.empty() || values.size() == num_members, "aggregate: `weights` has ", values.size(),
                     " values, expected one per member, ", num_members);
     job.weights = values.empty() ? std::vector<double>(num_members, 1.0) : values;
-    job.divisor = rule == "mean" && values.empty() ? static_cast<double>(num_members) : 1.0;
+    job.scale = rule == "mean" && values.empty() ? 1.0 / static_cast<double>(num_members) : 1.0;
     run(job, linear_f32, linear_f64);
   } else if (rule == "median") {
     job.average = option != "lower";

@@ -11,6 +11,10 @@
 #include <numeric>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "check.h"
 
 namespace fastens {
@@ -42,6 +46,16 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Fresh memory of many megabytes costs more in page faults, 4 KiB each, than the kernel that fills it: ask for huge pages.
+inline void ask_for_huge_pages([[maybe_unused]] const Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr()), end = begin + x.numel() * x.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
+
 // K members and a result in one flat layout; a member in another layout is copied into it.
 struct Members {
   Tensor out;                     // [B, ...], not yet written
@@ -59,6 +73,7 @@ struct Members {
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
                         dtype == ScalarType::Half,
                     op, ": `scores` has a dtype that the native kernel does not take; use backend='reference'");
+    ask_for_huge_pages(out);
     for (const Tensor& score : scores) {
       own.push_back(score);
       if (!same_strides(score, out)) {
