@@ -24,7 +24,8 @@ def build_library(package: Path) -> None:
     paths = [p for p in (os.environ.get("PYTHONPATH"), *sys.path, site) if p]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     # -S: pip puts a sitecustomize on the path of an isolated build, which fails outside that build
-    command = [sys.executable, "-S", str(ROOT / "fastens" / "_build.py"), str(package / "_lib"), str(ROOT / "build" / "cpu")]
+    builder, out_dir, work_dir = ROOT / "fastens" / "_build.py", package / "_lib", ROOT / "build" / "cpu"
+    command = [sys.executable, "-S", str(builder), str(out_dir), str(work_dir)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         print(f"fastens: installing without the native library: {result.stderr.strip()[-2000:]}", file=sys.stderr)
