@@ -39,7 +39,7 @@ def source_root() -> pathlib.Path:
 
 def sources() -> list[pathlib.Path]:
     """Return every C++ source of the CPU library, sorted."""
-    return sorted((source_root() / "cpu").glob("*.cpp"))
+    return sorted((source_root() / "cpu").rglob("*.cpp"))
 
 
 def headers() -> list[pathlib.Path]:
@@ -160,7 +160,8 @@ def ninja_file() -> str:
         raise BuildError(f"building needs torch, which does not import here: {error}") from error
     includes = [f"-isystem {_quoted(path)}" for path in include_paths()]
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
-    objects = {f"{source.stem}.o": _escaped(source) for source in sources()}
+    root = source_root() / "cpu"
+    objects = {f"{'-'.join(path.relative_to(root).with_suffix('').parts)}.o": _escaped(path) for path in sources()}
     return "\n".join(
         [
             "ninja_required_version = 1.3",
