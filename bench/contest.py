@@ -31,6 +31,7 @@ def contest(
     shape: str,
     wanted: dict[str, float] | None = None,
     rounds: int = 30,
+    floor: Callable[[], object] | None = None,
 ) -> None:
     """Time ours as the benchmark, and every rival once before each of its rounds.
 
@@ -45,6 +46,7 @@ def contest(
         shape: shapes and dtype.
         wanted: ratio of the rival's time to ours that the goal asks for, by rival.
         rounds: rounds of the benchmark.
+        floor: work that any contender has to do, timed beside them as "floor"; it has no result to check.
     """
     contenders = {"ours": ours, **rivals}
     first: dict[str, float] = {}
@@ -56,11 +58,12 @@ def contest(
         if not error <= tolerance:
             raise AssertionError(f"{name} is {error:.1e} from the reference, so its speed means nothing")
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    timed: dict[str, Callable[[], object]] = {**rivals, **({"floor": floor} if floor else {})}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
 
     def rivals_first() -> None:
         gc.collect(0)
-        for name, run in rivals.items():
+        for name, run in timed.items():
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
