@@ -61,10 +61,14 @@ class Op:
             RuntimeError: ``backend`` was asked for by name and is not available; the causes are named.
         """
         tensors = list(tensors)
-        if backend == "auto" and (not self.kernels or _differentiates(tensors)):
+        differentiates = _differentiates(tensors)
+        if backend == "auto" and (not self.kernels or differentiates):
             backend = "reference"
         device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
-        return getattr(torch.ops.fastens, _kernel(self.name, tuple(self.kernels.items()), backend, device, dtype))
+        kernel = _kernel(self.name, tuple(self.kernels.items()), backend, device, dtype)
+        if kernel == self.name or differentiates or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return getattr(torch.ops.fastens, kernel)
+        return _below_autograd(kernel)
 
 
 OPS: dict[str, Op] = {}
@@ -125,6 +129,18 @@ def _choice(
             "Use backend='auto' to fall back, or backend='reference'"
         )
     return kernel
+
+
+@functools.cache
+def _below_autograd(kernel: str) -> Callable[..., Tensor]:
+    """The private op without its autograd in Python, which costs as much as a small kernel, for calls that need none."""
+    op = getattr(torch.ops.fastens, kernel).default
+
+    def call(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
 
 
 def _differentiates(tensors: list[Tensor]) -> bool:

@@ -21,21 +21,33 @@ def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
         members = list(scores)
     if not members:
         raise ValueError(f"{op}: scores holds no members (K = 0), expected at least one")
+    first = members[0]
+    if isinstance(first, Tensor) and first.is_floating_point() and first.ndim:
+        shape, dtype, device = first.shape, first.dtype, first.device
+        if all(
+            isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.device == device for x in members[1:]
+        ):
+            return members
+    raise _refusal(op, members)
+
+
+def _refusal(op: str, members: list[Tensor]) -> Exception:
+    """The error that names the first member that does not fit."""
     for k, member in enumerate(members):
         if not isinstance(member, Tensor):
-            raise TypeError(f"{op}: scores[{k}] is a {type(member).__name__}, expected a tensor")
+            return TypeError(f"{op}: scores[{k}] is a {type(member).__name__}, expected a tensor")
         if not member.is_floating_point():
-            raise TypeError(f"{op}: scores[{k}] is {member.dtype}, expected a floating-point dtype; convert it first")
+            return TypeError(f"{op}: scores[{k}] is {member.dtype}, expected a floating-point dtype; convert it first")
         if member.ndim == 0:
-            raise ValueError(f"{op}: scores[{k}] is 0-dimensional, expected [B, ...]")
+            return ValueError(f"{op}: scores[{k}] is 0-dimensional, expected [B, ...]")
         for what, ours, first in (
             ("shape", tuple(member.shape), tuple(members[0].shape)),
             ("dtype", member.dtype, members[0].dtype),
             ("device", member.device, members[0].device),
         ):
             if ours != first:
-                raise ValueError(f"{op}: scores[{k}] has {what} {ours}, but scores[0] {first}; members must agree")
-    return members
+                return ValueError(f"{op}: scores[{k}] has {what} {ours}, but scores[0] {first}; members must agree")
+    raise AssertionError("the members agree")
 
 
 def result_like(scores: list[Tensor]) -> Tensor:
