@@ -4,12 +4,15 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 BIN := .venv/bin
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test lint bench train clean
+SOURCES := $(shell find csrc -type f) fastens/_build.py
+
+.PHONY: help demo test lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
+	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
 	@echo "make train  train the demo's members again"
 	@echo "TORCH='torch==2.12.0' or TORCH_INDEX=URL choose another torch"
 
@@ -17,6 +20,7 @@ help:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; pass PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install -q ninja
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml setup.py
@@ -27,10 +31,16 @@ help:
 	$(BIN)/python -m pip install -q -e ".[demo]"
 	@touch $@
 
-demo: .venv/demo
+# Follows the sources. Exit status 3: nothing to build with here, so the reference kernels serve.
+build/native: $(SOURCES) | .venv/python
+	@mkdir -p build
+	@$(BIN)/python fastens/_build.py fastens/_lib build/cpu > build/native.log 2>&1 && touch $@ \
+	  || { status=$$?; tail -n 30 build/native.log; test $$status -eq 3; }
+
+demo: .venv/demo build/native
 	$(BIN)/fastens demo
 
-test: .venv/dev
+test: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 lint: .venv/dev
@@ -39,11 +49,27 @@ lint: .venv/dev
 	git ls-files 'csrc/*' | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pyright
 
-bench: .venv/dev
+bench: .venv/dev build/native
 	$(BIN)/fastens bench
 
 train: .venv/demo
 	$(BIN)/python -m fastens.demo.train
+
+wheel: .venv/python
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	@ls dist
+
+build/wheel-venv/python: .venv/python
+	$(BIN)/python -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@touch $@
+
+test-wheel: wheel build/wheel-venv/python
+	build/wheel-venv/bin/python -m pip install -q --force-reinstall --no-deps dist/*.whl
+	build/wheel-venv/bin/python -m pip install -q dist/*.whl
+	build/wheel-venv/bin/python -I tests/wheel_smoke.py
+	build/wheel-venv/bin/fastens info
 
 clean:
 	rm -rf build dist *.egg-info fastens/_lib .venv

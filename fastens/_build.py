@@ -20,8 +20,15 @@ LIBRARY_NAME = "libfastens_cpu.so"
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
+CANNOT_BUILD_HERE = 3  # exit status; a compile error is 1
+
+
 class BuildError(RuntimeError):
     """The CPU library could not be built; the message carries the cause and the remedy."""
+
+
+class ToolMissing(BuildError):
+    """A compiler, ninja or torch is missing, or the platform is one that the library does not support."""
 
 
 def source_root() -> pathlib.Path:
@@ -60,22 +67,24 @@ def compiler() -> str:
     """Return the C++ compiler: ``$CXX``, else the first of c++, g++, clang++ on the path.
 
     Raises:
-        BuildError: there is none.
+        ToolMissing: there is none, or ``$CXX`` names none.
     """
     chosen = os.environ.get("CXX")
     if chosen:
+        if not shutil.which(chosen.split()[0]):
+            raise ToolMissing(f"no C++ compiler: $CXX is {chosen!r}, which is no program here; unset it or correct it")
         return chosen
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return name
-    raise BuildError("no C++ compiler: install g++ or clang++, or point $CXX at one")
+    raise ToolMissing("no C++ compiler: install g++ or clang++, or point $CXX at one")
 
 
 def ninja() -> str:
     """Return the ninja program: on the path, beside this Python, or of the ``ninja`` distribution.
 
     Raises:
-        BuildError: there is none.
+        ToolMissing: there is none.
     """
     found = shutil.which("ninja") or shutil.which("ninja", path=str(pathlib.Path(sys.executable).parent))
     if found:
@@ -83,7 +92,7 @@ def ninja() -> str:
     try:
         from ninja import BIN_DIR  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise BuildError("no ninja: `pip install ninja`") from None
+        raise ToolMissing("no ninja: `pip install ninja`") from None
     return str(pathlib.Path(BIN_DIR) / "ninja")
 
 
@@ -126,7 +135,7 @@ def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Pa
         BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
     """
     if sys.platform == "win32":
-        raise BuildError("the CPU library is built with g++ or clang++ on Linux and macOS; Windows uses the reference")
+        raise ToolMissing("the CPU library is built with g++ or clang++ on Linux and macOS; Windows uses the reference")
     if work_dir is None:
         with tempfile.TemporaryDirectory(prefix="fastens-build-") as temporary:
             return build_cpu(out_dir, verbose, pathlib.Path(temporary))
@@ -157,7 +166,7 @@ def ninja_file() -> str:
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
-        raise BuildError(f"building needs torch, which does not import here: {error}") from error
+        raise ToolMissing(f"building needs torch, which does not import here: {error}") from error
     includes = [f"-isystem {_quoted(path)}" for path in include_paths()]
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     root = source_root() / "cpu"
@@ -196,5 +205,8 @@ if __name__ == "__main__":
     try:
         out_dir, *work_dir = map(pathlib.Path, sys.argv[1:])
         print(build_cpu(out_dir, True, *work_dir))
+    except ToolMissing as error:
+        print(error, file=sys.stderr)
+        sys.exit(CANNOT_BUILD_HERE)
     except BuildError as error:
         sys.exit(str(error))

@@ -104,12 +104,15 @@ def missing(kernel: str | None, backend: str, device: torch.device, dtype: torch
     return None
 
 
-@torch.compiler.assume_constant_result
 def _kernel(
     name: str, kernels: tuple[tuple[str, str], ...], backend: str, device: torch.device, dtype: torch.dtype
 ) -> str:
     """Let a compiler take the choice as a constant, which it does not for a cached function itself."""
     return _choice(name, kernels, backend, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler for it: seconds.
+_kernel._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.cache
