@@ -117,6 +117,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path.parent} has no {path.name}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -155,14 +157,18 @@ def _load_diffusers(directory: Path) -> nn.Module:
         raise ValueError(f"checkpoint {directory} has no weights, expected {_WEIGHTS}")
     for file in weights:
         _check_safetensors(file)
-    member, info = model_class.from_pretrained(
-        directory, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True
-    )
+    described = f"does not fit the {model_class.__name__} that its {_CONFIG} describes"
+    try:
+        member, info = model_class.from_pretrained(
+            directory, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {directory} {described}, is it of another architecture? {error}") from error
     if info["missing_keys"] or info["unexpected_keys"] or info.get("mismatched_keys"):
         missing, unexpected = sorted(info["missing_keys"])[:3], sorted(info["unexpected_keys"])[:3]
         raise ValueError(
-            f"checkpoint {directory} does not fit the {model_class.__name__} that its {_CONFIG} describes: "
-            f"missing {missing}, unexpected {unexpected}"
+            f"checkpoint {directory} {described}, is it of another architecture? missing {missing}, "
+            f"unexpected {unexpected}"
         )
     return member
 
@@ -184,12 +190,12 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
         ValueError: members of different structure, which have no stacks.
         OSError: the directory cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if ensemble._engine is None:
         raise ValueError("members of different structure have no common stacks; save them one by one")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
     config = {
@@ -202,9 +208,13 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
         "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
     partial = directory / f".{_STACKS}.partial"
-    save_file(tensors, partial)
-    (directory / _CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
-    partial.replace(directory / _STACKS)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial)
+        (directory / _CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
+        partial.replace(directory / _STACKS)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the folder {directory} cannot be written: {error}; choose another") from error
 
 
 def load_ensemble(
@@ -232,8 +242,11 @@ def load_ensemble(
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no folder")
     config = _read_config(directory)
-    if "num_members" not in config:
+    missing = [key for key in ("num_members", "rule", "shared", "settings", "member_class") if key not in config]
+    if "num_members" in missing:
         raise ValueError(f"{directory / _CONFIG} describes no ensemble; for single members use load_members([...])")
+    if missing:
+        raise ValueError(f"{directory / _CONFIG} lacks {', '.join(missing)}: save the ensemble again")
     if factory is not None:
         member = factory()
     elif config.get("member_config") is not None:

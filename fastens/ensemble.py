@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastens import rules
 from fastens.fold.engine import FoldEngine
-from fastens.fold.members import DifferentMembers, replaced, stack_members, tensors_of
+from fastens.fold.members import DifferentMembers, check_members, replaced, stack_members, tensors_of
 from fastens.ops._dispatch import check_backend
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
@@ -48,7 +48,7 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
             engine or backend; weights of another number than K; a conversion between parameterisations.
-        TypeError: a member that is not a module.
+        TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
     def __init__(
@@ -64,19 +64,14 @@ class Ensemble(nn.Module):
         schedule: Any = None,
     ) -> None:
         nn.Module.__init__(self)
-        if isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList):
-            raise TypeError("members is one module, expected a sequence of them: Ensemble([model, ...])")
-        if len(members) == 0:
-            raise ValueError("members is empty, expected at least one module or checkpoint")
-        if any(isinstance(member, str | Path) for member in members):
+        check_members(members)
+        if isinstance(members, list | tuple) and isinstance(
+            members[0], str | Path
+        ):
             from fastens.checkpoints import load_members
 
             members = load_members(members)  # pyright: ignore[reportArgumentType]
         first = members[0]
-        if not isinstance(first, nn.Module):
-            raise TypeError(
-                f"member 0 is a {type(first).__name__}, expected a torch.nn.Module or the path of a checkpoint"
-            )
         if engine not in ("auto", "fold", "loop"):
             raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
         check_backend(backend)

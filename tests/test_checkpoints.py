@@ -56,16 +56,90 @@ def test_files_with_a_factory(tmp_path, suffix):
 def test_truncated(copies):
     weights = next(copies[1].glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"member_1.*truncated"):
+        fastens.Ensemble(copies)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("length", [0, 300, -20])
+def test_truncated_file(tmp_path, suffix, length):
+    path = tmp_path / f"member{suffix}"
+    state = randomised(mlp, 0).state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=rf"member\{suffix} cannot be read, it may be truncated"):
+        fastens.Ensemble(fastens.load_members([path], mlp))
+
+
+def edited(folder, **changes):
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("changes", [{"block_out_channels": [8, 32]}, {"layers_per_block": 2}])
+def test_weights_of_another_architecture(copies, changes):
+    edited(copies[1], **changes)
+    with pytest.raises(ValueError, match=r"member_1 does not fit the UNet2DModel .* another architecture"):
+        fastens.Ensemble(copies)
+
+
+def test_folder_that_is_no_model(copies):
+    edited(copies[1], _class_name="NoSuchNet")
+    with pytest.raises(ValueError, match="'NoSuchNet', which diffusers"):
+        fastens.Ensemble(copies)
+    (copies[1] / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        fastens.Ensemble(copies)
+    (copies[1] / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        fastens.Ensemble(copies)
+    next(copies[0].glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"has no weights, expected"):
+        fastens.Ensemble(copies)
+
+
+def test_file_of_another_architecture(tmp_path):
+    save_file(randomised(mlp, 0).state_dict(), tmp_path / "a.safetensors")
+    members = fastens.load_members([tmp_path / "a.safetensors"], lambda: torch.nn.Linear(5, 4))
+    with pytest.raises(ValueError, match="does not fit the network that factory makes"):
+        fastens.Ensemble(members)
+    torch.save([1, 2], tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="no dictionary of tensors"):
+        fastens.Ensemble(fastens.load_members([tmp_path / "a.pt"], mlp))
+
+
+def test_members_differ_across_folders(folders, tmp_path):
+    randomised(lambda: unet_2d(True), 0).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="member 1 differs from member 0 at"):
+        fastens.Ensemble([folders[0], tmp_path / "other"], engine="fold")
+
+
+def test_saved_ensemble_that_is_damaged(tmp_path):
+    ensemble = fastens.Ensemble([randomised(mlp, seed) for seed in range(2)])
+    ensemble.save_pretrained(tmp_path)
+    stacks, config = tmp_path / "ensemble.safetensors", tmp_path / "config.json"
+    with pytest.raises(ValueError, match=r"0.weight is \(2, 16, 5\), the member needs \(2, 4, 5\)"):
+        fastens.Ensemble.from_pretrained(tmp_path, factory=lambda: torch.nn.Sequential(torch.nn.Linear(5, 4)))
+    stacks.write_bytes(stacks.read_bytes()[:100])
     with pytest.raises(ValueError, match="truncated"):
-        fastens.Ensemble(copies)
+        fastens.Ensemble.from_pretrained(tmp_path, factory=mlp)
+    stacks.unlink()
+    with pytest.raises(ValueError, match=r"has no ensemble.safetensors"):
+        fastens.Ensemble.from_pretrained(tmp_path, factory=mlp)
+    config.write_text('{"num_members": 2}')
+    with pytest.raises(ValueError, match="lacks rule, shared"):
+        fastens.Ensemble.from_pretrained(tmp_path, factory=mlp)
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="describes no ensemble"):
+        fastens.Ensemble.from_pretrained(tmp_path, factory=mlp)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fastens.Ensemble.from_pretrained(tmp_path / "nowhere", factory=mlp)
 
 
-def test_another_architecture(copies):
-    config = json.loads((copies[1] / "config.json").read_text())
-    config["block_out_channels"] = [8, 32]
-    (copies[1] / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, RuntimeError), match=r"member_1|size|shape"):
-        fastens.Ensemble(copies)
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/below cannot be written: .*; choose another"):
+        fastens.Ensemble([randomised(mlp, 0)]).save_pretrained(tmp_path / "file" / "below")
 
 
 def test_pickles_are_refused(copies, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,35 @@ def first_difference(first: nn.Module, other: nn.Module) -> str | None:
         if a_tensors[name].shape != b_tensors[name].shape:
             return f"{name}: shape {list(a_tensors[name].shape)} against {list(b_tensors[name].shape)}"
     return None
+
+
+def check_members(members: Any) -> None:
+    """Raise unless ``members`` is a sequence of at least one module, or of at least one path.
+
+    A lazy sequence (:func:`fastens.load_members`) reads its files when it is indexed and is not looked into.
+
+    Raises:
+        TypeError: no sequence, or an entry that is neither, or modules and paths mixed.
+        ValueError: no entry.
+    """
+    if isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList):
+        raise TypeError("members is one module, expected a sequence of them: Ensemble([model, ...])")
+    if isinstance(members, str | Path):
+        raise TypeError(f"members is one path, expected a sequence of them: Ensemble([{str(members)!r}])")
+    if not (hasattr(members, "__len__") and hasattr(members, "__getitem__")) or isinstance(members, dict):
+        raise TypeError(f"members is a {type(members).__name__}, expected a sequence: Ensemble(list(...))")
+    if len(members) == 0:
+        raise ValueError("members is empty, expected at least one module or checkpoint")
+    if not isinstance(members, list | tuple | nn.ModuleList):
+        return
+    wanted = (str, Path) if isinstance(members[0], str | Path) else (nn.Module,)
+    for k, member in enumerate(members):
+        if isinstance(member, nn.Module | str | Path) and not isinstance(member, wanted):
+            raise TypeError(f"member {k} is a {type(member).__name__}, but member 0 a {type(members[0]).__name__}")
+        if not isinstance(member, wanted):
+            raise TypeError(
+                f"member {k} is a {type(member).__name__}, expected a torch.nn.Module or the path of a checkpoint"
+            )
 
 
 def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int) -> None:

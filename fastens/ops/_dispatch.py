@@ -136,7 +136,7 @@ def _choice(
 
 @functools.cache
 def _below_autograd(kernel: str) -> Callable[..., Tensor]:
-    """The private op without its autograd in Python, which costs as much as a small kernel, for calls that need none."""
+    """The private op without its autograd in Python, which costs as much as a small kernel."""
     op = getattr(torch.ops.fastens, kernel).default
 
     def call(*arguments: Any) -> Tensor:

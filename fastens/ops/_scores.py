@@ -17,8 +17,10 @@ def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if scores.ndim < 2:
             raise ValueError(f"{op}: scores is {list(scores.shape)}, expected [K, B, ...]: members, then batch")
         members = list(scores.unbind(0))
-    else:
+    elif isinstance(scores, Sequence):
         members = list(scores)
+    else:
+        raise TypeError(f"{op}: scores is a {type(scores).__name__}, expected a tensor or a sequence of tensors")
     if not members:
         raise ValueError(f"{op}: scores holds no members (K = 0), expected at least one")
     first = members[0]

@@ -1,0 +1,139 @@
+"""The native library: built where it can be, loaded where it was built, and explained where it is not."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fastens
+from fastens import _build, _native
+
+SOURCE = """
+#include <torch/csrc/stable/library.h>
+#include "{header}"
+STABLE_TORCH_LIBRARY(fastens_probe, m) {{ m.def("probe(Tensor x) -> Tensor"); }}
+"""
+
+
+def has_compiler():
+    try:
+        return bool(_build.compiler())
+    except _build.ToolMissing:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+
+
+@needs_compiler
+def test_is_loaded_where_there_is_a_compiler():
+    assert _native.status() == "available", "run `make build/native`"
+    assert fastens.backends()["native"] == "available"
+
+
+@needs_compiler
+def test_has_every_kernel_that_the_ops_declare():
+    from fastens.ops import all_ops
+
+    for op in all_ops().values():
+        assert "native" not in op.kernels or _native.has_kernel(op.kernels["native"]), op.name
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    root = tmp_path / "a folder" / "csrc"
+    (root / "cpu" / "family").mkdir(parents=True)
+    for name in ("one.cpp", "family/one.cpp"):
+        (root / "cpu" / name).write_text(f'#include "{"../" * (1 + name.count("/"))}shared.h"\n')
+    (root / "shared.h").write_text("#pragma once\n")
+    monkeypatch.setattr(_build, "source_root", lambda: root)
+    return root
+
+
+@needs_compiler
+def test_builds_what_changed_and_no_more(sources, tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    library = _build.build_cpu(out, work_dir=work)
+    assert library == out / _build.LIBRARY_NAME
+    assert [path.name for path in out.iterdir()] == [_build.LIBRARY_NAME]
+    before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.o")}
+    assert len(before) == 2
+    (sources / "cpu" / "one.cpp").write_text('#include "../shared.h"\nint changed() { return 1; }\n')
+    _build.build_cpu(out, work_dir=work)
+    changed = {name for name, time in before.items() if (work / name).stat().st_mtime_ns != time}
+    assert changed == {"one.o"}
+
+
+@needs_compiler
+def test_compile_error_shows_the_compilers_words(sources, tmp_path):
+    (sources / "cpu" / "one.cpp").write_text("int broken(;\n")
+    with pytest.raises(_build.BuildError, match=r"one\.cpp:1.*error") as raised:
+        _build.build_cpu(tmp_path)
+    assert not isinstance(raised.value, _build.ToolMissing)
+
+
+def test_fingerprint_follows_sources_and_headers(sources):
+    seen = {_build.fingerprint()}
+    for path in ("cpu/family/one.cpp", "shared.h"):
+        (sources / path).write_text("// changed\n")
+        seen.add(_build.fingerprint())
+    assert len(seen) == 3
+
+
+def test_missing_tools_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(_build.ToolMissing, match=r"\$CXX is '/nonexistent'"):
+        _build.compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(_build.ToolMissing, match="no C\\+\\+ compiler"):
+        _build.compiler()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(_build.ToolMissing, match="pip install ninja"):
+        _build.ninja()
+
+
+@pytest.mark.parametrize("damage", ["absent", "no library"])
+def test_without_the_library_the_reference_serves_and_says_why(damage, tmp_path, monkeypatch):
+    package = tmp_path / "_lib"
+    package.mkdir()
+    if damage == "no library":
+        (package / _build.LIBRARY_NAME).write_bytes(b"no library")
+    monkeypatch.setattr(_native, "PACKAGE_DIR", package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    why = _native._load.__wrapped__()
+    assert str(package / _build.LIBRARY_NAME) in why
+    assert ("does not load" in why) == (damage == "no library")
+    assert not has_compiler() or "python -m fastens._native" in why
+
+
+def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
+    built = _native.PACKAGE_DIR / _build.LIBRARY_NAME
+    if not built.is_file():
+        pytest.skip("no library was built")
+    monkeypatch.setattr(_native, "PACKAGE_DIR", tmp_path / "_lib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _native.cache_dir().mkdir(parents=True)
+    (_native.cache_dir() / _build.LIBRARY_NAME).symlink_to(built)
+    assert _native._load.__wrapped__() is None
+
+
+def test_import_is_light():
+    code = """
+import time, torch, sys
+held, start = set(sys.modules), time.perf_counter()
+import fastens
+seconds = time.perf_counter() - start
+new = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name not in held}
+print(seconds)
+print(*{name.partition(".")[0] for name, file in new.items() if "site-packages" in file})
+print(*({"torch._dynamo", "torch._inductor"} & set(new)))
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+        for _ in range(2)
+    ]
+    assert set(runs[0][1].split()) <= {"torch", "numpy", "fastens"}
+    assert runs[0][2] == ""
+    assert min(float(run[0]) for run in runs) < 0.3
