@@ -65,9 +65,7 @@ class Ensemble(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         check_members(members)
-        if isinstance(members, list | tuple) and isinstance(
-            members[0], str | Path
-        ):
+        if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
             members = load_members(members)  # pyright: ignore[reportArgumentType]

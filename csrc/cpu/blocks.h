@@ -46,7 +46,8 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Fresh memory of many megabytes costs more in page faults, 4 KiB each, than the kernel that fills it: ask for huge pages.
+// Fresh memory of many megabytes costs more in page faults, 4 KiB each, than the kernel that fills it: ask for huge
+// pages.
 inline void ask_for_huge_pages([[maybe_unused]] const Tensor& x) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
