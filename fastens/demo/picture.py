@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-COLUMNS = 16
+COLUMNS, ROWS = 16, 2
 
 
 def tiled(images: np.ndarray, columns: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     columns = min(COLUMNS, len(images["mean"]))
-    shown = {rule: batch[:columns, :, :, 0] for rule, batch in images.items()}
+    shown = {rule: batch[: ROWS * columns, :, :, 0] for rule, batch in images.items()}
     figure = plt.figure(figsize=(15, 8.5), constrained_layout=True)
     figure.suptitle(f"{num_members} U-Nets trained on digits, one ensemble: the same starting noise under every rule")
     panels: Any = figure.subfigures(1, 2, width_ratios=(3, 2))
@@ -47,7 +47,7 @@ def draw(
     for axis, (rule, batch) in zip(axes, shown.items(), strict=False):
         axis.imshow(tiled(batch, columns), cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(rule, rotation=0, ha="right", va="center")
-    maps = axes[-1].imshow(tiled(variance[:columns, 0].numpy(), columns), cmap="magma")
+    maps = axes[-1].imshow(tiled(variance[: ROWS * columns, 0].numpy(), columns), cmap="magma")
     axes[-1].set_ylabel("variance of\nthe members", rotation=0, ha="right", va="center")
     axes[-1].set_xlabel("where the members disagree about the noise (ε, at t = 300) in the samples of the mean")
     left.colorbar(maps, ax=axes[-1], shrink=0.9)
