@@ -177,6 +177,66 @@ class EDMLike(nn.Module):
         return self.outer(self.up(F.silu(self.norms(self.conv(x)) + emb)))
 
 
+class ResidualBlock(nn.Module):
+    """As in torchvision's ResNet: batch normalisation, activations in place, a projected shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.downsample(x)
+        return self.relu(out)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As in torchvision's ConvNeXt: a subclass with its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """As in torchvision's ConvNeXt: a raw layer scale beside a depthwise convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer_scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.norm = LayerNorm2d(channels)
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(self.norm(self.depthwise(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.layer_scale * h + x
+
+
+class SqueezeExcitation(nn.Module):
+    """As in torchvision's operations: pooled to one pixel, gated by channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1, self.fc2 = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(self.pool(x)), inplace=True)))
+
+
+def vision_blocks() -> nn.Module:
+    return nn.Sequential(ResidualBlock(3, 8, 2), ConvNeXtBlock(8), SqueezeExcitation(8), nn.ConvTranspose2d(8, 3, 2, 2))
+
+
 def rows(batch: int, *shape: int) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
 
@@ -209,6 +269,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Arguments]]] 
     "gru_time_first": (lambda: GRUDenoiser(False), lambda b: ((rows(b, 7, 3), rows(b)), {})),
     "transformer": (lambda: Transformer(True, False), lambda b: ((rows(b, 6, 4),), {})),
     "transformer_time_first": (lambda: Transformer(False, True), lambda b: ((rows(b, 6, 4),), {})),
+    "vision_blocks": (vision_blocks, lambda b: ((rows(b, 3, 8, 8),), {})),
     "edm_like": (EDMLike, lambda b: ((rows(b, 2, 8, 8), torch.tensor(0.3)), {})),
 }
 

@@ -171,7 +171,24 @@ def test_moves_to_another_dtype(members, x):
         assert relative_error(ensemble(x.double()), expected) < NETWORK[torch.float64]
 
 
-@pytest.mark.parametrize("name", ["mlp", "unet_2d", "pixart"])
+@pytest.mark.parametrize("name", ["unet_2d_attention", "dit", "transformer", "vision_blocks"])
+def test_moves_as_its_members_do(name):
+    make, arguments = NETWORKS[name]
+    members = [randomised(make, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members)
+    args, kwargs = arguments(2)
+    with torch.no_grad():
+        ensemble(*args, **kwargs)
+        assert ensemble.to("cpu", torch.float64) is ensemble
+        assert ensemble.dtype == torch.float64
+        args = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        expected = torch.stack([tensor_of(member.double()(*args, **kwargs)) for member in members]).mean(0)
+        assert relative_error(tensor_of(ensemble(*args, **kwargs)), expected) < NETWORK[torch.float64]
+    assert ensemble.engine == "fold"
+    assert {p.device.type for p in ensemble.to("meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet_2d", "pixart", "dit", "transformer", "vision_blocks"])
 def test_compiles_and_exports_whole(name):
     make, arguments = NETWORKS[name]
     args, kwargs = arguments(2)
