@@ -112,6 +112,7 @@ def compile_flags() -> list[str]:
         "-Wall",
         "-Wextra",
         "-Wno-unknown-pragmas",
+        "-Wno-psabi",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
 

@@ -1,0 +1,239 @@
+// Convolution: lines of the input are brought into contiguous memory (normalised and activated on the way), then tiles
+// of P pixels by N vectors of output channels are summed in registers over panels of weights that stay in the
+// first-level cache.
+
+constexpr int64_t kPanelBytes = 16384;
+
+// What one task of a convolution works on: some lines of some rows of one member.
+struct ConvTask {
+  int64_t member, row0, rows, y0, lines;
+  int64_t block0, blocks;
+  int64_t channels;                 // C_in
+  const float* const* pixels;       // first tap of every output pixel
+  const int64_t* taps;              // offset of every tap from it
+  int64_t num_taps, num_pixels;
+  float* sums;                      // [pixels, vectors * 16]
+};
+
+FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
+  const int64_t chunks = (step.rows_per_member + step.row_chunk - 1) / step.row_chunk;  // of one member
+  const int64_t bands = (step.out_h + step.band - 1) / step.band;
+  const int64_t width = step.vectors * kLanes;
+  const int64_t all_blocks = (step.out_channels + width - 1) / width;
+  const int64_t block_tasks = (all_blocks + step.block_chunk - 1) / step.block_chunk;
+  ConvTask task{};
+  task.block0 = index % block_tasks * step.block_chunk;
+  task.blocks = std::min(step.block_chunk, all_blocks - task.block0);
+  index /= block_tasks;
+  task.y0 = index % bands * step.band;
+  task.lines = std::min(step.band, step.out_h - task.y0);
+  index /= bands;
+  task.member = index / chunks;
+  const int64_t within = index % chunks * step.row_chunk;
+  task.row0 = task.member * step.rows_per_member + within;
+  task.rows = std::min(step.row_chunk, step.rows_per_member - within);
+  task.channels = step.source[0].channels + step.source[1].channels;
+  task.num_taps = step.kernel_h * step.kernel_w;
+  task.num_pixels = task.rows * task.lines * step.out_w;
+  return task;
+}
+
+// The input lines of the task, padded: [row][line][x][C_in].
+FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvTask& task, int64_t patch_h,
+                               int64_t patch_w, float* patch) {
+  const int64_t first = step.source[0].channels;
+  const Activation activation = static_cast<Activation>(step.act_in);
+  const float* const table_scale = slots.at(step.table_scale);
+  const float* const table_shift = slots.at(step.table_shift);
+  for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
+    for (int64_t line = 0; line < patch_h; ++line) {
+      const int64_t y = task.y0 * step.stride_h - step.pad_top + line;
+      for (int64_t i = 0; i < patch_w; ++i, patch += task.channels) {
+        const int64_t x = i - step.pad_left;
+        if (y < 0 || y >= step.in_h || x < 0 || x >= step.in_w) {
+          std::memset(patch, 0, task.channels * sizeof(float));
+          continue;
+        }
+        for (int s = 0; s < 2; ++s) {
+          const Image& source = step.source[s];
+          if (source.channels == 0) continue;
+          const int64_t offset = s ? first : 0, table = r * task.channels + offset;
+          const float* const from = pixel(slots, source, r, y / step.up, x / step.up);
+          transformed(from, table_scale ? table_scale + table : nullptr, table_scale ? table_shift + table : nullptr,
+                      activation, source.channels, patch + offset);
+        }
+      }
+    }
+  }
+}
+
+// Where each output pixel finds its first tap, and the other taps from there; `pixels` is filled up to a whole tile.
+FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task, int most, Scratch& scratch) {
+  scratch.pixels.resize(task.num_pixels + most);
+  scratch.taps.resize(task.num_taps);
+  const float** next = scratch.pixels.data();
+  const bool direct = task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.source[1].channels == 0 &&
+                      step.pad_top == 0 && step.pad_left == 0;
+  if (direct) {
+    for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
+      for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
+        for (int64_t x = 0; x < step.out_w; ++x) {
+          *next++ = pixel(slots, step.source[0], r, y * step.stride_h / step.up, x * step.stride_w / step.up);
+        }
+      }
+    }
+    scratch.taps[0] = 0;
+  } else {
+    const int64_t patch_h = (task.lines - 1) * step.stride_h + step.kernel_h;
+    const int64_t patch_w = (step.out_w - 1) * step.stride_w + step.kernel_w;
+    float* const patch = Scratch::floats(scratch.patch, task.rows * patch_h * patch_w * task.channels);
+    fill_patch(step, slots, task, patch_h, patch_w, patch);
+    for (int64_t r = 0; r < task.rows; ++r) {
+      for (int64_t y = 0; y < task.lines; ++y) {
+        for (int64_t x = 0; x < step.out_w; ++x) {
+          *next++ = patch + ((r * patch_h + y * step.stride_h) * patch_w + x * step.stride_w) * task.channels;
+        }
+      }
+    }
+    for (int64_t t = 0; t < task.num_taps; ++t) {
+      scratch.taps[t] = (t / step.kernel_w * patch_w + t % step.kernel_w) * task.channels;
+    }
+  }
+  std::fill_n(next, most, next[-1]);
+  task.pixels = scratch.pixels.data();
+  task.taps = scratch.taps.data();
+}
+
+// A panel of weights: taps of all channels, or some channels of one tap.
+struct Panel {
+  int64_t tap_begin, tap_end, channel_begin, channel_end;
+  const float* weight;
+};
+
+// sums [P, N vectors] of P pixels: from zero, or onto what is there.
+template <int P, int N>
+FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, float* sums, bool first) {
+  Vector acc[P][N];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[p][n] = first ? Vector{} : load(sums + (p * N + n) * kLanes);
+  }
+  const float* weight = panel.weight;
+  for (int64_t tap = panel.tap_begin; tap < panel.tap_end; ++tap) {
+    const float* x[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) x[p] = pixels[p] + taps[tap];
+    for (int64_t c = panel.channel_begin; c < panel.channel_end; ++c, weight += N * kLanes) {
+      Vector w[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) w[n] = load(weight + n * kLanes);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        const Vector value = splat(x[p][c]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[p][n] += value * w[n];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(sums + (p * N + n) * kLanes, acc[p][n]);
+  }
+}
+
+template <int P, int N>
+FASTENS_INLINE void sum_block(const ConvTask& task, const float* weight) {
+  const int64_t width = N * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
+  Panel panel{0, 0, 0, task.channels, weight};
+  const int64_t whole_taps = most / task.channels;
+  for (int64_t tap = 0; tap < task.num_taps; tap = panel.tap_end) {
+    panel.tap_begin = tap;
+    panel.tap_end = std::min(task.num_taps, tap + std::max<int64_t>(1, whole_taps));
+    const int64_t step = whole_taps ? task.channels : most;
+    for (int64_t c = 0; c < task.channels; c = panel.channel_end) {
+      panel.channel_begin = c;
+      panel.channel_end = std::min(task.channels, c + step);
+      const bool first = tap == 0 && c == 0;
+      for (int64_t i = 0; i < task.num_pixels; i += P) {
+        tile<P, N>(task.pixels + i, task.taps, panel, task.sums + i * width, first);
+      }
+      panel.weight += (panel.tap_end - panel.tap_begin) * (panel.channel_end - c) * width;
+    }
+  }
+}
+
+// Bias, row vector, residual, scale and activation of `vectors` vectors of channels from `channel0`, every pixel.
+FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const ConvTask& task, int64_t vectors,
+                                 int64_t channel0) {
+  const float* const bias = slots.at(step.bias) ? slots.at(step.bias) + task.member * step.bias_member : nullptr;
+  const float* const row_vector = slots.at(step.row_vector);
+  const float scale = static_cast<float>(step.scale);
+  const Activation activation = static_cast<Activation>(step.act_out);
+  const float* sums = task.sums;
+  for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
+    const float* const added = row_vector ? row_vector + r * step.row_vector_row : nullptr;
+    for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
+      for (int64_t x = 0; x < step.out_w; ++x) {
+        const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y, x);
+        float* const out = const_cast<float*>(pixel(slots, step.out, r, y, x));
+        for (int64_t n = 0; n < vectors; ++n, sums += kLanes) {
+          const int64_t c = channel0 + n * kLanes, left = step.out_channels - c;
+          Vector v = load(sums);
+          if (bias) v += load(bias + c);
+          if (added) v += load_some(added + c, left);
+          if (residual) v += load_some(residual + c, left);
+          if (scale != 1.0f) v *= scale;
+          store_some(out + c, activated(v, activation), left);
+        }
+      }
+    }
+  }
+}
+
+FASTENS_INLINE int64_t padded(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
+
+FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index, Scratch& scratch) {
+  ConvTask task = conv_task(step, index);
+  locate(step, slots, task, 12, scratch);
+  const int64_t n = task.num_pixels, width = step.vectors * kLanes;
+  task.sums = Scratch::floats(scratch.sums, (n + 12) * width);
+  for (int64_t b = task.block0; b < task.block0 + task.blocks; ++b) {
+    const int64_t channel0 = b * width;
+    const int64_t vectors = std::min(step.vectors, (step.out_channels - channel0 + kLanes - 1) / kLanes);
+    const float* const weight = slots.at(step.weight) + task.member * step.weight_member +
+                                channel0 * task.num_taps * task.channels;
+    // The larger tile loads less, the smaller one wastes less where few pixels are left over.
+    switch (vectors) {
+      case 1:
+        if (padded(n, 12) <= padded(n, 6)) {
+          sum_block<12, 1>(task, weight);
+        } else {
+          sum_block<6, 1>(task, weight);
+        }
+        break;
+      case 2:
+        if (padded(n, 12) <= padded(n, 8)) {
+          sum_block<12, 2>(task, weight);
+        } else {
+          sum_block<8, 2>(task, weight);
+        }
+        break;
+      case 3:
+        if (padded(n, 8) <= padded(n, 4)) {
+          sum_block<8, 3>(task, weight);
+        } else {
+          sum_block<4, 3>(task, weight);
+        }
+        break;
+      default:
+        if (padded(n, 6) <= padded(n, 4)) {
+          sum_block<6, 4>(task, weight);
+        } else {
+          sum_block<4, 4>(task, weight);
+        }
+    }
+    finish_block(step, slots, task, vectors, channel0);
+  }
+}

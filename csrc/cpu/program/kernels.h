@@ -1,0 +1,34 @@
+// The kernels of every kind of step, once for each instruction set: the pieces below have neither guards nor includes of
+// their own, so that every function in them is compiled for the target of the place that includes this file.
+
+#include "vector_math.h"
+// what follows uses the vectors above
+#include "image.h"
+// what follows uses the images above
+#include "attention.h"
+#include "conv.h"
+#include "norm.h"
+#include "pointwise.h"
+
+using Run = void (*)(const int64_t*, const Slots&, int64_t, Scratch&);
+
+inline void conv(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
+  run_conv(as<Conv>(step), slots, task, scratch);
+}
+inline void norm(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
+  run_norm(as<Norm>(step), slots, task, scratch);
+}
+inline void pointwise(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_pointwise(as<Pointwise>(step), slots, task);
+}
+inline void layer_norm(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_layer_norm(as<LayerNorm>(step), slots, task);
+}
+inline void attention(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
+  run_attention(as<Attention>(step), slots, task, scratch);
+}
+inline void linear_rule(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_linear_rule(as<LinearRule>(step), slots, task);
+}
+
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, linear_rule};

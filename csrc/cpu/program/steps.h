@@ -1,0 +1,152 @@
+// A program: what a folded network does, as a flat list of steps over memory that was laid out beforehand.
+//
+// Every step is a row of kStepWidth 64-bit words, written by fastens/plan/steps.py in the order of the structs below.
+// All values are float32; only a pointwise step reads and writes other dtypes. Activations are channels-last.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "../../check.h"
+
+namespace fastens::program {
+
+constexpr int64_t kStepWidth = 96;
+constexpr int kLanes = 16;  // float32 values of one vector
+
+enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kLinearRule };
+enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };
+
+// Where a value is: slot << 48 | bytes from its start; negative for none. Slot 0 is the arena, 1 the packed weights,
+// then the inputs and the outputs of the call.
+using Address = int64_t;
+
+struct Slots {
+  char* const* bases;
+  template <class T = float>
+  T* at(Address address) const {
+    if (address < 0) return nullptr;
+    return reinterpret_cast<T*>(bases[address >> 48] + (address & ((int64_t{1} << 48) - 1)));
+  }
+};
+
+// Channels of R images, in units of elements; the channels of a pixel are contiguous.
+struct Image {
+  Address at;
+  int64_t row, y, x, channels;
+  int64_t rows;  // the image of row r is r % rows: one copy serves all members
+};
+
+struct Header {
+  int64_t kind, tasks;
+};
+
+// A convolution, or a linear layer as one of 1x1 over tokens:
+// out = act_out((conv(act_in(x * table_scale + table_shift)) + bias + row_vector + residual) * scale).
+struct Conv {
+  Header header;
+  int64_t rows, rows_per_member;
+  int64_t row_chunk, band, block_chunk;  // a task: rows of one member, lines of the output, blocks of channels
+  int64_t vectors;                       // of one block of output channels
+  Image source[2];                       // joined along the channels; the second may be absent (0 channels)
+  int64_t up;                            // nearest-neighbour enlargement of the source
+  int64_t in_h, in_w;                    // after it
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
+  int64_t out_h, out_w, out_channels;
+  Address table_scale, table_shift;  // [R, C_in]
+  int64_t act_in;
+  Address weight;  // [K][block][tap][C_in][vectors * 16]
+  int64_t weight_member;
+  Address bias;  // [K, C_out padded to vectors]
+  int64_t bias_member;
+  Address row_vector;  // [R, C_out]
+  int64_t row_vector_row;
+  Image residual;
+  double scale;
+  int64_t act_out;
+  Image out;
+  int64_t bfloat16;  // products of bfloat16 values, summed in float32
+};
+
+// Group normalisation as a scale and a shift per row and channel: y = x * out_scale + out_shift.
+struct Norm {
+  Header header;
+  int64_t rows, rows_per_member, splits;
+  Image source[2];
+  int64_t height, width, groups;
+  Address weight, bias;        // [K, C]
+  Address row_scale;           // [R, C]: y (1 + row_scale) + row_shift
+  int64_t row_scale_row;
+  Address row_shift;
+  int64_t row_shift_row;
+  double eps;
+  Address out_scale, out_shift;  // [R, C]
+};
+
+constexpr int kMaxDims = 6, kMaxInputs = 4, kMaxInstructions = 8;
+
+struct Strided {
+  Address at;
+  int64_t dtype;  // 0 float32, 1 float64, 2 int64, 3 int32, 4 bfloat16
+  int64_t strides[kMaxDims];
+};
+
+// out = a chain of instructions on registers: the inputs are registers 0.., each instruction writes the next one.
+struct Pointwise {
+  Header header;
+  int64_t sizes[kMaxDims];
+  Strided out;
+  int64_t num_inputs;
+  Strided inputs[kMaxInputs];
+  int64_t num_instructions;
+  struct {
+    int64_t code;  // opcode | a << 16 | b << 32
+    double immediate;
+  } instructions[kMaxInstructions];
+};
+
+// Layer normalisation of the last dimension of [R, tokens, C], scale and shift by member, then by row.
+struct LayerNorm {
+  Header header;
+  int64_t rows, rows_per_member, tokens, channels;
+  Address source;
+  int64_t source_row, source_token;
+  Address weight, bias;  // [K, C]
+  Address row_scale;     // [R, C]
+  int64_t row_scale_row;
+  Address row_shift;
+  int64_t row_shift_row;
+  double eps;
+  Address out;
+  int64_t out_row, out_token;
+};
+
+struct Heads {
+  Address at;
+  int64_t row, head, token;  // the width of a head is contiguous
+};
+
+// softmax(scale q k^T) v
+struct Attention {
+  Header header;
+  int64_t rows, heads, queries, keys, width, value_width, query_chunk;
+  Heads q, k, v, out;
+  double scale;
+};
+
+// out = sum_k weight[k] x[k], over members of n elements.
+struct LinearRule {
+  Header header;
+  int64_t members, count, chunk;
+  Address source;
+  Address weight;  // [K]
+  Address out;
+};
+
+template <class T>
+const T& as(const int64_t* words) {
+  static_assert(sizeof(T) <= kStepWidth * sizeof(int64_t));
+  return *reinterpret_cast<const T*>(words);
+}
+
+}  // namespace fastens::program

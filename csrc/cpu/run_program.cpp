@@ -1,0 +1,90 @@
+// Runs a program: the steps of a folded network one after the other, the tasks of each step shared by the threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "program/targets.h"
+
+namespace fastens {
+namespace {
+
+using namespace program;
+
+constexpr int64_t kKinds = sizeof(baseline::kRuns) / sizeof(baseline::kRuns[0]);
+
+// A counter on a cache line of its own.
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
+};
+
+// The threads pass through the steps side by side. Each first takes the tasks of its own share of a step, then those
+// left of the others', and goes on when all are done; so a thread that comes late, or never, delays nobody.
+class Execution {
+ public:
+  Execution(const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads)
+      : program_(program),
+        num_steps_(num_steps),
+        slots_(slots),
+        num_threads_(num_threads),
+        next_(new Counter[num_steps * num_threads]),
+        done_(new Counter[num_steps]) {}
+
+  void work(int64_t thread) {
+    static thread_local Scratch scratch;
+    for (int64_t s = 0; s < num_steps_; ++s) {
+      const int64_t* const step = program_ + s * kStepWidth;
+      const int64_t tasks = step[1];
+      const auto run = runs_[step[0]];
+      for (int64_t turn = 0; turn < num_threads_; ++turn) {
+        const int64_t share = (thread + turn) % num_threads_;
+        const int64_t begin = tasks * share / num_threads_, end = tasks * (share + 1) / num_threads_;
+        std::atomic<int64_t>& next = next_[s * num_threads_ + share].value;
+        int64_t finished = 0;
+        for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end; ++finished) {
+          run(step, slots_, task, scratch);
+        }
+        if (finished) done_[s].value.fetch_add(finished, std::memory_order_release);
+      }
+      for (int spin = 0; done_[s].value.load(std::memory_order_acquire) < tasks; ++spin) {
+        if (spin > 2000) std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  const baseline::Run* runs_ = kernels();
+  const int64_t* program_;
+  int64_t num_steps_;
+  const Slots& slots_;
+  int64_t num_threads_;
+  std::unique_ptr<Counter[]> next_, done_;
+};
+
+void run_program(Tensor program, Tensor weights, Tensor arena, std::vector<Tensor> inputs, std::vector<Tensor> outputs,
+                 int64_t num_threads) {
+  STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.dim() == 2 && program.size(1) == kStepWidth &&
+                      program.is_contiguous(),
+                  "run_program: `program` is not int64 [steps, ", kStepWidth, "]");
+  std::vector<char*> bases;
+  for (const Tensor* tensor : {&arena, &weights}) bases.push_back(static_cast<char*>(tensor->data_ptr()));
+  for (const Tensor& tensor : inputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
+  for (const Tensor& tensor : outputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
+  const int64_t* const steps = static_cast<const int64_t*>(program.data_ptr());
+  for (int64_t s = 0; s < program.size(0); ++s) {
+    STD_TORCH_CHECK(steps[s * kStepWidth] > 0 && steps[s * kStepWidth] < kKinds, "run_program: step ", s,
+                    " is of no known kind");
+  }
+  const Slots slots{bases.data()};
+  Execution execution(steps, program.size(0), slots, num_threads);
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) execution.work(thread);
+  });
+}
+
+}  // namespace
+}  // namespace fastens
+
+STABLE_TORCH_LIBRARY_IMPL(fastens, CPU, m) { m.impl("_run_program_native", TORCH_BOX(&fastens::run_program)); }

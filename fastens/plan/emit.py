@@ -1,0 +1,460 @@
+"""Emitting steps: lazily kept values become steps when somebody needs them in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.plan import steps
+from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
+from fastens.plan.record import Recording, Ref
+from fastens.plan.steps import Activation, Image, Opcode, Step, Strided
+from fastens.plan.tiling import tile
+from fastens.plan.values import (
+    Activated,
+    Apply,
+    Convolved,
+    Enlarged,
+    Expression,
+    Joined,
+    Leaf,
+    Normed,
+    Padded,
+    Pixels,
+    Source,
+    Stored,
+    Value,
+)
+
+_ACTIVATIONS = {
+    Activation.SILU: Opcode.SILU,
+    Activation.GELU: Opcode.GELU,
+    Activation.GELU_TANH: Opcode.GELU_TANH,
+}
+_POINTWISE_GRAIN = 8192  # elements that are worth a task
+
+
+class NotLowerable(Exception):
+    """The program has no step for this; the message says what."""
+
+
+@dataclasses.dataclass
+class Call:
+    """An operation that no step does: torch runs it between two stretches of steps."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Ref]
+    places: dict[Ref, At]
+
+
+class Emitter:
+    """Steps in the order in which they run, and where every value is.
+
+    Attributes:
+        steps: the steps and calls.
+        values: by storage, what is known of its value.
+        uses: by storage, how many operations and results read it.
+    """
+
+    def __init__(self, recording: Recording, num_members: int, num_threads: int) -> None:
+        self.recording = recording
+        self.num_members = num_members
+        self.num_threads = num_threads
+        self.steps: list[Step | Call] = []
+        self.values: dict[int, Value] = {}
+        self.uses: Counter[int] = Counter()
+        self.buffers: list[Buffer] = []
+        self.constants = Constants()
+        self.copies: dict[Ref, Pixels] = {}
+
+    # Places
+
+    def buffer(self, elements: int) -> Buffer:
+        """A new piece of the arena for float32 elements, whole vectors of it."""
+        made = Buffer(-(-elements * 4 // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
+        self.buffers.append(made)
+        return made
+
+    def constant(self, ref: Ref) -> Tensor | None:
+        """The tensor of a reference that does not depend on the inputs."""
+        return None if ref.storage in self.values else self.recording.constant(ref)
+
+    def kept(self, tensor: Tensor, key: object) -> At:
+        """Where a constant tensor is, in its logical order."""
+        return self.constants.add(key, tensor)
+
+    def stored(self, ref: Ref) -> At:
+        """Where the first element of a value is, computing it now if that was not done yet."""
+        value = self.values.get(ref.storage)
+        if value is None:
+            raise NotLowerable("a constant where a value was expected")
+        if not isinstance(value, Stored):
+            value = self._store(ref.storage, value)
+        return value.at.plus(ref.offset, value.element_size)
+
+    def operand(self, ref: Ref) -> tuple[At, tuple[int, ...], int]:
+        """Place, strides and dtype code of an elementwise operand."""
+        constant = self.constant(ref)
+        if constant is not None:
+            dense = constant
+            for d, stride in enumerate(ref.stride):
+                dense = dense.narrow(d, 0, 1) if stride == 0 and dense.shape[d] > 1 else dense
+            strides = dense.contiguous().stride()
+            broadcast = tuple(0 if n == 1 else s for n, s in zip(dense.shape, strides, strict=True))
+            return self.kept(dense, ("dense", ref)), broadcast, 0
+        at = self.stored(ref)
+        value = self.values[ref.storage]
+        assert isinstance(value, Stored)
+        wide = value.element_size == 4 and isinstance(value.at.where, Buffer)
+        return at, ref.stride, 0 if wide else steps.DTYPES[ref.dtype]
+
+    def image(self, pixels: Pixels) -> Image:
+        """Pixels in memory as an operand of a step."""
+        constant = self.constant(pixels.ref)
+        if constant is None:
+            place, row, y, x = self.stored(pixels.ref), pixels.row, pixels.y, pixels.x
+            if not self.is_wide(pixels.ref):
+                raise NotLowerable(f"an image of {pixels.ref.dtype}")
+        else:
+            dense = constant.as_strided(
+                (pixels.rows, pixels.height, pixels.width, pixels.channels),
+                (pixels.row, pixels.y, pixels.x, 1),
+                pixels.ref.offset,
+            )
+            place = self.kept(dense, ("image", pixels))
+            row, y, x = (n * pixels.channels for n in (pixels.height * pixels.width, pixels.width, 1))
+        return Image(place, row, y, x, pixels.channels, pixels.rows)  # pyright: ignore[reportArgumentType]
+
+    def is_wide(self, ref: Ref) -> bool:
+        """Whether a value is held in float32."""
+        value = self.values.get(ref.storage)
+        inside = not isinstance(value, Stored) or isinstance(value.at.where, Buffer)
+        return ref.dtype == torch.float32 or (inside and ref.dtype == torch.bfloat16)
+
+    # Reading
+
+    def source(self, pixels: Pixels) -> Source:
+        """How a step can read these pixels: from memory, or computed on the way."""
+        value = self.values.get(pixels.ref.storage)
+        if value is None or isinstance(value, Stored | Convolved | Expression | Padded):
+            return Source([pixels])
+        if not value.pixels.same_place(pixels):
+            self.stored(pixels.ref)
+            return Source([pixels])
+        inner = None
+        if isinstance(value, Activated):
+            inner = self._inner(value.inner, pixels.height, pixels.width)
+            if inner is not None and inner.activation is Activation.NONE:
+                return dataclasses.replace(inner, activation=value.activation)
+        elif isinstance(value, Normed):
+            inner = self._inner(value.inner, pixels.height, pixels.width)
+            if inner is not None and inner.activation is Activation.NONE and inner.tables is None:
+                return dataclasses.replace(inner, tables=self._tables(value))
+        elif isinstance(value, Enlarged):
+            if (pixels.height, pixels.width) == (value.pixels.height, value.pixels.width):
+                factor = value.factor
+                inner = self._inner(value.inner, pixels.height // factor, pixels.width // factor)
+                if inner is not None and inner.factor == 1:
+                    return dataclasses.replace(inner, factor=factor)
+        elif isinstance(value, Joined):
+            parts = [self._inner(part, pixels.height, pixels.width) for part in value.parts]
+            if all(part is not None and part == Source(part.images) and len(part.images) == 1 for part in parts):
+                return Source([image for part in parts if part is not None for image in part.images])
+        self.stored(pixels.ref)
+        return Source([pixels])
+
+    def _inner(self, pixels: Pixels, height: int, width: int) -> Source | None:
+        reshaped = pixels.reshaped(height, width)
+        return None if reshaped is None else self.source(reshaped)
+
+    def plain(self, pixels: Pixels) -> Source:
+        """The same without normalisation, activation and enlargement, which are computed first."""
+        source = self.source(pixels)
+        if source.tables is None and source.activation is Activation.NONE and source.factor == 1:
+            return source
+        self.stored(pixels.ref)
+        return Source([pixels])
+
+    def _tables(self, value: Normed) -> tuple[At, At]:
+        if value.tables is None:
+            source = self.plain(value.inner)
+            rows, channels = value.pixels.rows, value.pixels.channels
+            value.tables = (At(self.buffer(rows * channels)), At(self.buffer(rows * channels)))
+            pixels = source.images[0]
+            pair = self.pair(source)
+            size = channels // value.groups
+            splits = 1
+            if rows * 2 <= 2 * self.num_threads + 1 and channels >= 64 and size >= 8:
+                splits = min(2, value.groups)
+            scale, shift = value.row_scale or (None, 0), value.row_shift or (None, 0)
+            self.add(
+                steps.Norm(
+                    rows,
+                    rows // value.members,
+                    splits,
+                    pair,
+                    pixels.height,
+                    pixels.width,
+                    value.groups,
+                    _or_none(value.weight),
+                    _or_none(value.bias),
+                    _or_none(scale[0]),
+                    scale[1],
+                    _or_none(shift[0]),
+                    shift[1],
+                    value.eps,
+                    *value.tables,  # pyright: ignore[reportArgumentType]
+                    tasks=rows * splits,
+                )
+            )
+        return value.tables
+
+    def pair(self, source: Source) -> tuple[Image, Image]:
+        """The images of a source as the two operands of a step."""
+        images = [self.image(pixels) for pixels in source.images]
+        return images[0], images[1] if len(images) == 2 else Image()
+
+    # Writing
+
+    def add(self, step: Step | Call) -> None:
+        """Append a step."""
+        self.steps.append(step)
+
+    def _store(self, storage: int, value: Value) -> Stored:
+        if isinstance(value, Stored):
+            return value
+        ref = value.ref if isinstance(value, Expression) else value.pixels.ref
+        span = 1 + sum((n - 1) * s for n, s in zip(ref.size, ref.stride, strict=True)) if ref.numel else 1
+        place = Stored(At(self.buffer(span)))
+        self._write(value, place.at)
+        self.values[storage] = place
+        return place
+
+    def _write(self, value: Value, at: At) -> None:
+        if isinstance(value, Expression):
+            self.expression(value.root, value.ref.size, at, value.ref.stride, 0)
+        elif isinstance(value, Convolved):
+            self._convolution(value, at)
+        elif isinstance(value, Padded):
+            self._padded(value, at)
+        elif isinstance(value, Activated | Normed | Joined | Enlarged):
+            self._copied(value, at)
+
+    def _copied(self, value: Activated | Normed | Joined | Enlarged, at: At) -> None:
+        pixels, factor = value.pixels, 1
+        if isinstance(value, Joined):
+            sources = [Source([part]) for part in value.parts]
+            for part in value.parts:
+                self.stored(part.ref) if self.constant(part.ref) is None else None
+        else:
+            source = self.source(pixels)
+            sources = [
+                dataclasses.replace(source, images=[image], tables=None if i else source.tables)
+                for i, image in enumerate(source.images)
+            ]
+            factor = source.factor
+        channel = 0
+        tables = None if isinstance(value, Joined) else source.tables  # pyright: ignore[reportPossiblyUnbound]
+        for part in sources:
+            image = self.image(part.images[0])
+            channels = image.channels
+            height, width = pixels.height // factor, pixels.width // factor
+            sizes = [pixels.rows, height, factor, width, factor, channels]
+            inputs = [Strided(image.at, 0, [image.row, image.y, 0, image.x, 0, 1])]
+            code: list[tuple[Opcode, int, int, float]] = []
+            if tables is not None:
+                for table in tables:
+                    inputs.append(Strided(table.plus(channel), 0, [pixels.channels, 0, 0, 0, 0, 1]))  # pyright: ignore[reportArgumentType]
+                code += [(Opcode.MULTIPLY, 0, 1, 0.0), (Opcode.ADD, 3, 2, 0.0)]
+            last = len(inputs) + len(code) - 1
+            code.append((_ACTIVATIONS.get(part.activation, Opcode.COPY), last, 0, 0.0))
+            out = Strided(
+                at.plus(channel),  # pyright: ignore[reportArgumentType]
+                0,
+                [pixels.row, factor * pixels.y, pixels.y, factor * pixels.x, pixels.x, 1],
+            )
+            self.pointwise(sizes, out, inputs, code)
+            channel += channels
+
+    def _padded(self, value: Padded, at: At) -> None:
+        pixels, inner = value.pixels, value.inner
+        left, _, top, _ = value.padding
+        zero = self.kept(torch.zeros(1), "zero")
+        strides = [0, 0, pixels.row, pixels.y, pixels.x, 1]
+        full = [1, 1, pixels.rows, pixels.height, pixels.width, pixels.channels]
+        copy = [(Opcode.COPY, 0, 0, 0.0)]
+        self.pointwise(full, Strided(at, 0, strides), [Strided(zero, 0, [0] * 6)], copy)  # pyright: ignore[reportArgumentType]
+        image = self.image(inner)
+        inside = [1, 1, inner.rows, inner.height, inner.width, inner.channels]
+        start = at.plus(top * pixels.y + left * pixels.x)
+        source = Strided(image.at, 0, [0, 0, image.row, image.y, image.x, 1])
+        self.pointwise(inside, Strided(start, 0, strides), [source], copy)  # pyright: ignore[reportArgumentType]
+
+    def pointwise(
+        self, sizes: list[int], out: Strided, inputs: list[Strided], code: list[tuple[Opcode, int, int, float]]
+    ) -> None:
+        """Append an elementwise step, its runs split where there are too few of them for the threads."""
+        sizes, strides = _simplified(sizes, [out.strides, *(x.strides for x in inputs)])
+        numel = 1
+        for n in sizes:
+            numel *= n
+        if numel == 0:
+            return
+        operands = [dataclasses.replace(x, strides=s) for x, s in zip((out, *inputs), strides, strict=True)]
+        runs = numel // sizes[-1]
+        tasks = max(1, min(runs, numel // _POINTWISE_GRAIN, 4 * self.num_threads))
+        words: list[int | float] = []
+        for opcode, a, b, number in code + [(Opcode.COPY, 0, 0, 0.0)] * (steps.MAX_INSTRUCTIONS - len(code)):
+            words += [int(opcode) | a << 16 | b << 32, float(number)]
+        padding = [Strided() for _ in range(steps.MAX_INPUTS - len(inputs))]
+        self.add(
+            steps.Pointwise(sizes, operands[0], len(inputs), operands[1:] + padding, len(code), words, tasks=tasks)
+        )
+
+    def expression(
+        self, root: Leaf | Apply, size: tuple[int, ...], at: At, stride: tuple[int, ...], dtype: int
+    ) -> None:
+        """Append the steps that compute an expression into a strided place."""
+        leaves: list[Leaf] = []
+        code: list[tuple[Opcode, int, int, float]] = []
+        collect_leaves(root, leaves)
+        inputs = []
+        for leaf in leaves:
+            place, strides, code_of = self.operand(leaf.ref)
+            missing = len(size) - len(strides)
+            aligned = [0] * missing + [
+                0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)
+            ]
+            inputs.append(Strided(place, code_of, aligned))  # pyright: ignore[reportArgumentType]
+        registers: dict[int, int] = {}
+
+        def visit(node: Leaf | Apply) -> int:
+            if isinstance(node, Leaf):
+                return leaves.index(node)
+            if id(node) not in registers:
+                numbers = [visit(operand) for operand in node.operands]
+                code.append((node.opcode, numbers[0], numbers[1] if len(numbers) == 2 else 0, node.number))
+                registers[id(node)] = len(leaves) + len(code) - 1
+            return registers[id(node)]
+
+        last = visit(root)
+        if isinstance(root, Leaf):
+            code.append((Opcode.COPY, last, 0, 0.0))
+        self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]
+
+    def _convolution(self, value: Convolved, at: At) -> None:
+        members, out_channels, in_channels, kernel_h, kernel_w = value.weight.shape
+        pixels, padding = value.pixels, value.padding
+        inner = self.values.get(value.inner.ref.storage)
+        read = value.inner
+        if isinstance(inner, Padded) and inner.pixels.same_place(read):
+            # zeros that the network put around the image are the convolution's own padding
+            padding = (padding[0] + inner.padding[2], padding[1] + inner.padding[0])
+            read = inner.inner
+        source = self.source(read)
+        pair = self.pair(source)
+        tiling = tile(value, sum(p.channels for p in source.images), self.num_threads)
+        weight = self._packed(value, tiling.vectors)
+        padded = -(-out_channels // steps.LANES) * steps.LANES
+        bias = None
+        if value.bias is not None:
+            bias = self.kept(torch.nn.functional.pad(value.bias, (0, padded - out_channels)), ("bias", value.key))
+        vector = value.row_vector or (None, 0)
+        residual = Image() if value.residual is None else self.image(value.residual)
+        scale, shift = source.tables or (None, None)
+        self.add(
+            steps.Conv(
+                pixels.rows,
+                pixels.rows // members,
+                tiling.row_chunk,
+                tiling.band,
+                tiling.block_chunk,
+                tiling.vectors,
+                pair,
+                source.factor,
+                read.height,
+                read.width,
+                kernel_h,
+                kernel_w,
+                *value.stride,
+                *padding,
+                pixels.height,
+                pixels.width,
+                out_channels,
+                _or_none(scale),
+                _or_none(shift),
+                int(source.activation),
+                weight,  # pyright: ignore[reportArgumentType]
+                padded * in_channels * kernel_h * kernel_w,
+                _or_none(bias),
+                padded,
+                _or_none(vector[0]),
+                vector[1],
+                residual,
+                float(value.scale),
+                int(value.activation),
+                Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),  # pyright: ignore[reportArgumentType]
+                tasks=tiling.tasks,
+            )
+        )
+
+    def _packed(self, value: Convolved, vectors: int) -> At:
+        key = ("packed", value.key, vectors)
+        found = self.constants.find(key)
+        return found or self.constants.add(key, pack(value.weight, vectors))
+
+
+def pack(weight: Tensor, vectors: int) -> Tensor:
+    """Order a stack [K, C_out, C_in, kernel_h, kernel_w] as the kernels read it.
+
+    Returns:
+        [K, block, tap, C_in, 16 * vectors], flat for each member; the last block may be narrower, and the channels are
+        filled up with zeros to whole vectors.
+    """
+    members, out_channels = weight.shape[:2]
+    missing = -out_channels % steps.LANES
+    full = torch.nn.functional.pad(weight.detach().float(), (0, 0) * 3 + (0, missing)) if missing else weight
+    blocks = full.split(vectors * steps.LANES, dim=1)
+    return torch.cat([b.permute(0, 3, 4, 2, 1).reshape(members, -1) for b in blocks], 1)
+
+
+def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
+    """The distinct leaves of an expression, in order."""
+    if isinstance(node, Leaf):
+        if node not in into:
+            into.append(node)
+        return
+    for operand in node.operands:
+        collect_leaves(operand, into)
+
+
+def _or_none(at: At | None) -> Any:
+    return steps.NONE if at is None else at
+
+
+def _simplified(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Sort the dimensions by the first operand's strides, join those that lie in line, and pad to six in front."""
+    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -strides[0][d])
+    kept = [(sizes[d], [s[d] for s in strides]) for d in order]
+    joined: list[tuple[int, list[int]]] = []
+    for size, inner in kept:
+        if joined and all(a == b * size for a, b in zip(joined[-1][1], inner, strict=True)):
+            joined[-1] = (joined[-1][0] * size, inner)
+        else:
+            joined.append((size, inner))
+    if len(joined) == 1 and joined[0][0] > 1024:
+        size, inner = joined[0]
+        run = next((n for n in range(1024, 63, -1) if size % n == 0), size)
+        joined = [(size // run, [s * run for s in inner]), (run, inner)]
+    if len(joined) > steps.MAX_DIMS:
+        raise NotLowerable(f"an elementwise operation over {len(joined)} dimensions")
+    missing = steps.MAX_DIMS - len(joined)
+    out_sizes = [1] * missing + [size for size, _ in joined]
+    out_strides = [[0] * missing + [inner[i] for _, inner in joined] for i in range(len(strides))]
+    return out_sizes, out_strides

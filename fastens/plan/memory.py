@@ -1,0 +1,95 @@
+"""Where the values of a program are: buffers in the arena that share memory when their lives do not overlap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastens.plan.steps import Slot, address
+
+ALIGNMENT = 64  # bytes: a cache line, and a vector
+
+
+@dataclasses.dataclass(eq=False)
+class Buffer:
+    """A piece of the arena, from the first to the last step that touches it."""
+
+    num_bytes: int
+    first: int = -1
+    last: int = -1
+    offset: int = -1
+
+    def touch(self, step: int) -> None:
+        """Keep the buffer alive for a step."""
+        self.first = step if self.first < 0 else self.first
+        self.last = max(self.last, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """A place: bytes from the start of a buffer or of a slot."""
+
+    where: Buffer | int
+    num_bytes: int = 0
+
+    def plus(self, elements: int, size: int = 4) -> At:
+        """The place some elements further."""
+        return At(self.where, self.num_bytes + elements * size)
+
+    def word(self) -> int:
+        """The address, once the buffers are laid out."""
+        if isinstance(self.where, Buffer):
+            return address(Slot.ARENA, self.where.offset + self.num_bytes)
+        return address(self.where, self.num_bytes)
+
+
+def lay_out(buffers: list[Buffer]) -> int:
+    """Give every buffer its offset; return the bytes of the arena.
+
+    Buffers are placed in the order of their sizes, each at the lowest offset that is free during its life.
+    """
+    placed: list[Buffer] = []
+    total = 0
+    for buffer in sorted((b for b in buffers if b.first >= 0), key=lambda b: -b.num_bytes):
+        alive = sorted(
+            (b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset
+        )
+        offset = 0
+        for other in alive:
+            if offset + buffer.num_bytes <= other.offset:
+                break
+            offset = max(offset, -(-(other.offset + other.num_bytes) // ALIGNMENT) * ALIGNMENT)
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + buffer.num_bytes)
+    return total
+
+
+class Constants:
+    """The packed weights and other constants of a program, in one tensor."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._known: dict[object, At] = {}
+        self._elements = 0
+
+    def add(self, key: object, values: Tensor) -> At:
+        """Keep float32 values under a key; return where they will be."""
+        found = self._known.get(key)
+        if found is None:
+            flat = values.detach().to(torch.float32).reshape(-1)
+            padding = -flat.numel() % (ALIGNMENT // 4)
+            found = self._known[key] = At(Slot.WEIGHTS, self._elements * 4)
+            self._parts.append(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
+            self._elements += flat.numel() + padding
+        return found
+
+    def find(self, key: object) -> At | None:
+        """Where the values of a key are, none where they were not added."""
+        return self._known.get(key)
+
+    def joined(self) -> Tensor:
+        """All of them, float32 [n]."""
+        return torch.cat(self._parts) if self._parts else torch.zeros(ALIGNMENT // 4)

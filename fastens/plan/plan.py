@@ -1,0 +1,154 @@
+"""A plan: the program of one folded pass, with its memory, ready to be run again on other inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.ops.run_program import run_program
+from fastens.plan import steps
+from fastens.plan.emit import Call, Emitter
+from fastens.plan.lower import constants_of, lower, versioned
+from fastens.plan.memory import At, Buffer, lay_out
+from fastens.plan.record import Recording, Ref
+from fastens.plan.steps import Slot, Step, Strided
+from fastens.plan.values import Leaf, Stored
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call of torch, with the views of the arena that it reads and writes."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    outs: list[Tensor]
+
+    def run(self) -> None:
+        results = pytree.tree_leaves(self.func(*self.args, **self.kwargs))
+        for out, result in zip(self.outs, (r for r in results if isinstance(r, Tensor)), strict=True):
+            out.copy_(result)
+
+
+class Plan:
+    """The program of a folded pass.
+
+    Args:
+        recording: of the pass.
+        num_members: K.
+
+    Attributes:
+        stretches: encoded steps, and calls of torch between them.
+        num_bytes: of packed weights and arena.
+    """
+
+    def __init__(self, recording: Recording, num_members: int) -> None:
+        self.num_threads = torch.get_num_threads()
+        nodes, outputs = versioned(recording.nodes, recording.outputs)
+        emitter = Emitter(recording, num_members, self.num_threads)
+        emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
+        emitter.uses.update(ref.storage for ref in outputs)
+        for i, ref in enumerate(recording.inputs):
+            emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
+        self._inputs = recording.inputs
+        made = {out.storage for node in nodes for out in node.outs} | {ref.storage for ref in recording.inputs}
+        # Nothing is a constant that an operation makes, even before it was reached.
+        for node in nodes:
+            lower(emitter, node)
+        self._outputs = [(ref.size, ref.dtype) for ref in outputs]
+        first_output = Slot.ARGUMENTS + len(recording.inputs)
+        for i, ref in enumerate(outputs):
+            stride = _contiguous(ref.size)
+            emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
+        del made
+        self._assemble(emitter)
+
+    def _assemble(self, emitter: Emitter) -> None:
+        for i, step in enumerate(emitter.steps):
+            for at in _places(step):
+                if isinstance(at.where, Buffer):
+                    at.where.touch(i)
+        num_bytes = lay_out(emitter.buffers)
+        self._arena = torch.empty(max(16, num_bytes // 4 + 16))
+        self._weights = emitter.constants.joined()
+        self.num_bytes = 4 * (self._arena.numel() + self._weights.numel())
+        self.steps = emitter.steps
+        self.stretches: list[Tensor | _Call] = []
+        stretch: list[Step] = []
+        for step in emitter.steps:
+            if isinstance(step, Call):
+                if stretch:
+                    self.stretches.append(steps.encode(stretch))
+                stretch = []
+                self.stretches.append(self._bound(emitter, step))
+            else:
+                stretch.append(step)
+        if stretch:
+            self.stretches.append(steps.encode(stretch))
+        self._lock = threading.Lock()
+
+    def _bound(self, emitter: Emitter, step: Call) -> _Call:
+        def view(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return leaf
+            at = step.places[leaf]
+            if not isinstance(at.where, Buffer):
+                return _Argument(at.where - Slot.ARGUMENTS, leaf)
+            flat = self._arena.view(leaf.dtype) if leaf.dtype != torch.float32 else self._arena
+            return flat.as_strided(leaf.size, leaf.stride, (at.where.offset + at.num_bytes) // leaf.dtype.itemsize)
+
+        args, kwargs = constants_of(emitter, (step.args, step.kwargs))
+        args, kwargs = pytree.tree_map(view, (args, kwargs))
+        return _Call(step.func, args, kwargs, [view(out) for out in step.outs])
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Run the program.
+
+        Args:
+            inputs: tensors of the shapes, strides and dtypes of the recording.
+
+        Returns:
+            The outputs of the pass, in memory of their own.
+        """
+        outputs = [torch.empty(size, dtype=dtype) for size, dtype in self._outputs]
+        with self._lock:
+            for stretch in self.stretches:
+                if isinstance(stretch, Tensor):
+                    run_program(stretch, self._weights, self._arena, inputs, outputs, self.num_threads)
+                else:
+                    stretch.run()
+        return outputs
+
+
+@dataclasses.dataclass
+class _Argument:
+    index: int
+    ref: Ref
+
+
+def _places(value: Any) -> Iterator[At]:
+    if isinstance(value, At):
+        yield value
+    elif isinstance(value, Call):
+        yield from value.places.values()
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _places(item)
+    elif isinstance(value, Step | steps.Image | Strided | steps.Heads):
+        for field in dataclasses.fields(value):
+            yield from _places(getattr(value, field.name))
+
+
+def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for n in reversed(size):
+        stride.append(step)
+        step *= n
+    return tuple(reversed(stride))

@@ -1,0 +1,200 @@
+"""Recording a folded pass: every operation that it does, in order, with where its tensors are.
+
+Shapes are those of one signature, so Python control flow is taken as it went. A network whose control flow depends on
+the values of its input, or that draws random numbers, is not recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+class NotRecordable(Exception):
+    """The pass has no fixed list of operations; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A tensor as a view of a storage: offset and strides in elements."""
+
+    storage: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """How many elements the view has."""
+        count = 1
+        for n in self.size:
+            count *= n
+        return count
+
+
+@dataclasses.dataclass
+class Node:
+    """One operation: ``args`` and ``kwargs`` hold a :class:`Ref` where a tensor was."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Ref]
+    writes: list[Ref]  # arguments that it changes in place
+
+    @property
+    def name(self) -> str:
+        """The operation without its overload: ``aten.add``, ``fastens.conv``."""
+        return str(self.func).rpartition(".")[0]
+
+    @property
+    def reads(self) -> list[Ref]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+
+
+class Recording:
+    """The operations of a pass that depend on its inputs; whatever else they read is constant.
+
+    Attributes:
+        nodes: the operations, views left out.
+        inputs: one per input of the pass.
+        outputs: one per tensor that it returned.
+        tensors: a tensor of every storage, by which a constant is read.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.inputs: list[Ref] = []
+        self.outputs: list[Ref] = []
+        self.tensors: dict[int, Tensor] = {}
+        self._made: set[int] = set()  # storages that depend on the inputs
+        self._keep: list[Any] = []
+
+    def ref(self, x: Tensor) -> Ref:
+        """Where a tensor is; its storage is kept alive, so that no other takes its place."""
+        key = x.untyped_storage()._cdata
+        if key not in self.tensors:
+            self.tensors[key] = x
+            self._keep.append(x.untyped_storage())
+        return Ref(key, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x.dtype)
+
+    def constant(self, ref: Ref) -> Tensor | None:
+        """The tensor of a reference that does not depend on the inputs, none where it does."""
+        if ref.storage in self._made:
+            return None
+        base = self.tensors[ref.storage]
+        return torch.empty(0, dtype=ref.dtype, device=base.device).set_(
+            base.untyped_storage(), ref.offset, ref.size, ref.stride
+        )
+
+    def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Keep an operation that depends on the inputs, unless it only makes views.
+
+        Raises:
+            NotRecordable: it is random, or depends on the values of the inputs, or changes a constant or an input.
+        """
+        as_ref = lambda leaf: self.ref(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        ref_args, ref_kwargs = pytree.tree_map(as_ref, (args, kwargs))
+        outs = [self.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        node = Node(func, ref_args, ref_kwargs, outs, self._written(func, ref_args, ref_kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
+            raise NotRecordable(f"{node.name} draws random numbers")
+        reads = node.reads
+        if not any(ref.storage in self._made for ref in reads):
+            return
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags or not outs:
+            raise NotRecordable(f"{node.name} depends on the values of the input")
+        inputs = {ref.storage for ref in self.inputs}
+        if any(ref.storage not in self._made or ref.storage in inputs for ref in node.writes):
+            raise NotRecordable(f"{node.name} changes an input or a constant in place")
+        read = {ref.storage for ref in reads}
+        if not node.writes and all(out.storage in read for out in outs):
+            return
+        self._made.update(out.storage for out in outs)
+        self.nodes.append(node)
+
+    @staticmethod
+    def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ref]:
+        written = []
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                written += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Ref)]
+        return written
+
+
+def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is random only by its dropout, which is off."""
+    names = [argument.name for argument in func._schema.arguments]
+    return "dropout_p" in names and {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0) == 0.0
+
+
+def channels_last(x: Tensor, result: Tensor) -> Tensor:
+    """A result in the layout that the steps write, so that what follows is recorded in that layout."""
+    if result.ndim == 4:
+        return result.contiguous(memory_format=torch.channels_last)
+    if result.shape == x.shape and result.stride() != x.stride() and x.stride(1) == 1:  # tokens seen as [R, C, L]
+        return torch.empty_like(x).copy_(result)
+    return result
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.recording.add(func, args, kwargs, result)
+        return result
+
+
+class _MemberOps(TorchFunctionMode):
+    """Member-batched ops are recorded whole; as composites they would come to the dispatcher in pieces."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            result = channels_last(args[0], func(*args, **kwargs))
+        self.recording.add(func, args, kwargs, result)
+        return result
+
+
+def record(run: Callable[[], Any], inputs: list[Tensor], modes: Callable[[], AbstractContextManager[Any]]) -> tuple:
+    """Run a pass and record it.
+
+    Args:
+        run: the pass.
+        inputs: the tensors that may differ from call to call.
+        modes: further contexts of the pass.
+
+    Returns:
+        The recording and what the pass returned.
+
+    Raises:
+        NotRecordable: see :class:`Recording`.
+    """
+    recording = Recording()
+    recording.inputs = [recording.ref(x) for x in inputs]
+    recording._made.update(ref.storage for ref in recording.inputs)
+    with modes(), _Operations(recording), _MemberOps(recording):
+        result = run()
+    recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return recording, result

@@ -1,0 +1,269 @@
+"""The steps of a program, in the layout of ``csrc/cpu/program/steps.h``: one dataclass per struct there.
+
+An address is ``slot << 48 | bytes``; slot 0 is the arena, 1 the packed weights, then come the inputs and the outputs of
+the call. Strides are in elements. Activations are channels-last: the channels of a pixel are contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+STEP_WIDTH = 96
+LANES = 16  # float32 values of one vector
+NONE = -1  # the address of what is absent
+MAX_DIMS, MAX_INPUTS, MAX_INSTRUCTIONS = 6, 4, 8
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.int32: 3, torch.bfloat16: 4}
+
+
+class Slot(enum.IntEnum):
+    """The memory that an address is in; inputs and outputs of the call follow."""
+
+    ARENA = 0
+    WEIGHTS = 1
+    ARGUMENTS = 2
+
+
+class Activation(enum.IntEnum):
+    """What is applied to a value on its way into or out of a step."""
+
+    NONE = 0
+    SILU = 1
+    GELU = 2
+    GELU_TANH = 3
+
+
+class Opcode(enum.IntEnum):
+    """An elementwise instruction; the names of two-operand ones end in their operands' order."""
+
+    COPY = 0
+    ADD = 1
+    SUBTRACT = 2
+    MULTIPLY = 3
+    DIVIDE = 4
+    ADD_NUMBER = 5
+    MULTIPLY_NUMBER = 6
+    NUMBER_MINUS = 7
+    NUMBER_OVER = 8
+    SILU = 9
+    GELU = 10
+    GELU_TANH = 11
+    SIGMOID = 12
+    TANH = 13
+    EXP = 14
+    LOG = 15
+    SIN = 16
+    COS = 17
+    SQRT = 18
+    SQUARE = 19
+    RELU = 20
+    ABS = 21
+
+
+def address(slot: int, num_bytes: int) -> int:
+    """Where ``num_bytes`` from the start of a slot is."""
+    return slot << 48 | num_bytes
+
+
+@dataclasses.dataclass
+class Image:
+    """Channels of the rows' images: element strides between rows, lines and pixels."""
+
+    at: int = NONE
+    row: int = 0
+    y: int = 0
+    x: int = 0
+    channels: int = 0
+    rows: int = 1  # the image of row r is r % rows
+
+
+@dataclasses.dataclass
+class Strided:
+    """A value of any dtype and up to six dimensions."""
+
+    at: int = NONE
+    dtype: int = 0
+    strides: list[int] = dataclasses.field(default_factory=lambda: [0] * MAX_DIMS)
+
+
+@dataclasses.dataclass
+class Heads:
+    """Tokens of the heads of the rows; the width of a head is contiguous."""
+
+    at: int = NONE
+    row: int = 0
+    head: int = 0
+    token: int = 0
+
+
+@dataclasses.dataclass
+class Step:
+    """Base of the steps: how many tasks the threads share."""
+
+    kind: ClassVar[int]
+    tasks: int = dataclasses.field(default=1, kw_only=True)
+
+    def words(self) -> list[int]:
+        """The step as STEP_WIDTH 64-bit words."""
+        own = [getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tasks"]
+        words = [self.kind, self.tasks, *_flat(own)]
+        if len(words) > STEP_WIDTH:
+            raise ValueError(f"{type(self).__name__} takes {len(words)} words, at most {STEP_WIDTH}")
+        return words + [0] * (STEP_WIDTH - len(words))
+
+
+def _flat(values: list[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, float):
+            yield struct.unpack("<q", struct.pack("<d", value))[0]
+        elif isinstance(value, int):
+            yield int(value)
+        elif hasattr(value, "word"):  # a place whose address is known by now
+            yield value.word()
+        elif isinstance(value, list | tuple):
+            yield from _flat(list(value))
+        else:
+            yield from _flat([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+@dataclasses.dataclass
+class Conv(Step):
+    """A convolution, or a linear layer as one of 1x1 over tokens."""
+
+    kind: ClassVar[int] = 1
+    rows: int
+    rows_per_member: int
+    row_chunk: int
+    band: int
+    block_chunk: int
+    vectors: int
+    sources: tuple[Image, Image]
+    up: int
+    in_h: int
+    in_w: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_top: int
+    pad_left: int
+    out_h: int
+    out_w: int
+    out_channels: int
+    table_scale: int
+    table_shift: int
+    act_in: int
+    weight: int
+    weight_member: int
+    bias: int
+    bias_member: int
+    row_vector: int
+    row_vector_row: int
+    residual: Image
+    scale: float
+    act_out: int
+    out: Image
+    bfloat16: int = 0
+
+
+@dataclasses.dataclass
+class Norm(Step):
+    """Group normalisation as a scale and a shift per row and channel."""
+
+    kind: ClassVar[int] = 2
+    rows: int
+    rows_per_member: int
+    splits: int
+    sources: tuple[Image, Image]
+    height: int
+    width: int
+    groups: int
+    weight: int
+    bias: int
+    row_scale: int
+    row_scale_row: int
+    row_shift: int
+    row_shift_row: int
+    eps: float
+    out_scale: int
+    out_shift: int
+
+
+@dataclasses.dataclass
+class Pointwise(Step):
+    """A chain of instructions on registers: the inputs come first, each instruction writes the next one."""
+
+    kind: ClassVar[int] = 3
+    sizes: list[int]
+    out: Strided
+    num_inputs: int
+    inputs: list[Strided]
+    num_instructions: int
+    instructions: list[int | float]  # opcode | a << 16 | b << 32, number; in turn
+
+
+@dataclasses.dataclass
+class LayerNorm(Step):
+    """Layer normalisation of the last dimension, scale and shift by member, then by row."""
+
+    kind: ClassVar[int] = 4
+    rows: int
+    rows_per_member: int
+    tokens: int
+    channels: int
+    source: int
+    source_row: int
+    source_token: int
+    weight: int
+    bias: int
+    row_scale: int
+    row_scale_row: int
+    row_shift: int
+    row_shift_row: int
+    eps: float
+    out: int
+    out_row: int
+    out_token: int
+
+
+@dataclasses.dataclass
+class Attention(Step):
+    """softmax(scale q k^T) v, for every row and head."""
+
+    kind: ClassVar[int] = 5
+    rows: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+    query_chunk: int
+    q: Heads
+    k: Heads
+    v: Heads
+    out: Heads
+    scale: float
+
+
+@dataclasses.dataclass
+class LinearRule(Step):
+    """A weighted sum over members."""
+
+    kind: ClassVar[int] = 6
+    members: int
+    count: int
+    chunk: int
+    source: int
+    weight: int
+    out: int
+
+
+def encode(steps: list[Step]) -> Tensor:
+    """The program: int64 [steps, STEP_WIDTH]."""
+    return torch.tensor([step.words() for step in steps], dtype=torch.int64).reshape(-1, STEP_WIDTH)

@@ -1,0 +1,60 @@
+"""How a convolution is cut into tasks: enough of them for the threads, each with its input in the nearer caches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastens.plan.steps import LANES
+from fastens.plan.values import Convolved
+
+_PATCH_BYTES = 256 * 1024  # input of one task: a share of the second-level cache
+_TASKS_PER_THREAD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Rows, output lines and blocks of channels of one task; vectors of one block."""
+
+    row_chunk: int
+    band: int
+    block_chunk: int
+    vectors: int
+    tasks: int
+
+
+def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
+    """Choose the tasks of a convolution.
+
+    First as much input as fits the cache; then, where that leaves the threads without work, fewer rows and fewer
+    channels a task. Splitting the channels reads the input once more for each split, which costs little beside the
+    products.
+    """
+    pixels = value.pixels
+    members = value.weight.shape[0]
+    per_member = pixels.rows // members
+    total = -(-value.weight.shape[1] // LANES)
+    vectors = 3 if total == 3 else 1 if total == 1 else 2
+    blocks = -(-total // vectors)
+    kernel_h, kernel_w = value.weight.shape[3:]
+    line_bytes = ((pixels.width - 1) * value.stride[1] + kernel_w) * in_channels * 4
+
+    def patch(lines: int) -> int:
+        return ((lines - 1) * value.stride[0] + kernel_h) * line_bytes
+
+    band = pixels.height
+    while band > 1 and patch(band) > _PATCH_BYTES:
+        band = -(-band // 2)
+    row_chunk = max(1, min(per_member, _PATCH_BYTES // patch(band))) if band == pixels.height else 1
+    wanted = _TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
+
+    def tasks(rows: int, lines: int, chunk: int) -> int:
+        return members * -(-per_member // rows) * -(-pixels.height // lines) * -(-blocks // chunk)
+
+    block_chunk = blocks
+    while row_chunk > 1 and tasks(row_chunk, band, block_chunk) < wanted:
+        row_chunk = -(-row_chunk // 2)
+    while block_chunk > 1 and tasks(row_chunk, band, block_chunk) < wanted:
+        block_chunk = -(-block_chunk // 2)
+    while band > 4 and tasks(row_chunk, band, block_chunk) < wanted:
+        band = -(-band // 2)
+    return Tiling(row_chunk, band, block_chunk, vectors, tasks(row_chunk, band, block_chunk))

@@ -1,0 +1,198 @@
+"""Values of a recorded pass that are not computed yet, so that the step that needs one may compute it on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastens.plan.memory import At, Buffer
+from fastens.plan.record import Ref
+from fastens.plan.steps import Activation, Opcode
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A tensor as images with contiguous channels: element strides of rows, lines and pixels."""
+
+    ref: Ref
+    rows: int
+    height: int
+    width: int
+    channels: int
+    row: int
+    y: int
+    x: int
+
+    @property
+    def step(self) -> int | None:
+        """The stride between pixels where they lie in one line, none where they do not."""
+        if self.height == 1:
+            return self.x
+        if self.width == 1:
+            return self.y
+        return self.x if self.y == self.width * self.x else None
+
+    def reshaped(self, height: int, width: int) -> Pixels | None:
+        """The same pixels as lines of another width, none where that is not possible."""
+        if (height, width) == (self.height, self.width):
+            return self
+        step = self.step
+        if step is None or height * width != self.height * self.width:
+            return None
+        return dataclasses.replace(self, height=height, width=width, y=width * step, x=step)
+
+    def same_place(self, other: Pixels) -> bool:
+        """Whether both are the same pixels of the same storage."""
+        if self.ref.storage != other.ref.storage or self.ref.offset != other.ref.offset:
+            return False
+        if (self.rows, self.channels) != (other.rows, other.channels) or (self.rows > 1 and self.row != other.row):
+            return False
+        moved = other.reshaped(self.height, self.width)
+        if moved is None:
+            return False
+        return (self.height == 1 or self.y == moved.y) and (self.width == 1 or self.x == moved.x)
+
+
+def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
+    """A tensor [R, C, *space] (``channel_dim`` 1) or [R, *tokens, C] (-1) as images; none where it is laid out otherwise.
+
+    Up to two dimensions are between rows and channels.
+    """
+    dims = [d for d in range(1, len(ref.size)) if d != channel_dim % len(ref.size)]
+    channels = ref.size[channel_dim]
+    if len(dims) > 2 or (channels > 1 and ref.stride[channel_dim] != 1):
+        return None
+    sizes, strides = [1, 1, *(ref.size[d] for d in dims)][-2:], [0, 0, *(ref.stride[d] for d in dims)][-2:]
+    return Pixels(ref, ref.size[0], sizes[0], sizes[1], channels, ref.stride[0], strides[0], strides[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """In memory, laid out as it was recorded; ``element_size`` bytes an element."""
+
+    at: At
+    element_size: int = 4
+
+
+@dataclasses.dataclass
+class Activated:
+    """An activation of another value, pixel by pixel."""
+
+    pixels: Pixels
+    inner: Pixels
+    activation: Activation
+
+
+@dataclasses.dataclass
+class Normed:
+    """A group normalisation: its scale and shift per row and channel are computed when they are first needed."""
+
+    pixels: Pixels
+    inner: Pixels
+    groups: int
+    eps: float
+    members: int
+    weight: At | None
+    bias: At | None
+    row_scale: tuple[At, int] | None = None  # place and stride of a row
+    row_shift: tuple[At, int] | None = None
+    tables: tuple[At, At] | None = None
+
+
+@dataclasses.dataclass
+class Joined:
+    """Two values one after the other along the channels."""
+
+    pixels: Pixels
+    parts: tuple[Pixels, Pixels]
+
+
+@dataclasses.dataclass
+class Enlarged:
+    """Nearest-neighbour enlargement."""
+
+    pixels: Pixels
+    inner: Pixels
+    factor: int
+
+
+@dataclasses.dataclass
+class Padded:
+    """Zeros around an image: left, right, top, bottom."""
+
+    pixels: Pixels
+    inner: Pixels
+    padding: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass
+class Convolved:
+    """A convolution or a linear layer, with what is done to its result."""
+
+    pixels: Pixels  # of the result
+    inner: Pixels
+    weight: Any  # stack [K, C_out, C_in, kernel_h, kernel_w]
+    bias: Any
+    key: object
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # top, left
+    row_vector: tuple[At, int] | None = None
+    residual: Pixels | None = None
+    scale: float = 1.0
+    activation: Activation = Activation.NONE
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An operand of an expression, of any dtype."""
+
+    ref: Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """An instruction on the results of others."""
+
+    opcode: Opcode
+    operands: tuple[Leaf | Apply, ...]
+    number: float = 0.0
+
+
+@dataclasses.dataclass
+class Expression:
+    """A chain of elementwise instructions."""
+
+    ref: Ref
+    root: Leaf | Apply
+
+
+@dataclasses.dataclass
+class Source:
+    """What a step reads: up to two images, enlarged, then normalised, then activated."""
+
+    images: list[Pixels]
+    factor: int = 1
+    tables: tuple[At, At] | None = None
+    activation: Activation = Activation.NONE
+
+
+Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression
+Value = Stored | Lazy
+__all__ = [
+    "Activated",
+    "Apply",
+    "Buffer",
+    "Convolved",
+    "Enlarged",
+    "Expression",
+    "Joined",
+    "Lazy",
+    "Leaf",
+    "Normed",
+    "Padded",
+    "Pixels",
+    "Source",
+    "Stored",
+    "Value",
+    "pixels_of",
+]
