@@ -301,6 +301,18 @@ class Ensemble(nn.Module):
         if self._engine is not None:
             self._engine.refresh()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Ensemble":
+        """Move or convert the stacks; whatever was derived from them is dropped."""
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the stacks [K, ...]; whatever was derived from the old ones is dropped."""
+        result = super().load_state_dict(*args, **kwargs)
+        self.refresh()
+        return result
+
     def train(self, mode: bool = True) -> "Ensemble":
         """Set the mode of the members, as for one of them."""
         super().train(mode)

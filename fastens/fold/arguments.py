@@ -1,5 +1,6 @@
 """Which of the caller's tensors carry the batch, and how they are repeated or selected for the fold."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,32 @@ class Arguments:
         self.primary = primary[0]
         self.batch_size: int = primary[1].shape[0]
         self.batched = [i for i, x in shaped if x.shape[0] == self.batch_size and i not in excluded]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def with_tensors(self, tensors: list[Tensor]) -> "Arguments":
+        """The same arguments with other tensors in the place of theirs."""
+        other = copy.copy(self)
+        replacements = iter(tensors)
+        other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return other
+
+    def plan_key(self) -> tuple[Any, ...]:
+        """What tells one recorded pass from another: all of a call but the values of its tensors."""
+
+        def key(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.shape, leaf.stride(), leaf.dtype
+            return type(leaf), leaf
+
+        return (*map(key, self.leaves), self._spec)
+
+    def plain(self) -> bool:
+        """Whether :meth:`plan_key` says everything: leaves are tensors, numbers, names or dtypes."""
+        return all(isinstance(leaf, Tensor | int | float | str | torch.dtype | None) for leaf in self.leaves)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with ``function`` applied to each tensor that carries the batch."""

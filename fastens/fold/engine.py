@@ -14,6 +14,7 @@ from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.network import build_network, folded_modules
+from fastens.fold.planned import Plans, can_plan
 from fastens.fold.registry import RawModule
 from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import LayerReport, Report
@@ -44,7 +45,9 @@ class FoldEngine:
         self.shared = shared
         self.num_members = num_members
         self.max_fold: int | None = settings["max_fold"]
+        self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, self.rows)
+        self.plans = Plans(self.network, num_members)
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
         self._checked: dict[Any, frozenset[int]] = {}  # signature -> leaves that only look like the batch
@@ -60,8 +63,9 @@ class FoldEngine:
         return replaced(self.skeleton, {n: copied(n, t, values[n]) for n, t in tensors_of(self.skeleton).items()})
 
     def refresh(self) -> None:
-        """Forget which signatures were checked."""
+        """Forget which signatures were checked, and the plans with their packed weights."""
         self._checked.clear()
+        self.plans.clear()
 
     # Passes
 
@@ -71,13 +75,36 @@ class FoldEngine:
             return self._loop(args, kwargs)
         excluded = frozenset()
         if not torch.compiler.is_compiling() and not _capturing():
-            key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
+            arguments = Arguments(args, kwargs)
+            plannable = self._can_plan(arguments)
+            found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+            if found is not None:
+                leaves, spec = found
+                return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+            key = (arguments.signature(), training, torch.is_grad_enabled())
             if key not in self._checked:
                 self._checked[key] = self._first(args, kwargs, training)
                 if self.engine == "loop":
                     return self._loop(args, kwargs)
+            elif plannable:
+                return self._planned(args, kwargs, self._checked[key])
             excluded = self._checked[key]
         return self._fold(Arguments(args, kwargs, excluded))
+
+    def _can_plan(self, arguments: Arguments) -> bool:
+        whole = self.max_fold is None or self.num_members * arguments.batch_size <= self.max_fold
+        return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
+
+    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int]) -> list[Any]:
+        """Make the plan of a signature that was checked before; its first evaluation is the recorded one."""
+        arguments = Arguments(args, kwargs, excluded)
+        output = self.plans.make(
+            arguments.plan_key(),
+            lambda tensors: self._pass(arguments.with_tensors(tensors), None, None),
+            arguments.tensors,
+        )
+        leaves, spec = pytree.tree_flatten(output)
+        return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
 
     def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""

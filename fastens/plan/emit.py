@@ -62,7 +62,7 @@ class Emitter:
         uses: by storage, how many operations and results read it.
     """
 
-    def __init__(self, recording: Recording, num_members: int, num_threads: int) -> None:
+    def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
         self.recording = recording
         self.num_members = num_members
         self.num_threads = num_threads
@@ -70,7 +70,7 @@ class Emitter:
         self.values: dict[int, Value] = {}
         self.uses: Counter[int] = Counter()
         self.buffers: list[Buffer] = []
-        self.constants = Constants()
+        self.constants = constants
         self.copies: dict[Ref, Pixels] = {}
 
     # Places
@@ -87,7 +87,7 @@ class Emitter:
 
     def kept(self, tensor: Tensor, key: object) -> At:
         """Where a constant tensor is, in its logical order."""
-        return self.constants.add(key, tensor)
+        return self.constants.add(key, tensor, tensor)
 
     def stored(self, ref: Ref) -> At:
         """Where the first element of a value is, computing it now if that was not done yet."""
@@ -364,7 +364,8 @@ class Emitter:
         padded = -(-out_channels // steps.LANES) * steps.LANES
         bias = None
         if value.bias is not None:
-            bias = self.kept(torch.nn.functional.pad(value.bias, (0, padded - out_channels)), ("bias", value.key))
+            filled = torch.nn.functional.pad(value.bias, (0, padded - out_channels))
+            bias = self.constants.add(("bias", value.key), filled, value.bias)
         vector = value.row_vector or (None, 0)
         residual = Image() if value.residual is None else self.image(value.residual)
         scale, shift = source.tables or (None, None)
@@ -407,7 +408,7 @@ class Emitter:
     def _packed(self, value: Convolved, vectors: int) -> At:
         key = ("packed", value.key, vectors)
         found = self.constants.find(key)
-        return found or self.constants.add(key, pack(value.weight, vectors))
+        return found or self.constants.add(key, pack(value.weight, vectors), value.weight)
 
 
 def pack(weight: Tensor, vectors: int) -> Tensor:

@@ -56,7 +56,7 @@ def call(emitter: Emitter, node: Node) -> None:
     """Let torch run an operation on views of the arena."""
     if any(ref.dtype == torch.bfloat16 for ref in (*node.reads, *node.outs)):
         raise NotLowerable(f"{node.name} in bfloat16")  # the arena holds float32
-    places = {ref: emitter.stored(ref) for ref in node.reads if emitter.constant(ref) is None}
+    places = {ref: _in_arena(emitter, ref) for ref in node.reads if emitter.constant(ref) is None}
     for out in node.outs:
         size = out.dtype.itemsize
         span = 1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True)) if out.numel else 1
@@ -64,6 +64,19 @@ def call(emitter: Emitter, node: Node) -> None:
         emitter.values[out.storage] = Stored(place, size)
         places[out] = place.plus(out.offset, size)
     emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
+
+
+def _in_arena(emitter: Emitter, ref: Ref) -> At:
+    """Where a value is in the arena; an input is copied there, with the strides that it has."""
+    at = emitter.stored(ref)
+    if not isinstance(at.where, int):
+        return at
+    if ref.dtype not in steps.DTYPES:
+        raise NotLowerable(f"an input of {ref.dtype}")
+    span = 1 + sum((n - 1) * s for n, s in zip(ref.size, ref.stride, strict=True)) if ref.numel else 1
+    place = At(emitter.buffer(-(-span * ref.dtype.itemsize // 4)))
+    emitter.expression(Leaf(ref), ref.size, place, ref.stride, steps.DTYPES[ref.dtype])
+    return place
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -532,18 +545,19 @@ def copy(emitter: Emitter, node: Node) -> bool:
 
 @lowers("aten.repeat")
 def repeat(emitter: Emitter, node: Node) -> bool:
-    """Copies along the first dimension."""
+    """Copies along the first dimension, of any dtype."""
     x, times = node.args[:2]
     out = node.outs[0]
-    if out.dtype not in FLOATS or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
+    if out.dtype not in steps.DTYPES or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
         return False
     at, stride, code = emitter.operand(x)
-    place = At(emitter.buffer(out.numel))
-    sizes = [times[0], *x.size]
-    out_stride = [x.size[0] * out.stride[0], *out.stride]
+    size = 4 if out.dtype in FLOATS else out.dtype.itemsize
+    place = At(emitter.buffer(-(-out.numel * size // 4)))
+    out_code = 0 if out.dtype in FLOATS else code
+    sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
     source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
-    emitter.pointwise(sizes, steps.Strided(place, 0, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
-    emitter.values[out.storage] = Stored(place)
+    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
+    emitter.values[out.storage] = Stored(place, size)
     return True
 
 

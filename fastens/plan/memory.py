@@ -68,28 +68,44 @@ def lay_out(buffers: list[Buffer]) -> int:
 
 
 class Constants:
-    """The packed weights and other constants of a program, in one tensor."""
+    """The packed weights and other constants of an ensemble's programs, in one tensor that only grows."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._known: dict[object, At] = {}
+        self._known: dict[object, tuple[At, Tensor]] = {}
         self._elements = 0
+        self._joined: Tensor | None = None
 
-    def add(self, key: object, values: Tensor) -> At:
-        """Keep float32 values under a key; return where they will be."""
+    def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
+        """Keep float32 values under a key; return where they will be.
+
+        Args:
+            key: what tells the values from others; it may hold the identity of a storage.
+            values: the values, in their logical order.
+            source: the tensor that they come from; it is kept alive, so that its identity stays its own.
+        """
         found = self._known.get(key)
         if found is None:
             flat = values.detach().to(torch.float32).reshape(-1)
             padding = -flat.numel() % (ALIGNMENT // 4)
-            found = self._known[key] = At(Slot.WEIGHTS, self._elements * 4)
-            self._parts.append(torch.nn.functional.pad(flat, (0, padding)) if padding else flat)
+            found = self._known[key] = (At(Slot.WEIGHTS, self._elements * 4), values if source is None else source)
+            self._parts.append(torch.nn.functional.pad(flat, (0, padding)) if padding else flat.clone())
             self._elements += flat.numel() + padding
-        return found
+        return found[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the values, not counting the tensors that they come from."""
+        return 4 * self._elements
 
     def find(self, key: object) -> At | None:
         """Where the values of a key are, none where they were not added."""
-        return self._known.get(key)
+        found = self._known.get(key)
+        return None if found is None else found[0]
 
     def joined(self) -> Tensor:
         """All of them, float32 [n]."""
-        return torch.cat(self._parts) if self._parts else torch.zeros(ALIGNMENT // 4)
+        if self._parts:
+            self._joined = torch.cat(self._parts if self._joined is None else [self._joined, *self._parts])
+            self._parts = []
+        return torch.zeros(ALIGNMENT // 4) if self._joined is None else self._joined

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastens.ops.run_program import run_program
 from fastens.plan import steps
-from fastens.plan.emit import Call, Emitter
+from fastens.plan.emit import Call, Emitter, NotLowerable
 from fastens.plan.lower import constants_of, lower, versioned
-from fastens.plan.memory import At, Buffer, lay_out
+from fastens.plan.memory import At, Buffer, Constants, lay_out
 from fastens.plan.record import Recording, Ref
 from fastens.plan.steps import Slot, Step, Strided
 from fastens.plan.values import Leaf, Stored
@@ -43,23 +43,21 @@ class Plan:
     Args:
         recording: of the pass.
         num_members: K.
+        constants: the packed weights of the ensemble, which this plan adds its own to.
 
     Attributes:
         stretches: encoded steps, and calls of torch between them.
-        num_bytes: of packed weights and arena.
+        steps: what they came from.
     """
 
-    def __init__(self, recording: Recording, num_members: int) -> None:
+    def __init__(self, recording: Recording, num_members: int, constants: Constants) -> None:
         self.num_threads = torch.get_num_threads()
         nodes, outputs = versioned(recording.nodes, recording.outputs)
-        emitter = Emitter(recording, num_members, self.num_threads)
+        emitter = Emitter(recording, num_members, self.num_threads, constants)
         emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
         emitter.uses.update(ref.storage for ref in outputs)
         for i, ref in enumerate(recording.inputs):
             emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
-        self._inputs = recording.inputs
-        made = {out.storage for node in nodes for out in node.outs} | {ref.storage for ref in recording.inputs}
-        # Nothing is a constant that an operation makes, even before it was reached.
         for node in nodes:
             lower(emitter, node)
         self._outputs = [(ref.size, ref.dtype) for ref in outputs]
@@ -67,7 +65,6 @@ class Plan:
         for i, ref in enumerate(outputs):
             stride = _contiguous(ref.size)
             emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
-        del made
         self._assemble(emitter)
 
     def _assemble(self, emitter: Emitter) -> None:
@@ -77,8 +74,7 @@ class Plan:
                     at.where.touch(i)
         num_bytes = lay_out(emitter.buffers)
         self._arena = torch.empty(max(16, num_bytes // 4 + 16))
-        self._weights = emitter.constants.joined()
-        self.num_bytes = 4 * (self._arena.numel() + self._weights.numel())
+        self._constants = emitter.constants
         self.steps = emitter.steps
         self.stretches: list[Tensor | _Call] = []
         stretch: list[Step] = []
@@ -100,13 +96,23 @@ class Plan:
                 return leaf
             at = step.places[leaf]
             if not isinstance(at.where, Buffer):
-                return _Argument(at.where - Slot.ARGUMENTS, leaf)
+                raise NotLowerable(f"{step.func} of an input")
             flat = self._arena.view(leaf.dtype) if leaf.dtype != torch.float32 else self._arena
             return flat.as_strided(leaf.size, leaf.stride, (at.where.offset + at.num_bytes) // leaf.dtype.itemsize)
 
         args, kwargs = constants_of(emitter, (step.args, step.kwargs))
         args, kwargs = pytree.tree_map(view, (args, kwargs))
         return _Call(step.func, args, kwargs, [view(out) for out in step.outs])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the arena."""
+        return 4 * self._arena.numel()
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many steps of each kind, and calls of torch by name."""
+        return Counter(str(s.func) if isinstance(s, Call) else type(s).__name__ for s in self.steps)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the program.
@@ -118,19 +124,14 @@ class Plan:
             The outputs of the pass, in memory of their own.
         """
         outputs = [torch.empty(size, dtype=dtype) for size, dtype in self._outputs]
+        weights = self._constants.joined()
         with self._lock:
             for stretch in self.stretches:
                 if isinstance(stretch, Tensor):
-                    run_program(stretch, self._weights, self._arena, inputs, outputs, self.num_threads)
+                    run_program(stretch, weights, self._arena, inputs, outputs, self.num_threads)
                 else:
                     stretch.run()
         return outputs
-
-
-@dataclasses.dataclass
-class _Argument:
-    index: int
-    ref: Ref
 
 
 def _places(value: Any) -> Iterator[At]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -148,6 +147,10 @@ def channels_last(x: Tensor, result: Tensor) -> Tensor:
     return result
 
 
+def _is_channels_last(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -169,6 +172,8 @@ class _MemberOps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
+            return args[0]  # asked for by networks whose images are in another layout when they run by themselves
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
             return func(*args, **kwargs)
         with _disable_current_modes():
@@ -177,13 +182,12 @@ class _MemberOps(TorchFunctionMode):
         return result
 
 
-def record(run: Callable[[], Any], inputs: list[Tensor], modes: Callable[[], AbstractContextManager[Any]]) -> tuple:
+def record(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Recording, Any]:
     """Run a pass and record it.
 
     Args:
         run: the pass.
         inputs: the tensors that may differ from call to call.
-        modes: further contexts of the pass.
 
     Returns:
         The recording and what the pass returned.
@@ -194,7 +198,7 @@ def record(run: Callable[[], Any], inputs: list[Tensor], modes: Callable[[], Abs
     recording = Recording()
     recording.inputs = [recording.ref(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
-    with modes(), _Operations(recording), _MemberOps(recording):
+    with _Operations(recording), _MemberOps(recording):
         result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result
