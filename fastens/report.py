@@ -1,6 +1,6 @@
 """What an ensemble says of itself: engine and backend of each layer, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastens import _native
 
@@ -36,12 +36,19 @@ class Report:
         num_members: K.
         why: the reason for the engine.
         layers: one entry per module that owns tensors; a looped module stands for its children.
+        plans: one per signature that runs as a recorded program: how many steps of each kind it has, torch's own
+            operations by name.
+        why_no_plan: why the last signature without one has none; empty where none was refused.
+        plan_bytes: memory of packed weights and arenas.
     """
 
     engine: str
     num_members: int
     why: str
     layers: list[LayerReport]
+    plans: list[dict[str, int]] = field(default_factory=list)
+    why_no_plan: str = ""
+    plan_bytes: int = 0
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -52,6 +59,12 @@ class Report:
         """A table, one line per layer."""
         total = sum(layer.parameters for layer in self.layers) or 1
         lines = [f"engine {self.engine}, {self.num_members} members: {self.why}"]
+        for plan in self.plans:
+            lines.append(f"  plan: {', '.join(f'{count} {kind}' for kind, count in plan.items())}")
+        if self.plans:
+            lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
+        if self.why_no_plan:
+            lines.append(f"  not planned: {self.why_no_plan}")
         for layer in self.layers:
             line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"
             if layer.how == "looped":

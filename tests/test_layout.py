@@ -14,6 +14,7 @@ LEVELS = [  # a module imports from its own level or below
     {"checkpoints"},
     {"ensemble", "dropout"},
     {"fold", "report"},
+    {"plan"},
     {"ops"},
     {"reference", "kernels", "_native", "_build", "rules", "_version"},
 ]

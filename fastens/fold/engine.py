@@ -285,7 +285,10 @@ class FoldEngine:
             number = sum(t.numel() for t in counted) // (1 if how == "shared" else self.num_members)
             layer = type(module).__mro__[2].__name__
             layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else "reference", why, number))
-        return Report(self.engine, self.num_members, self.why, layers)
+        plans = self.plans
+        return Report(
+            self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes
+        )
 
 
 def _capturing() -> bool:

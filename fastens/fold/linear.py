@@ -34,6 +34,6 @@ def folded_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 @folds(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def folded_matmul(input: Any, other: Any) -> Any:
     """``x @ W`` where W is a matrix of each member."""
-    if not isinstance(other, MemberTensor) or other.ndim != 2 or isinstance(input, MemberTensor):
+    if not isinstance(other, MemberTensor) or other.ndim != 2:
         return NotImplemented
     return call_op(lambda x, offsets: linear(x, other.stack.transpose(1, 2), None, offsets), input, other.rows)

@@ -54,9 +54,9 @@ class Plans:
         return self._constants.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
 
     @property
-    def fused(self) -> dict[str, int]:
-        """How many steps of each kind the latest plan has."""
-        return next(reversed(self._plans.values()))[0].kinds if self._plans else {}
+    def kinds(self) -> list[dict[str, int]]:
+        """How many steps of each kind each plan has."""
+        return [plan.kinds for plan, _ in self._plans.values()]
 
     def run(self, key: Any, inputs: Leaves) -> tuple[Leaves, Any] | None:
         """Run the plan of a signature.

@@ -222,6 +222,10 @@ class Emitter:
 
     # Writing
 
+    def store(self, storage: int) -> None:
+        """Compute a value into memory now, if that was not done yet."""
+        self._store(storage, self.values[storage])
+
     def add(self, step: Step | Call) -> None:
         """Append a step."""
         self.steps.append(step)

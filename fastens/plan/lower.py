@@ -192,12 +192,15 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
     return True
 
 
-@lowers("fastens.layer_norm")
+@lowers("fastens.layer_norm", "aten.native_layer_norm")
 def layer_norm(emitter: Emitter, node: Node) -> bool:
     """Layer normalisation over the last dimension."""
     x, shape = node.args[:2]
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    if argument(node, 5, "offsets") is not None or len(shape) != 1 or not x.numel:
+    whole = node.name == "fastens.layer_norm"
+    if len(shape) != 1 or not x.numel or (whole and argument(node, 5, "offsets") is not None):
+        return False
+    if not whole and (weight is not None or bias is not None or any(emitter.uses[o.storage] for o in node.outs[1:])):
         return False
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
     if pixels is None or out is None or pixels.step is None or out.step is None:
@@ -529,6 +532,18 @@ def _fits(root: Apply) -> bool:
     return len(leaves) <= steps.MAX_INPUTS and count(root) <= steps.MAX_INSTRUCTIONS
 
 
+@lowers("aten.reciprocal", "aten.pow", "aten.neg")
+def power(emitter: Emitter, node: Node) -> bool:
+    """Powers that have an instruction."""
+    x, out = node.args[0], node.outs[0]
+    if node.name == "aten.reciprocal":
+        return express(emitter, out, Opcode.NUMBER_OVER, (x,), 1.0)
+    if node.name == "aten.neg":
+        return express(emitter, out, Opcode.MULTIPLY_NUMBER, (x,), -1.0)
+    opcode = {2.0: Opcode.SQUARE, 0.5: Opcode.SQRT}.get(node.args[1] if isinstance(node.args[1], int | float) else None)
+    return isinstance(x, Ref) and opcode is not None and express(emitter, out, opcode, (x,))
+
+
 @lowers("aten._to_copy", "aten.clone", "aten.alias_copy", "aten.contiguous")
 def copy(emitter: Emitter, node: Node) -> bool:
     """A copy in another layout or dtype."""
@@ -561,6 +576,31 @@ def repeat(emitter: Emitter, node: Node) -> bool:
     return True
 
 
+@lowers("aten.copy_")
+def partial_copy(emitter: Emitter, node: Node) -> bool:
+    """A copy into a part of a value, or in place of a whole one."""
+    out, x = node.args[:2]
+    if x.dtype not in FLOATS or out.dtype not in FLOATS:
+        return False
+    if not same_view(out, node.outs[0]) or emitter.values.get(out.storage) is None:  # the whole: renamed
+        emitter.values[node.outs[0].storage] = Expression(node.outs[0], Leaf(x))
+        return True
+    for storage in list(emitter.values):  # whatever still waits may read what is overwritten here
+        emitter.store(storage)
+    emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    return True
+
+
+@lowers("aten.new_empty", "aten.empty_like", "aten.new_empty_strided")
+def empty(emitter: Emitter, node: Node) -> bool:
+    """Memory that is written later."""
+    out = node.outs[0]
+    if out.dtype not in FLOATS:
+        return False
+    emitter.values[out.storage] = Stored(At(emitter.buffer(out.numel)))
+    return True
+
+
 def versioned(nodes: list[Node], outputs: list[Ref]) -> tuple[list[Node], list[Ref]]:
     """Give the result of an operation in place a storage of its own, so that every value is written once.
 
@@ -581,13 +621,15 @@ def versioned(nodes: list[Node], outputs: list[Ref]) -> tuple[list[Node], list[R
         args, kwargs = pytree.tree_map(renamed, (node.args, node.kwargs))
         for written in node.writes:
             made = whole.get(written.storage)
+            if node.name == "aten.copy_" and made is not None and not same_view(made, written):
+                continue  # a part: the value stays where it is, see partial_copy
             if made is None or not same_view(made, written) or node.outs != [written]:
                 raise NotLowerable(f"{node.name} of a part of a tensor")
             current[written.storage] = fresh
             fresh -= 1
         if not node.writes:
             whole.update((out.storage, out) for out in node.outs)
-        outs = [renamed(out) for out in node.outs]
+        outs = [renamed(out) for out in node.outs]  # of a partial copy: the part
         result.append(dataclasses.replace(node, args=args, kwargs=kwargs, outs=outs, writes=[]))
     return result, [renamed(out) for out in outputs]
 

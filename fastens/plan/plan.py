@@ -32,7 +32,10 @@ class _Call:
     outs: list[Tensor]
 
     def run(self) -> None:
-        results = pytree.tree_leaves(self.func(*self.args, **self.kwargs))
+        args, kwargs = self.args, self.kwargs
+        if self.func._schema.is_mutable:  # values are written once
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        results = pytree.tree_leaves(self.func(*args, **kwargs))
         for out, result in zip(self.outs, (r for r in results if isinstance(r, Tensor)), strict=True):
             out.copy_(result)
 

@@ -111,7 +111,8 @@ class Recording:
         reads = node.reads
         if not any(ref.storage in self._made for ref in reads):
             return
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags or not outs:
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(node)
+        if torch.Tag.data_dependent_output in func.tags or dynamic or not outs:
             raise NotRecordable(f"{node.name} depends on the values of the input")
         inputs = {ref.storage for ref in self.inputs}
         if any(ref.storage not in self._made or ref.storage in inputs for ref in node.writes):
@@ -136,6 +137,12 @@ def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Whether an operation is random only by its dropout, which is off."""
     names = [argument.name for argument in func._schema.arguments]
     return "dropout_p" in names and {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0) == 0.0
+
+
+def _indexes_by_numbers(node: Node) -> bool:
+    """Whether an indexing operation has no mask, so that the shape of its result is known."""
+    masks = [leaf for leaf in pytree.tree_leaves(node.args[1:2]) if isinstance(leaf, Ref)]
+    return node.name == "aten.index" and all(ref.dtype not in (torch.bool, torch.uint8) for ref in masks)
 
 
 def channels_last(x: Tensor, result: Tensor) -> Tensor:
@@ -175,7 +182,11 @@ class _MemberOps(TorchFunctionMode):
         if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
             return args[0]  # asked for by networks whose images are in another layout when they run by themselves
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
-            return func(*args, **kwargs)
+            other = next((t for t in types if not issubclass(t, Tensor)), None)
+            if other is None:
+                return func(*args, **kwargs)
+            with self:  # what stands for several tensors calls member-batched ops of its own
+                return other.__torch_function__(func, types, args, kwargs)
         with _disable_current_modes():
             result = channels_last(args[0], func(*args, **kwargs))
         self.recording.add(func, args, kwargs, result)

@@ -1,0 +1,183 @@
+"""A frozen ensemble on the CPU runs a recorded program: the same results, and never stale ones."""
+
+import threading
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+import fastens
+from fastens import _native
+from tests.networks import NETWORKS, randomised, tensor_of
+from tests.tolerances import NETWORK, relative_error
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+
+UNPLANNED = {"gru", "gru_time_first"}  # recurrent layers fill memory of their own in place
+
+
+def scaled(arguments, factor):
+    return pytree.tree_map_only(torch.Tensor, lambda x: x * factor if x.is_floating_point() else x, arguments)
+
+
+def members_of(name, num_members=3):
+    make, arguments = NETWORKS[name]
+    return [randomised(make, seed) for seed in range(num_members)], arguments
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_plans_give_what_the_members_give(name):
+    members, arguments = members_of(name)
+    ensemble = fastens.Ensemble(members, engine="fold")
+    for batch in (1, 3):
+        for factor in (1.0, 0.7, -1.3, 0.2):  # checked, recorded, planned, planned
+            args, kwargs = scaled(arguments(batch), factor)
+            with torch.no_grad():
+                expected = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
+                outputs = ensemble.member_outputs(*args, **kwargs)
+            outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+            assert relative_error(outputs, expected) < NETWORK[torch.float32]
+    assert (len(ensemble.report().plans) == 0) == (name in UNPLANNED), ensemble.report().why_no_plan
+
+
+def planned_unet():
+    members, arguments = members_of("unet_2d", 2)
+    ensemble = fastens.Ensemble(members)
+    args, _ = arguments(2)
+    with torch.no_grad():
+        for _ in range(3):
+            ensemble(*args)
+    assert ensemble.report().plans
+    return ensemble, args
+
+
+def test_a_residual_block_is_two_convolutions_and_two_norms():
+    ensemble, _ = planned_unet()
+    (plan,) = ensemble.report().plans
+    blocks = 7  # of the network: each two convolutions, two norms, one projection of the time embedding
+    assert plan["Norm"] == 2 * blocks + 3
+    assert not [kind for kind in plan if kind.startswith(("aten.silu", "aten.add", "aten.cat", "aten.convolution"))]
+
+
+def test_results_are_the_callers():
+    ensemble, args = planned_unet()
+    with torch.no_grad():
+        first = ensemble(*args).sample
+        kept = first.clone()
+        first.fill_(float("nan"))
+        assert torch.equal(ensemble(*args).sample, kept)
+
+
+@pytest.mark.parametrize("change", ["copy_", "load_state_dict", "optimizer", "double"])
+def test_changed_weights_are_seen(change):
+    ensemble, args = planned_unet()
+    if change == "copy_":
+        with torch.no_grad():
+            next(ensemble.parameters()).mul_(1.5)
+    elif change == "load_state_dict":
+        ensemble.load_state_dict({name: 0.9 * t for name, t in ensemble.state_dict().items()})
+    elif change == "optimizer":
+        optimizer = torch.optim.SGD(ensemble.parameters(), 0.1)
+        ensemble(*args).sample.square().mean().backward()
+        optimizer.step()
+    else:
+        ensemble.double()
+        args = (args[0].double(), args[1])
+    with torch.no_grad():
+        loop = torch.stack([member(*args).sample for member in ensemble.members]).mean(0)
+        for _ in range(3):
+            assert relative_error(ensemble(*args).sample, loop) < NETWORK[torch.float32]
+
+
+def test_a_write_behind_torch_needs_a_refresh():
+    ensemble, args = planned_unet()
+    next(ensemble.parameters()).data.mul_(2.0)
+    ensemble.refresh()
+    with torch.no_grad():
+        loop = torch.stack([member(*args).sample for member in ensemble.members]).mean(0)
+        for _ in range(3):
+            assert relative_error(ensemble(*args).sample, loop) < NETWORK[torch.float32]
+
+
+def test_gradients_and_training_read_the_stacks():
+    ensemble, args = planned_unet()
+    x = args[0].clone().requires_grad_()
+    ensemble(x, args[1]).sample.sum().backward()
+    assert x.grad is not None
+
+
+class Tricky(nn.Module):
+    """Control flow and memory that a recording must not get wrong."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, scale=1.0):
+        if self.kind == "branch" and x.mean() > 0:
+            x = -x
+        if self.kind == "noise":
+            return self.layer(x) + torch.rand(())
+        if self.kind == "in place":
+            h = self.layer(x)
+            kept = h + 1
+            h.mul_(2).add_(x)
+            h[:, :2] = 0
+            return kept * h
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("kind", ["branch", "in place", "number"])
+def test_tricky_networks(kind):
+    members = [Tricky(kind).eval() for _ in range(3)]
+    ensemble = fastens.Ensemble(members)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i in range(8):
+            arguments = (x * (-1) ** i * (i + 1), *((float(i),) if kind == "number" else ()))
+            expected = torch.stack([member(*arguments) for member in members]).mean(0)
+            assert relative_error(ensemble(*arguments), expected) < NETWORK[torch.float32]
+    if kind == "branch":
+        assert "values of the input" in ensemble.report().why_no_plan
+
+
+def test_random_networks_have_no_plan():
+    ensemble = fastens.Ensemble([Tricky("noise").eval() for _ in range(2)], engine="fold")
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        outputs = [ensemble(x) for _ in range(5)]
+    assert not torch.equal(outputs[-1], outputs[-2])
+    assert "random" in ensemble.report().why_no_plan
+
+
+def test_threads_share_a_plan():
+    ensemble, (x, t) = planned_unet()
+    with torch.no_grad():
+        expected = [ensemble(x * i, t).sample for i in range(6)]
+    results = [None] * 6
+
+    def work(i):
+        with torch.no_grad():
+            results[i] = ensemble(x * i, t).sample
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_sample_stays_alone(poison):
+    ensemble, (x, t) = planned_unet()
+    with torch.no_grad():
+        clean = ensemble(x, t).sample
+        dirty = x.clone()
+        dirty[0, 0, 0, 0] = poison
+        result = ensemble(dirty, t).sample
+    assert result[0].isnan().any()
+    assert torch.equal(result[1], clean[1])
