@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -364,7 +365,9 @@ class Emitter:
         source = self.source(read)
         pair = self.pair(source)
         tiling = tile(value, sum(p.channels for p in source.images), self.num_threads)
-        weight = self._packed(value, tiling.vectors)
+        # products of bfloat16 where the user's network is in it, the machine multiplies it, and channels come in pairs
+        pairs = pixels.ref.dtype == torch.bfloat16 and in_channels % 2 == 0 and multiplies_bfloat16()
+        weight = self._packed(value, tiling.vectors, pairs)
         padded = -(-out_channels // steps.LANES) * steps.LANES
         bias = None
         if value.bias is not None:
@@ -396,7 +399,7 @@ class Emitter:
                 _or_none(shift),
                 int(source.activation),
                 weight,  # pyright: ignore[reportArgumentType]
-                padded * in_channels * kernel_h * kernel_w,
+                padded * in_channels * kernel_h * kernel_w // (2 if pairs else 1),
                 _or_none(bias),
                 padded,
                 _or_none(vector[0]),
@@ -405,27 +408,42 @@ class Emitter:
                 float(value.scale),
                 int(value.activation),
                 Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),  # pyright: ignore[reportArgumentType]
+                int(pairs),
                 tasks=tiling.tasks,
             )
         )
 
-    def _packed(self, value: Convolved, vectors: int) -> At:
-        key = ("packed", value.key, vectors)
+    def _packed(self, value: Convolved, vectors: int, pairs: bool) -> At:
+        key = ("packed", value.key, vectors, pairs)
         found = self.constants.find(key)
-        return found or self.constants.add(key, pack(value.weight, vectors), value.weight)
+        return found or self.constants.add(key, pack(value.weight, vectors, pairs), value.weight)
 
 
-def pack(weight: Tensor, vectors: int) -> Tensor:
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has products of bfloat16 that the native library uses."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def pack(weight: Tensor, vectors: int, pairs: bool = False) -> Tensor:
     """Order a stack [K, C_out, C_in, kernel_h, kernel_w] as the kernels read it.
+
+    Args:
+        weight: the stack.
+        vectors: of output channels in one block.
+        pairs: keep bfloat16 values, two input channels in the place of one float32.
 
     Returns:
         [K, block, tap, C_in, 16 * vectors], flat for each member; the last block may be narrower, and the channels are
-        filled up with zeros to whole vectors.
+        filled up with zeros to whole vectors. With pairs, [K, block, tap, C_in / 2, 16 * vectors, 2], seen as float32.
     """
     members, out_channels = weight.shape[:2]
     missing = -out_channels % steps.LANES
     full = torch.nn.functional.pad(weight.detach().float(), (0, 0) * 3 + (0, missing)) if missing else weight
     blocks = full.split(vectors * steps.LANES, dim=1)
+    if pairs:
+        taps = [b.permute(0, 3, 4, 2, 1).unflatten(3, (-1, 2)).transpose(4, 5).reshape(members, -1) for b in blocks]
+        return torch.cat(taps, 1).to(torch.bfloat16).contiguous().view(torch.float32)
     return torch.cat([b.permute(0, 3, 4, 2, 1).reshape(members, -1) for b in blocks], 1)
 
 

@@ -9,6 +9,7 @@ struct ConvTask {
   int64_t member, row0, rows, y0, lines;
   int64_t block0, blocks;
   int64_t channels;                 // C_in
+  int64_t units;                    // 32-bit values of a pixel: channels, or pairs of bfloat16 channels
   const float* const* pixels;       // first tap of every output pixel
   const int64_t* taps;              // offset of every tap from it
   int64_t num_taps, num_pixels;
@@ -33,6 +34,7 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
   task.row0 = task.member * step.rows_per_member + within;
   task.rows = std::min(step.row_chunk, step.rows_per_member - within);
   task.channels = step.source[0].channels + step.source[1].channels;
+  task.units = step.bfloat16 ? task.channels / 2 : task.channels;
   task.num_taps = step.kernel_h * step.kernel_w;
   task.num_pixels = task.rows * task.lines * step.out_w;
   return task;
@@ -67,12 +69,41 @@ FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvT
   }
 }
 
+// float32 to bfloat16 in the same memory, rounded to nearest even.
+FASTENS_INLINE void to_bfloat16(float* values, int64_t n) {
+  uint16_t* const out = reinterpret_cast<uint16_t*>(values);
+  int64_t i = 0;
+#ifdef FASTENS_BFLOAT16
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
+    std::memcpy(out + i, &rounded, sizeof(rounded));
+  }
+#endif
+  for (; i < n; ++i) {
+    float value;
+    std::memcpy(&value, values + i, sizeof(value));
+    const uint16_t rounded = c10::detail::round_to_nearest_even(value);
+    std::memcpy(out + i, &rounded, sizeof(rounded));
+  }
+}
+
+// sum + x w, where x and w hold one float32 or two bfloat16 in every lane.
+template <bool Pairs>
+FASTENS_INLINE Vector multiplied(Vector sum, Vector x, Vector w) {
+#ifdef FASTENS_BFLOAT16
+  if constexpr (Pairs) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+#endif
+  return sum + x * w;
+}
+
 // Where each output pixel finds its first tap, and the other taps from there; `pixels` is filled up to a whole tile.
 FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task, int most, Scratch& scratch) {
   scratch.pixels.resize(task.num_pixels + most);
   scratch.taps.resize(task.num_taps);
   const float** next = scratch.pixels.data();
-  const bool direct = task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.source[1].channels == 0 &&
+  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.source[1].channels == 0 &&
                       step.pad_top == 0 && step.pad_left == 0;
   if (direct) {
     for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
@@ -88,15 +119,16 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
     const int64_t patch_w = (step.out_w - 1) * step.stride_w + step.kernel_w;
     float* const patch = Scratch::floats(scratch.patch, task.rows * patch_h * patch_w * task.channels);
     fill_patch(step, slots, task, patch_h, patch_w, patch);
+    if (step.bfloat16) to_bfloat16(patch, task.rows * patch_h * patch_w * task.channels);
     for (int64_t r = 0; r < task.rows; ++r) {
       for (int64_t y = 0; y < task.lines; ++y) {
         for (int64_t x = 0; x < step.out_w; ++x) {
-          *next++ = patch + ((r * patch_h + y * step.stride_h) * patch_w + x * step.stride_w) * task.channels;
+          *next++ = patch + ((r * patch_h + y * step.stride_h) * patch_w + x * step.stride_w) * task.units;
         }
       }
     }
     for (int64_t t = 0; t < task.num_taps; ++t) {
-      scratch.taps[t] = (t / step.kernel_w * patch_w + t % step.kernel_w) * task.channels;
+      scratch.taps[t] = (t / step.kernel_w * patch_w + t % step.kernel_w) * task.units;
     }
   }
   std::fill_n(next, most, next[-1]);
@@ -104,14 +136,14 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   task.taps = scratch.taps.data();
 }
 
-// A panel of weights: taps of all channels, or some channels of one tap.
+// A panel of weights: taps of all units of the channels, or some units of one tap.
 struct Panel {
-  int64_t tap_begin, tap_end, channel_begin, channel_end;
+  int64_t tap_begin, tap_end, unit_begin, unit_end;
   const float* weight;
 };
 
 // sums [P, N vectors] of P pixels: from zero, or onto what is there.
-template <int P, int N>
+template <int P, int N, bool Pairs>
 FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, float* sums, bool first) {
   Vector acc[P][N];
 #pragma GCC unroll 16
@@ -124,7 +156,7 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
     const float* x[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) x[p] = pixels[p] + taps[tap];
-    for (int64_t c = panel.channel_begin; c < panel.channel_end; ++c, weight += N * kLanes) {
+    for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += N * kLanes) {
       Vector w[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) w[n] = load(weight + n * kLanes);
@@ -132,7 +164,7 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
       for (int p = 0; p < P; ++p) {
         const Vector value = splat(x[p][c]);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[p][n] += value * w[n];
+        for (int n = 0; n < N; ++n) acc[p][n] = multiplied<Pairs>(acc[p][n], value, w[n]);
       }
     }
   }
@@ -143,25 +175,36 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
   }
 }
 
-template <int P, int N>
-FASTENS_INLINE void sum_block(const ConvTask& task, const float* weight) {
+template <int P, int N, bool Pairs>
+FASTENS_INLINE void sum_panels(const ConvTask& task, const float* weight) {
   const int64_t width = N * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
-  Panel panel{0, 0, 0, task.channels, weight};
-  const int64_t whole_taps = most / task.channels;
+  Panel panel{0, 0, 0, task.units, weight};
+  const int64_t whole_taps = most / task.units;
   for (int64_t tap = 0; tap < task.num_taps; tap = panel.tap_end) {
     panel.tap_begin = tap;
     panel.tap_end = std::min(task.num_taps, tap + std::max<int64_t>(1, whole_taps));
-    const int64_t step = whole_taps ? task.channels : most;
-    for (int64_t c = 0; c < task.channels; c = panel.channel_end) {
-      panel.channel_begin = c;
-      panel.channel_end = std::min(task.channels, c + step);
+    const int64_t step = whole_taps ? task.units : most;
+    for (int64_t c = 0; c < task.units; c = panel.unit_end) {
+      panel.unit_begin = c;
+      panel.unit_end = std::min(task.units, c + step);
       const bool first = tap == 0 && c == 0;
       for (int64_t i = 0; i < task.num_pixels; i += P) {
-        tile<P, N>(task.pixels + i, task.taps, panel, task.sums + i * width, first);
+        tile<P, N, Pairs>(task.pixels + i, task.taps, panel, task.sums + i * width, first);
       }
-      panel.weight += (panel.tap_end - panel.tap_begin) * (panel.channel_end - c) * width;
+      panel.weight += (panel.tap_end - panel.tap_begin) * (panel.unit_end - c) * width;
     }
   }
+}
+
+template <int P, int N>
+FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask& task, const float* weight) {
+#ifdef FASTENS_BFLOAT16
+  if (step.bfloat16) {
+    sum_panels<P, N, true>(task, weight);
+    return;
+  }
+#endif
+  sum_panels<P, N, false>(task, weight);
 }
 
 // Bias, row vector, residual, scale and activation of `vectors` vectors of channels from `channel0`, every pixel.
@@ -203,35 +246,35 @@ FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index
     const int64_t channel0 = b * width;
     const int64_t vectors = std::min(step.vectors, (step.out_channels - channel0 + kLanes - 1) / kLanes);
     const float* const weight = slots.at(step.weight) + task.member * step.weight_member +
-                                channel0 * task.num_taps * task.channels;
+                                channel0 * task.num_taps * task.units;
     // The larger tile loads less, the smaller one wastes less where few pixels are left over.
     switch (vectors) {
       case 1:
         if (padded(n, 12) <= padded(n, 6)) {
-          sum_block<12, 1>(task, weight);
+          sum_block<12, 1>(step, task, weight);
         } else {
-          sum_block<6, 1>(task, weight);
+          sum_block<6, 1>(step, task, weight);
         }
         break;
       case 2:
         if (padded(n, 12) <= padded(n, 8)) {
-          sum_block<12, 2>(task, weight);
+          sum_block<12, 2>(step, task, weight);
         } else {
-          sum_block<8, 2>(task, weight);
+          sum_block<8, 2>(step, task, weight);
         }
         break;
       case 3:
         if (padded(n, 8) <= padded(n, 4)) {
-          sum_block<8, 3>(task, weight);
+          sum_block<8, 3>(step, task, weight);
         } else {
-          sum_block<4, 3>(task, weight);
+          sum_block<4, 3>(step, task, weight);
         }
         break;
       default:
         if (padded(n, 6) <= padded(n, 4)) {
-          sum_block<6, 4>(task, weight);
+          sum_block<6, 4>(step, task, weight);
         } else {
-          sum_block<4, 4>(task, weight);
+          sum_block<4, 4>(step, task, weight);
         }
     }
     finish_block(step, slots, task, vectors, channel0);
