@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens import rules
+from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble, rebuild
 from fastens.fold.members import make_skeleton, tensors_of
 
@@ -257,15 +258,17 @@ def load_ensemble(
     stacks = _read_safetensors(directory / _STACKS)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
-    _check_fit(directory, skeleton, stacks, shared, config["num_members"])
+    kind = MCDropout if "masks" in config["settings"] else Ensemble  # masks have one set of weights
+    _check_fit(directory, skeleton, stacks, shared, config["num_members"] if kind is Ensemble else 1)
     wanted: dict[str, Tensor] = {}
     for name, like in tensors_of(skeleton).items():
         stack = stacks[name]
         if wanted_dtype is not None and stack.is_floating_point():
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
-    settings = {**config["settings"], "schedule": None}
-    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, (skeleton, wanted, shared), False)
+    settings = {"aggregate_in": None, **config["settings"], "schedule": None}
+    content = (skeleton, wanted, shared)
+    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, content, False, kind)
 
 
 def _check_fit(

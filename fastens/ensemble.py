@@ -4,8 +4,8 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,43 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import rules
+from fastens.draws import Draws, Evaluation
+from fastens.fold.arguments import Arguments
+from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import DifferentMembers, check_members, replaced, stack_members, tensors_of
 from fastens.ops._dispatch import check_backend
-from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
-from fastens.ops.draw_members import draw_members
 from fastens.ops.member_variance import member_variance
 from fastens.report import Report
 
-# Frameworks that insist on a base class of their own: top-level package -> module with ``ensemble_class(member)``.
+# Families that demand more than a call: a module with ``ensemble_class(member, kind)``, by the top-level package of a
+# member's class or a parent's, and by attributes of members whose classes may come from anywhere.
 ADAPTERS = {"diffusers": "fastens.interop.diffusers"}
+ATTRIBUTES = {("sigma_min", "sigma_max", "round_sigma"): "fastens.interop.edm"}
+
+
+def check_settings(
+    engine: str, backend: str, max_fold: int | None, prediction: str | None, aggregate_in: str | None, schedule: Any
+) -> dict[str, Any]:
+    """The keyword arguments of an ensemble as its settings.
+
+    Raises:
+        ValueError: one of them is unknown or out of range, or they contradict each other.
+    """
+    if engine not in ("auto", "fold", "loop"):
+        raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
+    check_backend(backend)
+    if max_fold is not None and max_fold < 1:
+        raise ValueError(f"max_fold is {max_fold}, expected at least one row")
+    return {
+        "engine": engine,
+        "backend": backend,
+        "max_fold": max_fold,
+        "prediction": prediction,
+        "aggregate_in": aggregate_in,
+        "schedule": schedule,
+    }
 
 
 class Ensemble(nn.Module):
@@ -70,23 +96,7 @@ class Ensemble(nn.Module):
 
             members = load_members(members)  # pyright: ignore[reportArgumentType]
         first = members[0]
-        if engine not in ("auto", "fold", "loop"):
-            raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
-        check_backend(backend)
-        if aggregate_in not in (None, prediction):
-            raise ValueError(
-                f"aggregate_in={aggregate_in!r} with prediction={prediction!r}: rules are applied to what the members "
-                "predict; convert inside the members, or leave aggregate_in out"
-            )
-        if max_fold is not None and max_fold < 1:
-            raise ValueError(f"max_fold is {max_fold}, expected at least one row")
-        settings = {
-            "engine": engine,
-            "backend": backend,
-            "max_fold": max_fold,
-            "prediction": prediction,
-            "schedule": schedule,
-        }
+        settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         try:
             self._adopt(*stack_members(members))  # pyright: ignore[reportArgumentType]
@@ -102,9 +112,7 @@ class Ensemble(nn.Module):
         state = self.__dict__
         state["num_members"] = num_members
         state["_settings"] = settings
-        state["_draws"] = None  # members of the trajectory in progress, int64 [batch_size]
-        state["_evaluations"] = 0
-        state["_seed"] = None
+        state["_draws"] = Draws(num_members)
         self.rule = rule
 
     def _adopt(self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
@@ -129,13 +137,20 @@ class Ensemble(nn.Module):
         self._become_member_like(modules[0])
 
     def _become_member_like(self, member: nn.Module) -> None:
-        base = Ensemble
-        for parent in type(member).__mro__:
-            adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
-            if adapter is not None:
-                base = importlib.import_module(adapter).ensemble_class(member)
-                break
+        base = self._kind()
+        adapter = _adapter_of(member)
+        if adapter is not None:
+            base = importlib.import_module(adapter).ensemble_class(member, base)
         self.__class__ = _with_signature(base, type(member))
+        self._check_members()
+
+    @classmethod
+    def _kind(cls) -> "type[Ensemble]":
+        """The class that a framework's own base class is added to."""
+        return Ensemble
+
+    def _check_members(self) -> None:
+        """Raise where members do not belong together, for families that demand more than equal structure."""
 
     # Evaluation
 
@@ -184,72 +199,34 @@ class Ensemble(nn.Module):
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
-        from fastens.fold.arguments import Arguments
-
         arguments = Arguments(args, kwargs)
-        members = self._draw(arguments.batch_size)
+        members = self._draws.members(self.rule, self._begin(arguments.batch), arguments.batch_size)
         if self._engine is not None:
             return self._engine.evaluate_drawn(args, kwargs, members, self.training)
-        order = torch.argsort(members, stable=True)
-        parts = []
-        for k, member in enumerate(self.network.children()):
-            index = order[members[order] == k]
-            if len(index):
-                part_args, part_kwargs = arguments.selected(index)
-                parts.append(member(*part_args, **part_kwargs))
-        inverse = torch.argsort(order)
-        *leaves, spec = _columns(parts)
-        joined = [
-            torch.cat(list(x)).index_select(0, inverse.to(x[0].device)) if isinstance(x[0], Tensor) else x[0]
-            for x in leaves
-        ]
-        return pytree.tree_unflatten(joined, spec)
+        networks = list(self.network.children())
+        return run_drawn(lambda k, a, kw: networks[k](*a, **kw), arguments, members)
 
-    def _draw(self, batch: int) -> Tensor:
-        rule = self.rule
-        state = self.__dict__
-        if state["_draws"] is None:
-            if rule.per_trajectory:
-                raise RuntimeError(
-                    "rule 'mixture' draws one member per sample and trajectory; run the sampler inside "
-                    "`with ens.trajectory(batch_size, generator=g):`"
-                )
-            return draw_members(seed_from(None), 0, self.num_members, batch)
-        per_sample = state["_draws"]
-        size = len(per_sample)
-        if size == 0 or batch % size:
-            raise ValueError(f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {size}")
-        if rule.per_evaluation:
-            state["_evaluations"] += 1
-            per_sample = draw_members(state["_seed"], state["_evaluations"], self.num_members, size)
-        return per_sample.repeat(batch // size)
+    def _begin(self, x: Tensor) -> Evaluation:
+        return self._draws.begin(x)
 
-    @contextmanager
-    def trajectory(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Scope of one member draw per sample, for the rules ``mixture`` and ``alternating``.
+    def trajectory(
+        self, batch_size: int, generator: torch.Generator | int | None = None
+    ) -> AbstractContextManager[None]:
+        """Scope of one run of a sampler: ``mixture`` draws one member per sample for all of it.
 
-        Rows i, i+B, i+2B, ... of a guided batch are one sample and get the same member.
+        Inside it ``alternating`` draws, and fresh dropout masks, are reproducible from the generator. Rows i, i+B,
+        i+2B, ... of a guided batch are one sample and get the same member. Outside it, a batch that repeats itself is
+        taken for a guided one (a comparison, which on a GPU waits for the batch).
 
         Args:
             batch_size: samples in the trajectory, B.
-            generator: read once, here; none for torch's global generator.
+            generator: read once, here; or a seed; none for torch's global generator.
 
         Raises:
             RuntimeError: a trajectory is already in progress.
             ValueError: a batch_size below one.
         """
-        state = self.__dict__
-        if state["_draws"] is not None:
-            raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
-        state["_seed"] = seed_from(generator)
-        state["_evaluations"] = 0
-        state["_draws"] = draw_members(state["_seed"], 0, self.num_members, batch_size)
-        try:
-            yield
-        finally:
-            state["_draws"] = None
+        return self._draws.trajectory(batch_size, generator)
 
     # Inspection
 
@@ -333,7 +310,7 @@ class Ensemble(nn.Module):
             content: Any = (None, list(self.network), state["_why_loop"])
         else:
             content = (self._engine.skeleton, tensors_of(self.network), self._engine.shared)
-        return rebuild, (self.num_members, self.rule, self._settings, content, self.training)
+        return rebuild, (self.num_members, self.rule, self._settings, content, self.training, self._kind())
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
@@ -373,9 +350,16 @@ def _copy(value: Tensor, like: Tensor) -> Tensor:
     return nn.Parameter(copied, like.requires_grad) if isinstance(like, nn.Parameter) else copied
 
 
-def rebuild(num_members: int, rule: rules.Rule, settings: dict[str, Any], content: Any, training: bool) -> Ensemble:
+def rebuild(
+    num_members: int,
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    content: Any,
+    training: bool,
+    kind: type[Ensemble] = Ensemble,
+) -> Ensemble:
     """Put an ensemble together from what pickling or a file keeps: skeleton, stacks and names of shared tensors."""
-    ensemble = Ensemble.__new__(Ensemble)
+    ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
     ensemble._setup(num_members, rule, settings)
     skeleton, *rest = content
@@ -387,6 +371,14 @@ def rebuild(num_members: int, rule: rules.Rule, settings: dict[str, Any], conten
     else:
         ensemble._adopt(skeleton, *rest)
     return ensemble.train(training)
+
+
+def _adapter_of(member: nn.Module) -> str | None:
+    for parent in type(member).__mro__:
+        adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
+        if adapter is not None:
+            return adapter
+    return next((module for names, module in ATTRIBUTES.items() if all(hasattr(member, n) for n in names)), None)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ LEVELS = [  # a module imports from its own level or below
     {"ratios"},
     {"demo", "interop", "evaluation", "tabular"},
     {"checkpoints"},
-    {"ensemble", "dropout"},
+    {"ensemble", "dropout", "draws", "adaptive"},
     {"fold", "report"},
     {"ops"},
     {"reference", "kernels", "_native", "_build", "rules", "schedules", "_version"},

@@ -30,6 +30,11 @@ class Arguments:
         self.batch_size: int = primary[1].shape[0]
         self.batched = [i for i, x in shaped if x.shape[0] == self.batch_size and i not in excluded]
 
+    @property
+    def batch(self) -> Tensor:
+        """The tensor that shows the batch, [B, ...]."""
+        return self.leaves[self.primary]
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with ``function`` applied to each tensor that carries the batch."""
         leaves = list(self.leaves)

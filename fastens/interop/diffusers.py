@@ -6,9 +6,10 @@ from typing import Any
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 
-__all__ = ["DiffusersEnsemble", "ModelMixin", "ensemble_class"]
+__all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "ensemble_class"]
 
 
 class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -24,6 +25,14 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
         return Ensemble.from_pretrained(directory, factory, **options)
 
 
-def ensemble_class(member: nn.Module) -> type[Ensemble]:
+class DiffusersMCDropout(MCDropout, DiffusersEnsemble):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A diffusers model with K sets of dropout masks; see :class:`fastens.MCDropout`."""
+
+    __module__ = "fastens"
+
+
+def ensemble_class(member: nn.Module, kind: type[Ensemble]) -> type[Ensemble]:
     """The class of ensembles of members like this one."""
-    return DiffusersEnsemble if isinstance(member, ModelMixin) else Ensemble
+    if not isinstance(member, ModelMixin):
+        return kind
+    return DiffusersMCDropout if issubclass(kind, MCDropout) else DiffusersEnsemble

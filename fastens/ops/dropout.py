@@ -50,7 +50,7 @@ def dropout(
             continue
         if x.ndim == 0 or numbers.shape != x.shape[:1] or numbers.dtype != torch.int64:
             raise ValueError(
-                f"dropout: {name} is {numbers.dtype} {list(numbers.shape)}, expected int64 with one number for each row "
+                f"dropout: {name} is {numbers.dtype} {list(numbers.shape)}, expected int64, one number for each row "
                 f"of x {list(x.shape)}"
             )
     return _dropout.resolve(backend, (x,))(x, members, samples, p, key, evaluation)
