@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import rules, schedules
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble, rebuild
 from fastens.fold.members import make_skeleton, tensors_of
@@ -199,12 +199,13 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
     directory = Path(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
+    schedule = ensemble._settings["schedule"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
         "shared": sorted(ensemble._engine.shared),
-        "settings": {k: v for k, v in ensemble._settings.items() if k != "schedule"},
+        "settings": {**ensemble._settings, "schedule": schedule and schedule.to_dict()},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
@@ -266,7 +267,9 @@ def load_ensemble(
         if wanted_dtype is not None and stack.is_floating_point():
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
-    settings = {"aggregate_in": None, **config["settings"], "schedule": None}
+    settings = {"aggregate_in": None, **config["settings"]}
+    schedule = settings.get("schedule")
+    settings["schedule"] = schedules.from_dict(schedule) if schedule else None
     content = (skeleton, wanted, shared)
     return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, content, False, kind)
 

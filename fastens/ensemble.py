@@ -4,16 +4,18 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from inspect import ismethod
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import parameterisation, rules
 from fastens.draws import Draws, Evaluation
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
@@ -22,12 +24,16 @@ from fastens.fold.members import DifferentMembers, check_members, replaced, stac
 from fastens.ops._dispatch import check_backend
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
+from fastens.outputs import agreed, columns, is_scores, plain, stacked
 from fastens.report import Report
 
 # Families that demand more than a call: a module with ``ensemble_class(member, kind)``, by the top-level package of a
 # member's class or a parent's, and by attributes of members whose classes may come from anywhere.
 ADAPTERS = {"diffusers": "fastens.interop.diffusers"}
-ATTRIBUTES = {("sigma_min", "sigma_max", "round_sigma"): "fastens.interop.edm"}
+ATTRIBUTES = {
+    ("sigma_min", "sigma_max", "round_sigma"): "fastens.interop.edm",
+    ("apply_model", "alphas_cumprod"): "fastens.interop.k_diffusion",
+}
 
 
 def check_settings(
@@ -43,6 +49,7 @@ def check_settings(
     check_backend(backend)
     if max_fold is not None and max_fold < 1:
         raise ValueError(f"max_fold is {max_fold}, expected at least one row")
+    prediction, aggregate_in, schedule = parameterisation.resolve(prediction, aggregate_in, schedule)
     return {
         "engine": engine,
         "backend": backend,
@@ -67,13 +74,16 @@ class Ensemble(nn.Module):
             them one by one, ``"auto"`` folds where it can and says when it cannot.
         backend: the code that runs the ops: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         max_fold: the most rows (members times batch) in one pass, to bound memory; none for no bound.
-        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; recorded.
-        aggregate_in: the parameterisation that the rule is applied in; only that of ``prediction`` so far.
-        schedule: the noise schedule that a conversion would need.
+        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; none to take
+            it from a scheduler.
+        aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``. Networks that
+            predict variances too (2C channels for C) have the rule applied to the first C and their variances averaged.
+        schedule: the noise schedule of such a conversion: one of :mod:`fastens.schedules`, or a diffusers scheduler.
 
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
-            engine or backend; weights of another number than K; a conversion between parameterisations.
+            engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, or a
+            scheduler that contradicts ``prediction``.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
@@ -159,7 +169,7 @@ class Ensemble(nn.Module):
         rule = self.rule
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
-        return self._combine(self._evaluate(args, kwargs), lambda scores: self._aggregate(scores))
+        return self._combine(self._evaluate(args, kwargs), self._aggregation(args, kwargs))
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members without combining them.
@@ -167,7 +177,7 @@ class Ensemble(nn.Module):
         Returns:
             [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
         """
-        return _plain(self._combine(self._evaluate(args, kwargs), _stacked))
+        return plain(self._combine(self._evaluate(args, kwargs), stacked))
 
     def forward_with_variance(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Evaluate all members once and return their aggregate and their variance.
@@ -181,21 +191,50 @@ class Ensemble(nn.Module):
                 f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members"
             )
         outputs = self._evaluate(args, kwargs)
-        return self._combine(outputs, self._aggregate), _plain(self._combine(outputs, member_variance))
+        return self._combine(outputs, self._aggregation(args, kwargs)), plain(self._combine(outputs, member_variance))
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
         if self._engine is not None:
             return self._engine.evaluate(args, kwargs, self.training)
         outputs = [member(*args, **kwargs) for member in self.network.children()]
-        return _columns(outputs)
+        return columns(outputs)
 
-    def _aggregate(self, scores: Any) -> Tensor:
-        return aggregate(scores, self.rule, backend=self._settings["backend"])
+    def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
+        """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
+        settings, rule = self._settings, self.rule
+        source, target = settings["prediction"], settings["aggregate_in"]
+        linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
+        arguments = None if linear and target in (None, source) else Arguments(args, kwargs)
+
+        def combined(scores: Any) -> Tensor:
+            return aggregate(scores, rule, backend=settings["backend"])
+
+        def aggregation(scores: Any) -> Tensor:
+            if arguments is None:
+                return combined(scores)
+            x, variances = arguments.batch, None
+            first = scores[0]
+            if parameterisation.predicts_variances(x, first[None]):
+                channels = x.shape[1]
+                variances = aggregate([score[:, channels:] for score in scores], "mean", backend=settings["backend"])
+                scores = [score[:, :channels] for score in scores]
+            if target in (None, source) or scores[0].shape != x.shape:
+                out = combined(scores)
+            else:
+                t = parameterisation.time_of(self.forward, arguments, args, kwargs)
+                schedule = settings["schedule"]
+                t = schedule.time(t)
+                stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
+                moved = parameterisation.convert(stack, x, t, schedule, source, target)
+                out = parameterisation.convert(combined(moved), x, t, schedule, target, source)
+            return out if variances is None else torch.cat([out, variances], 1)
+
+        return aggregation
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
-        return pytree.tree_unflatten([combine(x) if _is_scores(x) else _agreed(x) for x in leaves], spec)
+        return pytree.tree_unflatten([combine(x) if is_scores(x) else agreed(x) for x in leaves], spec)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
@@ -295,7 +334,9 @@ class Ensemble(nn.Module):
                 raise
         member = network[0] if isinstance(network, nn.ModuleList) and self.__dict__["_engine"] is None else network
         try:
-            return getattr(member, name)
+            value = getattr(member, name)
+            # forward_with_cond_scale and its like call forward: the ensemble's
+            return MethodType(value.__func__, self) if name.startswith("forward_") and ismethod(value) else value
         except AttributeError:
             raise AttributeError(
                 f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
@@ -392,38 +433,3 @@ def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type
     forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, "forward": forward})
-
-
-def _columns(outputs: list[Any]) -> list[Any]:
-    """The leaves of several outputs side by side, and their structure last."""
-    flat = [pytree.tree_flatten(output) for output in outputs]
-    return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
-
-
-def _is_scores(x: Any) -> bool:
-    first = x if isinstance(x, Tensor) else x[0]
-    return isinstance(first, Tensor) and first.is_floating_point()
-
-
-def _agreed(column: Any) -> Any:
-    first = column[0]
-    if isinstance(first, Tensor):
-        if any(not torch.equal(first, other) for other in column[1:]):
-            raise TypeError(f"members return different {first.dtype} tensors, which no rule combines")
-    elif type(first).__module__ not in ("builtins", "torch"):
-        raise TypeError(
-            f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
-            "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
-        )
-    return first
-
-
-def _stacked(scores: Any) -> Tensor:
-    return scores if isinstance(scores, Tensor) else torch.stack(scores)
-
-
-def _plain(output: Any) -> Any:
-    """A diffusers output's tensor; anything else as it is."""
-    to_tuple = getattr(output, "to_tuple", None)
-    values = to_tuple() if to_tuple is not None else ()
-    return values[0] if len(values) == 1 else output

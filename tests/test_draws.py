@@ -1,5 +1,7 @@
 """Random rules: who draws when, which rows go together, and the solvers that refuse them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -34,7 +36,7 @@ def draw(ensemble, x, *args):
 
 def heun_with_churn(model, x, levels=(10.0, 5.0, 1.0, 0.1)):
     """Algorithm 2 of arXiv 2206.00364: two evaluations in a step, and noise raised inside the trajectory."""
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
+    for now, then in pairwise(levels):
         raised = torch.tensor(now * 1.2)
         slope = (x - model(x, raised)) / raised
         other = x + (then - raised) * slope
