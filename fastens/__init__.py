@@ -8,10 +8,21 @@ from fastens.checkpoints import load_members
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 from fastens.fold.registry import register_layer
+from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
 
-__all__ = ["Ensemble", "MCDropout", "__version__", "aggregate", "backends", "load_members", "register_layer", "rules"]
+__all__ = [
+    "Ensemble",
+    "MCDropout",
+    "__version__",
+    "aggregate",
+    "backends",
+    "laplace",
+    "load_members",
+    "register_layer",
+    "rules",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ LEVELS = [  # a module imports from its own level or below
     {"ratios"},
     {"demo", "interop", "evaluation", "tabular"},
     {"checkpoints"},
-    {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs"},
+    {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs", "laplace", "schemes"},
     {"fold", "report"},
     {"ops"},
     {"reference", "kernels", "_native", "_build", "rules", "schedules", "_version"},

@@ -56,7 +56,9 @@ class Arguments:
         def key(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.dtype, leaf.device.type
-            return leaf if leaf is None or isinstance(leaf, bool | str) else type(leaf)
+            if leaf is None or isinstance(leaf, bool | str) or (isinstance(leaf, float) and leaf in (0.0, 1.0)):
+                return leaf  # a probability of 0 or 1, such as of dropping a label, is a switch too
+            return type(leaf)
 
         return (*map(key, self.leaves), self._spec)
 

@@ -1,4 +1,4 @@
-"""k-diffusion over CompVis models, whose network is ``apply_model(x, t, cond)`` and whose forward is a training loss."""
+"""k-diffusion over CompVis models: their network is ``apply_model(x, t, cond)``, and their forward a training loss."""
 
 from typing import Any
 

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-# Imported by these libraries for loading images, FID, logging and optimal transport; absent where they are not installed.
+# Imported by these libraries for images, FID, logging and optimal transport; taken only where they are not installed.
 UNUSED = (
     "torchvision",
     "accelerate",

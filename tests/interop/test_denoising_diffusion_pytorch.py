@@ -58,7 +58,9 @@ def test_methods_that_call_forward_call_the_ensembles():
     ensemble = fastens.Ensemble(members)
     x, t, classes = torch.randn(2, 1, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 1])
     with torch.no_grad():
-        ours = ensemble.forward_with_cond_scale(x, t, classes, cond_scale=2.0, rescaled_phi=0.0)
-        theirs = [m.forward_with_cond_scale(x, t, classes, cond_scale=2.0, rescaled_phi=0.0) for m in members]
+        ours = ensemble.forward_with_cond_scale(x, t, classes, cond_scale=2.0, remove_parallel_component=False)
+        theirs = [
+            m.forward_with_cond_scale(x, t, classes, cond_scale=2.0, remove_parallel_component=False) for m in members
+        ]
     ours, theirs = (ours[0], [each[0] for each in theirs]) if isinstance(ours, tuple) else (ours, theirs)
     assert relative_error(ours, torch.stack(theirs).mean(0)) < 1e-4

@@ -11,10 +11,12 @@ from tests.tolerances import relative_error
 UNetModel = library("torchcfm.models.unet").UNetModel
 
 
+def unet():
+    return UNetModel(dim=(1, 8, 8), num_channels=32, num_res_blocks=1, channel_mult=(1, 2))
+
+
 def members(count=2):
-    return [
-        randomised(lambda: UNetModel(dim=(1, 8, 8), num_channels=32, num_res_blocks=1), seed) for seed in range(count)
-    ]
+    return [randomised(unet, seed) for seed in range(count)]
 
 
 def test_fixed_and_adaptive_solvers():
