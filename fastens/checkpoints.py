@@ -88,8 +88,9 @@ def load_members(
 
 def _refusal(path: Path) -> str:
     return (
-        f"checkpoint {path} is a pickle, which can execute code when it is read; if you trust it, pass allow_pickle=True "
-        "to load_members, or load it yourself and save its weights with safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
+        f"checkpoint {path} is a pickle, which can execute code when it is read; if you trust it, pass "
+        "allow_pickle=True to load_members, or load it yourself and save its weights with "
+        "safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
     )
 
 

@@ -222,7 +222,7 @@ class Ensemble(nn.Module):
             if target in (None, source) or scores[0].shape != x.shape:
                 out = combined(scores)
             else:
-                t = parameterisation.time_of(self.forward, arguments, args, kwargs)
+                t = parameterisation.time_of(type(self).forward.__get__(self), arguments, args, kwargs)
                 schedule = settings["schedule"]
                 t = schedule.time(t)
                 stack = stacked(scores if isinstance(scores, Tensor) else list(scores))

@@ -17,8 +17,8 @@ def squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict
 
     Args:
         model: the checkpoint; left as it is.
-        loss: the denoising losses of a batch, [B], one per sample and up to 1/2 and a constant the negative
-            log-likelihood of its noise. Draw times and noises in it from a seeded generator, to draw the same members.
+        loss: loss(model, batch) gives the denoising losses [B], one per sample. Take times and noises from a seeded
+            generator to get the same members again.
         data: batches.
 
     Returns:

@@ -205,7 +205,7 @@ def nested(prefix, member):
 
 
 def layouts(member, other):
-    """What each family's training code writes: the weights of ``member``, and where it keeps others those of ``other``."""
+    """What each family's training code writes: averages are ``member``'s, and the weights beside them ``other``'s."""
     shadow = {"decay": 0.9999, "num_updates": 5, "shadow_params": [p.detach() for p in member.parameters()]}
     return {
         "score_sde": {"optimizer": {}, "model": nested("module.", other), "ema": shadow, "step": 3},
