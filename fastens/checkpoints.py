@@ -142,7 +142,7 @@ def _find_weights(path: Path, state: Any, ema: bool) -> tuple[dict[str, Tensor],
         return found if len(found) == len(value) else None
 
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, expected a state dict or a dict with one")
+        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, which is no dictionary of tensors")
     shadow = None
     for key in _EMA_KEYS if ema else ():
         value = state.get(key)

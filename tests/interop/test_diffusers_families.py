@@ -14,12 +14,25 @@ from tests.networks import randomised, unet_2d, unet_2d_condition
 from tests.tolerances import relative_error
 
 
+# They step something else than an image's noise, or not in three steps; the model's interface is the same.
+OTHERS = {
+    "AmusedScheduler": "tokens",
+    "VQDiffusionScheduler": "tokens",
+    "DiscreteDDIMScheduler": "tokens",
+    "EntropyBoundScheduler": "tokens",
+    "BlockRefinementScheduler": "tokens",
+    "PiflowScheduler": "policies, in ten times the channels",
+    "DDPMWuerstchenScheduler": "one time for each sample, as a ratio",
+    "SCMScheduler": "two steps",
+}
+
+
 def schedulers():
-    """Those that step a model's output: other kinds (inverse, masked, token, multi-part) take something else."""
+    """Those that step a model's output by one timestep."""
     found = []
     for name in dir(diffusers):
         scheduler = getattr(diffusers, name) if name.endswith("Scheduler") else None
-        if not inspect.isclass(scheduler) or not callable(getattr(scheduler, "step", None)):
+        if name in OTHERS or not inspect.isclass(scheduler) or not callable(getattr(scheduler, "step", None)):
             continue
         arguments = inspect.signature(scheduler.step).parameters
         required = {n for n, p in arguments.items() if p.default is inspect.Parameter.empty} - {
@@ -32,7 +45,7 @@ def schedulers():
     return found
 
 
-def sampled(model, scheduler, steps=3):
+def sampled(model, scheduler, steps=4):
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -54,13 +67,8 @@ class Tupled(Looped):
 def test_schedulers(name):
     members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
     with torch.no_grad():
-        try:
-            expected = sampled(Tupled(members), getattr(diffusers, name)())
-        except (ImportError, ValueError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
-            pytest.skip(f"does not step an image with its defaults: {type(error).__name__}: {error}")
+        expected = sampled(Tupled(members), getattr(diffusers, name)())
         ours = sampled(fastens.Ensemble(members), getattr(diffusers, name)())
-    if not expected.isfinite().all():
-        pytest.skip("does not step an image with its defaults: not finite")
     assert relative_error(ours, expected) < 1e-3
 
 
