@@ -1,6 +1,6 @@
 """k-diffusion over CompVis models: their network is ``apply_model(x, t, cond)``, and their forward a training loss."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class CompVis(nn.Module):
     @property
     def alphas_cumprod(self) -> Tensor:
         """The schedule of the model."""
-        return self.inner_model.alphas_cumprod
+        return cast(Tensor, self.inner_model.alphas_cumprod)
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any = None) -> Any:
         """The call, by the name that ``CompVisDenoiser`` takes."""
@@ -43,7 +43,7 @@ class CompVisEnsemble(Ensemble):
         return self(*args, **kwargs)
 
     def _check_members(self) -> None:
-        member = self._engine.skeleton if self._engine is not None else self.network[0]
+        member = self._engine.skeleton if self._engine is not None else next(self.network.children())
         if not isinstance(member, CompVis):
             raise TypeError(
                 f"members are {type(member).__name__}, whose network is apply_model and not their forward; wrap each: "

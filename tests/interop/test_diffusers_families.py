@@ -13,7 +13,6 @@ from tests.interop.loops import Looped
 from tests.networks import randomised, unet_2d, unet_2d_condition
 from tests.tolerances import relative_error
 
-
 # They step something else than an image's noise, or not in three steps; the model's interface is the same.
 OTHERS = {
     "AmusedScheduler": "tokens",
