@@ -23,8 +23,9 @@ help:
 	$(BIN)/python -m pip install -q ninja
 	@touch $@
 
-.venv/dev: .venv/python pyproject.toml setup.py
+.venv/dev: .venv/python pyproject.toml setup.py tests/interop/requirements.txt
 	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps -r tests/interop/requirements.txt
 	@touch $@
 
 .venv/demo: .venv/python pyproject.toml setup.py

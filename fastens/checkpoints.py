@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import rules, schedules
+from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble, rebuild
 from fastens.fold.members import make_skeleton, tensors_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _STACKS = "ensemble.safetensors"
 _CONFIG = "config.json"
+# Under which names training code keeps the averaged weights and the weights: score_sde, k-diffusion, torchcfm,
+# denoising-diffusion-pytorch, EDM and many a script.
 _EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model")
-_STATE_KEYS = ("state_dict", "model", "model_state_dict")
+_STATE_KEYS = ("state_dict", "model", "model_state_dict", "net_model", "net")
 
 Factory = Callable[[], nn.Module]
 
@@ -25,10 +28,13 @@ Factory = Callable[[], nn.Module]
 class Checkpoints(Sequence[nn.Module]):
     """Members in files, each read when it is asked for, so that one at a time is in memory."""
 
-    def __init__(self, paths: Sequence[str | Path], factory: Factory | None, ema: bool) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], factory: Factory | None, ema: bool, allow_pickle: bool = False
+    ) -> None:
         self._paths = [Path(path) for path in paths]
         self._factory = factory
         self._ema = ema
+        self._allow_pickle = allow_pickle
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -36,19 +42,24 @@ class Checkpoints(Sequence[nn.Module]):
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
-        return _load_member(self._paths[k], self._factory, self._ema)
+        return _load_member(self._paths[k], self._factory, self._ema, self._allow_pickle)
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[k] for k in range(len(self)))
 
 
-def load_members(paths: Sequence[str | Path], factory: Factory | None = None, ema: bool = True) -> Checkpoints:
+def load_members(
+    paths: Sequence[str | Path], factory: Factory | None = None, ema: bool = True, *, allow_pickle: bool = False
+) -> Checkpoints:
     """Name the checkpoints of K members; they are read one at a time, when an ensemble takes them.
 
     Args:
-        paths: diffusers folders, or files: safetensors, or torch files that hold tensors only.
-        factory: makes a member without its weights; needed for files.
-        ema: take the exponential moving average of the weights where a torch file holds both.
+        paths: diffusers folders, or files: safetensors, or torch files that hold tensors only (a state dict as
+            guided-diffusion writes it, or one among other things: score_sde, k-diffusion, torchcfm,
+            denoising-diffusion-pytorch), or pickled networks (EDM).
+        factory: makes a member without its weights; needed for files of weights.
+        ema: take the exponential moving average of the weights where a file holds both.
+        allow_pickle: also read pickles, which can run any code: only for files whose authors you trust.
 
     Returns:
         A lazy sequence of modules.
@@ -65,52 +76,127 @@ def load_members(paths: Sequence[str | Path], factory: Factory | None = None, em
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"checkpoint {path} does not exist")
-        if path.suffix in (".pkl", ".pickle"):
+        pickled = path.suffix in (".pkl", ".pickle")
+        if pickled and not allow_pickle:
             raise ValueError(_refusal(path))
-        if path.is_file() and factory is None:
+        if path.is_file() and not pickled and factory is None:
             raise ValueError(
                 f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network"
             )
-    return Checkpoints(paths, factory, ema)
+    return Checkpoints(paths, factory, ema, allow_pickle)
 
 
 def _refusal(path: Path) -> str:
     return (
-        f"checkpoint {path} is a pickle, which can execute code when it is read; load it yourself if you trust it, and "
-        "save its weights with safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
+        f"checkpoint {path} is a pickle, which can execute code when it is read; if you trust it, pass "
+        "allow_pickle=True to load_members, or load it yourself and save its weights with "
+        "safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
     )
 
 
-def _load_member(path: Path, factory: Factory | None, ema: bool) -> nn.Module:
+def _load_member(path: Path, factory: Factory | None, ema: bool, allow_pickle: bool) -> nn.Module:
     if path.is_dir():
         return _load_diffusers(path)
+    if path.suffix in (".pkl", ".pickle"):
+        return _load_pickle(path, ema)
     assert factory is not None
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state: Any = _read_safetensors(path)
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         except pickle.UnpicklingError as error:
             raise ValueError(_refusal(path)) from error
         except (RuntimeError, EOFError, OSError) as error:
             raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
-        state = _find_weights(path, state, ema)
     member = factory()
+    weights, shadow = _find_weights(path, state, ema)
     try:
-        member.load_state_dict(state)
+        member.load_state_dict(_without_prefix(weights, member))
     except RuntimeError as error:
         raise ValueError(f"checkpoint {path} does not fit the network that factory makes: {error}") from error
+    if shadow is not None:
+        _apply_shadow(path, member, shadow)
     return member
 
 
-def _find_weights(path: Path, state: Any, ema: bool) -> dict[str, Tensor]:
-    for key in (*(_EMA_KEYS if ema else ()), *_STATE_KEYS):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+def _load_pickle(path: Path, ema: bool) -> nn.Module:
+    """The network in an EDM snapshot, ``{"ema": network, ...}``; the code that made it must be importable."""
+    with path.open("rb") as file:
+        content = pickle.load(file)
+    if isinstance(content, dict):
+        keys = ("ema", "G_ema", "net") if ema else ("net", "ema", "G_ema")
+        content = next((content[key] for key in keys if isinstance(content.get(key), nn.Module)), content)
+    if not isinstance(content, nn.Module):
+        raise ValueError(f"checkpoint {path} holds no network, neither itself nor under 'ema' or 'net'")
+    return content.eval()
+
+
+def _find_weights(path: Path, state: Any, ema: bool) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    """The state dict in a torch file; and score_sde's averaged parameters, which are a list without names."""
+
+    def tensors(value: Any) -> dict[str, Tensor] | None:
+        if not isinstance(value, dict) or not value:
+            return None
+        found = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        return found if len(found) == len(value) else None
+
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, which is no dictionary of tensors")
+    shadow = None
+    for key in _EMA_KEYS if ema else ():
+        value = state.get(key)
+        if isinstance(value, dict) and isinstance(value.get("shadow_params"), list):
+            shadow = value["shadow_params"]
             break
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint {path} holds no dictionary of tensors, nor one under {_EMA_KEYS + _STATE_KEYS}")
-    return state
+        weights = tensors(value)
+        if weights is not None:
+            return weights, None
+    for key in _STATE_KEYS:
+        weights = tensors(state.get(key))
+        if weights is not None:
+            return weights, shadow
+    weights = tensors(state)
+    if weights is None:
+        hint = "; it looks like an optimiser's state, take the model's file" if "param_groups" in state else ""
+        raise ValueError(
+            f"checkpoint {path} holds no dictionary of tensors, nor one under {_EMA_KEYS + _STATE_KEYS}; it has "
+            f"{sorted(map(str, state))[:8]}{hint}"
+        )
+    return weights, None
+
+
+def _without_prefix(weights: dict[str, Tensor], member: nn.Module) -> dict[str, Tensor]:
+    """The weights under the member's names, where wrappers (DataParallel, a diffusion class, EMA) put names before.
+
+    Of several prefixes that hold the whole member, one with "ema" is taken, as ema-pytorch keeps both copies.
+    """
+    names = list(member.state_dict())
+    if not names or names[0] in weights:
+        return weights
+    prefixes = [name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}")]
+    complete = [prefix for prefix in prefixes if all(prefix + name in weights for name in names)]
+    if not complete:
+        return weights
+    prefix = next((prefix for prefix in complete if "ema" in prefix), complete[0])
+    return {name: weights[prefix + name] for name in names}
+
+
+def _apply_shadow(path: Path, member: nn.Module, shadow: list[Tensor]) -> None:
+    """Copy averaged parameters over the member's trainable ones, in their order, as score_sde's ``copy_to`` does."""
+    trainable = [(name, p) for name, p in member.named_parameters() if p.requires_grad]
+    if len(shadow) != len(trainable):
+        raise ValueError(
+            f"checkpoint {path} has {len(shadow)} averaged parameters, but the network that factory makes has "
+            f"{len(trainable)} trainable ones"
+        )
+    for (name, parameter), average in zip(trainable, shadow, strict=True):
+        if parameter.shape != average.shape:
+            raise ValueError(
+                f"checkpoint {path}: the averaged parameter in the place of {name} is {list(average.shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
+        parameter.data.copy_(average)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -198,12 +284,13 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
     directory = Path(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
+    schedule = ensemble._settings["schedule"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
         "shared": sorted(ensemble._engine.shared),
-        "settings": {k: v for k, v in ensemble._settings.items() if k != "schedule"},
+        "settings": {**ensemble._settings, "schedule": schedule and schedule.to_dict()},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
@@ -257,15 +344,19 @@ def load_ensemble(
     stacks = _read_safetensors(directory / _STACKS)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
-    _check_fit(directory, skeleton, stacks, shared, config["num_members"])
+    kind = MCDropout if "masks" in config["settings"] else Ensemble  # masks have one set of weights
+    _check_fit(directory, skeleton, stacks, shared, config["num_members"] if kind is Ensemble else 1)
     wanted: dict[str, Tensor] = {}
     for name, like in tensors_of(skeleton).items():
         stack = stacks[name]
         if wanted_dtype is not None and stack.is_floating_point():
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
-    settings = {**config["settings"], "schedule": None}
-    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, (skeleton, wanted, shared), False)
+    settings = {"aggregate_in": None, **config["settings"]}
+    schedule = settings.get("schedule")
+    settings["schedule"] = schedules.from_dict(schedule) if schedule else None
+    content = (skeleton, wanted, shared)
+    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, content, False, kind)
 
 
 def _check_fit(

@@ -4,27 +4,60 @@ import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from inspect import ismethod
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import parameterisation, rules
+from fastens.draws import Draws, Evaluation
+from fastens.fold.arguments import Arguments
+from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import DifferentMembers, check_members, replaced, stack_members, tensors_of
 from fastens.ops._dispatch import check_backend
-from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
-from fastens.ops.draw_members import draw_members
 from fastens.ops.member_variance import member_variance
+from fastens.outputs import agreed, columns, is_scores, plain, stacked
 from fastens.report import Report
 
-# Frameworks that insist on a base class of their own: top-level package -> module with ``ensemble_class(member)``.
+# Families that demand more than a call: a module with ``ensemble_class(member, kind)``, by the top-level package of a
+# member's class or a parent's, and by attributes of members whose classes may come from anywhere.
 ADAPTERS = {"diffusers": "fastens.interop.diffusers"}
+ATTRIBUTES = {
+    ("sigma_min", "sigma_max", "round_sigma"): "fastens.interop.edm",
+    ("apply_model", "alphas_cumprod"): "fastens.interop.k_diffusion",
+}
+
+
+def check_settings(
+    engine: str, backend: str, max_fold: int | None, prediction: str | None, aggregate_in: str | None, schedule: Any
+) -> dict[str, Any]:
+    """The keyword arguments of an ensemble as its settings.
+
+    Raises:
+        ValueError: one of them is unknown or out of range, or they contradict each other.
+    """
+    if engine not in ("auto", "fold", "loop"):
+        raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
+    check_backend(backend)
+    if max_fold is not None and max_fold < 1:
+        raise ValueError(f"max_fold is {max_fold}, expected at least one row")
+    prediction, aggregate_in, schedule = parameterisation.resolve(prediction, aggregate_in, schedule)
+    return {
+        "engine": engine,
+        "backend": backend,
+        "max_fold": max_fold,
+        "prediction": prediction,
+        "aggregate_in": aggregate_in,
+        "schedule": schedule,
+    }
 
 
 class Ensemble(nn.Module):
@@ -41,13 +74,16 @@ class Ensemble(nn.Module):
             them one by one, ``"auto"`` folds where it can and says when it cannot.
         backend: the code that runs the ops: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         max_fold: the most rows (members times batch) in one pass, to bound memory; none for no bound.
-        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; recorded.
-        aggregate_in: the parameterisation that the rule is applied in; only that of ``prediction`` so far.
-        schedule: the noise schedule that a conversion would need.
+        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; none to take
+            it from a scheduler.
+        aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``. Networks that
+            predict variances too (2C channels for C) have the rule applied to the first C and their variances averaged.
+        schedule: the noise schedule of such a conversion: one of :mod:`fastens.schedules`, or a diffusers scheduler.
 
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
-            engine or backend; weights of another number than K; a conversion between parameterisations.
+            engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, or a
+            scheduler that contradicts ``prediction``.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
@@ -70,23 +106,7 @@ class Ensemble(nn.Module):
 
             members = load_members(members)  # pyright: ignore[reportArgumentType]
         first = members[0]
-        if engine not in ("auto", "fold", "loop"):
-            raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
-        check_backend(backend)
-        if aggregate_in not in (None, prediction):
-            raise ValueError(
-                f"aggregate_in={aggregate_in!r} with prediction={prediction!r}: rules are applied to what the members "
-                "predict; convert inside the members, or leave aggregate_in out"
-            )
-        if max_fold is not None and max_fold < 1:
-            raise ValueError(f"max_fold is {max_fold}, expected at least one row")
-        settings = {
-            "engine": engine,
-            "backend": backend,
-            "max_fold": max_fold,
-            "prediction": prediction,
-            "schedule": schedule,
-        }
+        settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         try:
             self._adopt(*stack_members(members))  # pyright: ignore[reportArgumentType]
@@ -102,9 +122,7 @@ class Ensemble(nn.Module):
         state = self.__dict__
         state["num_members"] = num_members
         state["_settings"] = settings
-        state["_draws"] = None  # members of the trajectory in progress, int64 [batch_size]
-        state["_evaluations"] = 0
-        state["_seed"] = None
+        state["_draws"] = Draws(num_members)
         self.rule = rule
 
     def _adopt(self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
@@ -129,13 +147,20 @@ class Ensemble(nn.Module):
         self._become_member_like(modules[0])
 
     def _become_member_like(self, member: nn.Module) -> None:
-        base = Ensemble
-        for parent in type(member).__mro__:
-            adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
-            if adapter is not None:
-                base = importlib.import_module(adapter).ensemble_class(member)
-                break
+        base = self._kind()
+        adapter = _adapter_of(member)
+        if adapter is not None:
+            base = importlib.import_module(adapter).ensemble_class(member, base)
         self.__class__ = _with_signature(base, type(member))
+        self._check_members()
+
+    @classmethod
+    def _kind(cls) -> "type[Ensemble]":
+        """The class that a framework's own base class is added to."""
+        return Ensemble
+
+    def _check_members(self) -> None:
+        """Raise where members do not belong together, for families that demand more than equal structure."""
 
     # Evaluation
 
@@ -144,7 +169,7 @@ class Ensemble(nn.Module):
         rule = self.rule
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
-        return self._combine(self._evaluate(args, kwargs), lambda scores: self._aggregate(scores))
+        return self._combine(self._evaluate(args, kwargs), self._aggregation(args, kwargs))
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members without combining them.
@@ -152,7 +177,7 @@ class Ensemble(nn.Module):
         Returns:
             [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
         """
-        return _plain(self._combine(self._evaluate(args, kwargs), _stacked))
+        return plain(self._combine(self._evaluate(args, kwargs), stacked))
 
     def forward_with_variance(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Evaluate all members once and return their aggregate and their variance.
@@ -166,90 +191,81 @@ class Ensemble(nn.Module):
                 f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members"
             )
         outputs = self._evaluate(args, kwargs)
-        return self._combine(outputs, self._aggregate), _plain(self._combine(outputs, member_variance))
+        return self._combine(outputs, self._aggregation(args, kwargs)), plain(self._combine(outputs, member_variance))
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
         if self._engine is not None:
             return self._engine.evaluate(args, kwargs, self.training)
         outputs = [member(*args, **kwargs) for member in self.network.children()]
-        return _columns(outputs)
+        return columns(outputs)
 
-    def _aggregate(self, scores: Any) -> Tensor:
-        return aggregate(scores, self.rule, backend=self._settings["backend"])
+    def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
+        """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
+        settings, rule = self._settings, self.rule
+        source, target = settings["prediction"], settings["aggregate_in"]
+        linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
+        arguments = None if linear and target in (None, source) else Arguments(args, kwargs)
+
+        def combined(scores: Any) -> Tensor:
+            return aggregate(scores, rule, backend=settings["backend"])
+
+        def aggregation(scores: Any) -> Tensor:
+            if arguments is None:
+                return combined(scores)
+            x, variances = arguments.batch, None
+            first = scores[0]
+            if parameterisation.predicts_variances(x, first[None]):
+                channels = x.shape[1]
+                variances = aggregate([score[:, channels:] for score in scores], "mean", backend=settings["backend"])
+                scores = [score[:, :channels] for score in scores]
+            if target in (None, source) or scores[0].shape != x.shape:
+                out = combined(scores)
+            else:
+                t = parameterisation.time_of(type(self).forward.__get__(self), arguments, args, kwargs)
+                schedule = settings["schedule"]
+                t = schedule.time(t)
+                stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
+                moved = parameterisation.convert(stack, x, t, schedule, source, target)
+                out = parameterisation.convert(combined(moved), x, t, schedule, target, source)
+            return out if variances is None else torch.cat([out, variances], 1)
+
+        return aggregation
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
-        return pytree.tree_unflatten([combine(x) if _is_scores(x) else _agreed(x) for x in leaves], spec)
+        return pytree.tree_unflatten([combine(x) if is_scores(x) else agreed(x) for x in leaves], spec)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
-        from fastens.fold.arguments import Arguments
-
         arguments = Arguments(args, kwargs)
-        members = self._draw(arguments.batch_size)
+        members = self._draws.members(self.rule, self._begin(arguments.batch), arguments.batch_size)
         if self._engine is not None:
             return self._engine.evaluate_drawn(args, kwargs, members, self.training)
-        order = torch.argsort(members, stable=True)
-        parts = []
-        for k, member in enumerate(self.network.children()):
-            index = order[members[order] == k]
-            if len(index):
-                part_args, part_kwargs = arguments.selected(index)
-                parts.append(member(*part_args, **part_kwargs))
-        inverse = torch.argsort(order)
-        *leaves, spec = _columns(parts)
-        joined = [
-            torch.cat(list(x)).index_select(0, inverse.to(x[0].device)) if isinstance(x[0], Tensor) else x[0]
-            for x in leaves
-        ]
-        return pytree.tree_unflatten(joined, spec)
+        networks = list(self.network.children())
+        return run_drawn(lambda k, a, kw: networks[k](*a, **kw), arguments, members)
 
-    def _draw(self, batch: int) -> Tensor:
-        rule = self.rule
-        state = self.__dict__
-        if state["_draws"] is None:
-            if rule.per_trajectory:
-                raise RuntimeError(
-                    "rule 'mixture' draws one member per sample and trajectory; run the sampler inside "
-                    "`with ens.trajectory(batch_size, generator=g):`"
-                )
-            return draw_members(seed_from(None), 0, self.num_members, batch)
-        per_sample = state["_draws"]
-        size = len(per_sample)
-        if size == 0 or batch % size:
-            raise ValueError(f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {size}")
-        if rule.per_evaluation:
-            state["_evaluations"] += 1
-            per_sample = draw_members(state["_seed"], state["_evaluations"], self.num_members, size)
-        return per_sample.repeat(batch // size)
+    def _begin(self, x: Tensor) -> Evaluation:
+        return self._draws.begin(x)
 
-    @contextmanager
-    def trajectory(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Scope of one member draw per sample, for the rules ``mixture`` and ``alternating``.
+    def trajectory(
+        self, batch_size: int, generator: torch.Generator | int | None = None
+    ) -> AbstractContextManager[None]:
+        """Scope of one run of a sampler: ``mixture`` draws one member per sample for all of it.
 
-        Rows i, i+B, i+2B, ... of a guided batch are one sample and get the same member.
+        Inside it ``alternating`` draws, and fresh dropout masks, are reproducible from the generator. Rows i, i+B,
+        i+2B, ... of a guided batch are one sample and get the same member. Outside it, a batch that repeats itself is
+        taken for a guided one (a comparison, which on a GPU waits for the batch).
 
         Args:
             batch_size: samples in the trajectory, B.
-            generator: read once, here; none for torch's global generator.
+            generator: read once, here; or a seed; none for torch's global generator.
 
         Raises:
             RuntimeError: a trajectory is already in progress.
             ValueError: a batch_size below one.
         """
-        state = self.__dict__
-        if state["_draws"] is not None:
-            raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
-        state["_seed"] = seed_from(generator)
-        state["_evaluations"] = 0
-        state["_draws"] = draw_members(state["_seed"], 0, self.num_members, batch_size)
-        try:
-            yield
-        finally:
-            state["_draws"] = None
+        return self._draws.trajectory(batch_size, generator)
 
     # Inspection
 
@@ -330,7 +346,9 @@ class Ensemble(nn.Module):
                 raise
         member = network[0] if isinstance(network, nn.ModuleList) and self.__dict__["_engine"] is None else network
         try:
-            return getattr(member, name)
+            value = getattr(member, name)
+            # forward_with_cond_scale and its like call forward: the ensemble's
+            return MethodType(value.__func__, self) if name.startswith("forward_") and ismethod(value) else value
         except AttributeError:
             raise AttributeError(
                 f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
@@ -345,7 +363,7 @@ class Ensemble(nn.Module):
             content: Any = (None, list(self.network), state["_why_loop"])
         else:
             content = (self._engine.skeleton, tensors_of(self.network), self._engine.shared)
-        return rebuild, (self.num_members, self.rule, self._settings, content, self.training)
+        return rebuild, (self.num_members, self.rule, self._settings, content, self.training, self._kind())
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
@@ -385,9 +403,16 @@ def _copy(value: Tensor, like: Tensor) -> Tensor:
     return nn.Parameter(copied, like.requires_grad) if isinstance(like, nn.Parameter) else copied
 
 
-def rebuild(num_members: int, rule: rules.Rule, settings: dict[str, Any], content: Any, training: bool) -> Ensemble:
+def rebuild(
+    num_members: int,
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    content: Any,
+    training: bool,
+    kind: type[Ensemble] = Ensemble,
+) -> Ensemble:
     """Put an ensemble together from what pickling or a file keeps: skeleton, stacks and names of shared tensors."""
-    ensemble = Ensemble.__new__(Ensemble)
+    ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
     ensemble._setup(num_members, rule, settings)
     skeleton, *rest = content
@@ -401,6 +426,14 @@ def rebuild(num_members: int, rule: rules.Rule, settings: dict[str, Any], conten
     return ensemble.train(training)
 
 
+def _adapter_of(member: nn.Module) -> str | None:
+    for parent in type(member).__mro__:
+        adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
+        if adapter is not None:
+            return adapter
+    return next((module for names, module in ATTRIBUTES.items() if all(hasattr(member, n) for n in names)), None)
+
+
 @functools.cache
 def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[Ensemble]:
     """A subclass of ``base`` whose forward has the signature of the member's, for callers that inspect it."""
@@ -412,38 +445,3 @@ def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type
     forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, "forward": forward})
-
-
-def _columns(outputs: list[Any]) -> list[Any]:
-    """The leaves of several outputs side by side, and their structure last."""
-    flat = [pytree.tree_flatten(output) for output in outputs]
-    return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
-
-
-def _is_scores(x: Any) -> bool:
-    first = x if isinstance(x, Tensor) else x[0]
-    return isinstance(first, Tensor) and first.is_floating_point()
-
-
-def _agreed(column: Any) -> Any:
-    first = column[0]
-    if isinstance(first, Tensor):
-        if any(not torch.equal(first, other) for other in column[1:]):
-            raise TypeError(f"members return different {first.dtype} tensors, which no rule combines")
-    elif type(first).__module__ not in ("builtins", "torch"):
-        raise TypeError(
-            f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
-            "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
-        )
-    return first
-
-
-def _stacked(scores: Any) -> Tensor:
-    return scores if isinstance(scores, Tensor) else torch.stack(scores)
-
-
-def _plain(output: Any) -> Any:
-    """A diffusers output's tensor; anything else as it is."""
-    to_tuple = getattr(output, "to_tuple", None)
-    values = to_tuple() if to_tuple is not None else ()
-    return values[0] if len(values) == 1 else output

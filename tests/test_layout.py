@@ -12,11 +12,11 @@ LEVELS = [  # a module imports from its own level or below
     {"ratios"},
     {"demo", "interop", "evaluation", "tabular"},
     {"checkpoints"},
-    {"ensemble", "dropout"},
+    {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs", "laplace", "schemes"},
     {"fold", "report"},
     {"plan"},
     {"ops"},
-    {"reference", "kernels", "_native", "_build", "rules", "_version"},
+    {"reference", "kernels", "_native", "_build", "rules", "schedules", "_version"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -57,6 +57,11 @@ class Arguments:
         """Whether :meth:`plan_key` says everything: leaves are tensors, numbers, names or dtypes."""
         return all(isinstance(leaf, Tensor | int | float | str | torch.dtype | None) for leaf in self.leaves)
 
+    @property
+    def batch(self) -> Tensor:
+        """The tensor that shows the batch, [B, ...]."""
+        return self.leaves[self.primary]
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with ``function`` applied to each tensor that carries the batch."""
         leaves = list(self.leaves)
@@ -78,7 +83,9 @@ class Arguments:
         def key(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.dtype, leaf.device.type
-            return leaf if leaf is None or isinstance(leaf, bool | str) else type(leaf)
+            if leaf is None or isinstance(leaf, bool | str) or (isinstance(leaf, float) and leaf in (0.0, 1.0)):
+                return leaf  # a probability of 0 or 1, such as of dropping a label, is a switch too
+            return type(leaf)
 
         return (*map(key, self.leaves), self._spec)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments, establish_excluded
 from fastens.fold.check import Recording, establishing, first_parting, relative_error, tolerance_for
+from fastens.fold.drawn import fold_drawn, run_drawn
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
@@ -73,69 +74,54 @@ class FoldEngine:
         """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last."""
         if self.engine == "loop":
             return self._loop(args, kwargs)
-        excluded = frozenset()
-        if not torch.compiler.is_compiling() and not _capturing():
-            arguments = Arguments(args, kwargs)
-            plannable = self._can_plan(arguments)
-            found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
-            if found is not None:
-                leaves, spec = found
-                return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
-            key = (arguments.signature(), training, torch.is_grad_enabled())
-            if key not in self._checked:
-                self._checked[key] = self._first(args, kwargs, training)
-                if self.engine == "loop":
-                    return self._loop(args, kwargs)
-            elif plannable:
-                return self._planned(args, kwargs, self._checked[key])
-            excluded = self._checked[key]
+        arguments = Arguments(args, kwargs)
+        plannable = not torch.compiler.is_compiling() and not _capturing() and self._can_plan(arguments)
+        found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+        if found is not None:
+            leaves, spec = found
+            return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+        excluded = self._established(args, kwargs, training)
+        if self.engine == "loop":
+            return self._loop(args, kwargs)
+        if plannable:
+            return self._planned(Arguments(args, kwargs, excluded))
         return self._fold(Arguments(args, kwargs, excluded))
 
     def _can_plan(self, arguments: Arguments) -> bool:
         whole = self.max_fold is None or self.num_members * arguments.batch_size <= self.max_fold
         return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
 
-    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int]) -> list[Any]:
-        """Make the plan of a signature that was checked before; its first evaluation is the recorded one."""
-        arguments = Arguments(args, kwargs, excluded)
-        output = self.plans.make(
-            arguments.plan_key(),
-            lambda tensors: self._pass(arguments.with_tensors(tensors), None, None),
-            arguments.tensors,
-        )
-        leaves, spec = pytree.tree_flatten(output)
+    def _planned(self, arguments: Arguments) -> list[Any]:
+        """Make the plan of a signature whose fold was checked, and run it."""
+
+        def whole(tensors: list[Tensor]) -> Any:
+            return self._pass(arguments.with_tensors(tensors), None, None)
+
+        def member(tensors: list[Tensor]) -> Any:
+            own = arguments.with_tensors(tensors).mapped(lambda x: x)
+            return self._call(0, *own)
+
+        leaves, spec = self.plans.make(arguments.plan_key(), whole, member, arguments.tensors)
         return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
 
     def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        if self.engine == "fold" and not torch.compiler.is_compiling():
-            key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
-            if key not in self._checked:
-                self._checked[key] = self._first(args, kwargs, training)
-        arguments = Arguments(args, kwargs)
-        order = torch.argsort(members, stable=True)
-        counts = torch.bincount(members, minlength=self.num_members)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        if self.engine == "fold":
-            output = self._pass(arguments, order, offsets)
-            leaves, spec = pytree.tree_flatten(output)
-            if any(isinstance(leaf, MemberTensor) for leaf in leaves):
-                raise NotFoldable("an output without batch has no member of its own; use engine='loop'")
-        else:
-            parts = []
-            for k in range(self.num_members):
-                index = order[offsets[k] : offsets[k + 1]]
-                if len(index):
-                    part_args, part_kwargs = arguments.selected(index)
-                    parts.append(self._call(k, part_args, part_kwargs))
-            flat = [pytree.tree_flatten(part) for part in parts]
-            leaves = [
-                torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(f[0] for f in flat), strict=True)
-            ]
-            spec = flat[0][1]
-        inverse = torch.argsort(order)
-        restored = [x.index_select(0, inverse.to(x.device)) if isinstance(x, Tensor) else x for x in leaves]
-        return pytree.tree_unflatten(restored, spec)
+        excluded = self._established(args, kwargs, training) if self.engine == "fold" else frozenset()
+        arguments = Arguments(args, kwargs, excluded)
+        if self.engine == "loop":
+            return run_drawn(self._call, arguments, members)
+        return fold_drawn(
+            lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, self.max_fold, members
+        )
+
+    def _established(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
+        """The leaves that only look like the batch, from the first eager pass of this signature."""
+        if torch.compiler.is_compiling() or _capturing():
+            return frozenset()
+        key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
+        if key not in self._checked:
+            self._checked[key] = self._first(args, kwargs, training)
+        return self._checked[key]
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
@@ -286,9 +272,7 @@ class FoldEngine:
             layer = type(module).__mro__[2].__name__
             layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else "reference", why, number))
         plans = self.plans
-        return Report(
-            self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes
-        )
+        return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
 
 
 def _capturing() -> bool:

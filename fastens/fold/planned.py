@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fastens.fold.check import relative_error, tolerance_for
 from fastens.ops import run_program
-from fastens.plan.emit import NotLowerable
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
-from fastens.plan.record import NotRecordable, record
+from fastens.plan.record import NotLowerable, NotRecordable, record
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
+_DTYPES = {torch.float32, torch.bfloat16}
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
 
 Leaves = list[Tensor]
@@ -74,51 +74,55 @@ class Plans:
         plan, spec = found
         return plan.run(inputs), spec
 
-    def make(self, key: Any, run: Callable[[Leaves], Any], inputs: Leaves) -> Any:
-        """Run a folded pass eagerly; record it, and keep its plan where that proves right.
+    def make(
+        self, key: Any, whole: Callable[[Leaves], Any], member: Callable[[Leaves], Any], inputs: Leaves
+    ) -> tuple[Leaves, Any]:
+        """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
+
+        The plan is checked against the recorded pass, and on other inputs against the first member: a value that was
+        taken from the recorded ones would show there.
 
         Args:
             key: the signature.
-            run: the folded pass as a function of the tensors of the call.
+            whole: the folded pass as a function of the tensors of the call.
+            member: the first member likewise.
             inputs: the tensors of the call.
 
         Returns:
-            What the pass returned.
+            The leaves of the folded output and their structure: of the plan, or where there can be none, of the pass.
         """
-        state = self._state()
-        if state != self._weights:
+        if self._state() != self._weights:
             self.clear()
-            self._weights = state
+            self._weights = self._state()
         if key in self._refused or len(self._refused) >= _MOST_REFUSALS:
-            return run(inputs)
+            return pytree.tree_flatten(whole(inputs))
+        other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
+        if other:
+            return self._refuse(key, f"the network has {', '.join(map(str, other))}", whole, inputs)
         try:
-            recording, result = record(lambda: run(inputs), inputs)
+            recording, result = record(lambda: whole(inputs), inputs)
             leaves, spec = pytree.tree_flatten(result)
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotRecordable("an output is no tensor of the batch")
             plan = Plan(recording, self._num_members, self._constants)
-            self._check(plan, inputs, leaves)
+            outputs = plan.run(inputs)
+            _check(outputs, leaves)
             others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
-            self._check(plan, others, pytree.tree_leaves(run(others)))
+            own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
+            _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
         except (NotRecordable, NotLowerable) as error:
-            self._refused.add(key)
-            self.why_not = str(error)
-            return run(inputs)
+            return self._refuse(key, str(error), whole, inputs)
         except RuntimeError as error:  # the network wants a layout that a recording does not give it
-            self._refused.add(key)
-            self.why_not = f"{type(error).__name__} while recording: {error}"
-            return run(inputs)
+            return self._refuse(key, f"{type(error).__name__} while recording: {error}", whole, inputs)
         self._plans[key] = (plan, spec)
         if len(self._plans) > _MOST_PLANS:
             self._plans.popitem(last=False)
-        return result
+        return outputs, spec
 
-    @staticmethod
-    def _check(plan: Plan, inputs: Leaves, expected: Leaves) -> None:
-        for ours, theirs in zip(plan.run(inputs), expected, strict=True):
-            error = relative_error(ours, theirs)
-            if not error <= tolerance_for(theirs):
-                raise NotLowerable(f"the plan is {error:.1e} from the folded pass")
+    def _refuse(self, key: Any, why: str, whole: Callable[[Leaves], Any], inputs: Leaves) -> tuple[Leaves, Any]:
+        self._refused.add(key)
+        self.why_not = why
+        return pytree.tree_flatten(whole(inputs))
 
     def _state(self) -> Any:
         """What changes with the weights, as far as torch tells: versions, and where the first one is."""
@@ -128,8 +132,15 @@ class Plans:
         return sum([t._version for t in self._tensors]), first.data_ptr(), first.dtype
 
 
+def _check(ours: Leaves, theirs: Leaves) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        error = relative_error(a, b)
+        if not error <= tolerance_for(b):
+            raise NotLowerable(f"the plan is {error:.1e} from the members")
+
+
 def can_plan(backend: str, arguments: Leaves, network: nn.Module) -> bool:
-    """Whether a call may run as a program: on the CPU, in evaluation mode, without derivatives, by the native library."""
+    """Whether a call may run as a program: natively on the CPU, in evaluation mode, without derivatives."""
     return (
         backend in ("auto", "native")
         and not torch.is_grad_enabled()

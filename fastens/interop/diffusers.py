@@ -1,14 +1,17 @@
 """diffusers: an ensemble of its models is a ``ModelMixin``, so that pipelines move, save and reload it."""
 
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
+from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 
-__all__ = ["DiffusersEnsemble", "ModelMixin", "ensemble_class"]
+__all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
 
 class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -24,6 +27,69 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
         return Ensemble.from_pretrained(directory, factory, **options)
 
 
-def ensemble_class(member: nn.Module) -> type[Ensemble]:
+class DiffusersMCDropout(MCDropout, DiffusersEnsemble):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A diffusers model with K sets of dropout masks; see :class:`fastens.MCDropout`."""
+
+    __module__ = "fastens"
+
+
+class VarianceMaps:
+    """The variance over members at every step of a pipeline, from the pass that the pipeline makes anyway.
+
+    ``with VarianceMaps(ens) as maps: pipe(..., callback_on_step_end=maps)``. Pipelines without callbacks leave the
+    argument out; then every evaluation is a step. With guidance the variance is that of the batch's first block, the
+    unconditional one in diffusers' pipelines, unless ``block`` says another.
+
+    Args:
+        ensemble: with a rule that evaluates all members.
+        block: which of the batch's equal blocks is kept, of ``blocks``.
+        blocks: how often guidance repeats the batch.
+
+    Attributes:
+        steps: one tensor [B, C, H, W] on the CPU per step; of a step's evaluations the last.
+    """
+
+    def __init__(self, ensemble: Ensemble, block: int = 0, blocks: int = 1) -> None:
+        if not 0 <= block < blocks:
+            raise ValueError(f"block {block} of {blocks}: expected one of 0 to {blocks - 1}")
+        self.steps: list[Tensor] = []
+        self._ensemble = ensemble
+        self._block, self._blocks = block, blocks
+        self._callbacks = 0
+
+    def __enter__(self) -> "VarianceMaps":
+        self._ensemble.__dict__["forward"] = (
+            self._forward
+        )  # before the class's: the pipeline calls the ensemble as ever
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._ensemble.__dict__["forward"]
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, variance = self._ensemble.forward_with_variance(*args, **kwargs)
+        while not isinstance(variance, Tensor):
+            variance = variance[0]
+        if variance.shape[0] % self._blocks:
+            raise ValueError(f"the batch has {variance.shape[0]} rows, expected a multiple of blocks={self._blocks}")
+        kept = variance.detach().chunk(self._blocks)[self._block].to("cpu", torch.float32)
+        if self._callbacks and len(self.steps) > self._callbacks:
+            self.steps[-1] = kept  # a further evaluation of the step in progress
+        else:
+            self.steps.append(kept)
+        return output
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """End a step: diffusers' ``callback_on_step_end``."""
+        self._callbacks += 1
+        del self.steps[: len(self.steps) - self._callbacks]  # earlier evaluations of the first step
+        return callback_kwargs
+
+
+def ensemble_class(member: nn.Module, kind: type[Ensemble]) -> type[Ensemble]:
     """The class of ensembles of members like this one."""
-    return DiffusersEnsemble if isinstance(member, ModelMixin) else Ensemble
+    if not isinstance(member, ModelMixin):
+        return kind
+    return DiffusersMCDropout if issubclass(kind, MCDropout) else DiffusersEnsemble

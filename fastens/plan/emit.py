@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastens.plan import steps
+from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
-from fastens.plan.record import Recording, Ref
+from fastens.plan.packing import multiplies_bfloat16, pack
+from fastens.plan.record import NotLowerable, Recording, Ref
 from fastens.plan.steps import Activation, Image, Opcode, Step, Strided
 from fastens.plan.tiling import tile
 from fastens.plan.values import (
@@ -37,10 +38,6 @@ _ACTIVATIONS = {
     Activation.GELU_TANH: Opcode.GELU_TANH,
 }
 _POINTWISE_GRAIN = 8192  # elements that are worth a task
-
-
-class NotLowerable(Exception):
-    """The program has no step for this; the message says what."""
 
 
 @dataclasses.dataclass
@@ -148,27 +145,41 @@ class Emitter:
         if not value.pixels.same_place(pixels):
             self.stored(pixels.ref)
             return Source([pixels])
-        inner = None
+        found = self._on_the_way(value, pixels)
+        if found is None and (pixels.height, pixels.width) == (value.pixels.height, value.pixels.width):
+            for part in value.parts if isinstance(value, Joined) else (value.inner,):
+                if self.constant(part.ref) is None:
+                    self.stored(part.ref)
+            found = self._on_the_way(value, pixels)
+            if found is None:
+                raise NotLowerable(f"a {type(value).__name__.lower()} image in this layout")
+        elif found is None:  # the lines of the image are others than those that it was made in
+            self.stored(pixels.ref)
+            return Source([pixels])
+        return found
+
+    def _on_the_way(self, value: Activated | Normed | Joined | Enlarged, pixels: Pixels) -> Source | None:
+        """The source that computes a value while it is read, none where what it reads is not simple enough."""
+        height, width = pixels.height, pixels.width
+        if isinstance(value, Joined):
+            parts = [self._inner(part, height, width) for part in value.parts]
+            if any(part is None or part != Source(part.images) or len(part.images) != 1 for part in parts):
+                return None
+            return Source([part.images[0] for part in parts if part is not None])
+        if isinstance(value, Enlarged):
+            height, width = height // value.factor, width // value.factor
+            if (pixels.height, pixels.width) != (value.pixels.height, value.pixels.width):
+                return None
+        inner = self._inner(value.inner, height, width)
+        if inner is None:
+            return None
+        if isinstance(value, Enlarged):
+            return None if inner.factor != 1 else dataclasses.replace(inner, factor=value.factor)
+        if inner.activation is not Activation.NONE:
+            return None
         if isinstance(value, Activated):
-            inner = self._inner(value.inner, pixels.height, pixels.width)
-            if inner is not None and inner.activation is Activation.NONE:
-                return dataclasses.replace(inner, activation=value.activation)
-        elif isinstance(value, Normed):
-            inner = self._inner(value.inner, pixels.height, pixels.width)
-            if inner is not None and inner.activation is Activation.NONE and inner.tables is None:
-                return dataclasses.replace(inner, tables=self._tables(value))
-        elif isinstance(value, Enlarged):
-            if (pixels.height, pixels.width) == (value.pixels.height, value.pixels.width):
-                factor = value.factor
-                inner = self._inner(value.inner, pixels.height // factor, pixels.width // factor)
-                if inner is not None and inner.factor == 1:
-                    return dataclasses.replace(inner, factor=factor)
-        elif isinstance(value, Joined):
-            parts = [self._inner(part, pixels.height, pixels.width) for part in value.parts]
-            if all(part is not None and part == Source(part.images) and len(part.images) == 1 for part in parts):
-                return Source([image for part in parts if part is not None for image in part.images])
-        self.stored(pixels.ref)
-        return Source([pixels])
+            return dataclasses.replace(inner, activation=value.activation)
+        return None if inner.tables is not None else dataclasses.replace(inner, tables=self._tables(value))
 
     def _inner(self, pixels: Pixels, height: int, width: int) -> Source | None:
         reshaped = pixels.reshaped(height, width)
@@ -252,22 +263,12 @@ class Emitter:
             self._copied(value, at)
 
     def _copied(self, value: Activated | Normed | Joined | Enlarged, at: At) -> None:
-        pixels, factor = value.pixels, 1
-        if isinstance(value, Joined):
-            sources = [Source([part]) for part in value.parts]
-            for part in value.parts:
-                self.stored(part.ref) if self.constant(part.ref) is None else None
-        else:
-            source = self.source(pixels)
-            sources = [
-                dataclasses.replace(source, images=[image], tables=None if i else source.tables)
-                for i, image in enumerate(source.images)
-            ]
-            factor = source.factor
+        pixels = value.pixels
+        source = self.source(pixels)
+        factor, tables = source.factor, source.tables
         channel = 0
-        tables = None if isinstance(value, Joined) else source.tables  # pyright: ignore[reportPossiblyUnbound]
-        for part in sources:
-            image = self.image(part.images[0])
+        for part in source.images:
+            image = self.image(part)
             channels = image.channels
             height, width = pixels.height // factor, pixels.width // factor
             sizes = [pixels.rows, height, factor, width, factor, channels]
@@ -278,7 +279,7 @@ class Emitter:
                     inputs.append(Strided(table.plus(channel), 0, [pixels.channels, 0, 0, 0, 0, 1]))  # pyright: ignore[reportArgumentType]
                 code += [(Opcode.MULTIPLY, 0, 1, 0.0), (Opcode.ADD, 3, 2, 0.0)]
             last = len(inputs) + len(code) - 1
-            code.append((_ACTIVATIONS.get(part.activation, Opcode.COPY), last, 0, 0.0))
+            code.append((_ACTIVATIONS.get(source.activation, Opcode.COPY), last, 0, 0.0))
             out = Strided(
                 at.plus(channel),  # pyright: ignore[reportArgumentType]
                 0,
@@ -305,7 +306,7 @@ class Emitter:
         self, sizes: list[int], out: Strided, inputs: list[Strided], code: list[tuple[Opcode, int, int, float]]
     ) -> None:
         """Append an elementwise step, its runs split where there are too few of them for the threads."""
-        sizes, strides = _simplified(sizes, [out.strides, *(x.strides for x in inputs)])
+        sizes, strides = simplified(sizes, [out.strides, *(x.strides for x in inputs)])
         numel = 1
         for n in sizes:
             numel *= n
@@ -333,9 +334,7 @@ class Emitter:
         for leaf in leaves:
             place, strides, code_of = self.operand(leaf.ref)
             missing = len(size) - len(strides)
-            aligned = [0] * missing + [
-                0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)
-            ]
+            aligned = [0] * missing + [0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)]
             inputs.append(Strided(place, code_of, aligned))  # pyright: ignore[reportArgumentType]
         registers: dict[int, int] = {}
 
@@ -419,34 +418,6 @@ class Emitter:
         return found or self.constants.add(key, pack(value.weight, vectors, pairs), value.weight)
 
 
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has products of bfloat16 that the native library uses."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def pack(weight: Tensor, vectors: int, pairs: bool = False) -> Tensor:
-    """Order a stack [K, C_out, C_in, kernel_h, kernel_w] as the kernels read it.
-
-    Args:
-        weight: the stack.
-        vectors: of output channels in one block.
-        pairs: keep bfloat16 values, two input channels in the place of one float32.
-
-    Returns:
-        [K, block, tap, C_in, 16 * vectors], flat for each member; the last block may be narrower, and the channels are
-        filled up with zeros to whole vectors. With pairs, [K, block, tap, C_in / 2, 16 * vectors, 2], seen as float32.
-    """
-    members, out_channels = weight.shape[:2]
-    missing = -out_channels % steps.LANES
-    full = torch.nn.functional.pad(weight.detach().float(), (0, 0) * 3 + (0, missing)) if missing else weight
-    blocks = full.split(vectors * steps.LANES, dim=1)
-    if pairs:
-        taps = [b.permute(0, 3, 4, 2, 1).unflatten(3, (-1, 2)).transpose(4, 5).reshape(members, -1) for b in blocks]
-        return torch.cat(taps, 1).to(torch.bfloat16).contiguous().view(torch.float32)
-    return torch.cat([b.permute(0, 3, 4, 2, 1).reshape(members, -1) for b in blocks], 1)
-
-
 def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
     """The distinct leaves of an expression, in order."""
     if isinstance(node, Leaf):
@@ -459,25 +430,3 @@ def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
 
 def _or_none(at: At | None) -> Any:
     return steps.NONE if at is None else at
-
-
-def _simplified(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Sort the dimensions by the first operand's strides, join those that lie in line, and pad to six in front."""
-    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -strides[0][d])
-    kept = [(sizes[d], [s[d] for s in strides]) for d in order]
-    joined: list[tuple[int, list[int]]] = []
-    for size, inner in kept:
-        if joined and all(a == b * size for a, b in zip(joined[-1][1], inner, strict=True)):
-            joined[-1] = (joined[-1][0] * size, inner)
-        else:
-            joined.append((size, inner))
-    if len(joined) == 1 and joined[0][0] > 1024:
-        size, inner = joined[0]
-        run = next((n for n in range(1024, 63, -1) if size % n == 0), size)
-        joined = [(size // run, [s * run for s in inner]), (run, inner)]
-    if len(joined) > steps.MAX_DIMS:
-        raise NotLowerable(f"an elementwise operation over {len(joined)} dimensions")
-    missing = steps.MAX_DIMS - len(joined)
-    out_sizes = [1] * missing + [size for size, _ in joined]
-    out_strides = [[0] * missing + [inner[i] for _, inner in joined] for i in range(len(strides))]
-    return out_sizes, out_strides

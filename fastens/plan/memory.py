@@ -53,9 +53,7 @@ def lay_out(buffers: list[Buffer]) -> int:
     placed: list[Buffer] = []
     total = 0
     for buffer in sorted((b for b in buffers if b.first >= 0), key=lambda b: -b.num_bytes):
-        alive = sorted(
-            (b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset
-        )
+        alive = sorted((b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset)
         offset = 0
         for other in alive:
             if offset + buffer.num_bytes <= other.offset:

@@ -21,6 +21,10 @@ class NotRecordable(Exception):
     """The pass has no fixed list of operations; the message says why."""
 
 
+class NotLowerable(Exception):
+    """The program has no step for this; the message says what."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ref:
     """A tensor as a view of a storage: offset and strides in elements."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastens.plan.memory import At, Buffer
+from fastens.plan.memory import At
 from fastens.plan.record import Ref
 from fastens.plan.steps import Activation, Opcode
 
@@ -54,7 +54,7 @@ class Pixels:
 
 
 def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
-    """A tensor [R, C, *space] (``channel_dim`` 1) or [R, *tokens, C] (-1) as images; none where it is laid out otherwise.
+    """A tensor [R, C, *space] (``channel_dim`` 1) or [R, *tokens, C] (-1) as images; none in another layout.
 
     Up to two dimensions are between rows and channels.
     """
@@ -178,21 +178,3 @@ class Source:
 
 Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression
 Value = Stored | Lazy
-__all__ = [
-    "Activated",
-    "Apply",
-    "Buffer",
-    "Convolved",
-    "Enlarged",
-    "Expression",
-    "Joined",
-    "Lazy",
-    "Leaf",
-    "Normed",
-    "Padded",
-    "Pixels",
-    "Source",
-    "Stored",
-    "Value",
-    "pixels_of",
-]

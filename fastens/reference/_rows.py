@@ -42,4 +42,6 @@ def per_member(
     function: Callable[[Tensor, int], Tensor], x: Tensor, num_members: int, offsets: Tensor | None
 ) -> Tensor:
     """Apply ``function(rows, k)`` to each member's rows and join the results."""
+    if num_members == 1:
+        return function(x, 0)
     return torch.cat([function(rows, k) for k, rows in enumerate(split_rows(x, num_members, offsets))])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastens.reference._philox import philox
+
 _MASK = 0xFFFFFFFF
 
 
@@ -13,20 +15,12 @@ def draw_members(
 ) -> Tensor:
     """Draw one member per sample: ``floor(philox(seed, offset, i) * K / 2**32)`` for sample i.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with key ``seed`` and
-    counter ``(i, offset)``, 64 bits each; the first of its four outputs is used.
+    Philox4x32-10 with key ``seed`` and counter ``(i, offset)``, 64 bits each; the first of its four outputs is used.
 
     Returns:
         int64 tensor [batch], each in ``[0, num_members)``.
     """
     index = torch.arange(batch, dtype=torch.int64, device=device)
-    x0, x1 = index & _MASK, index >> 32
-    x2 = torch.full_like(index, offset & _MASK)
-    x3 = torch.full_like(index, (offset >> 32) & _MASK)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        a, b = x0 * 0xD2511F53, x2 * 0xCD9E8D57
-        x0, x1 = ((b >> 32) & _MASK) ^ x1 ^ k0, b & _MASK
-        x2, x3 = ((a >> 32) & _MASK) ^ x3 ^ k1, a & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return (x0 * num_members) >> 32
+    low, high = torch.full_like(index, offset & _MASK), torch.full_like(index, (offset >> 32) & _MASK)
+    words = philox((index & _MASK, index >> 32, low, high), seed)
+    return (words[0] * num_members) >> 32

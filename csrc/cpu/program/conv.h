@@ -8,12 +8,12 @@ constexpr int64_t kPanelBytes = 16384;
 struct ConvTask {
   int64_t member, row0, rows, y0, lines;
   int64_t block0, blocks;
-  int64_t channels;                 // C_in
-  int64_t units;                    // 32-bit values of a pixel: channels, or pairs of bfloat16 channels
-  const float* const* pixels;       // first tap of every output pixel
-  const int64_t* taps;              // offset of every tap from it
+  int64_t channels;            // C_in
+  int64_t units;               // 32-bit values of a pixel: channels, or pairs of bfloat16 channels
+  const float* const* pixels;  // first tap of every output pixel
+  const int64_t* taps;         // offset of every tap from it
   int64_t num_taps, num_pixels;
-  float* sums;                      // [pixels, vectors * 16]
+  float* sums;  // [pixels, vectors * 16]
 };
 
 FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
@@ -103,8 +103,8 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   scratch.pixels.resize(task.num_pixels + most);
   scratch.taps.resize(task.num_taps);
   const float** next = scratch.pixels.data();
-  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.source[1].channels == 0 &&
-                      step.pad_top == 0 && step.pad_left == 0;
+  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 &&
+                      step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0;
   if (direct) {
     for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
       for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
@@ -245,8 +245,8 @@ FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index
   for (int64_t b = task.block0; b < task.block0 + task.blocks; ++b) {
     const int64_t channel0 = b * width;
     const int64_t vectors = std::min(step.vectors, (step.out_channels - channel0 + kLanes - 1) / kLanes);
-    const float* const weight = slots.at(step.weight) + task.member * step.weight_member +
-                                channel0 * task.num_taps * task.units;
+    const float* const weight =
+        slots.at(step.weight) + task.member * step.weight_member + channel0 * task.num_taps * task.units;
     // The larger tile loads less, the smaller one wastes less where few pixels are left over.
     switch (vectors) {
       case 1:

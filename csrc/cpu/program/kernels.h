@@ -1,5 +1,5 @@
-// The kernels of every kind of step, once for each instruction set: the pieces below have neither guards nor includes of
-// their own, so that every function in them is compiled for the target of the place that includes this file.
+// The kernels of every kind of step, once for each instruction set: the pieces below have neither guards nor includes
+// of their own, so that every function in them is compiled for the target of the place that includes this file.
 
 #include "vector_math.h"
 // what follows uses the vectors above

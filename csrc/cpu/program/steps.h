@@ -74,8 +74,8 @@ struct Norm {
   int64_t rows, rows_per_member, splits;
   Image source[2];
   int64_t height, width, groups;
-  Address weight, bias;        // [K, C]
-  Address row_scale;           // [R, C]: y (1 + row_scale) + row_shift
+  Address weight, bias;  // [K, C]
+  Address row_scale;     // [R, C]: y (1 + row_scale) + row_shift
   int64_t row_scale_row;
   Address row_shift;
   int64_t row_shift_row;

@@ -1,0 +1,83 @@
+"""Passes in which each sample goes to one member only: rows grouped by member, at the cost of one member."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.fold.arguments import Arguments
+from fastens.fold.member_tensor import MemberTensor
+from fastens.fold.rows import NotFoldable
+
+
+def _grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
+    """The samples in the order of their members, and where each member's group begins, int64 [B] and [K+1]."""
+    counts = torch.bincount(members, minlength=num_members)
+    return torch.argsort(members, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _joined(parts: list[Any], order: Tensor) -> Any:
+    """Outputs of parts of the samples, put together in the samples' own order."""
+    flat = [pytree.tree_flatten(part) for part in parts]
+    inverse = torch.argsort(order)
+
+    def join(column: tuple[Any, ...]) -> Any:
+        if any(isinstance(leaf, MemberTensor) for leaf in column):
+            raise NotFoldable("an output without batch has no member of its own; use engine='loop'")
+        if not isinstance(column[0], Tensor):
+            return column[0]
+        whole = column[0] if len(column) == 1 else torch.cat(column)
+        return whole.index_select(0, inverse.to(whole.device))
+
+    return pytree.tree_unflatten([join(c) for c in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1])
+
+
+def run_drawn(
+    call: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], arguments: Arguments, members: Tensor
+) -> Any:
+    """Run each drawn member on its samples, one member after the other.
+
+    Args:
+        call: runs member k on arguments.
+        arguments: of the whole batch.
+        members: int64 [B] on the CPU.
+
+    Returns:
+        What a member returns for the whole batch.
+    """
+    if not len(members):
+        return call(0, *arguments.selected(members))
+    order, offsets = _grouped(members, int(members.max()) + 1)
+    parts = [
+        call(k, *arguments.selected(order[start:stop]))
+        for k, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+        if start < stop
+    ]
+    return _joined(parts, order)
+
+
+def fold_drawn(run: Callable[[Tensor, Tensor], Any], num_members: int, max_fold: int | None, members: Tensor) -> Any:
+    """Run the samples grouped by member through the folded network, at most ``max_fold`` rows at a time.
+
+    Args:
+        run: a folded pass over the samples ``index``, int64 [n], grouped by ``offsets``, int64 [K+1].
+        num_members: K.
+        max_fold: the most rows in one pass; none for all.
+        members: int64 [B] on the CPU.
+
+    Returns:
+        What a member returns for the whole batch.
+
+    Raises:
+        NotFoldable: an output that does not carry the batch.
+    """
+    order, offsets = _grouped(members, num_members)
+    size = max_fold or max(len(order), 1)
+    starts = range(0, max(len(order), 1), size)
+    parts = [
+        run(order[start : start + size], (offsets - start).clamp(0, len(order[start : start + size])))
+        for start in starts
+    ]
+    return _joined(parts, order)

@@ -1,0 +1,293 @@
+"""Lowering of elementwise operations and copies, into the steps before and after where one takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastens.plan import steps
+from fastens.plan.emit import Emitter, collect_leaves
+from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
+from fastens.plan.memory import At
+from fastens.plan.record import Node, Ref
+from fastens.plan.steps import Activation, Opcode
+from fastens.plan.values import (
+    Activated,
+    Apply,
+    Convolved,
+    Expression,
+    Leaf,
+    Normed,
+    Stored,
+    pixels_of,
+)
+
+# Elementwise operations
+
+UNARY = {
+    "silu": Opcode.SILU,
+    "sigmoid": Opcode.SIGMOID,
+    "tanh": Opcode.TANH,
+    "exp": Opcode.EXP,
+    "log": Opcode.LOG,
+    "sin": Opcode.SIN,
+    "cos": Opcode.COS,
+    "sqrt": Opcode.SQRT,
+    "relu": Opcode.RELU,
+    "abs": Opcode.ABS,
+}
+_IN_STEP = {Opcode.SILU: Activation.SILU, Opcode.GELU: Activation.GELU, Opcode.GELU_TANH: Activation.GELU_TANH}
+
+
+@lowers("aten.gelu", *(f"aten.{name}" for name in UNARY), *(f"aten.{name}_" for name in UNARY))
+def unary(emitter: Emitter, node: Node) -> bool:
+    """An activation, taken into the step before or after where one can."""
+    x, out = node.args[0], node.outs[0]
+    name = node.name.removeprefix("aten.").rstrip("_")
+    if name == "gelu":
+        opcode = Opcode.GELU_TANH if argument(node, 1, "approximate", "none") == "tanh" else Opcode.GELU
+    else:
+        opcode = UNARY[name]
+    activation = _IN_STEP.get(opcode)
+    if activation is not None and x.dtype in FLOATS:
+        before = pending(emitter, x)
+        if before is not None and before.activation is Activation.NONE and _relaid(before, out):
+            before.activation = activation
+            emitter.values[out.storage] = before
+            return True
+        for dim in (1, -1):
+            pixels, result = pixels_of(x, dim), pixels_of(out, dim)
+            if pixels is not None and result is not None and emitter.is_wide(x) and len(out.size) > 1:
+                emitter.values[out.storage] = Activated(result, pixels, activation)
+                return True
+    return express(emitter, out, opcode, (x,))
+
+
+def _relaid(before: Convolved, out: Ref) -> bool:
+    """Let a convolution write to where the operation after it would; return whether the layouts agree."""
+    ref = before.pixels.ref
+    if ref.size != out.size or ref.stride != out.stride or out.offset != 0:
+        return False
+    before.pixels = dataclasses.replace(before.pixels, ref=out)
+    return True
+
+
+BINARY = {"add": Opcode.ADD, "sub": Opcode.SUBTRACT, "mul": Opcode.MULTIPLY, "div": Opcode.DIVIDE}
+
+
+@lowers(*(f"aten.{name}" for name in BINARY), *(f"aten.{name}_" for name in BINARY))
+def binary(emitter: Emitter, node: Node) -> bool:
+    """Arithmetic, taken into the convolution or normalisation before where it can be."""
+    a, b = node.args[:2]
+    out = node.outs[0]
+    opcode = BINARY[node.name.removeprefix("aten.").rstrip("_")]
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
+        return False
+    for ref, other in ((a, b), (b, a)):
+        one = emitter.constant(other) if isinstance(other, Ref) and isinstance(ref, Ref) else None
+        whole = one is not None and opcode is Opcode.MULTIPLY and ref.size == out.size and ref.dtype == out.dtype
+        if whole and bool((one == 1).all()):  # as networks do to bring timesteps to the batch
+            emitter.values[out.storage] = Expression(out, Leaf(ref))
+            return True
+    if out.dtype not in FLOATS:
+        return False
+    if not isinstance(b, Ref):
+        return _with_number(emitter, out, opcode, a, float(b))
+    if not isinstance(a, Ref):
+        return False
+    for x, other in ((a, b), (b, a)):
+        if opcode is Opcode.ADD and _added(emitter, out, x, other):
+            return True
+        if opcode in (Opcode.ADD, Opcode.MULTIPLY) and _modulated(emitter, out, opcode, x, other):
+            return True
+    return express(emitter, out, opcode, (a, b))
+
+
+def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: float) -> bool:
+    if opcode is Opcode.SUBTRACT:
+        opcode, number = Opcode.ADD, -number
+    if opcode is Opcode.DIVIDE:
+        if number == 0:
+            return False
+        opcode, number = Opcode.MULTIPLY, 1 / number
+    if opcode is Opcode.MULTIPLY:
+        if number == 1.0 and x.size == out.size and x.stride == out.stride:
+            value = emitter.values.get(x.storage)
+            if value is not None and emitter.uses[x.storage] == 1 and x.offset == 0 and _moved(value, x, out):
+                emitter.values[out.storage] = value
+                return True
+        before = pending(emitter, x)
+        if before is not None and before.activation is Activation.NONE and _relaid(before, out):
+            before.scale *= number
+            emitter.values[out.storage] = before
+            return True
+    numbered = Opcode.ADD_NUMBER if opcode is Opcode.ADD else Opcode.MULTIPLY_NUMBER
+    return express(emitter, out, numbered, (x,), number)
+
+
+def _moved(value: Any, x: Ref, out: Ref) -> bool:
+    return isinstance(value, Convolved) and same_view(value.pixels.ref, x) and _relaid(value, out)
+
+
+def row_vector(emitter: Emitter, ref: Ref, out: Ref) -> tuple[At, int] | None:
+    """Place and row stride of a tensor with one value per row and channel, [R, C, 1, 1]; none where it is not."""
+    if len(out.size) != 4 or ref.size != (out.size[0], out.size[1], 1, 1) or ref.dtype not in FLOATS:
+        return None
+    if emitter.constant(ref) is not None:
+        at, stride, _ = emitter.operand(ref)
+        return (at, stride[0]) if stride[1] == 1 or ref.size[1] == 1 else None
+    if (ref.stride[1] != 1 and ref.size[1] != 1) or not emitter.is_wide(ref):
+        return None
+    return emitter.stored(ref), ref.stride[0]
+
+
+def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
+    before = pending(emitter, x)
+    if before is None or before.scale != 1.0 or before.activation is not Activation.NONE or x.size != out.size:
+        return False
+    if before.row_vector is None and before.residual is None:
+        vector = row_vector(emitter, other, out)
+        if vector is not None and _relaid(before, out):
+            before.row_vector = vector
+            emitter.values[out.storage] = before
+            return True
+    if before.residual is not None or other.size != out.size or other.dtype not in FLOATS:
+        return False
+    if x.storage == other.storage:
+        return False
+    pixels = pixels_of(other, 1 if len(out.size) == 4 else -1)
+    if pixels is None or (emitter.constant(other) is None and not emitter.is_wide(other)):
+        return False
+    residual = pixels.reshaped(before.pixels.height, before.pixels.width)
+    if residual is None or not _relaid(before, out):
+        return False
+    if emitter.constant(other) is None:
+        emitter.stored(other)
+    before.residual = residual
+    emitter.values[out.storage] = before
+    return True
+
+
+def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -> bool:
+    """Scale and shift by row: norm (1 + scale) + shift."""
+    value = emitter.values.get(x.storage)
+    if not isinstance(value, Normed) or value.tables is not None or emitter.uses[x.storage] != 1:
+        return False
+    if not same_view(value.pixels.ref, x) or x.size != out.size or value.row_shift is not None:
+        return False
+    result = pixels_of(out, 1)
+    if result is None:
+        return False
+    if opcode is Opcode.ADD:
+        vector = row_vector(emitter, other, out)
+        if vector is None:
+            return False
+        value.row_shift = vector
+    else:
+        factor = emitter.values.get(other.storage)
+        root = factor.root if isinstance(factor, Expression) and same_view(factor.ref, other) else None
+        plus_one = isinstance(root, Apply) and root.opcode is Opcode.ADD_NUMBER and root.number == 1.0
+        if value.row_scale is not None or not plus_one or not isinstance(root.operands[0], Leaf):
+            return False
+        vector = row_vector(emitter, root.operands[0].ref, out)
+        if vector is None:
+            return False
+        value.row_scale = vector
+    emitter.values[out.storage] = dataclasses.replace(value, pixels=result)
+    return True
+
+
+def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
+    """Keep an elementwise operation as an expression, joined with those that it is the only use of."""
+    if out.dtype not in FLOATS or any(ref.dtype not in FLOATS for ref in operands):
+        return False
+    roots: list[Leaf | Apply] = []
+    for ref in operands:
+        value = emitter.values.get(ref.storage)
+        inline = isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1
+        joined = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
+        roots.append(joined)
+    whole = Apply(opcode, tuple(roots), number)
+    if not _fits(whole):
+        whole = Apply(opcode, tuple(Leaf(ref) for ref in operands), number)
+    emitter.values[out.storage] = Expression(out, whole)
+    return True
+
+
+def _fits(root: Apply) -> bool:
+    leaves: list[Leaf] = []
+    collect_leaves(root, leaves)
+
+    def count(node: Leaf | Apply) -> int:
+        return 0 if isinstance(node, Leaf) else 1 + sum(map(count, node.operands))
+
+    return len(leaves) <= steps.MAX_INPUTS and count(root) <= steps.MAX_INSTRUCTIONS
+
+
+@lowers("aten.reciprocal", "aten.pow", "aten.neg")
+def power(emitter: Emitter, node: Node) -> bool:
+    """Powers that have an instruction."""
+    x, out = node.args[0], node.outs[0]
+    if node.name == "aten.reciprocal":
+        return express(emitter, out, Opcode.NUMBER_OVER, (x,), 1.0)
+    if node.name == "aten.neg":
+        return express(emitter, out, Opcode.MULTIPLY_NUMBER, (x,), -1.0)
+    opcode = {2.0: Opcode.SQUARE, 0.5: Opcode.SQRT}.get(node.args[1] if isinstance(node.args[1], int | float) else None)
+    return isinstance(x, Ref) and opcode is not None and express(emitter, out, opcode, (x,))
+
+
+@lowers("aten._to_copy", "aten.clone", "aten.alias_copy", "aten.contiguous")
+def copy(emitter: Emitter, node: Node) -> bool:
+    """A copy in another layout or dtype."""
+    x, out = node.args[0], node.outs[0]
+    if out.dtype not in FLOATS or x.dtype not in steps.DTYPES:
+        return False
+    value = emitter.values.get(x.storage)
+    if isinstance(value, Expression) and same_view(value.ref, x) and emitter.uses[x.storage] == 1:
+        emitter.values[out.storage] = Expression(out, value.root)
+    else:
+        emitter.values[out.storage] = Expression(out, Leaf(x))
+    return True
+
+
+@lowers("aten.repeat")
+def repeat(emitter: Emitter, node: Node) -> bool:
+    """Copies along the first dimension, of any dtype."""
+    x, times = node.args[:2]
+    out = node.outs[0]
+    if out.dtype not in steps.DTYPES or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
+        return False
+    at, stride, code = emitter.operand(x)
+    size = 4 if out.dtype in FLOATS else out.dtype.itemsize
+    place = At(emitter.buffer(-(-out.numel * size // 4)))
+    out_code = 0 if out.dtype in FLOATS else code
+    sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
+    source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
+    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
+    emitter.values[out.storage] = Stored(place, size)
+    return True
+
+
+@lowers("aten.copy_")
+def partial_copy(emitter: Emitter, node: Node) -> bool:
+    """A copy into a part of a value, or in place of a whole one."""
+    out, x = node.args[:2]
+    if x.dtype not in FLOATS or out.dtype not in FLOATS:
+        return False
+    if not same_view(out, node.outs[0]) or emitter.values.get(out.storage) is None:  # the whole: renamed
+        emitter.values[node.outs[0].storage] = Expression(node.outs[0], Leaf(x))
+        return True
+    for storage in list(emitter.values):  # whatever still waits may read what is overwritten here
+        emitter.store(storage)
+    emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    return True
+
+
+@lowers("aten.new_empty", "aten.empty_like", "aten.new_empty_strided")
+def empty(emitter: Emitter, node: Node) -> bool:
+    """Memory that is written later."""
+    out = node.outs[0]
+    if out.dtype not in FLOATS:
+        return False
+    emitter.values[out.storage] = Stored(At(emitter.buffer(out.numel)))
+    return True

@@ -1,0 +1,222 @@
+"""Lowering of layers: convolutions, linear layers, normalisations, attention, and how images are put together."""
+
+from __future__ import annotations
+
+from fastens.plan import steps
+from fastens.plan.emit import Emitter
+from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
+from fastens.plan.memory import At
+from fastens.plan.record import Node
+from fastens.plan.steps import Heads
+from fastens.plan.values import (
+    Convolved,
+    Enlarged,
+    Joined,
+    Leaf,
+    Normed,
+    Padded,
+    Stored,
+    pixels_of,
+)
+
+# Convolutions and linear layers
+
+
+@lowers("fastens.conv")
+def conv(emitter: Emitter, node: Node) -> bool:
+    """A member-batched convolution in two dimensions."""
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
+    stack = emitter.constant(weight)
+    plain = stack is not None and stack.ndim == 5 and not transposed and groups == 1 and set(dilation) == {1}
+    if not plain or argument(node, 9, "offsets") is not None or len(x.size) != 4:
+        return False
+    pixels = image_pixels(emitter, x, 1)
+    out = pixels_of(node.outs[0], 1)
+    if pixels is None or out is None or x.size[0] == 0:
+        return False
+    values = None if bias is None else emitter.constant(bias)
+    emitter.values[node.outs[0].storage] = Convolved(
+        out, pixels, stack, values, ("conv", weight, bias), tuple(stride), tuple(padding)
+    )
+    return True
+
+
+@lowers("fastens.linear")
+def linear(emitter: Emitter, node: Node) -> bool:
+    """A member-batched linear layer: a convolution of 1x1 over tokens."""
+    x, weight = node.args[:2]
+    bias = argument(node, 2, "bias")
+    stack = emitter.constant(weight)
+    if stack is None or argument(node, 3, "offsets") is not None or not x.numel:
+        return False
+    pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
+    if pixels is None or out is None:
+        return False
+    moved = out.reshaped(pixels.height, pixels.width)
+    values = None if bias is None else emitter.constant(bias)
+    if moved is None or (bias is not None and values is None):
+        return False
+    emitter.values[node.outs[0].storage] = Convolved(
+        moved, pixels, stack[:, :, :, None, None], values, ("linear", weight, bias), (1, 1), (0, 0)
+    )
+    return True
+
+
+# Normalisation
+
+
+@lowers("fastens.group_norm")
+def group_norm(emitter: Emitter, node: Node) -> bool:
+    """Group normalisation, whose scale and shift a later step applies."""
+    x, groups = node.args[:2]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    if argument(node, 5, "offsets") is not None or not x.numel:
+        return False
+    pixels, out = image_pixels(emitter, x, 1), pixels_of(node.outs[0], 1)
+    if pixels is None or out is None:
+        return False
+    stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
+    if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
+        return False
+    places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
+    eps = float(argument(node, 4, "eps", 1e-5))
+    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, emitter.num_members, *places)
+    return True
+
+
+@lowers("fastens.layer_norm", "aten.native_layer_norm")
+def layer_norm(emitter: Emitter, node: Node) -> bool:
+    """Layer normalisation over the last dimension."""
+    x, shape = node.args[:2]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    whole = node.name == "fastens.layer_norm"
+    if len(shape) != 1 or not x.numel or (whole and argument(node, 5, "offsets") is not None):
+        return False
+    if not whole and (weight is not None or bias is not None or any(emitter.uses[o.storage] for o in node.outs[1:])):
+        return False
+    pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
+    if pixels is None or out is None or pixels.step is None or out.step is None:
+        return False
+    stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
+    if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
+        return False
+    affine = [
+        steps.NONE if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)
+    ]
+    buffer = At(emitter.buffer(out.ref.numel))
+    image = emitter.image(pixels)
+    step = steps.LayerNorm(
+        out.rows,
+        out.rows // emitter.num_members,
+        out.height * out.width,
+        out.channels,
+        image.at,
+        image.row,
+        image.x if pixels.width > 1 else image.y,
+        *affine,  # pyright: ignore[reportArgumentType]
+        steps.NONE,
+        0,
+        steps.NONE,
+        0,
+        float(argument(node, 4, "eps", 1e-5)),
+        buffer,  # pyright: ignore[reportArgumentType]
+        out.row,
+        out.step,
+        tasks=out.rows,
+    )
+    emitter.add(step)
+    emitter.values[out.ref.storage] = Stored(buffer)
+    return True
+
+
+# Attention
+
+
+@lowers("aten._scaled_dot_product_flash_attention_for_cpu")
+def attention(emitter: Emitter, node: Node) -> bool:
+    """Attention without mask, heads in dimension 1."""
+    q, k, v = node.args[:3]
+    masked = argument(node, 5, "attn_mask") is not None or argument(node, 4, "is_causal", False)
+    out = node.outs[0]
+    if masked or any(len(r.size) != 4 or r.stride[3] != 1 or r.dtype not in FLOATS for r in (q, k, v, out)):
+        return False
+    if emitter.uses[node.outs[1].storage] or not out.numel:
+        return False
+    heads = []
+    for ref in (q, k, v):
+        if emitter.constant(ref) is not None or not emitter.is_wide(ref):
+            return False
+        heads.append(Heads(emitter.stored(ref), ref.stride[0], ref.stride[1], ref.stride[2]))  # pyright: ignore[reportArgumentType]
+    place = At(emitter.buffer(1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True))))
+    emitter.values[out.storage] = Stored(place)
+    rows, count, queries, width = q.size
+    chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
+    scale = argument(node, 6, "scale")
+    emitter.add(
+        steps.Attention(
+            rows,
+            count,
+            queries,
+            k.size[2],
+            width,
+            v.size[3],
+            chunk,
+            *heads,
+            Heads(place, out.stride[0], out.stride[1], out.stride[2]),  # pyright: ignore[reportArgumentType]
+            float(width**-0.5 if scale is None else scale),
+            tasks=rows * count * -(-queries // chunk),
+        )
+    )
+    return True
+
+
+# Images
+
+
+@lowers("aten.cat")
+def cat(emitter: Emitter, node: Node) -> bool:
+    """Two images joined along the channels; anything else part by part."""
+    parts, dim = node.args[0], argument(node, 1, "dim", 0)
+    out = node.outs[0]
+    if out.dtype not in FLOATS or any(part.dtype != out.dtype for part in parts):
+        return False
+    parts = [part for part in parts if part.numel]
+    dim %= len(out.size)
+    pixels = pixels_of(out, dim) if dim > 0 else None
+    inner = [pixels_of(part, dim) for part in parts] if dim > 0 else []
+    inside = all(emitter.constant(part) is not None or emitter.is_wide(part) for part in parts)
+    if pixels is not None and len(parts) == 2 and all(p is not None for p in inner) and inside:
+        emitter.values[out.storage] = Joined(pixels, (inner[0], inner[1]))  # pyright: ignore[reportArgumentType]
+        return True
+    place = At(emitter.buffer(1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True))))
+    start = 0
+    for part in parts:
+        emitter.expression(Leaf(part), part.size, place.plus(start * out.stride[dim]), out.stride, 0)
+        start += part.size[dim]
+    emitter.values[out.storage] = Stored(place)
+    return True
+
+
+@lowers("aten.upsample_nearest2d")
+def upsample(emitter: Emitter, node: Node) -> bool:
+    """Nearest-neighbour enlargement by a whole number."""
+    pixels, out = image_pixels(emitter, node.args[0], 1), pixels_of(node.outs[0], 1)
+    if pixels is None or out is None or not out.ref.numel:
+        return False
+    factor = out.height // pixels.height
+    if (out.height, out.width) != (pixels.height * factor, pixels.width * factor):
+        return False
+    emitter.values[out.ref.storage] = Enlarged(out, pixels, factor)
+    return True
+
+
+@lowers("aten.constant_pad_nd")
+def pad(emitter: Emitter, node: Node) -> bool:
+    """Zeros around an image."""
+    padding = [*node.args[1], 0, 0, 0, 0][:4]
+    pixels, out = image_pixels(emitter, node.args[0], 1), pixels_of(node.outs[0], 1)
+    value = argument(node, 2, "value", 0)
+    if pixels is None or out is None or value or len(node.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
+        return False
+    emitter.values[out.ref.storage] = Padded(out, pixels, tuple(padding))  # pyright: ignore[reportArgumentType]
+    return True

@@ -1,0 +1,271 @@
+"""MC Dropout: what is masked, what masks depend on, and what never changes them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastens
+from fastens.fold.masks import LAYERS
+from tests.networks import randomised, tensor_of, unet_2d
+from tests.tolerances import NETWORK, relative_error
+
+
+class Layered(nn.Module):
+    """A dropout layer of any kind between convolutions, used twice."""
+
+    def __init__(self, layer=nn.Dropout, p=0.4):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.drop = layer(p)
+
+    def forward(self, x, t=None):
+        h = self.drop(F.silu(self.inner(x)))
+        return self.outer(self.drop(h))
+
+
+class Functional(Layered):
+    """As in EDM: no dropout layer at all, and off in evaluation."""
+
+    def __init__(self, p=0.4):
+        super().__init__(nn.Identity, p)
+        self.p = p
+
+    def forward(self, x, t=None):
+        h = F.dropout(F.silu(self.inner(x)), p=self.p, training=self.training)
+        return self.outer(F.dropout(h, p=self.p, training=self.training))
+
+
+class Attending(nn.Module):
+    def __init__(self, need_weights=False):
+        super().__init__()
+        self.need_weights = need_weights
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+
+    def forward(self, x):
+        x = x.flatten(1).reshape(len(x), -1, 8)
+        return self.layer(self.attention(x, x, x, need_weights=self.need_weights)[0])
+
+
+class SDPA(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.inner(x.flatten(1).reshape(len(x), -1, 8)).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+
+
+NETWORKS = {
+    **{
+        layer.__name__: lambda layer=layer: Layered(layer)
+        for layer in LAYERS
+        if layer not in (nn.Dropout1d, nn.Dropout3d)
+    },
+    "functional": Functional,
+    "multi-head attention": Attending,
+    "multi-head attention with weights": lambda: Attending(True),
+    "scaled dot-product attention": SDPA,
+}
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_dropout_is_masked_and_fold_equals_loop(name, masks, x):
+    network = randomised(NETWORKS[name], 0)
+    ensemble = fastens.MCDropout(network, 3, masks=masks, seed=5)
+    with torch.no_grad():
+        outputs = ensemble.member_outputs(x)
+        assert relative_error(outputs[0], network(x)) > 1e-3  # dropout is on though the network is in eval mode
+        assert relative_error(outputs[0], outputs[1]) > 1e-3  # and differs between members
+        assert ensemble.verify(x) < 1e-5
+        assert ensemble.engine == "fold"
+        again = ensemble.member_outputs(x)
+        assert torch.equal(outputs, again) is (masks == "fixed")
+        assert relative_error(fastens.MCDropout(network, 3, masks=masks, seed=5).member_outputs(x), outputs) < 1e-6
+        assert relative_error(fastens.MCDropout(network, 3, masks=masks, seed=6).member_outputs(x), outputs) > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fixed_masks_do_not_depend_on_batch_or_sample(name, x):
+    ensemble = fastens.MCDropout(randomised(NETWORKS[name], 0), 3)
+    with torch.no_grad():
+        whole = ensemble.member_outputs(x)
+        assert relative_error(ensemble.member_outputs(x[2:3]), whole[:, 2:3]) < 1e-5
+        same = ensemble.member_outputs(x[:1].expand(4, -1, -1, -1))
+        assert relative_error(same, same[:, :1].expand_as(same)) < 1e-5
+
+
+def test_layers_of_equal_shape_and_reuses_have_masks_of_their_own(x):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Dropout(0.5), nn.Dropout(0.5)
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.stack([self.a(x), self.b(x), self.a(x)], 1) * self.w
+
+    with torch.no_grad():
+        kept = fastens.MCDropout(Two(), 2).member_outputs(torch.ones_like(x)) > 0
+    assert not torch.equal(kept[:, :, 0], kept[:, :, 1])
+    assert not torch.equal(kept[:, :, 0], kept[:, :, 2])
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout, nn.AlphaDropout])
+def test_moments_are_those_of_dropout(layer):
+    torch.manual_seed(0)
+    x = torch.randn(64, 64, 8, 8)
+    ensemble = fastens.MCDropout(nn.Sequential(nn.Conv2d(64, 64, 1), layer(0.2)), 2)
+    reference = layer(0.2).train()
+    with torch.no_grad():
+        h = ensemble.network[0](x)
+        ours, theirs = ensemble.member_outputs(x), reference(h)
+    assert abs(ours.mean() - theirs.mean()) < 0.02
+    assert abs(ours.std() - theirs.std()) < 0.02
+
+
+def test_train_and_eval_change_nothing(x):
+    network = randomised(lambda: nn.Sequential(Layered(), nn.BatchNorm2d(2)), 0).train()
+    ensemble = fastens.MCDropout(network, 3)
+    with torch.no_grad():
+        expected = ensemble(x)
+        assert torch.equal(ensemble.train()(x), expected)
+        assert torch.equal(ensemble.eval()(x), expected)
+        assert torch.equal(nn.Sequential(ensemble).train()(x), expected)
+    assert network.training
+    assert not any(m.training for m in ensemble.network.modules())
+    assert int(network[1].num_batches_tracked) == 0
+
+
+def test_weights_are_held_once():
+    network = Layered()
+    ensemble = fastens.MCDropout(network, 7)
+    count = sum(p.numel() for p in ensemble.parameters())
+    assert count == sum(p.numel() for p in network.parameters())
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Layered(p=0.0), lambda: Functional(p=0.0), lambda: unet_2d(False), Bare])
+def test_nothing_to_drop_is_loud(make):
+    network = randomised(make, 0)
+    x = torch.randn(2, getattr(getattr(network, "config", None), "in_channels", 2), 8, 8)
+    args = (x, 3) if hasattr(network, "config") else (x,)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"pass p=0\.1"):
+        fastens.MCDropout(network, 2)(*args)
+    if make is Bare:
+        with torch.no_grad(), pytest.raises(ValueError, match="no dropout"):
+            fastens.MCDropout(network, 2, p=0.1)(*args)
+        return
+    ensemble = fastens.MCDropout(network, 2, p=0.1)
+    with torch.no_grad():
+        outputs = ensemble.member_outputs(*args)
+        assert relative_error(tensor_of(ensemble(*args)), outputs.mean(0)) < 1e-5
+    assert relative_error(outputs[0], outputs[1]) > 1e-3
+
+
+def test_fresh_masks_are_shared_by_the_rows_of_a_guided_sample(x):
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3, masks="fresh")
+    guided = torch.cat([x, x])
+    with torch.no_grad():
+        for scope in (ensemble.trajectory(4, 7), ensemble.trajectory(4, 7), None):
+            if scope is None:  # recognised by the repetition
+                outputs = ensemble.member_outputs(guided)
+            else:
+                with scope:
+                    outputs = ensemble.member_outputs(guided)
+            assert torch.equal(outputs[:, :4], outputs[:, 4:])
+            assert relative_error(outputs[:, 0], outputs[:, 1]) > 1e-3
+        runs = []
+        for _ in range(2):
+            with ensemble.trajectory(4, torch.Generator().manual_seed(3)):
+                runs.append([ensemble(x) for _ in range(2)])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][0], runs[0][1])
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "files"])
+def test_copies_and_files(way, x, tmp_path):
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3, "median", seed=4)
+    if way == "files":
+        ensemble.save_pretrained(tmp_path)
+        other = fastens.Ensemble.from_pretrained(tmp_path, factory=Layered)
+    else:
+        other = copy.deepcopy(ensemble) if way == "deepcopy" else pickle.loads(pickle.dumps(ensemble))
+    assert isinstance(other, fastens.MCDropout)
+    with torch.no_grad():
+        assert torch.equal(other(x), ensemble(x))
+
+
+def test_random_rules_and_members(x):
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3, "mixture")
+    with torch.no_grad():
+        outputs = ensemble.member_outputs(x)
+        with ensemble.trajectory(4, 0):
+            drawn = ensemble(x)
+        nearest = [(outputs[:, i] - drawn[i]).abs().amax((1, 2, 3)).argmin().item() for i in range(4)]
+        assert relative_error(drawn, torch.stack([outputs[k, i] for i, k in enumerate(nearest)])) < 1e-5
+        assert relative_error(ensemble.members[1](x), outputs[1]) < 1e-5
+
+
+def test_folds_in_parts_and_compiles(x):
+    network = randomised(Layered, 0)
+    with torch.no_grad():
+        expected = fastens.MCDropout(network, 3)(x)
+        assert relative_error(fastens.MCDropout(network, 3, max_fold=5)(x), expected) < 1e-5
+        assert relative_error(fastens.MCDropout(network, 3, engine="loop")(x), expected) < 1e-5
+        ensemble = fastens.MCDropout(network, 3)
+        with pytest.raises(Exception, match="call the ensemble once"):
+            torch.compile(ensemble, fullgraph=True, backend="eager")(x)
+        torch.compiler.reset()
+        ensemble(x)
+        compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(x), expected) < NETWORK[torch.float32]
+
+
+def test_gradients_reach_input_and_weights(x):
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3)
+    with torch.no_grad():
+        ensemble(x)
+    x = x.requires_grad_()
+    ensemble(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in ensemble.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: fastens.MCDropout([Layered()], 2), TypeError, "model is a list"),
+        (lambda: fastens.MCDropout(Layered(), 0), ValueError, "num_members is 0"),
+        (lambda: fastens.MCDropout(Layered(), 2, masks="consistent"), ValueError, "'fixed' or 'fresh'"),
+        (lambda: fastens.MCDropout(Layered(), 2, p=1.0), ValueError, "p is 1.0"),
+        (lambda: fastens.MCDropout(Layered(), 2, engine="vmap"), ValueError, "engine 'vmap'"),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_recurrent_dropout_is_said_to_be_off():
+    with pytest.warns(UserWarning, match="recurrent kernel"):
+        fastens.MCDropout(nn.Sequential(nn.GRU(2, 2, 2, dropout=0.1), nn.Dropout(0.1)), 2)

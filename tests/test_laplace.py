@@ -1,0 +1,73 @@
+"""Laplace: curvature against its definition, draws against their variance, seeds, bad input."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from fastens.laplace import LaplaceMembers, squared_gradients
+from tests.networks import mlp, randomised
+from tests.tolerances import relative_error
+
+
+def losses(model, batch):
+    x, noise = batch
+    return (model(x + noise) - noise).square().mean(1)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(4, 5, generator=generator), torch.randn(4, 5, generator=generator)) for _ in range(3)]
+
+
+def test_curvature_is_the_sum_of_squared_gradients_of_each_sample(data):
+    model = nn.Linear(5, 5)
+    curvature = squared_gradients(model, losses, data)
+    expected = torch.zeros(5, 5)
+    for x, noise in data:
+        for i in range(4):
+            y = x[i] + noise[i]
+            expected += (2 / 5 * (model(y) - noise[i])[:, None] * y[None]).square()
+    assert relative_error(curvature["weight"], expected.detach()) < 1e-5
+    assert model.weight.grad is None
+
+
+def test_draws_have_the_posteriors_variance():
+    model = nn.Linear(2, 1, bias=False)
+    curvature = {"weight": torch.tensor([[0.0, 99.0]])}
+    members = LaplaceMembers(model, curvature, 4000, temperature=2.0, prior_precision=1.0)
+    draws = torch.stack([members[k].weight.detach() - model.weight.detach() for k in range(4000)])
+    spread = draws.std(0).flatten()  # 2 / sqrt(0 + 1) and 2 / sqrt(99 + 1): little where the data say much
+    assert relative_error(spread, torch.tensor([2.0, 0.2])) < 0.05
+    assert abs(spread[1] - 0.2) < 0.02
+    assert draws.mean(0).abs().max() < 0.15
+
+
+def test_is_a_seeded_ensemble(data):
+    model = randomised(mlp, 0)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        first, again, other = (fastens.laplace(model, losses, data, 3, seed=seed)(x) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        still = fastens.laplace(model, losses, data, 3, temperature=0.0, rule="median")
+        assert relative_error(still(x), model(x)) < 1e-5
+        assert still.engine == "fold"
+        assert relative_error(fastens.laplace(model, losses, data, 3, prior_precision=1e8)(x), model(x)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "data is empty"),
+        ({"loss": lambda m, b: losses(m, b).mean()}, "one number for each sample"),
+        ({"prior_precision": 0.0}, "prior_precision is 0.0"),
+        ({"num_members": 0}, "num_members is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_bad_input_is_named(data, options, message):
+    arguments = {"loss": losses, "data": data, "num_members": 2, **options}
+    with pytest.raises(ValueError, match=message):
+        fastens.laplace(randomised(mlp, 0), **arguments)
