@@ -1,56 +1,82 @@
-// Attention over the keys of one row and head, in blocks of queries with an exact softmax per query.
+// Attention over the keys of one row and head, for a few queries at a time, with an exact softmax.
 
 FASTENS_INLINE const float* token(const Slots& slots, const Heads& heads, int64_t row, int64_t head, int64_t t) {
   return slots.at(heads.at) + row * heads.row + head * heads.head + t * heads.token;
 }
 
+// Scores [Q, padded keys] of Q queries, made into the weights exp(score - max) of the softmax; 1 / their sums.
+template <int Q>
+FASTENS_INLINE void attention_weights(const float* const* q, const float* keys, int64_t num_keys, int64_t padded_keys,
+                                      int64_t width, float scale, float* scores, float* inverse) {
+  for (int64_t t = 0; t < padded_keys; t += kLanes) {
+    Vector acc[Q] = {};
+    for (int64_t d = 0; d < width; ++d) {
+      const Vector k = load(keys + d * padded_keys + t);
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; ++i) acc[i] += splat(q[i][d]) * k;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) store(scores + i * padded_keys + t, acc[i] * scale);
+  }
+  for (int i = 0; i < Q; ++i) {
+    float* const own = scores + i * padded_keys;
+    for (int64_t t = num_keys; t < padded_keys; ++t) own[t] = -INFINITY;
+    Vector most = load(own);
+    for (int64_t t = kLanes; t < padded_keys; t += kLanes) {
+      const Vector s = load(own + t);
+      most = s > most ? s : most;
+    }
+    float largest = most[0];
+    for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+    Vector sums{};
+    for (int64_t t = 0; t < padded_keys; t += kLanes) {
+      const Vector e = exponential(load(own + t) - largest);
+      store(own + t, e);
+      sums += e;
+    }
+    inverse[i] = 1.0f / sum(sums);
+  }
+}
+
 FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int64_t index, Scratch& scratch) {
+  constexpr int kQueries = 8;
   const int64_t chunks = (step.queries + step.query_chunk - 1) / step.query_chunk;
   const int64_t chunk = index % chunks, head = index / chunks % step.heads, row = index / chunks / step.heads;
   const int64_t begin = chunk * step.query_chunk, end = std::min(step.queries, begin + step.query_chunk);
-  const int64_t keys = step.keys, padded_keys = (keys + kLanes - 1) / kLanes * kLanes, width = step.width;
-  // the keys transposed, [width, keys], so that scores come a vector of keys at a time
-  float* const transposed = Scratch::floats(scratch.patch, width * padded_keys);
-  float* const scores = Scratch::floats(scratch.sums, padded_keys + step.value_width + kLanes);
-  float* const total = scores + padded_keys;
-  for (int64_t t = 0; t < keys; ++t) {
+  const int64_t num_keys = step.keys, padded_keys = (num_keys + kLanes - 1) / kLanes * kLanes, width = step.width;
+  const int64_t padded_width = (step.value_width + kLanes - 1) / kLanes * kLanes;
+  // the keys transposed, [width, keys], so that scores come a vector of keys at a time; the values filled up to vectors
+  float* const keys = Scratch::floats(scratch.patch, (width + kQueries) * padded_keys + num_keys * padded_width);
+  float* const scores = keys + width * padded_keys;
+  float* const values = scores + kQueries * padded_keys;
+  for (int64_t t = 0; t < num_keys; ++t) {
     const float* const k = token(slots, step.k, row, head, t);
-    for (int64_t d = 0; d < width; ++d) transposed[d * padded_keys + t] = k[d];
+    for (int64_t d = 0; d < width; ++d) keys[d * padded_keys + t] = k[d];
+    const float* const v = token(slots, step.v, row, head, t);
+    for (int64_t d = 0; d < padded_width; d += kLanes) {
+      store(values + t * padded_width + d, load_some(v + d, step.value_width - d));
+    }
   }
   for (int64_t d = 0; d < width; ++d) {
-    for (int64_t t = keys; t < padded_keys; ++t) transposed[d * padded_keys + t] = 0;
+    for (int64_t t = num_keys; t < padded_keys; ++t) keys[d * padded_keys + t] = 0;
   }
   const float scale = static_cast<float>(step.scale);
-  for (int64_t i = begin; i < end; ++i) {
-    const float* const q = token(slots, step.q, row, head, i);
-    Vector most = splat(-INFINITY);
-    for (int64_t t = 0; t < padded_keys; t += kLanes) {
-      Vector s{};
-      for (int64_t d = 0; d < width; ++d) s += q[d] * load(transposed + d * padded_keys + t);
-      s *= scale;
-      store(scores + t, s);
+  for (int64_t i = begin; i < end; i += kQueries) {
+    const float* q[kQueries];
+    float inverse[kQueries];
+    for (int n = 0; n < kQueries; ++n) q[n] = token(slots, step.q, row, head, std::min(i + n, end - 1));
+    attention_weights<kQueries>(q, keys, num_keys, padded_keys, width, scale, scores, inverse);
+    for (int64_t d = 0; d < step.value_width; d += kLanes) {
+      Vector acc[kQueries] = {};
+      for (int64_t t = 0; t < num_keys; ++t) {
+        const Vector v = load(values + t * padded_width + d);
+#pragma GCC unroll 8
+        for (int n = 0; n < kQueries; ++n) acc[n] += splat(scores[n * padded_keys + t]) * v;
+      }
+      for (int n = 0; n < kQueries && i + n < end; ++n) {
+        float* const out = const_cast<float*>(token(slots, step.out, row, head, i + n));
+        store_some(out + d, acc[n] * inverse[n], step.value_width - d);
+      }
     }
-    for (int64_t t = keys; t < padded_keys; ++t) scores[t] = -INFINITY;
-    for (int64_t t = 0; t < padded_keys; t += kLanes) {
-      const Vector s = load(scores + t);
-      most = s > most ? s : most;
-    }
-    float largest = -INFINITY;
-    for (int l = 0; l < kLanes; ++l) largest = std::max(largest, most[l]);
-    Vector sums{};
-    for (int64_t t = 0; t < padded_keys; t += kLanes) {
-      const Vector e = exponential(load(scores + t) - largest);
-      store(scores + t, e);
-      sums += e;
-    }
-    const float inverse = 1.0f / sum(sums);
-    std::fill_n(total, step.value_width + kLanes, 0.0f);
-    for (int64_t t = 0; t < keys; ++t) {
-      const float* const v = token(slots, step.v, row, head, t);
-      const float weight = scores[t];
-      for (int64_t d = 0; d < step.value_width; ++d) total[d] += weight * v[d];
-    }
-    float* const out = const_cast<float*>(token(slots, step.out, row, head, i));
-    for (int64_t d = 0; d < step.value_width; ++d) out[d] = total[d] * inverse;
   }
 }
