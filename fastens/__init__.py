@@ -9,8 +9,9 @@ from fastens.ensemble import Ensemble
 from fastens.fold.registry import register_layer
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
+from fastens.tabular.forest import Forest
 
-__all__ = ["Ensemble", "__version__", "aggregate", "backends", "load_members", "register_layer", "rules"]
+__all__ = ["Ensemble", "Forest", "__version__", "aggregate", "backends", "load_members", "register_layer", "rules"]
 
 
 def __getattr__(name: str) -> Any:

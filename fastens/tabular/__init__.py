@@ -1,0 +1,5 @@
+"""Tabular data: forests as ensembles of scores, and ForestDiffusion with any aggregation rule."""
+
+from fastens.tabular.forest import Forest
+
+__all__ = ["Forest"]
