@@ -6,7 +6,6 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -159,15 +158,22 @@ class Forest:
         if value.per_trajectory:
             raise ValueError(f"`rule`: {value!r} draws one member per trajectory; use fastens.tabular.accelerate")
         rows = self._rows(X)
-        seed = seed_from(generator) if value.per_evaluation else 0
+        return self._predict(rows, value, seed_from(generator) if value.per_evaluation else 0, 0, backend)
+
+    def predict_drawn(self, X: npt.ArrayLike, seed: int, offset: int) -> npt.NDArray:
+        """Predict row i by the member that (seed, offset, i) draws, see :func:`fastens.ops.draw_members.draw_members`.
+
+        Equal arguments draw equal members, which is what a trajectory needs; otherwise as :meth:`predict`.
+        """
+        return self._predict(self._rows(X), rules.Alternating(), seed, offset, "auto")
+
+    def _predict(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, backend: str) -> npt.NDArray:
         packed = self._native(backend)
         if packed is not None and self._fused:
-            out = packed.predict(rows, value.name, value.option, value.values, seed, 0, "auto")
+            out = packed.predict(rows, rule.name, rule.option, rule.values, seed, offset, "auto")
         else:
-            out = self._predict_by_members(rows, value, seed, packed)
-        if self._plain:
-            return out
-        return self._finished(out)
+            out = self._predict_by_members(rows, rule, seed, offset, packed)
+        return out if self._plain else self._finished(out)
 
     def predict_members(self, X: npt.ArrayLike, *, backend: str = "auto") -> npt.NDArray:
         """Return every member's prediction, [K, n, p]; arguments and errors as :meth:`predict`."""
@@ -262,14 +268,16 @@ class Forest:
             members = packed.members(rows, self._ranges.tolist(), "auto")
         return members + self._base[:, None] if self._base.any() else members
 
-    def _predict_by_members(self, rows: npt.NDArray, rule: rules.Rule, seed: int, packed: Any) -> npt.NDArray:
+    def _predict_by_members(
+        self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, packed: Any
+    ) -> npt.NDArray:
         batch_wide = isinstance(rule, rules.Geometric) and rule.shift == "batch"
         chunk = len(rows) if batch_wide or rule.random else max(1, CHUNK // (self.num_members * self.num_outputs))
         parts = []
         for start in range(0, len(rows), max(1, chunk)):
             members = torch.from_numpy(self._members(rows[start : start + chunk], packed))
             if packed is None or rule.random:
-                parts.append(aggregate_reference.aggregate(members, rule, seed=seed).numpy())
+                parts.append(aggregate_reference.aggregate(members, rule, seed=seed, offset=offset).numpy())
             else:
                 parts.append(aggregate(members, rule).numpy())
         return np.concatenate(parts) if parts else np.zeros((0, self.num_outputs))
@@ -296,8 +304,3 @@ class Forest:
 
 
 _READ_IN_PLACE = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def as_models(models: Any) -> Sequence[Any]:
-    """One model, or a sequence of them, as a sequence."""
-    return list(models) if isinstance(models, Sequence) else [models]

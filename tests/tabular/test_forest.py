@@ -253,7 +253,7 @@ def test_arrays_that_are_no_trees_are_refused():
         ("right", [1, 0, 0]),
         ("values", [[1.0]]),
     ):
-        with pytest.raises(ValueError, match="expected|span|has|row per leaf"):
+        with pytest.raises(ValueError, match=r"expected|span|has"):
             Trees(**(good | {name: value}))
 
 
