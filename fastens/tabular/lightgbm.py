@@ -22,18 +22,15 @@ def read_boosters(models: Any) -> dict[str, Any]:
         raise ValueError("`models` is empty, expected at least one booster")
     num_features = boosters[0]["max_feature_idx"] + 1
     for k, booster in enumerate(boosters):
-        if booster["max_feature_idx"] + 1 != num_features:
-            raise ValueError(
-                f"models[{k}] has {booster['max_feature_idx'] + 1} features, models[0] {num_features}; members must agree"
-            )
+        own = booster["max_feature_idx"] + 1
+        if own != num_features:
+            raise ValueError(f"models[{k}] has {own} features, models[0] {num_features}; members must agree")
     nodes: list[list[tuple]] = [_nodes(tree) for booster in boosters for tree in booster["tree_info"]]
     averaged = [booster["average_output"] for booster in boosters]
     if averaged == [True]:
         ranges = None
     elif any(averaged):
-        raise ValueError(
-            "a model of boosting='rf' averages its trees; pass one such model alone: its trees are members"
-        )
+        raise ValueError("a model of boosting='rf' has its trees as members; pass one such model alone")
     else:
         ranges = np.cumsum([0, *(len(booster["tree_info"]) for booster in boosters)])
     feature, threshold, left, right, default_left, value = zip(*(node for tree in nodes for node in tree), strict=True)
