@@ -1,6 +1,10 @@
 // Leaves to the running state of each row. Part of the kernels of one instruction set: see kernels.h.
 #pragma once
 
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 #define FASTENS_INLINE inline __attribute__((always_inline))
@@ -58,6 +62,21 @@ struct Dominant {
   }
 };
 
+// The same for leaves of which no two are opposite: of -2 and 2, vrangepd would take the positive one.
+struct UntiedDominant {
+  template <int N>
+  FASTENS_INLINE static void add(Values<N>* state, Values<N> leaf, double weight, const double* extra, double eps) {
+#ifdef __AVX512DQ__
+    constexpr int kLargestMagnitudeSigned = 7;
+    if constexpr (N == 8) {
+      state[0] = _mm512_range_pd(leaf, state[0], kLargestMagnitudeSigned);
+      return;
+    }
+#endif
+    Dominant::add<N>(state, leaf, weight, extra, eps);
+  }
+};
+
 // The product of ((S - base) + shift) + eps as a mantissa, at most 2^num_trees, and a sum of exponents.
 struct Geometric {
   template <int N>
@@ -80,9 +99,10 @@ struct Geometric {
   }
 };
 
-// `parts` vectors of N doubles a leaf, and as many states of kStates vectors a row.
-template <class Op, int N, int kStates, int kTrees>
+// `parts` vectors of N doubles a leaf, kParts where that is not 0, and as many states of kStates vectors a row.
+template <class Op, int N, int kStates, int kTrees, int kParts>
 void add_leaves(const Leaf* leaf, int64_t parts, int64_t rows, const double* extra, double eps, double* state) {
+  if constexpr (kParts > 0) parts = kParts;
   for (int64_t row = 0; row < rows; ++row) {
     const double* own = extra ? extra + 2 * row : nullptr;
     const double* at[kTrees];
@@ -105,28 +125,30 @@ void add_leaves(const Leaf* leaf, int64_t parts, int64_t rows, const double* ext
 
 constexpr int kGroup = 4;  // trees whose leaves are added at a time: their leaves stay in the first-level cache
 
-template <class Op, int N, int kStates>
+template <class Op, int N, int kStates, int kParts>
 void add_trees(const Leaf* leaf, int64_t trees, int64_t parts, int64_t rows, const double* extra, double eps,
                double* state) {
   for (; trees >= kGroup; trees -= kGroup, leaf += kGroup) {
-    add_leaves<Op, N, kStates, kGroup>(leaf, parts, rows, extra, eps, state);
+    add_leaves<Op, N, kStates, kGroup, kParts>(leaf, parts, rows, extra, eps, state);
   }
-  for (; trees > 0; --trees, ++leaf) add_leaves<Op, N, kStates, 1>(leaf, parts, rows, extra, eps, state);
+  for (; trees > 0; --trees, ++leaf) add_leaves<Op, N, kStates, 1, kParts>(leaf, parts, rows, extra, eps, state);
 }
 
 template <class Op, int kStates>
 void add_trees(const Leaf* leaf, int64_t trees, int64_t stride, int64_t rows, const double* extra, double eps,
                double* state) {
+  constexpr int kFour = kWidth < 4 ? kWidth : 4;
   switch (stride) {
     case 1:
-      return add_trees<Op, 1, kStates>(leaf, trees, 1, rows, extra, eps, state);
+      return add_trees<Op, 1, kStates, 1>(leaf, trees, 1, rows, extra, eps, state);
     case 2:
-      return add_trees<Op, 2, kStates>(leaf, trees, 1, rows, extra, eps, state);
+      return add_trees<Op, 2, kStates, 1>(leaf, trees, 1, rows, extra, eps, state);
     case 4:
-      return add_trees < Op,
-             kWidth<4 ? kWidth : 4, kStates>(leaf, trees, kWidth < 4 ? 4 / kWidth : 1, rows, extra, eps, state);
+      return add_trees<Op, kFour, kStates, 4 / kFour>(leaf, trees, 4 / kFour, rows, extra, eps, state);
+    case 8:
+      return add_trees<Op, kWidth, kStates, 8 / kWidth>(leaf, trees, 8 / kWidth, rows, extra, eps, state);
     default:
-      return add_trees<Op, kWidth, kStates>(leaf, trees, stride / kWidth, rows, extra, eps, state);
+      return add_trees<Op, kWidth, kStates, 0>(leaf, trees, stride / kWidth, rows, extra, eps, state);
   }
 }
 
@@ -158,6 +180,9 @@ void combine(const Layout& layout, Combine how, int64_t begin, int64_t last, con
         break;
       case Combine::kDominant:
         add_trees<Dominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
+        break;
+      case Combine::kUntiedDominant:
+        add_trees<UntiedDominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
         break;
       case Combine::kGeometric:
         add_trees<Geometric, 2>(leaf, trees, layout.stride, rows, extra, eps, state);

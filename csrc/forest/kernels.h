@@ -18,7 +18,7 @@ struct Rows {
 enum Seen : int { kNothing = 0, kNaN = 1, kInfinity = 2 };
 
 // How the members' leaves become one: the state of a row is `stride` doubles, twice that for kGeometric.
-enum class Combine { kSum, kWeightedSum, kDominant, kGeometric, kLowest };
+enum class Combine { kSum, kWeightedSum, kDominant, kUntiedDominant, kGeometric, kLowest };
 
 struct Kernels {
   const char* name;

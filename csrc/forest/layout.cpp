@@ -252,6 +252,18 @@ void Layout::make_leaves(const Trees& trees) {
   }
 }
 
+bool Layout::has_opposite_leaves() const {
+  std::call_once(compared_, [this] {
+    std::vector<double> values(leaf_begin.back());
+    for (int64_t p = 0; p < num_outputs && !opposite_; ++p) {
+      for (size_t row = 0; row < values.size(); ++row) values[row] = leaves[row * stride + p];
+      std::sort(values.begin(), values.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
+      for (size_t i = 1; i < values.size(); ++i) opposite_ |= values[i] == -values[i - 1] && values[i] != 0;
+    }
+  });
+  return opposite_;
+}
+
 const LeafRanks& Layout::leaf_ranks() const {
   std::call_once(ranked_, [this] {
     auto ranks = std::make_unique<LeafRanks>();

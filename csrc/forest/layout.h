@@ -110,6 +110,7 @@ class Layout {
   Aligned<double> leaf_low;         // [leaf_rows] smallest output of a leaf
 
   const LeafRanks& leaf_ranks() const;  // made on first use
+  bool has_opposite_leaves() const;     // of one output, v and -v; found on first use
 
  private:
   void make_cuts(const Trees& trees);
@@ -121,7 +122,8 @@ class Layout {
 
   std::vector<uint32_t> rank_of_;  // [num_nodes] of each split's threshold, in the trees' order
   std::vector<uint32_t> place_;    // [num_nodes] of each node, in `nodes` within its tree
-  mutable std::once_flag ranked_;
+  mutable std::once_flag ranked_, compared_;
+  mutable bool opposite_ = false;
   mutable std::unique_ptr<LeafRanks> ranks_;
 };
 

@@ -37,7 +37,7 @@ struct Block {
   const Kernels& kernels;
   Scratch scratch;
   int64_t rows = 0, tiles = 0;
-  bool missing = false;
+  bool missing = false, warm = false;
   char* codes;
   uint32_t* leaf;
   double* state;
@@ -58,6 +58,14 @@ struct Block {
     return seen;
   }
 
+  // Asks for the leaves of the trees that come next: a thread's first block finds them in no cache of its own.
+  void fetch(int64_t begin, int64_t last) const {
+    const double *at = layout.leaves.data() + layout.leaf_begin[begin] * layout.stride,
+                 *end = layout.leaves.data() + layout.leaf_begin[last] * layout.stride;
+    if (end - at > (int64_t{1} << 14)) return;
+    for (; at < end; at += 8) __builtin_prefetch(at, 0, 2);
+  }
+
   void find_leaves(int64_t begin, int64_t last) {
     kernels.find_leaves(layout, begin, last, codes, tiles, missing, leaf);
   }
@@ -65,6 +73,7 @@ struct Block {
   void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {
     for (int64_t tree = begin; tree < last; tree += kTogether) {
       const int64_t end = std::min(last, tree + kTogether);
+      if (!warm) fetch(end, std::min(layout.num_trees, end + kTogether));
       find_leaves(tree, end);
       kernels.combine(layout, how, tree, end, leaf, tiles * kTile, rows, extra, eps, state);
     }
@@ -90,6 +99,7 @@ int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double c
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kBlock, count = std::min(kBlock, n - first);
       seen |= visit(block, first, count);
+      block.warm = true;
     }
   };
   const int64_t blocks = (n + kBlock - 1) / kBlock;
@@ -125,11 +135,12 @@ int linear(const Layout& layout, const Kernels& kernels, const Rows& rows, int64
 }
 
 int dominant(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool magnitude, double* out) {
+  const Combine how = layout.has_opposite_leaves() ? Combine::kDominant : Combine::kUntiedDominant;
   return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), kTogether, layout.stride,
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
                       std::fill_n(block.state, count * layout.stride, 0.0);
-                      block.combine(Combine::kDominant, 0, layout.num_trees);
+                      block.combine(how, 0, layout.num_trees);
                       if (magnitude) {
                         for (int64_t i = 0; i < count * layout.stride; ++i) block.state[i] = std::abs(block.state[i]);
                       }
