@@ -150,7 +150,7 @@ def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Pa
     Raises:
         BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
     """
-    return _build(LIBRARY_NAME, lambda: ninja_file(LIBRARY_NAME, sources()), out_dir, verbose, work_dir)
+    return _build(LIBRARY_NAME, lambda: ninja_file(LIBRARY_NAME, source_root() / "cpu"), out_dir, verbose, work_dir)
 
 
 def build_forest(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
@@ -205,12 +205,12 @@ def forest_ninja_file() -> str:
         raise ToolMissing("building the forest needs pybind11: `pip install pybind11`") from None
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return ninja_file(FOREST_NAME, forest_sources(), includes, INSTRUCTION_SETS if x86 else {})
+    return ninja_file(FOREST_NAME, source_root() / "forest", includes, INSTRUCTION_SETS if x86 else {})
 
 
 def ninja_file(
     name: str,
-    sources: Sequence[pathlib.Path],
+    folder: pathlib.Path,
     includes: Sequence[str] = (),
     flags: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
@@ -218,7 +218,7 @@ def ninja_file(
 
     Args:
         name: file name of the library.
-        sources: what to compile.
+        folder: every C++ source under it is compiled.
         includes: folders of headers besides torch's.
         flags: further flags of a source, by its stem.
 
@@ -229,8 +229,9 @@ def ninja_file(
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise ToolMissing(f"building needs torch, which does not import here: {error}") from error
+    sources = sorted(folder.rglob("*.cpp"))
     if not sources:
-        raise BuildError(f"no sources of {name} in {source_root()}")
+        raise BuildError(f"no sources of {name} in {folder}")
     system = [f"-isystem {_quoted(path)}" for path in [*include_paths(), *includes]]
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     lines = [
@@ -245,9 +246,10 @@ def ninja_file(
         "rule link",
         "  command = $cxx $in $ldflags -o $out",
     ]
-    objects = {f"{'-'.join(path.relative_to(source_root()).with_suffix('').parts)}.o": path for path in sources}
+    objects = {f"{'-'.join(path.relative_to(folder).with_suffix('').parts)}.o": path for path in sources}
     for target, source in objects.items():
-        lines += [f"build {target}: compile {_escaped(source)}", f"  own = {' '.join((flags or {}).get(source.stem, ()))}"]
+        own = " ".join((flags or {}).get(source.stem, ()))
+        lines += [f"build {target}: compile {_escaped(source)}", f"  own = {own}"]
     return "\n".join([*lines, f"build {name}: link {' '.join(objects)}", f"default {name}", ""])
 
 
