@@ -92,7 +92,7 @@ class ForestDiffusion(BaseEstimator):
         if len(labels) != len(rows):
             raise ValueError(f"`y` has {len(labels)} labels, `X` {len(rows)} rows")
         values, counts = np.unique(labels, return_counts=True)
-        self.labels_ = [None] if y is None else list(values)
+        self.labels_ = [None] if y is None else values.tolist()
         self.probabilities_ = counts / counts.sum()
         jobs = [(j, i) for j in range(len(values)) for i in range(self.n_t)]
         seeds = np.random.SeedSequence(self.random_state).spawn(len(jobs))
@@ -252,7 +252,7 @@ class ForestDiffusion(BaseEstimator):
         labels = np.asarray(labels)
         if labels.shape != (n,):
             raise ValueError(f"labels are {list(labels.shape)}, expected [{n}]")
-        unknown = [label for label in np.unique(labels) if label not in self.labels_]
+        unknown = [label for label in np.unique(labels).tolist() if label not in self.labels_]
         if unknown:
             raise ValueError(f"label {unknown[0]!r} was not there in training; there were {self.labels_}")
         return np.array([self.labels_.index(label) for label in labels], int)
