@@ -68,6 +68,9 @@ Layout::Layout(const Trees& trees, bool double_inputs)
       stride(padded_outputs(trees.num_outputs)) {
   check(trees);
   depth = depths(trees);
+  mux_features = static_cast<int>(num_features);
+  if (num_features > 8) mux_features = static_cast<int>((num_features + 3) / 4 * 4);
+  if (num_features > 16) mux_features = static_cast<int>((num_features + 15) / 16 * 16);
   make_cuts(trees);
   if (wide_codes) {
     make_nodes(trees, wide_nodes);
@@ -174,9 +177,6 @@ void Layout::make_nodes(const Trees& trees, Aligned<Node<Code>>& packed) {
 }
 
 void Layout::make_top() {
-  mux_features = static_cast<int>(num_features);
-  if (num_features > 8) mux_features = static_cast<int>((num_features + 3) / 4 * 4);
-  if (num_features > 16) mux_features = static_cast<int>((num_features + 15) / 16 * 16);
   if (num_features > kMaxMuxFeatures) return;
   const int deepest = std::max(1, *std::max_element(depth.begin(), depth.end()));
   whole = deepest <= kTopLevels && num_trees * (int64_t{1} << deepest) <= std::max<int64_t>(2 * num_nodes, 1 << 15);

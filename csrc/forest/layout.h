@@ -96,10 +96,10 @@ class Layout {
   Aligned<Node<uint32_t>> wide_nodes;
   Aligned<uint32_t> leaf_of;  // [num_nodes] row of the tree's leaves
 
-  int top = 0;         // levels in the top tables, 0: none
-  bool whole = false;  // the top tables hold the whole trees, and a tree's leaf row is its place in the last level
-  int64_t top_size;    // 2^top
-  int mux_features;    // features of a tile, padded
+  int top = 0;           // levels in the top tables, 0: none
+  bool whole = false;    // the top tables hold the whole trees, and a tree's leaf row is its place in the last level
+  int64_t top_size = 1;  // 2^top
+  int mux_features = 0;  // features of a tile, padded
   Aligned<uint16_t> top_code;     // [num_trees, 256] by heap index, root 1
   Aligned<uint16_t> top_feature;  // the same, where codes are not packed
   Aligned<uint32_t> entry;        // [num_trees, 2^top] node below the top
