@@ -31,7 +31,8 @@ def build_libraries(package: Path) -> None:
     command = [sys.executable, "-S", str(builder), str(out_dir), str(work_dir)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        print(f"fastens: installing without the native library: {result.stderr.strip()[-2000:]}", file=sys.stderr)
+        cause = result.stderr.strip()[-2000:]
+        print(f"fastens: installing without native libraries, or without the forest's: {cause}", file=sys.stderr)
 
 
 class BuildWithLibraries(build_py):
@@ -67,7 +68,7 @@ class PlatformWheel(bdist_wheel):
         return sorted((Path(self.get_finalized_command("build").build_lib) / "fastens" / "_lib").glob("*.so"))
 
     def get_tag(self) -> tuple[str, str, str]:
-        """``py3-none``: the libraries use the libtorch stable ABI and no Python header."""
+        """``py3-none``: the ops use no Python header; a Python that has no forest module in it takes the reference."""
         tag = super().get_tag()
         if self.root_is_pure:
             return tag

@@ -11,9 +11,11 @@ from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
+from fastens.tabular.forest import Forest
 
 __all__ = [
     "Ensemble",
+    "Forest",
     "MCDropout",
     "__version__",
     "aggregate",

@@ -1,8 +1,8 @@
-"""Compile the CPU library with ninja; shared by ``setup.py`` and :mod:`fastens._native`.
+"""Compile the native libraries with ninja; shared by ``setup.py`` and :mod:`fastens._native`.
 
 The module imports neither :mod:`fastens` nor, before a function is called, :mod:`torch`, so a build script can load
-it by path: ``python fastens/_build.py OUT_DIR``. The library uses the libtorch stable ABI only: one build serves
-torch 2.11 onward and every Python.
+it by path: ``python fastens/_build.py OUT_DIR``. The CPU library uses the libtorch stable ABI only: one build serves
+torch 2.11 onward and every Python. The forest is a pybind11 module, one per Python version.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 
 LIBRARY_NAME = "libfastens_cpu.so"
+FOREST_NAME = f"_forest{sysconfig.get_config_var('EXT_SUFFIX')}"
+# The forest's kernels are compiled once per instruction set and chosen at run time.
+INSTRUCTION_SETS = {
+    "kernels_avx2": ["-march=x86-64-v3"],
+    "kernels_avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
+}
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
@@ -24,7 +32,7 @@ CANNOT_BUILD_HERE = 3  # exit status; a compile error is 1
 
 
 class BuildError(RuntimeError):
-    """The CPU library could not be built; the message carries the cause and the remedy."""
+    """A library could not be built; the message carries the cause and the remedy."""
 
 
 class ToolMissing(BuildError):
@@ -49,6 +57,11 @@ def sources() -> list[pathlib.Path]:
     return sorted((source_root() / "cpu").rglob("*.cpp"))
 
 
+def forest_sources() -> list[pathlib.Path]:
+    """Return every C++ source of the forest module, sorted."""
+    return sorted((source_root() / "forest").glob("*.cpp"))
+
+
 def headers() -> list[pathlib.Path]:
     """Return every header the sources may include, sorted."""
     return sorted(source_root().glob("**/*.h"))
@@ -56,8 +69,10 @@ def headers() -> list[pathlib.Path]:
 
 def fingerprint() -> str:
     """Return 16 hex digits that change with the sources, the headers and the flags: the key of a cached build."""
-    digest = hashlib.sha256(" ".join([*compile_flags(), *link_flags(), platform.machine()]).encode())
-    for path in [*sources(), *headers()]:
+    digest = hashlib.sha256(
+        " ".join([*compile_flags(), *link_flags(), str(INSTRUCTION_SETS), platform.machine()]).encode()
+    )
+    for path in [*sources(), *forest_sources(), *headers()]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -112,7 +127,7 @@ def compile_flags() -> list[str]:
         "-Wall",
         "-Wextra",
         "-Wno-unknown-pragmas",
-        "-Wno-psabi",
+        "-Wno-psabi",  # 64-byte vectors are passed between inlined functions only
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
 
@@ -135,14 +150,34 @@ def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Pa
     Raises:
         BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
     """
+    return _build(LIBRARY_NAME, lambda: ninja_file(LIBRARY_NAME, source_root() / "cpu"), out_dir, verbose, work_dir)
+
+
+def build_forest(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
+    """Compile ``csrc/forest/*.cpp`` into ``out_dir / FOREST_NAME``, for this Python, and return that path.
+
+    Args:
+        out_dir: folder of the module; made where it does not exist.
+        verbose: print every command.
+        work_dir: folder that keeps the objects, which makes the next build incremental; by default a temporary one.
+
+    Raises:
+        BuildError: as :func:`build_cpu`; also no pybind11.
+    """
+    return _build(FOREST_NAME, forest_ninja_file, out_dir, verbose, work_dir)
+
+
+def _build(
+    name: str, text: Callable[[], str], out_dir: pathlib.Path, verbose: bool, work_dir: pathlib.Path | None
+) -> pathlib.Path:
     if sys.platform == "win32":
-        raise ToolMissing("the CPU library is built with g++ or clang++ on Linux and macOS; Windows uses the reference")
+        raise ToolMissing("the libraries are built with g++ or clang++ on Linux and macOS; Windows uses the reference")
     if work_dir is None:
         with tempfile.TemporaryDirectory(prefix="fastens-build-") as temporary:
-            return build_cpu(out_dir, verbose, pathlib.Path(temporary))
+            return _build(name, text, out_dir, verbose, pathlib.Path(temporary))
     work_dir = pathlib.Path(work_dir).resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
-    (work_dir / "build.ninja").write_text(ninja_file())
+    (work_dir / "build.ninja").write_text(text())
     command = [ninja(), "-C", str(work_dir), *(["-v"] if verbose else [])]
     result = subprocess.run(command, capture_output=not verbose, text=True, check=False)
     if result.returncode:
@@ -150,16 +185,42 @@ def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Pa
         raise BuildError(f"ninja failed in {work_dir} (exit status {result.returncode}){output}")
     out_dir = pathlib.Path(out_dir).resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
-    library = out_dir / LIBRARY_NAME
+    library = out_dir / name
     # A process that has the old library mapped keeps its inode: replace the name, never the bytes.
-    staged = out_dir / f".{LIBRARY_NAME}.{os.getpid()}"
-    shutil.copy2(work_dir / LIBRARY_NAME, staged)
+    staged = out_dir / f".{name}.{os.getpid()}"
+    shutil.copy2(work_dir / name, staged)
     staged.replace(library)
     return library
 
 
-def ninja_file() -> str:
+def forest_ninja_file() -> str:
+    """Return the text of the forest's ``build.ninja``.
+
+    Raises:
+        BuildError: as :func:`ninja_file`; also no pybind11.
+    """
+    try:
+        import pybind11
+    except ImportError:
+        raise ToolMissing("building the forest needs pybind11: `pip install pybind11`") from None
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return ninja_file(FOREST_NAME, source_root() / "forest", includes, INSTRUCTION_SETS if x86 else {})
+
+
+def ninja_file(
+    name: str,
+    folder: pathlib.Path,
+    includes: Sequence[str] = (),
+    flags: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Return the text of ``build.ninja``: one object per source, one link.
+
+    Args:
+        name: file name of the library.
+        folder: every C++ source under it is compiled.
+        includes: folders of headers besides torch's.
+        flags: further flags of a source, by its stem.
 
     Raises:
         BuildError: no compiler, no torch or no sources.
@@ -168,28 +229,28 @@ def ninja_file() -> str:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise ToolMissing(f"building needs torch, which does not import here: {error}") from error
-    includes = [f"-isystem {_quoted(path)}" for path in include_paths()]
+    sources = sorted(folder.rglob("*.cpp"))
+    if not sources:
+        raise BuildError(f"no sources of {name} in {folder}")
+    system = [f"-isystem {_quoted(path)}" for path in [*include_paths(), *includes]]
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
-    root = source_root() / "cpu"
-    objects = {f"{'-'.join(path.relative_to(root).with_suffix('').parts)}.o": _escaped(path) for path in sources()}
-    return "\n".join(
-        [
-            "ninja_required_version = 1.3",
-            f"cxx = {compiler()}",
-            f"cflags = {' '.join([*compile_flags(), f'-I{_quoted(source_root())}', *includes])}",
-            f"ldflags = {' '.join([*link_flags(), *libraries, '-ltorch_cpu', '-lc10'])}",
-            "rule compile",
-            "  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            "  command = $cxx $in $ldflags -o $out",
-            *(f"build {name}: compile {source}" for name, source in objects.items()),
-            f"build {LIBRARY_NAME}: link {' '.join(objects)}",
-            f"default {LIBRARY_NAME}",
-            "",
-        ]
-    )
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx = {compiler()}",
+        f"cflags = {' '.join([*compile_flags(), f'-I{_quoted(source_root())}', *system])}",
+        f"ldflags = {' '.join([*link_flags(), *libraries, '-ltorch_cpu', '-lc10'])}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $cflags $own -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $in $ldflags -o $out",
+    ]
+    objects = {f"{'-'.join(path.relative_to(folder).with_suffix('').parts)}.o": path for path in sources}
+    for target, source in objects.items():
+        own = " ".join((flags or {}).get(source.stem, ()))
+        lines += [f"build {target}: compile {_escaped(source)}", f"  own = {own}"]
+    return "\n".join([*lines, f"build {name}: link {' '.join(objects)}", f"default {name}", ""])
 
 
 def _quoted(path: str | pathlib.Path) -> str:
@@ -206,6 +267,7 @@ if __name__ == "__main__":
     try:
         out_dir, *work_dir = map(pathlib.Path, sys.argv[1:])
         print(build_cpu(out_dir, True, *work_dir))
+        print(build_forest(out_dir, True, *(path.with_name("forest") for path in work_dir)))
     except ToolMissing as error:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_BUILD_HERE)

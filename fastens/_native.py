@@ -1,4 +1,4 @@
-"""The only place that loads the compiled CPU library.
+"""The only place that loads the compiled libraries: the CPU ops and the forest.
 
 A prebuilt library is looked for in the package, then in the user's cache (where :func:`build` puts one if the package
 folder is not writable). Nothing is compiled at import: where no library is found, the reference kernels serve and the
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.machinery
+import importlib.util
 import os
 import pathlib
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -39,6 +43,16 @@ def status() -> str:
     return _load() or "available"
 
 
+def forest() -> ModuleType | None:
+    """Return the compiled forest module, or None where it is not available."""
+    return _forest()[0]
+
+
+def forest_status() -> str:
+    """Return "available", or why the forest module is not."""
+    return _forest()[1] or "available"
+
+
 @functools.cache
 def has_kernel(op: str) -> bool:
     """Return whether the private op ``fastens::<op>`` has a compiled CPU kernel, loading the library first."""
@@ -46,7 +60,7 @@ def has_kernel(op: str) -> bool:
 
 
 def build(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
-    """Compile the library and return its path; it is loaded by the next process.
+    """Compile the CPU library and return its path; it is loaded by the next process.
 
     Args:
         out_dir: by default the package's folder, or the user's cache where that is not writable.
@@ -55,26 +69,54 @@ def build(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib
     Raises:
         fastens._build.BuildError: no compiler, no ninja, no sources, or a compile error.
     """
-    if out_dir is None:
-        out_dir = PACKAGE_DIR if os.access(PACKAGE_DIR.parent, os.W_OK) else cache_dir()
-    return _build.build_cpu(out_dir, verbose)
+    return _build.build_cpu(_out_dir() if out_dir is None else out_dir, verbose)
+
+
+def build_forest(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
+    """Compile the forest module and return its path; as :func:`build`."""
+    return _build.build_forest(_out_dir() if out_dir is None else out_dir, verbose)
+
+
+def _out_dir() -> pathlib.Path:
+    return PACKAGE_DIR if os.access(PACKAGE_DIR.parent, os.W_OK) else cache_dir()
 
 
 @functools.cache
 def _load() -> str | None:
-    """Load the first library that loads; return None, or the causes."""
+    """Load the first CPU library that loads; return None, or the causes."""
+    return _first(_build.LIBRARY_NAME, torch.ops.load_library)
+
+
+@functools.cache
+def _forest() -> tuple[ModuleType | None, str | None]:
+    """Load the first forest module that loads; return it, and the causes where there is none."""
+    modules: list[ModuleType] = []
+
+    def load_module(path: pathlib.Path) -> None:
+        loader = importlib.machinery.ExtensionFileLoader("fastens._forest", str(path))
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        modules.append(module)
+
+    causes = _first(_build.FOREST_NAME, load_module)
+    return (modules[0] if modules else None), causes
+
+
+def _first(name: str, load_library: Callable[[pathlib.Path], object]) -> str | None:
     folders = [PACKAGE_DIR]
     with contextlib.suppress(_build.BuildError):
         folders.append(cache_dir())
     causes = []
     for folder in folders:
-        path = folder / _build.LIBRARY_NAME
+        path = folder / name
         if not path.is_file():
             causes.append(f"no {path}")
             continue
         try:
-            torch.ops.load_library(path)
-        except OSError as error:
+            load_library(path)
+        except (OSError, ImportError) as error:
             causes.append(f"{path} does not load: {error}")
             continue
         return None
@@ -87,3 +129,4 @@ def _load() -> str | None:
 
 if __name__ == "__main__":
     print(build(verbose=True))
+    print(build_forest(verbose=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 EXTRAS = {
     "diffusers": ("diffusers", "safetensors", "tqdm"),
     "plot": ("matplotlib",),
+    "tabular": ("scikit-learn", "xgboost", "lightgbm", "pandas", "joblib", "tqdm", "POT"),
     "demo": ("diffusers", "safetensors", "tqdm", "matplotlib", "scikit-learn"),
 }
 

@@ -79,5 +79,6 @@ def backends() -> dict[str, str]:
     return {
         "reference": "available",
         "native": _native.status(),
+        "native forest": _native.forest_status(),
         "triton": "this version has no Triton kernels",
     }

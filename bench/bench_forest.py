@@ -1,0 +1,175 @@
+"""C5, C6: a forest of 100 trees by every rule, and tabular sampling, against the paper's per-tree path and others.
+
+Rows are float64, as ForestDiffusion's sampler has them; ONNX Runtime and Treelite get them in float32.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import fastens
+import fastens.tabular
+from bench.contest import contest
+from fastens.reference.aggregate import aggregate
+
+ROWS = 1503
+
+
+@functools.cache
+def noisy(rows=15_030, outputs=6):
+    """Rows of a nonlinear table at a middle noise level, and their noise."""
+    rng = np.random.default_rng(0)
+    clean = np.tanh(rng.normal(size=(rows, 3)) @ rng.normal(size=(3, outputs))) + 0.1 * rng.normal(size=(rows, outputs))
+    clean = 2 * (clean - clean.min(0)) / np.ptp(clean, 0) - 1
+    noise = rng.normal(size=clean.shape)
+    return 0.6 * clean + 0.8 * noise, noise
+
+
+@functools.cache
+def fitted(trees=100, depth=7, outputs=6):
+    from sklearn.ensemble import RandomForestRegressor
+
+    x, y = noisy(outputs=outputs)
+    x, y = (x, y) if depth else (x[:5000], y[:5000])
+    forest = RandomForestRegressor(trees, max_depth=depth, random_state=0, n_jobs=2).fit(
+        x, y[:, 0] if outputs == 1 else y
+    )
+    return forest.set_params(n_jobs=1)
+
+
+def stack(forest, x):
+    return np.array([tree.predict(x) for tree in forest.estimators_])
+
+
+def by_the_paper(rule, forest, x):
+    """The paper's code for one rule."""
+    out = stack(forest, x)
+    if rule == "mean":
+        return np.mean(out, axis=0)
+    if rule == "median":
+        return np.median(out, axis=0)
+    if rule == "dominant":
+        largest = np.argmax(np.abs(out), axis=0)
+        rows, columns = np.meshgrid(np.arange(out.shape[1]), np.arange(out.shape[2]), indexing="ij")
+        return out[largest, rows, columns]
+    offset = abs(np.min(out)) + 1e-9
+    return np.exp(np.mean(np.log(out + offset), axis=0)) - offset
+
+
+def onnx(forest, x):
+    import onnxruntime
+    from skl2onnx import to_onnx
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    model = to_onnx(forest, x[:1].astype(np.float32)).SerializeToString()
+    x = x.astype(np.float32)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda: torch.from_numpy(session.run(None, {"X": x})[0])
+
+
+def gtil(forest, x):
+    import treelite
+
+    x = x.astype(np.float32)
+    model, threads = treelite.sklearn.import_model(forest), torch.get_num_threads()
+
+    def run():
+        per_tree = treelite.gtil.predict_per_tree(model, x, nthread=threads)
+        return torch.from_numpy(per_tree.reshape(len(x), len(forest.estimators_), -1).mean(1))
+
+    return run
+
+
+WANTED = {"mean": 80, "median": 60, "dominant": 90}
+RULES = {name: name for name in WANTED} | {"geometric": fastens.rules.Geometric("batch", 1e-9)}
+
+
+def run_contest(benchmark, forest, x, rule, name, wanted, rounds):
+    packed = fastens.Forest.from_sklearn(forest)
+    outputs = packed.num_outputs
+    wide = torch.from_numpy(stack(forest, x).reshape(len(forest.estimators_), len(x), outputs))
+    rivals = {"the paper's path": lambda: torch.from_numpy(by_the_paper(rule, forest, x))}
+    if rule == "mean":
+        rivals |= {"scikit-learn": lambda: torch.from_numpy(forest.predict(x)), "ONNX Runtime": onnx(forest, x)}
+        rivals["Treelite GTIL per tree"] = gtil(forest, x)
+    if outputs == 1:
+        rivals = {key: lambda run=run: run().reshape(len(x), 1) for key, run in rivals.items()}
+    contest(
+        benchmark,
+        lambda: torch.from_numpy(packed.predict(x, RULES[rule]).reshape(len(x), outputs)),
+        rivals,
+        aggregate(wide, RULES[rule]),
+        1e-5,
+        "C5",
+        f"forest {rule}, {name}",
+        name,
+        {key: value for key, value in wanted.items() if key in rivals},
+        rounds=rounds,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(benchmark, rule):
+    x = noisy()[0][:ROWS]
+    wanted = {"ONNX Runtime": 15, "Treelite GTIL per tree": 25}
+    wanted |= {"the paper's path": WANTED[rule]} if rule in WANTED else {}
+    run_contest(benchmark, fitted(), x, rule, "100 trees, depth 7, 6 outputs, 1503 rows", wanted, rounds=15)
+
+
+@pytest.mark.parametrize(
+    ("trees", "depth", "outputs", "rows"),
+    [
+        (100, 7, 6, 1),
+        (100, 7, 6, 16),
+        (100, 7, 6, 100_000),
+        (10, 7, 6, ROWS),
+        (1000, 7, 6, ROWS),
+        (100, 3, 6, ROWS),
+        (100, None, 6, ROWS),
+        (100, 7, 1, ROWS),
+        (100, 7, 32, ROWS),
+    ],
+)
+def test_sizes(benchmark, trees, depth, outputs, rows):
+    x = np.resize(noisy(outputs=outputs)[0], (rows, outputs))
+    name = f"{trees} trees, depth {depth or 'unlimited'}, {outputs} outputs, {rows} rows"
+    run_contest(benchmark, fitted(trees, depth, outputs), x, "mean", name, {}, rounds=3 if rows > ROWS else 7)
+
+
+@pytest.mark.parametrize("rule", WANTED)
+def test_sampling(benchmark, rule):
+    """`generate` of the published package, its forests' prediction replaced by the paper's per-tree code, and ours."""
+    package = pytest.importorskip("ForestDiffusion.diffusion_with_trees_class", exc_type=ImportError)
+    rows = noisy()[0][:ROWS]
+    options = {"model": "random_forest", "diffusion_type": "vp", "n_estimators": 100, "max_depth": 7, "n_t": 50}
+    model = package.ForestDiffusionModel(rows, duplicate_K=1, n_jobs=2, n_batch=0, **options)
+
+    class Paper(package.ForestDiffusionModel):
+        def __init__(self):
+            vars(self).update(vars(model))
+
+        def predict_over_c(self, X, i, j, k, dmat, expand=False, X_covs=None):
+            return by_the_paper(rule, self.regr[j][i], X)
+
+    def seeded(generate):
+        np.random.seed(0)
+        return torch.from_numpy(generate())
+
+    paper, fast = Paper(), fastens.tabular.accelerate(model, rule)
+    contest(
+        benchmark,
+        lambda: seeded(fast.generate),
+        {"the paper's generate": lambda: seeded(paper.generate)},
+        seeded(paper.generate),
+        1e-4,
+        "C6",
+        f"tabular sampling by {rule}",
+        "1503 rows, 6 columns, 50 levels, 100 trees of depth 7",
+        {"the paper's generate": 60},
+        rounds=3,
+    )

@@ -1,0 +1,61 @@
+// What the driver asks of one instruction set. Each kernels_<set>.cpp compiles the same code for its own set; nothing
+// in there may instantiate a std template, or the linker could put that set's copy where another set runs.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace fastens::forest {
+
+// Rows [n, num_features] of float or double, by strides in elements.
+struct Rows {
+  const void* data;
+  bool is_double;
+  int64_t row_stride, feature_stride;
+};
+
+enum Seen : int { kNothing = 0, kNaN = 1, kInfinity = 2 };
+
+// How the members' leaves become one: the state of a row is `stride` doubles, twice that for kGeometric.
+enum class Combine { kSum, kWeightedSum, kDominant, kUntiedDominant, kGeometric, kLowest };
+
+struct Kernels {
+  const char* name;
+  // Doubles of one register: the state of kGeometric alternates between that many products and as many exponents.
+  int64_t width;
+  // Writes the codes of rows [first, first + count) in tiles; returns what it saw.
+  int (*encode)(const Layout&, const Rows&, int64_t first, int64_t count, void* codes);
+  // Writes the leaf rows [last - begin, rows] of trees [begin, last) for `tiles` tiles.
+  void (*find_leaves)(const Layout&, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
+                      uint32_t* leaf);
+  // Adds trees [begin, last) to the state of `rows` rows; `extra` is the weights [num_trees] or the shifts [rows, 2].
+  void (*combine)(const Layout&, Combine, int64_t begin, int64_t last, const uint32_t* leaf, int64_t leaf_stride,
+                  int64_t rows, const double* extra, double eps, double* state);
+  // Medians [rows, num_outputs] of all trees' leaves [num_trees, leaf_stride]; `scratch` has median_scratch() bytes.
+  void (*median)(const Layout&, const LeafRanks&, const uint32_t* leaf, int64_t leaf_stride, int64_t rows, bool average,
+                 void* scratch, double* out);
+};
+
+constexpr int64_t kLanes = 32;  // medians side by side
+
+// Lanes of the median's scratch: as many as stay in the first-level cache, whole rows.
+inline int64_t median_rows(const Layout& layout, int64_t rank_bytes) {
+  const int64_t lanes = (int64_t{1} << 15) / (rank_bytes * layout.num_trees);
+  const int64_t wanted = lanes < kLanes ? kLanes : lanes > 4 * kLanes ? 4 * kLanes : lanes;
+  return wanted < layout.num_outputs ? 1 : wanted / layout.num_outputs;
+}
+inline int64_t median_lanes(const Layout& layout, int64_t rank_bytes) {
+  const int64_t lanes = median_rows(layout, rank_bytes) * layout.num_outputs;
+  return (lanes + kLanes - 1) / kLanes * kLanes;
+}
+inline int64_t median_scratch(const Layout& layout, const LeafRanks& ranks) {
+  const int64_t bytes = ranks.narrow.empty() ? 4 : 2;
+  return (layout.num_trees * median_lanes(layout, bytes) + ranks.stride + 4 * kLanes) * bytes;
+}
+
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();    // null where the build is not for x86-64
+const Kernels* kernels_avx512();  // the same
+
+}  // namespace fastens::forest

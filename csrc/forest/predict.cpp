@@ -1,0 +1,300 @@
+#include "predict.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "../draw_members.h"
+
+namespace fastens::forest {
+namespace {
+
+constexpr int64_t kBlock = 256;       // rows whose state stays in the first-level cache
+constexpr int64_t kTogether = 8;      // trees whose leaves are looked up before they are added
+constexpr double kThreadCost = 40e3;  // nanoseconds of work that are worth waking a thread for
+
+// Memory of one thread, kept between calls unless it is large.
+class Scratch {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    pieces_.emplace_back(bytes);
+    return reinterpret_cast<T*>(pieces_.back().data());
+  }
+
+ private:
+  std::vector<Aligned<char>> pieces_;
+};
+
+// What one thread needs for a block.
+struct Block {
+  const Layout& layout;
+  const Kernels& kernels;
+  Scratch scratch;
+  int64_t rows = 0, tiles = 0;
+  bool missing = false, warm = false;
+  char* codes;
+  uint32_t* leaf;
+  double* state;
+
+  Block(const Layout& layout, const Kernels& kernels, int64_t n, int64_t trees_together, int64_t state_doubles)
+      : layout(layout), kernels(kernels) {
+    const int64_t most = (std::min(n, kBlock) + kTile - 1) / kTile * kTile;
+    codes = scratch.take<char>(most * layout.mux_features * (layout.wide_codes ? 4 : 2));
+    leaf = scratch.take<uint32_t>(most * trees_together);
+    state = scratch.take<double>(most * state_doubles);
+  }
+
+  int encode(const Rows& from, int64_t first, int64_t count) {
+    rows = count;
+    tiles = (count + kTile - 1) / kTile;
+    const int seen = kernels.encode(layout, from, first, count, codes);
+    missing = seen & kNaN;
+    return seen;
+  }
+
+  // Asks for the leaves of the trees that come next: a thread's first block finds them in no cache of its own.
+  void fetch(int64_t begin, int64_t last) const {
+    const double *at = layout.leaves.data() + layout.leaf_begin[begin] * layout.stride,
+                 *end = layout.leaves.data() + layout.leaf_begin[last] * layout.stride;
+    if (end - at > (int64_t{1} << 14)) return;
+    for (; at < end; at += 8) __builtin_prefetch(at, 0, 2);
+  }
+
+  void find_leaves(int64_t begin, int64_t last) {
+    kernels.find_leaves(layout, begin, last, codes, tiles, missing, leaf);
+  }
+
+  void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {
+    for (int64_t tree = begin; tree < last; tree += kTogether) {
+      const int64_t end = std::min(last, tree + kTogether);
+      if (!warm) fetch(end, std::min(layout.num_trees, end + kTogether));
+      find_leaves(tree, end);
+      kernels.combine(layout, how, tree, end, leaf, tiles * kTile, rows, extra, eps, state);
+    }
+  }
+};
+
+// Estimated nanoseconds of one row on one thread.
+double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
+  const bool vector = layout.whole && std::string_view(kernels.name) == "avx512";
+  double cost = 0;
+  for (int32_t depth : layout.depth) cost += vector ? 0.6 : 1.0 + 0.7 * depth;
+  return cost + static_cast<double>(layout.num_trees * layout.stride) * per_leaf +
+         5.0 * static_cast<double>(layout.num_features);
+}
+
+// Calls visit(block, first, count) for blocks of rows and returns what they saw.
+template <class Visit>
+int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double cost_of_row, int64_t trees_together,
+               int64_t state_doubles, Visit visit) {
+  std::atomic<int> seen = kNothing;
+  const auto run = [&](int64_t begin, int64_t end) {
+    Block block(layout, kernels, n, trees_together, state_doubles);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * kBlock, count = std::min(kBlock, n - first);
+      seen |= visit(block, first, count);
+      block.warm = true;
+    }
+  };
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const double block_cost = cost_of_row * static_cast<double>(std::min(n, kBlock));
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kThreadCost / block_cost));
+  if (blocks <= grain) {
+    run(0, blocks);
+  } else {
+    torch::stable::parallel_for(0, blocks, grain, run);
+  }
+  return seen;
+}
+
+// Copies the state's rows, without padding, times a factor or divided by a number.
+void write_rows(const Layout& layout, const double* state, int64_t rows, double divisor, double* out) {
+  for (int64_t row = 0; row < rows; ++row, state += layout.stride, out += layout.num_outputs) {
+    for (int64_t p = 0; p < layout.num_outputs; ++p) out[p] = state[p] / divisor;
+  }
+}
+
+int linear(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule, double* out) {
+  const bool weighted = rule.name == "mean" && !rule.values.empty();
+  const double divisor = rule.name == "mean" && !weighted ? static_cast<double>(layout.num_trees) : 1.0;
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), kTogether, layout.stride,
+                    [&](Block& block, int64_t first, int64_t count) {
+                      const int seen = block.encode(rows, first, count);
+                      std::fill_n(block.state, count * layout.stride, 0.0);
+                      block.combine(weighted ? Combine::kWeightedSum : Combine::kSum, 0, layout.num_trees,
+                                    weighted ? rule.values.data() : nullptr);
+                      write_rows(layout, block.state, count, divisor, out + first * layout.num_outputs);
+                      return seen;
+                    });
+}
+
+int dominant(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool magnitude, double* out) {
+  const Combine how = layout.has_opposite_leaves() ? Combine::kDominant : Combine::kUntiedDominant;
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), kTogether, layout.stride,
+                    [&](Block& block, int64_t first, int64_t count) {
+                      const int seen = block.encode(rows, first, count);
+                      std::fill_n(block.state, count * layout.stride, 0.0);
+                      block.combine(how, 0, layout.num_trees);
+                      if (magnitude) {
+                        for (int64_t i = 0; i < count * layout.stride; ++i) block.state[i] = std::abs(block.state[i]);
+                      }
+                      write_rows(layout, block.state, count, 1.0, out + first * layout.num_outputs);
+                      return seen;
+                    });
+}
+
+int median(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool average, double* out) {
+  const LeafRanks& ranks = layout.leaf_ranks();
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.3), layout.num_trees, layout.stride,
+                    [&](Block& block, int64_t first, int64_t count) {
+                      const int seen = block.encode(rows, first, count);
+                      block.find_leaves(0, layout.num_trees);
+                      Scratch scratch;
+                      kernels.median(layout, ranks, block.leaf, block.tiles * kTile, count, average,
+                                     scratch.take<char>(median_scratch(layout, ranks)),
+                                     out + first * layout.num_outputs);
+                      return seen;
+                    });
+}
+
+// Two passes: the smallest value of each row (or of the batch), then the product of all values above it.
+int geometric(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool whole_batch, double eps,
+              double* out) {
+  std::vector<double> shift(2 * n);
+  int seen = for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.03), kTogether, 1,
+                        [&](Block& block, int64_t first, int64_t count) {
+                          const int seen = block.encode(rows, first, count);
+                          std::fill_n(block.state, count, std::numeric_limits<double>::infinity());
+                          block.combine(Combine::kLowest, 0, layout.num_trees);
+                          for (int64_t row = 0; row < count; ++row) shift[2 * (first + row)] = block.state[row];
+                          return seen;
+                        });
+  if (whole_batch) {
+    double lowest = std::numeric_limits<double>::infinity();
+    for (int64_t row = 0; row < n; ++row) lowest = std::min(lowest, shift[2 * row]);
+    for (int64_t row = 0; row < n; ++row) shift[2 * row] = lowest;
+  }
+  for (int64_t row = 0; row < n; ++row) {
+    // m = |min| + eps. For min <= 0 it is -min + eps: adding m to S would lose eps to rounding, so min is taken first.
+    const double lowest = shift[2 * row];
+    shift[2 * row] = lowest > 0 ? 0 : lowest;
+    shift[2 * row + 1] = lowest > 0 ? lowest : 0;
+  }
+  const double members = static_cast<double>(layout.num_trees);
+  seen |= for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2), kTogether, 2 * layout.stride,
+                     [&](Block& block, int64_t first, int64_t count) {
+                       const int seen = block.encode(rows, first, count);
+                       const int64_t width = std::min(layout.stride, kernels.width);  // of products, then of exponents
+                       for (int64_t i = 0; i < count * 2 * layout.stride; ++i)
+                         block.state[i] = i / width % 2 ? 0.0 : 1.0;
+                       block.combine(Combine::kGeometric, 0, layout.num_trees, shift.data() + 2 * first, eps);
+                       for (int64_t row = 0; row < count; ++row) {
+                         const double* own = shift.data() + 2 * (first + row);
+                         for (int64_t p = 0; p < layout.num_outputs; ++p) {
+                           const double* at = block.state + row * 2 * layout.stride + p / width * 2 * width + p % width;
+                           const double exponent = static_cast<double>(std::bit_cast<int64_t>(at[width]));
+                           const double mean = std::exp2((std::log2(at[0]) + exponent) / members);
+                           out[(first + row) * layout.num_outputs + p] = (mean - eps) + (own[0] - own[1]);
+                         }
+                       }
+                       return seen;
+                     });
+  return seen;
+}
+
+template <class Code>
+uint32_t leaf_of_row(const Layout& layout, const Node<Code>* nodes, int64_t tree, const Code* codes, int64_t row) {
+  const Code* features = codes + row / kTile * layout.mux_features * kTile + row % kTile;
+  const Node<Code>* own = nodes + layout.root[tree];
+  uint32_t at = 0;
+  while (own[at].left != at) {
+    const Code code = features[(own[at].feature & static_cast<Code>(~Node<Code>::kDefaultLeft)) * kTile];
+    const bool right =
+        code == Node<Code>::kMissing ? !(own[at].feature & Node<Code>::kDefaultLeft) : code > own[at].code;
+    at = own[at].left + right;
+  }
+  return layout.leaf_of[layout.root[tree] + at];
+}
+
+// One drawn tree per row.
+int alternating(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule,
+                double* out) {
+  const double cost = 20.0 + 5.0 * static_cast<double>(layout.num_features);
+  return for_blocks(layout, kernels, n, cost, 1, 1, [&](Block& block, int64_t first, int64_t count) {
+    const int seen = block.encode(rows, first, count);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t tree = draw_member(rule.seed, rule.offset, layout.num_trees, first + row);
+      const uint32_t leaf =
+          layout.wide_codes
+              ? leaf_of_row(layout, layout.wide_nodes.data(), tree, reinterpret_cast<uint32_t*>(block.codes), row)
+              : leaf_of_row(layout, layout.nodes.data(), tree, reinterpret_cast<uint16_t*>(block.codes), row);
+      std::copy_n(layout.leaves.data() + (layout.leaf_begin[tree] + leaf) * layout.stride, layout.num_outputs,
+                  out + (first + row) * layout.num_outputs);
+    }
+    return seen;
+  });
+}
+
+bool has(const std::string& instruction_set) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (instruction_set == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+  }
+  if (instruction_set == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  }
+#endif
+  return instruction_set == "baseline";
+}
+
+}  // namespace
+
+const Kernels& kernels_for(const std::string& instruction_set) {
+  for (const Kernels* kernels : {kernels_avx512(), kernels_avx2(), kernels_baseline()}) {
+    if (kernels && (instruction_set == kernels->name || instruction_set == "auto") && has(kernels->name)) {
+      return *kernels;
+    }
+  }
+  throw std::invalid_argument("forest: this machine or this build has no kernels for '" + instruction_set +
+                              "'; there are avx512, avx2 and baseline");
+}
+
+int predict(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule, double* out) {
+  if (n == 0) return kNothing;
+  if (rule.name == "mean" || rule.name == "sum") return linear(layout, kernels, rows, n, rule, out);
+  if (rule.name == "dominant") return dominant(layout, kernels, rows, n, false, out);
+  if (rule.name == "max_abs") return dominant(layout, kernels, rows, n, true, out);
+  if (rule.name == "median") return median(layout, kernels, rows, n, rule.option != "lower", out);
+  if (rule.name == "geometric") {
+    return geometric(layout, kernels, rows, n, rule.option == "batch", rule.values.at(0), out);
+  }
+  if (rule.name == "alternating") return alternating(layout, kernels, rows, n, rule, out);
+  throw std::invalid_argument("forest: no kernel for the rule '" + rule.name + "'");
+}
+
+int predict_members(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n,
+                    const std::vector<int64_t>& ranges, double* out) {
+  if (n == 0) return kNothing;
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2), kTogether, layout.stride,
+                    [&](Block& block, int64_t first, int64_t count) {
+                      const int seen = block.encode(rows, first, count);
+                      for (size_t m = 0; m + 1 < ranges.size(); ++m) {
+                        std::fill_n(block.state, count * layout.stride, 0.0);
+                        block.combine(Combine::kSum, ranges[m], ranges[m + 1]);
+                        write_rows(layout, block.state, count, 1.0,
+                                   out + (static_cast<int64_t>(m) * n + first) * layout.num_outputs);
+                      }
+                      return seen;
+                    });
+}
+
+}  // namespace fastens::forest

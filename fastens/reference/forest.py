@@ -1,0 +1,112 @@
+"""A forest as the paper's code evaluates it: one tree after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trees:
+    """The trees of a forest in arrays over all nodes; children come after their parents.
+
+    A row goes left where ``x <= threshold``. N nodes, T trees, L leaves, p outputs.
+
+    Attributes:
+        offsets: [T + 1], the first node of each tree.
+        feature: [N], the feature that a node splits on, -1 for a leaf.
+        threshold: [N].
+        left: [N], index within the tree.
+        right: [N], index within the tree.
+        default_left: [N], whether a missing value goes left.
+        values: [L, p], the i-th leaf in node order has row i.
+        num_features: features of a row.
+    """
+
+    offsets: Array  # int64
+    feature: Array  # int32
+    threshold: Array  # float64
+    left: Array  # int32
+    right: Array  # int32
+    default_left: Array  # uint8
+    values: Array  # float64
+    num_features: int
+
+    def __post_init__(self) -> None:
+        """Bring the arrays to their dtypes, make them read-only, and check that they are trees.
+
+        Raises:
+            ValueError: shapes that disagree, or a feature, threshold or child out of range.
+        """
+        dtypes = {"offsets": np.int64, "feature": np.int32, "threshold": np.float64, "left": np.int32}
+        dtypes |= {"right": np.int32, "default_left": np.uint8, "values": np.float64}
+        for name, dtype in dtypes.items():
+            array = np.array(getattr(self, name), dtype=dtype, order="C")
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        self._check()
+
+    @property
+    def num_trees(self) -> int:
+        """T."""
+        return len(self.offsets) - 1
+
+    def _check(self) -> None:
+        nodes = len(self.feature)
+        for name in ("threshold", "left", "right", "default_left"):
+            if getattr(self, name).shape != (nodes,):
+                raise ValueError(f"`{name}` is {list(getattr(self, name).shape)}, expected one value per node, {nodes}")
+        if self.offsets.ndim != 1 or self.num_trees < 1 or self.offsets[0] != 0 or self.offsets[-1] != nodes:
+            raise ValueError("`offsets` does not span the nodes of at least one tree")
+        sizes = np.diff(self.offsets)
+        if sizes.min() < 1:
+            raise ValueError(f"tree {int(sizes.argmin())} has no nodes")
+        if self.values.ndim != 2 or len(self.values) != np.count_nonzero(self.feature < 0) or self.values.shape[1] < 1:
+            raise ValueError(f"`values` is {list(self.values.shape)}, expected a row per leaf and a column per output")
+        own = np.arange(nodes) - np.repeat(self.offsets[:-1], sizes)
+        split = self.feature >= 0
+        bad = split & ((self.feature >= self.num_features) | np.isnan(self.threshold))
+        for child in (self.left, self.right):
+            bad |= split & ((child <= own) | (child >= np.repeat(sizes, sizes)))
+        if bad.any():
+            raise ValueError(f"node {int(bad.argmax())} has a feature, threshold or child out of range")
+        begin = np.repeat(self.offsets[:-1], sizes)[split]
+        children = np.concatenate([begin + self.left[split], begin + self.right[split]])
+        parents = np.bincount(np.concatenate([children, self.offsets[:-1]]), minlength=nodes)
+        if (parents != 1).any():
+            raise ValueError(f"node {int((parents != 1).argmax())} has two parents, or none")
+
+
+def predict_members(trees: Trees, x: Array, ranges: Array | None = None) -> Array:
+    """Evaluate every member: a tree, or the sum of trees [ranges[k], ranges[k + 1]).
+
+    Args:
+        trees: the forest.
+        x: [n, num_features], in the dtype that the source library compares in; NaN is missing.
+        ranges: [K + 1]; by default every tree is a member.
+
+    Returns:
+        float64 [K, n, p].
+    """
+    first_leaf = np.concatenate([[0], np.cumsum(trees.feature < 0)])
+    outputs = [_predict_tree(trees, tree, first_leaf, x) for tree in range(trees.num_trees)]
+    if ranges is None:
+        return np.stack(outputs)
+    zeros = np.zeros((len(x), trees.values.shape[1]))
+    return np.stack([sum(outputs[a:b], zeros) for a, b in itertools.pairwise(ranges)])
+
+
+def _predict_tree(trees: Trees, tree: int, first_leaf: Array, x: Array) -> Array:
+    at = np.full(len(x), trees.offsets[tree])
+    rows = np.arange(len(x))
+    while (trees.feature[at] >= 0).any():
+        split = trees.feature[at] >= 0
+        value = x[rows, np.maximum(trees.feature[at], 0)]
+        left = np.where(np.isnan(value), trees.default_left[at] != 0, value <= trees.threshold[at])
+        at = np.where(split, trees.offsets[tree] + np.where(left, trees.left[at], trees.right[at]), at)
+    return trees.values[first_leaf[at]]

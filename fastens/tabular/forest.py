@@ -1,0 +1,306 @@
+"""A random forest as an ensemble: every tree is a member, and a rule combines them (arXiv 2601.11444)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastens import _native, rules
+from fastens.ops._scores import seed_from
+from fastens.ops.aggregate import aggregate
+from fastens.reference import aggregate as aggregate_reference
+from fastens.reference.forest import Trees
+from fastens.reference.forest import predict_members as reference_members
+
+FORMAT = "fastens forest 1"
+CHUNK = 1 << 22  # member outputs that are held at a time where members are not single trees
+LARGEST_LEAF = 1e300  # beyond it, and for NaN, the fused kernels do not serve
+
+
+class Forest:
+    """Trees packed once, evaluated and combined in one pass; immutable, picklable and safe to share between threads.
+
+    Made by :meth:`from_sklearn`, :meth:`from_xgboost` or :meth:`from_lightgbm`. A row takes the branches that the
+    source library would take, to the last bit.
+
+    Args:
+        trees: all trees.
+        ranges: [K + 1], member k is the sum of trees [ranges[k], ranges[k + 1]); by default every tree is a member.
+        base: [K, p], added to each member's sum; by default nothing.
+        double_inputs: thresholds are compared with float64 values (LightGBM), otherwise with values rounded to float32.
+        allow_nan: whether NaN is a missing value, or an error.
+        single_output: results are [n] instead of [n, 1].
+        dtype: of the results, float64 or float32.
+
+    Attributes:
+        num_members: K.
+        num_features: features of a row.
+        num_outputs: p.
+    """
+
+    def __init__(
+        self,
+        trees: Trees,
+        *,
+        ranges: npt.ArrayLike | None = None,
+        base: npt.ArrayLike | None = None,
+        double_inputs: bool = False,
+        allow_nan: bool = True,
+        single_output: bool = False,
+        dtype: npt.DTypeLike = np.float64,
+    ) -> None:
+        self.trees = trees
+        self.num_features = trees.num_features
+        self.num_outputs = trees.values.shape[1]
+        whole = np.arange(trees.num_trees + 1)
+        self._ranges = whole if ranges is None else np.asarray(ranges, np.int64)
+        if self._ranges.ndim != 1 or len(self._ranges) < 2:
+            raise ValueError("`ranges`: expected the bounds of at least one member")
+        if self._ranges[0] != 0 or self._ranges[-1] != trees.num_trees or np.diff(self._ranges).min() < 0:
+            raise ValueError(f"`ranges`: expected ascending numbers from 0 to {trees.num_trees}")
+        self.num_members = len(self._ranges) - 1
+        shape = (self.num_members, self.num_outputs)
+        self._base = np.zeros(shape) if base is None else np.array(base, np.float64).reshape(shape)
+        self._double_inputs, self._allow_nan = double_inputs, allow_nan
+        self._single_output, self._dtype = single_output, np.dtype(dtype)
+        if self._dtype not in (np.float64, np.float32):
+            raise ValueError(f"`dtype`: expected float64 or float32, got {dtype}")
+        if single_output and self.num_outputs != 1:
+            raise ValueError(f"`single_output` with {self.num_outputs} outputs")
+        largest = np.abs(trees.values).max()
+        # Members that are single trees, with leaves that every rule's kernel takes, are combined as they are found.
+        self._fused = np.array_equal(self._ranges, whole) and not self._base.any() and bool(largest <= LARGEST_LEAF)
+        self._plain = self._dtype == np.float64 and not single_output
+        self._input = np.dtype(np.float64 if double_inputs else np.float32)
+        self._lock = threading.Lock()
+        self._packed: Any = None
+
+    @classmethod
+    def from_sklearn(cls, forest: Any) -> Forest:
+        """Pack a fitted ``RandomForestRegressor`` or ``ExtraTreesRegressor``; each tree is a member.
+
+        Raises:
+            TypeError: another estimator.
+            sklearn.exceptions.NotFittedError: it is not fitted.
+        """
+        from fastens.tabular.sklearn import read_forest
+
+        return cls(**read_forest(forest))
+
+    @classmethod
+    def from_xgboost(cls, models: Any) -> Forest:
+        """Pack XGBoost regressors.
+
+        Args:
+            models: a ``Booster`` or ``XGBModel``, or K of them: members are whole boosters, since boosted trees add
+                up. The one exception is a single model of one round of parallel trees (``XGBRFRegressor``): its
+                trees are the members.
+
+        Raises:
+            TypeError: not XGBoost models.
+            ValueError: categorical splits, vector leaves, DART, linear boosters, an objective with a link function, or
+                models that disagree in features or outputs.
+        """
+        from fastens.tabular.xgboost import read_boosters
+
+        return cls(**read_boosters(models))
+
+    @classmethod
+    def from_lightgbm(cls, models: Any) -> Forest:
+        """Pack LightGBM regressors.
+
+        Args:
+            models: a ``Booster`` or ``LGBMRegressor``, or K of them: members are whole boosters. A single model of
+                ``boosting="rf"`` has its trees as members.
+
+        Raises:
+            TypeError: not LightGBM models.
+            ValueError: categorical splits, linear trees, zero as missing value, an objective with a link function, or
+                models that disagree in features.
+        """
+        from fastens.tabular.lightgbm import read_boosters
+
+        return cls(**read_boosters(models))
+
+    def predict(
+        self,
+        X: npt.ArrayLike,
+        rule: str | rules.Rule = "mean",
+        *,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> npt.NDArray:
+        """Combine the members' predictions by a rule.
+
+        Args:
+            X: [n, num_features]; float32 and float64 arrays of any strides are read in place.
+            rule: name, alias or value of :mod:`fastens.rules`.
+            generator: draws the members of "alternating", one per row; torch's global one by default.
+            backend: "native", "reference" (the per-tree loop) or "auto".
+
+        Returns:
+            [n, p], or [n] where the source's ``predict`` gives that.
+
+        Raises:
+            ValueError: another number of features; infinities; NaN where the forest has no missing-value support; a
+                rule that needs a trajectory.
+            RuntimeError: ``backend="native"`` without the compiled module.
+        """
+        value = rules.get(rule)
+        value.check(self.num_members)
+        if value.per_trajectory:
+            raise ValueError(f"`rule`: {value!r} draws one member per trajectory; use fastens.tabular.accelerate")
+        rows = self._rows(X)
+        return self._predict(rows, value, seed_from(generator) if value.per_evaluation else 0, 0, backend)
+
+    def predict_drawn(self, X: npt.ArrayLike, seed: int, offset: int) -> npt.NDArray:
+        """Predict row i by the member that (seed, offset, i) draws, see :func:`fastens.ops.draw_members.draw_members`.
+
+        Equal arguments draw equal members, which is what a trajectory needs; otherwise as :meth:`predict`.
+        """
+        return self._predict(self._rows(X), rules.Alternating(), seed, offset, "auto")
+
+    def _predict(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, backend: str) -> npt.NDArray:
+        packed = self._native(backend)
+        if packed is not None and self._fused:
+            out = packed.predict(rows, rule.name, rule.option, rule.values, seed, offset, "auto")
+        else:
+            out = self._predict_by_members(rows, rule, seed, offset, packed)
+        return out if self._plain else self._finished(out)
+
+    def predict_members(self, X: npt.ArrayLike, *, backend: str = "auto") -> npt.NDArray:
+        """Return every member's prediction, [K, n, p]; arguments and errors as :meth:`predict`."""
+        return self._members(self._rows(X), self._native(backend)).astype(self._dtype, copy=False)
+
+    def save(self, file: str | os.PathLike[str] | BinaryIO) -> None:
+        """Write the forest to one file; :meth:`load` reads it without executing anything in it."""
+        header = {
+            "format": FORMAT,
+            "num_features": self.num_features,
+            "double_inputs": self._double_inputs,
+            "allow_nan": self._allow_nan,
+            "single_output": self._single_output,
+            "dtype": self._dtype.name,
+        }
+        names = ("offsets", "feature", "threshold", "left", "right", "default_left", "values")
+        arrays = {name: getattr(self.trees, name) for name in names} | {"ranges": self._ranges, "base": self._base}
+        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        if isinstance(file, str | os.PathLike):
+            with open(file, "wb") as stream:
+                np.savez(stream, header=text, **arrays)
+        else:
+            np.savez(file, header=text, **arrays)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str] | BinaryIO) -> Forest:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not such a file, or arrays that are no trees.
+            OSError: the file cannot be read.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                fields = {name: arrays[name] for name in arrays.files}
+            header = json.loads(fields.pop("header").tobytes())
+            if header.pop("format") != FORMAT:
+                raise ValueError("another format")
+            ranges, base = fields.pop("ranges"), fields.pop("base")
+            trees = Trees(**fields, num_features=header.pop("num_features"))
+            return cls(trees, ranges=ranges, base=base, **header)
+        except (KeyError, TypeError, ValueError, EOFError, AttributeError) as error:
+            raise ValueError(f"{file} is no forest of fastens: {error}") from error
+
+    def __getstate__(self) -> bytes:
+        stream = io.BytesIO()
+        self.save(stream)
+        return stream.getvalue()
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(type(self).load(io.BytesIO(state)).__dict__)
+
+    def __repr__(self) -> str:
+        counts = f"{self.num_members} members, {self.trees.num_trees} trees"
+        return f"Forest({counts}, {self.num_features} features, {self.num_outputs} outputs)"
+
+    def _rows(self, X: npt.ArrayLike) -> npt.NDArray:
+        """X as the kernels read it: float32 or float64 [n, num_features], without a copy where it is that."""
+        if type(X) is not np.ndarray or X.dtype not in _READ_IN_PLACE or not X.flags.aligned:
+            if hasattr(X, "toarray"):
+                raise TypeError("`X` is sparse; pass X.toarray()")
+            given = np.asarray(X)
+            X = np.ascontiguousarray(given, np.float64 if given.dtype == np.float64 else self._input)
+        if X.ndim != 2 or X.shape[1] != self.num_features:
+            raise ValueError(
+                f"`X` is {list(X.shape)}, expected [n, {self.num_features}]: rows, then the forest's features"
+            )
+        return X
+
+    def _native(self, backend: str) -> Any:
+        """The packed forest, or None for the reference."""
+        if self._packed is not None and backend != "reference":
+            return self._packed
+        if backend not in ("auto", "native", "reference"):
+            raise ValueError(f"`backend`: expected 'auto', 'native' or 'reference', got {backend!r}")
+        module = _native.forest()
+        if module is None and backend == "native":
+            raise RuntimeError(f"backend 'native' is not available: {_native.forest_status()}")
+        if module is None or backend == "reference":
+            return None
+        with self._lock:
+            if self._packed is None:
+                t = self.trees
+                arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
+                self._packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, self._allow_nan)
+        return self._packed
+
+    def _members(self, rows: npt.NDArray, packed: Any) -> npt.NDArray:
+        if packed is None:
+            members = reference_members(self.trees, self._checked(rows), self._ranges)
+        else:
+            members = packed.members(rows, self._ranges.tolist(), "auto")
+        return members + self._base[:, None] if self._base.any() else members
+
+    def _predict_by_members(
+        self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, packed: Any
+    ) -> npt.NDArray:
+        batch_wide = isinstance(rule, rules.Geometric) and rule.shift == "batch"
+        chunk = len(rows) if batch_wide or rule.random else max(1, CHUNK // (self.num_members * self.num_outputs))
+        parts = []
+        for start in range(0, len(rows), max(1, chunk)):
+            members = torch.from_numpy(self._members(rows[start : start + chunk], packed))
+            if packed is None or rule.random:
+                parts.append(aggregate_reference.aggregate(members, rule, seed=seed, offset=offset).numpy())
+            else:
+                parts.append(aggregate(members, rule).numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, self.num_outputs))
+
+    def _finished(self, out: npt.NDArray) -> npt.NDArray:
+        out = out.astype(self._dtype, copy=False)
+        return out[:, 0] if self._single_output else out
+
+    def _checked(self, rows: npt.NDArray) -> npt.NDArray:
+        """The rows in the dtype of the comparisons; the same refusals as the native kernels."""
+        with np.errstate(over="ignore"):
+            rows = rows.astype(self._input, copy=False)
+        for bad, what in (
+            (
+                np.isnan(rows) & (not self._allow_nan),
+                "is NaN, but this forest has no missing-value support; impute it first",
+            ),
+            (np.isinf(rows) & (not self._double_inputs), "is infinite or too large for float32"),
+        ):
+            if bad.any():
+                row, feature = np.argwhere(bad)[0]
+                raise ValueError(f"X[{row}, {feature}] {what}")
+        return rows
+
+
+_READ_IN_PLACE = (np.dtype(np.float32), np.dtype(np.float64))

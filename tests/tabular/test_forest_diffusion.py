@@ -1,0 +1,157 @@
+import functools
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.exceptions import NotFittedError
+
+import fastens
+from fastens.tabular import ForestDiffusion
+from fastens.tabular.columns import Columns
+
+SMALL = {"n_t": 8, "n_estimators": 8, "max_depth": 5, "duplicate_K": 6}
+
+
+def table(n=120, missing=False):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "length": rng.normal(3, 1, n),
+            "count": rng.integers(0, 9, n),
+            "kind": rng.choice(["oak", "pine", "yew"], n),
+            "dead": rng.random(n) < 0.3,
+            "size": pd.Categorical(rng.choice(["s", "l"], n), categories=["s", "m", "l"]),
+        },
+        index=np.arange(n) + 5,
+    )
+    frame["width"] = (2 * frame["length"] + (frame["kind"] == "oak")).astype(np.float32)
+    if missing:
+        frame.loc[frame.index[::4], "length"] = np.nan
+        frame.loc[frame.index[::5], "kind"] = None
+    return frame
+
+
+@functools.cache
+def fitted(labels=False, **options):
+    data = load_iris()
+    return ForestDiffusion(**(SMALL | options)).fit(data.data, data.target if labels else None)
+
+
+def test_columns_round_trip():
+    frame = table()
+    columns = Columns(frame)
+    rows = columns.encode(frame)
+    assert rows.shape == (120, 3 + 3 + 2 + 2)
+    assert np.abs(rows).max() <= 1 + 1e-12
+    pd.testing.assert_frame_equal(columns.decode(rows).set_axis(frame.index), frame)
+    array = load_iris().data
+    assert np.allclose(Columns(array).decode(Columns(array).encode(array)), array)
+
+
+def test_columns_refuse_what_they_cannot_code():
+    frame = table()
+    with pytest.raises(ValueError, match="'height' is no column"):
+        Columns(frame, categorical=("height",))
+    with pytest.raises(ValueError, match="column 'length' has no value"):
+        Columns(frame.assign(length=np.nan))
+    with pytest.raises(ValueError, match="infinities"):
+        Columns(frame.assign(length=np.inf))
+    with pytest.raises(ValueError, match="'kind' has 'elm'"):
+        Columns(frame).encode(frame.assign(kind="elm"))
+    with pytest.raises(ValueError, match="columns are"):
+        Columns(frame).encode(frame[["length"]])
+    with pytest.raises(ValueError, match=r"expected \[n, d\]"):
+        Columns(np.zeros(3))
+
+
+@pytest.mark.parametrize("rule", [*fastens.rules.names(), fastens.rules.Geometric("batch")])
+@pytest.mark.parametrize("diffusion_type", ["vp", "flow"])
+def test_samples_lie_in_the_table_s_range(diffusion_type, rule):
+    model = fitted(diffusion_type=diffusion_type)
+    out = model.sample(50, rule=rule)
+    data = load_iris().data
+    assert out.shape == (50, 4)
+    assert (out >= data.min(0)).all()
+    assert (out <= data.max(0)).all()
+    assert np.array_equal(out, model.sample(50, rule=rule))
+    assert not np.array_equal(out, model.sample(50, rule=rule, random_state=1))
+
+
+def test_samples_are_distributed_as_the_data():
+    """The published package, with these parameters, is 0.33 from the data's correlations."""
+    model = fitted(n_t=30, n_estimators=20, duplicate_K=20, diffusion_type="flow")
+    out, data = model.sample(600), load_iris().data
+    assert np.abs(out.mean(0) - data.mean(0)).max() < 0.1
+    assert np.abs(np.corrcoef(out.T) - np.corrcoef(data.T)).max() < 0.4
+
+
+def test_labels():
+    model = fitted(labels=True, diffusion_type="flow")
+    _, labels = model.sample(90)
+    assert set(labels) <= {0, 1, 2}
+    asked, same = model.sample(40, labels=np.full(40, 2))
+    assert (same == 2).all()
+    data = load_iris()
+    nearest = [np.abs(asked.mean(0) - data.data[data.target == j].mean(0)).sum() for j in range(3)]
+    assert np.argmin(nearest) == 2
+    assert model.score(data.data, data.target) > model.score(data.data, 2 - data.target)
+    with pytest.raises(ValueError, match="label 7 was not there"):
+        model.sample(1, labels=[7])
+
+
+@pytest.mark.parametrize("learner", ["random_forest", "xgboost"])
+def test_frames_keep_names_and_dtypes(learner):
+    frame = table()
+    out = ForestDiffusion(learner=learner, **SMALL).fit(frame).sample(30)
+    assert list(out.columns) == list(frame.columns)
+    assert out.dtypes.to_dict() == frame.dtypes.to_dict()
+    assert set(out["kind"]) <= {"oak", "pine", "yew"}
+
+
+def test_imputation_fills_holes_and_nothing_else():
+    frame = table(missing=True)
+    model = ForestDiffusion(learner="xgboost", **SMALL).fit(frame)
+    out = model.impute(frame)
+    assert not out.isna().any().any()
+    pd.testing.assert_frame_equal(out.where(frame.notna()), frame.where(frame.notna()), check_dtype=False)
+    data = load_iris().data.copy()
+    data[::3, 2] = np.nan
+    filled = fitted(n_t=30, n_estimators=20, duplicate_K=20, max_depth=9).impute(data)
+    truth, hole = load_iris().data, np.isnan(data)
+    assert np.array_equal(filled[~hole], truth[~hole])
+    assert np.abs(filled[hole] - truth[hole]).mean() < np.abs(truth[:, 2].mean() - truth[hole]).mean()
+
+
+def test_score_prefers_the_mean_to_the_largest_tree():
+    data = load_iris().data
+    assert fitted().score(data) > fitted().score(data, rule="dominant") > -10
+
+
+def test_it_is_an_estimator():
+    model = fitted()
+    assert clone(model).get_params() == model.get_params()
+    copied = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(copied.sample(20), model.sample(20))
+
+
+def test_bad_input():
+    data = load_iris().data
+    with pytest.raises(NotFittedError, match="call `fit` first"):
+        ForestDiffusion().sample(1)
+    for options, message in (
+        ({"n_t": 1}, "`n_t`"),
+        ({"learner": "tree"}, "`learner`"),
+        ({"diffusion_type": "ve"}, "`diffusion_type`"),
+        ({"rule": "mode"}, "unknown rule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ForestDiffusion(**(SMALL | options)).fit(data)
+    with pytest.raises(ValueError, match="learner='xgboost'"):
+        ForestDiffusion(**SMALL).fit(np.where(data > 7, np.nan, data))
+    with pytest.raises(ValueError, match="`y` has 3 labels"):
+        ForestDiffusion(**SMALL).fit(data, [1, 2, 3])
+    with pytest.raises(ValueError, match="'vp'"):
+        fitted(diffusion_type="flow").impute(data)
