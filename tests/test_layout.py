@@ -15,7 +15,7 @@ LEVELS = [  # a module imports from its own level or below
     {"ensemble", "dropout"},
     {"fold", "report"},
     {"ops"},
-    {"reference", "kernels", "_native", "_build", "rules", "_version"},
+    {"reference", "kernels", "_native", "_build", "rules", "schedules", "_version"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
