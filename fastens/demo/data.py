@@ -37,3 +37,21 @@ def load_photographs() -> tuple[Tensor, Tensor]:
 
 
 LOADERS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {"digits": load_digits, "photographs": load_photographs}
+
+
+def load_labels(data: str) -> tuple[Tensor, Tensor]:
+    """Classes of the training and test images, int64: the digit, or which photograph and which third of its height."""
+    if data == "digits":
+        from sklearn.datasets import load_digits as bundled
+
+        labels, train_rows = torch.from_numpy(bundled().target).long(), TRAIN_ROWS
+    else:
+        from sklearn.datasets import load_sample_images
+
+        bands = []
+        for i, photograph in enumerate(load_sample_images().images):
+            rows, columns = photograph.shape[0] // PATCH, photograph.shape[1] // PATCH
+            bands.append((3 * i + 3 * torch.arange(rows) // rows).repeat_interleave(columns))
+        labels, train_rows = torch.cat(bands), PATCH_TRAIN_ROWS
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return labels[order[:train_rows]], labels[order[train_rows:]]

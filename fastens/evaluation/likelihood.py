@@ -72,7 +72,7 @@ def likelihood(
     divergence: str = "rademacher",
     num_probes: int = 1,
     method: str = "dopri5",
-    steps: int = 64,
+    steps: int = 32,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     batch_size: int = 64,
@@ -179,9 +179,8 @@ def _batch(denoiser: Denoiser, data: Tensor, rows: Tensor, repeat: int, settings
     flow = AugmentedFlow(denoiser, probes)
     x = x.to(denoiser.device)
     start = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
-    span = (schedule.t_data, schedule.t_prior)
     solver = (settings["method"], settings["steps"], settings["rtol"], settings["atol"])
-    latent, gained = integrate(flow, start, span, *solver)
+    latent, gained = integrate(flow, start, schedule, *solver)
     scaled = latent.double() / schedule.prior_std
     log_prior = -0.5 * scaled.square().flatten(1).sum(1) - size * math.log(schedule.prior_std * math.sqrt(2 * math.pi))
     log_density = log_prior + gained.double()

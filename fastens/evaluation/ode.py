@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastens.evaluation.denoiser import Denoiser
+from fastens.schedules import Schedule
 
 FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -61,10 +62,35 @@ class AugmentedFlow:
         return total / len(self.probes)
 
 
+def time_grid(schedule: Schedule, steps: int) -> Tensor:
+    """Times of equal work between data and prior, float64 [steps + 1]: denser where there is little noise.
+
+    Equally spaced in the cube root of time for the VP processes (counted from where a discrete one has no noise), in
+    the logarithm of sigma for EDM, and in time for the others.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    first, last = schedule.t_data, schedule.t_prior
+    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if schedule.name in ("vp", "sub_vp", "discrete"):
+        shift = 1.0 if schedule.name == "discrete" else 0.0
+        low, high = (first + shift) ** (1 / 3), (last + shift) ** (1 / 3)
+        times = (low + share * (high - low)) ** 3 - shift
+    elif schedule.name == "edm":
+        times = first * (last / first) ** share
+    else:
+        times = first + share * (last - first)
+    times[0], times[-1] = first, last
+    return times
+
+
 def integrate(
     flow: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]],
     start: tuple[Tensor, Tensor],
-    times: tuple[float, float],
+    schedule: Schedule,
     method: str,
     steps: int,
     rtol: float,
@@ -75,9 +101,9 @@ def integrate(
     Args:
         flow: the derivative.
         start: state at the first time.
-        times: first and last.
+        schedule: from its time of data to its time of the prior.
         method: one of torchdiffeq's adaptive methods, or of its fixed-step methods.
-        steps: of a fixed-step method, equally spaced in time.
+        steps: of a fixed-step method, on :func:`time_grid`.
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance of an adaptive method.
 
@@ -92,10 +118,10 @@ def integrate(
 
     device = start[0].device
     if method in FIXED_STEP:
-        grid = torch.linspace(*times, steps + 1, dtype=torch.float64, device=device)
+        grid = time_grid(schedule, steps).to(device)
         ends = odeint(flow, start, grid, method=method)
     else:
-        grid = torch.tensor(times, dtype=torch.float64, device=device)
+        grid = torch.tensor((schedule.t_data, schedule.t_prior), dtype=torch.float64, device=device)
         try:
             ends = odeint(flow, start, grid, method=method, rtol=rtol, atol=atol)
         except AssertionError as error:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in PyTorch integer arithmetic (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)."""
+"""Philox4x32-10 in PyTorch integer arithmetic (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)."""
 
 from torch import Tensor
 
