@@ -1,4 +1,4 @@
-"""The demo: small U-Nets trained on real images that scikit-learn bundles, and the samples that their ensembles draw."""
+"""The demo: small U-Nets trained on real images that scikit-learn bundles, and samples of their ensembles."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -69,7 +69,7 @@ class DenoisingLoss:
         return _estimate((losses * self.level_weights).sum(-1))
 
     def compare(self, rule: str, against: np.ndarray | None = None) -> Estimate:
-        """Loss of a rule minus that of ``against`` [N, L] (default: the member mean), and the paired difference's error.
+        """Loss of a rule minus that of ``against`` [N, L] (default: the member mean), with the paired error.
 
         Rows, noise levels and noise are the same for both, so this error is far below that of either loss.
         """
@@ -106,8 +106,8 @@ def noise_levels(denoiser: Denoiser, num: int) -> Tensor:
 def level_weights(denoiser: Denoiser, times: Tensor, weighting: str, sigma_data: float = 0.5) -> np.ndarray:
     """Weights of the levels' noise-prediction losses, summing to 1.
 
-    ``"uniform"``: equal. ``"likelihood"``: ``g^2 / sigma^2``, the score-matching loss that bounds the likelihood (Song et
-    al., "Maximum likelihood training of score-based diffusion models", NeurIPS 2021). ``"edm"``: ``1 + (s /
+    ``"uniform"``: equal. ``"likelihood"``: ``g^2 / sigma^2``, the score-matching loss that bounds the likelihood (Song
+    et al., "Maximum likelihood training of score-based diffusion models", NeurIPS 2021). ``"edm"``: ``1 + (s /
     sigma_data)^2`` with ``s = sigma / alpha``, EDM's loss of the denoised image (Karras et al., NeurIPS 2022).
 
     Raises:

@@ -136,8 +136,8 @@ def quality(
     for name, vectors in (("generated", generated), ("real", real)):
         if vectors.ndim != 2 or vectors.shape[1] != real.shape[-1]:
             raise ValueError(
-                f"{name} features are {list(vectors.shape)}, expected [N, {real.shape[-1]}] as the real ones; take both "
-                "from one feature network"
+                f"{name} features are {list(vectors.shape)}, expected [N, {real.shape[-1]}] as the real ones; take "
+                "both from one feature network"
             )
         if not torch.isfinite(vectors).all():
             raise ValueError(f"{name} features are not all finite")

@@ -35,7 +35,7 @@ def sample(
     """Sample by DDIM (Song et al., "Denoising diffusion implicit models", ICLR 2021) under any schedule.
 
     The noise of sample i, and the members that random rules draw for it, are functions of the seed, i and the step.
-    So samples do not depend on ``batch_size`` (beyond the rounding of the network's own arithmetic) nor on interruption.
+    So samples depend neither on ``batch_size`` (beyond the rounding of the network's arithmetic) nor on interruption.
 
     Args:
         denoiser: the model or ensemble, with its rule, under its schedule.
@@ -106,9 +106,9 @@ def _trajectory(
         if clip is not None:
             clean = clean.clamp(*clip)
             epsilon = (x - alpha * clean) / sigma
-        fresh = (
-            eta * (sigma_next / sigma) * (1 - (alpha * sigma_next / (alpha_next * sigma)).square()).clamp_min(0).sqrt()
-        )
+        # the noise of the posterior of x at the next time, given x now and the data
+        remaining = 1 - (alpha * sigma_next / (alpha_next * sigma)).square()
+        fresh = eta * sigma_next * remaining.clamp_min(0).sqrt()
         kept = (sigma_next.square() - fresh.square()).clamp_min(0).sqrt()
         x = alpha_next * clean + kept * epsilon
         if eta > 0:

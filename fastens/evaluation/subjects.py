@@ -86,8 +86,8 @@ def from_files(
 
     Args:
         checkpoints: folders that a diffusers model saved.
-        data: ``.npy`` file [N, C, H, W], uint8, or floating point in [-1, 1]; the first half fits the weights, the second
-            is held out.
+        data: ``.npy`` file [N, C, H, W], uint8, or floating point in [-1, 1]; the first half fits the weights, the
+            second is held out.
         scheduler: folder of a diffusers scheduler; none for 1000 steps of linear beta.
         prediction: what the members predict.
         levels: how many values a pixel takes.

@@ -82,7 +82,7 @@ def fit_weights(loss: DenoisingLoss, *, constraint: str = "simplex", ridge: floa
     """Fit the weights of least loss at every noise level.
 
     The loss of a weighted mean is ``w^T G w``, with G the Gram matrix of the members' errors. Under ``sum w = 1``
-    ("affine") the minimum is ``G^-1 1 / (1^T G^-1 1)``; with ``w >= 0`` besides ("simplex") it is found by an active set.
+    ("affine") the minimum is ``G^-1 1 / (1^T G^-1 1)``; with ``w >= 0`` besides ("simplex") an active set finds it.
 
     Args:
         loss: of the members, on rows to fit on; see :func:`denoising_loss`.

@@ -45,7 +45,7 @@ def test_known_density(means, schedule, prediction):
     assert np.abs(found.rows - true_bits(network, x)).max() < 1e-3
 
 
-@pytest.mark.parametrize(("method", "steps"), [("rk4", 200), ("heun2", 400)])
+@pytest.mark.parametrize(("method", "steps"), [("rk4", 40), ("heun2", 200)])
 def test_fixed_steps(method, steps):
     network = MixtureNetwork(Discrete.linear(), MIXTURE, 0.3)
     x = network.sample(8)
