@@ -27,13 +27,13 @@ class Classifier(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(48 * half * half, FEATURES),
-            nn.ReLU(),
+            nn.BatchNorm1d(FEATURES, affine=False),  # each feature of unit variance, so that distances have a scale
         )
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        return self.head(self.features(x))
+        return self.head(self.features(x).relu())
 
 
 def train_classifier(images: Tensor, labels: Tensor, *, epochs: int = 20, seed: int = 0) -> Classifier:

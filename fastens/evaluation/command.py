@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> None:
     check_writable(out)
     light = names == ["photographs"]  # 12 times the dimensions of a digit
     plan = Plan(
-        rows=options.rows or (240 if light else 400),
+        rows=options.rows or (160 if light else 400),
         noise_levels=options.noise_levels,
-        likelihood_rows=options.likelihood_rows or (64 if light else 400),
+        likelihood_rows=options.likelihood_rows or (32 if light else 400),
         ode_steps=options.ode_steps,
-        samples=options.samples or (400 if light else 1000),
+        samples=options.samples or (200 if light else 1000),
         sampler_steps=options.sampler_steps,
         batch=options.batch,
         seed=options.seed,

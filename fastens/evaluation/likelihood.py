@@ -83,7 +83,7 @@ def likelihood(
     """Compute ``log p(x)`` by integrating from data to prior (Song et al., ICLR 2021) and return bits per dimension.
 
     Quantised data are points of a lattice. ``"uniform"`` spreads each over its cell, which bounds their probability
-    from below; ``"gaussian"`` spreads it by the noise of the schedule at ``t_data``, as the model was trained, and takes off
+    from below; ``"gaussian"`` spreads it by the schedule's noise at ``t_data``, as the model was trained, and takes off
     that noise's entropy (Zheng et al., "Improved techniques for maximum likelihood estimation for diffusion ODEs", ICML
     2023); it is a bound where the noise at ``t_data`` stays within the cell.
 

@@ -141,11 +141,7 @@ def quality(
             )
         if not torch.isfinite(vectors).all():
             raise ValueError(f"{name} features are not all finite")
-        if len(vectors) <= vectors.shape[1]:
-            raise ValueError(
-                f"{len(vectors)} {name} samples are too few for the covariance of {vectors.shape[1]} features, which "
-                f"needs at least {vectors.shape[1] + 1}; add samples, or take a narrower feature network"
-            )
+        check_enough(name, len(vectors), vectors.shape[1])
     z = float(torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64)))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -170,6 +166,15 @@ def quality(
         generated=len(generated),
         real=len(real),
     )
+
+
+def check_enough(name: str, samples: int, width: int) -> None:
+    """Raise ValueError where so many samples do not determine the covariance of ``width`` features."""
+    if samples <= width:
+        raise ValueError(
+            f"{samples} {name} samples are too few for the covariance of {width} features, which needs at least "
+            f"{width + 1}; add samples, or take a narrower feature network"
+        )
 
 
 class _Given(nn.Module):

@@ -18,7 +18,7 @@ from fastens.ensemble import Ensemble
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.likelihood import Likelihood, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, level_weights, subsets_of
-from fastens.evaluation.quality import features, quality
+from fastens.evaluation.quality import check_enough, features, quality
 from fastens.evaluation.results import Parts, fingerprint, write_json, write_whole
 from fastens.evaluation.sampling import sample
 from fastens.evaluation.subjects import Subject
@@ -75,6 +75,10 @@ def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
 
     check_data("data", subject.test)
     check_data("training data", subject.fit)
+    if subject.features is not None:
+        width = features(subject.features, subject.test[:2]).shape[1]
+        check_enough("generated", plan.samples, width)
+        check_enough("real", len(subject.test), width)
     cache = out / "parts"
     denoiser = Denoiser(subject.ensemble, subject.schedule, subject.prediction)
     seconds: dict[str, float] = {}

@@ -98,7 +98,7 @@ def _trajectory(
 ) -> Tensor:
     schedule, device = denoiser.schedule, denoiser.device
     number = rows.to(device)
-    x = schedule.prior_std * normal(seed, 0, number, shape)
+    x = clean = schedule.prior_std * normal(seed, 0, number, shape)
     for step, (now, then) in enumerate(itertools.pairwise(times.to(device))):
         epsilon = _epsilon(denoiser, x, now, rows, step, seed)
         (alpha, sigma), (alpha_next, sigma_next) = (schedule.coefficients(t, x) for t in (now, then))

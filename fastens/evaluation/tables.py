@@ -34,8 +34,9 @@ def verdict(report: dict[str, Any]) -> list[str]:
     found = bits["rules"][by_bits]
     lines.append(
         f"Likelihood: {by_bits} is the best rule, {found['value']:.3f} bits/dim against "
-        f"{bits['by_size']['1']['value']:.3f} for the member mean ({_difference(found['against_member_mean'], 3)}); it is better on "
-        f"{100 * found['rows_better_than_member_mean']:.1f} % of the test rows."
+        f"{bits['by_size']['1']['value']:.3f} for the member mean "
+        f"({_difference(found['against_member_mean'], 3)}); it is better on "
+        f"{_percent(found['rows_better_than_member_mean'], 1)} of the test rows."
     )
     lines += _quality_verdict(report["quality"], by_loss)
     lines += _weights_verdict(loss["weights"])
