@@ -51,7 +51,7 @@ def published(members, schedule, x, probe):
     return -(log_prior + gained) / (size * math.log(2))
 
 
-@pytest.mark.parametrize("batch", [8])
+@pytest.mark.parametrize("batch", [4])
 def test_likelihood(benchmark, batch):
     ensemble, schedule = fastens.Ensemble(member_paths()), Discrete.linear()
     denoiser, members = Denoiser(ensemble, schedule), list(ensemble.members)
@@ -76,5 +76,5 @@ def test_likelihood(benchmark, batch):
         f"likelihood, batch {batch}",
         f"K=5, B={batch}, 8x8, float32, one Rademacher probe",
         {"published scheme": 3},
-        rounds=2,
+        rounds=1,
     )
