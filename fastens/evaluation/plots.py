@@ -8,7 +8,7 @@ from typing import Any
 
 from fastens.evaluation.results import write_whole
 
-SHOWN = ("mean", "geometric", "median", "dominant")
+SHOWN = {"mean": "tab:blue", "geometric": "tab:orange", "median": "tab:green", "dominant": "tab:red"}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -36,7 +36,7 @@ def _levels(axis: Any, loss: dict[str, Any]) -> None:
     base = loss["member_mean_by_level"]
     for rule in SHOWN:
         relative = [100 * (value / mean - 1) for value, mean in zip(loss["rules"][rule]["by_level"], base, strict=True)]
-        axis.plot(loss["times"], relative, marker=".", label=rule)
+        axis.plot(loss["times"], relative, marker=".", label=rule, color=SHOWN[rule])
     spread = [100 * d / mean for d, mean in zip(loss["diversity_by_level"], base, strict=True)]
     axis.plot(loss["times"], spread, "k:", label="diversity")
     axis.axhline(0, color="0.5", linewidth=0.8)
@@ -48,7 +48,7 @@ def _sizes(axis: Any, report: dict[str, Any]) -> None:
     loss, total = report["loss"], report["members"]
     for rule in ("mean", "geometric", "median"):
         values = [loss["by_size"][rule][str(k)]["value"] for k in range(1, total)] + [loss["rules"][rule]["value"]]
-        axis.plot(range(1, total + 1), values, marker="o", label=rule)
+        axis.plot(range(1, total + 1), values, marker="o", label=rule, color=SHOWN[rule])
     axis.axhline(loss["best_member"]["value"], color="0.5", linestyle="--", label="best member")
     axis.set(title="denoising loss by number of members", xlabel="members", xticks=range(1, total + 1))
     axis.legend(fontsize=8)
@@ -57,9 +57,9 @@ def _sizes(axis: Any, report: dict[str, Any]) -> None:
 def _bits(axis: Any, report: dict[str, Any]) -> None:
     bits, total = report["likelihood"], report["members"]
     sizes = sorted(int(k) for k in bits["by_size"])
-    axis.plot(sizes, [bits["by_size"][str(k)]["value"] for k in sizes], marker="o", label="mean")
+    axis.plot(sizes, [bits["by_size"][str(k)]["value"] for k in sizes], marker="o", label="mean", color=SHOWN["mean"])
     for rule in ("geometric", "dominant"):
-        axis.plot(total, bits["rules"][rule]["value"], "x", markersize=8, label=rule)
+        axis.plot(total, bits["rules"][rule]["value"], "x", markersize=8, label=rule, color=SHOWN[rule])
     axis.axhline(bits["best_member"], color="0.5", linestyle="--", label="best member")
     axis.set(title="bits per dimension by number of members", xlabel="members", xticks=range(1, total + 1))
     axis.legend(fontsize=8)

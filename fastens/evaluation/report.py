@@ -53,7 +53,7 @@ class Plan:
     samples: int = 1000
     sampler_steps: int = 50
     batch: int = 64
-    most_subsets: int = 2
+    most_subsets: int = 10
     seed: int = 0
     progress: bool = True
 

@@ -163,7 +163,7 @@ def markdown(report: dict[str, Any]) -> str:
         *_loss_table(loss),
         "",
         f"The gain of the mean, {loss['gain_of_mean']:.7f}, is the diversity of the members, "
-        f"{loss['diversity']['value']:.7f}: they differ by {loss['identity_gap']:.0e} at most at any level, rounding.",
+        f"{loss['diversity']['value']:.7f}; at no level do the two differ by more than {loss['identity_gap']:.0e}.",
         "",
         "## By number of members",
         "",
