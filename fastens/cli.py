@@ -1,4 +1,4 @@
-"""The command line: ``fastens demo``, ``info``, ``sample`` and ``bench``."""
+"""The command line: ``fastens demo``, ``info``, ``sample``, ``evaluate`` and ``bench``."""
 
 import argparse
 import importlib.metadata
@@ -14,6 +14,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "tabular": ("scikit-learn", "xgboost", "lightgbm", "pandas", "joblib", "tqdm", "POT"),
     "demo": ("diffusers", "safetensors", "tqdm", "matplotlib", "scikit-learn"),
+    "metrics": ("torchdiffeq", "torchmetrics", "scipy", "tqdm"),
 }
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except ModuleNotFoundError as error:
-        extra = "demo" if options.command == "demo" else "diffusers,plot"
+        extra = {"demo": "demo", "evaluate": "metrics,demo"}.get(options.command, "diffusers,plot")
         sys.exit(_failed(f"{error.name} is not installed: pip install 'fastens[{extra}]'"))
     except (ValueError, OSError) as error:
         sys.exit(_failed(str(error)))
@@ -43,6 +44,8 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastens.evaluation.command import add_arguments as add_evaluate_arguments
+
     parser = argparse.ArgumentParser(prog="fastens", description="Ensembles of diffusion models in one forward pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what is installed, and what runs the ops here")
@@ -61,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
     sample.set_defaults(run=_sample)
+    evaluate = commands.add_parser(
+        "evaluate", help="report on loss, likelihood, sample quality and cost of an ensemble"
+    )
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout; print the ratios and draw them")
     bench.add_argument("--json", type=Path, help="show this pytest-benchmark result instead of running")
     bench.add_argument("--bench", type=Path, default=Path("bench"), help="folder of the benchmarks")
@@ -119,6 +127,12 @@ def _sample(options: argparse.Namespace) -> None:
     with tqdm(total=options.num, unit="image", desc=f"sampling by {rule.name}") as progress:
         images = sample(ensemble, scheduler, options.num, options.steps, options.seed, options.batch, progress)
     _write_samples(options, images)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fastens.evaluation.command import run
+
+    run(options)
 
 
 def _bench(options: argparse.Namespace) -> None:

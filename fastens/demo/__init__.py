@@ -1,10 +1,16 @@
-"""The demo: five small U-Nets trained on scikit-learn's digits, and the samples that their ensembles draw."""
+"""The demo: small U-Nets trained on real images that scikit-learn bundles, and samples of their ensembles."""
 
 from importlib.resources import files
 from pathlib import Path
 
+FOLDERS = {"digits": "members", "photographs": "photograph_members"}
 
-def member_paths() -> list[Path]:
-    """The diffusers folders of the five members that ship with the package."""
-    root = Path(str(files("fastens") / "demo" / "members"))
-    return sorted(path for path in root.glob("member_*") if path.is_dir())
+
+def members_folder(data: str = "digits") -> Path:
+    """The folder of the members that ship with the package: of "digits" or of "photographs"."""
+    return Path(str(files("fastens") / "demo" / FOLDERS[data]))
+
+
+def member_paths(data: str = "digits") -> list[Path]:
+    """The diffusers folders of the five members of "digits" or of "photographs"."""
+    return sorted(path for path in members_folder(data).glob("member_*") if path.is_dir())

@@ -1,0 +1,82 @@
+"""The report's picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from fastens.evaluation.results import write_whole
+
+SHOWN = {"mean": "tab:blue", "geometric": "tab:orange", "median": "tab:green", "dominant": "tab:red"}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write a PNG: loss by noise level, loss and bits per dimension by number of members, Fréchet distances."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    figure.suptitle(f"{report['members']} members on {report['subject']}")
+    _levels(axes[0, 0], report["loss"])
+    _sizes(axes[0, 1], report)
+    _bits(axes[1, 0], report)
+    _distances(axes[1, 1], report["quality"])
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+def _levels(axis: Any, loss: dict[str, Any]) -> None:
+    base = loss["member_mean_by_level"]
+    for rule in SHOWN:
+        relative = [100 * (value / mean - 1) for value, mean in zip(loss["rules"][rule]["by_level"], base, strict=True)]
+        axis.plot(loss["times"], relative, marker=".", label=rule, color=SHOWN[rule])
+    spread = [100 * d / mean for d, mean in zip(loss["diversity_by_level"], base, strict=True)]
+    axis.plot(loss["times"], spread, "k:", label="diversity")
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    axis.set(title="loss by noise level, against the member mean", xlabel="t (noise grows)", ylabel="%")
+    axis.legend(fontsize=8)
+
+
+def _sizes(axis: Any, report: dict[str, Any]) -> None:
+    loss, total = report["loss"], report["members"]
+    for rule in ("mean", "geometric", "median"):
+        values = [loss["by_size"][rule][str(k)]["value"] for k in range(1, total)] + [loss["rules"][rule]["value"]]
+        axis.plot(range(1, total + 1), values, marker="o", label=rule, color=SHOWN[rule])
+    axis.axhline(loss["best_member"]["value"], color="0.5", linestyle="--", label="best member")
+    axis.set(title="denoising loss by number of members", xlabel="members", xticks=range(1, total + 1))
+    axis.legend(fontsize=8)
+
+
+def _bits(axis: Any, report: dict[str, Any]) -> None:
+    bits, total = report["likelihood"], report["members"]
+    sizes = sorted(int(k) for k in bits["by_size"])
+    axis.plot(sizes, [bits["by_size"][str(k)]["value"] for k in sizes], marker="o", label="mean", color=SHOWN["mean"])
+    for rule in ("geometric", "dominant"):
+        axis.plot(total, bits["rules"][rule]["value"], "x", markersize=8, label=rule, color=SHOWN[rule])
+    axis.axhline(bits["best_member"], color="0.5", linestyle="--", label="best member")
+    axis.set(title="bits per dimension by number of members", xlabel="members", xticks=range(1, total + 1))
+    axis.legend(fontsize=8)
+
+
+def _distances(axis: Any, quality: dict[str, Any]) -> None:
+    axis.set_title("Fréchet distance of samples (95 % intervals)")
+    if "contenders" not in quality:
+        axis.text(0.5, 0.5, quality["note"], ha="center", wrap=True, transform=axis.transAxes)
+        return
+    names = list(quality["contenders"])
+    for i, name in enumerate(names):
+        found = quality["contenders"][name]["frechet"]
+        error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+        axis.barh(i, found["value"], xerr=error, color="0.6" if name.startswith("member ") else "tab:blue")
+    floor = quality["training_images"]["frechet"]["value"]
+    axis.axvline(floor, color="k", linestyle=":", label="training images")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.legend(fontsize=8)

@@ -1,0 +1,230 @@
+"""Sample quality in the features of a network: Fréchet and kernel distance, Inception score, precision and recall."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate and a confidence interval from the bootstrap.
+
+    Attributes:
+        value: of all samples.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How near generated samples are to real ones.
+
+    Attributes:
+        frechet: Fréchet distance (FID with Inception's features).
+        kernel: unbiased squared maximum mean discrepancy under the cubic kernel (KID).
+        precision: share of generated samples in the real manifold.
+        recall: share of real samples in the generated manifold.
+        score: Inception score, where the network gives logits.
+        generated: how many generated samples.
+        real: how many real ones.
+    """
+
+    frechet: Interval
+    kernel: Interval
+    precision: float
+    recall: float
+    score: Interval | None
+    generated: int
+    real: int
+
+
+@torch.no_grad()
+def features(network: Callable[[Tensor], Tensor], images: Tensor | Iterable[Tensor], batch_size: int = 256) -> Tensor:
+    """Features of images, computed batch by batch, so that the images need not be in memory together.
+
+    Args:
+        network: maps [B, ...] to [B, d]; logits give the Inception score besides.
+        images: [N, ...], or batches of it.
+        batch_size: images at a time, of a tensor.
+
+    Returns:
+        float32 [N, d] on the CPU.
+
+    Raises:
+        ValueError: a network that does not return [B, d], or no images.
+    """
+    found = []
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        vectors = network(batch)
+        if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(batch):
+            shape = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+            raise ValueError(
+                f"the feature network returned {shape} for {len(batch)} images, expected [{len(batch)}, d]"
+            )
+        found.append(vectors.float().cpu())
+    if not found:
+        raise ValueError("no images to take features of")
+    return torch.cat(found)
+
+
+def inception(weights: Any) -> nn.Module:
+    """The network of FID, InceptionV3 with 2048 features, from a local file of weights; nothing is downloaded.
+
+    It takes uint8 images [B, 3, H, W]. The file is that of torch-fidelity (``pt_inception-2015-12-05-6726825d.pth``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+    from pathlib import Path
+
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"{weights} does not exist; pass the file of Inception weights that torch-fidelity uses"
+        )
+    return FrechetInceptionDistance(2048, feature_extractor_weights_path=str(weights)).inception
+
+
+def quality(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    logits: Tensor | None = None,
+    resamples: int = 100,
+    confidence: float = 0.95,
+    neighbours: int = 5,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> Quality:
+    """Compare generated with real samples by their features.
+
+    The Fréchet distance of a resample is biased upwards, so its interval is the estimate plus and minus the normal
+    quantile times the standard deviation over resamples of the generated samples; the real ones stay as they are.
+
+    Args:
+        generated: features [N, d], see :func:`features`.
+        real: features [M, d].
+        logits: of the generated samples, [N, classes], for the Inception score.
+        resamples: of the bootstrap.
+        confidence: of the intervals.
+        neighbours: k of precision and recall (Kynkäänniemi et al., NeurIPS 2019).
+        subset_size: the most samples in one of the kernel distance's subsets.
+        seed: of resamples and subsets.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is not installed.
+        ValueError: features of different width, not finite, or of fewer samples than a covariance of that width needs.
+    """
+    for name, vectors in (("generated", generated), ("real", real)):
+        if vectors.ndim != 2 or vectors.shape[1] != real.shape[-1]:
+            raise ValueError(
+                f"{name} features are {list(vectors.shape)}, expected [N, {real.shape[-1]}] as the real ones; take "
+                "both from one feature network"
+            )
+        if not torch.isfinite(vectors).all():
+            raise ValueError(f"{name} features are not all finite")
+        check_enough(name, len(vectors), vectors.shape[1])
+    z = float(torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64)))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # torchmetrics permutes with the global generator
+        size = min(subset_size, len(generated), len(real))
+        kernel, kernel_std = _kernel(generated, real, size)
+        score = None if logits is None else _inception_score(logits)
+    frechet = _frechet(generated, real)
+    resampler = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        index = torch.from_numpy(resampler.integers(0, len(generated), len(generated)))
+        drawn.append(_frechet(generated[index], real))
+    half = z * float(np.std(drawn, ddof=1)) if resamples > 1 else math.nan
+    precision, recall = _precision_recall(generated, real, neighbours)
+    return Quality(
+        frechet=Interval(frechet, max(0.0, frechet - half), frechet + half),
+        kernel=Interval(kernel, kernel - z * kernel_std, kernel + z * kernel_std),
+        precision=precision,
+        recall=recall,
+        score=None if score is None else Interval(score[0], score[0] - z * score[1], score[0] + z * score[1]),
+        generated=len(generated),
+        real=len(real),
+    )
+
+
+def check_enough(name: str, samples: int, width: int) -> None:
+    """Raise ValueError where so many samples do not determine the covariance of ``width`` features."""
+    if samples <= width:
+        raise ValueError(
+            f"{samples} {name} samples are too few for the covariance of {width} features, which needs at least "
+            f"{width + 1}; add samples, or take a narrower feature network"
+        )
+
+
+class _Given(nn.Module):
+    """Stands for the feature network where features are given."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _frechet(generated: Tensor, real: Tensor) -> float:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(_Given(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return float(metric.compute())
+
+
+def _kernel(generated: Tensor, real: Tensor, size: int) -> tuple[float, float]:
+    """The kernel distance, and its standard error over disjointly drawn subsets of half the samples."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    values = []
+    for subsets, number in ((1 if size == min(len(generated), len(real)) else 50, size), (50, max(2, size // 2))):
+        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=subsets, subset_size=number)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        values.append([float(v) for v in metric.compute()])
+    return values[0][0], values[1][1] / math.sqrt(2)
+
+
+def _inception_score(logits: Tensor) -> tuple[float, float]:
+    from torchmetrics.image.inception import InceptionScore
+
+    metric = InceptionScore(nn.Identity(), splits=min(10, max(2, len(logits) // 50)))
+    metric.update(logits)
+    mean, std = metric.compute()
+    return float(mean), float(std) / math.sqrt(metric.splits)
+
+
+def _precision_recall(generated: Tensor, real: Tensor, k: int, chunk: int = 2048) -> tuple[float, float]:
+    def radii(points: Tensor) -> Tensor:
+        return torch.cat([torch.cdist(part, points).kthvalue(k + 1, 1).values for part in points.split(chunk)])
+
+    def covered(points: Tensor, by: Tensor, radius: Tensor) -> float:
+        inside = [(torch.cdist(part, by) <= radius).any(1) for part in points.split(chunk)]
+        return float(torch.cat(inside).double().mean())
+
+    return covered(generated, real, radii(real)), covered(real, generated, radii(generated))

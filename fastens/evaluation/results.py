@@ -1,0 +1,90 @@
+"""Results on disk, whole or not at all, and found again by what they were computed from."""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that, whatever happens, it holds all of ``content`` or does not exist in this version.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; what was there before is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}; nothing half-written was left") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def fingerprint(**parts: Any) -> str:
+    """A short digest of tensors, modules' weights and JSON-able values: equal parts, equal digest."""
+    digest = hashlib.sha256()
+    for name, part in sorted(parts.items()):
+        digest.update(name.encode())
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():
+                digest.update(key.encode())
+                digest.update(_bytes(tensor))
+        elif isinstance(part, Tensor):
+            digest.update(str(tuple(part.shape)).encode())
+            digest.update(_bytes(part))
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+class Parts:
+    """Arrays computed part by part, kept in a folder so that an interrupted run goes on where it stopped.
+
+    Args:
+        folder: where the parts are kept; none keeps nothing.
+        key: from :func:`fingerprint`; parts of another key are not read.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder = None if folder is None else Path(folder) / key
+
+    def read(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a part, or none if it is not there whole."""
+        if self._folder is None:
+            return None
+        try:
+            with np.load(self._folder / f"{name}.npz", allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def write(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the arrays of a part."""
+        if self._folder is None:
+            return
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+        write_whole(self._folder / f"{name}.npz", buffer.getvalue())

@@ -1,0 +1,138 @@
+"""What is evaluated: members, the data they are judged on, and the features that judge their samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastens.ensemble import Ensemble
+from fastens.evaluation.classifier import Classifier, train_classifier
+from fastens.schedules import Discrete, Schedule, from_scheduler
+
+BUNDLED = ("digits", "photographs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Members and data.
+
+    Attributes:
+        name: for the report.
+        data: what the data are, in words.
+        ensemble: of the members.
+        schedule: that they were trained under.
+        prediction: what they predict.
+        fit: training rows, for the weights, [N, ...] in [-1, 1].
+        test: held-out rows, [M, ...].
+        levels: how many values a pixel takes.
+        features: maps images [B, ...] to features [B, d]; none for no judgement of samples.
+        logits: maps them to logits, for the Inception score.
+        note: what the features are, or why there are none.
+    """
+
+    name: str
+    data: str
+    ensemble: Ensemble
+    schedule: Schedule
+    prediction: str
+    fit: Tensor
+    test: Tensor
+    levels: int
+    features: Callable[[Tensor], Tensor] | None
+    logits: Callable[[Tensor], Tensor] | None
+    note: str
+
+
+def bundled(name: str) -> Subject:
+    """The shipped members of ``"digits"`` or ``"photographs"`` with their data, and a classifier trained on it."""
+    from fastens.demo import member_paths
+    from fastens.demo.data import LOADERS, load_labels
+
+    train, test = LOADERS[name]()
+    labels, test_labels = load_labels(name)
+    classifier = train_classifier(train, labels)
+    with torch.no_grad():
+        accuracy = float((classifier(test).argmax(1) == test_labels).double().mean())
+    what = "hand-written digits, 8x8" if name == "digits" else "patches of two colour photographs, 16x16"
+    return Subject(
+        name=name,
+        data=f"{what}, {len(train)} training and {len(test)} test images (scikit-learn)",
+        ensemble=Ensemble(member_paths(name)),
+        schedule=Discrete.linear(),
+        prediction="epsilon",
+        fit=train,
+        test=test,
+        levels=17 if name == "digits" else 256,
+        features=classifier.features,
+        logits=classifier,
+        note=f"features: the last {_width(classifier)} of a small classifier trained on the training images "
+        f"({100 * accuracy:.1f} % of the test images right)",
+    )
+
+
+def _width(classifier: Classifier) -> int:
+    return classifier.head.in_features
+
+
+def from_files(
+    checkpoints: Sequence[Path], data: Path, scheduler: Path | None, prediction: str, levels: int, weights: Path | None
+) -> Subject:
+    """Diffusers folders as members, and an array of images.
+
+    Args:
+        checkpoints: folders that a diffusers model saved.
+        data: ``.npy`` file [N, C, H, W], uint8, or floating point in [-1, 1]; the first half fits the weights, the
+            second is held out.
+        scheduler: folder of a diffusers scheduler; none for 1000 steps of linear beta.
+        prediction: what the members predict.
+        levels: how many values a pixel takes.
+        weights: file of Inception weights, to judge samples of three channels; none for no judgement.
+
+    Raises:
+        FileNotFoundError: a file or folder that does not exist.
+        ValueError: an array of another kind.
+    """
+    if not data.is_file():
+        raise FileNotFoundError(f"data {data} does not exist")
+    try:
+        array = np.load(data, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"data {data} is no .npy file: {error}") from error
+    if array.ndim != 4 or len(array) < 4:
+        raise ValueError(f"data {data} is {list(array.shape)}, expected images [N, C, H, W] with N >= 4")
+    images = torch.from_numpy(array.astype(np.float32))
+    if array.dtype == np.uint8:
+        images = images / 127.5 - 1
+    schedule: Schedule = Discrete.linear()
+    if scheduler is not None:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        schedule = from_scheduler(DDPMScheduler.from_pretrained(scheduler, local_files_only=True))
+    network, note = None, "no feature network was given (--inception), so samples are not judged"
+    if weights is not None:
+        from fastens.evaluation.quality import inception
+
+        extract = inception(weights)
+        network, note = (
+            (lambda x: extract(((x + 1) * 127.5).round().clamp(0, 255).byte())),
+            "features: Inception's 2048",
+        )
+    half = len(images) // 2
+    return Subject(
+        name=data.stem,
+        data=f"{data.name}, {half} images to fit weights on and {len(images) - half} held out",
+        ensemble=Ensemble(list(checkpoints)),
+        schedule=schedule,
+        prediction=prediction,
+        fit=images[:half],
+        test=images[half:],
+        levels=levels,
+        features=network,
+        logits=None,
+        note=note,
+    )

@@ -1,0 +1,241 @@
+"""The report in words and tables: Markdown, CSV, and the verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ENOUGH = 0.9  # of the full ensemble's gain
+
+
+def verdict(report: dict[str, Any]) -> list[str]:
+    """Sentences that say which rule, how many members, what it costs, and where it does not pay."""
+    loss, bits, cost = report["loss"], report["likelihood"], report["cost"]["milliseconds"]
+    by_loss = sorted(loss["rules"], key=lambda rule: loss["rules"][rule]["value"])
+    best = by_loss[0]
+    gain, over_best = (loss["rules"][best][key] for key in ("against_member_mean", "against_best_member"))
+    lines = [
+        f"Loss: {best} is the best rule. Its loss is {_percent(-gain['value'], loss['member_mean']['value'])} below "
+        f"the member mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
+    ]
+    sizes = {int(k): v["value"] for k, v in loss["by_size"]["mean"].items()}
+    sizes[report["members"]] = loss["rules"]["mean"]["value"]
+    full = loss["member_mean"]["value"] - sizes[report["members"]]
+    if full > 0:
+        enough = min(k for k, v in sizes.items() if loss["member_mean"]["value"] - v >= ENOUGH * full)
+        half = 100 * (loss["member_mean"]["value"] - sizes.get(2, sizes[report["members"]])) / full
+        lines.append(
+            f"Members: 2 give {half:.0f} % of the gain of {report['members']}, and {enough} give at least "
+            f"{100 * ENOUGH:.0f} % of it."
+        )
+    hurt = [r for r in by_loss if _above(loss["rules"][r]["against_member_mean"])]
+    if hurt:
+        lines.append(f"Rules that raise the loss above the member mean: {', '.join(hurt)}.")
+    by_bits = min(bits["rules"], key=lambda rule: bits["rules"][rule]["value"])
+    found = bits["rules"][by_bits]
+    lines.append(
+        f"Likelihood: {by_bits} is the best rule, {found['value']:.3f} bits/dim against "
+        f"{bits['by_size']['1']['value']:.3f} for the member mean "
+        f"({_difference(found['against_member_mean'], 3)}); it is better on "
+        f"{_percent(found['rows_better_than_member_mean'], 1)} of the test rows."
+    )
+    lines += _quality_verdict(report["quality"], by_loss)
+    lines += _weights_verdict(loss["weights"])
+    ratio = cost[best] / cost["one member"]
+    lines.append(
+        f"Cost: one evaluation by {best} takes {ratio:.1f} times that of one member at batch {report['cost']['batch']} "
+        f"({cost[best]:.0f} ms; the members one by one: {cost['members one by one']:.0f} ms)."
+    )
+    return lines
+
+
+def _quality_verdict(quality: dict[str, Any], by_loss: list[str]) -> list[str]:
+    if "contenders" not in quality:
+        return [f"Sample quality: not judged; {quality['note']}."]
+    distances = {name: found["frechet"] for name, found in quality["contenders"].items()}
+    member = min((n for n in distances if n.startswith("member ")), key=lambda n: distances[n]["value"])
+    rule = min((n for n in distances if not n.startswith("member ")), key=lambda n: distances[n]["value"])
+    sampled = [r for r in by_loss if r in distances]
+    of_loss = distances[sampled[0]]
+    beats = of_loss["high"] < distances[member]["low"]
+    return [
+        f"Samples: the rule of least loss, {sampled[0]}, has a Fréchet distance of {_interval(of_loss)}; the best "
+        f"member has {_interval(distances[member])}. "
+        + ("It pays." if beats else "The ensemble does not beat it.")
+        + " "
+        f"The rule of least distance is {rule}, {_interval(distances[rule])}."
+    ]
+
+
+def _weights_verdict(weights: dict[str, Any]) -> list[str]:
+    held = weights["simplex"]["held_out"]
+    if held["value"] > 2 * held["error"]:
+        return [f"Weights fitted per noise level lower the held-out loss by {held['value']:.6f} ± {held['error']:.6f}."]
+    return [
+        f"Weights fitted per noise level do not lower the held-out loss: the gain over equal weights is "
+        f"{held['value']:+.6f} ± {held['error']:.6f}."
+    ]
+
+
+def _above(difference: dict[str, float]) -> bool:
+    return difference["value"] > 2 * difference["error"]
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _difference(difference: dict[str, float], digits: int = 5) -> str:
+    return f"{difference['value']:+.{digits}f} ± {difference['error']:.{digits}f}"
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
+
+
+def _loss_table(loss: dict[str, Any]) -> list[str]:
+    lines = ["| denoising loss | value | against the member mean | against the best member |", "|---|---|---|---|"]
+    lines.append(f"| member mean | {loss['member_mean']['value']:.5f} | | |")
+    lines.append(f"| best member | {loss['best_member']['value']:.5f} | | |")
+    for rule, found in loss["rules"].items():
+        against = [_difference(found[key]) for key in ("against_member_mean", "against_best_member")]
+        lines.append(f"| {rule} | {found['value']:.5f} | {against[0]} | {against[1]} |")
+    return lines
+
+
+def _size_table(report: dict[str, Any]) -> list[str]:
+    loss, bits = report["loss"], report["likelihood"]
+    lines = ["| members | loss, mean | loss, geometric | loss, median | bits/dim, mean |", "|---|---|---|---|---|"]
+    for k in range(1, report["members"] + 1):
+        losses = [
+            loss["rules"][rule]["value"] if k == report["members"] else loss["by_size"][rule][str(k)]["value"]
+            for rule in ("mean", "geometric", "median")
+        ]
+        measured = f"{bits['by_size'][str(k)]['value']:.4f}" if str(k) in bits["by_size"] else ""
+        lines.append(f"| {k} | " + " | ".join(f"{v:.5f}" for v in losses) + f" | {measured} |")
+    return lines
+
+
+def _bits_table(bits: dict[str, Any]) -> list[str]:
+    lines = [
+        "| likelihood | bits/dim | against the member mean | rows better than their member mean |",
+        "|---|---|---|---|",
+    ]
+    lines.append(f"| member mean | {bits['by_size']['1']['value']:.4f} | | |")
+    lines.append(f"| best member | {bits['best_member']:.4f} | | |")
+    for rule, found in bits["rules"].items():
+        share = f"{100 * found['rows_better_than_member_mean']:.1f} %"
+        lines.append(f"| {rule} | {found['value']:.4f} | {_difference(found['against_member_mean'], 4)} | {share} |")
+    return lines
+
+
+def _quality_table(quality: dict[str, Any]) -> list[str]:
+    if "contenders" not in quality:
+        return [quality["note"] + "."]
+    lines = ["| samples | Fréchet distance | kernel distance | precision | recall |", "|---|---|---|---|---|"]
+    for name, found in {**quality["contenders"], "training images": quality["training_images"]}.items():
+        lines.append(
+            f"| {name} | {_interval(found['frechet'])} | {found['kernel']['value']:.3g} | {found['precision']:.3f} "
+            f"| {found['recall']:.3f} |"
+        )
+    return lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    loss, bits, cost = report["loss"], report["likelihood"], report["cost"]
+    settings, took = report["settings"], report["seconds"]
+    lines = [
+        f"# {report['members']} members on {report['subject']}",
+        "",
+        f"{report['data']}. ± is one standard error over rows, of paired differences where two are compared; brackets "
+        "are 95 % intervals.",
+        "",
+        "![loss by noise level, by number of members, likelihood and Fréchet distance](report.png)",
+        "",
+        "## Verdict",
+        "",
+        *[f"- {line}" for line in report["verdict"]],
+        "",
+        "## Denoising loss",
+        "",
+        f"Mean squared error of the predicted noise: {loss['rows']} test rows, {len(loss['times'])} noise levels.",
+        "",
+        *_loss_table(loss),
+        "",
+        f"The gain of the mean, {loss['gain_of_mean']:.7f}, is the diversity of the members, "
+        f"{loss['diversity']['value']:.7f}; at no level do the two differ by more than {loss['identity_gap']:.0e}.",
+        "",
+        "## By number of members",
+        "",
+        *_size_table(report),
+        "",
+        "## Likelihood",
+        "",
+        f"{bits['rows']} test rows, probability-flow ODE, {bits['evaluations']} evaluations; {bits['how']}.",
+        "",
+        *_bits_table(bits),
+        "",
+        "## Samples",
+        "",
+        f"{settings['samples']} samples of each, {settings['sampler_steps']} DDIM steps from the same noise, against "
+        f"the test images; {report['quality']['note']}.",
+        "",
+        *_quality_table(report["quality"]),
+        "",
+        "## Weights by noise level",
+        "",
+        "| constraint | gain on the rows fitted on | gain on held-out rows |",
+        "|---|---|---|",
+        *[
+            f"| {name} | {_difference(found['fit'], 6)} | {_difference(found['held_out'], 6)} |"
+            for name, found in loss["weights"].items()
+        ],
+        "",
+        "## Cost",
+        "",
+        f"Milliseconds of one evaluation at batch {cost['batch']}, {report['threads']} threads, medians of five.",
+        "",
+        "| " + " | ".join(cost["milliseconds"]) + " |",
+        "|" + "---|" * len(cost["milliseconds"]),
+        "| " + " | ".join(f"{value:.0f}" for value in cost["milliseconds"].values()) + " |",
+        "",
+        f"Seconds of computing in the last run (parts of an earlier one are read): {took}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def csv(report: dict[str, Any]) -> str:
+    """Every number of the tables, one a line: what, of which, value, error or interval."""
+    rows = ["quantity,of,value,error,low,high"]
+
+    def add(quantity: str, of: str, found: dict[str, float]) -> None:
+        cells = [f"{found[key]:.8g}" if key in found else "" for key in ("value", "error", "low", "high")]
+        rows.append(",".join([quantity, of, *cells]))
+
+    loss, bits = report["loss"], report["likelihood"]
+    for k, found in enumerate(loss["members"]):
+        add("loss", f"member {k}", found)
+    for rule, found in loss["rules"].items():
+        add("loss", rule, found)
+        add("loss against member mean", rule, found["against_member_mean"])
+    for rule, sizes in loss["by_size"].items():
+        for k, found in sizes.items():
+            add(f"loss of {k} members", rule, found)
+    add("diversity", "members", loss["diversity"])
+    for i, t in enumerate(loss["times"]):
+        add(f"diversity at {t:g}", "members", {"value": loss["diversity_by_level"][i]})
+        for rule, found in loss["rules"].items():
+            add(f"loss at {t:g}", rule, {"value": found["by_level"][i]})
+    for k, found in enumerate(bits["members"]):
+        add("bits per dimension", f"member {k}", found)
+    for k, found in bits["by_size"].items():
+        add(f"bits per dimension of {k} members", "mean", found)
+    for rule, found in bits["rules"].items():
+        add("bits per dimension", rule, found)
+    for name, found in report["quality"].get("contenders", {}).items():
+        add("frechet distance", name, found["frechet"])
+        add("kernel distance", name, found["kernel"])
+    for name, value in report["cost"]["milliseconds"].items():
+        add("milliseconds", name, {"value": value})
+    return "\n".join(rows) + "\n"
