@@ -1,7 +1,9 @@
 """Train the demo's members: ``python -m fastens.demo.train --out DIR``.
 
-Each member is a small diffusers ``UNet2DModel`` that predicts the noise of the DDPM process with linear betas
-(arXiv 2006.11239), from its own seed; its exponential moving average is what is kept.
+All members are trained at once by :func:`fastens.training.training_step`, each as if alone; ``--separate`` trains one
+after the other, which is how the shipped ones were made. Each member is a small diffusers ``UNet2DModel`` that predicts
+the noise of the DDPM process with linear betas (arXiv 2006.11239), from its own seed; its exponential moving average is
+what is kept.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fastens.demo.data import load_digits
+from fastens.ensemble import Ensemble
+from fastens.training import training_step
 
 MODEL = {
     "sample_size": 8,
@@ -31,6 +36,7 @@ MODEL = {
 BATCH = 64
 LEARNING_RATE = 2e-3
 EMA_DECAY = 0.999
+CLIP = 1.0  # of each member's gradient norm
 
 
 def make_scheduler() -> Any:
@@ -40,49 +46,93 @@ def make_scheduler() -> Any:
     return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 
 
-def train_member(images: Tensor, steps: int, seed: int, progress: Any) -> tuple[Any, list[float]]:
-    """Train one member.
+def noisy_batch(images: Tensor, scheduler: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one batch: noisy images and their noise, both [64, 1, 8, 8], and noise levels [64]."""
+    clean = images[torch.randint(len(images), (BATCH,), generator=generator)]
+    t = torch.randint(1000, (BATCH,), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    return scheduler.add_noise(clean, noise, t), t, noise
+
+
+def new_member(seed: int) -> Any:
+    """A member with the initial weights of its seed."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(**MODEL)
+
+
+def train_together(images: Tensor, steps: int, seeds: list[int], progress: Any) -> list[tuple[Any, list[float]]]:
+    """Train all members at once: one folded forward and backward pass for each step of all.
 
     Args:
         images: [N, 1, 8, 8] in [-1, 1].
-        steps: optimiser steps with batches of 64.
-        seed: of initial weights, batches, noise levels and noise.
-        progress: told of each step.
+        steps: optimiser steps with batches of 64 for each member.
+        seeds: one per member, of its initial weights, batches, noise levels and noise.
+        progress: told of each member's steps.
 
     Returns:
-        The model with its averaged weights, and the mean loss of every hundred steps.
+        For each member its model with averaged weights, and its mean loss of every hundred steps.
     """
-    from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.training_utils import EMAModel
-
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = UNet2DModel(**MODEL)
-    average = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    ensemble = Ensemble([new_member(seed) for seed in seeds], engine="fold").train()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler = make_scheduler()
-    losses, recent = [], torch.zeros(())
-    for step in range(1, steps + 1):
-        clean = images[torch.randint(len(images), (BATCH,), generator=generator)]
-        t = torch.randint(1000, (BATCH,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        predicted = model(scheduler.add_noise(clean, noise, t), t).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
+
+    def step(optimizer: Any) -> Tensor:
+        batches = [noisy_batch(images, scheduler, generator) for generator in generators]
+        noisy, t, noise = (torch.stack(part) for part in zip(*batches, strict=True))
+        return training_step(
+            ensemble, optimizer, lambda predicted: (predicted - noise).square(), noisy, t, max_norm=CLIP
+        )
+
+    losses = optimise(list(ensemble.parameters()), steps, step, progress)
+    columns = [[round(value, 6) for value in column] for column in torch.stack(losses).T.tolist()]
+    return [(member.eval(), column) for member, column in zip(ensemble.members, columns, strict=True)]
+
+
+def train_member(images: Tensor, steps: int, seed: int, progress: Any) -> tuple[Any, list[float]]:
+    """Train one member alone; arguments and result as for :func:`train_together`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = new_member(seed)
+    scheduler = make_scheduler()
+
+    def step(optimizer: Any) -> Tensor:
+        noisy, t, noise = noisy_batch(images, scheduler, generator)
+        loss = torch.nn.functional.mse_loss(model(noisy, t).sample, noise)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        return loss.detach()
+
+    losses = optimise(list(model.parameters()), steps, step, progress)
+    return model.eval(), [round(float(value), 6) for value in losses]
+
+
+def optimise(parameters: list[Any], steps: int, step: Callable[[Any], Tensor], progress: Any) -> list[Tensor]:
+    """Take ``step`` after ``step`` with AdamW and put the moving averages in the parameters' place.
+
+    Returns:
+        The mean over every hundred steps of what ``step`` returned.
+    """
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    losses, recent = [], torch.zeros(())
+    for number in range(1, steps + 1):
+        loss = step(optimizer)
         schedule.step()
-        average.step(model.parameters())
-        recent = recent + loss.detach()
-        if step % 100 == 0 or step == steps:
-            losses.append(round(float(recent) / (step % 100 or 100), 6))
+        average.step(parameters)
+        recent = recent + loss
+        if number % 100 == 0 or number == steps:
+            losses.append(recent / (number % 100 or 100))
             recent = torch.zeros(())
-            progress.set_postfix(loss=losses[-1])
-        progress.update()
-    average.copy_to(model.parameters())
-    return model.eval(), losses
+            progress.set_postfix(loss=f"{float(losses[-1].mean()):.6f}")
+        progress.update(loss.numel())
+    average.copy_to(parameters)
+    return losses
 
 
 @torch.no_grad()
@@ -98,12 +148,15 @@ def noise_predictions(model: Any, images: Tensor, draws: int = 10) -> tuple[Tens
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train K members one after the other and write their folders and ``training.json``."""
+    """Train K members and write their folders and ``training.json``."""
     parser = argparse.ArgumentParser(prog="python -m fastens.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "members", help="where the folders go")
     parser.add_argument("--members", type=int, default=5, help="how many members")
     parser.add_argument("--steps", type=int, default=2500, help="optimiser steps of each member")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first member; the others follow")
+    parser.add_argument(
+        "--separate", action="store_true", help="train one member after the other, as the shipped ones were"
+    )
     options = parser.parse_args(argv)
 
     import diffusers
@@ -113,15 +166,19 @@ def main(argv: list[str] | None = None) -> None:
     train, test = load_digits()
     started = time.perf_counter()
     members, predictions, noise = [], [], torch.empty(0)
+    seeds = [options.seed + k for k in range(options.members)]
     with tqdm(total=options.members * options.steps, unit="step") as progress:
-        for k in range(options.members):
-            progress.set_description(f"member {k}")
-            model, losses = train_member(train, options.steps, options.seed + k, progress)
-            model.save_pretrained(options.out / f"member_{k}")
-            noise, predicted = noise_predictions(model, test)
-            predictions.append(predicted)
-            loss = float((predicted - noise).square().mean())
-            members.append({"seed": options.seed + k, "test_loss": round(loss, 6), "training_loss": losses})
+        if options.separate:
+            trained = [train_member(train, options.steps, seed, progress) for seed in seeds]
+        else:
+            trained = train_together(train, options.steps, seeds, progress)
+    seconds = time.perf_counter() - started
+    for k, (model, losses) in enumerate(trained):
+        model.save_pretrained(options.out / f"member_{k}")
+        noise, predicted = noise_predictions(model, test)
+        predictions.append(predicted)
+        loss = float((predicted - noise).square().mean())
+        members.append({"seed": seeds[k], "test_loss": round(loss, 6), "training_loss": losses})
     ensemble = float((torch.stack(predictions).mean(0) - noise).square().mean())
     arguments = argv if argv is not None else sys.argv[1:]
     log = {
@@ -130,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         "loss": "noise prediction, mean squared error; test: 10 fixed noise levels per image",
         "member_mean_test_loss": round(sum(m["test_loss"] for m in members) / len(members), 6),
         "mean_ensemble_test_loss": round(ensemble, 6),
-        "seconds": round(time.perf_counter() - started),
+        "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "members": members,
