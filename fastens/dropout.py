@@ -1,7 +1,7 @@
 """MC Dropout: one network as an ensemble of its dropout masks (Gal and Ghahramani, arXiv 1506.02142)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,17 +101,21 @@ class DropoutEngine(FoldEngine):
             calls = sum(self.masks.calls.values())
             raise ValueError(_NOTHING.format(found=f"{calls} dropouts with p = 0" if calls else "no dropout"))
 
-    def _established(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
+    def _established(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
+    ) -> frozenset[int]:
         if torch.compiler.is_compiling() and not self._discovered:
             raise RuntimeError(
                 "MC Dropout: call the ensemble once before it is compiled, so that its dropouts are known"
             )
-        return super()._established(args, kwargs, training)
+        return super()._established(args, kwargs, training, kind)
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
+    def _first(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
+    ) -> frozenset[int]:
         self._discovering = True
         try:
-            return super()._first(args, kwargs, training)
+            return super()._first(args, kwargs, training, kind)
         finally:
             self._discovering = False
             self._discovered = True

@@ -11,6 +11,7 @@ LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios"},
     {"demo", "interop", "evaluation", "tabular"},
+    {"training"},
     {"checkpoints"},
     {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs", "laplace", "schemes"},
     {"fold", "report"},

@@ -1,14 +1,18 @@
 """Train the demo's members: ``python -m fastens.demo.train --data digits --out DIR``.
 
-Each member is a small diffusers ``UNet2DModel`` that predicts the noise of the DDPM process with linear betas
-(arXiv 2006.11239), from its own seed; its exponential moving average is what is kept.
+All members are trained at once by :func:`fastens.training.training_step`, each as if alone; ``--separate`` trains one
+after the other, which is how the shipped ones were made. Each member is a small diffusers ``UNet2DModel`` that predicts
+the noise of the DDPM process with linear betas (arXiv 2006.11239), from its own seed; its exponential moving average is
+what is kept.
 """
 
 import argparse
+import functools
 import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from torch import Tensor
 
 from fastens.demo import members_folder
 from fastens.demo.data import LOADERS
+from fastens.ensemble import Ensemble
+from fastens.training import training_step
 
 MODEL = {
     "sample_size": 8,
@@ -42,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {"digits": MODEL, "photographs": PHOTOGRAPHS
 BATCH = 64
 LEARNING_RATE = 2e-3
 EMA_DECAY = 0.999
+CLIP = 1.0  # of each member's gradient norm
 
 
 def make_scheduler() -> Any:
@@ -51,52 +58,98 @@ def make_scheduler() -> Any:
     return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 
 
-def train_member(
-    images: Tensor, steps: int, seed: int, progress: Any, model: dict[str, Any] = MODEL
-) -> tuple[Any, list[float]]:
-    """Train one member.
+def noisy_batch(images: Tensor, scheduler: Any, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one batch: noisy images and their noise, both [64, C, H, W], and noise levels [64]."""
+    clean = images[torch.randint(len(images), (BATCH,), generator=generator)]
+    t = torch.randint(1000, (BATCH,), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    return scheduler.add_noise(clean, noise, t), t, noise
+
+
+def new_member(seed: int, model: dict[str, Any]) -> Any:
+    """A member of a configuration with the initial weights of its seed."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(**model)
+
+
+def train_together(
+    images: Tensor, steps: int, seeds: list[int], progress: Any, model: dict[str, Any] = MODEL
+) -> list[tuple[Any, list[float]]]:
+    """Train all members at once: one folded forward and backward pass for each step of all.
 
     Args:
         images: [N, C, H, W] in [-1, 1].
-        steps: optimiser steps with batches of 64.
-        seed: of initial weights, batches, noise levels and noise.
-        progress: told of each step.
-        model: the network's configuration.
+        steps: optimiser steps with batches of 64 for each member.
+        seeds: one per member, of its initial weights, batches, noise levels and noise.
+        progress: told of each member's steps.
+        model: the networks' configuration.
 
     Returns:
-        The model with its averaged weights, and the mean loss of every hundred steps.
+        For each member its model with averaged weights, and its mean loss of every hundred steps.
     """
-    from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.training_utils import EMAModel
-
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    network = UNet2DModel(**model)
-    average = EMAModel(network.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    ensemble = Ensemble([new_member(seed, model) for seed in seeds], engine="fold").train()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler = make_scheduler()
-    losses, recent = [], torch.zeros(())
-    for step in range(1, steps + 1):
-        clean = images[torch.randint(len(images), (BATCH,), generator=generator)]
-        t = torch.randint(1000, (BATCH,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        predicted = network(scheduler.add_noise(clean, noise, t), t).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
+
+    def step(optimizer: Any) -> Tensor:
+        batches = [noisy_batch(images, scheduler, generator) for generator in generators]
+        noisy, t, noise = (torch.stack(part) for part in zip(*batches, strict=True))
+        return training_step(
+            ensemble, optimizer, lambda predicted: (predicted - noise).square(), noisy, t, max_norm=CLIP
+        )
+
+    losses = optimise(list(ensemble.parameters()), steps, step, progress)
+    columns = [[round(value, 6) for value in column] for column in torch.stack(losses).T.tolist()]
+    return [(member.eval(), column) for member, column in zip(ensemble.members, columns, strict=True)]
+
+
+def train_member(
+    images: Tensor, steps: int, seed: int, progress: Any, model: dict[str, Any] = MODEL
+) -> tuple[Any, list[float]]:
+    """Train one member alone; arguments and result as for :func:`train_together`."""
+    generator = torch.Generator().manual_seed(seed)
+    network = new_member(seed, model)
+    scheduler = make_scheduler()
+
+    def step(optimizer: Any) -> Tensor:
+        noisy, t, noise = noisy_batch(images, scheduler, generator)
+        loss = torch.nn.functional.mse_loss(network(noisy, t).sample, noise)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
         optimizer.step()
+        return loss.detach()
+
+    losses = optimise(list(network.parameters()), steps, step, progress)
+    return network.eval(), [round(float(value), 6) for value in losses]
+
+
+def optimise(parameters: list[Any], steps: int, step: Callable[[Any], Tensor], progress: Any) -> list[Tensor]:
+    """Take ``step`` after ``step`` with AdamW and put the moving averages in the parameters' place.
+
+    Returns:
+        The mean over every hundred steps of what ``step`` returned.
+    """
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    losses, recent = [], torch.zeros(())
+    for number in range(1, steps + 1):
+        loss = step(optimizer)
         schedule.step()
-        average.step(network.parameters())
-        recent = recent + loss.detach()
-        if step % 100 == 0 or step == steps:
-            losses.append(round(float(recent) / (step % 100 or 100), 6))
+        average.step(parameters)
+        recent = recent + loss
+        if number % 100 == 0 or number == steps:
+            losses.append(recent / (number % 100 or 100))
             recent = torch.zeros(())
-            progress.set_postfix(loss=losses[-1])
-        progress.update()
-    average.copy_to(network.parameters())
-    return network.eval(), losses
+            progress.set_postfix(loss=f"{float(losses[-1].mean()):.6f}")
+        progress.update(loss.numel())
+    average.copy_to(parameters)
+    return losses
 
 
 @torch.no_grad()
@@ -124,7 +177,7 @@ def _earlier(out: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train K members one after the other and write their folders and ``training.json``."""
+    """Train K members and write their folders and ``training.json``."""
     parser = argparse.ArgumentParser(prog="python -m fastens.demo.train", description=__doc__)
     parser.add_argument("--data", choices=list(LOADERS), default="digits", help="which images")
     parser.add_argument("--out", type=Path, help="where the folders go; default: beside the shipped members' code")
@@ -132,6 +185,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2500, help="optimiser steps of each member")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first member; the others follow")
     parser.add_argument("--resume", action="store_true", help="keep members that training.json in --out has already")
+    parser.add_argument(
+        "--separate", action="store_true", help="train one member after the other, as the shipped ones were"
+    )
     options = parser.parse_args(argv)
 
     import diffusers
@@ -144,20 +200,24 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     earlier = _earlier(out, options) if options.resume else {"members": [], "seconds": 0}
     members, predictions, noise = [], [], torch.empty(0)
+    seeds = [options.seed + k for k in range(options.members)]
     with tqdm(total=options.members * options.steps, unit="step") as progress:
-        for k in range(options.members):
-            progress.set_description(f"member {k}")
-            if k < len(earlier["members"]):
-                model = UNet2DModel.from_pretrained(out / f"member_{k}", low_cpu_mem_usage=False)
-                losses = earlier["members"][k]["training_loss"]
-                progress.update(options.steps)
-            else:
-                model, losses = train_member(train, options.steps, options.seed + k, progress, MODELS[options.data])
-                model.save_pretrained(out / f"member_{k}")
-            noise, predicted = noise_predictions(model, test)
-            predictions.append(predicted)
-            loss = float((predicted - noise).square().mean())
-            members.append({"seed": options.seed + k, "test_loss": round(loss, 6), "training_loss": losses})
+        kept = len(earlier["members"])
+        progress.update(kept * options.steps)
+        load = functools.partial(UNet2DModel.from_pretrained, low_cpu_mem_usage=False)
+        trained = [(load(out / f"member_{k}"), earlier["members"][k]["training_loss"]) for k in range(kept)]
+        model = MODELS[options.data]
+        if options.separate:
+            trained += [train_member(train, options.steps, seed, progress, model) for seed in seeds[kept:]]
+        elif seeds[kept:]:
+            trained += train_together(train, options.steps, seeds[kept:], progress, model)
+    seconds = time.perf_counter() - started
+    for k, (member, losses) in enumerate(trained):
+        member.save_pretrained(out / f"member_{k}")
+        noise, predicted = noise_predictions(member, test)
+        predictions.append(predicted)
+        loss = float((predicted - noise).square().mean())
+        members.append({"seed": seeds[k], "test_loss": round(loss, 6), "training_loss": losses})
     ensemble = float((torch.stack(predictions).mean(0) - noise).square().mean())
     arguments = argv if argv is not None else sys.argv[1:]
     log = {
@@ -167,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         "loss": "noise prediction, mean squared error; test: 10 fixed noise levels per image",
         "member_mean_test_loss": round(sum(m["test_loss"] for m in members) / len(members), 6),
         "mean_ensemble_test_loss": round(ensemble, 6),
-        "seconds": round(time.perf_counter() - started + earlier["seconds"]),
+        "seconds": round(seconds + earlier["seconds"]),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "members": members,

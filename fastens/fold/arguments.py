@@ -77,6 +77,14 @@ class Arguments:
         """The arguments for the samples ``index``, int64 [n]."""
         return self.mapped(lambda x: x.index_select(0, index.to(x.device)))
 
+    def fold_rows(self, start: int, stop: int) -> Tensor:
+        """The samples of rows ``start`` to ``stop`` of a folded pass, as :meth:`selected` takes them."""
+        return torch.arange(start, stop) % self.batch_size
+
+    def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of member k alone: the same for all."""
+        return pytree.tree_unflatten(self.leaves, self._spec)
+
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and switches by value."""
 
@@ -88,6 +96,60 @@ class Arguments:
             return type(leaf)
 
         return (*map(key, self.leaves), self._spec)
+
+
+class MemberArguments(Arguments):
+    """The arguments of a call that gives each member rows of its own.
+
+    The first tensor of at least two dimensions is [K, B, ...], and so is every tensor whose first two dimensions are
+    these. A tensor [B, ...] is the same for all members; the rest is passed as it is.
+
+    Args:
+        num_members: K.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        excluded: positions of leaves that only look like [B, ...].
+
+    Raises:
+        ValueError: the first tensor has not one group of rows per member.
+    """
+
+    def __init__(
+        self, num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()
+    ) -> None:
+        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        shapes = {i: x.shape for i, x in enumerate(self.leaves) if isinstance(x, Tensor)}
+        primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
+        if primary is None or shapes[primary][0] != num_members:
+            found = "no tensor of two dimensions" if primary is None else f"{list(shapes[primary])}"
+            raise ValueError(
+                f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}"
+            )
+        self.primary = primary
+        self.batch_size: int = shapes[primary][1]
+        own = [i for i, shape in shapes.items() if shape[:2] == (num_members, self.batch_size)]
+        common = [i for i, shape in shapes.items() if shape[:1] == (self.batch_size,) and i not in {*own, *excluded}]
+        self.batched = sorted([*own, *common])
+        for i in own:
+            self.leaves[i] = self.leaves[i].flatten(0, 1)
+        for i in common:
+            self.leaves[i] = self.leaves[i].repeat(num_members, *(1,) * (len(shapes[i]) - 1))
+
+    def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a folded pass, [K*B, ...], member-major."""
+        return pytree.tree_unflatten(self.leaves, self._spec)
+
+    def fold_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a folded pass."""
+        return torch.arange(start, stop)
+
+    def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of member k alone: its own rows."""
+        return self.mapped(lambda x: x.narrow(0, k * self.batch_size, self.batch_size))
+
+    def signature(self) -> tuple[Any, ...]:
+        """As for other calls, and which leaves carry rows."""
+        return ("members", *self.batched, *super().signature())
 
 
 def establish_excluded(

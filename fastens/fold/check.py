@@ -1,5 +1,6 @@
 """The check of a folded pass against the loop, and what a first pass establishes about the network."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ def _shapes(*trees: Any) -> Shapes:
     return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def batch_dims(folded: Shapes, member: Shapes, num_members: int) -> list[int | None] | None:
-    """Where tensors carry the batch: the dimension that is K times larger in the folded pass than in a member's.
+def batch_dims(folded: Shapes, member: Shapes, rows: int, batch: int = 1) -> list[int | None] | None:
+    """Where tensors carry the batch: the dimension that is ``rows / batch`` times as large in the folded pass.
 
     Returns:
         One entry per tensor, none where no dimension differs; or none where the two passes do not match.
@@ -65,7 +66,7 @@ def batch_dims(folded: Shapes, member: Shapes, num_members: int) -> list[int | N
         different = [d for d, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
         if not different:
             dims.append(None)
-        elif len(different) == 1 and ours[different[0]] == num_members * theirs[different[0]]:
+        elif len(different) == 1 and ours[different[0]] * batch == rows * theirs[different[0]]:
             dims.append(different[0])
         else:
             return None
@@ -78,6 +79,12 @@ class Recording:
     def __init__(self) -> None:
         self.inputs: dict[str, list[Shapes]] = defaultdict(list)
         self.outputs: dict[str, list[Shapes]] = defaultdict(list)
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers the modules returned."""
+        calls = (shapes for calls in self.outputs.values() for shapes in calls)
+        return sum(math.prod(shape) for shapes in calls for shape in shapes if shape is not None)
 
     @contextmanager
     def of(self, skeleton: nn.Module) -> Iterator[None]:
@@ -101,8 +108,21 @@ class Recording:
 
 
 @contextmanager
-def establishing(network: nn.Module, recording: Recording, num_members: int) -> Iterator[None]:
-    """While a folded pass runs, tell each module where its batch is, from what a member saw in the loop."""
+def buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Undo what passes in training mode do to buffers, as to the statistics of batch normalisation."""
+    training = any(module.training for module in network.modules())
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()] if training else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def establishing(network: nn.Module, recording: Recording, rows: int, batch: int) -> Iterator[None]:
+    """While a folded pass of ``rows`` runs, tell modules where their batch is, from what a member saw of ``batch``."""
     calls: dict[str, int] = defaultdict(int)
     handles = []
     for path, module in folded_modules(network).items():
@@ -112,7 +132,7 @@ def establishing(network: nn.Module, recording: Recording, num_members: int) -> 
             calls[path] += 1
             if call >= len(recording.inputs[path]):
                 return
-            dims = batch_dims(_shapes(args, kwargs), recording.inputs[path][call], num_members)
+            dims = batch_dims(_shapes(args, kwargs), recording.inputs[path][call], rows, batch)
             if dims is None:
                 return
             if isinstance(module, FoldedLayer):
@@ -121,7 +141,7 @@ def establishing(network: nn.Module, recording: Recording, num_members: int) -> 
                     module.__dict__["batch_dim"] = dims[0]
                 return
             outputs = recording.outputs[path][call] if call < len(recording.outputs[path]) else []
-            module.__dict__["layout"] = (dims, _output_dims(module, args, kwargs, outputs, dims, num_members))
+            module.__dict__["layout"] = (dims, _output_dims(module, args, kwargs, outputs, dims, rows, batch))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
@@ -132,21 +152,21 @@ def establishing(network: nn.Module, recording: Recording, num_members: int) -> 
 
 
 def _output_dims(
-    module: Any, args: Any, kwargs: Any, member: Shapes, dims: list[int | None], num_members: int
+    module: Any, args: Any, kwargs: Any, member: Shapes, dims: list[int | None], rows: int, batch: int
 ) -> list[int | None] | None:
     if not any(dim is not None for dim in dims) or any(
         isinstance(leaf, MemberTensor) for leaf in pytree.tree_leaves((args, kwargs))
     ):
         nowhere: list[int | None] = [None] * len(member)
         return nowhere if all(dim is None for dim in dims) else None
-    if not any(shape is not None and num_members > 1 for shape in member):
+    if rows == batch or all(shape is None for shape in member):
         return None
     first = next(dim for dim in dims if dim is not None)
     if all(shape is not None and len(shape) > first for shape in member) and first == 0 and len(member) == 1:
         return [0]  # one result, batch first in and out: what nearly every module does
     with torch.no_grad():  # one member on the whole folded batch shows which dimension of each result grows
         whole = call_member(module.skeleton[0], member_tensors(module, 0), args, kwargs)
-    return batch_dims(_shapes(whole), member, num_members)
+    return batch_dims(_shapes(whole), member, rows, batch)
 
 
 def first_parting(
@@ -158,7 +178,6 @@ def first_parting(
 ) -> str | None:
     """The first module, in order of completion, whose folded output is not that of the members joined."""
     folded: dict[str, Tensor] = {}
-    looped: dict[str, list[Tensor]] = defaultdict(list)
     paths = list(folded_modules(network))
 
     def watch(root: nn.Module, keep: Callable[[str, Tensor], None]) -> list[Any]:
@@ -180,20 +199,22 @@ def first_parting(
     finally:
         for handle in handles:
             handle.remove()
-    handles = watch(skeleton, lambda path, leaf: looped[path].append(leaf))
-    try:
-        for k in range(num_members):
+    compared: dict[str, int] = defaultdict(int)
+    parting: set[str] = set()
+    for k in range(num_members):  # one at a time, so that no more than one member's outputs are held beside the fold's
+        looped: dict[str, Tensor] = {}
+        handles = watch(skeleton, looped.setdefault)
+        try:
             run_member(k)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for path, output in folded.items():
-        calls = len(looped[path]) // num_members
-        expected = looped[path][::calls] if calls else []
-        if len(expected) != num_members:
-            continue
-        dims = batch_dims([tuple(output.shape)], [tuple(expected[0].shape)], num_members)
-        joined = torch.cat(expected, dims[0]) if dims and dims[0] is not None else expected[0]
-        if relative_error(output, joined) > tolerance_for(joined):
-            return path
-    return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path in folded.keys() & looped.keys():
+            output, expected = folded[path], looped[path]
+            dims = batch_dims([tuple(output.shape)], [tuple(expected.shape)], num_members)
+            if dims and dims[0] is not None:
+                output = output.narrow(dims[0], k * expected.shape[dims[0]], expected.shape[dims[0]])
+            compared[path] += 1
+            if relative_error(output, expected) > tolerance_for(expected):
+                parting.add(path)
+    return next((path for path in folded if path in parting and compared[path] == num_members), None)

@@ -58,13 +58,18 @@ def run_drawn(
     return _joined(parts, order)
 
 
-def fold_drawn(run: Callable[[Tensor, Tensor], Any], num_members: int, max_fold: int | None, members: Tensor) -> Any:
-    """Run the samples grouped by member through the folded network, at most ``max_fold`` rows at a time.
+def fold_drawn(
+    run: Callable[[Tensor, Tensor], Any],
+    num_members: int,
+    passes: Callable[[Callable[[int, int], Any]], list[Any]],
+    members: Tensor,
+) -> Any:
+    """Run the samples grouped by member through the folded network.
 
     Args:
         run: a folded pass over the samples ``index``, int64 [n], grouped by ``offsets``, int64 [K+1].
         num_members: K.
-        max_fold: the most rows in one pass; none for all.
+        passes: evaluates all B rows, by as many passes over rows ``start`` to ``stop`` as the memory asks for.
         members: int64 [B] on the CPU.
 
     Returns:
@@ -74,10 +79,4 @@ def fold_drawn(run: Callable[[Tensor, Tensor], Any], num_members: int, max_fold:
         NotFoldable: an output that does not carry the batch.
     """
     order, offsets = _grouped(members, num_members)
-    size = max_fold or max(len(order), 1)
-    starts = range(0, max(len(order), 1), size)
-    parts = [
-        run(order[start : start + size], (offsets - start).clamp(0, len(order[start : start + size])))
-        for start in starts
-    ]
-    return _joined(parts, order)
+    return _joined(passes(lambda start, stop: run(order[start:stop], offsets.clamp(start, stop) - start)), order)

@@ -1,7 +1,9 @@
 """Evaluating all members of one structure: the folded pass, the loop it is checked against, and the choice."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments, establish_excluded
-from fastens.fold.check import Recording, establishing, first_parting, relative_error, tolerance_for
+from fastens.fold.check import Recording, buffers_kept, establishing, first_parting, relative_error, tolerance_for
 from fastens.fold.drawn import fold_drawn, run_drawn
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
+from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, folded_modules
 from fastens.fold.planned import Plans, can_plan
 from fastens.fold.registry import RawModule
@@ -21,6 +24,7 @@ from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import LayerReport, Report
 
 _MAX_REPAIRS = 8  # modules looped one after the other before the whole network is
+_DIFFERS = "the result differs from the members'"
 
 
 class FoldEngine:
@@ -45,13 +49,15 @@ class FoldEngine:
         self.skeleton = skeleton
         self.shared = shared
         self.num_members = num_members
-        self.max_fold: int | None = settings["max_fold"]
+        self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, self.rows)
         self.plans = Plans(self.network, num_members)
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
-        self._checked: dict[Any, frozenset[int]] = {}  # signature -> leaves that only look like the batch
+        # signature, and whether it takes several passes -> leaves that only look like the batch
+        self._checked: dict[Any, frozenset[int]] = {}
+        self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def member(self, k: int) -> nn.Module:
         """A module with a copy of member k's weights."""
@@ -64,31 +70,52 @@ class FoldEngine:
         return replaced(self.skeleton, {n: copied(n, t, values[n]) for n, t in tensors_of(self.skeleton).items()})
 
     def refresh(self) -> None:
-        """Forget which signatures were checked, and the plans with their packed weights."""
+        """Forget which signatures were checked, what they need of memory, and the plans with their packed weights."""
         self._checked.clear()
+        self.cap.clear()
         self.plans.clear()
 
     # Passes
 
-    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> list[Any]:
-        """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last."""
+    def evaluate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
+    ) -> list[Any]:
+        """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments.
+            training: the mode of the ensemble.
+            kind: reads the arguments: whether members share their rows or have their own.
+        """
         if self.engine == "loop":
-            return self._loop(args, kwargs)
-        arguments = Arguments(args, kwargs)
-        plannable = not torch.compiler.is_compiling() and not _capturing() and self._can_plan(arguments)
+            return self._loop(kind(args, kwargs))
+        arguments = kind(args, kwargs)
+        eager = not torch.compiler.is_compiling() and not _capturing()
+        plannable = eager and kind is Arguments and self._can_plan(arguments)
         found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
         if found is not None:
             leaves, spec = found
             return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
-        excluded = self._established(args, kwargs, training)
+        excluded = self._established(args, kwargs, training, kind)
         if self.engine == "loop":
-            return self._loop(args, kwargs)
-        if plannable:
-            return self._planned(Arguments(args, kwargs, excluded))
-        return self._fold(Arguments(args, kwargs, excluded))
+            return self._loop(arguments)
+        key = self._key(arguments, training) if eager else None
+        if plannable and self.cap.holds_recording(key, self.num_members * arguments.batch_size):
+            try:
+                return self._planned(Arguments(args, kwargs, excluded))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        return self._fold(kind(args, kwargs, excluded), key)
+
+    @staticmethod
+    def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
+        return arguments.signature(), training, torch.is_grad_enabled()
 
     def _can_plan(self, arguments: Arguments) -> bool:
-        whole = self.max_fold is None or self.num_members * arguments.batch_size <= self.max_fold
+        asked = self.cap.asked
+        whole = asked is None or self.num_members * arguments.batch_size <= asked
         return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
 
     def _planned(self, arguments: Arguments) -> list[Any]:
@@ -110,24 +137,35 @@ class FoldEngine:
         arguments = Arguments(args, kwargs, excluded)
         if self.engine == "loop":
             return run_drawn(self._call, arguments, members)
+        eager = not torch.compiler.is_compiling() and not _capturing()
+        key = self._key(Arguments(args, kwargs), training) if eager else None
+
+        def passes(run: Callable[[int, int], Any]) -> list[Any]:
+            return self.cap.run(key, len(members), run, self._kept_together(len(members)))
+
         return fold_drawn(
-            lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, self.max_fold, members
+            lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
 
-    def _established(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
+    def _established(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
+    ) -> frozenset[int]:
         """The leaves that only look like the batch, from the first eager pass of this signature."""
         if torch.compiler.is_compiling() or _capturing():
             return frozenset()
-        key = (Arguments(args, kwargs).signature(), training, torch.is_grad_enabled())
-        if key not in self._checked:
-            self._checked[key] = self._first(args, kwargs, training)
-        return self._checked[key]
+        arguments = kind(args, kwargs)
+        key, total = self._key(arguments, training), self.num_members * arguments.batch_size
+        found = self._checked.get((key, self.cap.rows(key, total) < total))
+        if found is None:
+            found = self._first(args, kwargs, training, kind)
+            self._checked[key, self.cap.rows(key, total) < total] = found
+        return found
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
 
-    def _loop(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        flat = [pytree.tree_flatten(self._call(k, args, kwargs)) for k in range(self.num_members)]
+    def _loop(self, arguments: Arguments) -> list[Any]:
+        flat = [pytree.tree_flatten(self._call(k, *arguments.of_member(k))) for k in range(self.num_members)]
         return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
 
     def _pass(self, arguments: Arguments, index: Tensor | None, offsets: Tensor | None) -> Any:
@@ -140,18 +178,22 @@ class FoldEngine:
             self.rows.set(len(index), offsets)
         return self.network(*args, **kwargs)
 
-    def _fold(self, arguments: Arguments) -> list[Any]:
+    def _fold(self, arguments: Arguments, key: Any = None) -> list[Any]:
         members, batch = self.num_members, arguments.batch_size
-        if self.max_fold is None or members * batch <= self.max_fold:
-            leaves, spec = pytree.tree_flatten(self._pass(arguments, None, None))
-            return [*(self._unfolded(leaf, batch) for leaf in leaves), spec]
-        parts = []
-        for start in range(0, members * batch, self.max_fold):
-            stop = min(start + self.max_fold, members * batch)
+
+        def run(start: int, stop: int) -> tuple[list[Any], Any]:
+            if stop - start == members * batch:
+                return pytree.tree_flatten(self._pass(arguments, None, None))
             offsets = (torch.arange(members + 1) * batch).clamp(start, stop) - start
-            parts.append(pytree.tree_flatten(self._pass(arguments, torch.arange(start, stop) % batch, offsets)))
-        joined = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(p[0] for p in parts), strict=True)]
-        return [*(self._unfolded(leaf, batch) for leaf in joined), parts[0][1]]
+            return pytree.tree_flatten(self._pass(arguments, arguments.fold_rows(start, stop), offsets))
+
+        leaves, spec = _joined(self.cap.run(key, members * batch, run, self._kept_together(batch)))
+        return [*(self._unfolded(leaf, batch) for leaf in leaves), spec]
+
+    def _kept_together(self, batch: int) -> int:
+        """How many rows must not be parted: those of one member where statistics are taken over them."""
+        taken = any(norm.training or norm.stack("running_mean") is None for norm in self._batch_norms)
+        return max(1, batch) if taken else 1
 
     def _unfolded(self, leaf: Any, batch: int) -> Any:
         if isinstance(leaf, MemberTensor):
@@ -164,33 +206,45 @@ class FoldEngine:
 
     # The first pass of a signature
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> frozenset[int]:
-        """Establish where the batch is, and check the fold against the loop; fall back to the loop where they part."""
-        arguments = Arguments(args, kwargs)
+    def _first(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments]
+    ) -> frozenset[int]:
+        """Establish where the batch is, and check the fold against the loop; fall back to the loop where they part.
+
+        Of the loop only the members' outputs are held while the folded pass runs.
+        """
+        arguments = kind(args, kwargs)
+        key = self._key(arguments, training)
+        args_0, kwargs_0 = arguments.of_member(0)
         recording = Recording()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(self.network):
             expected: list[list[Tensor]] = []
             for k in range(self.num_members):
-                if k == 0:
-                    with recording.of(self.skeleton):
-                        output = self._call(0, args, kwargs)
-                else:
-                    output = self._call(k, args, kwargs)
+                with recording.of(self.skeleton) if k == 0 else nullcontext():
+                    output = self._call(k, *arguments.of_member(k))
                 expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+                del output
+            if not self._differentiates(arguments, key):
+                first = next(x for x in arguments.leaves if isinstance(x, Tensor))
+                least = recording.num_elements * max((x.element_size() for x in expected[0]), default=0)
+                run_member = partial(self._call, 0, args_0, kwargs_0)
+                self.cap.measure(key, self.num_members, arguments.batch_size, least, run_member, first.device)
             problem = None
             for attempt in range(_MAX_REPAIRS):
-                problem, error = self._attempt(arguments, expected, recording, training)
+                problem, error = self._attempt(arguments, expected, recording, key)
                 if problem is None:
-                    return frozenset(set(Arguments(args, kwargs).batched) - set(arguments.batched))
+                    return frozenset(set(kind(args, kwargs).batched) - set(arguments.batched))
+                if error == _DIFFERS and attempt == 0 and self._random(args_0, kwargs_0):
+                    break  # before anything is looped for it
                 if attempt == 0 and len(arguments.batched) > 1:
-                    excluded = establish_excluded(lambda a, k: self._call(0, a, k), args, kwargs)
+                    excluded = establish_excluded(lambda a, k: self._call(0, a, k), args_0, kwargs_0)
                     if excluded:
-                        arguments = Arguments(args, kwargs, excluded)
+                        arguments = kind(args, kwargs, excluded)
                         continue
-                if not self._repair(arguments, args, kwargs, error):
+                if not self._repair(arguments, error, key):
                     break
-            if self._random(args, kwargs):
+            if self._random(args_0, kwargs_0):
                 self.why = "members are random in this mode, so the fold was not checked against the loop"
                 return frozenset()
         self.engine = "loop"
@@ -199,34 +253,52 @@ class FoldEngine:
         return frozenset()
 
     def _attempt(
-        self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, training: bool
+        self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, key: Any
     ) -> tuple[str | None, str]:
         self.rows.probing = True
         try:
-            # With one member every dimension is as large in both passes, and nothing needs to be dealt out.
-            where = establishing(self.network, recording, self.num_members) if self.num_members > 1 else nullcontext()
-            with where:
-                *leaves, _ = self._fold(arguments)
+            leaves = self._establishing_fold(arguments, recording, key)
         except Exception as error:
             return f"{type(error).__name__}: {error}", str(error)
         finally:
             self.rows.probing = False
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        worst = 0.0
         for i, stack in enumerate(tensors):
             for k in range(self.num_members):
                 error = relative_error(stack[k], expected[k][i])
                 if not error <= tolerance_for(expected[k][i]):
-                    return f"relative error {error:.1e} in member {k}", "the result differs from the members'"
-                worst = max(worst, error)
+                    return f"relative error {error:.1e} in member {k}", _DIFFERS
         return None, ""
 
-    def _repair(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> bool:
+    def _establishing_fold(self, arguments: Arguments, recording: Recording, key: Any) -> list[Any]:
+        """Fold, and establish where each module's batch is: in that pass, or in a smaller one before it if capped."""
+        batch = arguments.batch_size
+        total = self.num_members * batch
+        rows = self.cap.rows(key, total)
+        # Where both passes are as large, every dimension is. With one member or row, nothing needs to be dealt out.
+        if rows == total:
+            with establishing(self.network, recording, total, batch) if total > batch else nullcontext():
+                *leaves, _ = self._fold(arguments, key)
+            if self.cap.rows(key, total) == total:
+                return leaves
+            return self._establishing_fold(arguments, recording, key)
+        rows -= rows == batch
+        if rows > 1 and self._kept_together(batch) == 1:
+            offsets = (torch.arange(self.num_members + 1) * batch).clamp(max=rows)
+            with establishing(self.network, recording, rows, batch):
+                self._pass(arguments, arguments.fold_rows(0, rows), offsets)
+        *leaves, _ = self._fold(arguments, key)
+        return leaves
+
+    def _repair(self, arguments: Arguments, why: str, key: Any) -> bool:
         """Loop the module in which fold and loop part; return whether there was one to loop."""
+        total = self.num_members * arguments.batch_size
+        if self.cap.rows(key, total) < total:  # in several passes it is not looked for
+            return False
         path = first_parting(
             self.network,
-            lambda: self._fold(arguments),
-            lambda k: self._call(k, args, kwargs),
+            lambda: self._fold(arguments, key),
+            lambda k: self._call(k, *arguments.of_member(k)),
             self.skeleton,
             self.num_members,
         )
@@ -235,6 +307,10 @@ class FoldEngine:
             return False
         module.looped = f"folded, {why}"
         return True
+
+    def _differentiates(self, arguments: Arguments, key: Any) -> bool:
+        tensors = (*self.network.parameters(), *arguments.tensors)
+        return key[-1] and any(x.requires_grad for x in tensors)
 
     def _random(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         first, second = (pytree.tree_leaves(self._call(0, args, kwargs)) for _ in range(2))
@@ -248,7 +324,7 @@ class FoldEngine:
                 *folded, _ = self.evaluate(args, kwargs, self.network.training)
             finally:
                 self.engine = engine
-            *looped, _ = self._loop(args, kwargs)
+            *looped, _ = self._loop(Arguments(args, kwargs))
         pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
         return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
 
@@ -273,6 +349,15 @@ class FoldEngine:
             layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else "reference", why, number))
         plans = self.plans
         return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
+
+
+def _joined(parts: list[tuple[list[Any], Any]]) -> tuple[list[Any], Any]:
+    """The leaves of several passes, one after the other in the batch, and their structure."""
+    (first, spec), *others = parts
+    if not others:
+        return first, spec
+    columns = zip(*(leaves for leaves, _ in parts), strict=True)
+    return [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], spec
 
 
 def _capturing() -> bool:

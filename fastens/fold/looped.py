@@ -53,8 +53,11 @@ def run_looped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         out_dims = None
     else:
         in_dims, out_dims = module.layout
+    skips = rows.offsets is not None and (out_dims is None or None not in out_dims)
     results = []
     for k in range(rows.num_members):
+        if skips and rows.total > 0 and rows.offsets[k] == rows.offsets[k + 1]:
+            continue  # batch statistics of no rows would be no numbers
         taken = list(leaves)
         for i, dim in zip(tensors, in_dims, strict=True):
             if dim is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastens.fold.looped import run_looped
 from fastens.fold.member_tensor import MemberTensor
+from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.rows import NotFoldable, Rows
 
 _REGISTRY: dict[type[nn.Module], type["FoldedLayer"]] = {}
@@ -115,6 +116,8 @@ class RawModule(FoldedModule):
         try:
             return super().forward(*args, **kwargs)
         except Exception as error:  # whatever it is, the loop decides whether it is the member's own error
+            if is_out_of_memory(error):
+                raise
             self.looped = f"{type(error).__name__}: {error}" if not isinstance(error, NotFoldable) else str(error)
             return run_looped(self, args, kwargs)
 

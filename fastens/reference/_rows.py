@@ -9,10 +9,10 @@ from torch import Tensor
 
 def split_rows(x: Tensor, num_members: int, offsets: Tensor | None) -> list[Tensor]:
     """Cut ``x`` [R, ...] into the K groups of rows that belong to one member each."""
+    # One split, because its gradient is one cat; the gradient of a slice is as large as all rows, once per member.
     if offsets is None:
-        size = x.shape[0] // num_members
-        return [x[k * size : (k + 1) * size] for k in range(num_members)]
-    return [x[start:stop] for start, stop in pairwise(offsets.tolist())]
+        return list(x.split([x.shape[0] // num_members] * num_members))
+    return list(x.split([stop - start for start, stop in pairwise(offsets.tolist())]))
 
 
 def expand_rows(stack: Tensor, num_rows: int, offsets: Tensor | None) -> Tensor:

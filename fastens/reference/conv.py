@@ -21,9 +21,12 @@ def conv(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """One library convolution per member, joined. Shapes as in :func:`fastens.ops.conv.conv`."""
+    weights = weight.unbind()
+    biases = [None] * len(weights) if bias is None else bias.unbind()
 
     def member(rows: Tensor, k: int) -> Tensor:
-        bias_k = None if bias is None else bias[k]
-        return torch.convolution(rows, weight[k], bias_k, stride, padding, dilation, transposed, output_padding, groups)
+        return torch.convolution(
+            rows, weights[k], biases[k], stride, padding, dilation, transposed, output_padding, groups
+        )
 
     return per_member(member, x, weight.shape[0], offsets)

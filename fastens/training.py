@@ -1,0 +1,132 @@
+"""Training K members at once: one folded forward and backward pass for all of them.
+
+The members of an :class:`fastens.Ensemble` share no parameter, so the gradient of the SUM of their losses holds, in
+entry k of every stack, exactly what member k's own loss gives it. (A mean would divide every gradient by K.)
+An optimizer that treats every number alone (SGD, Adam, AdamW, RMSprop, ...) then takes the steps of K optimizers;
+whatever looks at a whole member, as clipping the gradient's norm does, must be done per member. Dropout draws other
+masks than in a run of one member alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.ensemble import Ensemble
+from fastens.fold.arguments import MemberArguments
+from fastens.outputs import columns, plain, stacked
+
+_MIXING = tuple(
+    getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "Muon") if hasattr(torch.optim, name)
+)  # their steps depend on norms, factors or products of a whole tensor, and ours holds K members
+
+
+def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate each member on rows of its own, in one folded pass.
+
+    Args:
+        ensemble: of K members.
+        *args: the members' arguments. The first tensor of at least two dimensions is [K, B, ...]: entry k is member
+            k's batch, and so for every tensor whose first two dimensions are K and B. A tensor [B, ...] is the same
+            for all members, anything else is passed as it is.
+        **kwargs: likewise.
+
+    Returns:
+        [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
+
+    Raises:
+        ValueError: the first tensor has not one group of rows per member.
+    """
+    kind = partial(MemberArguments, ensemble.num_members)
+    if ensemble._engine is not None:
+        leaves = ensemble._engine.evaluate(args, kwargs, ensemble.training, kind)
+    else:
+        arguments = kind(args, kwargs)
+        calls = ((member, *arguments.of_member(k)) for k, member in enumerate(ensemble.network.children()))
+        leaves = columns([member(*own, **named) for member, own, named in calls])
+    return plain(ensemble._combine(leaves, stacked))
+
+
+def training_step(
+    ensemble: Ensemble,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Any], Tensor],
+    *args: Any,
+    max_norm: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Train all members by one step, each on its own batch.
+
+    Args:
+        ensemble: of K members, in the mode to train them in.
+        optimizer: of ``ensemble.parameters()``; one that treats every number alone.
+        loss: from the outputs [K, B, ...] to losses [K, ...] that are not summed over members, as
+            ``lambda predicted: (predicted - noise).square()``; a member's loss is the mean of its entries.
+        *args: as in :func:`member_forward`.
+        max_norm: the largest norm of each member's gradient; none for any.
+        **kwargs: as in :func:`member_forward`.
+
+    Returns:
+        [K], each member's loss before the step.
+
+    Raises:
+        TypeError: an optimizer whose steps would mix the members.
+        ValueError: losses without the member axis, or arguments without rows of every member.
+    """
+    if isinstance(optimizer, _MIXING):
+        raise TypeError(
+            f"{type(optimizer).__name__} computes a step from a whole tensor, and a stack holds all members: its steps "
+            "would not be those of separate training; use one that treats every number alone, as AdamW"
+        )
+    optimizer.zero_grad()
+    losses = loss(member_forward(ensemble, *args, **kwargs))
+    if losses.ndim == 0 or losses.shape[0] != ensemble.num_members:
+        raise ValueError(
+            f"loss gave a tensor of shape {list(losses.shape)}, expected [{ensemble.num_members}, ...]: leave the "
+            "losses apart (reduction='none'), since a mean over members would divide every gradient by their number"
+        )
+    losses = losses.reshape(ensemble.num_members, -1).mean(1)
+    losses.sum().backward()
+    if max_norm is not None:
+        clip_member_grad_norms(ensemble, max_norm)
+    optimizer.step()
+    return losses.detach()
+
+
+@torch.no_grad()
+def clip_member_grad_norms(ensemble: Ensemble, max_norm: float) -> Tensor:
+    """Scale each member's gradient down to a norm, as ``torch.nn.utils.clip_grad_norm_`` does for a member alone.
+
+    Args:
+        ensemble: of K members, after ``backward``.
+        max_norm: the largest 2-norm of one member's gradient.
+
+    Returns:
+        [K], the norms before.
+
+    Raises:
+        ValueError: a parameter that all members share has a gradient, which belongs to no member.
+    """
+    if ensemble._engine is None:
+        members = ensemble.network.children()
+        return torch.stack([nn.utils.clip_grad_norm_(member.parameters(), max_norm) for member in members])
+    gradients = []
+    for name, parameter in ensemble.network.named_parameters():
+        if parameter.grad is not None:
+            if name in ensemble._engine.shared:
+                raise ValueError(f"{name} is one tensor for all members and has a gradient; it belongs to none of them")
+            gradients.append(parameter.grad)
+    if not gradients:
+        return torch.zeros(ensemble.num_members)
+    norms = torch.stack(
+        [torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in gradients]
+    )
+    norms = torch.linalg.vector_norm(norms, dim=0)
+    scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # the formula of clip_grad_norm_
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *(1,) * (gradient.ndim - 1)))
+    return norms

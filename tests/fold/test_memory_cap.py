@@ -1,0 +1,208 @@
+"""A folded pass takes no more rows than were asked for, or than fit, and the results stay the same."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from fastens.fold import memory_cap
+from fastens.fold.memory_cap import Allocations, available_memory, is_out_of_memory
+from fastens.ops.draw_members import draw_members
+from tests.networks import NETWORKS, randomised, tensor_of
+from tests.tolerances import NETWORK, relative_error
+
+KINDS = ["mlp", "unet_2d_attention", "pixart", "transformer_time_first", "gru", "edm_like"]
+
+
+def members_of(name, count=3):
+    make, arguments = NETWORKS[name]
+    return [randomised(make, seed) for seed in range(count)], arguments(4)
+
+
+def stack_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def wide(batch=64, width=256):
+    members = [
+        randomised(lambda: nn.Sequential(nn.Linear(8, width), nn.SiLU(), nn.Linear(width, 8)), s) for s in range(4)
+    ]
+    return members, torch.randn(batch, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The rows of every folded pass."""
+    seen = []
+    original = fastens.fold.engine.FoldEngine._pass
+
+    def watched(self, arguments, index, offsets):
+        result = original(self, arguments, index, offsets)
+        seen.append(self.rows.total)
+        return result
+
+    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "_pass", watched)
+    return seen
+
+
+@pytest.mark.parametrize("max_fold", [1, 5, 7, 11, 12, 13])
+@pytest.mark.parametrize("name", KINDS)
+def test_any_cap_gives_the_same(name, max_fold, passes):
+    members, (args, kwargs) = members_of(name)
+    capped = fastens.Ensemble(members, engine="fold", max_fold=max_fold)
+    with torch.no_grad():
+        expected = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
+        outputs = stack_of(capped.member_outputs(*args, **kwargs))
+        assert relative_error(outputs, expected) < NETWORK[torch.float32]
+    assert capped.engine == "fold"
+    assert max(passes) == min(max_fold, 12)
+
+
+@pytest.mark.parametrize("max_fold", [1, 3])
+def test_drawn_members_keep_to_the_cap(max_fold, passes):
+    members, (args, kwargs) = members_of("unet_2d")
+    ensemble = fastens.Ensemble(members, "mixture", engine="fold", max_fold=max_fold)
+    with torch.no_grad(), ensemble.trajectory(4, 3):
+        drawn = draw_members(3, 0, 3, 4)
+        output = tensor_of(ensemble(*args, **kwargs))
+        stack = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
+    assert relative_error(output, stack[drawn, torch.arange(4)]) < NETWORK[torch.float32]
+    assert max(passes) == max_fold
+
+
+@pytest.mark.parametrize("free", [200_000, 20_000, 1])
+def test_takes_as_many_rows_as_fit(free, monkeypatch, passes):
+    members, x = wide()
+    ensemble = fastens.Ensemble(members)
+    monkeypatch.setattr(memory_cap, "available_memory", lambda: free)
+    with torch.no_grad():
+        expected = torch.stack([member(x) for member in members])
+        with pytest.warns(UserWarning, match="256 rows in one pass need about .* MiB are free") as told:
+            outputs = ensemble.member_outputs(x)
+        assert len(told) == 1
+        assert relative_error(outputs, expected) < NETWORK[torch.float32]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
+            assert relative_error(ensemble.member_outputs(x), expected) < NETWORK[torch.float32]
+    per_row = 2 * 256 * 4  # two hidden layers at once
+    assert 0.7 * free / per_row * 0.75 <= max(passes) <= max(1, free / per_row)
+    assert ensemble.engine == "fold"
+
+
+def test_memory_enough_means_one_pass(monkeypatch, passes):
+    members, x = wide()
+    ensemble = fastens.Ensemble(members)
+    monkeypatch.setattr(memory_cap, "available_memory", lambda: 2_000_000)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ensemble(x)
+        ensemble(x)
+    assert set(passes) == {256}
+
+
+@pytest.mark.parametrize("limit", [64, 9, 1])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, passes):
+    members, x = wide()
+    ensemble = fastens.Ensemble(members)
+    original = fastens.fold.engine.FoldEngine._pass
+    failed = []
+
+    def limited(self, arguments, index, offsets):
+        rows = 256 if index is None else len(index)
+        if rows > limit:
+            failed.append(rows)
+            raise error("out of memory")
+        return original(self, arguments, index, offsets)
+
+    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "_pass", limited)
+    with torch.no_grad():
+        expected = torch.stack([member(x) for member in members])
+        with pytest.warns(UserWarning, match="a pass of 256 rows ran out of memory, so one takes 128"):
+            assert relative_error(ensemble.member_outputs(x), expected) < NETWORK[torch.float32]
+        assert failed == [2**n for n in range(8, 0, -1) if 2**n > limit]
+        assert relative_error(ensemble.member_outputs(x), expected) < NETWORK[torch.float32]
+        assert len(failed) == len([2**n for n in range(8, 0, -1) if 2**n > limit])
+    assert ensemble.engine == "fold"
+
+
+def test_one_row_that_does_not_fit_is_the_callers_error(monkeypatch):
+    members, x = wide(batch=1)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        ensemble.member_outputs(x)
+
+        def exhausted(self, arguments, index, offsets):
+            raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(fastens.fold.engine.FoldEngine, "_pass", exhausted)
+        ensemble.refresh()
+        ensemble._engine._first = lambda *_: frozenset()
+        with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="ran out"):
+            ensemble.member_outputs(x)
+
+
+def test_allocations_are_those_of_the_operations():
+    x = torch.zeros(1000)
+    with Allocations() as allocations:
+        y = x + 1
+        z = (y * 2).view(10, 100)
+        del y
+        z = z + 1
+    assert allocations.total == 12_000
+    assert allocations.peak == 8_000
+
+
+def test_knows_the_memory_here():
+    assert 2**20 < available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_tells_lack_of_memory_from_other_errors(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+LIMITED = """
+import resource, sys, warnings
+import torch
+from torch import nn
+import fastens
+from fastens.fold.memory_cap import available_memory
+torch.set_num_threads(1)
+torch.manual_seed(0)
+make = lambda: nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1)).eval()
+members = [make() for _ in range(8)]
+x = torch.randn(8, 3, 128, 128)  # a member's pass takes 34 MB, the folded one 270 MB and more
+with torch.no_grad():
+    expected = torch.stack([member(x) for member in members])
+    mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 180 * 2**20,) * 2)
+    ensemble = fastens.Ensemble(members, max_fold=64 if sys.argv[1] == "asked" else None)
+    if sys.argv[1] == "blind":
+        fastens.fold.memory_cap.available_memory = lambda: float("inf")
+    for _ in range(2):
+        output = ensemble.member_outputs(x)
+    print(ensemble.engine, float((output - expected).abs().max()) < 1e-5)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space of a process")
+@pytest.mark.parametrize(("way", "notice"), [("foreseen", "need about"), ("blind", "ran out of memory")])
+def test_real_limit(way, notice):
+    result = subprocess.run([sys.executable, "-c", LIMITED, way], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["fold", "True"], result.stderr[-2000:]
+    assert notice in result.stderr
