@@ -282,7 +282,7 @@ class FoldEngine:
             if self.cap.rows(key, total) == total:
                 return leaves
             return self._establishing_fold(arguments, recording, key)
-        rows -= rows == batch
+        rows = min(rows, 3 if batch == 2 else 2)  # few, and not as many as the member's own pass has
         if rows > 1 and self._kept_together(batch) == 1:
             offsets = (torch.arange(self.num_members + 1) * batch).clamp(max=rows)
             with establishing(self.network, recording, rows, batch):
