@@ -33,6 +33,7 @@ class Plans:
 
     def __init__(self, network: nn.Module, num_members: int) -> None:
         self._network = network
+        self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._num_members = num_members
         self.clear()
 
@@ -69,7 +70,7 @@ class Plans:
             The leaves of the folded output [K*B, ...] in memory of their own and their structure, or none without plan.
         """
         found = self._plans.get(key)
-        if found is None or self._state() != self._weights:
+        if found is None or any(self._hooks) or self._state() != self._weights:
             return None
         plan, spec = found
         return plan.run(inputs), spec
@@ -95,6 +96,8 @@ class Plans:
             self.clear()
             self._weights = self._state()
         if key in self._refused or len(self._refused) >= _MOST_REFUSALS:
+            return pytree.tree_flatten(whole(inputs))
+        if any(self._hooks):  # they want to be called
             return pytree.tree_flatten(whole(inputs))
         other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
         if other:

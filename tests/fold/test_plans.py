@@ -107,6 +107,19 @@ def test_gradients_and_training_read_the_stacks():
     assert x.grad is not None
 
 
+def test_hooks_are_called():
+    ensemble, args = planned_unet()
+    called = []
+    handle = ensemble.network.conv_out.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        hooked = ensemble(*args).sample
+        assert called
+        handle.remove()
+        called.clear()
+        assert relative_error(ensemble(*args).sample, hooked) < NETWORK[torch.float32]
+    assert not called
+
+
 class Tricky(nn.Module):
     """Control flow and memory that a recording must not get wrong."""
 

@@ -140,17 +140,18 @@ def test_fresh_masks_in_a_guided_pipeline(conditional):
 
 def test_variance_maps_take_no_second_pass(conditional):
     ensemble = fastens.Ensemble(conditional)
-    expected = guided(ensemble)
     passes = []
     handle = ensemble.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    expected = guided(ensemble)
+    passes.clear()
     with VarianceMaps(ensemble, block=1, blocks=2) as maps:
         images = guided(ensemble, callback_on_step_end=maps)
-    handle.remove()
     assert len(passes) == 3
     assert [step.shape for step in maps.steps] == [(2, 3, 8, 8)] * 3
     assert torch.equal(images, expected)
     assert all(step.min() >= 0 and step.max() > 0 for step in maps.steps)
     assert torch.equal(guided(ensemble), expected)
+    handle.remove()
     with pytest.raises(ValueError, match="block 2 of 2"):
         VarianceMaps(ensemble, 2, 2)
 
