@@ -1,5 +1,7 @@
 // Group normalisation as a scale and a shift per channel, and layer normalisation.
 
+constexpr int64_t kPixelsInFloat = 64;  // summed in float32 before they are added up in float64
+
 // One row, or a share of its groups: mean, then the variance around it, both summed per channel first.
 FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index, Scratch& scratch) {
   const int64_t r = index / step.splits, split = index % step.splits, member = r / step.rows_per_member;
@@ -12,22 +14,24 @@ FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index
   for (int pass = 0; pass < 2; ++pass) {
     std::fill(totals.begin(), totals.end(), 0.0);
     for (int64_t y = 0; y < step.height; ++y) {
-      std::fill_n(sums, channels, 0.0f);
-      for (int64_t x = 0; x < step.width; ++x) {
-        for (int s = 0; s < 2; ++s) {
-          const Image& source = step.source[s];
-          const int64_t offset = s ? step.source[0].channels : 0;
-          const int64_t from = std::max(begin, offset), to = std::min(end, offset + source.channels);
-          if (from >= to) continue;
-          const float* const in = pixel(slots, source, r, y, x) - offset;
-          if (pass == 0) {
-            for (int64_t c = from; c < to; ++c) sums[c] += in[c];
-          } else {
-            for (int64_t c = from; c < to; ++c) sums[c] += (in[c] - mean[c]) * (in[c] - mean[c]);
+      for (int64_t x0 = 0; x0 < step.width; x0 += kPixelsInFloat) {
+        std::fill_n(sums, channels, 0.0f);
+        for (int64_t x = x0; x < std::min(step.width, x0 + kPixelsInFloat); ++x) {
+          for (int s = 0; s < 2; ++s) {
+            const Image& source = step.source[s];
+            const int64_t offset = s ? step.source[0].channels : 0;
+            const int64_t from = std::max(begin, offset), to = std::min(end, offset + source.channels);
+            if (from >= to) continue;
+            const float* const in = pixel(slots, source, r, y, x) - offset;
+            if (pass == 0) {
+              for (int64_t c = from; c < to; ++c) sums[c] += in[c];
+            } else {
+              for (int64_t c = from; c < to; ++c) sums[c] += (in[c] - mean[c]) * (in[c] - mean[c]);
+            }
           }
         }
+        for (int64_t c = begin; c < end; ++c) totals[c] += sums[c];
       }
-      for (int64_t c = begin; c < end; ++c) totals[c] += sums[c];
     }
     for (int64_t g = group0; g < group1; ++g) {
       double total = 0;
@@ -71,15 +75,24 @@ FASTENS_INLINE void run_layer_norm(const LayerNorm& step, const Slots& slots, in
     Vector total{};
     for (int64_t c = 0; c < n; c += kLanes) total += load_some(in + c, n - c);
     const float mean = sum(total) / static_cast<float>(n);
-    Vector squares{};
+    // Around the rounded mean; what that leaves of the mean, which counts where values are far from 0, comes off below.
+    Vector rests{}, squares{};
     int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) squares += (load(in + c) - mean) * (load(in + c) - mean);
-    float square = sum(squares);
-    for (; c < n; ++c) square += (in[c] - mean) * (in[c] - mean);
-    const float rate = 1.0f / std::sqrt(square / static_cast<float>(n) + static_cast<float>(step.eps));
+    for (; c + kLanes <= n; c += kLanes) {
+      const Vector d = load(in + c) - mean;
+      rests += d, squares += d * d;
+    }
+    float rest = sum(rests), square = sum(squares);
+    for (; c < n; ++c) {
+      const float d = in[c] - mean;
+      rest += d, square += d * d;
+    }
+    rest /= static_cast<float>(n);
+    const float variance = std::max(0.0f, square / static_cast<float>(n) - rest * rest);
+    const float rate = 1.0f / std::sqrt(variance + static_cast<float>(step.eps));
     for (c = 0; c < n; c += kLanes) {
       const int64_t left = n - c;
-      Vector v = (load_some(in + c, left) - mean) * rate;
+      Vector v = (load_some(in + c, left) - mean - rest) * rate;
       if (weight) v *= load_some(weight + c, left);
       if (bias) v += load_some(bias + c, left);
       if (row_scale) v *= 1.0f + load_some(row_scale + c, left);
