@@ -23,7 +23,7 @@ def run_program(
     """Run the steps of a program one after the other.
 
     Args:
-        program: int64 [steps, STEP_WIDTH], see :mod:`fastens.plan.steps`.
+        program: int64 [steps, STEP_WIDTH], see :mod:`fastens.program.steps`.
         weights: float32, what the program reads from slot 1.
         arena: float32, slot 0, overwritten.
         inputs: slots from 2.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastens.plan import steps
 from fastens.plan.emit import Emitter, collect_leaves
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
-from fastens.plan.steps import Activation, Opcode
 from fastens.plan.values import (
     Activated,
     Apply,
@@ -21,6 +19,8 @@ from fastens.plan.values import (
     Stored,
     pixels_of,
 )
+from fastens.program import steps
+from fastens.program.steps import Activation, Opcode
 
 # Elementwise operations
 

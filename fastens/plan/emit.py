@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.plan import steps
 from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
 from fastens.plan.packing import multiplies_bfloat16, pack
 from fastens.plan.record import NotLowerable, Recording, Ref
-from fastens.plan.steps import Activation, Image, Opcode, Step, Strided
 from fastens.plan.tiling import tile
 from fastens.plan.values import (
     Activated,
@@ -31,6 +29,8 @@ from fastens.plan.values import (
     Stored,
     Value,
 )
+from fastens.program import steps
+from fastens.program.steps import Activation, Image, Opcode, Step, Strided
 
 _ACTIVATIONS = {
     Activation.SILU: Opcode.SILU,

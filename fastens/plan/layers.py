@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from fastens.plan import steps
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
 from fastens.plan.memory import At
 from fastens.plan.record import Node
-from fastens.plan.steps import Heads
 from fastens.plan.values import (
     Convolved,
     Enlarged,
@@ -18,6 +16,8 @@ from fastens.plan.values import (
     Stored,
     pixels_of,
 )
+from fastens.program import steps
+from fastens.program.steps import Heads
 
 # Convolutions and linear layers
 

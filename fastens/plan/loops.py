@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastens.plan import steps
 from fastens.plan.record import NotLowerable
+from fastens.program import steps
 
 
 def simplified(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from fastens.plan import steps
 from fastens.plan.emit import Call, Emitter
 from fastens.plan.memory import At
 from fastens.plan.record import Node, NotLowerable, Ref
@@ -20,6 +19,7 @@ from fastens.plan.values import (
     Stored,
     pixels_of,
 )
+from fastens.program import steps
 
 Handler = Callable[[Emitter, Node], bool]
 HANDLERS: dict[str, Handler] = {}

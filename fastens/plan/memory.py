@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastens.plan.steps import Slot, address
+from fastens.program.steps import Slot, address
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastens.plan import steps
+from fastens.program import steps
 
 
 @cache

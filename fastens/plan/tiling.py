@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastens.plan.steps import LANES
 from fastens.plan.values import Convolved
+from fastens.program.steps import LANES
 
 _PATCH_BYTES = 256 * 1024  # input of one task: a share of the second-level cache
 _TASKS_PER_THREAD = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastens.plan.memory import At
 from fastens.plan.record import Ref
-from fastens.plan.steps import Activation, Opcode
+from fastens.program.steps import Activation, Opcode
 
 
 @dataclasses.dataclass(frozen=True)

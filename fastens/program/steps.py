@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import struct
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -267,3 +268,50 @@ class LinearRule(Step):
 def encode(steps: list[Step]) -> Tensor:
     """The program: int64 [steps, STEP_WIDTH]."""
     return torch.tensor([step.words() for step in steps], dtype=torch.int64).reshape(-1, STEP_WIDTH)
+
+
+def decode(program: Tensor) -> list[Step]:
+    """The steps of a program, the inverse of :func:`encode`.
+
+    Args:
+        program: int64 [steps, STEP_WIDTH].
+
+    Raises:
+        ValueError: a step of no known kind.
+    """
+    kinds = {kind.kind: kind for kind in Step.__subclasses__()}
+    result = []
+    for number, row in enumerate(program.tolist()):
+        words = iter(row)
+        kind, tasks = next(words), next(words)
+        if kind not in kinds:
+            raise ValueError(f"`program`: step {number} is of no known kind: {kind}")
+        result.append(_read(kinds[kind], words, tasks=tasks))
+    return result
+
+
+_LENGTHS = {"strides": MAX_DIMS, "sizes": MAX_DIMS, "inputs": MAX_INPUTS, "instructions": 2 * MAX_INSTRUCTIONS}
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name != "tasks"}
+
+
+def _read(kind: Any, words: Iterator[int], **known: Any) -> Any:
+    if kind is int:
+        return next(words)
+    if kind is float:
+        return struct.unpack("<d", struct.pack("<q", next(words)))[0]
+    for name, hint in _fields(kind).items():
+        if get_origin(hint) is tuple:
+            known[name] = tuple(_read(each, words) for each in get_args(hint))
+        elif get_origin(hint) is list:
+            (each,) = get_args(hint)
+            # an instruction is a code and a number in turn
+            each_of = (each, each) if name != "instructions" else (int, float)
+            known[name] = [_read(each_of[i % 2], words) for i in range(_LENGTHS[name])]
+        else:
+            known[name] = _read(hint, words)
+    return kind(**known)

@@ -1,0 +1,1 @@
+"""The language of the programs that folded passes are lowered to: what the plans write and the kernels read."""

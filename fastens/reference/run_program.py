@@ -1,0 +1,223 @@
+"""A program, interpreted naively: every step as the torch operations that it stands for.
+
+Sums are taken in float64, so that a kernel's error is its own; only elementwise chains are computed in float32 like the
+registers they describe.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastens.program import steps
+from fastens.program.steps import Activation, Image, Opcode
+
+
+def run_program(
+    program: Tensor, weights: Tensor, arena: Tensor, inputs: list[Tensor], outputs: list[Tensor], num_threads: int
+) -> None:
+    """Run the steps of a program one after the other. Arguments as of :func:`fastens.ops.run_program.run_program`."""
+    memory = _Memory([arena, weights, *inputs, *outputs])
+    for step in steps.decode(program):
+        _RUNS[type(step)](step, memory)
+
+
+class _Memory:
+    """The slots of a call, as views of what an address points to."""
+
+    def __init__(self, slots: list[Tensor]) -> None:
+        self.slots = slots
+
+    def view(self, at: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A view of the memory at an address."""
+        slot, num_bytes = self.slots[at >> 48], at & ((1 << 48) - 1)
+        start, rest = divmod(slot.storage_offset() * slot.element_size() + num_bytes, dtype.itemsize)
+        if rest:
+            raise ValueError(f"`program`: {num_bytes} bytes into slot {at >> 48} is no address of a {dtype}")
+        return torch.empty(0, dtype=dtype).set_(slot.untyped_storage(), start, tuple(size), tuple(stride))
+
+    def rows(self, at: int, row: int, size: tuple[int, int]) -> Tensor | None:
+        """[R, C] in float64, whose rows are ``row`` elements apart; none where the address is none."""
+        return None if at < 0 else self.view(at, size, (row, 1)).double()
+
+    def image(self, image: Image, num_rows: int, height: int, width: int) -> Tensor:
+        """[R, C, height, width] in float64."""
+        size, stride = (image.rows, height, width, image.channels), (image.row, image.y, image.x, 1)
+        copies = self.view(image.at, size, stride)
+        return copies[torch.arange(num_rows) % image.rows].permute(0, 3, 1, 2).double()
+
+    def joined(self, sources: Sequence[Image], num_rows: int, height: int, width: int) -> Tensor:
+        """Images joined along the channels."""
+        return torch.cat([self.image(s, num_rows, height, width) for s in sources if s.channels], 1)
+
+
+def _activated(x: Tensor, activation: int) -> Tensor:
+    match activation:
+        case Activation.SILU:
+            return F.silu(x)
+        case Activation.GELU:
+            return F.gelu(x)
+        case Activation.GELU_TANH:
+            return F.gelu(x, approximate="tanh")
+    return x
+
+
+def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int) -> Tensor:
+    """The stack of weights [K, C_out, C_in, kernel_h, kernel_w] of a packed one."""
+    taps, padded = step.kernel_h * step.kernel_w, -(-step.out_channels // steps.LANES) * steps.LANES
+    flat = memory.view(step.weight, (num_members, padded * taps * channels), (step.weight_member, 1))
+    blocks = []
+    for begin in range(0, padded, step.vectors * steps.LANES):
+        width = min(step.vectors * steps.LANES, padded - begin)
+        block = flat[:, begin * taps * channels : (begin + width) * taps * channels]
+        blocks.append(block.reshape(num_members, step.kernel_h, step.kernel_w, channels, width))
+    return torch.cat(blocks, -1)[..., : step.out_channels].permute(0, 4, 3, 1, 2)
+
+
+def _conv(step: steps.Conv, memory: _Memory) -> None:
+    num_members = step.rows // step.rows_per_member
+    height, width = -(-step.in_h // step.up), -(-step.in_w // step.up)
+    x = memory.joined(step.sources, step.rows, height, width)  # [R, C_in, h, w]
+    x = x.repeat_interleave(step.up, 2).repeat_interleave(step.up, 3)[:, :, : step.in_h, : step.in_w]
+    channels = x.shape[1]
+    scale = memory.rows(step.table_scale, channels, (step.rows, channels))
+    shift = memory.rows(step.table_shift, channels, (step.rows, channels))
+    if scale is not None and shift is not None:
+        x = x * scale[:, :, None, None] + shift[:, :, None, None]
+    x = _activated(x, step.act_in)
+    weight = _unpacked(step, memory, num_members, channels)
+    if step.bfloat16:
+        x, weight = x.bfloat16(), weight.bfloat16()
+    bottom = (step.out_h - 1) * step.stride_h + step.kernel_h - step.pad_top - step.in_h
+    right = (step.out_w - 1) * step.stride_w + step.kernel_w - step.pad_left - step.in_w
+    x = F.pad(x.double(), (step.pad_left, right, step.pad_top, bottom))
+    stride = (step.stride_h, step.stride_w)
+    members = zip(x.split(step.rows_per_member), weight.double(), strict=True)
+    y = torch.cat([F.conv2d(rows, own, stride=stride) for rows, own in members])
+    bias = memory.rows(step.bias, step.bias_member, (num_members, step.out_channels))
+    if bias is not None:
+        y = y + bias.repeat_interleave(step.rows_per_member, 0)[:, :, None, None]
+    vector = memory.rows(step.row_vector, step.row_vector_row, (step.rows, step.out_channels))
+    if vector is not None:
+        y = y + vector[:, :, None, None]
+    if step.residual.at >= 0:
+        y = y + memory.image(step.residual, step.rows, step.out_h, step.out_w)
+    y = _activated(y * step.scale, step.act_out)
+    out, size = step.out, (step.rows, step.out_h, step.out_w, step.out_channels)
+    memory.view(out.at, size, (out.row, out.y, out.x, 1)).copy_(y.permute(0, 2, 3, 1))
+
+
+def _affine(step: steps.Norm | steps.LayerNorm, memory: _Memory, channels: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift [R, C] of what is normalised: by member, then by row."""
+    num_members, size = step.rows // step.rows_per_member, (step.rows, channels)
+    scale, shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    weight = memory.rows(step.weight, channels, (num_members, channels))
+    bias = memory.rows(step.bias, channels, (num_members, channels))
+    if weight is not None:
+        scale = scale * weight.repeat_interleave(step.rows_per_member, 0)
+    if bias is not None:
+        shift = shift + bias.repeat_interleave(step.rows_per_member, 0)
+    row_scale = memory.rows(step.row_scale, step.row_scale_row, size)
+    row_shift = memory.rows(step.row_shift, step.row_shift_row, size)
+    if row_scale is not None:
+        scale, shift = scale * (1 + row_scale), shift * (1 + row_scale)
+    if row_shift is not None:
+        shift = shift + row_shift
+    return scale, shift
+
+
+def _norm(step: steps.Norm, memory: _Memory) -> None:
+    x = memory.joined(step.sources, step.rows, step.height, step.width)  # [R, C, height, width]
+    channels = x.shape[1]
+    groups = x.reshape(step.rows, step.groups, -1)
+    mean = groups.mean(-1).repeat_interleave(channels // step.groups, 1)  # [R, C]
+    rate = (groups.var(-1, correction=0) + step.eps).rsqrt().repeat_interleave(channels // step.groups, 1)
+    scale, shift = _affine(step, memory, channels)
+    size, stride = (step.rows, channels), (channels, 1)
+    memory.view(step.out_scale, size, stride).copy_(rate * scale)
+    memory.view(step.out_shift, size, stride).copy_(shift - mean * rate * scale)
+
+
+def _layer_norm(step: steps.LayerNorm, memory: _Memory) -> None:
+    size = (step.rows, step.tokens, step.channels)
+    x = memory.view(step.source, size, (step.source_row, step.source_token, 1)).double()
+    scale, shift = _affine(step, memory, step.channels)
+    y = F.layer_norm(x, (step.channels,), eps=step.eps) * scale[:, None] + shift[:, None]
+    memory.view(step.out, size, (step.out_row, step.out_token, 1)).copy_(y)
+
+
+def _attention(step: steps.Attention, memory: _Memory) -> None:
+    def view(heads: steps.Heads, tokens: int, width: int) -> Tensor:
+        size, stride = (step.rows, step.heads, tokens, width), (heads.row, heads.head, heads.token, 1)
+        return memory.view(heads.at, size, stride)
+
+    q, k = view(step.q, step.queries, step.width).double(), view(step.k, step.keys, step.width).double()
+    v = view(step.v, step.keys, step.value_width).double()
+    scores = (q @ k.transpose(-1, -2) * step.scale).softmax(-1)
+    view(step.out, step.queries, step.value_width).copy_(scores @ v)
+
+
+def _linear_rule(step: steps.LinearRule, memory: _Memory) -> None:
+    x = memory.view(step.source, (step.members, step.count), (step.count, 1)).double()
+    weight = memory.view(step.weight, (step.members,), (1,)).double()
+    memory.view(step.out, (step.count,), (1,)).copy_(weight @ x)
+
+
+_INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
+    Opcode.COPY: lambda a, b, number: a,
+    Opcode.ADD: lambda a, b, number: a + b,
+    Opcode.SUBTRACT: lambda a, b, number: a - b,
+    Opcode.MULTIPLY: lambda a, b, number: a * b,
+    Opcode.DIVIDE: lambda a, b, number: a / b,
+    Opcode.ADD_NUMBER: lambda a, b, number: a + number,
+    Opcode.MULTIPLY_NUMBER: lambda a, b, number: a * number,
+    Opcode.NUMBER_MINUS: lambda a, b, number: number - a,
+    Opcode.NUMBER_OVER: lambda a, b, number: number / a,
+    Opcode.SILU: lambda a, b, number: F.silu(a),
+    Opcode.GELU: lambda a, b, number: F.gelu(a.double()),  # in float32, torch has NaN for inf
+    Opcode.GELU_TANH: lambda a, b, number: F.gelu(a, approximate="tanh"),
+    Opcode.SIGMOID: lambda a, b, number: a.sigmoid(),
+    Opcode.TANH: lambda a, b, number: a.tanh(),
+    Opcode.EXP: lambda a, b, number: a.exp(),
+    Opcode.LOG: lambda a, b, number: a.log(),
+    Opcode.SIN: lambda a, b, number: a.sin(),
+    Opcode.COS: lambda a, b, number: a.cos(),
+    Opcode.SQRT: lambda a, b, number: a.sqrt(),
+    Opcode.SQUARE: lambda a, b, number: a.square(),
+    Opcode.RELU: lambda a, b, number: a.relu(),
+    Opcode.ABS: lambda a, b, number: a.abs(),
+}
+
+
+@functools.cache
+def _dtype(code: int) -> torch.dtype:
+    return next(dtype for dtype, each in steps.DTYPES.items() if each == code)
+
+
+def _pointwise(step: steps.Pointwise, memory: _Memory) -> None:
+    operands = step.inputs[: step.num_inputs]
+    sources = [memory.view(x.at, step.sizes, x.strides, _dtype(x.dtype)) for x in operands]
+    code = [int(word) for word in step.instructions[: 2 * step.num_instructions : 2]]
+    numbers = step.instructions[1 : 2 * step.num_instructions : 2]
+    out = memory.view(step.out.at, step.sizes, step.out.strides, _dtype(step.out.dtype))
+    if code == [int(Opcode.COPY)] and sources[0].dtype == out.dtype:  # integers beyond float32 stay what they are
+        out.copy_(sources[0])
+        return
+    # of their own, because strides of 0 in dimensions of 1 mislead torch's gelu
+    registers = [torch.empty(step.sizes).copy_(x) for x in sources]
+    for word, number in zip(code, numbers, strict=True):
+        a, b = registers[word >> 16 & 0xFFFF], registers[word >> 32 & 0xFFFF]
+        registers.append(_INSTRUCTIONS[word & 0xFFFF](a, b, number).float())
+    out.copy_(registers[-1])
+
+
+_RUNS: dict[type, Callable[..., None]] = {
+    steps.Conv: _conv,
+    steps.Norm: _norm,
+    steps.Pointwise: _pointwise,
+    steps.LayerNorm: _layer_norm,
+    steps.Attention: _attention,
+    steps.LinearRule: _linear_rule,
+}
