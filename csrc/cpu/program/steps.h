@@ -1,7 +1,7 @@
 // A program: what a folded network does, as a flat list of steps over memory that was laid out beforehand.
 //
-// Every step is a row of kStepWidth 64-bit words, written by fastens/program/steps.py in the order of the structs below.
-// All values are float32; only a pointwise step reads and writes other dtypes. Activations are channels-last.
+// Every step is a row of kStepWidth 64-bit words, written by fastens/program/steps.py in the order of the structs
+// below. All values are float32; only a pointwise step reads and writes other dtypes. Activations are channels-last.
 #pragma once
 
 #include <bit>

@@ -31,8 +31,8 @@ FASTENS_INLINE Vector exponential(Vector x) {
 
 FASTENS_INLINE Vector silu(Vector x) { return x / (exponential(-x) + 1.0f); }
 
-// tanh(x) from exp(-2|x|), with the sign put back; near 0, where that cancels, the Taylor series to x^9, whose next term
-// is 1e-8 of the value at 0.25.
+// tanh(x) from exp(-2|x|), with the sign put back; near 0, where that cancels, the Taylor series to x^9, whose next
+// term is 1e-8 of the value at 0.25.
 FASTENS_INLINE Vector hyperbolic_tangent(Vector x) {
   const Vector a = x < 0.0f ? -x : x;
   const Vector e = exponential(a * -2.0f);
