@@ -1,4 +1,4 @@
-"""C2, C3: one folded forward of K = 5 small U-Nets against loops over the members and vmap."""
+"""C2, C3, C4: one folded forward of K = 5 U-Nets against loops over the members and vmap."""
 
 import pytest
 import torch
@@ -67,6 +67,68 @@ WANTED = {
     ("C3", 16): {"eager loop": 1.6, "compiled loop": 1.2},
     ("C3", 64): {"eager loop": 1.6, "compiled loop": 1.2},
 }
+
+
+def song_sized_members():
+    """As many channels and blocks as EDM's SongUNet at 32x32, about 56 million parameters, in diffusers' blocks."""
+    from diffusers import UNet2DModel
+
+    members = []
+    for seed in range(K):
+        torch.manual_seed(seed)
+        members.append(
+            UNet2DModel(
+                sample_size=32,
+                layers_per_block=4,
+                block_out_channels=(256, 256, 256),
+                down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=256,
+            ).eval()
+        )
+    return members
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_song_sized(benchmark, batch):
+    members = song_sized_members()
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    t = torch.full((batch,), 500)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        contest(
+            benchmark,
+            lambda: ensemble(x, t).sample,
+            {"eager loop": lambda: torch.stack([member(x, t).sample for member in members]).mean(0)},
+            torch.stack([member(x, t).sample.double() for member in members]).mean(0),
+            1e-4,
+            "C4",
+            f"C4 forward, batch {batch}",
+            f"K={K}, B={batch}, 32x32, {sum(p.numel() for p in members[0].parameters()):,} parameters, float32",
+            {"eager loop": 1.35},
+            rounds=5,
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+def test_bfloat16(benchmark, batch):
+    members = [member.to(torch.bfloat16) for member in small_members()]
+    x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    t = torch.full((batch,), 500)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        contest(
+            benchmark,
+            lambda: ensemble(x, t).sample,
+            {"eager loop": lambda: torch.stack([member(x, t).sample for member in members]).mean(0)},
+            torch.stack([member.float()(x.float(), t).sample for member in small_members()]).mean(0),
+            5e-2,
+            "C3",
+            f"C3 forward in bfloat16, batch {batch}",
+            f"K={K}, B={batch}, 16x16, bfloat16",
+            None,
+            rounds=10,
+        )
 
 
 @pytest.mark.parametrize("goal", ["C2", "C3"])
