@@ -67,12 +67,15 @@ def _activated(x: Tensor, activation: int) -> Tensor:
 def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int) -> Tensor:
     """The stack of weights [K, C_out, C_in, kernel_h, kernel_w] of a packed one."""
     taps, padded = step.kernel_h * step.kernel_w, -(-step.out_channels // steps.LANES) * steps.LANES
-    flat = memory.view(step.weight, (num_members, padded * taps * channels), (step.weight_member, 1))
+    # bfloat16 values of two input channels are in the place of one float32
+    dtype, pair = (torch.bfloat16, 2) if step.bfloat16 else (torch.float32, 1)
+    flat = memory.view(step.weight, (num_members, padded * taps * channels), (step.weight_member * pair, 1), dtype)
     blocks = []
     for begin in range(0, padded, step.vectors * steps.LANES):
         width = min(step.vectors * steps.LANES, padded - begin)
         block = flat[:, begin * taps * channels : (begin + width) * taps * channels]
-        blocks.append(block.reshape(num_members, step.kernel_h, step.kernel_w, channels, width))
+        block = block.reshape(num_members, step.kernel_h, step.kernel_w, channels // pair, width, pair)
+        blocks.append(block.transpose(-1, -2).flatten(3, 4))
     return torch.cat(blocks, -1)[..., : step.out_channels].permute(0, 4, 3, 1, 2)
 
 
@@ -89,7 +92,7 @@ def _conv(step: steps.Conv, memory: _Memory) -> None:
     x = _activated(x, step.act_in)
     weight = _unpacked(step, memory, num_members, channels)
     if step.bfloat16:
-        x, weight = x.bfloat16(), weight.bfloat16()
+        x = x.bfloat16()
     bottom = (step.out_h - 1) * step.stride_h + step.kernel_h - step.pad_top - step.in_h
     right = (step.out_w - 1) * step.stride_w + step.kernel_w - step.pad_left - step.in_w
     x = F.pad(x.double(), (step.pad_left, right, step.pad_top, bottom))

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from fastens import _native
 from fastens.ops.run_program import available
-from fastens.plan.emit import pack
+from fastens.plan.packing import multiplies_bfloat16, pack
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Slot
 from tests.ops.programs import Memory, assert_close, random
+from tests.tolerances import OP
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no compiled library: {_native.status()}")
 CHANNELS = (1, 3, 17, 20, 37, 40, 70, 130)
@@ -51,6 +52,7 @@ class Case:
     vectors: int = 2
     num_threads: int = 1
     poison: tuple[int, float] | None = None  # a row and what its source is filled with
+    bfloat16: bool = False
 
 
 def check(**changes):
@@ -70,6 +72,9 @@ def check(**changes):
         x = x * scale[:, :, None, None].double() + shift[:, :, None, None].double()
     x = F.pad(ACTIVATIONS[case.act_in](x), case.padding)
     weight = random(case.members, case.out_channels, channels, *case.kernel)
+    packed = pack(weight, case.vectors, case.bfloat16)
+    if case.bfloat16:
+        x, weight = x.bfloat16().double(), weight.bfloat16().float()
     bias = random(case.members, case.out_channels)
     y = torch.cat(
         [
@@ -117,8 +122,8 @@ def check(**changes):
         memory.put(scale) if case.tables else steps.NONE,
         memory.put(shift) if case.tables else steps.NONE,
         int(case.act_in),
-        memory.put(pack(weight, case.vectors), Slot.WEIGHTS),
-        padded * channels * case.kernel[0] * case.kernel[1],
+        memory.put(packed, Slot.WEIGHTS),
+        packed.shape[1],
         memory.put(F.pad(bias, (0, padded - case.out_channels)), Slot.WEIGHTS) if case.bias else steps.NONE,
         padded,
         memory.put(F.pad(vector, (0, 7), value=torch.nan)) if case.row_vector else steps.NONE,
@@ -127,10 +132,14 @@ def check(**changes):
         case.scale,
         int(case.act_out),
         out,
+        int(case.bfloat16),
         tasks=tasks,
     )
-    (actual,) = memory.check(step, view, num_threads=case.num_threads)
-    assert_close(actual, expected)
+    # a value that was computed in another order may round to the next bfloat16
+    rounds = case.bfloat16 and (case.tables or case.act_in is not Activation.NONE)
+    tolerance = OP[torch.bfloat16 if rounds else torch.float32]
+    (actual,) = memory.check(step, view, num_threads=case.num_threads, tolerance=tolerance)
+    assert_close(actual, expected, tolerance)
     return actual
 
 
@@ -246,3 +255,22 @@ def test_linear_over_tokens():
     check(
         size=(1, 77), kernel=(1, 1), padding=(0, 0, 0, 0), in_channels=(40,), out_channels=130, act_out=Activation.GELU
     )
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+@pytest.mark.parametrize("in_channels", [2, 20, 40, 70, 130, 260])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_products_of_bfloat16(in_channels, vectors, kernel):
+    """Inputs and weights are rounded, products and sums are exact to float32."""
+    shape = {"kernel": (kernel, kernel), "padding": (kernel // 2,) * 4, "in_channels": (in_channels,)}
+    for out_channels in (3, 20, 70):
+        check(bfloat16=True, out_channels=out_channels, vectors=vectors, **shape)
+    check(bfloat16=True, vectors=vectors, tables=True, act_in=Activation.SILU, residual=True, band=2, **shape)
+    check(bfloat16=True, vectors=vectors, poison=(1, torch.nan), **shape)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products of bfloat16")
+def test_products_of_bfloat16_of_joined_and_padded_sources():
+    check(bfloat16=True, in_channels=(17, 21), up=2, stride=(2, 2))
+    check(bfloat16=True, in_channels=(16,), kernel=(1, 1), padding=(0, 1, 0, 1), num_threads=2)
