@@ -3,10 +3,16 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTENS_HOST_DEVICE __host__ __device__
+#else
+#define FASTENS_HOST_DEVICE
+#endif
+
 namespace fastens {
 
 // First 32 bits of Philox4x32-10 at counter (index, offset), 64 bits each, under a 64-bit key.
-inline uint32_t philox(uint64_t seed, uint64_t offset, uint64_t index) {
+FASTENS_HOST_DEVICE inline uint32_t philox(uint64_t seed, uint64_t offset, uint64_t index) {
   uint32_t x0 = static_cast<uint32_t>(index);
   uint32_t x1 = static_cast<uint32_t>(index >> 32);
   uint32_t x2 = static_cast<uint32_t>(offset);
@@ -28,7 +34,7 @@ inline uint32_t philox(uint64_t seed, uint64_t offset, uint64_t index) {
 
 // A member in [0, num_members), 0 < num_members < 2^32: the high half of a 64-bit product, whose bias is at most
 // num_members / 2^32.
-inline int64_t draw_member(int64_t seed, int64_t offset, int64_t num_members, int64_t sample) {
+FASTENS_HOST_DEVICE inline int64_t draw_member(int64_t seed, int64_t offset, int64_t num_members, int64_t sample) {
   const uint64_t bits =
       philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), static_cast<uint64_t>(sample));
   return static_cast<int64_t>((bits * static_cast<uint64_t>(num_members)) >> 32);

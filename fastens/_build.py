@@ -1,8 +1,9 @@
 """Compile the native libraries with ninja; shared by ``setup.py`` and :mod:`fastens._native`.
 
 The module imports neither :mod:`fastens` nor, before a function is called, :mod:`torch`, so a build script can load
-it by path: ``python fastens/_build.py OUT_DIR``. The CPU library uses the libtorch stable ABI only: one build serves
-torch 2.11 onward and every Python. The forest is a pybind11 module, one per Python version.
+it by path: ``python fastens/_build.py [--cuda] OUT_DIR [WORK_DIR]``. The CPU and the CUDA library use the libtorch
+stable ABI only: one build serves torch 2.11 onward and every Python. The CUDA library is built without a GPU and
+without CUDA's torch. The forest is a pybind11 module, one per Python version.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ INSTRUCTION_SETS = {
     "kernels_avx2": ["-march=x86-64-v3"],
     "kernels_avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
 }
+LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
+CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
+QUICK_ARCHITECTURE = 90
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
@@ -52,9 +56,9 @@ def source_root() -> pathlib.Path:
     raise BuildError(f"no csrc/cpu beside {package}: this installation carries no C++ sources; install from a checkout")
 
 
-def sources() -> list[pathlib.Path]:
-    """Return every C++ source of the CPU library, sorted."""
-    return sorted((source_root() / "cpu").rglob("*.cpp"))
+def sources(device: str = "cpu") -> list[pathlib.Path]:
+    """Return every source of a device type's library, sorted."""
+    return sorted((source_root() / device).rglob("*.cu" if device == "cuda" else "*.cpp"))
 
 
 def forest_sources() -> list[pathlib.Path]:
@@ -69,10 +73,9 @@ def headers() -> list[pathlib.Path]:
 
 def fingerprint() -> str:
     """Return 16 hex digits that change with the sources, the headers and the flags: the key of a cached build."""
-    digest = hashlib.sha256(
-        " ".join([*compile_flags(), *link_flags(), str(INSTRUCTION_SETS), platform.machine()]).encode()
-    )
-    for path in [*sources(), *forest_sources(), *headers()]:
+    flags = [*compile_flags(), *cuda_flags(), *link_flags(), str(INSTRUCTION_SETS), platform.machine()]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in [*sources(), *sources("cuda"), *forest_sources(), *headers()]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -93,6 +96,20 @@ def compiler() -> str:
         if shutil.which(name):
             return name
     raise ToolMissing("no C++ compiler: install g++ or clang++, or point $CXX at one")
+
+
+def nvcc() -> str:
+    """Return the CUDA compiler: ``$CUDACXX``, that of ``$CUDA_HOME``, on the path, or of /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if candidate and shutil.which(candidate):
+            return candidate
+    raise ToolMissing("no nvcc: install the CUDA toolkit, or point $CUDA_HOME at it")
 
 
 def ninja() -> str:
@@ -132,6 +149,29 @@ def compile_flags() -> list[str]:
     ]
 
 
+def cuda_flags(quick: bool = False) -> list[str]:
+    """Return the flags of every CUDA source, without include paths; IEEE semantics, no ``--use_fast_math``.
+
+    Args:
+        quick: compile for QUICK_ARCHITECTURE alone and optimise little, to learn in a minute whether it compiles.
+    """
+    newest = CUDA_ARCHITECTURES[-1]
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in ((QUICK_ARCHITECTURE,) if quick else CUDA_ARCHITECTURES)]
+    if not quick:
+        codes.append(f"arch=compute_{newest},code=compute_{newest}")
+    return [
+        "-std=c++20",
+        *(["-O1", "-Xcicc=-O1", "-Xptxas=-O1"] if quick else ["-O3"]),
+        "--expt-relaxed-constexpr",
+        *(f"-gencode={code}" for code in codes),
+        "-cudart=static",
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+        "-Xptxas=-v",
+        "-DUSE_CUDA",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
+
+
 def link_flags() -> list[str]:
     """Return the flags of the link, without library paths; no rpath, since torch is loaded before the library is."""
     if sys.platform == "darwin":
@@ -140,17 +180,35 @@ def link_flags() -> list[str]:
 
 
 def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
-    """Compile ``csrc/cpu/*.cpp`` into ``out_dir / LIBRARY_NAME`` and return that path.
+    """Compile ``csrc/cpu/*.cpp``: :func:`build` for the CPU."""
+    return build("cpu", out_dir, verbose, work_dir)
+
+
+def build(
+    device: str,
+    out_dir: pathlib.Path,
+    verbose: bool = False,
+    work_dir: pathlib.Path | None = None,
+    quick: bool = False,
+) -> pathlib.Path:
+    """Compile a device type's sources into ``out_dir / LIBRARY_NAMES[device]`` and return that path.
 
     Args:
+        device: "cpu" or "cuda".
         out_dir: folder of the library; made where it does not exist.
         verbose: print every command.
         work_dir: folder that keeps the objects, which makes the next build incremental; by default a temporary one.
+        quick: of the CUDA library, build a version to test that it compiles: see :func:`cuda_flags`.
 
     Raises:
         BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
     """
-    return _build(LIBRARY_NAME, lambda: ninja_file(LIBRARY_NAME, source_root() / "cpu"), out_dir, verbose, work_dir)
+    name = LIBRARY_NAMES[device]
+
+    def text() -> str:
+        return cuda_ninja_file(quick) if device == "cuda" else ninja_file(name, source_root() / "cpu")
+
+    return _build(name, text, out_dir, verbose, work_dir)
 
 
 def build_forest(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
@@ -253,6 +311,41 @@ def ninja_file(
     return "\n".join([*lines, f"build {name}: link {' '.join(objects)}", f"default {name}", ""])
 
 
+def cuda_ninja_file(quick: bool = False) -> str:
+    """Return the text of the CUDA library's ``build.ninja``; every compilation leaves a log beside its object.
+
+    Raises:
+        BuildError: no nvcc or no torch.
+    """
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise ToolMissing(f"building needs torch, which does not import here: {error}") from error
+    paths = [f"-I{_quoted(source_root())}", *(f"-isystem {_quoted(path)}" for path in include_paths())]
+    libraries = [f"-L{_quoted(path)}" for path in library_paths()]
+    objects = {f"{path.stem}.o": _escaped(path) for path in sources("cuda")}
+    name = LIBRARY_NAMES["cuda"]
+    # What the link leaves undefined is libtorch's C shim, which the process that loads the library has loaded before.
+    return "\n".join(
+        [
+            "ninja_required_version = 1.3",
+            f"cxx = {nvcc()}",
+            f"cflags = {' '.join([*cuda_flags(quick), *paths])}",
+            f"ldflags = {' '.join(['-shared', '-cudart=static', *libraries, '-ltorch_cpu', '-lc10'])}",
+            "rule compile",
+            "  command = $cxx -MD -MF $out.d $cflags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx $in $ldflags -o $out",
+            *(f"build {each}: compile {source}" for each, source in objects.items()),
+            f"build {name}: link {' '.join(objects)}",
+            f"default {name}",
+            "",
+        ]
+    )
+
+
 def _quoted(path: str | pathlib.Path) -> str:
     return '"' + str(path).replace("$", "$$") + '"'
 
@@ -262,12 +355,14 @@ def _escaped(path: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python fastens/_build.py OUT_DIR [WORK_DIR]")
+    device = "cuda" if "--cuda" in sys.argv else "cpu"
+    folders = [pathlib.Path(argument) for argument in sys.argv[1:] if argument != "--cuda"]
+    if len(folders) not in (1, 2):
+        sys.exit("usage: python fastens/_build.py [--cuda] OUT_DIR [WORK_DIR]")
     try:
-        out_dir, *work_dir = map(pathlib.Path, sys.argv[1:])
-        print(build_cpu(out_dir, True, *work_dir))
-        print(build_forest(out_dir, True, *(path.with_name("forest") for path in work_dir)))
+        print(build(device, folders[0], True, *folders[1:]))
+        if device == "cpu":
+            print(build_forest(folders[0], True, *(path.with_name("forest") for path in folders[1:])))
     except ToolMissing as error:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_BUILD_HERE)

@@ -1,8 +1,9 @@
-"""The only place that loads the compiled libraries: the CPU ops and the forest.
+"""The only place that loads the compiled libraries: the ops on the CPU and on CUDA, and the forest.
 
 A prebuilt library is looked for in the package, then in the user's cache (where :func:`build` puts one if the package
 folder is not writable). Nothing is compiled at import: where no library is found, the reference kernels serve and the
-cause is kept for :func:`status` and for the errors of ``backend="native"``.
+cause is kept for :func:`status` and for the errors of ``backend="native"``. The CUDA library is loaded only where torch
+has CUDA: its undefined symbols are those of torch's own CUDA library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -33,14 +35,14 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(base) / "fastens" / _build.fingerprint()
 
 
-def load() -> bool:
-    """Load the library once per process; return whether it is loaded."""
-    return _load() is None
+def load(device: str = "cpu") -> bool:
+    """Load the library of a device type, "cpu" or "cuda", once per process; return whether it is loaded."""
+    return _load(device) is None
 
 
-def status() -> str:
-    """Return "available", or why the library is not."""
-    return _load() or "available"
+def status(device: str = "cpu") -> str:
+    """Return "available", or why the library of a device type is not."""
+    return _load(device) or "available"
 
 
 def forest() -> ModuleType | None:
@@ -54,22 +56,23 @@ def forest_status() -> str:
 
 
 @functools.cache
-def has_kernel(op: str) -> bool:
-    """Return whether the private op ``fastens::<op>`` has a compiled CPU kernel, loading the library first."""
-    return load() and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastens::{op}", "CPU")
+def has_kernel(op: str, device: str = "cpu") -> bool:
+    """Return whether the private op ``fastens::<op>`` has a compiled kernel for a device type, loading the library."""
+    return load(device) and torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastens::{op}", device.upper())
 
 
-def build(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
-    """Compile the CPU library and return its path; it is loaded by the next process.
+def build(out_dir: pathlib.Path | None = None, verbose: bool = False, device: str = "cpu") -> pathlib.Path:
+    """Compile the library of a device type and return its path; it is loaded by the next process.
 
     Args:
         out_dir: by default the package's folder, or the user's cache where that is not writable.
         verbose: print the compiler's commands.
+        device: "cpu" or "cuda".
 
     Raises:
         fastens._build.BuildError: no compiler, no ninja, no sources, or a compile error.
     """
-    return _build.build_cpu(_out_dir() if out_dir is None else out_dir, verbose)
+    return _build.build(device, _out_dir() if out_dir is None else out_dir, verbose)
 
 
 def build_forest(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
@@ -82,9 +85,11 @@ def _out_dir() -> pathlib.Path:
 
 
 @functools.cache
-def _load() -> str | None:
-    """Load the first CPU library that loads; return None, or the causes."""
-    return _first(_build.LIBRARY_NAME, torch.ops.load_library)
+def _load(device: str = "cpu") -> str | None:
+    """Load the first library of a device type that loads; return None, or the causes."""
+    if device == "cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return _first(_build.LIBRARY_NAMES[device], torch.ops.load_library, device)
 
 
 @functools.cache
@@ -104,7 +109,7 @@ def _forest() -> tuple[ModuleType | None, str | None]:
     return (modules[0] if modules else None), causes
 
 
-def _first(name: str, load_library: Callable[[pathlib.Path], object]) -> str | None:
+def _first(name: str, load_library: Callable[[pathlib.Path], object], device: str = "cpu") -> str | None:
     folders = [PACKAGE_DIR]
     with contextlib.suppress(_build.BuildError):
         folders.append(cache_dir())
@@ -121,12 +126,16 @@ def _first(name: str, load_library: Callable[[pathlib.Path], object]) -> str | N
             continue
         return None
     try:
-        remedy = f"a compiler is at hand ({_build.compiler()}): run `python -m fastens._native`"
+        tool = _build.compiler() if device == "cpu" else _build.nvcc()
+        remedy = f"a compiler is at hand ({tool}): run `python -m fastens._native{' cuda' if device == 'cuda' else ''}`"
     except _build.BuildError as error:
         remedy = str(error)
     return f"{'; '.join(causes)}; {remedy}"
 
 
 if __name__ == "__main__":
-    print(build(verbose=True))
-    print(build_forest(verbose=True))
+    if sys.argv[1:] == ["cuda"]:
+        print(build(verbose=True, device="cuda"))
+    else:
+        print(build(verbose=True))
+        print(build_forest(verbose=True))

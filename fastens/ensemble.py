@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import parameterisation, rules
+from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
@@ -60,7 +61,7 @@ def check_settings(
     }
 
 
-class Ensemble(nn.Module):
+class Ensemble(Capturing):
     """An ensemble of score models that is called, and looks from outside, like one of its members.
 
     The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
@@ -123,6 +124,7 @@ class Ensemble(nn.Module):
         state["num_members"] = num_members
         state["_settings"] = settings
         state["_draws"] = Draws(num_members)
+        state["_recorded"] = {}  # signature of a call -> its recording
         self.rule = rule
 
     def _adopt(self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
@@ -164,8 +166,7 @@ class Ensemble(nn.Module):
 
     # Evaluation
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate all members and aggregate; the member's own signature and return type."""
+    def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rule
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
@@ -314,6 +315,7 @@ class Ensemble(nn.Module):
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""
+        self._recorded.clear()
         if self._engine is not None:
             self._engine.refresh()
 

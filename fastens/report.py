@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from fastens import _native
+from fastens.ops._dispatch import missing_triton
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ class Report:
 
 def backends() -> dict[str, str]:
     """The code that can run the ops here: name -> "available", or why not."""
+    cuda = torch.device("cuda")
+    triton = missing_triton(cuda) if torch.cuda.is_available() else "torch sees no CUDA device"
     return {
         "reference": "available",
         "native": _native.status(),
         "native forest": _native.forest_status(),
-        "triton": "this version has no Triton kernels",
+        "native (CUDA)": _native.status("cuda"),
+        "triton": triton or "available",
     }

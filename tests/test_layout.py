@@ -14,6 +14,7 @@ LEVELS = [  # a module imports from its own level or below
     {"training"},
     {"checkpoints"},
     {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs", "laplace", "schemes"},
+    {"capture"},
     {"fold", "report"},
     {"plan"},
     {"ops"},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +18,7 @@ from fastens import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Result = Tensor | tuple[Tensor, ...]
 LIBRARY = torch.library.Library("fastens", "FRAGMENT")
 
 
@@ -22,7 +26,8 @@ class Op:
     """One op: ``fastens::<name>``, which is its reference, and a private op ``fastens::_<name>_<backend>`` per kernel.
 
     The reference is composed of differentiable torch ops (CompositeImplicitAutograd): gradients of any order come with
-    it, and compilers see through it. A kernel is opaque; its gradient is the reference's.
+    it, and compilers see through it. A kernel is opaque; its gradient is the reference's. ``native`` is C++ for the CPU
+    and CUDA C++ for a GPU, ``triton`` is ``fastens/kernels/<name>.py``.
 
     Args:
         schema: of the op, without namespace.
@@ -36,7 +41,7 @@ class Op:
     """
 
     def __init__(
-        self, schema: str, reference: Callable[..., Tensor], kernels: dict[str, Callable[..., Tensor]] | None = None
+        self, schema: str, reference: Callable[..., Result], kernels: dict[str, Callable[..., Result]] | None = None
     ) -> None:
         self.name, arguments = schema.split("(", 1)
         self.kernels = {backend: f"_{self.name}_{backend}" for backend in kernels or {}}
@@ -44,10 +49,13 @@ class Op:
         LIBRARY.impl(self.name, reference, "CompositeImplicitAutograd")
         for backend, fake in (kernels or {}).items():
             _define_kernel(self.kernels[backend], arguments, reference, fake)
+        if "triton" in self.kernels:
+            for key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
+                LIBRARY.impl(self.kernels["triton"], _launcher(self.name), key)
         self.default = getattr(torch.ops.fastens, self.name).default
         OPS[self.name] = self
 
-    def resolve(self, backend: str, tensors: Iterable[Tensor]) -> Callable[..., Tensor]:
+    def resolve(self, backend: str, tensors: Iterable[Tensor]) -> Callable[..., Any]:
         """Return the op to call: a backend's private one, or the reference.
 
         ``"auto"`` takes the strongest kernel that is available, and the reference where a derivative is wanted.
@@ -94,14 +102,36 @@ def missing(kernel: str | None, backend: str, device: torch.device, dtype: torch
     if dtype not in KERNEL_DTYPES:
         return f"its kernel takes {', '.join(map(str, KERNEL_DTYPES))}, and these tensors are {dtype}"
     if backend == "triton":
-        return None if device.type == "cuda" else f"triton kernels serve CUDA tensors, and these are on {device}"
-    if device.type != "cpu":
-        return f"the compiled library serves CPU tensors, and these are on {device}"
-    if not _native.load():
-        return f"the compiled library is not loaded: {_native.status()}"
-    if not _native.has_kernel(kernel):
-        return f"the loaded library is older than this package: it has no kernel for fastens::{kernel}; rebuild it"
+        return missing_triton(device)
+    if device.type not in ("cpu", "cuda"):
+        return f"the compiled libraries serve CPU and CUDA tensors, and these are on {device}"
+    if not _native.load(device.type):
+        return f"the compiled library is not loaded: {_native.status(device.type)}"
+    if not _native.has_kernel(kernel, device.type):
+        where = device.type.upper()
+        return f"the loaded library has no {where} kernel for fastens::{kernel}: if it should have one, rebuild it"
     return None
+
+
+def missing_triton(device: torch.device) -> str | None:
+    """Return None where Triton's kernels can run on ``device``, or why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"triton kernels serve CUDA tensors, and these are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"triton kernels need compute capability 8.0, and {device} has {major}.{minor}"
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    """Return the op's Triton launcher, imported when it is first called."""
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastens.kernels.{name}"), name)(*arguments)
+
+    return launch
 
 
 def _kernel(
@@ -123,7 +153,9 @@ def _choice(
     if backend == "reference":
         return name
     if backend == "auto":
-        return next((kernel for each, kernel in kernels if missing(kernel, each, device, dtype) is None), name)
+        # Triton's interpreter, which "auto" never takes, is there to be asked for by name
+        usable = [(each, kernel) for each, kernel in kernels if each != "triton" or device.type == "cuda"]
+        return next((kernel for each, kernel in usable if missing(kernel, each, device, dtype) is None), name)
     kernel = dict(kernels).get(backend)
     cause = missing(kernel, backend, device, dtype)
     if kernel is None or cause is not None:
@@ -155,25 +187,35 @@ def _differentiates(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _define_kernel(name: str, arguments: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def _define_kernel(name: str, arguments: str, reference: Callable[..., Result], fake: Callable[..., Result]) -> None:
     """Register a private op: its schema, its fake, and gradient and vmap by way of the reference."""
     LIBRARY.define(f"{name}({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
     qualified = f"fastens::{name}"
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
         leaves, ctx.spec = pytree.tree_flatten(inputs)
         ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
         ctx.are_tensors = [isinstance(x, Tensor) for x in leaves]
         ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
         with torch.enable_grad():
             # an alias of each, because one tensor may be several arguments
             leaves = [_alias(next(tensors)) if held else x for held, x in zip(ctx.are_tensors, ctx.others, strict=True)]
             output = reference(*pytree.tree_unflatten(leaves, ctx.spec))
+        outputs = [output] if isinstance(output, Tensor) else output
+        pairs = [(y, g) for y, g in zip(outputs, grads_out, strict=True) if g is not None and y.requires_grad]
         sources = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        found = iter(torch.autograd.grad(output, sources, grad, create_graph=torch.is_grad_enabled()))
+        wanted = torch.autograd.grad(
+            [y for y, _ in pairs],
+            sources,
+            [g for _, g in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = iter(wanted)
         grads = [next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
         # torch wants a list where it got a list of tensors (an empty one counts), and None for a list of numbers
         return tuple(
@@ -183,10 +225,12 @@ def _define_kernel(name: str, arguments: str, reference: Callable[..., Tensor], 
             )
         )
 
-    def vmapped(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+    def vmapped(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         op = getattr(torch.ops.fastens, name)
-        calls = (op(*_selected(inputs, in_dims, i)) for i in range(info.batch_size))
-        return torch.stack(list(calls)), 0
+        calls = [op(*_selected(inputs, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)

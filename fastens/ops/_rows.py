@@ -1,7 +1,11 @@
 """The checks that the member-batched ops share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")
 
 
 def check_rows(op: str, x: Tensor, num_members: int, offsets: Tensor | None) -> None:
@@ -21,7 +25,13 @@ def check_rows(op: str, x: Tensor, num_members: int, offsets: Tensor | None) -> 
         )
 
 
-def check_stack(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise unless the parameter stack has the expected shape, member axis first."""
+def check_stack(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], axis: str = "members first") -> None:
+    """Raise unless the stack of one entry per member, or per row, has the expected shape."""
     if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected {list(shape)} (members first)")
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected {list(shape)} ({axis})")
+
+
+def check_activation(op: str, activation: str, known: Sequence[str]) -> None:
+    """Raise unless the op knows the activation."""
+    if activation not in known:
+        raise ValueError(f"{op}: activation {activation!r} is unknown, expected one of {', '.join(map(repr, known))}")

@@ -52,21 +52,6 @@ def _refusal(op: str, members: list[Tensor]) -> Exception:
     raise AssertionError("the members agree")
 
 
-def result_like(scores: list[Tensor]) -> Tensor:
-    """An uninitialised result [B, ...] in the layout that the native kernels give: as `csrc/cpu/blocks.h` decides."""
-    first = scores[0]
-    sizes, strides = first.shape, first.stride()
-    expected = 1
-    for d in sorted(range(1, first.ndim), key=lambda d: strides[d]):
-        if sizes[d] == 1:
-            continue
-        if strides[d] != expected:
-            return first.new_empty(sizes)
-        expected *= sizes[d]
-    flat = sizes[0] == 1 or strides[0] == expected
-    return torch.empty_like(first) if flat else first.new_empty(sizes)
-
-
 def seed_from(generator: torch.Generator | None) -> int:
     """Read a seed from a generator, on its own device; none for torch's global one."""
     device = "cpu" if generator is None else generator.device

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastens import rules
+from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
-from fastens.ops._scores import as_scores, result_like, seed_from
+from fastens.ops._scores import as_scores, seed_from
 from fastens.reference import aggregate as reference
 
 
@@ -15,10 +16,14 @@ def _by_schema(scores: list[Tensor], rule: str, option: str, values: list[float]
     return reference.aggregate(scores, rules.from_schema(rule, option, values), seed=seed, offset=offset)
 
 
+def _fake(scores: list[Tensor], rule: str, option: str, values: list[float], seed: int, offset: int) -> Tensor:
+    return result_like(scores)
+
+
 _aggregate = Op(
     "aggregate(Tensor[] scores, str rule, str option, float[] values, int seed, int offset) -> Tensor",
     _by_schema,
-    {"native": lambda scores, rule, option, values, seed, offset: result_like(scores)},
+    {"native": _fake, "triton": _fake},
 )
 
 
@@ -33,7 +38,7 @@ def aggregate(
     """Combine the outputs of K members by a rule (arXiv 2601.11444).
 
     Args:
-        scores: [K, B, ...], or a sequence of K tensors [B, ...], of which no stack is made by the native backend;
+        scores: [K, B, ...], or a sequence of K tensors [B, ...], of which no stack is made by the fast backends;
             floating point.
         rule: name, alias or value of a rule, see :mod:`fastens.rules`.
         weights: K numbers that sum to 1, for a mean that has none of its own.

@@ -1,17 +1,23 @@
-"""Layer normalisation with each member's own scale and shift."""
+"""Layer normalisation with each member's own scale and shift, and what a network does with the result."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
-from fastens.ops._rows import check_rows, check_stack
+from fastens.ops._rows import check_activation, check_rows, check_stack
 from fastens.reference import layer_norm as reference
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
 
 _layer_norm = Op(
     "layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
-    "Tensor? offsets=None) -> Tensor",
+    'Tensor? offsets=None, Tensor? scale=None, Tensor? shift=None, str activation="none") -> Tensor',
     reference.layer_norm,
+    {"triton": _fake},
 )
 
 
@@ -22,8 +28,16 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     offsets: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Normalise over the last dimensions, then scale and shift by the row's member (Ba et al., arXiv 1607.06450).
+
+    ``act((norm(x) * weight + bias) * (1 + scale) + shift)``, with the scale and shift of each row as in DiT (arXiv
+    2212.09748).
 
     Args:
         x: [R, ..., *normalized_shape], rows grouped by member.
@@ -32,15 +46,32 @@ def layer_norm(
         bias: [K, *normalized_shape], or none.
         eps: added to the variance.
         offsets: int64 [K+1], the first row of each member's group and R; none for K equal groups.
+        scale: [R, *normalized_shape], or none.
+        shift: [R, *normalized_shape], or none.
+        activation: ``"none"`` or ``"silu"``.
+        backend: the code that runs it.
 
     Returns:
         [R, ..., *normalized_shape].
 
     Raises:
-        ValueError: rows that cannot be dealt out to the members, or parameter shapes that do not fit.
+        ValueError: rows that cannot be dealt out to the members, parameter shapes or dtypes that do not fit, or an
+            unknown activation or backend.
+        RuntimeError: a backend asked for by name that cannot run here.
     """
+    check_activation("layer_norm", activation, ("none", "silu"))
     for name, stack in (("weight", weight), ("bias", bias)):
         if stack is not None:
             check_rows("layer_norm", x, stack.shape[0], offsets)
             check_stack("layer_norm", name, stack, (stack.shape[0], *normalized_shape))
-    return _layer_norm.default(x, normalized_shape, weight, bias, eps, offsets)
+    if scale is not None or shift is not None:
+        if x.ndim <= len(normalized_shape) or tuple(x.shape[x.ndim - len(normalized_shape) :]) != tuple(
+            normalized_shape
+        ):
+            raise ValueError(f"layer_norm: x is {list(x.shape)}, expected [R, ...] ending in {list(normalized_shape)}")
+        for name, tensor in (("scale", scale), ("shift", shift)):
+            check_stack("layer_norm", name, tensor, (x.shape[0], *normalized_shape), "rows first")
+    tensors = [t for t in (x, weight, bias, scale, shift) if t is not None]
+    return _layer_norm.resolve(backend, tensors)(
+        x, normalized_shape, weight, bias, eps, offsets, scale, shift, activation
+    )

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
-from fastens.ops._scores import as_scores, result_like
+from fastens.ops._scores import as_scores
 from fastens.reference import member_variance as reference
 
-_variance = Op("member_variance(Tensor[] scores) -> Tensor", reference.member_variance, {"native": result_like})
+_variance = Op(
+    "member_variance(Tensor[] scores) -> Tensor",
+    reference.member_variance,
+    {"native": result_like, "triton": result_like},
+)
 
 
 def member_variance(scores: Tensor | Sequence[Tensor], *, backend: str = "auto") -> Tensor:

@@ -27,15 +27,22 @@ def expand_rows(stack: Tensor, num_rows: int, offsets: Tensor | None) -> Tensor:
 
 def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, offsets: Tensor | None) -> Tensor:
     """Scale and shift ``y`` [R, ...] by each row's member: ``weight``, ``bias`` [K, *s] where s begins at ``axis``."""
-
-    def aligned(stack: Tensor) -> Tensor:
-        rows = expand_rows(stack, y.shape[0], offsets)
-        after = y.ndim - axis - (stack.ndim - 1)
-        return rows.reshape(rows.shape[0], *(1,) * (axis - 1), *stack.shape[1:], *(1,) * after)
-
     if weight is not None:
-        y = y * aligned(weight)
-    return y if bias is None else y + aligned(bias)
+        y = y * _aligned(expand_rows(weight, y.shape[0], offsets), y, axis)
+    return y if bias is None else y + _aligned(expand_rows(bias, y.shape[0], offsets), y, axis)
+
+
+def modulate(y: Tensor, scale: Tensor | None, shift: Tensor | None, axis: int) -> Tensor:
+    """Scale ``y`` [R, ...] by 1 + ``scale`` and shift it; both are [R, *s] where s begins at ``axis``."""
+    if scale is not None:
+        y = y * (1 + _aligned(scale, y, axis))
+    return y if shift is None else y + _aligned(shift, y, axis)
+
+
+def _aligned(rows: Tensor, y: Tensor, axis: int) -> Tensor:
+    """Bring ``rows`` [R, *s] to the dimensions of ``y``, s beginning at ``axis``."""
+    after = y.ndim - axis - (rows.ndim - 1)
+    return rows.reshape(rows.shape[0], *(1,) * (axis - 1), *rows.shape[1:], *(1,) * after)
 
 
 def per_member(

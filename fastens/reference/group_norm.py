@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.reference._rows import affine
+from fastens.reference._activation import activate
+from fastens.reference._rows import affine, modulate
 
 
 def group_norm(
@@ -13,6 +14,13 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     offsets: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """Normalise, then scale and shift. Shapes as in :func:`fastens.ops.group_norm.group_norm`."""
-    return affine(F.group_norm(x, num_groups, eps=eps), weight, bias, 1, offsets)
+    """Normalise, scale and shift by member, then by row, and activate.
+
+    Shapes as in :func:`fastens.ops.group_norm.group_norm`.
+    """
+    y = affine(F.group_norm(x, num_groups, eps=eps), weight, bias, 1, offsets)
+    return activate(modulate(y, scale, shift, 1), activation)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.reference._rows import affine
+from fastens.reference._activation import activate
+from fastens.reference._rows import affine, modulate
 
 
 def layer_norm(
@@ -15,7 +16,14 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     offsets: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    """Normalise, then scale and shift. Shapes as in :func:`fastens.ops.layer_norm.layer_norm`."""
+    """Normalise, scale and shift by member, then by row, and activate.
+
+    Shapes as in :func:`fastens.ops.layer_norm.layer_norm`.
+    """
     y = F.layer_norm(x, list(normalized_shape), eps=eps)
-    return affine(y, weight, bias, x.ndim - len(normalized_shape), offsets)
+    axis = x.ndim - len(normalized_shape)
+    return activate(modulate(affine(y, weight, bias, axis, offsets), scale, shift, axis), activation)

@@ -4,11 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastens.reference._activation import activate
 from fastens.reference._rows import per_member
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
-    """Row r of member k: ``x[r] @ weight[k].T + bias[k]``. Shapes as in :func:`fastens.ops.linear.linear`."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Row r of member k: ``act(x[r] @ weight[k].T + bias[k])``. Shapes as in :func:`fastens.ops.linear.linear`."""
+    return activate(_linear(x, weight, bias, offsets), activation)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
     if offsets is not None:
         return per_member(
             lambda rows, k: F.linear(rows, weight[k], None if bias is None else bias[k]), x, weight.shape[0], offsets

@@ -3,13 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
-from fastens import rules
+from fastens import _native, rules
+from fastens.ops._dispatch import missing_triton
 from fastens.reference import aggregate, draw_members, member_variance
 
-DEVICE_KERNELS = ("native",)
+# Kernels that a CPU can run: the compiled ones, and Triton's in its interpreter.
+NO_TRITON = missing_triton(torch.device("cpu"))
+needs_native = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=f"no Triton on the CPU: {NO_TRITON}")
+KERNELS = (pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton))
+BACKENDS = ("reference", *KERNELS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((3, 5), (1,), (2, 3, 7, 37), (4, 1300))
+FEW = {  # dtype -> numbers of members and shapes that the interpreter runs in a second
+    torch.float32: ((1, 5, 17), ((3, 5),)),
+    torch.float64: ((2, 8), ((1,),)),
+    torch.bfloat16: ((3, 8), ((2, 3, 7),)),
+    torch.float16: ((2, 5), ((3, 37),)),
+}
 COUNTS = (1, 2, 3, 5, 8, 16, 17, 33)
 RULES = (
     rules.Mean(),

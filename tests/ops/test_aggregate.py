@@ -120,7 +120,6 @@ def test_bad_scores_and_rules(arguments, error, message):
         ({"weights": [0.5, 0.5], "rule": "median"}, ValueError, "takes none"),
         ({"weights": [0.5, 0.5], "rule": rules.Mean((0.5, 0.5))}, ValueError, "has its own"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
-        ({"backend": "triton"}, RuntimeError, "has no triton kernel"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -131,13 +130,25 @@ def test_bad_options(options, error, message):
 def test_native_missing_names_the_causes(monkeypatch):
     from fastens.ops import _dispatch
 
-    monkeypatch.setattr(_native, "load", lambda: False)
-    monkeypatch.setattr(_native, "status", lambda: "no libfastens_cpu.so; no C++ compiler")
+    monkeypatch.setattr(_native, "load", lambda device: False)
+    monkeypatch.setattr(_native, "status", lambda device: "no libfastens_cpu.so; no C++ compiler")
     _dispatch._choice.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"not loaded: no libfastens_cpu.so; no C\+\+ compiler"):
             fastens.aggregate(S, backend="native")
         assert torch.equal(fastens.aggregate(S), S[0])  # auto falls back
+    finally:
+        _dispatch._choice.cache_clear()
+
+
+def test_triton_needs_cuda_tensors_outside_its_interpreter(monkeypatch):
+    from fastens.ops import _dispatch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _dispatch._choice.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"serve CUDA tensors, and these are on cpu|triton is not installed"):
+            fastens.aggregate(S, backend="triton")
     finally:
         _dispatch._choice.cache_clear()
 

@@ -1,0 +1,120 @@
+"""Triton kernel of layer normalisation, its affine map, scale-shift and SiLU.
+
+y = act(((x - mean) / sqrt(var + eps) * w_k + b_k) * (1 + scale_r) + shift_r), mean and var of one vector of N features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastens.kernels._activation import activated
+from fastens.kernels._rows import members_of_rows
+
+TILE = 8192  # features that one program holds; longer vectors are read in parts, three times
+
+
+@triton.jit
+def finished(
+    value, mean, rstd, feature, exists, weight, bias, scale, shift, member, row, length,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Normalise, then the member's map, the row's scale and shift, and the activation."""
+    y = (value - mean) * rstd
+    own = member * length + feature
+    if weight is not None:
+        y *= tl.load(weight + own, exists, other=0.0).to(WIDE)
+    if bias is not None:
+        y += tl.load(bias + own, exists, other=0.0).to(WIDE)
+    own = row * length + feature
+    if scale is not None:
+        y *= 1.0 + tl.load(scale + own, exists, other=0.0).to(WIDE)
+    if shift is not None:
+        y += tl.load(shift + own, exists, other=0.0).to(WIDE)
+    return activated(y, ACTIVATION)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x, y, weight, bias, scale, shift, member_of_row, vectors, per_row, rows_per_member, length,
+    eps: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """VECTORS vectors; each is held whole, or read in parts of BLOCK."""
+    vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
+    row = vector // per_row
+    member = row // rows_per_member
+    if member_of_row is not None:
+        member = tl.load(member_of_row + row, vector < vectors, other=0).to(tl.int64)
+    total = length.to(WIDE)
+    if WHOLE:
+        feature = tl.arange(0, BLOCK)[None, :]
+        mask = (vector < vectors) & (feature < length)
+        value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+        mean = tl.sum(value, 1)[:, None] / total
+        apart = tl.where(mask, value - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(apart * apart, 1)[:, None] / total + eps)
+        result = finished(
+            value, mean, rstd, feature, mask, weight, bias, scale, shift, member, row, length, ACTIVATION, WIDE
+        )
+        tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
+    else:
+        mean = tl.zeros([VECTORS, 1], WIDE)
+        for start in range(0, length, BLOCK):
+            feature = start + tl.arange(0, BLOCK)[None, :]
+            mask = (vector < vectors) & (feature < length)
+            mean += tl.sum(tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE), 1)[:, None]
+        mean = mean / total
+        squares = tl.zeros([VECTORS, 1], WIDE)
+        for start in range(0, length, BLOCK):
+            feature = start + tl.arange(0, BLOCK)[None, :]
+            mask = (vector < vectors) & (feature < length)
+            value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+            apart = tl.where(mask, value - mean, 0.0)
+            squares += tl.sum(apart * apart, 1)[:, None]
+        rstd = 1.0 / tl.sqrt(squares / total + eps)
+        for start in range(0, length, BLOCK):
+            feature = start + tl.arange(0, BLOCK)[None, :]
+            mask = (vector < vectors) & (feature < length)
+            value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+            result = finished(
+                value, mean, rstd, feature, mask, weight, bias, scale, shift, member, row, length, ACTIVATION, WIDE
+            )
+            tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    offsets: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Normalise; the arguments are those of ``fastens::layer_norm``. The result is contiguous."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    rows, length = x.shape[0], math.prod(normalized_shape)
+    vectors = x.numel() // length
+    wide = torch.promote_types(x.dtype, torch.float32)
+    block = min(TILE, triton.next_power_of_2(length))
+    held = max(1, min(16, 2048 // block, triton.next_power_of_2(vectors)))
+    num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
+    weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        layer_norm_kernel[(triton.cdiv(vectors, held),)](
+            x, y, weight, bias, scale, shift, members_of_rows(offsets, num_members, rows, x.device),
+            vectors, vectors // rows, max(1, rows // num_members), length,
+            eps=eps, VECTORS=held, BLOCK=block, WHOLE=length <= TILE, ACTIVATION=activation,
+            WIDE=tl.float64 if wide == torch.float64 else tl.float32, num_warps=max(1, min(8, held * block // 512)),
+        )  # fmt: skip
+    return y

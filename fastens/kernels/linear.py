@@ -1,0 +1,98 @@
+"""Triton kernel of the member-batched linear layer with its activation.
+
+y[r] = act(x[r] W_k^T + b_k) for the rows r of member k; the sums are in float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastens.kernels._activation import activated
+from fastens.kernels._rows import interpreting
+
+
+@triton.jit
+def linear_kernel(
+    x, weight, bias, y, first_row, rows_per_member, outputs, inputs, row_tiles, output_tiles, per_row,
+    weight_k, weight_out, weight_in,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one member's result. x [rows, inputs] and y [rows, outputs] are contiguous."""
+    pid = tl.program_id(0)
+    tile_n, tile_m, member = pid % output_tiles, (pid // output_tiles) % row_tiles, pid // output_tiles // row_tiles
+    begin = member.to(tl.int64) * rows_per_member
+    end = begin + rows_per_member
+    if first_row is not None:
+        begin = tl.load(first_row + member) * per_row
+        end = tl.load(first_row + member + 1) * per_row
+    row = begin + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if begin + tile_m * BLOCK_M < end:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
+        own = weight + member.to(tl.int64) * weight_k + column.to(tl.int64)[None, :] * weight_out
+        for start in range(0, inputs, BLOCK_K):
+            depth = start + tl.arange(0, BLOCK_K)
+            a = tl.load(
+                x + row[:, None] * inputs + depth[None, :], (row < end)[:, None] & (depth < inputs)[None, :], other=0.0
+            )
+            b = tl.load(
+                own + depth.to(tl.int64)[:, None] * weight_in,
+                (depth < inputs)[:, None] & (column < outputs)[None, :],
+                other=0.0,
+            )
+            if WIDENED:
+                a, b = a.to(WIDE), b.to(WIDE)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
+        if bias is not None:
+            acc += tl.load(bias + member.to(tl.int64) * outputs + column, column < outputs, other=0.0).to(WIDE)[None, :]
+        acc = activated(acc, ACTIVATION)
+        mask = (row < end)[:, None] & (column < outputs)[None, :]
+        tl.store(y + row[:, None] * outputs + column[None, :], acc.to(y.dtype.element_ty), mask)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Apply each member's layer; the arguments are those of ``fastens::linear``."""
+    x = x.contiguous()
+    num_members, outputs, inputs = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if y.numel() == 0:
+        return y
+    vectors = x.numel() // inputs if inputs else y.numel() // outputs
+    per_member = vectors // num_members
+    per_row = vectors // x.shape[0]
+    wide = x.dtype == torch.float64
+    block_m, block_n, block_k, num_warps, num_stages = _tiles(per_member, outputs, x.dtype)
+    row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
+    output_tiles = triton.cdiv(outputs, block_n)
+    first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        linear_kernel[(num_members * row_tiles * output_tiles,)](
+            x, weight, None if bias is None else bias.contiguous(), y, first_row, per_member, outputs, inputs,
+            row_tiles, output_tiles, per_row, *weight.stride(),
+            ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=tl.float64 if wide else tl.float32,
+            WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return y
+
+
+def _tiles(rows: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """Tile sizes, warps and stages: narrow tiles for few rows, where reading the weights is the work."""
+    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    block_n = min(128 if block_m >= 64 else 32, max(16, 1 << (outputs - 1).bit_length()))
+    if dtype.itemsize == 2:
+        return block_m, block_n, 64, 8 if block_m * block_n >= 16384 else 4, 3
+    if dtype == torch.float32:  # products in full precision run outside the tensor cores: fewer per thread
+        return min(block_m, 64), min(block_n, 64), 32, 4, 2
+    return min(block_m, 32), min(block_n, 32), 16, 4, 1

@@ -1,0 +1,149 @@
+"""Compile every Triton kernel as its launcher launches it, for one GPU and without one; print what each takes as JSON.
+
+A process of its own: ``python -m tests.kernels.ahead_of_time 90 [sample]``, without TRITON_INTERPRET. The launchers
+run on CPU tensors; in place of a launch, the kernel is compiled for the target.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastens import rules
+from fastens.kernels.aggregate import aggregate
+from fastens.kernels.aggregate_update import aggregate_update
+from fastens.kernels.group_norm import group_norm
+from fastens.kernels.layer_norm import layer_norm
+from fastens.kernels.linear import linear
+from fastens.kernels.member_variance import member_variance
+
+WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Target:
+    """What Triton asks of a driver to compile: the GPU it is for."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(kernel):
+    """Registers, stack and local memory of a compiled kernel's machine code, and its shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    registers, stack, _, local = map(int, found.groups())
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": kernel.metadata.shared,
+        "widest load": max((int(n) * int(b) // 8 for n, b in re.findall(WIDE_LOAD, ptx)), default=0),
+        "tensor cores": "wgmma"
+        if "wgmma" in ptx
+        else "tcgen05"
+        if "tcgen05" in ptx
+        else "mma"
+        if "mma.sync" in ptx
+        else "",
+    }
+
+
+def launches():
+    """What is compiled: name -> a call of a launcher."""
+    shape = (4, 3, 32, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        short = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+        for k in (1, 5, 8, 16, 33):
+            scores = list(torch.empty(k, *shape, dtype=dtype).unbind(0))
+            for rule in (rules.Mean(), rules.Mean((1 / k,) * k), rules.Median(), rules.Geometric(), rules.Dominant(),
+                         rules.MaxAbs(), rules.Alternating()):  # fmt: skip
+                call = (scores, rule.name, rule.option, list(rule.values), 1, 2)
+                weighted = " weighted" if rule.name == "mean" and rule.values else ""
+                yield f"aggregate {rule.name}{weighted} {short} K={k}", lambda call=call: aggregate(*call)
+            yield f"member_variance {short} K={k}", lambda scores=scores: member_variance(scores)
+        scores = list(torch.empty(5, *shape, dtype=dtype).unbind(0))
+        x = torch.empty(2, *shape[1:], dtype=dtype)
+        for rule in ("mean", "median"):
+            call = (scores, rule, "", [], 0, 0, x, x, torch.empty(3, 2), torch.empty(2), True)
+            yield f"aggregate_update {rule} {short}", lambda call=call: aggregate_update(*call)
+        for channels, size, layout in ((256, 8, "NHWC"), (256, 32, "NHWC"), (128, 128, "NHWC"), (256, 32, "NCHW"),
+                                       (96, 32, "NHWC"), (128, 128, "NCHW")):  # fmt: skip
+            form = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+            x = torch.empty(5, channels, size, size, dtype=dtype).to(memory_format=form)
+            w, s = torch.empty(5, channels, dtype=dtype), torch.empty(5, channels, dtype=dtype)
+            call = (x, 32, w, w, 1e-5, None, s, s, "silu")
+            yield f"group_norm {layout} {short} C={channels} {size}x{size}", lambda call=call: group_norm(*call)
+        for length in (512, 768, 20000):
+            x, w = torch.empty(10, 3, length, dtype=dtype), torch.empty(5, length, dtype=dtype)
+            s = torch.empty(10, length, dtype=dtype)
+            call = (x, [length], w, w, 1e-5, None, s, s, "none")
+            yield f"layer_norm {short} N={length}", lambda call=call: layer_norm(*call)
+        for rows in (1, 16, 64, 512):
+            x, w = torch.empty(5 * rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
+            call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu")
+            yield f"linear {short} M={rows}", lambda call=call: linear(*call)
+    double = list(torch.empty(5, *shape, dtype=torch.double).unbind(0))
+    for rule in (rules.Mean(), rules.Median(), rules.Geometric()):
+        call = (double, rule.name, rule.option, list(rule.values), 0, 0)
+        yield f"aggregate {rule.name} f64", lambda call=call: aggregate(*call)
+    x = torch.empty(10, 64, 16, 16, dtype=torch.double)
+    yield "group_norm f64", lambda: group_norm(x, 32)
+    yield "layer_norm f64", lambda: layer_norm(x, [16])
+    yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
+
+
+SAMPLE = {  # every kernel once, the more demanding ones twice
+    "aggregate mean f32 K=5",
+    "aggregate median bf16 K=33",
+    "aggregate geometric bf16 K=8",
+    "aggregate_update mean bf16",
+    "group_norm NHWC bf16 C=128 128x128",
+    "group_norm NCHW f32 C=256 32x32",
+    "layer_norm bf16 N=768",
+    "linear f32 M=16",
+    "linear bf16 M=512",
+    "linear f64",
+}
+
+
+def main(capability, sample):
+    driver.set_active(Target(capability))
+    compiled = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, warmup, **kwargs: compiled.append(
+        (self.fn.__name__, run(self, *args, warmup=True, **kwargs))
+    )
+    rows = []
+    for name, launch in launches():
+        if sample and name not in SAMPLE:
+            continue
+        compiled.clear()
+        launch()
+        rows += [{"launch": name, "kernel": kernel, **resources(binary)} for kernel, binary in compiled]
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:] == ["sample"])

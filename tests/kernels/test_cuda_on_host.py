@@ -1,0 +1,71 @@
+"""The arithmetic of the CUDA kernels, compiled for the host by g++, against the reference; launches need a GPU."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from fastens import _build, rules
+from fastens.reference.aggregate_update import aggregate_update
+from tests.tolerances import OP, relative_error
+
+CASES = {  # rule -> its number in csrc/cuda/job.h, average, absolute, scale
+    rules.Mean(): (1, True, False, None),
+    rules.Sum(): (1, True, False, 1.0),
+    rules.Median(): (2, True, False, 1.0),
+    rules.Median("lower"): (2, False, False, 1.0),
+    rules.Dominant(): (3, True, False, 1.0),
+    rules.MaxAbs(): (3, True, True, 1.0),
+    rules.Geometric(): (4, True, False, 1.0),
+    rules.Alternating(): (5, True, False, 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    source = _build.source_root().parent / "tests" / "kernels" / "host_reduce.cpp"
+    built = tmp_path_factory.mktemp("host") / "reduce.so"
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{_build.source_root()}"]
+    try:
+        compiler = _build.compiler()
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    subprocess.run([compiler, *flags, *includes, str(source), "-o", str(built)], check=True)
+    return ctypes.CDLL(str(built))
+
+
+def pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "guided update with variance"])
+@pytest.mark.parametrize("rule", CASES, ids=repr)
+def test_equals_reference(library, rule, everything):
+    torch.manual_seed(0)
+    number, average, absolute, scale = CASES[rule]
+    batch, length = 3, 8
+    for num_members in (*range(1, 17), 17, 33):
+        scores = torch.randn(num_members, 2 * batch if everything else batch, length)
+        if num_members == 5:
+            scores[2, 1, 3] = torch.nan
+        x, noise, c, g = (torch.randn(s) for s in ((batch, length), (batch, length), (3, batch), (batch,)))
+        given = (x, noise, c, g) if everything else (None, None, None, None)
+        lows = scores.amin((0, 2)).contiguous()
+        expected = aggregate_update(
+            scores.double(), rule, *(None if t is None else t.double() for t in given), everything, seed=3
+        )
+        for in_registers in (True, False) if num_members <= 16 else (False,):
+            out = torch.full((batch, length), 7.0)
+            variance = torch.full_like(scores[0], 7.0) if everything else None
+            library.reduce_on_host(
+                number, in_registers, pointer(scores), num_members, ctypes.c_int64(scores.shape[1]),
+                ctypes.c_int64(length), average, absolute, ctypes.c_double(scale or 1 / num_members),
+                ctypes.c_double(rules.Geometric().eps), pointer(lows), *(pointer(t) for t in given), pointer(out),
+                pointer(variance),
+            )  # fmt: skip
+            for actual, wanted in ((out, expected[0]), (variance, expected[1]))[: 1 + everything]:
+                assert torch.equal(actual.isnan(), wanted.isnan())
+                assert relative_error(actual.nan_to_num(), wanted.nan_to_num()) <= OP[torch.float32]

@@ -1,0 +1,118 @@
+"""Norms and the linear layer with what is fused behind them: every backend against the reference in float64."""
+
+import pytest
+import torch
+
+from fastens.ops import all_ops
+from fastens.ops.group_norm import group_norm
+from fastens.ops.layer_norm import layer_norm
+from fastens.ops.linear import linear
+from tests.ops.cases import BACKENDS, DTYPES, KERNELS
+from tests.tolerances import OP, relative_error
+
+OPS = all_ops()
+KERNELS = KERNELS[1:]  # these ops have no compiled kernel yet
+BACKENDS = (BACKENDS[0], *KERNELS)
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def calls(name, num_members, rows, dtype=torch.float32, offsets=None):
+    """Arguments of one op that use everything it has, in several shapes and layouts."""
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.double).to(dtype)
+
+    if name == "group_norm":
+        for channels, groups, space in ((6, 3, (5,)), (16, 4, (7, 9)), (4, 1, (73, 60)), (4, 2, (2, 3, 2))):
+            stacks, own = [normal(num_members, channels) for _ in "wb"], [normal(rows, channels) for _ in "sh"]
+            for x in (normal(rows, channels, *space), channels_last(normal(rows, channels, *space))):
+                yield (3 * x + 1, groups, *stacks, 1e-3, offsets, *own, "silu")
+    elif name == "layer_norm":
+        for shape, last in (((5,), 1), ((3, 7), 1), ((2, 3, 5), 2), ((8200,), 1)):
+            feature = shape[-last:]
+            stacks, own = [normal(num_members, *feature) for _ in "wb"], [normal(rows, *feature) for _ in "sh"]
+            yield (3 * normal(rows, *shape) + 1, feature, *stacks, 1e-3, offsets, *own, "silu")
+    else:
+        for shape, outputs, activation in (
+            ((5,), 7, "none"),
+            ((3, 70), 40, "silu"),
+            ((9,), 33, "gelu"),
+            ((9,), 1, "gelu_tanh"),
+        ):
+            weight, bias = normal(num_members, outputs, shape[-1]), normal(num_members, outputs)
+            yield (normal(rows, *shape), weight, bias, offsets, activation)
+
+
+PUBLIC = {"group_norm": group_norm, "layer_norm": layer_norm, "linear": linear}
+
+
+def in_double(arguments):
+    return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_kernel_equals_reference(name, dtype, backend):
+    torch.manual_seed(0)
+    ragged = torch.tensor([0, 1, 1, 3])
+    for i, (num_members, offsets) in enumerate(
+        ((1, None), (2, None), (3, None), (3, ragged), (5, None), (8, None), (17, None))
+    ):
+        rows = 3 if num_members == 3 else num_members
+        given = list(calls(name, num_members, rows, dtype, offsets))
+        # the interpreter is slow: with 3 members every call (group norm: every second,
+        # the others in the next dtype), with another number one call
+        if num_members == 3:
+            given = given[(i + DTYPES.index(dtype)) % 2 :: 2] if name == "group_norm" else given
+        else:
+            given = given[:1]
+        for arguments in given:
+            expected = PUBLIC[name](*in_double(arguments), backend="reference")
+            garbage = [torch.full_like(expected, torch.nan, dtype=dtype) for _ in range(3)]
+            del garbage
+            actual = PUBLIC[name](*arguments, backend=backend)
+            assert actual.dtype == dtype
+            assert relative_error(actual, expected) <= OP[dtype], arguments[0].shape
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_opcheck_gradients_nan_and_empty_batch(name, backend):
+    torch.manual_seed(0)
+    kernel = getattr(torch.ops.fastens, OPS[name].kernels[backend]).default
+    arguments = next(calls(name, 2, 4))
+    assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
+    doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
+    assert torch.autograd.gradcheck(kernel, doubles, fast_mode=True)
+    x = arguments[0].clone()
+    x[1].view(-1)[2] = torch.nan
+    with torch.no_grad():
+        mapped = PUBLIC[name](x, *arguments[1:], backend=backend)
+        expected = PUBLIC[name](x, *arguments[1:], backend="reference")
+        assert torch.equal(mapped.isnan(), expected.isnan())
+        assert mapped[1].isnan().any()
+        empty = next(calls(name, 2, 0))
+        assert PUBLIC[name](*empty, backend=backend).shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiles_whole(name, backend):
+    arguments = next(calls(name, 2, 4))
+    torch.compiler.reset()
+    run = torch.compile(lambda *a: PUBLIC[name](*a, backend=backend) + 1, fullgraph=True, backend="aot_eager")
+    expected = PUBLIC[name](*arguments, backend="reference") + 1
+    assert relative_error(run(*arguments), expected) <= OP[torch.float32]
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"scale is \[3, 6\], expected \[4, 6\] \(rows first\)"):
+        group_norm(torch.zeros(4, 6, 2), 3, scale=torch.zeros(3, 6))
+    with pytest.raises(ValueError, match=r"expected .* with 4 groups"):
+        group_norm(torch.zeros(4, 6, 2), 4)
+    with pytest.raises(ValueError, match="activation 'relu' is unknown"):
+        linear(torch.zeros(4, 6), torch.zeros(2, 3, 6), activation="relu")
