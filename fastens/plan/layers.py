@@ -47,7 +47,9 @@ def linear(emitter: Emitter, node: Node) -> bool:
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
     stack = emitter.constant(weight)
-    if stack is None or argument(node, 3, "offsets") is not None or not x.numel:
+    if stack is None or argument(node, 3, "offsets") is not None or argument(node, 4, "activation", "none") != "none":
+        return False
+    if not x.numel:
         return False
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
     if pixels is None or out is None:
@@ -70,7 +72,7 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
     """Group normalisation, whose scale and shift a later step applies."""
     x, groups = node.args[:2]
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    if argument(node, 5, "offsets") is not None or not x.numel:
+    if not x.numel or _more_than_affine(node):
         return False
     pixels, out = image_pixels(emitter, x, 1), pixels_of(node.outs[0], 1)
     if pixels is None or out is None:
@@ -84,13 +86,19 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
     return True
 
 
+def _more_than_affine(node: Node) -> bool:
+    """Whether a normalisation has ragged rows, or a scale, shift or activation of its own beside its parameters."""
+    extra = (argument(node, i, name) for i, name in ((5, "offsets"), (6, "scale"), (7, "shift")))
+    return any(value is not None for value in extra) or argument(node, 8, "activation", "none") != "none"
+
+
 @lowers("fastens.layer_norm", "aten.native_layer_norm")
 def layer_norm(emitter: Emitter, node: Node) -> bool:
     """Layer normalisation over the last dimension."""
     x, shape = node.args[:2]
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     whole = node.name == "fastens.layer_norm"
-    if len(shape) != 1 or not x.numel or (whole and argument(node, 5, "offsets") is not None):
+    if len(shape) != 1 or not x.numel or (whole and _more_than_affine(node)):
         return False
     if not whole and (weight is not None or bias is not None or any(emitter.uses[o.storage] for o in node.outs[1:])):
         return False

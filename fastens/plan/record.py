@@ -185,6 +185,8 @@ class _MemberOps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
             return args[0]  # asked for by networks whose images are in another layout when they run by themselves
+        if isinstance(func, torch._ops.OpOverloadPacket):
+            func = func.default
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
             other = next((t for t in types if not issubclass(t, Tensor)), None)
             if other is None:
