@@ -125,8 +125,7 @@ class FoldEngine:
             return self._pass(arguments.with_tensors(tensors), None, None)
 
         def member(tensors: list[Tensor]) -> Any:
-            own = arguments.with_tensors(tensors).mapped(lambda x: x)
-            return self._call(0, *own)
+            return self._call(0, *arguments.with_tensors(tensors).of_member(0))
 
         leaves, spec = self.plans.make(arguments.plan_key(), whole, member, arguments.tensors)
         return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]

@@ -95,9 +95,8 @@ class Plans:
         if self._state() != self._weights:
             self.clear()
             self._weights = self._state()
-        if key in self._refused or len(self._refused) >= _MOST_REFUSALS:
-            return pytree.tree_flatten(whole(inputs))
-        if any(self._hooks):  # they want to be called
+        refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
+        if refused or any(self._hooks):  # hooks want to be called
             return pytree.tree_flatten(whole(inputs))
         other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
         if other:

@@ -246,8 +246,7 @@ class Emitter:
         if isinstance(value, Stored):
             return value
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
-        span = 1 + sum((n - 1) * s for n, s in zip(ref.size, ref.stride, strict=True)) if ref.numel else 1
-        place = Stored(At(self.buffer(span)))
+        place = Stored(At(self.buffer(ref.span)))
         self._write(value, place.at)
         self.values[storage] = place
         return place

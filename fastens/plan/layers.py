@@ -155,7 +155,7 @@ def attention(emitter: Emitter, node: Node) -> bool:
         if emitter.constant(ref) is not None or not emitter.is_wide(ref):
             return False
         heads.append(Heads(emitter.stored(ref), ref.stride[0], ref.stride[1], ref.stride[2]))  # pyright: ignore[reportArgumentType]
-    place = At(emitter.buffer(1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True))))
+    place = At(emitter.buffer(out.span))
     emitter.values[out.storage] = Stored(place)
     rows, count, queries, width = q.size
     chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
@@ -196,7 +196,7 @@ def cat(emitter: Emitter, node: Node) -> bool:
     if pixels is not None and len(parts) == 2 and all(p is not None for p in inner) and inside:
         emitter.values[out.storage] = Joined(pixels, (inner[0], inner[1]))  # pyright: ignore[reportArgumentType]
         return True
-    place = At(emitter.buffer(1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True))))
+    place = At(emitter.buffer(out.span))
     start = 0
     for part in parts:
         emitter.expression(Leaf(part), part.size, place.plus(start * out.stride[dim]), out.stride, 0)

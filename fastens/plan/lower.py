@@ -50,8 +50,7 @@ def call(emitter: Emitter, node: Node) -> None:
     places = {ref: _in_arena(emitter, ref) for ref in node.reads if emitter.constant(ref) is None}
     for out in node.outs:
         size = out.dtype.itemsize
-        span = 1 + sum((n - 1) * s for n, s in zip(out.size, out.stride, strict=True)) if out.numel else 1
-        place = At(emitter.buffer(-(-span * size // 4)))
+        place = At(emitter.buffer(-(-out.span * size // 4)))
         emitter.values[out.storage] = Stored(place, size)
         places[out] = place.plus(out.offset, size)
     emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
@@ -64,8 +63,7 @@ def _in_arena(emitter: Emitter, ref: Ref) -> At:
         return at
     if ref.dtype not in steps.DTYPES:
         raise NotLowerable(f"an input of {ref.dtype}")
-    span = 1 + sum((n - 1) * s for n, s in zip(ref.size, ref.stride, strict=True)) if ref.numel else 1
-    place = At(emitter.buffer(-(-span * ref.dtype.itemsize // 4)))
+    place = At(emitter.buffer(-(-ref.span * ref.dtype.itemsize // 4)))
     emitter.expression(Leaf(ref), ref.size, place, ref.stride, steps.DTYPES[ref.dtype])
     return place
 

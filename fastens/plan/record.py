@@ -43,6 +43,11 @@ class Ref:
             count *= n
         return count
 
+    @property
+    def span(self) -> int:
+        """How many elements lie from its first to its last, at least one."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if self.numel else 1
+
 
 @dataclasses.dataclass
 class Node:
