@@ -101,21 +101,17 @@ class DropoutEngine(FoldEngine):
             calls = sum(self.masks.calls.values())
             raise ValueError(_NOTHING.format(found=f"{calls} dropouts with p = 0" if calls else "no dropout"))
 
-    def _established(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
-    ) -> frozenset[int]:
+    def _established(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and not self._discovered:
             raise RuntimeError(
                 "MC Dropout: call the ensemble once before it is compiled, so that its dropouts are known"
             )
-        return super()._established(args, kwargs, training, kind)
+        return super()._established(*args, **kwargs)
 
-    def _first(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
-    ) -> frozenset[int]:
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
         self._discovering = True
         try:
-            return super()._first(args, kwargs, training, kind)
+            return super()._first(*args, **kwargs)
         finally:
             self._discovering = False
             self._discovered = True

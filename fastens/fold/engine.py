@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -88,26 +88,26 @@ class FoldEngine:
             training: the mode of the ensemble.
             kind: reads the arguments: whether members share their rows or have their own.
         """
-        if self.engine == "loop":
-            return self._loop(kind(args, kwargs))
         arguments = kind(args, kwargs)
-        eager = not torch.compiler.is_compiling() and not _capturing()
-        plannable = eager and kind is Arguments and self._can_plan(arguments)
-        found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
-        if found is not None:
-            leaves, spec = found
-            return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
-        excluded = self._established(args, kwargs, training, kind)
         if self.engine == "loop":
             return self._loop(arguments)
-        key = self._key(arguments, training) if eager else None
-        if plannable and self.cap.holds_recording(key, self.num_members * arguments.batch_size):
-            try:
-                return self._planned(Arguments(args, kwargs, excluded))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-        return self._fold(kind(args, kwargs, excluded), key)
+        eager = not torch.compiler.is_compiling() and not _capturing()
+        plannable = eager and kind is Arguments and self._can_plan(arguments)
+        planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+        key = None
+        if planned is None:
+            key = self._key(arguments, training) if eager else None
+            excluded, planned = self._established(args, kwargs, training, kind, plannable)
+            if self.engine == "loop":
+                return self._loop(arguments)
+            if excluded:
+                arguments = kind(args, kwargs, excluded)
+            if plannable and planned is None:
+                planned = self._planned(arguments, key)
+        if planned is None:
+            return self._fold(arguments, key)
+        leaves, spec = planned
+        return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
 
     @staticmethod
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
@@ -118,21 +118,41 @@ class FoldEngine:
         whole = asked is None or self.num_members * arguments.batch_size <= asked
         return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
 
-    def _planned(self, arguments: Arguments) -> list[Any]:
-        """Make the plan of a signature whose fold was checked, and run it."""
+    def _planned(
+        self,
+        arguments: Arguments,
+        key: Any,
+        expected: list[list[Tensor]] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> tuple[list[Tensor], Any] | None:
+        """Make the plan of a signature, where the memory holds a recording, and run it.
+
+        Args:
+            arguments: of the call.
+            key: the signature.
+            expected: the members' own outputs; none where the fold was held against them already.
+            around: makes what the pass is recorded in.
+        """
 
         def whole(tensors: list[Tensor]) -> Any:
-            return self._pass(arguments.with_tensors(tensors), None, None)
+            with around():
+                return self._pass(arguments.with_tensors(tensors), None, None)
 
         def member(tensors: list[Tensor]) -> Any:
             return self._call(0, *arguments.with_tensors(tensors).of_member(0))
 
-        leaves, spec = self.plans.make(arguments.plan_key(), whole, member, arguments.tensors)
-        return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+        if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
+            return None
+        try:
+            return self.plans.make(arguments.plan_key(), whole, member, arguments.tensors, expected)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        excluded = self._established(args, kwargs, training) if self.engine == "fold" else frozenset()
+        excluded = self._established(args, kwargs, training)[0] if self.engine == "fold" else frozenset()
         arguments = Arguments(args, kwargs, excluded)
         if self.engine == "loop":
             return run_drawn(self._call, arguments, members)
@@ -147,18 +167,28 @@ class FoldEngine:
         )
 
     def _established(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
-    ) -> frozenset[int]:
-        """The leaves that only look like the batch, from the first eager pass of this signature."""
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool,
+        kind: Callable[..., Arguments] = Arguments,
+        plannable: bool = False,
+    ) -> tuple[frozenset[int], tuple[list[Tensor], Any] | None]:
+        """The leaves that only look like the batch, from the first eager pass of this signature.
+
+        Where a plan is wanted and can be made without a folded pass, its outputs too.
+        """
         if torch.compiler.is_compiling() or _capturing():
-            return frozenset()
+            return frozenset(), None
         arguments = kind(args, kwargs)
         key, total = self._key(arguments, training), self.num_members * arguments.batch_size
         found = self._checked.get((key, self.cap.rows(key, total) < total))
         if found is None:
-            found = self._first(args, kwargs, training, kind)
+            found, planned = self._first(args, kwargs, training, kind, plannable)
+            if planned is not None:  # the fold itself was not held against the loop, and is where a plan cannot serve
+                return found, planned
             self._checked[key, self.cap.rows(key, total) < total] = found
-        return found
+        return found, None
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
@@ -206,11 +236,16 @@ class FoldEngine:
     # The first pass of a signature
 
     def _first(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments]
-    ) -> frozenset[int]:
-        """Establish where the batch is, and check the fold against the loop; fall back to the loop where they part.
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        training: bool,
+        kind: Callable[..., Arguments],
+        plannable: bool,
+    ) -> tuple[frozenset[int], tuple[list[Tensor], Any] | None]:
+        """Establish where the batch is, and check the plan or the fold against the loop; fall back where they part.
 
-        Of the loop only the members' outputs are held while the folded pass runs.
+        Of the loop only the members' outputs are held meanwhile.
         """
         arguments = kind(args, kwargs)
         key = self._key(arguments, training)
@@ -229,11 +264,18 @@ class FoldEngine:
                 least = recording.num_elements * max((x.element_size() for x in expected[0]), default=0)
                 run_member = partial(self._call, 0, args_0, kwargs_0)
                 self.cap.measure(key, self.num_members, arguments.batch_size, least, run_member, first.device)
+            if plannable:
+                rows, batch = self.num_members * arguments.batch_size, arguments.batch_size
+                planned = self._planned(
+                    arguments, key, expected, partial(establishing, self.network, recording, rows, batch)
+                )
+                if planned is not None:
+                    return frozenset(), planned
             problem = None
             for attempt in range(_MAX_REPAIRS):
                 problem, error = self._attempt(arguments, expected, recording, key)
                 if problem is None:
-                    return frozenset(set(kind(args, kwargs).batched) - set(arguments.batched))
+                    return frozenset(set(kind(args, kwargs).batched) - set(arguments.batched)), None
                 if error == _DIFFERS and attempt == 0 and self._random(args_0, kwargs_0):
                     break  # before anything is looped for it
                 if attempt == 0 and len(arguments.batched) > 1:
@@ -245,11 +287,11 @@ class FoldEngine:
                     break
             if self._random(args_0, kwargs_0):
                 self.why = "members are random in this mode, so the fold was not checked against the loop"
-                return frozenset()
+                return frozenset(), None
         self.engine = "loop"
         self.why = f"the fold disagreed with the loop: {problem}"
         warnings.warn(f"fastens: members are evaluated one by one, because {self.why}", stacklevel=5)
-        return frozenset()
+        return frozenset(), None
 
     def _attempt(
         self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, key: Any

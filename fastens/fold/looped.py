@@ -15,9 +15,11 @@ def member_tensors(module: nn.Module, k: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, child in module.named_modules():
         shared = getattr(child, "shared", frozenset())
-        owned = (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
         prefix = f"{path}." if path else ""
-        tensors.update({prefix + name: t if name in shared else t[k] for name, t in owned})
+        for owned in (child._parameters, child._buffers):
+            for name, t in owned.items():
+                if t is not None:
+                    tensors[prefix + name] = t if name in shared else t[k]
     return tensors
 
 
@@ -25,18 +27,38 @@ def call_member(skeleton: nn.Module, tensors: dict[str, Tensor], args: tuple[Any
     """Run the skeleton with one member's tensors."""
     flat = [m for m in skeleton.modules() if isinstance(m, nn.RNNBase)]
     if not flat:
-        return functional_call(skeleton, tensors, args, kwargs, strict=True)
-    # Recurrent layers hold a second reference to their weights, which functional_call does not replace.
+        return _call_with(skeleton, tensors, args, kwargs)
+    # Recurrent layers hold a second reference to their weights.
     saved = [(m, m._flat_weights) for m in flat]
     try:
         for path, m in skeleton.named_modules():
             if isinstance(m, nn.RNNBase):
                 prefix = f"{path}." if path else ""
                 m._flat_weights = [tensors[prefix + name] for name in m._flat_weights_names]
-        return functional_call(skeleton, tensors, args, kwargs, strict=True)
+        return _call_with(skeleton, tensors, args, kwargs)
     finally:
         for m, weights in saved:
             m._flat_weights = weights
+
+
+def _call_with(skeleton: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``functional_call``, which takes longer than a small network, without its checks where nothing is traced."""
+    if torch.compiler.is_compiling():
+        return functional_call(skeleton, tensors, args, kwargs, strict=True)
+    saved: list[tuple[dict[str, Any], str, Tensor]] = []
+    first: dict[int, Tensor] = {}  # a tied tensor has a value under its first name
+    try:
+        for path, module in skeleton.named_modules():
+            prefix = f"{path}." if path else ""
+            for owned in (module._parameters, module._buffers):
+                for name, t in owned.items():
+                    if t is not None:
+                        saved.append((owned, name, t))
+                        owned[name] = first.setdefault(id(t), tensors.get(prefix + name, t))
+        return skeleton(*args, **kwargs)
+    finally:
+        for owned, name, t in saved:
+            owned[name] = t
 
 
 def run_looped(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,10 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
 from fastens.plan.record import NotLowerable, NotRecordable, record
+from fastens.plan.sketch import sketched
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -41,7 +43,7 @@ class Plans:
         """Drop all plans and the packed weights."""
         self._plans: OrderedDict[Any, tuple[Plan, Any]] = OrderedDict()
         self._refused: set[Any] = set()
-        self._constants = Constants()
+        self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 9 // 8)
         self._weights: Any = None
         self._tensors: list[Tensor] = []
         self.why_not = ""
@@ -76,55 +78,80 @@ class Plans:
         return plan.run(inputs), spec
 
     def make(
-        self, key: Any, whole: Callable[[Leaves], Any], member: Callable[[Leaves], Any], inputs: Leaves
-    ) -> tuple[Leaves, Any]:
+        self,
+        key: Any,
+        whole: Callable[[Leaves], Any],
+        member: Callable[[Leaves], Any],
+        inputs: Leaves,
+        expected: list[Leaves] | None = None,
+    ) -> tuple[Leaves, Any] | None:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
-        The plan is checked against the recorded pass, and on other inputs against the first member: a value that was
-        taken from the recorded ones would show there.
+        The plan is checked against what the members gave, or else against the recorded pass, and on other inputs
+        against the first member: a value that was taken from the recorded ones would show there.
 
         Args:
             key: the signature.
             whole: the folded pass as a function of the tensors of the call.
             member: the first member likewise.
             inputs: the tensors of the call.
+            expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
+                signature for which that fails is not refused.
 
         Returns:
-            The leaves of the folded output and their structure: of the plan, or where there can be none, of the pass.
+            The leaves of the folded output of the plan and their structure, or none where there is no plan.
         """
         if self._state() != self._weights:
             self.clear()
             self._weights = self._state()
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or any(self._hooks):  # hooks want to be called
-            return pytree.tree_flatten(whole(inputs))
+            return None
+        why = ""
         other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
         if other:
-            return self._refuse(key, f"the network has {', '.join(map(str, other))}", whole, inputs)
-        try:
-            recording, result = record(lambda: whole(inputs), inputs)
-            leaves, spec = pytree.tree_flatten(result)
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                raise NotRecordable("an output is no tensor of the batch")
-            plan = Plan(recording, self._num_members, self._constants)
-            outputs = plan.run(inputs)
-            _check(outputs, leaves)
-            others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
-            own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
-            _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
-        except (NotRecordable, NotLowerable) as error:
-            return self._refuse(key, str(error), whole, inputs)
-        except RuntimeError as error:  # the network wants a layout that a recording does not give it
-            return self._refuse(key, f"{type(error).__name__} while recording: {error}", whole, inputs)
-        self._plans[key] = (plan, spec)
-        if len(self._plans) > _MOST_PLANS:
-            self._plans.popitem(last=False)
-        return outputs, spec
+            why = f"the network has {', '.join(map(str, other))}"
+        else:
+            try:
+                plan, spec, outputs = self._checked(whole, member, inputs, expected)
+            except (NotRecordable, NotLowerable) as error:
+                why = str(error)
+            except RuntimeError as error:  # the network wants a layout that a recording does not give it
+                if is_out_of_memory(error):
+                    raise
+                why = f"{type(error).__name__} while recording: {error}"
+            else:
+                self._plans[key] = (plan, spec)
+                if len(self._plans) > _MOST_PLANS:
+                    self._plans.popitem(last=False)
+                return outputs, spec
+        if expected is None:
+            self._refused.add(key)
+            self.why_not = why
+        return None
 
-    def _refuse(self, key: Any, why: str, whole: Callable[[Leaves], Any], inputs: Leaves) -> tuple[Leaves, Any]:
-        self._refused.add(key)
-        self.why_not = why
-        return pytree.tree_flatten(whole(inputs))
+    def _checked(
+        self,
+        whole: Callable[[Leaves], Any],
+        member: Callable[[Leaves], Any],
+        inputs: Leaves,
+        expected: list[Leaves] | None,
+    ) -> tuple[Plan, Any, Leaves]:
+        recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+        leaves, spec = pytree.tree_flatten(result)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise NotRecordable("an output is no tensor of the batch")
+        plan = Plan(recording, self._num_members, self._constants)
+        outputs = plan.run(inputs)
+        if expected is None:
+            _check(outputs, leaves)
+        else:
+            for k, theirs in enumerate(expected):
+                _check([x.chunk(self._num_members)[k] for x in outputs], theirs)
+        others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
+        own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
+        _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
+        return plan, spec, outputs
 
     def _state(self) -> Any:
         """What changes with the weights, as far as torch tells: versions, and where the first one is."""
@@ -135,6 +162,8 @@ class Plans:
 
 
 def _check(ours: Leaves, theirs: Leaves) -> None:
+    if len(ours) != len(theirs):
+        raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
     for a, b in zip(ours, theirs, strict=True):
         error = relative_error(a, b)
         if not error <= tolerance_for(b):

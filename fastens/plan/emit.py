@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
-from fastens.plan.packing import multiplies_bfloat16, pack
+from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
 from fastens.plan.record import NotLowerable, Recording, Ref
 from fastens.plan.tiling import tile
 from fastens.plan.values import (
@@ -412,9 +412,9 @@ class Emitter:
         )
 
     def _packed(self, value: Convolved, vectors: int, pairs: bool) -> At:
+        size = packed_size(value.weight.shape, pairs)
         key = ("packed", value.key, vectors, pairs)
-        found = self.constants.find(key)
-        return found or self.constants.add(key, pack(value.weight, vectors, pairs), value.weight)
+        return self.constants.write(key, size, lambda into: pack(value.weight, vectors, pairs, into), value.weight)
 
 
 def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from fastens.plan.emit import Call, Emitter
 from fastens.plan.memory import At
-from fastens.plan.record import Node, NotLowerable, Ref
+from fastens.plan.record import Node, NotLowerable, Ref, mapped
 from fastens.plan.values import (
     Convolved,
     Leaf,
@@ -126,14 +125,14 @@ def versioned(nodes: list[Node], outputs: list[Ref]) -> tuple[list[Node], list[R
     whole: dict[int, Ref] = {}
     fresh = -1
 
-    def renamed(leaf: Any) -> Any:
-        if not isinstance(leaf, Ref):
+    def renamed(leaf: Ref) -> Ref:
+        if leaf.storage not in current:
             return leaf
-        return dataclasses.replace(leaf, storage=current.get(leaf.storage, leaf.storage))
+        return dataclasses.replace(leaf, storage=current[leaf.storage])
 
     result = []
     for node in nodes:
-        args, kwargs = pytree.tree_map(renamed, (node.args, node.kwargs))
+        args, kwargs = mapped(Ref, renamed, (node.args, node.kwargs)) if current else (node.args, node.kwargs)
         for written in node.writes:
             made = whole.get(written.storage)
             if node.name == "aten.copy_" and made is not None and not same_view(made, written):
@@ -152,8 +151,8 @@ def versioned(nodes: list[Node], outputs: list[Ref]) -> tuple[list[Node], list[R
 def constants_of(emitter: Emitter, tree: Any) -> Any:
     """The arguments of a call with the tensors that are constant in their place."""
 
-    def found(leaf: Any) -> Any:
-        constant = emitter.constant(leaf) if isinstance(leaf, Ref) else None
+    def found(leaf: Ref) -> Any:
+        constant = emitter.constant(leaf)
         return leaf if constant is None else constant
 
-    return pytree.tree_map(found, tree)
+    return mapped(Ref, found, tree)

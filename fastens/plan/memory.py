@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,44 +67,46 @@ def lay_out(buffers: list[Buffer]) -> int:
 
 
 class Constants:
-    """The packed weights and other constants of an ensemble's programs, in one tensor that only grows."""
+    """The packed weights and other constants of an ensemble's programs, in one tensor that only grows.
 
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []
+    Args:
+        capacity: float32 values that there is room for at first; what is not written costs no memory.
+
+    Attributes:
+        memory: the values, float32 [n].
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
         self._known: dict[object, tuple[At, Tensor]] = {}
         self._elements = 0
-        self._joined: Tensor | None = None
+        self.memory = torch.empty(capacity + ALIGNMENT)
 
     def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
-        """Keep float32 values under a key; return where they will be.
+        """Keep float32 values under a key; return where they are.
 
         Args:
             key: what tells the values from others; it may hold the identity of a storage.
             values: the values, in their logical order.
             source: the tensor that they come from; it is kept alive, so that its identity stays its own.
         """
+        keep = values if source is None else source
+        return self.write(key, values.numel(), lambda into: into.view(values.shape).copy_(values.detach()), keep)
+
+    def write(self, key: object, size: int, fill: Callable[[Tensor], object], source: Tensor) -> At:
+        """As :meth:`add`, of ``size`` values that ``fill`` writes into a flat tensor."""
         found = self._known.get(key)
         if found is None:
-            flat = values.detach().to(torch.float32).reshape(-1)
-            padding = -flat.numel() % (ALIGNMENT // 4)
-            found = self._known[key] = (At(Slot.WEIGHTS, self._elements * 4), values if source is None else source)
-            self._parts.append(torch.nn.functional.pad(flat, (0, padding)) if padding else flat.clone())
-            self._elements += flat.numel() + padding
+            start = self._elements
+            self._elements += size + -size % (ALIGNMENT // 4)
+            if self._elements > len(self.memory):
+                grown = torch.empty(2 * self._elements)
+                grown[:start].copy_(self.memory[:start])
+                self.memory = grown
+            fill(self.memory[start : start + size])
+            found = self._known[key] = (At(Slot.WEIGHTS, start * 4), source)
         return found[0]
 
     @property
     def num_bytes(self) -> int:
         """Memory of the values, not counting the tensors that they come from."""
         return 4 * self._elements
-
-    def find(self, key: object) -> At | None:
-        """Where the values of a key are, none where they were not added."""
-        found = self._known.get(key)
-        return None if found is None else found[0]
-
-    def joined(self) -> Tensor:
-        """All of them, float32 [n]."""
-        if self._parts:
-            self._joined = torch.cat(self._parts if self._joined is None else [self._joined, *self._parts])
-            self._parts = []
-        return torch.zeros(ALIGNMENT // 4) if self._joined is None else self._joined

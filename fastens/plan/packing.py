@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -16,23 +17,34 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def pack(weight: Tensor, vectors: int, pairs: bool = False) -> Tensor:
+def packed_size(shape: tuple[int, ...], pairs: bool = False) -> int:
+    """How many float32 a packed stack [K, C_out, C_in, kernel_h, kernel_w] takes."""
+    members, out_channels, *rest = shape
+    return members * -(-out_channels // steps.LANES) * steps.LANES * math.prod(rest) // (2 if pairs else 1)
+
+
+def pack(weight: Tensor, vectors: int, pairs: bool, into: Tensor) -> None:
     """Order a stack [K, C_out, C_in, kernel_h, kernel_w] as the kernels read it.
 
     Args:
         weight: the stack.
         vectors: of output channels in one block.
         pairs: keep bfloat16 values, two input channels in the place of one float32.
-
-    Returns:
-        [K, block, tap, C_in, 16 * vectors], flat for each member; the last block may be narrower, and the channels are
-        filled up with zeros to whole vectors. With pairs, [K, block, tap, C_in / 2, 16 * vectors, 2], seen as float32.
+        into: float32 [packed_size], filled with [K, block, tap, C_in, 16 * vectors], flat for each member; the last
+            block may be narrower, and the channels are filled up with zeros to whole vectors. With pairs it holds
+            [K, block, tap, C_in / 2, 16 * vectors, 2] in bfloat16.
     """
-    members, out_channels = weight.shape[:2]
+    members, out_channels, in_channels, *kernel = weight.shape
     missing = -out_channels % steps.LANES
-    full = torch.nn.functional.pad(weight.detach().float(), (0, 0) * 3 + (0, missing)) if missing else weight
-    blocks = full.split(vectors * steps.LANES, dim=1)
-    if pairs:
-        taps = [b.permute(0, 3, 4, 2, 1).unflatten(3, (-1, 2)).transpose(4, 5).reshape(members, -1) for b in blocks]
-        return torch.cat(taps, 1).to(torch.bfloat16).contiguous().view(torch.float32)
-    return torch.cat([b.permute(0, 3, 4, 2, 1).reshape(members, -1) for b in blocks], 1)
+    full = torch.nn.functional.pad(weight.detach(), (0, 0) * 3 + (0, missing)) if missing else weight.detach()
+    flat = (into.view(torch.bfloat16) if pairs else into).view(members, -1)
+    start = 0
+    for block in full.split(vectors * steps.LANES, dim=1):
+        width = block.shape[1]
+        stop = start + width * in_channels * math.prod(kernel)
+        place, start = flat[:, start:stop], stop
+        if pairs:
+            place = place.unflatten(1, (*kernel, in_channels // 2, width, 2))
+            place.copy_(block.permute(0, 3, 4, 2, 1).unflatten(3, (-1, 2)).transpose(4, 5))
+        else:
+            place.unflatten(1, (*kernel, in_channels, width)).copy_(block.permute(0, 3, 4, 2, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from fastens.plan import elementwise, layers
 from fastens.plan.emit import Call, Emitter
 from fastens.plan.lower import constants_of, lower, versioned
 from fastens.plan.memory import At, Buffer, Constants, lay_out
-from fastens.plan.record import NotLowerable, Recording, Ref
+from fastens.plan.record import NotLowerable, Recording, Ref, mapped
 from fastens.plan.values import Leaf, Stored
 from fastens.program import steps
-from fastens.program.steps import Slot, Step, Strided
+from fastens.program.steps import Slot, Step
 
 _LOWERINGS = (elementwise, layers)  # imported for the handlers that they register
 
@@ -37,7 +36,7 @@ class _Call:
     def run(self) -> None:
         args, kwargs = self.args, self.kwargs
         if self.func._schema.is_mutable:  # values are written once
-            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+            args, kwargs = mapped(Tensor, torch.clone, (args, kwargs))
         results = pytree.tree_leaves(self.func(*args, **kwargs))
         for out, result in zip(self.outs, (r for r in results if isinstance(r, Tensor)), strict=True):
             out.copy_(result)
@@ -75,9 +74,10 @@ class Plan:
 
     def _assemble(self, emitter: Emitter) -> None:
         for i, step in enumerate(emitter.steps):
-            for at in _places(step):
-                if isinstance(at.where, Buffer):
-                    at.where.touch(i)
+            touched: list[Buffer] = []
+            _buffers(step, touched)
+            for buffer in touched:
+                buffer.touch(i)
         num_bytes = lay_out(emitter.buffers)
         self._arena = torch.empty(max(16, num_bytes // 4 + 16))
         self._constants = emitter.constants
@@ -97,9 +97,7 @@ class Plan:
         self._lock = threading.Lock()
 
     def _bound(self, emitter: Emitter, step: Call) -> _Call:
-        def view(leaf: Any) -> Any:
-            if not isinstance(leaf, Ref):
-                return leaf
+        def view(leaf: Ref) -> Tensor:
             at = step.places[leaf]
             if not isinstance(at.where, Buffer):
                 raise NotLowerable(f"{step.func} of an input")
@@ -107,7 +105,7 @@ class Plan:
             return flat.as_strided(leaf.size, leaf.stride, (at.where.offset + at.num_bytes) // leaf.dtype.itemsize)
 
         args, kwargs = constants_of(emitter, (step.args, step.kwargs))
-        args, kwargs = pytree.tree_map(view, (args, kwargs))
+        args, kwargs = mapped(Ref, view, (args, kwargs))
         return _Call(step.func, args, kwargs, [view(out) for out in step.outs])
 
     @property
@@ -130,7 +128,7 @@ class Plan:
             The outputs of the pass, in memory of their own.
         """
         outputs = [torch.empty(size, dtype=dtype) for size, dtype in self._outputs]
-        weights = self._constants.joined()
+        weights = self._constants.memory
         with self._lock:
             for stretch in self.stretches:
                 if isinstance(stretch, Tensor):
@@ -140,17 +138,17 @@ class Plan:
         return outputs
 
 
-def _places(value: Any) -> Iterator[At]:
+def _buffers(value: Any, into: list[Buffer]) -> None:
+    if isinstance(value, int | float):
+        return
     if isinstance(value, At):
-        yield value
+        if isinstance(value.where, Buffer):
+            into.append(value.where)
     elif isinstance(value, Call):
-        yield from value.places.values()
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _places(item)
-    elif isinstance(value, Step | steps.Image | Strided | steps.Heads):
-        for field in dataclasses.fields(value):
-            yield from _places(getattr(value, field.name))
+        _buffers(list(value.places.values()), into)
+    else:
+        for item in value if isinstance(value, list | tuple) else vars(value).values():
+            _buffers(item, into)
 
 
 def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ the values of its input, or that draws random numbers, is not recorded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class NotRecordable(Exception):
@@ -64,10 +68,25 @@ class Node:
         """The operation without its overload: ``aten.add``, ``fastens.conv``."""
         return str(self.func).rpartition(".")[0]
 
-    @property
+    @functools.cached_property
     def reads(self) -> list[Ref]:
         """The tensors among the arguments."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+        found: list[Ref] = []
+        mapped(Ref, lambda ref: found.append(ref), (self.args, self.kwargs))
+        return found
+
+
+def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """The arguments of an operation with ``function`` applied to every leaf of one kind."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, list | tuple):
+        return [mapped(kind, function, item) for item in tree] if type(tree) is list else tuple(
+            [mapped(kind, function, item) for item in tree]
+        )
+    if isinstance(tree, dict):
+        return {key: mapped(kind, function, item) for key, item in tree.items()}
+    return tree
 
 
 class Recording:
@@ -78,9 +97,14 @@ class Recording:
         inputs: one per input of the pass.
         outputs: one per tensor that it returned.
         tensors: a tensor of every storage, by which a constant is read.
+
+    Args:
+        sketch: what stands for the result of an operation on values, or returns none to have it computed; without it
+            everything is computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sketch: Sketch | None = None) -> None:
+        self._sketch = sketch
         self.nodes: list[Node] = []
         self.inputs: list[Ref] = []
         self.outputs: list[Ref] = []
@@ -95,6 +119,15 @@ class Recording:
             self.tensors[key] = x
             self._keep.append(x.untyped_storage())
         return Ref(key, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x.dtype)
+
+    def result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation, computed or sketched."""
+        if self._sketch is not None and args and isinstance(args[0], Tensor):
+            if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in self._made for x in args):
+                sketched = self._sketch(func, args, kwargs)
+                if sketched is not None:
+                    return sketched
+        return func(*args, **kwargs)
 
     def constant(self, ref: Ref) -> Tensor | None:
         """The tensor of a reference that does not depend on the inputs, none where it does."""
@@ -111,9 +144,9 @@ class Recording:
         Raises:
             NotRecordable: it is random, or depends on the values of the inputs, or changes a constant or an input.
         """
-        as_ref = lambda leaf: self.ref(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        ref_args, ref_kwargs = pytree.tree_map(as_ref, (args, kwargs))
-        outs = [self.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
+        outs: list[Ref] = []
+        mapped(Tensor, lambda x: outs.append(self.ref(x)), result)
         node = Node(func, ref_args, ref_kwargs, outs, self._written(func, ref_args, ref_kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise NotRecordable(f"{node.name} draws random numbers")
@@ -174,7 +207,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self.recording.result(func, args, kwargs)
         self.recording.add(func, args, kwargs, result)
         return result
 
@@ -199,17 +232,18 @@ class _MemberOps(TorchFunctionMode):
             with self:  # what stands for several tensors calls member-batched ops of its own
                 return other.__torch_function__(func, types, args, kwargs)
         with _disable_current_modes():
-            result = channels_last(args[0], func(*args, **kwargs))
+            result = channels_last(args[0], self.recording.result(func, args, kwargs))
         self.recording.add(func, args, kwargs, result)
         return result
 
 
-def record(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Recording, Any]:
+def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None = None) -> tuple[Recording, Any]:
     """Run a pass and record it.
 
     Args:
         run: the pass.
         inputs: the tensors that may differ from call to call.
+        sketch: see :class:`Recording`; what the pass returns is then made up.
 
     Returns:
         The recording and what the pass returned.
@@ -217,7 +251,7 @@ def record(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Recording, Any
     Raises:
         NotRecordable: see :class:`Recording`.
     """
-    recording = Recording()
+    recording = Recording(sketch)
     recording.inputs = [recording.ref(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
     with _Operations(recording), _MemberOps(recording):

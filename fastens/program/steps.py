@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -112,25 +112,23 @@ class Step:
 
     def words(self) -> list[int]:
         """The step as STEP_WIDTH 64-bit words."""
-        own = [getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tasks"]
-        words = [self.kind, self.tasks, *_flat(own)]
+        words = [self.kind, self.tasks]
+        _flatten([value for name, value in vars(self).items() if name != "tasks"], words)
         if len(words) > STEP_WIDTH:
             raise ValueError(f"{type(self).__name__} takes {len(words)} words, at most {STEP_WIDTH}")
         return words + [0] * (STEP_WIDTH - len(words))
 
 
-def _flat(values: list[Any]) -> Iterator[int]:
+def _flatten(values: Iterable[Any], into: list[int]) -> None:
     for value in values:
-        if isinstance(value, float):
-            yield struct.unpack("<q", struct.pack("<d", value))[0]
-        elif isinstance(value, int):
-            yield int(value)
+        if isinstance(value, int):
+            into.append(int(value))
+        elif isinstance(value, float):
+            into += struct.unpack("<q", struct.pack("<d", value))
         elif hasattr(value, "word"):  # a place whose address is known by now
-            yield value.word()
-        elif isinstance(value, list | tuple):
-            yield from _flat(list(value))
+            into.append(value.word())
         else:
-            yield from _flat([getattr(value, field.name) for field in dataclasses.fields(value)])
+            _flatten(value if isinstance(value, list | tuple) else vars(value).values(), into)
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastens import _native
 from fastens.ops.run_program import available
-from fastens.plan.packing import multiplies_bfloat16, pack
+from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Slot
 from tests.ops.programs import Memory, assert_close, random
@@ -72,7 +72,8 @@ def check(**changes):
         x = x * scale[:, :, None, None].double() + shift[:, :, None, None].double()
     x = F.pad(ACTIVATIONS[case.act_in](x), case.padding)
     weight = random(case.members, case.out_channels, channels, *case.kernel)
-    packed = pack(weight, case.vectors, case.bfloat16)
+    packed = torch.empty(packed_size(weight.shape, case.bfloat16))
+    pack(weight, case.vectors, case.bfloat16, packed)
     if case.bfloat16:
         x, weight = x.bfloat16().double(), weight.bfloat16().float()
     bias = random(case.members, case.out_channels)
@@ -123,7 +124,7 @@ def check(**changes):
         memory.put(shift) if case.tables else steps.NONE,
         int(case.act_in),
         memory.put(packed, Slot.WEIGHTS),
-        packed.shape[1],
+        packed.numel() // case.members,
         memory.put(F.pad(bias, (0, padded - case.out_channels)), Slot.WEIGHTS) if case.bias else steps.NONE,
         padded,
         memory.put(F.pad(vector, (0, 7), value=torch.nan)) if case.row_vector else steps.NONE,

@@ -1,0 +1,51 @@
+"""Results of operations that a recording does not compute, because only their shapes matter to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.plan.record import mapped
+
+_LIKE_INPUT = {f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch")}
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
+
+
+def sketched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation would return, in shape, strides and dtype, filled with zeros.
+
+    Args:
+        func: the operation.
+        args: its arguments, which depend on the input of the pass.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The result, or none for an operation that is as quickly computed, or whose shape only computing tells.
+    """
+    name = func._schema.name
+    if name in _LIKE_INPUT:
+        return torch.zeros_like(args[0])
+    if name == "fastens::linear":
+        x, weight = args[:2]
+        return x.new_zeros((*x.shape[:-1], weight.shape[1]))
+    if name == "fastens::conv" and not args[6]:
+        x, weight, _, stride, padding, dilation = args[:6]
+        space = [
+            (n + 2 * p - d * (kernel - 1) - 1) // s + 1
+            for n, kernel, s, p, d in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
+        ]
+        return x.new_zeros((x.shape[0], weight.shape[1], *space))
+    if name in _PRODUCTS or name.startswith("aten::_scaled_dot_product"):
+        meta = mapped(Tensor, _on_meta, (args, kwargs))
+        return mapped(Tensor, _zeros, func(*meta[0], **meta[1]))
+    return None
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).zero_()
