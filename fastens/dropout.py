@@ -1,7 +1,7 @@
 """MC Dropout: one network as an ensemble of its dropout masks (Gal and Ghahramani, arXiv 1506.02142)."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 

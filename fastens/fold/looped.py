@@ -25,30 +25,33 @@ def member_tensors(module: nn.Module, k: int) -> dict[str, Tensor]:
 
 def call_member(skeleton: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the skeleton with one member's tensors."""
-    flat = [m for m in skeleton.modules() if isinstance(m, nn.RNNBase)]
-    if not flat:
-        return _call_with(skeleton, tensors, args, kwargs)
+    modules = list(skeleton.named_modules())
     # Recurrent layers hold a second reference to their weights.
-    saved = [(m, m._flat_weights) for m in flat]
+    flat = [(f"{path}." if path else "", m) for path, m in modules if isinstance(m, nn.RNNBase)]
+    saved = [(m, m._flat_weights) for _, m in flat]
     try:
-        for path, m in skeleton.named_modules():
-            if isinstance(m, nn.RNNBase):
-                prefix = f"{path}." if path else ""
-                m._flat_weights = [tensors[prefix + name] for name in m._flat_weights_names]
-        return _call_with(skeleton, tensors, args, kwargs)
+        for prefix, m in flat:
+            m._flat_weights = [tensors[prefix + name] for name in m._flat_weights_names]
+        if torch.compiler.is_compiling():
+            return functional_call(skeleton, tensors, args, kwargs, strict=True)
+        return _call_with(skeleton, modules, tensors, args, kwargs)
     finally:
         for m, weights in saved:
             m._flat_weights = weights
 
 
-def _call_with(skeleton: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``functional_call``, which takes longer than a small network, without its checks where nothing is traced."""
-    if torch.compiler.is_compiling():
-        return functional_call(skeleton, tensors, args, kwargs, strict=True)
+def _call_with(
+    skeleton: nn.Module,
+    modules: list[tuple[str, nn.Module]],
+    tensors: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """``functional_call`` without its checks, which take longer than a small network."""
     saved: list[tuple[dict[str, Any], str, Tensor]] = []
     first: dict[int, Tensor] = {}  # a tied tensor has a value under its first name
     try:
-        for path, module in skeleton.named_modules():
+        for path, module in modules:
             prefix = f"{path}." if path else ""
             for owned in (module._parameters, module._buffers):
                 for name, t in owned.items():

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -81,8 +80,10 @@ def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, list | tuple):
-        return [mapped(kind, function, item) for item in tree] if type(tree) is list else tuple(
+        return (
             [mapped(kind, function, item) for item in tree]
+            if type(tree) is list
+            else tuple([mapped(kind, function, item) for item in tree])
         )
     if isinstance(tree, dict):
         return {key: mapped(kind, function, item) for key, item in tree.items()}
@@ -122,12 +123,9 @@ class Recording:
 
     def result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation, computed or sketched."""
-        if self._sketch is not None and args and isinstance(args[0], Tensor):
-            if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in self._made for x in args):
-                sketched = self._sketch(func, args, kwargs)
-                if sketched is not None:
-                    return sketched
-        return func(*args, **kwargs)
+        made = (isinstance(x, Tensor) and x.untyped_storage()._cdata in self._made for x in args)
+        sketched = self._sketch(func, args, kwargs) if self._sketch is not None and any(made) else None
+        return func(*args, **kwargs) if sketched is None else sketched
 
     def constant(self, ref: Ref) -> Tensor | None:
         """The tensor of a reference that does not depend on the inputs, none where it does."""
