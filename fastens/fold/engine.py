@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments, establish_excluded
 from fastens.fold.check import Recording, buffers_kept, establishing, first_parting, relative_error, tolerance_for
-from fastens.fold.drawn import fold_drawn, run_drawn
+from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
@@ -92,7 +92,8 @@ class FoldEngine:
             return self._loop(kind(args, kwargs))
         arguments = kind(args, kwargs)
         eager = not torch.compiler.is_compiling() and not _capturing()
-        plannable = eager and kind is Arguments and self._can_plan(arguments)
+        rows = self.num_members * arguments.batch_size
+        plannable = eager and kind is Arguments and self._can_plan(arguments, rows)
         found = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
         if found is not None:
             leaves, spec = found
@@ -101,7 +102,7 @@ class FoldEngine:
         if self.engine == "loop":
             return self._loop(arguments)
         key = self._key(arguments, training) if eager else None
-        if plannable and self.cap.holds_recording(key, self.num_members * arguments.batch_size):
+        if plannable and self.cap.holds_recording(key, rows):
             try:
                 return self._planned(Arguments(args, kwargs, excluded))
             except (RuntimeError, MemoryError) as error:
@@ -113,9 +114,8 @@ class FoldEngine:
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
         return arguments.signature(), training, torch.is_grad_enabled()
 
-    def _can_plan(self, arguments: Arguments) -> bool:
-        asked = self.cap.asked
-        whole = asked is None or self.num_members * arguments.batch_size <= asked
+    def _can_plan(self, arguments: Arguments, rows: int) -> bool:
+        whole = self.cap.asked is None or rows <= self.cap.asked
         return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
 
     def _planned(self, arguments: Arguments) -> list[Any]:
@@ -138,6 +138,10 @@ class FoldEngine:
             return run_drawn(self._call, arguments, members)
         eager = not torch.compiler.is_compiling() and not _capturing()
         key = self._key(Arguments(args, kwargs), training) if eager else None
+        if eager and len(members) and self._can_plan(arguments, len(members)):
+            planned = self._planned_drawn(arguments, members, key)
+            if planned is not None:
+                return planned
 
         def passes(run: Callable[[int, int], Any]) -> list[Any]:
             return self.cap.run(key, len(members), run, self._kept_together(len(members)))
@@ -145,6 +149,32 @@ class FoldEngine:
         return fold_drawn(
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
+
+    def _planned_drawn(self, arguments: Arguments, members: Tensor, key: Any) -> Any:
+        """Run the plan of a call whose samples go to one member each, whichever; none where memory is short."""
+        order, offsets = grouped(members, self.num_members)
+        dealt = arguments.selected(order)
+        inputs = [*dealt.tensors, offsets, members.index_select(0, order)]
+
+        def whole(tensors: list[Tensor]) -> Any:
+            return self._dealt_pass(dealt.with_tensors(tensors[:-2]), *tensors[-2:])
+
+        def member(tensors: list[Tensor]) -> Any:
+            return self._call(int(tensors[-1][0]), *dealt.with_tensors(tensors[:-2]).call)
+
+        plan_key = ("drawn", *dealt.plan_key())
+        found = self.plans.run(plan_key, inputs)
+        if found is None:
+            if not self.cap.holds_recording(key, len(members)):
+                return None
+            try:
+                found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+        leaves, spec = found
+        return joined([pytree.tree_unflatten(leaves, spec)], order)
 
     def _established(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
@@ -173,8 +203,14 @@ class FoldEngine:
             args, kwargs = arguments.repeated(self.num_members)
             self.rows.set(self.num_members * arguments.batch_size)
         else:
-            args, kwargs = arguments.selected(index)
+            args, kwargs = arguments.selected(index).call
             self.rows.set(len(index), offsets)
+        return self.network(*args, **kwargs)
+
+    def _dealt_pass(self, arguments: Arguments, offsets: Tensor, row_members: Tensor) -> Any:
+        """A folded pass over rows in the order of their members, without a shape that depends on whose they are."""
+        args, kwargs = arguments.call
+        self.rows.set(len(row_members), offsets, row_members)
         return self.network(*args, **kwargs)
 
     def _fold(self, arguments: Arguments, key: Any = None) -> list[Any]:

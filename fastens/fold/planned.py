@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.drawn import another_draw
 from fastens.ops import run_program
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
@@ -76,7 +77,12 @@ class Plans:
         return plan.run(inputs), spec
 
     def make(
-        self, key: Any, whole: Callable[[Leaves], Any], member: Callable[[Leaves], Any], inputs: Leaves
+        self,
+        key: Any,
+        whole: Callable[[Leaves], Any],
+        member: Callable[[Leaves], Any],
+        inputs: Leaves,
+        dealt: bool = False,
     ) -> tuple[Leaves, Any]:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -88,6 +94,8 @@ class Plans:
             whole: the folded pass as a function of the tensors of the call.
             member: the first member likewise.
             inputs: the tensors of the call.
+            dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
+                and the member of each row, and ``member`` runs the one that all rows belong to.
 
         Returns:
             The leaves of the folded output and their structure: of the plan, or where there can be none, of the pass.
@@ -103,6 +111,7 @@ class Plans:
             return self._refuse(key, f"the network has {', '.join(map(str, other))}", whole, inputs)
         try:
             recording, result = record(lambda: whole(inputs), inputs)
+            recording.row_members = recording.inputs[-1] if dealt else None
             leaves, spec = pytree.tree_flatten(result)
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise NotRecordable("an output is no tensor of the batch")
@@ -110,6 +119,8 @@ class Plans:
             outputs = plan.run(inputs)
             _check(outputs, leaves)
             others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
+            if dealt:
+                others[-2:] = another_draw(*inputs[-2:])
             own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
             _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
         except (NotRecordable, NotLowerable) as error:
