@@ -106,7 +106,8 @@ class Plans:
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or any(self._hooks):  # hooks want to be called
             return pytree.tree_flatten(whole(inputs))
-        other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
+        # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
+        other = {t.dtype for t in self._network.parameters() if t.is_floating_point()} - _DTYPES
         if other:
             return self._refuse(key, f"the network has {', '.join(map(str, other))}", whole, inputs)
         try:
