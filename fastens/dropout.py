@@ -64,13 +64,19 @@ class DropoutEngine(FoldEngine):
             args, kwargs = arguments.repeated(self.num_members)
             self.rows.set(self.num_members * arguments.batch_size)
         else:
-            args, kwargs = arguments.selected(index)
+            args, kwargs = arguments.selected(index).call
             self.rows.set(len(index))
         with self._masked_rows(self.network, arguments, index, offsets):
             return self.network(*args, **kwargs)
 
-    def _can_plan(self, arguments: Arguments) -> bool:
-        return not self.masks.fresh and super()._can_plan(arguments)  # a plan would draw the same masks again
+    def _dealt_pass(self, arguments: Arguments, offsets: Tensor, row_members: Tensor) -> Any:
+        args, kwargs = arguments.call
+        self.rows.set(len(row_members))
+        with self.masks.rows(self.network, row_members, row_members, False, self._discovering):
+            return self.network(*args, **kwargs)
+
+    def _can_plan(self, arguments: Arguments, rows: int) -> bool:
+        return not self.masks.fresh and super()._can_plan(arguments, rows)  # a plan would draw the same masks again
 
     @contextmanager
     def _masked_rows(

@@ -118,7 +118,10 @@ class Mean(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Sum(Rule):
-    """Sum, ``sum_k S_k``: the score of a product of experts at t = 0."""
+    """Sum, ``sum_k S_k``: the score of a product of experts at t = 0.
+
+    Changes the norm of the score, and with it the step size of a Langevin corrector, which is set by that norm.
+    """
 
     name: ClassVar[str] = "sum"
 
@@ -184,14 +187,20 @@ class Geometric(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Dominant(Rule):
-    """Elementwise the signed ``S_k`` of largest ``|S_k|``; ties go to the lowest k."""
+    """Elementwise the signed ``S_k`` of largest ``|S_k|``; ties go to the lowest k.
+
+    Changes the norm of the score, and with it the step size of a Langevin corrector, which is set by that norm.
+    """
 
     name: ClassVar[str] = "dominant"
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxAbs(Rule):
-    """Elementwise ``max_k |S_k|``: the sign is lost; kept for comparison with the paper."""
+    """Elementwise ``max_k |S_k|``: the sign is lost; kept for comparison with the paper.
+
+    Changes the norm of the score, and with it the step size of a Langevin corrector, which is set by that norm.
+    """
 
     name: ClassVar[str] = "max_abs"
 

@@ -148,6 +148,30 @@ def test_train_and_eval_change_nothing(x):
     assert int(network[1].num_batches_tracked) == 0
 
 
+class LabelDropout(nn.Module):
+    """Drops the label in training mode, as networks for guidance do, beside dropout of features."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.drop = nn.Embedding(4, 8), nn.Dropout(0.5)
+
+    def forward(self, x, y):
+        y = torch.zeros_like(y) if self.training else y
+        return x + self.drop(self.embedding(y))
+
+
+def test_train_does_not_drop_labels():
+    network = randomised(LabelDropout, 0)
+    ensemble = fastens.MCDropout(network, 3)
+    x, y = torch.zeros(3, 8), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        outputs = ensemble.train().member_outputs(x, y)
+        unlabelled = 2 * network.embedding.weight[0]
+        assert (outputs == 0).any()  # features are dropped
+        assert not ((outputs - unlabelled).abs() < 1e-6).any()  # labels are not
+        assert torch.equal(ensemble.eval().member_outputs(x, y), outputs)
+
+
 def test_weights_are_held_once():
     network = Layered()
     ensemble = fastens.MCDropout(network, 7)

@@ -62,18 +62,24 @@ class Arguments:
         """The tensor that shows the batch, [B, ...]."""
         return self.leaves[self.primary]
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a network is called with."""
+        return pytree.tree_unflatten(self.leaves, self._spec)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Arguments":
         """The arguments with ``function`` applied to each tensor that carries the batch."""
-        leaves = list(self.leaves)
+        other = copy.copy(self)
+        other.leaves = list(self.leaves)
         for i in self.batched:
-            leaves[i] = function(leaves[i])
-        return pytree.tree_unflatten(leaves, self._spec)
+            other.leaves[i] = function(other.leaves[i])
+        return other
 
     def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a folded pass: the batch once per member, [K*B, ...], member-major."""
-        return self.mapped(lambda x: x.repeat(num_members, *(1,) * (x.ndim - 1)))
+        return self.mapped(lambda x: x.repeat(num_members, *(1,) * (x.ndim - 1))).call
 
-    def selected(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def selected(self, index: Tensor) -> "Arguments":
         """The arguments for the samples ``index``, int64 [n]."""
         return self.mapped(lambda x: x.index_select(0, index.to(x.device)))
 
@@ -83,7 +89,7 @@ class Arguments:
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of member k alone: the same for all."""
-        return pytree.tree_unflatten(self.leaves, self._spec)
+        return self.call
 
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and switches by value."""
@@ -137,7 +143,7 @@ class MemberArguments(Arguments):
 
     def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a folded pass, [K*B, ...], member-major."""
-        return pytree.tree_unflatten(self.leaves, self._spec)
+        return self.call
 
     def fold_rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a folded pass."""
@@ -145,7 +151,7 @@ class MemberArguments(Arguments):
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of member k alone: its own rows."""
-        return self.mapped(lambda x: x.narrow(0, k * self.batch_size, self.batch_size))
+        return self.mapped(lambda x: x.narrow(0, k * self.batch_size, self.batch_size)).call
 
     def signature(self) -> tuple[Any, ...]:
         """As for other calls, and which leaves carry rows."""

@@ -12,13 +12,20 @@ from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.rows import NotFoldable
 
 
-def _grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
+def grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
     """The samples in the order of their members, and where each member's group begins, int64 [B] and [K+1]."""
     counts = torch.bincount(members, minlength=num_members)
     return torch.argsort(members, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _joined(parts: list[Any], order: Tensor) -> Any:
+def another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and members of a draw that differs from a given one: all rows go to one member."""
+    last, total = len(offsets) - 2, len(row_members)
+    k = 0 if bool((row_members > 0).any()) else last
+    return (torch.arange(last + 2) > k) * total, torch.full_like(row_members, k)
+
+
+def joined(parts: list[Any], order: Tensor) -> Any:
     """Outputs of parts of the samples, put together in the samples' own order."""
     flat = [pytree.tree_flatten(part) for part in parts]
     inverse = torch.argsort(order)
@@ -48,14 +55,14 @@ def run_drawn(
         What a member returns for the whole batch.
     """
     if not len(members):
-        return call(0, *arguments.selected(members))
-    order, offsets = _grouped(members, int(members.max()) + 1)
+        return call(0, *arguments.selected(members).call)
+    order, offsets = grouped(members, int(members.max()) + 1)
     parts = [
-        call(k, *arguments.selected(order[start:stop]))
+        call(k, *arguments.selected(order[start:stop]).call)
         for k, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
         if start < stop
     ]
-    return _joined(parts, order)
+    return joined(parts, order)
 
 
 def fold_drawn(
@@ -78,5 +85,5 @@ def fold_drawn(
     Raises:
         NotFoldable: an output that does not carry the batch.
     """
-    order, offsets = _grouped(members, num_members)
-    return _joined(passes(lambda start, stop: run(order[start:stop], offsets.clamp(start, stop) - start)), order)
+    order, offsets = grouped(members, num_members)
+    return joined(passes(lambda start, stop: run(order[start:stop], offsets.clamp(start, stop) - start)), order)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments, establish_excluded
 from fastens.fold.check import Recording, buffers_kept, establishing, first_parting, relative_error, tolerance_for
-from fastens.fold.drawn import fold_drawn, run_drawn
+from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
-from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
+from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
 from fastens.fold.network import build_network, folded_modules
 from fastens.fold.planned import Plans, can_plan
 from fastens.fold.registry import RawModule
@@ -92,7 +92,7 @@ class FoldEngine:
         if self.engine == "loop":
             return self._loop(arguments)
         eager = not torch.compiler.is_compiling() and not _capturing()
-        plannable = eager and kind is Arguments and self._can_plan(arguments)
+        plannable = eager and kind is Arguments and self._can_plan(arguments, self.num_members * arguments.batch_size)
         planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
         key = None
         if planned is None:
@@ -113,9 +113,8 @@ class FoldEngine:
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
         return arguments.signature(), training, torch.is_grad_enabled()
 
-    def _can_plan(self, arguments: Arguments) -> bool:
-        asked = self.cap.asked
-        whole = asked is None or self.num_members * arguments.batch_size <= asked
+    def _can_plan(self, arguments: Arguments, rows: int) -> bool:
+        whole = self.cap.asked is None or rows <= self.cap.asked
         return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
 
     def _planned(
@@ -143,11 +142,8 @@ class FoldEngine:
 
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
             return None
-        try:
+        with suppress_out_of_memory():
             return self.plans.make(arguments.plan_key(), whole, member, arguments.tensors, expected)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
         return None
 
     def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
@@ -158,6 +154,10 @@ class FoldEngine:
             return run_drawn(self._call, arguments, members)
         eager = not torch.compiler.is_compiling() and not _capturing()
         key = self._key(Arguments(args, kwargs), training) if eager else None
+        if eager and len(members) and self._can_plan(arguments, len(members)):
+            planned = self._planned_drawn(arguments, members, key)
+            if planned is not None:
+                return planned
 
         def passes(run: Callable[[int, int], Any]) -> list[Any]:
             return self.cap.run(key, len(members), run, self._kept_together(len(members)))
@@ -165,6 +165,28 @@ class FoldEngine:
         return fold_drawn(
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
+
+    def _planned_drawn(self, arguments: Arguments, members: Tensor, key: Any) -> Any:
+        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
+        order, offsets = grouped(members, self.num_members)
+        dealt = arguments.selected(order)
+        inputs = [*dealt.tensors, offsets, members.index_select(0, order)]
+
+        def whole(tensors: list[Tensor]) -> Any:
+            return self._dealt_pass(dealt.with_tensors(tensors[:-2]), *tensors[-2:])
+
+        def member(tensors: list[Tensor]) -> Any:
+            return self._call(int(tensors[-1][0]), *dealt.with_tensors(tensors[:-2]).call)
+
+        plan_key = ("drawn", *dealt.plan_key())
+        found = self.plans.run(plan_key, inputs)
+        if found is None and self.cap.holds_recording(key, len(members)):
+            with suppress_out_of_memory():
+                found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
+        if found is None:
+            return None
+        leaves, spec = found
+        return joined([pytree.tree_unflatten(leaves, spec)], order)
 
     def _established(
         self,
@@ -203,8 +225,14 @@ class FoldEngine:
             args, kwargs = arguments.repeated(self.num_members)
             self.rows.set(self.num_members * arguments.batch_size)
         else:
-            args, kwargs = arguments.selected(index)
+            args, kwargs = arguments.selected(index).call
             self.rows.set(len(index), offsets)
+        return self.network(*args, **kwargs)
+
+    def _dealt_pass(self, arguments: Arguments, offsets: Tensor, row_members: Tensor) -> Any:
+        """A folded pass over rows in the order of their members, without a shape that depends on whose they are."""
+        args, kwargs = arguments.call
+        self.rows.set(len(row_members), offsets, row_members)
         return self.network(*args, **kwargs)
 
     def _fold(self, arguments: Arguments, key: Any = None) -> list[Any]:

@@ -2,7 +2,8 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(cause in text for cause in ("can't allocate memory", "bad_alloc"))
     )
+
+
+@contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Leave the block when an allocation fails in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 class Allocations(TorchDispatchMode):

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.drawn import another_draw
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
 from fastens.plan.memory import Constants
@@ -84,6 +85,7 @@ class Plans:
         member: Callable[[Leaves], Any],
         inputs: Leaves,
         expected: list[Leaves] | None = None,
+        dealt: bool = False,
     ) -> tuple[Leaves, Any] | None:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -97,6 +99,8 @@ class Plans:
             inputs: the tensors of the call.
             expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
                 signature for which that fails is not refused.
+            dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
+                and the member of each row, and ``member`` runs the one that all rows belong to.
 
         Returns:
             The leaves of the folded output of the plan and their structure, or none where there is no plan.
@@ -108,12 +112,13 @@ class Plans:
         if refused or any(self._hooks):  # hooks want to be called
             return None
         why = ""
-        other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
+        # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
+        other = {t.dtype for t in self._network.parameters() if t.is_floating_point()} - _DTYPES
         if other:
             why = f"the network has {', '.join(map(str, other))}"
         else:
             try:
-                plan, spec, outputs = self._checked(whole, member, inputs, expected)
+                plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt)
             except (NotRecordable, NotLowerable) as error:
                 why = str(error)
             except RuntimeError as error:  # the network wants a layout that a recording does not give it
@@ -136,8 +141,10 @@ class Plans:
         member: Callable[[Leaves], Any],
         inputs: Leaves,
         expected: list[Leaves] | None,
+        dealt: bool,
     ) -> tuple[Plan, Any, Leaves]:
         recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+        recording.row_members = recording.inputs[-1] if dealt else None
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordable("an output is no tensor of the batch")
@@ -149,6 +156,8 @@ class Plans:
             for k, theirs in enumerate(expected):
                 _check([x.chunk(self._num_members)[k] for x in outputs], theirs)
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
+        if dealt:
+            others[-2:] = another_draw(*inputs[-2:])
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
         _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
         return plan, spec, outputs

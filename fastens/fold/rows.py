@@ -17,6 +17,7 @@ class Rows:
         num_members: K.
         total: R, the rows in this pass.
         offsets: int64 [K+1], the first row of each member's group and R; none for K groups of R / K rows.
+        row_members: int64 [R], the member of each row where a plan is recorded for any offsets; else none.
         probing: whether this pass is the first of its kind, in which modules that fail are looped.
     """
 
@@ -24,12 +25,14 @@ class Rows:
         self.num_members = num_members
         self.total = num_members
         self.offsets: Tensor | None = None
+        self.row_members: Tensor | None = None
         self.probing = False
 
-    def set(self, total: int, offsets: Tensor | None = None) -> None:
+    def set(self, total: int, offsets: Tensor | None = None, row_members: Tensor | None = None) -> None:
         """Start a pass over ``total`` rows."""
         self.total = total
         self.offsets = offsets
+        self.row_members = row_members
 
     def carries_batch(self, x: Tensor) -> bool:
         """Whether dimension 0 of ``x`` can hold the rows: R of them, or R times as many tokens."""
@@ -43,6 +46,9 @@ class Rows:
 
     def expand(self, stack: Tensor, num_rows: int) -> Tensor:
         """Give every row its member's entry: ``stack`` [K, ...] -> [num_rows, ...]."""
+        if self.row_members is not None:  # by operations whose shapes do not depend on the offsets
+            times = num_rows // self.total
+            return stack.index_select(0, self.row_members if times == 1 else self.row_members.repeat_interleave(times))
         return expand_rows(stack, num_rows, self.scaled_offsets(num_rows))
 
     def members(self, num_rows: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from fastens.plan.values import (
     Normed,
     Padded,
     Pixels,
+    Runs,
     Source,
     Stored,
     Value,
@@ -58,6 +59,7 @@ class Emitter:
         steps: the steps and calls.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
+        row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
 
     def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
@@ -70,6 +72,7 @@ class Emitter:
         self.buffers: list[Buffer] = []
         self.constants = constants
         self.copies: dict[Ref, Pixels] = {}
+        self.row_members: tuple[At, int] | None = None
 
     # Places
 
@@ -78,6 +81,15 @@ class Emitter:
         made = Buffer(-(-elements * 4 // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
         self.buffers.append(made)
         return made
+
+    def runs(self, num_rows: int, offsets: Ref | None) -> Runs | None:
+        """Whose parameters ``num_rows`` rows take; none where they are dealt out in a way that was recorded."""
+        if offsets is None:
+            return Runs(max(1, num_rows // self.num_members))
+        if self.row_members is None:
+            return None
+        at, total = self.row_members
+        return Runs(num_rows // total, at)
 
     def constant(self, ref: Ref) -> Tensor | None:
         """The tensor of a reference that does not depend on the inputs."""
@@ -208,7 +220,7 @@ class Emitter:
             self.add(
                 steps.Norm(
                     rows,
-                    rows // value.members,
+                    value.runs.rows,
                     splits,
                     pair,
                     pixels.height,
@@ -222,6 +234,7 @@ class Emitter:
                     shift[1],
                     value.eps,
                     *value.tables,  # pyright: ignore[reportArgumentType]
+                    _or_none(value.runs.members),
                     tasks=rows * splits,
                 )
             )
@@ -352,7 +365,7 @@ class Emitter:
         self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]
 
     def _convolution(self, value: Convolved, at: At) -> None:
-        members, out_channels, in_channels, kernel_h, kernel_w = value.weight.shape
+        _, out_channels, in_channels, kernel_h, kernel_w = value.weight.shape
         pixels, padding = value.pixels, value.padding
         inner = self.values.get(value.inner.ref.storage)
         read = value.inner
@@ -377,7 +390,7 @@ class Emitter:
         self.add(
             steps.Conv(
                 pixels.rows,
-                pixels.rows // members,
+                value.runs.rows,
                 tiling.row_chunk,
                 tiling.band,
                 tiling.block_chunk,
@@ -407,6 +420,7 @@ class Emitter:
                 int(value.activation),
                 Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),  # pyright: ignore[reportArgumentType]
                 int(pairs),
+                _or_none(value.runs.members),
                 tasks=tiling.tasks,
             )
         )

@@ -28,15 +28,16 @@ def conv(emitter: Emitter, node: Node) -> bool:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     stack = emitter.constant(weight)
     plain = stack is not None and stack.ndim == 5 and not transposed and groups == 1 and set(dilation) == {1}
-    if not plain or argument(node, 9, "offsets") is not None or len(x.size) != 4:
+    if not plain or len(x.size) != 4 or x.size[0] == 0:
         return False
+    runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
     pixels = image_pixels(emitter, x, 1)
     out = pixels_of(node.outs[0], 1)
-    if pixels is None or out is None or x.size[0] == 0:
+    if pixels is None or out is None or runs is None:
         return False
     values = None if bias is None else emitter.constant(bias)
     emitter.values[node.outs[0].storage] = Convolved(
-        out, pixels, stack, values, ("conv", weight, bias), tuple(stride), tuple(padding)
+        out, pixels, stack, values, ("conv", weight, bias), tuple(stride), tuple(padding), runs
     )
     return True
 
@@ -47,19 +48,18 @@ def linear(emitter: Emitter, node: Node) -> bool:
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
     stack = emitter.constant(weight)
-    if stack is None or argument(node, 3, "offsets") is not None or argument(node, 4, "activation", "none") != "none":
+    if stack is None or not x.numel or argument(node, 4, "activation", "none") != "none":
         return False
-    if not x.numel:
-        return False
+    runs = emitter.runs(x.size[0], argument(node, 3, "offsets"))
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
     if pixels is None or out is None:
         return False
     moved = out.reshaped(pixels.height, pixels.width)
     values = None if bias is None else emitter.constant(bias)
-    if moved is None or (bias is not None and values is None):
+    if moved is None or runs is None or (bias is not None and values is None):
         return False
     emitter.values[node.outs[0].storage] = Convolved(
-        moved, pixels, stack[:, :, :, None, None], values, ("linear", weight, bias), (1, 1), (0, 0)
+        moved, pixels, stack[:, :, :, None, None], values, ("linear", weight, bias), (1, 1), (0, 0), runs
     )
     return True
 
@@ -75,20 +75,21 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
     if not x.numel or _more_than_affine(node):
         return False
     pixels, out = image_pixels(emitter, x, 1), pixels_of(node.outs[0], 1)
-    if pixels is None or out is None:
+    runs = emitter.runs(x.size[0], argument(node, 5, "offsets"))
+    if pixels is None or out is None or runs is None:
         return False
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
         return False
     places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
     eps = float(argument(node, 4, "eps", 1e-5))
-    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, emitter.num_members, *places)
+    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *places)
     return True
 
 
 def _more_than_affine(node: Node) -> bool:
-    """Whether a normalisation has ragged rows, or a scale, shift or activation of its own beside its parameters."""
-    extra = (argument(node, i, name) for i, name in ((5, "offsets"), (6, "scale"), (7, "shift")))
+    """Whether a normalisation has a scale, shift or activation of its own beside its parameters."""
+    extra = (argument(node, i, name) for i, name in ((6, "scale"), (7, "shift")))
     return any(value is not None for value in extra) or argument(node, 8, "activation", "none") != "none"
 
 
@@ -103,7 +104,8 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     if not whole and (weight is not None or bias is not None or any(emitter.uses[o.storage] for o in node.outs[1:])):
         return False
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
-    if pixels is None or out is None or pixels.step is None or out.step is None:
+    runs = emitter.runs(x.size[0], argument(node, 5, "offsets") if whole else None)
+    if pixels is None or out is None or pixels.step is None or out.step is None or runs is None:
         return False
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
@@ -115,7 +117,7 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     image = emitter.image(pixels)
     step = steps.LayerNorm(
         out.rows,
-        out.rows // emitter.num_members,
+        runs.rows,
         out.height * out.width,
         out.channels,
         image.at,
@@ -130,6 +132,7 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
         buffer,  # pyright: ignore[reportArgumentType]
         out.row,
         out.step,
+        steps.NONE if runs.members is None else runs.members,  # pyright: ignore[reportArgumentType]
         tasks=out.rows,
     )
     emitter.add(step)

@@ -63,6 +63,8 @@ class Plan:
         emitter.uses.update(ref.storage for ref in outputs)
         for i, ref in enumerate(recording.inputs):
             emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
+            if ref is recording.row_members:
+                emitter.row_members = (At(Slot.ARGUMENTS + i), ref.size[0])
         for node in nodes:
             lower(emitter, node)
         self._outputs = [(ref.size, ref.dtype) for ref in outputs]

@@ -98,6 +98,7 @@ class Recording:
         inputs: one per input of the pass.
         outputs: one per tensor that it returned.
         tensors: a tensor of every storage, by which a constant is read.
+        row_members: of a pass whose rows are dealt out anew in every call, the input with the member of each row.
 
     Args:
         sketch: what stands for the result of an operation on values, or returns none to have it computed; without it
@@ -110,6 +111,7 @@ class Recording:
         self.inputs: list[Ref] = []
         self.outputs: list[Ref] = []
         self.tensors: dict[int, Tensor] = {}
+        self.row_members: Ref | None = None
         self._made: set[int] = set()  # storages that depend on the inputs
         self._keep: list[Any] = []
 

@@ -30,8 +30,7 @@ def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
     products.
     """
     pixels = value.pixels
-    members = value.weight.shape[0]
-    per_member = pixels.rows // members
+    own = value.runs.cut(pixels.rows)
     total = -(-value.weight.shape[1] // LANES)
     vectors = 3 if total == 3 else 1 if total == 1 else 2
     blocks = -(-total // vectors)
@@ -44,11 +43,11 @@ def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
     band = pixels.height
     while band > 1 and patch(band) > _PATCH_BYTES:
         band = -(-band // 2)
-    row_chunk = max(1, min(per_member, _PATCH_BYTES // patch(band))) if band == pixels.height else 1
+    row_chunk = max(1, min(own, _PATCH_BYTES // patch(band))) if band == pixels.height else 1
     wanted = _TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
 
     def tasks(rows: int, lines: int, chunk: int) -> int:
-        return members * -(-per_member // rows) * -(-pixels.height // lines) * -(-blocks // chunk)
+        return pixels.rows // own * -(-own // rows) * -(-pixels.height // lines) * -(-blocks // chunk)
 
     block_chunk = blocks
     while row_chunk > 1 and tasks(row_chunk, band, block_chunk) < wanted:

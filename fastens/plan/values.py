@@ -67,6 +67,18 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Runs:
+    """Whose parameters each row takes: runs of rows that belong to the members in turn, or to those at a place."""
+
+    rows: int
+    members: At | None = None
+
+    def cut(self, total: int) -> int:
+        """How many rows a task may be cut from, of ``total``: those of one member, or all where that is not known."""
+        return self.rows if self.members is None else total
+
+
+@dataclasses.dataclass(frozen=True)
 class Stored:
     """In memory, laid out as it was recorded; ``element_size`` bytes an element."""
 
@@ -91,7 +103,7 @@ class Normed:
     inner: Pixels
     groups: int
     eps: float
-    members: int
+    runs: Runs
     weight: At | None
     bias: At | None
     row_scale: tuple[At, int] | None = None  # place and stride of a row
@@ -136,6 +148,7 @@ class Convolved:
     key: object
     stride: tuple[int, int]
     padding: tuple[int, int]  # top, left
+    runs: Runs
     row_vector: tuple[At, int] | None = None
     residual: Pixels | None = None
     scale: float = 1.0

@@ -2,6 +2,9 @@
 
 An address is ``slot << 48 | bytes``; slot 0 is the arena, 1 the packed weights, then come the inputs and the outputs of
 the call. Strides are in elements. Activations are channels-last: the channels of a pixel are contiguous.
+
+Rows come in runs of ``rows_per_member``. A run belongs to member 0, 1, ... in turn, or to those that int64 values at
+``members`` give, one for each run: what a row costs is known beforehand, whose row it is only when the program runs.
 """
 
 from __future__ import annotations
@@ -169,6 +172,7 @@ class Conv(Step):
     act_out: int
     out: Image
     bfloat16: int = 0
+    members: int = NONE
 
 
 @dataclasses.dataclass
@@ -192,6 +196,7 @@ class Norm(Step):
     eps: float
     out_scale: int
     out_shift: int
+    members: int = NONE
 
 
 @dataclasses.dataclass
@@ -229,6 +234,7 @@ class LayerNorm(Step):
     out: int
     out_row: int
     out_token: int
+    members: int = NONE
 
 
 @dataclasses.dataclass

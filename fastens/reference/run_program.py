@@ -42,6 +42,13 @@ class _Memory:
         """[R, C] in float64, whose rows are ``row`` elements apart; none where the address is none."""
         return None if at < 0 else self.view(at, size, (row, 1)).double()
 
+    def members(self, step: steps.Conv | steps.Norm | steps.LayerNorm) -> Tensor:
+        """The member of each row, int64 [R]."""
+        runs = torch.arange(-(-step.rows // step.rows_per_member))
+        if step.members >= 0:
+            runs = self.view(step.members, runs.shape, (1,), torch.int64)
+        return runs.repeat_interleave(step.rows_per_member)[: step.rows]
+
     def image(self, image: Image, num_rows: int, height: int, width: int) -> Tensor:
         """[R, C, height, width] in float64."""
         size, stride = (image.rows, height, width, image.channels), (image.row, image.y, image.x, 1)
@@ -65,7 +72,7 @@ def _activated(x: Tensor, activation: int) -> Tensor:
 
 
 def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int) -> Tensor:
-    """The stack of weights [K, C_out, C_in, kernel_h, kernel_w] of a packed one."""
+    """The first weights [K, C_out, C_in, kernel_h, kernel_w] of a packed one."""
     taps, padded = step.kernel_h * step.kernel_w, -(-step.out_channels // steps.LANES) * steps.LANES
     # bfloat16 values of two input channels are in the place of one float32
     dtype, pair = (torch.bfloat16, 2) if step.bfloat16 else (torch.float32, 1)
@@ -80,7 +87,8 @@ def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int
 
 
 def _conv(step: steps.Conv, memory: _Memory) -> None:
-    num_members = step.rows // step.rows_per_member
+    members = memory.members(step)
+    num_members = int(members.max()) + 1
     height, width = -(-step.in_h // step.up), -(-step.in_w // step.up)
     x = memory.joined(step.sources, step.rows, height, width)  # [R, C_in, h, w]
     x = x.repeat_interleave(step.up, 2).repeat_interleave(step.up, 3)[:, :, : step.in_h, : step.in_w]
@@ -97,11 +105,12 @@ def _conv(step: steps.Conv, memory: _Memory) -> None:
     right = (step.out_w - 1) * step.stride_w + step.kernel_w - step.pad_left - step.in_w
     x = F.pad(x.double(), (step.pad_left, right, step.pad_top, bottom))
     stride = (step.stride_h, step.stride_w)
-    members = zip(x.split(step.rows_per_member), weight.double(), strict=True)
-    y = torch.cat([F.conv2d(rows, own, stride=stride) for rows, own in members])
+    y = torch.cat(
+        [F.conv2d(row, weight[k].double(), stride=stride) for row, k in zip(x.split(1), members, strict=True)]
+    )
     bias = memory.rows(step.bias, step.bias_member, (num_members, step.out_channels))
     if bias is not None:
-        y = y + bias.repeat_interleave(step.rows_per_member, 0)[:, :, None, None]
+        y = y + bias[members][:, :, None, None]
     vector = memory.rows(step.row_vector, step.row_vector_row, (step.rows, step.out_channels))
     if vector is not None:
         y = y + vector[:, :, None, None]
@@ -114,14 +123,15 @@ def _conv(step: steps.Conv, memory: _Memory) -> None:
 
 def _affine(step: steps.Norm | steps.LayerNorm, memory: _Memory, channels: int) -> tuple[Tensor, Tensor]:
     """Scale and shift [R, C] of what is normalised: by member, then by row."""
-    num_members, size = step.rows // step.rows_per_member, (step.rows, channels)
+    members, size = memory.members(step), (step.rows, channels)
+    num_members = int(members.max()) + 1
     scale, shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     weight = memory.rows(step.weight, channels, (num_members, channels))
     bias = memory.rows(step.bias, channels, (num_members, channels))
     if weight is not None:
-        scale = scale * weight.repeat_interleave(step.rows_per_member, 0)
+        scale = scale * weight[members]
     if bias is not None:
-        shift = shift + bias.repeat_interleave(step.rows_per_member, 0)
+        shift = shift + bias[members]
     row_scale = memory.rows(step.row_scale, step.row_scale_row, size)
     row_shift = memory.rows(step.row_shift, step.row_shift_row, size)
     if row_scale is not None:

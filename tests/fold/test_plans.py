@@ -41,6 +41,56 @@ def test_plans_give_what_the_members_give(name):
     assert (len(ensemble.report().plans) == 0) == (name in UNPLANNED), ensemble.report().why_no_plan
 
 
+DRAWS = [(0, 1, 2, 1), (2, 2, 0, 0), (1, 1, 1, 1), (2, 0, 2, 0)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_plan_serves_every_draw(name, batch, monkeypatch):
+    members, arguments = members_of(name)
+    ensemble = fastens.Ensemble(members, "alternating", engine="fold")
+    for i, draw in enumerate(DRAWS):  # recorded, then planned
+        drawn = torch.tensor(draw[:batch])
+        monkeypatch.setattr(ensemble._draws, "members", lambda *_, drawn=drawn: drawn)
+        args, kwargs = scaled(arguments(batch), 1.0 - 0.4 * i)
+        with torch.no_grad():
+            output = tensor_of(ensemble(*args, **kwargs))
+            stack = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
+        batch_dim = stack.shape.index(batch, 1) - 1
+        chosen = [stack[k].select(batch_dim, row) for row, k in enumerate(drawn.tolist())]
+        assert relative_error(output, torch.stack(chosen, batch_dim)) < NETWORK[torch.float32]
+    assert len(ensemble.report().plans) == (name not in UNPLANNED), ensemble.report().why_no_plan
+
+
+@pytest.mark.parametrize("rule", ["alternating", "mixture"])
+def test_a_draw_gives_the_same_in_every_evaluation(rule):
+    """The first evaluation of a signature is the plan's as well; so trajectories repeat to the bit."""
+    members, arguments = members_of("unet_2d", 3)
+    (args, kwargs), results = arguments(5), []
+    ensemble = fastens.Ensemble(members, rule)
+    for _ in range(3):
+        with torch.no_grad(), ensemble.trajectory(5, generator=7):
+            results.append(torch.stack([tensor_of(ensemble(*args, **kwargs)) for _ in range(3)]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[1], results[2])
+    assert torch.equal(results[0][0], results[0][1]) == (rule == "mixture")
+
+
+def test_drawn_masks_are_planned():
+    network = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+    dropout = fastens.MCDropout(network, 3, "alternating")
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack = torch.stack([member(x) for member in dropout.members])
+        for seed in range(4):
+            with dropout.trajectory(6, generator=seed):
+                output = dropout(x)
+            nearest = (output - stack).abs().amax(-1).min(0)
+            assert nearest.values.max() < 1e-5
+            assert len(set(nearest.indices.tolist())) > 1
+    assert dropout.report().plans
+
+
 def planned_unet():
     members, arguments = members_of("unet_2d", 2)
     ensemble = fastens.Ensemble(members)

@@ -1,5 +1,7 @@
 """diffusers' own pipelines, unmodified, with an ensemble as their model."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import (
@@ -16,6 +18,7 @@ from torch import nn
 
 import fastens
 from tests.networks import dit, randomised, unet_2d
+from tests.tolerances import NETWORK, relative_error
 
 
 class Looped(nn.Module):
@@ -65,3 +68,34 @@ def test_is_a_diffusers_model():
     with torch.no_grad():
         assert torch.equal(ensemble(x, 3).sample, ensemble(x, 3, return_dict=False)[0])
         assert type(ensemble(x, 3)) is type(UNet2DModel.forward(randomised(lambda: unet_2d(False), 0), x, 3))
+
+
+@pytest.mark.parametrize("rule", ["mean", "alternating"])
+@pytest.mark.parametrize("t", [3, 3.0, torch.tensor(3), torch.tensor([3]), torch.tensor([3.0, 3.0])], ids=str)
+def test_timesteps_of_every_kind(t, rule):
+    members = [randomised(lambda: unet_2d(False), 0)] * 2  # so that a draw does not matter
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ensemble = fastens.Ensemble(members, rule)
+    with torch.no_grad():
+        for _ in range(2):  # checked, then planned
+            assert relative_error(ensemble(x, t).sample, members[0](x, t).sample) < NETWORK[torch.float32]
+    assert ensemble.engine == "fold"
+
+
+def test_an_offloading_hook_takes_the_whole_ensemble():
+    """Offloading replaces the forward of every model of a pipeline: once for the ensemble, which moves as one."""
+    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
+    pipe, moved = DDIMPipeline(ensemble, DDIMScheduler()), []
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+    forward = ensemble.forward
+
+    def hooked(module, *args, **kwargs):
+        moved.append([p.device for p in module.parameters()])
+        return forward(*args, **kwargs)
+
+    ensemble.forward = functools.update_wrapper(functools.partial(hooked, ensemble), forward)
+    images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+    assert (images == plain).all()
+    assert len(moved) == 2
+    assert len(moved[0]) == len(list(ensemble.parameters()))

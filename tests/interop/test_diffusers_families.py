@@ -191,6 +191,13 @@ def test_what_pipelines_ask_of_a_model():
     assert ensemble.dtype == torch.float64
 
 
+def test_another_pipeline_of_the_same_parts_is_given_the_ensemble(conditional):
+    """``from_pipe`` keeps models of exactly the class that it names, and asks for any other by keyword."""
+    pipe = stable_diffusion(fastens.Ensemble(conditional))
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet)
+    assert other.unet is pipe.unet
+
+
 def test_cache_context_of_a_transformer():
     def make():
         return diffusers.FluxTransformer2DModel(

@@ -80,3 +80,13 @@ def test_probability_flow_in_scipy_refuses_what_changes():
     ensemble.rule = "alternating"
     with pytest.raises(RuntimeError, match="adaptive solver"):
         solve_ivp(field, (1, 0.5), start, rtol=1e-2, atol=1e-2, method="RK45")
+
+
+@pytest.mark.parametrize("rule", [name for name in fastens.rules.names() if not fastens.rules.get(name).random])
+def test_rules_that_change_a_correctors_step_say_so(rule):
+    """Langevin's step is 2 (snr |noise| / |score|)^2, arXiv 2011.13456, algorithm 4: it follows the score's norm."""
+    truth = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    scores = truth + 0.1 * torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(1))
+    norm = fastens.aggregate(scores, rule).flatten(1).norm(dim=1).mean()
+    step = float((scores.norm(dim=2).mean() / norm) ** 2)  # beside that of a member
+    assert (abs(step - 1) > 0.04) == ("Langevin" in type(fastens.rules.get(rule)).__doc__), step

@@ -38,6 +38,12 @@ class Memory:
         self.parts[slot] += [x.detach().float().reshape(-1), torch.full((GAP,), torch.nan)]
         return steps.address(slot, 4 * at)
 
+    def put_members(self, members):
+        """Append int64 values, such as the members that runs of rows belong to; return their address."""
+        if sum(part.numel() for part in self.parts[Slot.ARENA]) % 2:
+            self.parts[Slot.ARENA].append(torch.full((1,), torch.nan))
+        return self.put(torch.tensor(members, dtype=torch.int64).view(torch.float32))
+
     def room(self, *size, stride=None):
         """A place for a result in the arena."""
         stride = tuple(stride or torch.empty(size, device="meta").stride())

@@ -53,13 +53,15 @@ class Case:
     num_threads: int = 1
     poison: tuple[int, float] | None = None  # a row and what its source is filled with
     bfloat16: bool = False
+    given: tuple[int, ...] | None = None  # the members of the runs of rows, where they do not come in turn
 
 
 def check(**changes):
     """Run a case by the kernels, the reference and torch; return the result [R, C_out, H, W]."""
     case = Case(**changes)
     memory = Memory()
-    rows, channels = case.members * case.rows_per_member, sum(case.in_channels)
+    given = tuple(range(case.members)) if case.given is None else case.given
+    rows, channels = len(given) * case.rows_per_member, sum(case.in_channels)
     low = [random(case.copies or rows, c, *case.size, seed=i) for i, c in enumerate(case.in_channels)]
     if case.poison is not None:
         low = [x.clone() for x in low]
@@ -79,8 +81,8 @@ def check(**changes):
     bias = random(case.members, case.out_channels)
     y = torch.cat(
         [
-            F.conv2d(x_k, w.double(), b.double() if case.bias else None, case.stride)
-            for x_k, w, b in zip(x.split(case.rows_per_member), weight, bias, strict=True)
+            F.conv2d(x_k, weight[k].double(), bias[k].double() if case.bias else None, case.stride)
+            for x_k, k in zip(x.split(case.rows_per_member), given, strict=True)
         ]
     )
     out_h, out_w = y.shape[2:]
@@ -94,12 +96,13 @@ def check(**changes):
 
     padded = -(-case.out_channels // steps.LANES) * steps.LANES
     blocks = -(-padded // (case.vectors * steps.LANES))
+    own = case.rows_per_member if case.given is None else rows
     row_chunk, band, block_chunk = (
-        min(case.row_chunk, case.rows_per_member),
+        min(case.row_chunk, own),
         min(case.band, out_h),
         min(case.block_chunk, blocks),
     )
-    tasks = case.members * -(-case.rows_per_member // row_chunk) * -(-out_h // band) * -(-blocks // block_chunk)
+    tasks = rows // own * -(-own // row_chunk) * -(-out_h // band) * -(-blocks // block_chunk)
     sources = [memory.image(source) for source in low] + [Image()]
     out, view = memory.image_room(rows, case.out_channels, out_h, out_w)
     step = steps.Conv(
@@ -134,6 +137,7 @@ def check(**changes):
         int(case.act_out),
         out,
         int(case.bfloat16),
+        steps.NONE if case.given is None else memory.put_members(case.given),
         tasks=tasks,
     )
     # a value that was computed in another order may round to the next bfloat16
@@ -203,6 +207,16 @@ def test_cuts(row_chunk, band, block_chunk, num_threads):
 @pytest.mark.parametrize(("members", "rows_per_member"), [(1, 1), (1, 4), (3, 1), (5, 2), (17, 3)])
 def test_members_and_rows(members, rows_per_member):
     check(members=members, rows_per_member=rows_per_member, row_chunk=2, num_threads=2)
+
+
+@pytest.mark.parametrize("given", [(0,), (2,), (0, 0, 1, 2, 2), (2, 0, 1, 1, 0, 2), (1,) * 7])
+@pytest.mark.parametrize("rows_per_member", [1, 3])
+@pytest.mark.parametrize("row_chunk", [1, 2, 5, 100])
+def test_rows_of_given_members(given, rows_per_member, row_chunk):
+    """A task meets several members; whose its rows are is read when the program runs."""
+    cut = {"row_chunk": row_chunk, "block_chunk": 1, "num_threads": 2}
+    check(members=3, given=given, rows_per_member=rows_per_member, out_channels=70, row_vector=True, **cut)
+    check(members=3, given=given, rows_per_member=rows_per_member, kernel=(1, 1), padding=(0, 0, 0, 0), **cut)
 
 
 @pytest.mark.parametrize("in_channels", [(17, 20), (16, 1), (3, 130), (1, 1), (32, 32)])

@@ -19,9 +19,11 @@ AFFINES += [("row_scale",), ("weight", "bias", "row_scale", "row_shift")]
 class Affine:
     """Scale and shift by member and by row, those of `names`, in memory and as torch applies them."""
 
-    def __init__(self, memory, names, members, rows_per_member, channels):
-        self.names, self.rows_per_member = names, rows_per_member
-        rows, self.row = members * rows_per_member, channels + 5
+    def __init__(self, memory, names, members, rows_per_member, channels, given=None):
+        self.names = names
+        self.members = torch.tensor(given or range(members)).repeat_interleave(rows_per_member)
+        self.given = steps.NONE if given is None else memory.put_members(given)
+        rows, self.row = len(self.members), channels + 5
         self.values = {
             "weight": random(members, channels),
             "bias": random(members, channels, seed=1),
@@ -43,7 +45,7 @@ class Affine:
 
         def value(name):
             x = self.values[name].double()
-            x = x if name.startswith("row") else x.repeat_interleave(self.rows_per_member, 0)
+            x = x if name.startswith("row") else x[self.members]
             return x.reshape(x.shape + (1,) * (y.dim() - 2))
 
         for name in self.names:
@@ -56,18 +58,19 @@ class Affine:
         return y
 
 
-def check_norm(sources, groups, *, members=2, affine=("weight", "bias"), splits=1, eps=1e-5, num_threads=1):
+def check_norm(sources, groups, *, members=2, given=None, affine=("weight", "bias"), splits=1, eps=1e-5, num_threads=1):
     """Run a normalisation of images [R, C, H, W]; return scales and shifts [R, C]."""
     memory = Memory()
     rows, _, height, width = sources[0].shape
     x = torch.cat(sources, 1).double()
     channels = x.shape[1]
-    applied = Affine(memory, affine, members, rows // members, channels)
+    rows_per_member = rows // len(given or range(members))
+    applied = Affine(memory, affine, members, rows_per_member, channels, given)
     images = [memory.image(source) for source in sources] + [Image()]
     views = memory.room(rows, channels), memory.room(rows, channels)
     step = steps.Norm(
         rows,
-        rows // members,
+        rows_per_member,
         splits,
         (images[0], images[1]),
         height,
@@ -77,6 +80,7 @@ def check_norm(sources, groups, *, members=2, affine=("weight", "bias"), splits=
         eps,
         views[0].at,
         views[1].at,
+        applied.given,
         tasks=rows * splits,
     )
     scale, shift = memory.check(step, *views, num_threads=num_threads)
@@ -105,6 +109,7 @@ def test_groups(channels, groups, size):
 @pytest.mark.parametrize("members", [1, 2, 6])
 def test_norm_affine(affine, members):
     check_norm([random(6, 40, 3, 5)], 8, members=members, affine=affine)
+    check_norm([random(6, 40, 3, 5)], 8, members=members, given=(members - 1, 0, members - 1), affine=affine)
 
 
 @pytest.mark.parametrize(
@@ -151,16 +156,17 @@ def test_a_bad_row_of_a_norm_stays_alone(value):
         assert not after[1, 4:8].isfinite().all()
 
 
-def check_layer_norm(x, *, members=2, affine=("weight", "bias"), eps=1e-5, num_threads=1):
+def check_layer_norm(x, *, members=2, given=None, affine=("weight", "bias"), eps=1e-5, num_threads=1):
     """Run a layer normalisation of [R, tokens, C]; return its result."""
     memory = Memory()
     rows, tokens, channels = x.shape
-    applied = Affine(memory, affine, members, rows // members, channels)
+    rows_per_member = rows // len(given or range(members))
+    applied = Affine(memory, affine, members, rows_per_member, channels, given)
     wide = F.pad(x, (0, 3, 0, 1), value=torch.nan)
     view = memory.room(rows, tokens, channels, stride=((tokens + 2) * (channels + 7), channels + 7, 1))
     step = steps.LayerNorm(
         rows,
-        rows // members,
+        rows_per_member,
         tokens,
         channels,
         memory.put(wide),
@@ -169,6 +175,7 @@ def check_layer_norm(x, *, members=2, affine=("weight", "bias"), eps=1e-5, num_t
         eps,
         view.at,
         *view.stride[:2],
+        applied.given,
         tasks=rows,
     )
     (actual,) = memory.check(step, view, num_threads=num_threads)
@@ -187,6 +194,7 @@ def test_layer_norm(channels, tokens):
 @pytest.mark.parametrize("members", [1, 2, 6])
 def test_layer_norm_affine(affine, members):
     check_layer_norm(random(6, 3, 37), members=members, affine=affine)
+    check_layer_norm(random(6, 3, 37), members=members, given=(members - 1, 0, members - 1), affine=affine)
 
 
 @pytest.mark.parametrize("channels", [16, 37, 768, 4096])

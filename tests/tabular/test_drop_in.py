@@ -141,6 +141,8 @@ def test_an_accelerated_model_can_be_pickled(rule):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="expected a fitted ForestDiffusionModel, got dict"):
         accelerate({})
+    with pytest.raises(TypeError, match="got list"):  # models fit scalers of their own, so their trees do not mix
+        accelerate([fitted(), fitted()])
     model = copy.copy(fitted())
     model.regr = [[object()]]
     with pytest.raises(TypeError, match="are not taken"):

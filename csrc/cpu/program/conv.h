@@ -17,7 +17,8 @@ struct ConvTask {
 };
 
 FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
-  const int64_t chunks = (step.rows_per_member + step.row_chunk - 1) / step.row_chunk;  // of one member
+  const int64_t own = step.members < 0 ? step.rows_per_member : step.rows;  // rows that a chunk is cut from
+  const int64_t chunks = (own + step.row_chunk - 1) / step.row_chunk;
   const int64_t bands = (step.out_h + step.band - 1) / step.band;
   const int64_t width = step.vectors * kLanes;
   const int64_t all_blocks = (step.out_channels + width - 1) / width;
@@ -29,14 +30,12 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
   task.y0 = index % bands * step.band;
   task.lines = std::min(step.band, step.out_h - task.y0);
   index /= bands;
-  task.member = index / chunks;
   const int64_t within = index % chunks * step.row_chunk;
-  task.row0 = task.member * step.rows_per_member + within;
-  task.rows = std::min(step.row_chunk, step.rows_per_member - within);
+  task.row0 = index / chunks * own + within;
+  task.rows = std::min(step.row_chunk, own - within);
   task.channels = step.source[0].channels + step.source[1].channels;
   task.units = step.bfloat16 ? task.channels / 2 : task.channels;
   task.num_taps = step.kernel_h * step.kernel_w;
-  task.num_pixels = task.rows * task.lines * step.out_w;
   return task;
 }
 
@@ -238,8 +237,9 @@ FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const Con
 
 FASTENS_INLINE int64_t padded(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
 
-FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index, Scratch& scratch) {
-  ConvTask task = conv_task(step, index);
+// The rows of a task that belong to one member.
+FASTENS_INLINE void convolve(const Conv& step, const Slots& slots, ConvTask& task, Scratch& scratch) {
+  task.num_pixels = task.rows * task.lines * step.out_w;
   locate(step, slots, task, 12, scratch);
   const int64_t n = task.num_pixels, width = step.vectors * kLanes;
   task.sums = Scratch::floats(scratch.sums, (n + 12) * width);
@@ -279,5 +279,18 @@ FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index
         }
     }
     finish_block(step, slots, task, vectors, channel0);
+  }
+}
+
+FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index, Scratch& scratch) {
+  ConvTask task = conv_task(step, index);
+  const int64_t end = task.row0 + task.rows;
+  for (int64_t row = task.row0; row < end;) {
+    task.row0 = row;
+    task.member = member_of(slots, step.members, step.rows_per_member, row);
+    while (++row < end && member_of(slots, step.members, step.rows_per_member, row) == task.member) {
+    }
+    task.rows = row - task.row0;
+    convolve(step, slots, task, scratch);
   }
 }

@@ -4,7 +4,8 @@ constexpr int64_t kPixelsInFloat = 64;  // summed in float32 before they are add
 
 // One row, or a share of its groups: mean, then the variance around it, both summed per channel first.
 FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index, Scratch& scratch) {
-  const int64_t r = index / step.splits, split = index % step.splits, member = r / step.rows_per_member;
+  const int64_t r = index / step.splits, split = index % step.splits;
+  const int64_t member = member_of(slots, step.members, step.rows_per_member, r);
   const int64_t channels = step.source[0].channels + step.source[1].channels, size = channels / step.groups;
   const int64_t group0 = step.groups * split / step.splits, group1 = step.groups * (split + 1) / step.splits;
   const int64_t begin = group0 * size, end = group1 * size, pixels = step.height * step.width;
@@ -62,7 +63,7 @@ FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index
 }
 
 FASTENS_INLINE void run_layer_norm(const LayerNorm& step, const Slots& slots, int64_t index) {
-  const int64_t r = index, n = step.channels, member = r / step.rows_per_member;
+  const int64_t r = index, n = step.channels, member = member_of(slots, step.members, step.rows_per_member, r);
   const float *weight = slots.at(step.weight), *bias = slots.at(step.bias);
   const float *row_scale = slots.at(step.row_scale), *row_shift = slots.at(step.row_shift);
   if (weight) weight += member * n;

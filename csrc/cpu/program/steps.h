@@ -41,12 +41,21 @@ struct Header {
   int64_t kind, tasks;
 };
 
+// Which member's parameters a row takes: rows come in runs of `rows_per_member`, of member 0, 1, ... in turn, or of the
+// members that an int64 array gives, one for each run.
+inline int64_t member_of(const Slots& slots, Address members, int64_t rows_per_member, int64_t row) {
+  const int64_t run = row / rows_per_member;
+  const int64_t* const given = slots.at<const int64_t>(members);
+  return given ? given[run] : run;
+}
+
 // A convolution, or a linear layer as one of 1x1 over tokens:
 // out = act_out((conv(act_in(x * table_scale + table_shift)) + bias + row_vector + residual) * scale).
 struct Conv {
   Header header;
   int64_t rows, rows_per_member;
-  int64_t row_chunk, band, block_chunk;  // a task: rows of one member, lines of the output, blocks of channels
+  int64_t row_chunk, band, block_chunk;  // a task: rows, lines of the output, blocks of channels; without `members`
+                                         // given, rows of one member
   int64_t vectors;                       // of one block of output channels
   Image source[2];                       // joined along the channels; the second may be absent (0 channels)
   int64_t up;                            // nearest-neighbour enlargement of the source
@@ -66,6 +75,7 @@ struct Conv {
   int64_t act_out;
   Image out;
   int64_t bfloat16;  // products of bfloat16 values, summed in float32
+  Address members;   // see member_of, as below
 };
 
 // Group normalisation as a scale and a shift per row and channel: y = x * out_scale + out_shift.
@@ -81,6 +91,7 @@ struct Norm {
   int64_t row_shift_row;
   double eps;
   Address out_scale, out_shift;  // [R, C]
+  Address members;
 };
 
 constexpr int kMaxDims = 6, kMaxInputs = 4, kMaxInstructions = 8;
@@ -119,6 +130,7 @@ struct LayerNorm {
   double eps;
   Address out;
   int64_t out_row, out_token;
+  Address members;
 };
 
 struct Heads {

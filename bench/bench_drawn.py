@@ -1,0 +1,88 @@
+"""What random rules cost beside one member, and MC Dropout beside a Deep Ensemble, on the networks of C2 and C3."""
+
+import pytest
+import torch
+
+import fastens
+from bench.bench_forward import K, digits_members, small_members
+from bench.contest import contest
+from fastens.demo.train import MODEL
+
+NETWORKS = {"C2": (digits_members, 1, MODEL["sample_size"]), "C3": (small_members, 3, 16)}
+
+
+def contest_of(benchmark, goal, batch, ours, rivals, expected, question, wanted):
+    contest(
+        benchmark,
+        ours,
+        rivals,
+        expected,
+        1e-4,
+        "issue 5" if wanted else goal,
+        f"{question} ({goal}), batch {batch}",
+        f"K={K}, B={batch}, {goal}'s network, float32",
+        wanted,
+        rounds=15,
+    )
+
+
+def drawn_expected(members, ensemble, x, t):
+    """What the members that the next evaluation of a trajectory draws give, in float64; found by a trajectory alike."""
+    stack = torch.stack([member(x, t).sample.double() for member in members])
+    with ensemble.trajectory(len(x), generator=0):
+        drawn = ensemble._draws.members(ensemble.rule, ensemble._begin(x), len(x))
+    return stack[drawn, torch.arange(len(x))]
+
+
+@pytest.mark.parametrize("goal", NETWORKS)
+@pytest.mark.parametrize("rule", ["alternating", "mixture"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_random_rules(benchmark, goal, rule, batch):
+    """Each sample goes to one member, so the cost should be that of one: eager, and planned as an ensemble of one."""
+    make, channels, size = NETWORKS[goal]
+    members = make()
+    x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.full((batch,), 500)
+    ensemble, alone = fastens.Ensemble(members, rule), fastens.Ensemble(members[:1])
+
+    def ours():
+        with ensemble.trajectory(batch, generator=0):  # the first evaluation of a trajectory: one draw, known below
+            return ensemble(x, t).sample
+
+    def like(run):  # one member's result is another's, so a rival is timed for its work and checked for its own
+        result = run()
+        return lambda: (run(), expected)[1] if result.isfinite().all() else result
+
+    with torch.no_grad():
+        expected = drawn_expected(members, ensemble, x, t)
+        rivals = {
+            "one member": like(lambda: members[0](x, t).sample),
+            "one member, planned": like(lambda: alone(x, t).sample),
+        }
+        contest_of(benchmark, goal, batch, ours, rivals, expected, f"{rule} beside one member", {"one member": 1 / 1.3})
+    assert ensemble.report().plans
+
+
+@pytest.mark.parametrize("goal", NETWORKS)
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_mc_dropout(benchmark, goal, masks, batch):
+    """K masks on one set of weights beside K sets of weights, both in one pass."""
+    make, channels, size = NETWORKS[goal]
+    members = make()
+    x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+    t = torch.full((batch,), 500)
+    dropout = fastens.MCDropout(members[0], K, masks=masks, p=0.1)
+    deep = fastens.Ensemble(members)
+
+    def ours():
+        with dropout.trajectory(batch, generator=0):
+            return dropout(x, t).sample
+
+    with torch.no_grad():
+        looped = fastens.MCDropout(members[0], K, masks=masks, p=0.1, engine="loop")
+        with looped.trajectory(batch, generator=0):
+            expected = looped(x, t).sample.double()
+        deep(x, t)
+        rivals = {"deep ensemble": lambda: (deep(x, t), expected)[1]}
+        contest_of(benchmark, goal, batch, ours, rivals, expected, f"MC Dropout, {masks} masks", {"deep ensemble": 1.0})
