@@ -277,7 +277,7 @@ def ninja_file(
     Args:
         name: file name of the library.
         folder: every C++ source under it is compiled.
-        includes: folders of headers besides torch's.
+        includes: folders of headers, which come before torch's.
         flags: further flags of a source, by its stem.
 
     Raises:
@@ -290,7 +290,8 @@ def ninja_file(
     sources = sorted(folder.rglob("*.cpp"))
     if not sources:
         raise BuildError(f"no sources of {name} in {folder}")
-    system = [f"-isystem {_quoted(path)}" for path in [*include_paths(), *includes]]
+    # torch 2.11 carries a pybind11 that refuses TORCH_TARGET_VERSION: the build environment's comes first.
+    system = [f"-isystem {_quoted(path)}" for path in [*includes, *include_paths()]]
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     lines = [
         "ninja_required_version = 1.3",

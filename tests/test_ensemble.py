@@ -188,19 +188,6 @@ def test_moves_as_its_members_do(name):
     assert {p.device.type for p in ensemble.to("meta").parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", ["mlp", "unet_2d", "pixart", "dit", "transformer", "vision_blocks"])
-def test_compiles_and_exports_whole(name):
-    make, arguments = NETWORKS[name]
-    args, kwargs = arguments(2)
-    ensemble = fastens.Ensemble([randomised(make, seed) for seed in range(2)])
-    with torch.no_grad():
-        expected = tensor_of(ensemble(*args, **kwargs))
-        compiled = torch.compile(ensemble, fullgraph=True, backend="aot_eager")
-        assert relative_error(tensor_of(compiled(*args, **kwargs)), expected) < NETWORK[torch.float32]
-        exported = torch.export.export(ensemble, args, kwargs).module()
-        assert relative_error(tensor_of(exported(*args, **kwargs)), expected) < NETWORK[torch.float32]
-
-
 def test_train_and_eval_reach_the_members(x):
     members = [nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5)).train() for _ in range(2)]
     ensemble = fastens.Ensemble(members)

@@ -5,6 +5,6 @@
 member by member, ``members`` reads and compares them, and ``network`` puts it all together.
 """
 
-from fastens.fold import attention, conv, embedding, linear, norm, recurrent
+from fastens.fold import attention, conv, embedding, linear, norm, parametrization, recurrent
 
-__all__ = ["attention", "conv", "embedding", "linear", "norm", "recurrent"]
+__all__ = ["attention", "conv", "embedding", "linear", "norm", "parametrization", "recurrent"]

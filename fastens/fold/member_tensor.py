@@ -26,6 +26,14 @@ ROW_WISE = frozenset(
     """.split()
 )
 
+# Functions of one tensor that act on each element alone: a stack takes them as it is.
+ELEMENTWISE = frozenset(
+    """
+    to type float double half bfloat16 clone contiguous detach neg abs exp log log1p expm1 sin cos tanh sigmoid relu
+    silu gelu softplus sqrt rsqrt square reciprocal __neg__ __abs__
+    """.split()
+)
+
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -164,7 +172,26 @@ def _each_member(func: Callable[..., Any], leaves: list[Any], where: list[int], 
 
     stacks = [leaves[i].stack for i in where]
     try:
-        result = torch.vmap(member, randomness="different")(*stacks)
+        if _elementwise(func, leaves, where):
+            result = member(*stacks)
+        elif torch.compiler.is_exporting():
+            # The modes that export traces with are off inside __torch_function__, so that vmap's tensors would escape.
+            result = _stacked(member, stacks)
+        else:
+            result = torch.vmap(member, randomness="different")(*stacks)
     except (ValueError, RuntimeError) as error:
         raise NotFoldable(f"{getattr(func, '__name__', func)} of a parameter: {error}") from error
     return pytree.tree_map_only(Tensor, lambda stack: MemberTensor(stack, rows), result)
+
+
+def _elementwise(func: Callable[..., Any], leaves: list[Any], where: list[int]) -> bool:
+    plain = not any(isinstance(leaf, Tensor | torch.memory_format) for leaf in leaves)
+    return plain and where == [0] and getattr(func, "__name__", "") in ELEMENTWISE
+
+
+def _stacked(member: Callable[..., Any], stacks: list[Tensor]) -> Any:
+    flat = [pytree.tree_flatten(member(*values)) for values in zip(*stacks, strict=True)]
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    if not all(isinstance(column[0], Tensor) for column in columns):
+        raise ValueError("its result is no tensor, and may differ between members")
+    return pytree.tree_unflatten([torch.stack(column) for column in columns], flat[0][1])

@@ -65,11 +65,14 @@ class _Booster:
             raise TypeError(f"expected an xgboost Booster or XGBModel, got {type(model).__name__}")
         learner = json.loads(bytes(booster.save_raw("json")))["learner"]
         parameters, objective = learner["learner_model_param"], learner["objective"]["name"]
-        if learner["gradient_booster"]["name"] != "gbtree":
-            raise ValueError(f"booster {learner['gradient_booster']['name']!r} is not taken, only 'gbtree'")
+        kind, holder = learner["gradient_booster"]["name"], learner["gradient_booster"]
+        if kind not in ("gbtree", "dart"):
+            raise ValueError(f"booster {kind!r} is not taken, only 'gbtree' and 'dart'")
         if objective not in IDENTITY_LINK:
             raise ValueError(f"objective {objective!r} is not taken, only {', '.join(IDENTITY_LINK)}")
-        gradient = learner["gradient_booster"]["model"]
+        gradient = holder["gbtree"]["model"] if kind == "dart" else holder["model"]
+        # Of trees trained with dropout; XGBoost 3.4 files them under gbtree, beside the trees.
+        weights = holder.get("weight_drop", gradient.get("weight_drop", []))
         self.num_features = int(parameters["num_feature"])
         self.num_outputs = max(1, int(parameters.get("num_target", 1)))
         self.parallel = int(gradient["gbtree_model_param"]["num_parallel_tree"])
@@ -78,6 +81,7 @@ class _Booster:
         self._trees = gradient["trees"][: rounds[self.rounds]]
         self._output = gradient["tree_info"]
         self.num_trees = len(self._trees)
+        self._weights = weights or [1.0] * self.num_trees
         base = np.atleast_1d(json.loads(parameters["base_score"])).astype(np.float32)
         self.base = np.broadcast_to(base, self.num_outputs).astype(np.float64)
 
@@ -101,7 +105,7 @@ class _Booster:
         leaf = left < 0
         condition = np.array(tree["split_conditions"], np.float32)[order]
         values = np.zeros((np.count_nonzero(leaf), self.num_outputs))
-        values[:, self._output[index]] = condition[leaf].astype(np.float64) * scale
+        values[:, self._output[index]] = condition[leaf].astype(np.float64) * (scale * self._weights[index])
         return {
             "feature": np.where(leaf, -1, np.array(tree["split_indices"])[order]),
             "threshold": np.nextafter(condition, np.float32(-np.inf)).astype(np.float64),

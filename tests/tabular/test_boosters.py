@@ -75,7 +75,6 @@ def test_early_stopping_keeps_the_best_round():
     ("options", "message"),
     [
         ({"multi_strategy": "multi_output_tree"}, "one_output_per_tree"),
-        ({"booster": "dart"}, "'dart' is not taken"),
         ({"booster": "gblinear"}, "'gblinear' is not taken"),
         ({"objective": "reg:tweedie"}, "objective 'reg:tweedie' is not taken"),
         ({"missing": -1.0}, "only NaN"),
@@ -87,6 +86,13 @@ def test_what_is_not_taken_from_xgboost(options, message):
     model = xgboost.XGBRegressor(n_estimators=2, n_jobs=1, **options).fit(x, y)
     with pytest.raises(ValueError, match=message):
         fastens.Forest.from_xgboost(model)
+
+
+def test_trees_trained_with_dropout_keep_their_weights():
+    x, y = table(missing=0)
+    options = {"booster": "dart", "rate_drop": 0.5, "one_drop": 1}
+    model = xgboost.XGBRegressor(n_estimators=6, n_jobs=1, **options).fit(x, y[:, 0])
+    assert close(fastens.Forest.from_xgboost(model).predict(x), model.predict(x))
 
 
 def test_members_must_agree():
