@@ -15,6 +15,11 @@ struct Rows {
   int64_t row_stride, feature_stride;
 };
 
+// Leaves that will be read next, to be asked for in the meantime; none where `at` is null.
+struct Ahead {
+  const double *at, *end;
+};
+
 enum Seen : int { kNothing = 0, kNaN = 1, kInfinity = 2 };
 
 // How the members' leaves become one: the state of a row is `stride` doubles, twice that for kGeometric.
@@ -31,7 +36,7 @@ struct Kernels {
                       uint32_t* leaf);
   // Adds trees [begin, last) to the state of `rows` rows; `extra` is the weights [num_trees] or the shifts [rows, 2].
   void (*combine)(const Layout&, Combine, int64_t begin, int64_t last, const uint32_t* leaf, int64_t leaf_stride,
-                  int64_t rows, const double* extra, double eps, double* state);
+                  int64_t rows, const double* extra, double eps, Ahead ahead, double* state);
   // Medians [rows, num_outputs] of all trees' leaves [num_trees, leaf_stride]; `scratch` has median_scratch() bytes.
   void (*median)(const Layout&, const LeafRanks&, const uint32_t* leaf, int64_t leaf_stride, int64_t rows, bool average,
                  void* scratch, double* out);
