@@ -106,10 +106,7 @@ void add_leaves(const Leaf* leaf, int64_t parts, int64_t rows, const double* ext
   if constexpr (kParts > 0) parts = kParts;
   for (int64_t row = 0; row < rows; ++row) {
     const double* own = extra ? extra + 2 * row : nullptr;
-    if (ahead.at < ahead.end) {
-      __builtin_prefetch(ahead.at, 0, 2);
-      ahead.at += 8;
-    }
+    if (row % 8 == 0) ahead.fetch();
     const double* at[kTrees];
 #pragma GCC unroll 4
     for (int t = 0; t < kTrees; ++t) at[t] = leaf[t].values + leaf[t].of[row] * (parts * N);
@@ -167,7 +164,7 @@ void lowest(const Leaf* leaf, int64_t trees, int64_t rows, double* state) {
 }
 
 void combine(const Layout& layout, Combine how, int64_t begin, int64_t last, const uint32_t* of, int64_t leaf_stride,
-             int64_t rows, const double* extra, double eps, Ahead ahead, double* state) {
+             int64_t rows, const double* extra, double eps, Ahead& ahead, double* state) {
   Leaf leaf[kGroup];
   for (int64_t tree = begin; tree < last; tree += kGroup) {
     const int64_t trees = last - tree < kGroup ? last - tree : kGroup;

@@ -13,10 +13,12 @@
 namespace fastens::forest {
 namespace {
 
-constexpr int64_t kTogether = 8;        // trees whose leaves are looked up before they are added
-constexpr int64_t kMemory = 192 << 10;  // bytes of a block of rows, which stay in the second-level cache
-constexpr int64_t kKept = 1 << 20;      // bytes that a thread keeps between calls
-constexpr double kThreadCost = 40e3;    // nanoseconds of work that are worth waking a thread for
+constexpr int64_t kTogether = 8;             // trees whose leaves are looked up before they are added
+constexpr int64_t kMemory = 192 << 10;       // bytes of a block of rows, which stay in the second-level cache
+constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps between calls
+constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
+constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
+constexpr double kThreadCost = 40e3;         // nanoseconds of work that are worth waking a thread for
 
 // Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
@@ -83,9 +85,10 @@ struct Block {
         state(scratch.take<double>(most * memory.state / 8)) {}
 
   int encode(const Rows& from, int64_t first, int64_t count) {
-    const Ahead first_leaves = leaves_of(0, kTogether);
-    for (const double* at = first_leaves.at; at < first_leaves.end; at += 8) __builtin_prefetch(at, 0, 2);
-    fetch_codes_of(0, kTogether);
+    if (!warm && count >= kWorthFetching) {
+      fetch(layout.buckets.data(), static_cast<int64_t>(layout.buckets.size()));
+      fetch(layout.cuts.data(), static_cast<int64_t>(layout.cuts.size()));
+    }
     rows = count;
     tiles = (count + kTile - 1) / kTile;
     const int seen = kernels.encode(layout, from, first, count, codes);
@@ -96,30 +99,37 @@ struct Block {
   // The cache lines of the leaves of trees [begin, last): a thread's first block finds them in no cache of its own.
   Ahead leaves_of(int64_t begin, int64_t last) const {
     last = std::min(last, layout.num_trees);
-    if (warm || begin >= last) return {nullptr, nullptr};
+    if (warm || rows < kWorthFetching || begin >= last) return {nullptr, nullptr};
     const double* leaves = layout.leaves.data();
     const Ahead ahead{leaves + layout.leaf_begin[begin] * layout.stride,
                       leaves + layout.leaf_begin[last] * layout.stride};
-    return ahead.end - ahead.at > (int64_t{1} << 15) ? Ahead{nullptr, nullptr} : ahead;
+    return 8 * (ahead.end - ahead.at) > kMostFetched ? Ahead{nullptr, nullptr} : ahead;
+  }
+
+  template <class T>
+  static void fetch(const T* at, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (count > kMostFetched / static_cast<int64_t>(sizeof(T))) return;
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(at + i, 0, 2);
   }
 
   void fetch_codes_of(int64_t begin, int64_t last) const {
-    if (warm || layout.top == 0) return;
+    if (warm || rows < kWorthFetching || layout.top == 0) return;
     for (int64_t i = begin * 256; i < std::min(last, layout.num_trees) * 256; i += 32) {
       __builtin_prefetch(layout.top_code.data() + i, 0, 2);
     }
   }
 
-  void find_leaves(int64_t begin, int64_t last) {
-    kernels.find_leaves(layout, begin, last, codes, tiles, missing, leaf);
+  void find_leaves(int64_t begin, int64_t last, Ahead& ahead) {
+    kernels.find_leaves(layout, begin, last, codes, tiles, missing, ahead, leaf);
   }
 
   void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {
     for (int64_t tree = begin; tree < last; tree += kTogether) {
       const int64_t end = std::min(last, tree + kTogether);
       fetch_codes_of(end, end + kTogether);
-      find_leaves(tree, end);
-      const Ahead ahead = leaves_of(end, end + kTogether);
+      Ahead ahead = leaves_of(end, end + kTogether);
+      find_leaves(tree, end, ahead);
       kernels.combine(layout, how, tree, end, leaf, tiles * kTile, rows, extra, eps, ahead, state);
     }
   }
@@ -204,7 +214,8 @@ int median(const Layout& layout, const Kernels& kernels, const Rows& rows, int64
                     Memory(layout, layout.num_trees, 0, median_scratch(layout, ranks)),
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
-                      block.find_leaves(0, layout.num_trees);
+                      Ahead none{nullptr, nullptr};
+                      block.find_leaves(0, layout.num_trees, none);
                       kernels.median(layout, ranks, block.leaf, block.tiles * kTile, count, average, block.once,
                                      out + first * layout.num_outputs);
                       return seen;
