@@ -10,7 +10,8 @@ EXTRA = "metrics"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
-    parser.add_argument("what", nargs="+", help="digits, photographs, or folders that a diffusers model saved; tabular [iris wine diabetes 'breast cancer']")
+    what = "digits, photographs, or folders that a diffusers model saved; tabular [iris wine diabetes 'breast cancer']"
+    parser.add_argument("what", nargs="+", help=what)
     parser.add_argument("--data", type=Path, help="images for folders: .npy [N, C, H, W], uint8 or in [-1, 1]")
     parser.add_argument(
         "--scheduler", type=Path, help="folder of a diffusers scheduler; default: linear beta, 1000 steps"
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
     from fastens.evaluation.subjects import BUNDLED, bundled, from_files
 
     if options.what[0] == "tabular":
-        return _run_tabular(options)
+        _run_tabular(options)
+        return
     names = [what for what in options.what if what in BUNDLED]
     if names and (len(options.what) > 1 or options.data is not None):
         raise ValueError(f"{names[0]} is evaluated alone, with its own data; got {' '.join(options.what)}")

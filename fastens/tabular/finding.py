@@ -22,7 +22,7 @@ from fastens.tabular.metrics import coverage, downstream, real_versus_generated,
 # Noisy copies of a row: fewer of the wider tables, whose forests take longest.
 DATA = {"iris": 50, "wine": 30, "diabetes": 20, "breast cancer": 6}
 RULES = ("mixture", "mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating")
-GAINS = tuple(1.1**step for step in range(-1, 9))  # of the mean: what is tried on training rows
+GAINS = tuple(1.25**step for step in range(-1, 10))  # of the mean, 0.8 to 7.5: what is tried on training rows
 CORRECTED = ("mean, gain by norm", "mean, gain by distance")
 
 
@@ -159,9 +159,11 @@ def gain_by_norm(model: Any, data: Split, seed: int) -> float:
 
     With g the factor, mean((g e - n)²) = g² A - 2 g B + C is known from its values at g = 0, 1, -1.
     """
-    zero, plus, minus = (
-        -model.score(data.train, data.labels, rule="mean", gain=gain, random_state=seed + 1) for gain in (0.0, 1.0, -1.0)
-    )
+
+    def loss(gain: float) -> float:
+        return -model.score(data.train, data.labels, rule="mean", gain=gain, random_state=seed + 1)
+
+    zero, plus, minus = loss(0.0), loss(1.0), loss(-1.0)
     return float(np.sqrt(zero / ((plus + minus) / 2 - zero)))
 
 
@@ -181,13 +183,10 @@ def _generate(
     return made if labels is None else made[0]
 
 
-def _judged(
-    model: Any, data: Split, rule: str, gain: float, seed: int, sampler: str, tables: int
-) -> dict[str, float]:
+def _judged(model: Any, data: Split, rule: str, gain: float, seed: int, sampler: str, tables: int) -> dict[str, float]:
     error = -model.score(data.test, data.test_labels, rule=rule, gain=gain, random_state=seed)
-    made = [
-        _generate(model, data.labels, len(data.train), rule, gain, 100 * seed + table, sampler) for table in range(tables)
-    ]
+    n, first = len(data.train), 100 * seed
+    made = [_generate(model, data.labels, n, rule, gain, first + table, sampler) for table in range(tables)]
     return {
         "error": error,
         "w1_test": float(np.mean([wasserstein(data.test, rows) for rows in made])),
