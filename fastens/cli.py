@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except ModuleNotFoundError as error:
-        extra = {"demo": "demo", "evaluate": "metrics,demo"}.get(options.command, "diffusers,plot")
+        extra = {"demo": "demo", "evaluate": "metrics,demo,tabular"}.get(options.command, "diffusers,plot")
         sys.exit(_failed(f"{error.name} is not installed: pip install 'fastens[{extra}]'"))
     except (ValueError, OSError) as error:
         sys.exit(_failed(str(error)))

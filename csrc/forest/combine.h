@@ -101,10 +101,12 @@ struct Geometric {
 
 // `parts` vectors of N doubles a leaf, kParts where that is not 0, and as many states of kStates vectors a row.
 template <class Op, int N, int kStates, int kTrees, int kParts>
-void add_leaves(const Leaf* leaf, int64_t parts, int64_t rows, const double* extra, double eps, double* state) {
+void add_leaves(const Leaf* leaf, int64_t parts, int64_t rows, const double* extra, double eps, Ahead& ahead,
+                double* state) {
   if constexpr (kParts > 0) parts = kParts;
   for (int64_t row = 0; row < rows; ++row) {
     const double* own = extra ? extra + 2 * row : nullptr;
+    if (row % 8 == 0) ahead.fetch();
     const double* at[kTrees];
 #pragma GCC unroll 4
     for (int t = 0; t < kTrees; ++t) at[t] = leaf[t].values + leaf[t].of[row] * (parts * N);
@@ -127,28 +129,28 @@ constexpr int kGroup = 4;  // trees whose leaves are added at a time: their leav
 
 template <class Op, int N, int kStates, int kParts>
 void add_trees(const Leaf* leaf, int64_t trees, int64_t parts, int64_t rows, const double* extra, double eps,
-               double* state) {
+               Ahead& ahead, double* state) {
   for (; trees >= kGroup; trees -= kGroup, leaf += kGroup) {
-    add_leaves<Op, N, kStates, kGroup, kParts>(leaf, parts, rows, extra, eps, state);
+    add_leaves<Op, N, kStates, kGroup, kParts>(leaf, parts, rows, extra, eps, ahead, state);
   }
-  for (; trees > 0; --trees, ++leaf) add_leaves<Op, N, kStates, 1, kParts>(leaf, parts, rows, extra, eps, state);
+  for (; trees > 0; --trees, ++leaf) add_leaves<Op, N, kStates, 1, kParts>(leaf, parts, rows, extra, eps, ahead, state);
 }
 
 template <class Op, int kStates>
 void add_trees(const Leaf* leaf, int64_t trees, int64_t stride, int64_t rows, const double* extra, double eps,
-               double* state) {
+               Ahead& ahead, double* state) {
   constexpr int kFour = kWidth < 4 ? kWidth : 4;
   switch (stride) {
     case 1:
-      return add_trees<Op, 1, kStates, 1>(leaf, trees, 1, rows, extra, eps, state);
+      return add_trees<Op, 1, kStates, 1>(leaf, trees, 1, rows, extra, eps, ahead, state);
     case 2:
-      return add_trees<Op, 2, kStates, 1>(leaf, trees, 1, rows, extra, eps, state);
+      return add_trees<Op, 2, kStates, 1>(leaf, trees, 1, rows, extra, eps, ahead, state);
     case 4:
-      return add_trees<Op, kFour, kStates, 4 / kFour>(leaf, trees, 4 / kFour, rows, extra, eps, state);
+      return add_trees<Op, kFour, kStates, 4 / kFour>(leaf, trees, 4 / kFour, rows, extra, eps, ahead, state);
     case 8:
-      return add_trees<Op, kWidth, kStates, 8 / kWidth>(leaf, trees, 8 / kWidth, rows, extra, eps, state);
+      return add_trees<Op, kWidth, kStates, 8 / kWidth>(leaf, trees, 8 / kWidth, rows, extra, eps, ahead, state);
     default:
-      return add_trees<Op, kWidth, kStates, 0>(leaf, trees, stride / kWidth, rows, extra, eps, state);
+      return add_trees<Op, kWidth, kStates, 0>(leaf, trees, stride / kWidth, rows, extra, eps, ahead, state);
   }
 }
 
@@ -162,7 +164,7 @@ void lowest(const Leaf* leaf, int64_t trees, int64_t rows, double* state) {
 }
 
 void combine(const Layout& layout, Combine how, int64_t begin, int64_t last, const uint32_t* of, int64_t leaf_stride,
-             int64_t rows, const double* extra, double eps, double* state) {
+             int64_t rows, const double* extra, double eps, Ahead& ahead, double* state) {
   Leaf leaf[kGroup];
   for (int64_t tree = begin; tree < last; tree += kGroup) {
     const int64_t trees = last - tree < kGroup ? last - tree : kGroup;
@@ -173,19 +175,19 @@ void combine(const Layout& layout, Combine how, int64_t begin, int64_t last, con
     }
     switch (how) {
       case Combine::kSum:
-        add_trees<Sum, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
+        add_trees<Sum, 1>(leaf, trees, layout.stride, rows, nullptr, 0, ahead, state);
         break;
       case Combine::kWeightedSum:
-        add_trees<WeightedSum, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
+        add_trees<WeightedSum, 1>(leaf, trees, layout.stride, rows, nullptr, 0, ahead, state);
         break;
       case Combine::kDominant:
-        add_trees<Dominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
+        add_trees<Dominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, ahead, state);
         break;
       case Combine::kUntiedDominant:
-        add_trees<UntiedDominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, state);
+        add_trees<UntiedDominant, 1>(leaf, trees, layout.stride, rows, nullptr, 0, ahead, state);
         break;
       case Combine::kGeometric:
-        add_trees<Geometric, 2>(leaf, trees, layout.stride, rows, extra, eps, state);
+        add_trees<Geometric, 2>(leaf, trees, layout.stride, rows, extra, eps, ahead, state);
         break;
       case Combine::kLowest:
         lowest(leaf, trees, rows, state);

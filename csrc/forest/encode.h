@@ -22,12 +22,12 @@ uint32_t rank_by_bisection(const Cuts& feature, const V* cuts, V x) {
   return rank;
 }
 
-uint32_t rank_of(const Cuts& feature, const double* cuts, const uint32_t*, double x) {
+uint32_t rank_of(const Cuts& feature, const double* cuts, const uint16_t*, double x) {
   return rank_by_bisection(feature, cuts, x);
 }
 
 #ifdef __AVX512BW__
-__m512i ranks_of(const Cuts& feature, const float* cuts, const uint32_t* buckets, __m512 x) {
+__m512i ranks_of(const Cuts& feature, const float* cuts, const uint16_t* buckets, __m512 x) {
   if (feature.num_buckets == 0) {
     __m512i rank = _mm512_setzero_si512();
     const __m512i count = _mm512_set1_epi32(static_cast<int>(feature.count));
@@ -42,7 +42,8 @@ __m512i ranks_of(const Cuts& feature, const float* cuts, const uint32_t* buckets
   __m512 place = _mm512_mul_ps(_mm512_sub_ps(x, _mm512_set1_ps(feature.low)), _mm512_set1_ps(feature.scale));
   place = _mm512_max_ps(place, _mm512_setzero_ps());  // NaN becomes 0
   place = _mm512_min_ps(place, _mm512_set1_ps(static_cast<float>(feature.num_buckets - 1)));
-  __m512i rank = _mm512_i32gather_epi32(_mm512_cvttps_epi32(place), buckets, 4);
+  __m512i rank = _mm512_i32gather_epi32(_mm512_cvttps_epi32(place), buckets, 2);
+  rank = _mm512_and_si512(rank, _mm512_set1_epi32(0xFFFF));
   __mmask16 active = 0xFFFF;
   while (active) {
     const __m512 cut = _mm512_mask_i32gather_ps(x, active, rank, cuts, 4);
@@ -55,13 +56,13 @@ __m512i ranks_of(const Cuts& feature, const float* cuts, const uint32_t* buckets
 template <class Code>
 void ranks_of_tile(const Layout& layout, const Cuts& feature, const float* values, uint32_t* ranks) {
   const float* cuts = layout.cuts.data() + feature.begin;
-  const uint32_t* buckets = layout.buckets.data() + feature.first_bucket;
+  const uint16_t* buckets = layout.buckets.data() + feature.first_bucket;
   for (int64_t i = 0; i < kTile; i += 16) {
     _mm512_storeu_si512(ranks + i, ranks_of(feature, cuts, buckets, _mm512_loadu_ps(values + i)));
   }
 }
 #else
-uint32_t rank_of(const Cuts& feature, const float* cuts, const uint32_t* buckets, float x) {
+uint32_t rank_of(const Cuts& feature, const float* cuts, const uint16_t* buckets, float x) {
   if (feature.num_buckets == 0) return rank_by_bisection(feature, cuts, x);
   float place = (x - feature.low) * feature.scale;
   place = place > 0 ? place : 0;  // NaN becomes 0
@@ -74,7 +75,7 @@ uint32_t rank_of(const Cuts& feature, const float* cuts, const uint32_t* buckets
 template <class Code>
 void ranks_of_tile(const Layout& layout, const Cuts& feature, const float* values, uint32_t* ranks) {
   const float* cuts = layout.cuts.data() + feature.begin;
-  const uint32_t* buckets = layout.buckets.data() + feature.first_bucket;
+  const uint16_t* buckets = layout.buckets.data() + feature.first_bucket;
   for (int64_t i = 0; i < kTile; ++i) ranks[i] = rank_of(feature, cuts, buckets, values[i]);
 }
 #endif

@@ -15,6 +15,19 @@ struct Rows {
   int64_t row_stride, feature_stride;
 };
 
+// Leaves that will be read next, to be asked for in the meantime, one cache line after the other: a burst would fill
+// the core's queue of misses and stop everything else.
+struct Ahead {
+  const double *at, *end;
+
+  void fetch() {
+    if (at < end) {
+      __builtin_prefetch(at, 0, 2);
+      at += 8;
+    }
+  }
+};
+
 enum Seen : int { kNothing = 0, kNaN = 1, kInfinity = 2 };
 
 // How the members' leaves become one: the state of a row is `stride` doubles, twice that for kGeometric.
@@ -28,10 +41,10 @@ struct Kernels {
   int (*encode)(const Layout&, const Rows&, int64_t first, int64_t count, void* codes);
   // Writes the leaf rows [last - begin, rows] of trees [begin, last) for `tiles` tiles.
   void (*find_leaves)(const Layout&, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
-                      uint32_t* leaf);
+                      Ahead& ahead, uint32_t* leaf);
   // Adds trees [begin, last) to the state of `rows` rows; `extra` is the weights [num_trees] or the shifts [rows, 2].
   void (*combine)(const Layout&, Combine, int64_t begin, int64_t last, const uint32_t* leaf, int64_t leaf_stride,
-                  int64_t rows, const double* extra, double eps, double* state);
+                  int64_t rows, const double* extra, double eps, Ahead& ahead, double* state);
   // Medians [rows, num_outputs] of all trees' leaves [num_trees, leaf_stride]; `scratch` has median_scratch() bytes.
   void (*median)(const Layout&, const LeafRanks&, const uint32_t* leaf, int64_t leaf_stride, int64_t rows, bool average,
                  void* scratch, double* out);

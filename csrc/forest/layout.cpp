@@ -72,6 +72,7 @@ Layout::Layout(const Trees& trees, bool double_inputs)
   if (num_features > 8) mux_features = static_cast<int>((num_features + 3) / 4 * 4);
   if (num_features > 16) mux_features = static_cast<int>((num_features + 15) / 16 * 16);
   make_cuts(trees);
+  buckets.push_back(0);  // a gather reads four bytes
   if (wide_codes) {
     make_nodes(trees, wide_nodes);
   } else {
@@ -125,7 +126,7 @@ void Layout::make_buckets(Cuts& feature) {
   constexpr int64_t kMostInBucket = 12, kMostBuckets = 1 << 13;
   const float *begin = cuts.data() + feature.begin, *end = begin + feature.count;
   feature.first_bucket = static_cast<int64_t>(buckets.size());
-  if (feature.count < 2) return;
+  if (feature.count < 2 || feature.count > 0xFFFF) return;
   const int64_t size = std::min<int64_t>(kMostBuckets, std::bit_ceil(static_cast<uint64_t>(2 * feature.count)));
   const float low = begin[0], scale = static_cast<float>(size - 2) / (end[-1] - low);
   if (!std::isfinite(scale) || !std::isfinite(low) || scale <= 0) return;

@@ -88,7 +88,7 @@ class Layout {
   std::vector<Cuts> cuts_of;    // [num_features]
   Aligned<float> cuts;          // float32 inputs
   Aligned<double> double_cuts;  // float64 inputs
-  Aligned<uint32_t> buckets;
+  Aligned<uint16_t> buckets;
 
   std::vector<int64_t> root;   // [num_trees] first node of each tree
   std::vector<int32_t> depth;  // [num_trees]

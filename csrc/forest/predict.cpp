@@ -13,44 +13,82 @@
 namespace fastens::forest {
 namespace {
 
-constexpr int64_t kBlock = 256;       // rows whose state stays in the first-level cache
-constexpr int64_t kTogether = 8;      // trees whose leaves are looked up before they are added
-constexpr double kThreadCost = 40e3;  // nanoseconds of work that are worth waking a thread for
+constexpr int64_t kTogether = 8;             // trees whose leaves are looked up before they are added
+constexpr int64_t kMemory = 192 << 10;       // bytes of a block of rows, which stay in the second-level cache
+constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps between calls
+constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
+constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
+constexpr double kThreadCost = 40e3;         // nanoseconds of work that are worth waking a thread for
 
-// Memory of one thread, kept between calls unless it is large.
+// Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
  public:
+  explicit Scratch(int64_t bytes) {
+    thread_local Aligned<Line> kept;
+    memory_ = bytes > kKept ? &own_ : &kept;
+    const size_t lines = (bytes + sizeof(Line) - 1) / sizeof(Line);
+    if (memory_->size() < lines) memory_->resize(lines);
+    at_ = reinterpret_cast<char*>(memory_->data());
+  }
+
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
   template <class T>
   T* take(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    pieces_.emplace_back(bytes);
-    return reinterpret_cast<T*>(pieces_.back().data());
+    T* taken = reinterpret_cast<T*>(at_);
+    at_ += rounded(count * static_cast<int64_t>(sizeof(T)));
+    return taken;
   }
 
  private:
-  std::vector<Aligned<char>> pieces_;
+  struct Line {
+    Line() {}
+    char bytes[64];
+  };
+  Aligned<Line> own_;
+  Aligned<Line>* memory_;
+  char* at_;
 };
 
-// What one thread needs for a block.
+// Bytes that a block takes: of each row, and once.
+struct Memory {
+  int64_t codes, leaf, state, once;
+
+  Memory(const Layout& layout, int64_t trees_together, int64_t state_doubles, int64_t once)
+      : codes(layout.mux_features * (layout.wide_codes ? 4 : 2)),
+        leaf(4 * trees_together),
+        state(8 * state_doubles),
+        once(Scratch::rounded(once)) {}
+
+  int64_t of_row() const { return codes + leaf + state; }
+  int64_t of_block(int64_t rows) const { return rows * of_row() + once + 3 * 64; }
+};
+
+// What one thread needs for a block of rows.
 struct Block {
   const Layout& layout;
   const Kernels& kernels;
   Scratch scratch;
   int64_t rows = 0, tiles = 0;
   bool missing = false, warm = false;
-  char* codes;
+  char *codes, *once;
   uint32_t* leaf;
   double* state;
 
-  Block(const Layout& layout, const Kernels& kernels, int64_t n, int64_t trees_together, int64_t state_doubles)
-      : layout(layout), kernels(kernels) {
-    const int64_t most = (std::min(n, kBlock) + kTile - 1) / kTile * kTile;
-    codes = scratch.take<char>(most * layout.mux_features * (layout.wide_codes ? 4 : 2));
-    leaf = scratch.take<uint32_t>(most * trees_together);
-    state = scratch.take<double>(most * state_doubles);
-  }
+  Block(const Layout& layout, const Kernels& kernels, const Memory& memory, int64_t most)
+      : layout(layout),
+        kernels(kernels),
+        scratch(memory.of_block(most)),
+        codes(scratch.take<char>(most * memory.codes)),
+        once(scratch.take<char>(memory.once)),
+        leaf(scratch.take<uint32_t>(most * memory.leaf / 4)),
+        state(scratch.take<double>(most * memory.state / 8)) {}
 
   int encode(const Rows& from, int64_t first, int64_t count) {
+    if (!warm && count >= kWorthFetching) {
+      fetch(layout.buckets.data(), static_cast<int64_t>(layout.buckets.size()));
+      fetch(layout.cuts.data(), static_cast<int64_t>(layout.cuts.size()));
+    }
     rows = count;
     tiles = (count + kTile - 1) / kTile;
     const int seen = kernels.encode(layout, from, first, count, codes);
@@ -58,24 +96,41 @@ struct Block {
     return seen;
   }
 
-  // Asks for the leaves of the trees that come next: a thread's first block finds them in no cache of its own.
-  void fetch(int64_t begin, int64_t last) const {
-    const double *at = layout.leaves.data() + layout.leaf_begin[begin] * layout.stride,
-                 *end = layout.leaves.data() + layout.leaf_begin[last] * layout.stride;
-    if (end - at > (int64_t{1} << 14)) return;
-    for (; at < end; at += 8) __builtin_prefetch(at, 0, 2);
+  // The cache lines of the leaves of trees [begin, last): a thread's first block finds them in no cache of its own.
+  Ahead leaves_of(int64_t begin, int64_t last) const {
+    last = std::min(last, layout.num_trees);
+    if (warm || rows < kWorthFetching || begin >= last) return {nullptr, nullptr};
+    const double* leaves = layout.leaves.data();
+    const Ahead ahead{leaves + layout.leaf_begin[begin] * layout.stride,
+                      leaves + layout.leaf_begin[last] * layout.stride};
+    return 8 * (ahead.end - ahead.at) > kMostFetched ? Ahead{nullptr, nullptr} : ahead;
   }
 
-  void find_leaves(int64_t begin, int64_t last) {
-    kernels.find_leaves(layout, begin, last, codes, tiles, missing, leaf);
+  template <class T>
+  static void fetch(const T* at, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (count > kMostFetched / static_cast<int64_t>(sizeof(T))) return;
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+  }
+
+  void fetch_codes_of(int64_t begin, int64_t last) const {
+    if (warm || rows < kWorthFetching || layout.top == 0) return;
+    for (int64_t i = begin * 256; i < std::min(last, layout.num_trees) * 256; i += 32) {
+      __builtin_prefetch(layout.top_code.data() + i, 0, 2);
+    }
+  }
+
+  void find_leaves(int64_t begin, int64_t last, Ahead& ahead) {
+    kernels.find_leaves(layout, begin, last, codes, tiles, missing, ahead, leaf);
   }
 
   void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {
     for (int64_t tree = begin; tree < last; tree += kTogether) {
       const int64_t end = std::min(last, tree + kTogether);
-      if (!warm) fetch(end, std::min(layout.num_trees, end + kTogether));
-      find_leaves(tree, end);
-      kernels.combine(layout, how, tree, end, leaf, tiles * kTile, rows, extra, eps, state);
+      fetch_codes_of(end, end + kTogether);
+      Ahead ahead = leaves_of(end, end + kTogether);
+      find_leaves(tree, end, ahead);
+      kernels.combine(layout, how, tree, end, leaf, tiles * kTile, rows, extra, eps, ahead, state);
     }
   }
 };
@@ -89,26 +144,30 @@ double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
          5.0 * static_cast<double>(layout.num_features);
 }
 
-// Calls visit(block, first, count) for blocks of rows and returns what they saw.
+// Calls visit(block, first, count) for blocks of rows, on as many threads as the work is worth; returns what they saw.
 template <class Visit>
-int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double cost_of_row, int64_t trees_together,
-               int64_t state_doubles, Visit visit) {
+int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double cost_of_row, const Memory& memory,
+               Visit visit) {
+  const double worth = std::max(1.0, cost_of_row * static_cast<double>(n) / kThreadCost);
+  const int64_t threads =
+      worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t most = std::max(kTile, kMemory / memory.of_row());
+  const int64_t per_thread = ((n + threads - 1) / threads + most - 1) / most;  // blocks
+  const int64_t wanted = threads * per_thread;
+  const int64_t size = ((n + wanted - 1) / wanted + kTile - 1) / kTile * kTile, blocks = (n + size - 1) / size;
   std::atomic<int> seen = kNothing;
   const auto run = [&](int64_t begin, int64_t end) {
-    Block block(layout, kernels, n, trees_together, state_doubles);
+    Block block(layout, kernels, memory, size);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * kBlock, count = std::min(kBlock, n - first);
+      const int64_t first = b * size, count = std::min(size, n - first);
       seen |= visit(block, first, count);
       block.warm = true;
     }
   };
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
-  const double block_cost = cost_of_row * static_cast<double>(std::min(n, kBlock));
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kThreadCost / block_cost));
-  if (blocks <= grain) {
+  if (threads == 1) {
     run(0, blocks);
   } else {
-    torch::stable::parallel_for(0, blocks, grain, run);
+    torch::stable::parallel_for(0, blocks, 1, run);
   }
   return seen;
 }
@@ -123,7 +182,7 @@ void write_rows(const Layout& layout, const double* state, int64_t rows, double 
 int linear(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule, double* out) {
   const bool weighted = rule.name == "mean" && !rule.values.empty();
   const double divisor = rule.name == "mean" && !weighted ? static_cast<double>(layout.num_trees) : 1.0;
-  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), kTogether, layout.stride,
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), Memory(layout, kTogether, layout.stride, 0),
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
                       std::fill_n(block.state, count * layout.stride, 0.0);
@@ -136,7 +195,7 @@ int linear(const Layout& layout, const Kernels& kernels, const Rows& rows, int64
 
 int dominant(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool magnitude, double* out) {
   const Combine how = layout.has_opposite_leaves() ? Combine::kDominant : Combine::kUntiedDominant;
-  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), kTogether, layout.stride,
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.06), Memory(layout, kTogether, layout.stride, 0),
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
                       std::fill_n(block.state, count * layout.stride, 0.0);
@@ -151,13 +210,13 @@ int dominant(const Layout& layout, const Kernels& kernels, const Rows& rows, int
 
 int median(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool average, double* out) {
   const LeafRanks& ranks = layout.leaf_ranks();
-  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.3), layout.num_trees, layout.stride,
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.3),
+                    Memory(layout, layout.num_trees, 0, median_scratch(layout, ranks)),
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
-                      block.find_leaves(0, layout.num_trees);
-                      Scratch scratch;
-                      kernels.median(layout, ranks, block.leaf, block.tiles * kTile, count, average,
-                                     scratch.take<char>(median_scratch(layout, ranks)),
+                      Ahead none{nullptr, nullptr};
+                      block.find_leaves(0, layout.num_trees, none);
+                      kernels.median(layout, ranks, block.leaf, block.tiles * kTile, count, average, block.once,
                                      out + first * layout.num_outputs);
                       return seen;
                     });
@@ -167,7 +226,7 @@ int median(const Layout& layout, const Kernels& kernels, const Rows& rows, int64
 int geometric(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, bool whole_batch, double eps,
               double* out) {
   std::vector<double> shift(2 * n);
-  int seen = for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.03), kTogether, 1,
+  int seen = for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.03), Memory(layout, kTogether, 1, 0),
                         [&](Block& block, int64_t first, int64_t count) {
                           const int seen = block.encode(rows, first, count);
                           std::fill_n(block.state, count, std::numeric_limits<double>::infinity());
@@ -187,8 +246,8 @@ int geometric(const Layout& layout, const Kernels& kernels, const Rows& rows, in
     shift[2 * row + 1] = lowest > 0 ? lowest : 0;
   }
   const double members = static_cast<double>(layout.num_trees);
-  seen |= for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2), kTogether, 2 * layout.stride,
-                     [&](Block& block, int64_t first, int64_t count) {
+  seen |= for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2),
+                     Memory(layout, kTogether, 2 * layout.stride, 0), [&](Block& block, int64_t first, int64_t count) {
                        const int seen = block.encode(rows, first, count);
                        const int64_t width = std::min(layout.stride, kernels.width);  // of products, then of exponents
                        for (int64_t i = 0; i < count * 2 * layout.stride; ++i)
@@ -226,7 +285,7 @@ uint32_t leaf_of_row(const Layout& layout, const Node<Code>* nodes, int64_t tree
 int alternating(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule,
                 double* out) {
   const double cost = 20.0 + 5.0 * static_cast<double>(layout.num_features);
-  return for_blocks(layout, kernels, n, cost, 1, 1, [&](Block& block, int64_t first, int64_t count) {
+  return for_blocks(layout, kernels, n, cost, Memory(layout, 1, 1, 0), [&](Block& block, int64_t first, int64_t count) {
     const int seen = block.encode(rows, first, count);
     for (int64_t row = 0; row < count; ++row) {
       const int64_t tree = draw_member(rule.seed, rule.offset, layout.num_trees, first + row);
@@ -284,7 +343,7 @@ int predict(const Layout& layout, const Kernels& kernels, const Rows& rows, int6
 int predict_members(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n,
                     const std::vector<int64_t>& ranges, double* out) {
   if (n == 0) return kNothing;
-  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2), kTogether, layout.stride,
+  return for_blocks(layout, kernels, n, row_cost(layout, kernels, 0.2), Memory(layout, kTogether, layout.stride, 0),
                     [&](Block& block, int64_t first, int64_t count) {
                       const int seen = block.encode(rows, first, count);
                       for (size_t m = 0; m + 1 < ranges.size(); ++m) {

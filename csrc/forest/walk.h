@@ -71,7 +71,7 @@ __m512i selected(const __m512i* features, const __mmask32* bits) {
 // and the row's value out of the tile's registers by blends: there is no gather.
 template <int kFeatures, bool kPacked>
 void descend_tree(const uint16_t* code, const uint16_t* feature, int feature_bits, int top, const uint16_t* codes,
-                  int64_t tiles, uint32_t* below) {
+                  int64_t tiles, Ahead& ahead, uint32_t* below) {
   const auto number = [&](int heap) { return kPacked ? code[heap] & ((1 << feature_bits) - 1) : feature[heap]; };
   const int first = number(1), second[2] = {number(2), number(3)};
   const __m512i *thresholds = reinterpret_cast<const __m512i*>(code),
@@ -88,6 +88,8 @@ void descend_tree(const uint16_t* code, const uint16_t* feature, int feature_bit
     return _mm512_mask_add_epi16(heap, right, heap, one);
   };
   for (int64_t tile = 0; tile < tiles; ++tile) {
+    ahead.fetch();
+    ahead.fetch();
     const __m512i* values = reinterpret_cast<const __m512i*>(codes) + tile * kFeatures;
     __mmask32 right = _mm512_cmpgt_epu16_mask(values[first], _mm512_set1_epi16(static_cast<short>(code[1])));
     __m512i heap = _mm512_mask_blend_epi16(right, _mm512_set1_epi16(2), _mm512_set1_epi16(3));
@@ -129,20 +131,22 @@ void descend_tree(const uint16_t* code, const uint16_t* feature, int feature_bit
 }
 
 template <int kFeatures>
-void descend_as(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, uint32_t* below) {
+void descend_as(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, Ahead& ahead,
+                uint32_t* below) {
   const uint16_t* code = layout.top_code.data() + tree * 256;
   if (layout.packed_codes) {
-    descend_tree<kFeatures, true>(code, nullptr, layout.feature_bits, layout.top, codes, tiles, below);
+    descend_tree<kFeatures, true>(code, nullptr, layout.feature_bits, layout.top, codes, tiles, ahead, below);
   } else {
-    descend_tree<kFeatures, false>(code, layout.top_feature.data() + tree * 256, 0, layout.top, codes, tiles, below);
+    descend_tree<kFeatures, false>(code, layout.top_feature.data() + tree * 256, 0, layout.top, codes, tiles, ahead,
+                                   below);
   }
 }
 
-void descend(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, uint32_t* below) {
+void descend(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, Ahead& ahead, uint32_t* below) {
   switch (layout.mux_features) {
 #define FASTENS_DESCEND(n) \
   case n:                  \
-    return descend_as<n>(layout, tree, codes, tiles, below)
+    return descend_as<n>(layout, tree, codes, tiles, ahead, below)
     FASTENS_DESCEND(1);
     FASTENS_DESCEND(2);
     FASTENS_DESCEND(3);
@@ -162,7 +166,7 @@ void descend(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t 
 #endif
 
 void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
-                 uint32_t* leaf) {
+                 Ahead& ahead, uint32_t* leaf) {
   const int64_t rows = tiles * kTile;
   for (int64_t tree = begin; tree < last; ++tree, leaf += rows) {
     if (layout.wide_codes) {
@@ -173,7 +177,7 @@ void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* 
     const uint16_t* narrow = static_cast<const uint16_t*>(codes);
 #ifdef __AVX512BW__
     if (layout.top > 0 && !missing) {
-      descend(layout, tree, narrow, tiles, leaf);
+      descend(layout, tree, narrow, tiles, ahead, leaf);
       if (layout.whole) continue;
       const uint32_t* entry = layout.entry.data() + tree * layout.top_size;
       for (int64_t i = 0; i < rows; ++i) leaf[i] = entry[leaf[i]];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -55,6 +56,27 @@ class Trees:
     def num_trees(self) -> int:
         """T."""
         return len(self.offsets) - 1
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """Splits on the longest path from a root to a leaf."""
+        deep, level = 0, self.offsets[:-1][self.feature[self.offsets[:-1]] >= 0]
+        first = np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        while len(level):
+            deep += 1
+            below = np.concatenate([first[level] + self.left[level], first[level] + self.right[level]])
+            level = below[self.feature[below] >= 0]
+        return deep
+
+    def as_tensors(self) -> tuple[Array, ...]:
+        """Arrays for tensors: root [T], and by node feature, threshold, left, right, default_left, leaf; leaves [L, p].
+
+        Children are numbered among all nodes, and leaf is a row of the leaves.
+        """
+        first = np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        leaf = np.cumsum(self.feature < 0) - 1
+        nodes = (self.feature.astype(np.int64), np.array(self.threshold), first + self.left, first + self.right)
+        return (np.array(self.offsets[:-1]), *nodes, np.array(self.default_left), leaf, np.array(self.values))
 
     def _check(self) -> None:
         nodes = len(self.feature)

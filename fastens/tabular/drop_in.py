@@ -41,6 +41,8 @@ def accelerate(model: Any, rule: str | rules.Rule = "mean") -> Any:
     if predictor.rule.random:
         fast.generate = _Trajectory(fast, "generate", predictor)
         fast.impute = _Trajectory(fast, "impute", predictor)
+    else:
+        fast.my_model = _Repeated(type(model).my_model.__get__(fast))
     return fast
 
 
@@ -59,7 +61,6 @@ class PackedPredictor:
             rule.check(forest.num_members)
         self._seed: int | None = None
         self._evaluation = 0
-        self._last: dict[tuple, tuple[npt.NDArray, npt.NDArray]] = {}
 
     def start_trajectory(self) -> None:
         """Draw the seed of the members that a random rule sends rows to."""
@@ -87,18 +88,8 @@ class PackedPredictor:
         """
         rows = X if X_covs is None else np.concatenate((X, X_covs), axis=1)
         forest = self._forests[j][i] if k is None else self._forests[j][i][k]
-        out = self._drawn(forest, rows, j) if self.rule.random else self._combined(forest, rows, (j, i, k))
+        out = self._drawn(forest, rows, j) if self.rule.random else forest.predict(rows, self.rule)
         return out[:, None] if expand else out
-
-    def _combined(self, forest: Forest, rows: npt.NDArray, where: tuple) -> npt.NDArray:
-        # The package's reverse SDE evaluates every score twice with equal arguments.
-        last = self._last.get(where)
-        if last is not None and np.array_equal(last[0], rows):
-            return last[1].copy()
-        out = forest.predict(rows, self.rule)
-        same_level = {key: value for key, value in self._last.items() if key[1] == where[1]}
-        self._last = {**same_level, where: (rows.copy(), out)}
-        return out.copy()
 
     def _drawn(self, forest: Forest, rows: npt.NDArray, label: int) -> npt.NDArray:
         if self.rule.per_trajectory:
@@ -110,6 +101,24 @@ class PackedPredictor:
             assert self._seed is not None
         self._evaluation += 1
         return forest.predict_drawn(rows, self._seed, self._evaluation)
+
+
+class _Repeated:
+    """The model's score, evaluated once where the package's reverse SDE asks twice with equal arguments."""
+
+    def __init__(self, score: Any) -> None:
+        self._score = score
+        self._last: tuple | None = None
+
+    def __call__(self, t: float, y: npt.NDArray, mask_y: Any = None, **options: Any) -> npt.NDArray:
+        if self._last is not None:
+            at, of, masks, others, out = self._last
+            same = t == at and mask_y is masks and options.keys() == others.keys()
+            if same and all(options[key] is others[key] for key in options) and np.array_equal(y, of):
+                return out.copy()
+        out = self._score(t=t, y=y, mask_y=mask_y, **options)
+        self._last = (t, y.copy(), mask_y, options, out)
+        return out.copy()
 
 
 class _Trajectory:

@@ -15,6 +15,7 @@ import torch
 from fastens import _native, rules
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
+from fastens.ops.forest_predict import forest_predict, number_of
 from fastens.reference import aggregate as aggregate_reference
 from fastens.reference.forest import Trees
 from fastens.reference.forest import predict_members as reference_members
@@ -81,6 +82,8 @@ class Forest:
         self._input = np.dtype(np.float64 if double_inputs else np.float32)
         self._lock = threading.Lock()
         self._packed: Any = None
+        self._number: int | None = None
+        self._tensors: dict[torch.device, list[torch.Tensor]] = {}
 
     @classmethod
     def from_sklearn(cls, forest: Any) -> Forest:
@@ -153,10 +156,7 @@ class Forest:
                 rule that needs a trajectory.
             RuntimeError: ``backend="native"`` without the compiled module.
         """
-        value = rules.get(rule)
-        value.check(self.num_members)
-        if value.per_trajectory:
-            raise ValueError(f"`rule`: {value!r} draws one member per trajectory; use fastens.tabular.accelerate")
+        value = self._checked_rule(rule)
         rows = self._rows(X)
         return self._predict(rows, value, seed_from(generator) if value.per_evaluation else 0, 0, backend)
 
@@ -167,13 +167,72 @@ class Forest:
         """
         return self._predict(self._rows(X), rules.Alternating(), seed, offset, "auto")
 
+    def predict_tensor(
+        self,
+        x: torch.Tensor,
+        rule: str | rules.Rule = "mean",
+        *,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Combine the members' predictions for a tensor, on its device and without a copy of it on the CPU.
+
+        Goes through ``torch.compile``. There is no gradient: trees are constant between their thresholds. On a GPU,
+        infinities and missing values are not looked for, which would wait for the device.
+
+        Args:
+            x: [n, num_features], floating point.
+            rule: as in :meth:`predict`.
+            generator: as in :meth:`predict`.
+            backend: "auto", "native" or "reference".
+
+        Returns:
+            [n, p], of x's dtype.
+
+        Raises:
+            ValueError: as :meth:`predict`.
+            TypeError: ``x`` is no floating-point tensor.
+        """
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise TypeError(f"`x`: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.dim() != 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"`x` is {list(x.shape)}, expected [n, {self.num_features}]: rows, then features")
+        value = self._checked_rule(rule)
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+        trees, number, depth = self._on(x.device)
+        seed = seed_from(generator) if value.per_evaluation else 0
+        out = forest_predict(wide, trees, number, depth, self._double_inputs, value, seed=seed, backend=backend)
+        return out.to(x.dtype)
+
+    def predict_by_rule(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int) -> npt.NDArray:
+        """Combine the members for rows as they are; float64 [n, p]. What the op calls, see :meth:`predict_tensor`."""
+        return self._combined(rows, rule, seed, offset, self._native("auto"))
+
+    def _on(self, device: torch.device) -> tuple[list[torch.Tensor], int, int]:
+        """The trees as tensors on a device, the forest's number in the op, and its depth; kept."""
+        if device not in self._tensors:
+            with self._lock:
+                arrays = (*self.trees.as_tensors(), np.array(self._ranges), self._base)
+                self._number = number_of(self) if self._number is None else self._number
+                self._tensors[device] = [torch.from_numpy(array).to(device) for array in arrays]
+        assert self._number is not None
+        return self._tensors[device], self._number, self.trees.depth
+
+    def _checked_rule(self, rule: str | rules.Rule) -> rules.Rule:
+        value = rules.get(rule)
+        value.check(self.num_members)
+        if value.per_trajectory:
+            raise ValueError(f"`rule`: {value!r} draws one member per trajectory; use fastens.tabular.accelerate")
+        return value
+
     def _predict(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, backend: str) -> npt.NDArray:
-        packed = self._native(backend)
-        if packed is not None and self._fused:
-            out = packed.predict(rows, rule.name, rule.option, rule.values, seed, offset, "auto")
-        else:
-            out = self._predict_by_members(rows, rule, seed, offset, packed)
+        out = self._combined(rows, rule, seed, offset, self._native(backend))
         return out if self._plain else self._finished(out)
+
+    def _combined(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, packed: Any) -> npt.NDArray:
+        if packed is not None and self._fused:
+            return packed.predict(rows, rule.name, rule.option, rule.values, seed, offset, "auto")
+        return self._predict_by_members(rows, rule, seed, offset, packed)
 
     def predict_members(self, X: npt.ArrayLike, *, backend: str = "auto") -> npt.NDArray:
         """Return every member's prediction, [K, n, p]; arguments and errors as :meth:`predict`."""

@@ -109,7 +109,16 @@ class ForestDiffusion(BaseEstimator):
         self.forests_ = [fitted[j * self.n_t : (j + 1) * self.n_t] for j in range(len(values))]
         return self
 
-    def sample(self, n: int, *, rule: str | rules.Rule | None = None, random_state: int = 0, labels: Any = None) -> Any:
+    def sample(
+        self,
+        n: int,
+        *,
+        rule: str | rules.Rule | None = None,
+        random_state: int = 0,
+        labels: Any = None,
+        sampler: str = "stochastic",
+        gain: float = 1.0,
+    ) -> Any:
         """Generate n rows in the form of the fitted table; with labels fitted, a pair (table, labels [n]).
 
         Args:
@@ -117,23 +126,28 @@ class ForestDiffusion(BaseEstimator):
             rule: in place of the estimator's.
             random_state: seed.
             labels: [n], labels to generate for; drawn by frequency by default.
+            sampler: of "vp": "stochastic" (Euler-Maruyama of the reverse SDE) or "deterministic" (Euler of the
+                probability flow ODE); both end with a Tweedie step. A flow is deterministic.
+            gain: factor of the combined predictions: trees shrink what they predict, and a gain above 1 undoes it.
 
         Raises:
-            ValueError: labels that were not fitted.
+            ValueError: labels that were not fitted, or an unknown sampler.
             sklearn.exceptions.NotFittedError: not fitted.
         """
         self._check_fitted()
+        if sampler not in ("stochastic", "deterministic"):
+            raise ValueError(f"`sampler`: expected 'stochastic' or 'deterministic', got {sampler!r}")
         rng = np.random.default_rng(random_state)
         drawn = (
             rng.choice(len(self.labels_), n, p=self.probabilities_) if labels is None else self._label_codes(labels, n)
         )
         x = rng.normal(size=(n, self.columns_.width))
-        evaluate = self._evaluator(rule, drawn, rng)
+        evaluate = self._evaluator(rule, drawn, rng, gain=gain)
         if self.diffusion_type == "flow":
             for i in range(self.n_t - 1):
                 x = x + evaluate(x, i / (self.n_t - 1)) / (self.n_t - 1)
         else:
-            x = self._reverse(x, evaluate, rng)
+            x = self._reverse(x, evaluate, rng if sampler == "stochastic" else None)
         table = self.columns_.decode(x)
         return table if self.labels_ == [None] else (table, np.array(self.labels_)[drawn])
 
@@ -163,29 +177,45 @@ class ForestDiffusion(BaseEstimator):
             return np.where(np.isnan(np.asarray(X, np.float64)), filled, X)
         return X.where(X.notna(), filled.set_axis(X.index))
 
-    def score(self, X: Any, y: Any = None, *, rule: str | rules.Rule | None = None, random_state: int = 0) -> float:
+    def score(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        rule: str | rules.Rule | None = None,
+        random_state: int = 0,
+        gain: float = 1.0,
+    ) -> float:
         """The negative mean squared error of the noise (of the velocity) over all levels; higher is better."""
         self._check_fitted()
         rng = np.random.default_rng(random_state)
         rows = self.columns_.encode(X)
         codes = np.zeros(len(rows), int) if y is None else self._label_codes(y, len(rows))
-        evaluate = self._evaluator(rule, codes, rng, as_score=False)
+        evaluate = self._evaluator(rule, codes, rng, as_score=False, gain=gain)
         errors = []
         for i in range(self.n_t):
             noisy, target = self._noisy(rows, self._time(i), rng)
             errors.append(np.nanmean((evaluate(noisy, i / max(1, self.n_t - 1)) - target) ** 2))
         return -float(np.mean(errors))
 
-    def _reverse(self, x: np.ndarray, evaluate: Any, rng: np.random.Generator) -> np.ndarray:
-        """Euler-Maruyama of the reverse SDE from t = 1, then a Tweedie step at eps."""
+    def _reverse(self, x: np.ndarray, evaluate: Any, rng: np.random.Generator | None) -> np.ndarray:
+        """Euler steps from t = 1 of the reverse SDE, of the probability flow without rng; a Tweedie step at eps."""
         times = np.linspace(1, self.eps, self.n_t)
         for t, after in itertools.pairwise(times):
             beta, h = self.beta_min + t * (self.beta_max - self.beta_min), t - after
-            x = x + (0.5 * beta * x + beta * evaluate(x, t)) * h + np.sqrt(beta * h) * rng.normal(size=x.shape)
+            if rng is None:
+                x = x + 0.5 * beta * (x + evaluate(x, t)) * h
+            else:
+                x = x + (0.5 * beta * x + beta * evaluate(x, t)) * h + np.sqrt(beta * h) * rng.normal(size=x.shape)
         return x + self._coefficients(self.eps)[1] ** 2 * evaluate(x, self.eps)
 
     def _evaluator(
-        self, rule: str | rules.Rule | None, codes: np.ndarray, rng: np.random.Generator, as_score=True
+        self,
+        rule: str | rules.Rule | None,
+        codes: np.ndarray,
+        rng: np.random.Generator,
+        as_score: bool = True,
+        gain: float = 1.0,
     ) -> Any:
         """The field of one trajectory: (x, t) -> score (the velocity of a flow), or the forest's own prediction."""
         value = rules.get(self.rule if rule is None else rule)
@@ -204,7 +234,7 @@ class ForestDiffusion(BaseEstimator):
                     forest.predict_drawn(x[mine], seed, offset) if value.random else forest.predict(x[mine], value)
                     for forest in levels[round(t * (self.n_t - 1))]
                 ]
-                out[mine] = np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+                out[mine] = gain * np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
             return -out / self._coefficients(t)[1] if as_score and self.diffusion_type == "vp" else out
 
         return evaluate
