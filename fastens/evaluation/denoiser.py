@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import parameterisation, rules
+from fastens.aggregation import noise_dependent
 from fastens.ensemble import Ensemble
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Schedule, per_sample
-
-PREDICTIONS = ("epsilon", "x0", "v", "score", "flow")
 
 
 class Denoiser:
@@ -39,8 +38,7 @@ class Denoiser:
         prediction: str = "epsilon",
         conditioning: Mapping[str, Any] | None = None,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        parameterisation.check_prediction("prediction", prediction)
         if not isinstance(schedule, Schedule):
             raise TypeError(
                 f"schedule is a {type(schedule).__name__}, expected one of fastens.schedules; "
@@ -78,24 +76,16 @@ class Denoiser:
         """The noise that the model, or the ensemble by its rule, finds in ``x`` [B, ...]."""
         return self.to_epsilon(self._predict(x, t), x, t)
 
-    def combine(self, outputs: Tensor, rule: rules.Rule) -> Tensor:
-        """What an ensemble of these members would predict: their ``outputs`` [K, B, ...] under a rule."""
+    def combine(self, outputs: Tensor, rule: rules.Rule, t: Tensor) -> Tensor:
+        """What an ensemble of these members would predict at ``t``: their ``outputs`` [K, B, ...] under a rule."""
+        if isinstance(rule, rules.NoiseDependentMean):
+            return noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])(outputs)
         backend = self.model._settings["backend"] if isinstance(self.model, Ensemble) else "auto"
         return aggregate(outputs, rule, backend=backend)
 
     def to_epsilon(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise in ``x`` [B, ...] according to a prediction [B, ...] or to K of them [K, B, ...]."""
-        if self.prediction == "epsilon":
-            return predicted
-        alpha, sigma = self.schedule.coefficients(t, x)
-        if self.prediction == "score":
-            return -sigma * predicted
-        if self.prediction == "x0":
-            return (x - alpha * predicted) / sigma
-        if self.prediction == "v":
-            return (alpha * predicted + sigma * x) / (alpha.square() + sigma.square())
-        alpha_rate, sigma_rate = self._rates(x, t)
-        return (alpha * predicted - alpha_rate * x) / (alpha * sigma_rate - alpha_rate * sigma)
+        return parameterisation.convert(predicted, x, t, self.schedule, self.prediction, "epsilon")
 
     def velocity(self, epsilon: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """``dx/dt`` of the probability-flow ODE, ``f x + (sigma' - f sigma) eps``, for the noise found in ``x``."""
@@ -107,9 +97,6 @@ class Denoiser:
         drift = self.schedule.drift(t)
         noise = self.schedule.sigma_rate(t) - drift * self.schedule.sigma(t)
         return per_sample(drift, x), per_sample(noise, x)
-
-    def _rates(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return per_sample(self.schedule.alpha_rate(t), x), per_sample(self.schedule.sigma_rate(t), x)
 
     def _network_time(self, x: Tensor, t: Tensor) -> Tensor:
         return self.schedule.network_time(t).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))

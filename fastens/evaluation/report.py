@@ -26,6 +26,14 @@ from fastens.evaluation.weights import fit_weights, held_out_gain
 
 LOSS_RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 LIKELIHOOD_RULES = ("mean", "geometric", "dominant")
+_WHOLE = (
+    "times",
+    "log_snr",
+    "level_weights",
+    "members",
+    "diversity",
+    "gram",
+)  # arrays of a loss that are kept as they are
 SAMPLE_RULES = ("mean", "geometric", "median", "dominant")
 
 
@@ -123,7 +131,7 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
             progress=plan.progress,
             **options,
         )
-        kept = {name: getattr(loss, name) for name in ("times", "level_weights", "members", "diversity", "gram")}
+        kept = {name: getattr(loss, name) for name in _WHOLE}
         kept |= {f"rule {name}": values for name, values in loss.rules.items()}
         kept |= {f"size {name} {k}": values for name, sizes in loss.by_size.items() for k, values in sizes.items()}
         parts.write("loss", kept)
@@ -133,13 +141,9 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
             _, name, k = key.split(" ")
             by_size.setdefault(name, {})[int(k)] = kept[key]
     return DenoisingLoss(
-        times=kept["times"],
-        level_weights=kept["level_weights"],
-        members=kept["members"],
+        **{name: kept[name] for name in _WHOLE},
         rules={key.removeprefix("rule "): kept[key] for key in kept if key.startswith("rule ")},
         by_size=by_size,
-        diversity=kept["diversity"],
-        gram=kept["gram"],
     )
 
 
@@ -182,7 +186,7 @@ def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path) -> dict
     for constraint in ("simplex", "affine"):
         fitted = fit_weights(fitting, constraint=constraint)
         gain = {"fit": _of(held_out_gain(fitted, fitting)), "held_out": _of(held_out_gain(fitted, loss))}
-        found["weights"][constraint] = {**fitted.to_dict(), **gain}
+        found["weights"][constraint] = {"rule": fitted.to_dict(), **gain}
     return found
 
 
