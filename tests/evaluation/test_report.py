@@ -37,6 +37,7 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     assert report["members"] == 2
     assert report["loss"]["gain_of_mean"] == pytest.approx(report["loss"]["diversity"]["value"], abs=1e-7)
     assert set(report["likelihood"]["by_size"]) == {"1", "2"}
+    assert "no dropout layer" in report["mc_dropout"]["note"]
     assert "not judged" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.csv").read_text().startswith("quantity,of,value")
@@ -59,6 +60,13 @@ def test_report_on_digits(tmp_path):
     page = (tmp_path / "digits" / "report.md").read_text()
     assert "| member 4 |" in page
     assert not re.search(r"\bnan\b", page)
+    dropout = report["mc_dropout"]
+    assert (dropout["p"], dropout["masks"]) == ([0.1], 5)
+    for kind in ("fixed", "fresh"):  # the mean over masks is better than one set of masks, whatever against none
+        assert dropout["loss"][kind]["rules"]["mean"]["value"] < dropout["loss"][kind]["one"]["value"] < 0.4
+    assert dropout["likelihood"]["off"]["value"] != dropout["likelihood"]["fixed"]["value"]
+    assert dropout["samples"]["off"]["frechet"]["value"] != dropout["samples"]["fixed"]["frechet"]["value"]
+    assert "| fresh | mean |" in page
 
 
 @pytest.mark.parametrize(
