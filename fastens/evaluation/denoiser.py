@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastens import parameterisation, rules
 from fastens.aggregation import noise_dependent
 from fastens.ensemble import Ensemble
+from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Schedule, per_sample
 
@@ -72,16 +73,33 @@ class Denoiser:
             return output[:, :, : x.shape[1]] if output.ndim > 2 else output
         return self._predict(x, t).unsqueeze(0)
 
+    def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
+
+        None where there is no plan that gives both, see :func:`fastens.fold.along.outputs_along`.
+        """
+        engine = self.model._engine if isinstance(self.model, Ensemble) else None
+        if engine is None:
+            return None
+        found = outputs_along(engine, (x, self._network_time(x, t)), self.conditioning, tangent)
+        if found is None or found[0].shape[1] != len(x):
+            return None
+        outputs, moved = (part[:, :, : x.shape[1]] if part.ndim > 2 else part for part in found)
+        return outputs, moved
+
     def epsilon(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise that the model, or the ensemble by its rule, finds in ``x`` [B, ...]."""
         return self.to_epsilon(self._predict(x, t), x, t)
 
-    def combine(self, outputs: Tensor, rule: rules.Rule, t: Tensor) -> Tensor:
-        """What an ensemble of these members would predict at ``t``: their ``outputs`` [K, B, ...] under a rule."""
+    def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
+        """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
         if isinstance(rule, rules.NoiseDependentMean):
             return noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])(outputs)
-        backend = self.model._settings["backend"] if isinstance(self.model, Ensemble) else "auto"
-        return aggregate(outputs, rule, backend=backend)
+        settings = self.model._settings if isinstance(self.model, Ensemble) else {}
+        backend, target = settings.get("backend", "auto"), settings.get("aggregate_in") or self.prediction
+        moved = parameterisation.convert(outputs, x, t, self.schedule, self.prediction, target)
+        combined = aggregate(moved, rule, backend=backend)
+        return parameterisation.convert(combined, x, t, self.schedule, target, self.prediction)
 
     def to_epsilon(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise in ``x`` [B, ...] according to a prediction [B, ...] or to K of them [K, B, ...]."""

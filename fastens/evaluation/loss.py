@@ -225,11 +225,11 @@ def denoising_loss(
                     member = fixed[row] if rule.per_trajectory else drawn[level * draws + draw, row]
                     combined = outputs[member.to(x.device), torch.arange(len(x), device=x.device)]
                 else:
-                    combined = denoiser.combine(outputs, rule, t)
+                    combined = denoiser.combine(outputs, rule, x, t)
                 add(("rule", name), where, loss_of(combined))
             for (name, rule), (size, subsets) in itertools.product(sized.items(), chosen.items()):
                 for subset in subsets:
-                    combined = denoiser.combine(outputs[list(subset)], rule, t)
+                    combined = denoiser.combine(outputs[list(subset)], rule, x, t)
                     add((name, size), where, loss_of(combined) / len(subsets))
             bar.update(len(where))
     table = {key: value.numpy().reshape(rows, num_levels, *value.shape[1:]) for key, value in flat.items()}

@@ -75,8 +75,22 @@ class Plans:
         plan, spec = found
         return plan.run(inputs), spec
 
+    def refused(self, key: Any) -> bool:
+        """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
+        return any(self._hooks) or (key in self._refused and self._state() == self._weights)
+
+    def refuse(self, key: Any, why: str) -> None:
+        """Keep that a signature has no plan."""
+        self._refused.add(key)
+        self.why_not = why
+
     def make(
-        self, key: Any, whole: Callable[[Leaves], Any], member: Callable[[Leaves], Any], inputs: Leaves
+        self,
+        key: Any,
+        whole: Callable[[Leaves], Any],
+        member: Callable[[Leaves], Any],
+        inputs: Leaves,
+        seen: Callable[[Leaves], Leaves] = list,
     ) -> tuple[Leaves, Any]:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -88,6 +102,7 @@ class Plans:
             whole: the folded pass as a function of the tensors of the call.
             member: the first member likewise.
             inputs: the tensors of the call.
+            seen: what of the plan's outputs ``member`` gives.
 
         Returns:
             The leaves of the folded output and their structure: of the plan, or where there can be none, of the pass.
@@ -111,7 +126,7 @@ class Plans:
             _check(outputs, leaves)
             others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
             own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
-            _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
+            _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         except (NotRecordable, NotLowerable) as error:
             return self._refuse(key, str(error), whole, inputs)
         except RuntimeError as error:  # the network wants a layout that a recording does not give it
@@ -122,8 +137,7 @@ class Plans:
         return outputs, spec
 
     def _refuse(self, key: Any, why: str, whole: Callable[[Leaves], Any], inputs: Leaves) -> tuple[Leaves, Any]:
-        self._refused.add(key)
-        self.why_not = why
+        self.refuse(key, why)
         return pytree.tree_flatten(whole(inputs))
 
     def _state(self) -> Any:
