@@ -70,17 +70,13 @@ def _made(
 
     try:
         recording, _ = record(lambda: whole(arguments.tensors), arguments.tensors)
-        found = engine.plans.make(
-            key,
-            lambda tensors: along(recording, tensors[:-1], tensors[-1], number),
-            member,
-            [*arguments.tensors, tangent],
-            seen,
-        )
     except (NotRecordable, RuntimeError) as error:
-        engine.plans.refuse(key, str(error))
-        return None
-    return None if engine.plans.refused(key) else found
+        return engine.plans.refuse(key, str(error))
+
+    def beside(tensors: list[Tensor]) -> Any:
+        return along(recording, tensors[:-1], tensors[-1], number)
+
+    return engine.plans.attempt(key, beside, member, [*arguments.tensors, tangent], seen)
 
 
 def _seen(moved: Tensor, direction: Tensor) -> Tensor:

@@ -85,12 +85,7 @@ class Plans:
         self.why_not = why
 
     def make(
-        self,
-        key: Any,
-        whole: Callable[[Leaves], Any],
-        member: Callable[[Leaves], Any],
-        inputs: Leaves,
-        seen: Callable[[Leaves], Leaves] = list,
+        self, key: Any, whole: Callable[[Leaves], Any], member: Callable[[Leaves], Any], inputs: Leaves
     ) -> tuple[Leaves, Any]:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -102,20 +97,39 @@ class Plans:
             whole: the folded pass as a function of the tensors of the call.
             member: the first member likewise.
             inputs: the tensors of the call.
-            seen: what of the plan's outputs ``member`` gives.
 
         Returns:
             The leaves of the folded output and their structure: of the plan, or where there can be none, of the pass.
+        """
+        found = self.attempt(key, whole, member, inputs)
+        return pytree.tree_flatten(whole(inputs)) if found is None else found
+
+    def attempt(
+        self,
+        key: Any,
+        whole: Callable[[Leaves], Any],
+        member: Callable[[Leaves], Any],
+        inputs: Leaves,
+        seen: Callable[[Leaves], Leaves] = list,
+    ) -> tuple[Leaves, Any] | None:
+        """Make a plan as :meth:`make` does, and run it; none where there can be none.
+
+        Args:
+            key: the signature.
+            whole: the pass as a function of the tensors of the call.
+            member: what ``seen`` shows of the plan's outputs, from the first member.
+            inputs: the tensors of the call.
+            seen: what of the plan's outputs is compared.
         """
         if self._state() != self._weights:
             self.clear()
             self._weights = self._state()
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or any(self._hooks):  # hooks want to be called
-            return pytree.tree_flatten(whole(inputs))
+            return None
         other = {t.dtype for t in self._tensors if t.is_floating_point()} - _DTYPES
         if other:
-            return self._refuse(key, f"the network has {', '.join(map(str, other))}", whole, inputs)
+            return self.refuse(key, f"the network has {', '.join(map(str, other))}")
         try:
             recording, result = record(lambda: whole(inputs), inputs)
             leaves, spec = pytree.tree_flatten(result)
@@ -128,17 +142,13 @@ class Plans:
             own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
             _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         except (NotRecordable, NotLowerable) as error:
-            return self._refuse(key, str(error), whole, inputs)
+            return self.refuse(key, str(error))
         except RuntimeError as error:  # the network wants a layout that a recording does not give it
-            return self._refuse(key, f"{type(error).__name__} while recording: {error}", whole, inputs)
+            return self.refuse(key, f"{type(error).__name__} while recording: {error}")
         self._plans[key] = (plan, spec)
         if len(self._plans) > _MOST_PLANS:
             self._plans.popitem(last=False)
         return outputs, spec
-
-    def _refuse(self, key: Any, why: str, whole: Callable[[Leaves], Any], inputs: Leaves) -> tuple[Leaves, Any]:
-        self.refuse(key, why)
-        return pytree.tree_flatten(whole(inputs))
 
     def _state(self) -> Any:
         """What changes with the weights, as far as torch tells: versions, and where the first one is."""

@@ -7,6 +7,7 @@ Normalisations and softmax have symmetric derivatives, so that the library's bac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.plan.record import Node, NotRecordable, Recording, Ref
+from fastens.plan.lower import versioned
+from fastens.plan.record import Node, NotLowerable, NotRecordable, Recording, Ref
 
 aten = torch.ops.aten
 # What an operation does to a tangent: its node, its arguments, the arguments' tangents (none where they have none), and
@@ -22,7 +24,10 @@ aten = torch.ops.aten
 Rule = Callable[[Node, list[Any], list[Any], list[Tensor]], Tensor]
 RULES: dict[str, Rule] = {}
 # Operations that are linear in their first argument, and have no other tensor.
-LINEAR = ("repeat", "upsample_nearest2d", "constant_pad_nd", "clone", "_to_copy", "alias_copy", "neg", "avg_pool2d")
+LINEAR = (
+    *("repeat", "clone", "_to_copy", "alias_copy", "neg", "avg_pool2d", "mean", "sum"),
+    *("upsample_nearest1d", "upsample_nearest2d", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d"),
+)
 
 
 def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -46,21 +51,22 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
     def value(leaf: Any) -> Any:
         if not isinstance(leaf, Ref):
             return leaf
-        constant = recording.constant(leaf)
-        return _view(values[leaf.storage], leaf) if constant is None else constant
+        return _view(values[leaf.storage], leaf) if leaf.storage in values else recording.constant(leaf)
 
     def derivative(leaf: Any) -> Any:
         found = tangents.get(leaf.storage) if isinstance(leaf, Ref) else None
         return None if found is None else _view(found, leaf)
 
-    for node in recording.nodes:
-        if node.writes:
-            raise NotRecordable(f"{node.name} changes a tensor in place, which has no derivative here")
+    try:
+        nodes, outputs = versioned(recording.nodes, recording.outputs)
+    except NotLowerable as error:
+        raise NotRecordable(str(error)) from error
+    for node in nodes:
         args, kwargs = pytree.tree_map(value, (list(node.args), node.kwargs))
-        call = getattr(torch.ops.fastens, node.name.removeprefix("fastens.")) if "fastens" in node.name else node.func
-        results = [r for r in pytree.tree_leaves(call(*args, **kwargs)) if isinstance(r, Tensor)]
+        node = dataclasses.replace(node, func=_out_of_place(node))
+        results = [r for r in pytree.tree_leaves(node.func(*args, **kwargs)) if isinstance(r, Tensor)]
         for out, result in zip(node.outs, results, strict=True):
-            if (result.stride(), result.storage_offset()) != (out.stride, out.offset):
+            if not _as_recorded(result, out):
                 raise NotRecordable(f"{node.name} gave another layout than when it was recorded")
             values[out.storage] = result
         if any(ref.storage in tangents for ref in node.reads):
@@ -69,10 +75,21 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
                 raise NotRecordable(f"the derivative of {node.name} is not known here")
             moved = rule(node, args, pytree.tree_map(derivative, list(node.args)), results)
             tangents[node.outs[0].storage] = _laid_out(moved, node.outs[0], results[0])
-    first = recording.outputs[0]
+    first = outputs[0]
     if first.storage not in tangents:
         raise NotRecordable("the output does not depend on the batch")
     return value(first), derivative(first)
+
+
+def _out_of_place(node: Node) -> Any:
+    """The operation, in the form that writes to memory of its own."""
+    if not node.func._schema.is_mutable:
+        return node.func
+    name = node.name.removeprefix("aten.")
+    plain = getattr(aten, name.rstrip("_"), None)
+    if plain is None or name == "copy_" or node.func._overloadname not in plain.overloads():
+        raise NotRecordable(f"{node.name} writes to a part of a tensor, which has no derivative here")
+    return getattr(plain, node.func._overloadname)
 
 
 def _from_start(x: Tensor, ref: Ref) -> Tensor:
@@ -81,8 +98,14 @@ def _from_start(x: Tensor, ref: Ref) -> Tensor:
     return x
 
 
+def _as_recorded(x: Tensor, ref: Ref) -> bool:
+    """Whether the elements of ``x`` are where those of ``ref`` were."""
+    pairs = zip(ref.size, x.stride(), ref.stride, strict=True)
+    return x.storage_offset() == ref.offset and all(size == 1 or a == b for size, a, b in pairs)
+
+
 def _view(base: Tensor, ref: Ref) -> Tensor:
-    if (ref.size, ref.stride, ref.offset) == (tuple(base.shape), base.stride(), base.storage_offset()):
+    if ref.size == tuple(base.shape) and _as_recorded(base, ref):
         return base
     return base.as_strided(ref.size, ref.stride, ref.offset)
 
@@ -91,7 +114,7 @@ def _laid_out(moved: Tensor, ref: Ref, like: Tensor) -> Tensor:
     """A tangent where its value is: the same view of a storage, so that views of the one are views of the other."""
     if moved.shape != ref.size:
         moved = moved.expand(ref.size)
-    if (moved.stride(), moved.storage_offset()) == (ref.stride, ref.offset):
+    if _as_recorded(moved, ref):
         return moved
     if ref.offset:
         raise NotRecordable("a value that does not begin its storage")
@@ -123,6 +146,13 @@ def _conv(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Ten
     return torch.ops.fastens.conv(moved[0], args[1], None, *args[3:])
 
 
+@differentiates("aten.convolution")
+def _library_conv(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    if moved[0] is None or moved[1] is not None:
+        raise NotRecordable("the derivative of aten.convolution in this form is not known here")
+    return node.func(moved[0], args[1], None, *args[3:])
+
+
 @differentiates("fastens.linear")
 def _linear(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     _plain(node, args[3:])
@@ -134,8 +164,11 @@ def _group_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) 
     x, groups, weight, _, eps, *rest = args
     _plain(node, rest)
     size = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+    tangent = moved[0]
+    if x.ndim != 4:  # tokens seen with their channels first
+        x, tangent = x.contiguous(), tangent.contiguous()
     _, mean, rstd = aten.native_group_norm(x, None, None, *size, eps)
-    y = aten.native_group_norm_backward(moved[0], x, mean, rstd, None, *size, [True, False, False])[0]
+    y = aten.native_group_norm_backward(tangent, x, mean, rstd, None, *size, [True, False, False])[0]
     return y if weight is None else y * _rows(weight, x).view(x.shape[0], x.shape[1], *(1,) * (x.ndim - 2))
 
 
@@ -154,6 +187,23 @@ def _native_layer_norm(node: Node, args: list[Any], moved: list[Any], _: list[Te
     return y if weight is None else y * weight
 
 
+@differentiates("fastens.batch_norm")
+def _batch_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    _, mean, variance, weight, _, *rest = args
+    return torch.ops.fastens.batch_norm(moved[0], torch.zeros_like(mean), variance, weight, None, *rest)
+
+
+@differentiates("fastens.rms_norm")
+def _rms_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    x, shape, weight, eps, *rest = args
+    _plain(node, rest)
+    dims = tuple(range(-len(shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = scale * (moved[0] - x * scale.square() * (x * moved[0]).mean(dims, keepdim=True))
+    return y if weight is None else y * _rows(weight, x).view(x.shape[0], *(1,) * (x.ndim - 1 - len(shape)), *shape)
+
+
 def _normalised(x: Tensor, shape: Any, eps: float, moved: Tensor) -> Tensor:
     _, mean, rstd = aten.native_layer_norm(x, shape, None, None, eps)
     return aten.native_layer_norm_backward(moved, x, shape, mean, rstd, None, None, [True, False, False])[0]
@@ -170,11 +220,13 @@ def _activation(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) 
     return backward(moved[0], args[0], **node.kwargs)
 
 
-@differentiates("aten.sigmoid", "aten.tanh", "aten.exp")
+@differentiates("aten.sigmoid", "aten.tanh", "aten.exp", "aten.relu")
 def _of_result(node: Node, _: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     y = results[0]
     if node.name == "aten.exp":
         return moved[0] * y
+    if node.name == "aten.relu":
+        return aten.threshold_backward(moved[0], y, 0)
     return (aten.sigmoid_backward if node.name == "aten.sigmoid" else aten.tanh_backward)(moved[0], y)
 
 
