@@ -1,7 +1,9 @@
 """``fastens evaluate``, as a user types it, on little data."""
 
+import importlib
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from fastens.cli import main
 from tests.networks import randomised, unet_2d
 
+likelihood = importlib.import_module("fastens.evaluation.likelihood")  # the package has the function by this name
 LITTLE = "--rows 4 --likelihood-rows 3 --noise-levels 2 --ode-steps 2 --sampler-steps 2 --batch 16".split()
 
 
@@ -49,6 +52,56 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["loss"] == report["loss"]
     assert again["likelihood"] == report["likelihood"]
+
+
+def arguments_of(folders, images, out):
+    return ["evaluate", *folders, "--data", str(images), "--out", str(out), *LITTLE]
+
+
+def results(out):
+    report = json.loads((out / "report.json").read_text())
+    return {name: report[name] for name in ("loss", "likelihood", "quality", "mc_dropout")}
+
+
+def test_interrupted_report_goes_on(folders, images, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(arguments_of(folders, images, whole))
+    run, batches = likelihood._batch, []
+
+    def interrupted(*arguments):
+        batches.append(arguments)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(likelihood, "_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments_of(folders, images, cut))
+    assert not list(cut.glob("report.*"))
+    stamps = {path: path.stat().st_mtime_ns for path in cut.rglob("*.npz")}
+    assert len(stamps) == 4  # two losses, two batches
+    batches.clear()
+    monkeypatch.setattr(likelihood, "_batch", lambda *a: batches.append(a) or run(*a))
+    main(arguments_of(folders, images, cut))
+    assert len(batches) == len(list(whole.rglob("repeat_*.npz"))) - 2  # finished ones are read
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert results(cut) == results(whole)
+
+
+def test_full_disk(folders, images, tmp_path, capsys):
+    """The system refuses to write beyond a size, in the middle of a file: nothing half-written is taken for whole."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments_of(folders, images, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stop.value.code == 2
+    assert "nothing half-written was left" in capsys.readouterr().err.splitlines()[-1]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".npz"] == []
+    main(arguments_of(folders, images, tmp_path))
+    assert set(results(tmp_path)["likelihood"]["by_size"]) == {"1", "2"}
 
 
 def test_report_on_digits(tmp_path):
