@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G7 against every rival, and the table.
+# Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G7 and G9 against every rival, and the table.
 # usage: bench/gpu.sh DIR          results as JSON, logs and table.md in DIR
 #        FASTENS_BENCH_DEVICE=cpu bench/gpu.sh DIR    rehearsal without a GPU, on small sizes
 set -uo pipefail
@@ -29,5 +29,6 @@ if [ "$rehearsal" != cpu ]; then
 fi
 step bench_ops "$python" -m pytest -q bench/bench_gpu_ops.py
 step bench_steps "$python" -m pytest -q bench/bench_gpu_steps.py
+step bench_likelihood "$python" -m pytest -q bench/bench_gpu_likelihood.py
 if "$python" -m bench.gpu_table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
 exit $failed

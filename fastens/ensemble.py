@@ -15,7 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import parameterisation, rules
+from fastens import parameterisation, rules, schedules
+from fastens.aggregation import aggregation, check_noise_level
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
 from fastens.fold.arguments import Arguments
@@ -23,7 +24,6 @@ from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import DifferentMembers, check_members, replaced, stack_members, tensors_of
 from fastens.ops._dispatch import check_backend
-from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
 from fastens.report import Report
@@ -79,12 +79,13 @@ class Ensemble(Capturing):
             it from a scheduler.
         aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``. Networks that
             predict variances too (2C channels for C) have the rule applied to the first C and their variances averaged.
-        schedule: the noise schedule of such a conversion: one of :mod:`fastens.schedules`, or a diffusers scheduler.
+        schedule: the noise schedule of such a conversion, or of a rule that depends on the noise level: one of
+            :mod:`fastens.schedules`, or a diffusers scheduler.
 
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
-            engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, or a
-            scheduler that contradicts ``prediction``.
+            engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, a rule
+            that lacks a schedule, or a scheduler that contradicts ``prediction``.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
@@ -155,6 +156,7 @@ class Ensemble(Capturing):
             base = importlib.import_module(adapter).ensemble_class(member, base)
         self.__class__ = _with_signature(base, type(member))
         self._check_members()
+        check_noise_level(self.rule, self._noise_schedule)
 
     @classmethod
     def _kind(cls) -> "type[Ensemble]":
@@ -203,35 +205,13 @@ class Ensemble(Capturing):
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
-        settings, rule = self._settings, self.rule
-        source, target = settings["prediction"], settings["aggregate_in"]
-        linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
-        arguments = None if linear and target in (None, source) else Arguments(args, kwargs)
+        forward = type(self).forward.__get__(self)
+        return aggregation(self.rule, self._settings, self._noise_schedule, forward, args, kwargs)
 
-        def combined(scores: Any) -> Tensor:
-            return aggregate(scores, rule, backend=settings["backend"])
-
-        def aggregation(scores: Any) -> Tensor:
-            if arguments is None:
-                return combined(scores)
-            x, variances = arguments.batch, None
-            first = scores[0]
-            if parameterisation.predicts_variances(x, first[None]):
-                channels = x.shape[1]
-                variances = aggregate([score[:, channels:] for score in scores], "mean", backend=settings["backend"])
-                scores = [score[:, :channels] for score in scores]
-            if target in (None, source) or scores[0].shape != x.shape:
-                out = combined(scores)
-            else:
-                t = parameterisation.time_of(type(self).forward.__get__(self), arguments, args, kwargs)
-                schedule = settings["schedule"]
-                t = schedule.time(t)
-                stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
-                moved = parameterisation.convert(stack, x, t, schedule, source, target)
-                out = parameterisation.convert(combined(moved), x, t, schedule, target, source)
-            return out if variances is None else torch.cat([out, variances], 1)
-
-        return aggregation
+    @property
+    def _noise_schedule(self) -> schedules.Schedule | None:
+        """By which the time among the arguments becomes a noise level; none where nobody said it."""
+        return self._settings["schedule"]
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
@@ -278,9 +258,9 @@ class Ensemble(Capturing):
     @rule.setter
     def rule(self, rule: str | rules.Rule) -> None:
         resolved = rules.get(rule)
-        weights = getattr(resolved, "weights", None)
-        if weights is not None and len(weights) != self.num_members:
-            raise ValueError(f"rule {resolved} has {len(weights)} weights, expected {self.num_members}, one per member")
+        resolved.check(self.num_members)
+        if "_engine" in self.__dict__:  # before, it is not known whether the family has a schedule of its own
+            check_noise_level(resolved, self._noise_schedule)
         self.__dict__["_rule"] = resolved
 
     @property

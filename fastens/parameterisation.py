@@ -43,6 +43,34 @@ def _combination(prediction: str, schedule: schedules.Schedule, t: Any) -> tuple
     return schedule.alpha_rate(t), schedule.sigma_rate(t)
 
 
+def conversion(source: str, target: str, schedule: schedules.Schedule, t: Any) -> tuple[Tensor, Tensor]:
+    """Return a and b with ``target = a x + b source`` at a time.
+
+    Args:
+        source: one of PREDICTIONS.
+        target: likewise.
+        schedule: alpha and sigma of the path.
+        t: time of the schedule, a number or a tensor [] or [B].
+
+    Returns:
+        Each float64, shaped as the time; infinite or NaN where the schedule has no answer (alpha = 0, ...).
+
+    Raises:
+        ValueError: an unknown parameterisation.
+    """
+    for name in (source, target):
+        check_prediction("prediction", name)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if source == target:
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    a, b = _combination(source, schedule, t)
+    c, d = _combination(target, schedule, t)
+    if {source, target} == {"epsilon", "score"}:  # the one is the other scaled, wherever there is noise
+        return torch.zeros_like(alpha), d / b
+    determinant = a * sigma - b * alpha
+    return (a * d - b * c) / determinant, (c * sigma - d * alpha) / determinant
+
+
 def convert(value: Tensor, x: Tensor, t: Any, schedule: schedules.Schedule, source: str, target: str) -> Tensor:
     """Say a prediction in another parameterisation.
 
@@ -60,18 +88,17 @@ def convert(value: Tensor, x: Tensor, t: Any, schedule: schedules.Schedule, sour
     Raises:
         ValueError: an unknown parameterisation.
     """
-    for name in (source, target):
-        if name not in PREDICTIONS:
-            raise ValueError(f"prediction {name!r} is unknown, expected one of {', '.join(PREDICTIONS)}")
     if source == target:
+        check_prediction("prediction", source)
         return value
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    a, b = _combination(source, schedule, t)
-    c, d = _combination(target, schedule, t)
-    determinant = a * sigma - b * alpha
-    of_value, of_x = (c * sigma - d * alpha) / determinant, (a * d - b * c) / determinant
-
+    of_x, of_value = conversion(source, target, schedule, t)
     return (value * schedules.per_sample(of_value, x) + x * schedules.per_sample(of_x, x)).to(value.dtype)
+
+
+def check_prediction(what: str, name: str) -> None:
+    """Raise ValueError unless ``name`` is one of PREDICTIONS."""
+    if name not in PREDICTIONS:
+        raise ValueError(f"{what} {name!r} is unknown, expected one of {', '.join(PREDICTIONS)}")
 
 
 def resolve(prediction: str | None, aggregate_in: str | None, schedule: Any) -> tuple[str | None, str | None, Any]:
@@ -91,8 +118,8 @@ def resolve(prediction: str | None, aggregate_in: str | None, schedule: Any) -> 
         TypeError: ``schedule`` is neither.
     """
     for name, value in (("prediction", prediction), ("aggregate_in", aggregate_in)):
-        if value is not None and value not in PREDICTIONS:
-            raise ValueError(f"{name} {value!r} is unknown, expected one of {', '.join(PREDICTIONS)}")
+        if value is not None:
+            check_prediction(name, value)
     if schedule is not None and not isinstance(schedule, schedules.Schedule):
         if not hasattr(schedule, "config"):
             raise TypeError(
@@ -132,7 +159,8 @@ def time_of(forward: Any, arguments: Arguments, args: tuple[Any, ...], kwargs: d
         if leaf is not arguments.batch and isinstance(leaf, int | float | Tensor) and not isinstance(leaf, bool):
             return leaf
     raise ValueError(
-        f"found no time among the arguments ({', '.join(bound)}); aggregate_in needs one of {', '.join(_TIMES)}"
+        f"found no time among the arguments ({', '.join(bound)}), and the rule needs the noise level; "
+        f"expected one of {', '.join(_TIMES)}"
     )
 
 

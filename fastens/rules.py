@@ -8,8 +8,10 @@ The arithmetic is in :func:`fastens.aggregate`.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -48,11 +50,13 @@ class Rule:
         name: the rule's name, as :func:`get` takes it.
         per_evaluation: one member is drawn per sample at every evaluation, and only the drawn members need to run.
         per_trajectory: one member is drawn per sample for a whole trajectory, so the rule needs an ensemble.
+        needs_noise_level: the rule depends on how noisy a sample is, so it needs an ensemble that has a schedule.
     """
 
     name: ClassVar[str]
     per_evaluation: ClassVar[bool] = False
     per_trajectory: ClassVar[bool] = False
+    needs_noise_level: ClassVar[bool] = False
 
     @property
     def random(self) -> bool:
@@ -107,13 +111,71 @@ class Mean(Rule):
         """Raise ValueError where there are weights but not one per member."""
         if self.weights is not None and len(self.weights) != num_members:
             raise ValueError(
-                f"`weights`: expected one weight per member, {num_members}, got {len(self.weights)}; "
+                f"`weights`: expected one weight per member, {num_members}, got {len(self.weights)} weights; "
                 "pass as many weights as members"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as JSON-able values."""
         return {"rule": self.name, "weights": None if self.weights is None else list(self.weights)}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseDependentMean(Mean):
+    """Weighted mean whose weights depend on the noise level, interpolated linearly in ``log(alpha^2 / sigma^2)``.
+
+    It is a rule of an ensemble that has a schedule, by which the time among its arguments becomes a noise level; beyond
+    the levels the nearest one's weights hold. :func:`fastens.evaluation.fit_weights` makes it.
+
+    Args:
+        weights: of the members at each level, L tuples of K finite numbers that sum to 1 within 1e-6.
+        log_snr: of the levels, L rising numbers.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: no levels, other numbers of weights and levels, levels that do not rise, or weights as for a mean.
+    """
+
+    name: ClassVar[str] = "noise_dependent_mean"
+    needs_noise_level: ClassVar[bool] = True
+    weights: tuple[tuple[float, ...], ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    log_snr: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check weights and levels and keep them as tuples, so that the value hashes."""
+        rows = tuple(_checked_weights(row) for row in self.weights)
+        levels = tuple(float(level) for level in self.log_snr)
+        if not rows or len(rows) != len(levels) or len({len(row) for row in rows}) != 1:
+            raise ValueError(
+                f"`weights`: expected one tuple of K weights per level, got {len(rows)} of "
+                f"{sorted({len(row) for row in rows})} weights for {len(levels)} levels"
+            )
+        if not all(map(math.isfinite, levels)) or any(b <= a for a, b in itertools.pairwise(levels)):
+            raise ValueError(f"`log_snr`: expected rising finite numbers, got {levels}")
+        object.__setattr__(self, "weights", rows)
+        object.__setattr__(self, "log_snr", levels)
+
+    def at(self, log_snr: float) -> Mean:
+        """The mean at one noise level."""
+        right = min(max(bisect.bisect_right(self.log_snr, log_snr), 1), len(self.log_snr) - 1)
+        left = max(right - 1, 0)
+        span = self.log_snr[right] - self.log_snr[left]
+        share = min(max((log_snr - self.log_snr[left]) / span, 0.0), 1.0) if span else 0.0
+        pairs = zip(self.weights[left], self.weights[right], strict=True)
+        return Mean(tuple(a + share * (b - a) for a, b in pairs))
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """None: the weights are not known before the noise level is."""
+        return ()
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError where there is not one weight per member."""
+        Mean(self.weights[0]).check(num_members)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as JSON-able values."""
+        return {"rule": self.name, "weights": [list(row) for row in self.weights], "log_snr": list(self.log_snr)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +320,8 @@ def get(rule: str | Rule) -> Rule:
     if not isinstance(rule, str):
         hint = "; call it to make a value" if isinstance(rule, type) and issubclass(rule, Rule) else ""
         raise TypeError(f"`rule`: expected a name or a value of fastens.rules, got {rule!r}{hint}")
+    if rule == NoiseDependentMean.name:
+        raise ValueError(f"`rule`: {rule!r} has no default weights; fit them with fastens.evaluation.fit_weights")
     if rule not in _DEFAULTS:
         near = difflib.get_close_matches(rule.lower().replace("-", "_"), list(_DEFAULTS), n=3, cutoff=0.5)
         offer = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
@@ -275,7 +339,7 @@ def from_dict(data: Mapping[str, Any]) -> Rule:
     name = parameters.pop("rule", None)
     if not isinstance(name, str):
         raise ValueError(f"expected the rule's name under 'rule', got {dict(data)!r}")
-    cls = type(get(name))
+    cls = NoiseDependentMean if name == NoiseDependentMean.name else type(get(name))
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(parameters) - known)
     if unknown:

@@ -13,7 +13,7 @@ LEVELS = [  # a module imports from its own level or below
     {"demo", "interop", "evaluation", "tabular"},
     {"training"},
     {"checkpoints"},
-    {"ensemble", "dropout", "draws", "adaptive", "parameterisation", "outputs", "laplace", "schemes"},
+    {"ensemble", "dropout", "draws", "adaptive", "aggregation", "parameterisation", "outputs", "laplace", "schemes"},
     {"capture"},
     {"fold", "report"},
     {"plan"},

@@ -53,6 +53,14 @@ def test_round_trip_and_known_values(schedule, t, source, target):
     assert relative_error(convert(there, x, t, schedule, target, source), known[source]) < 1e-8
 
 
+def test_without_data_score_and_noise_determine_each_other():
+    """At zero terminal signal-to-noise ratio alpha is 0, and x says nothing."""
+    schedule, x = schedules.Flow(), torch.randn(3, 2, dtype=torch.float64)
+    assert float(schedule.alpha(1.0)) == 0
+    assert torch.equal(convert(x, x, 1.0, schedule, "score", "epsilon"), -x)
+    assert torch.equal(convert(x, x, 1.0, schedule, "epsilon", "score"), -x)
+
+
 def test_times_of_each_sample():
     schedule, x = schedules.VP(), torch.randn(3, 2, 4)
     t = torch.tensor([0.1, 0.5, 0.9])

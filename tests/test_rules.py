@@ -11,6 +11,7 @@ from fastens import rules
 VALUES = [
     rules.Mean(),
     rules.Mean((0.25, 0.75)),
+    rules.NoiseDependentMean(((0.25, 0.75), (1.5, -0.5)), (-3.0, 2.0)),
     rules.Sum(),
     rules.Median(),
     rules.Median("lower"),
@@ -29,7 +30,7 @@ def test_a_rule_survives_every_form(rule):
     assert pickle.loads(pickle.dumps(rule)) == rule
     assert copy.deepcopy(rule) == rule
     assert hash(copy.deepcopy(rule)) == hash(rule)
-    assert rules.from_schema(rule.name, rule.option, rule.values) == rule
+    assert rule.needs_noise_level or rules.from_schema(rule.name, rule.option, rule.values) == rule
     assert eval(repr(rule), vars(rules)) == rule
     assert [other for other in VALUES if other == rule] == [rule]
 
@@ -55,6 +56,12 @@ def test_names_and_randomness():
         (lambda: rules.Geometric(eps=0.0), "at least 1e-30"),
         (lambda: rules.Mean(()), "got none"),
         (lambda: rules.Mean((0.5, 0.4)), "sum of 1"),
+        (lambda: rules.NoiseDependentMean(), "one tuple of K weights per level"),
+        (lambda: rules.NoiseDependentMean(((1.0,), (0.5, 0.5)), (0.0, 1.0)), "one tuple of K weights per level"),
+        (lambda: rules.NoiseDependentMean(((1.0,),), (0.0, 1.0)), "for 2 levels"),
+        (lambda: rules.NoiseDependentMean(((1.0,), (1.0,)), (1.0, 1.0)), "rising"),
+        (lambda: rules.NoiseDependentMean(((0.5, 0.6),), (1.0,)), "sum of 1"),
+        (lambda: rules.get("noise_dependent_mean"), "fit_weights"),
         (lambda: rules.from_dict({"weights": [1.0]}), "under 'rule'"),
         (lambda: rules.from_dict({"rule": "median", "odd": 1}), "has no parameter odd; it has even"),
     ],
@@ -68,3 +75,10 @@ def test_weights_fit_the_members():
     rules.Mean((0.5, 0.5)).check(2)
     with pytest.raises(ValueError, match="one weight per member, 3, got 2"):
         rules.Mean((0.5, 0.5)).check(3)
+
+
+def test_weights_between_noise_levels():
+    rule = rules.NoiseDependentMean(((1.0, 0.0), (0.0, 1.0)), (-2.0, 2.0))
+    assert rule.at(1.0) == rules.Mean((0.25, 0.75))
+    assert (rule.at(-9.0), rule.at(9.0)) == (rules.Mean((1.0, 0.0)), rules.Mean((0.0, 1.0)))
+    assert rules.NoiseDependentMean(((0.5, 0.5),), (0.0,)).at(3.0) == rules.Mean((0.5, 0.5))

@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--members", type=int, default=5, help="how many members")
     parser.add_argument("--steps", type=int, default=2500, help="optimiser steps of each member")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first member; the others follow")
+    parser.add_argument("--dropout", type=float, default=0.0, help="probability of the dropout in residual blocks")
     parser.add_argument("--resume", action="store_true", help="keep members that training.json in --out has already")
     parser.add_argument(
         "--separate", action="store_true", help="train one member after the other, as the shipped ones were"
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.update(kept * options.steps)
         load = functools.partial(UNet2DModel.from_pretrained, low_cpu_mem_usage=False)
         trained = [(load(out / f"member_{k}"), earlier["members"][k]["training_loss"]) for k in range(kept)]
-        model = MODELS[options.data]
+        model = {**MODELS[options.data], "dropout": options.dropout}
         if options.separate:
             trained += [train_member(train, options.steps, seed, progress, model) for seed in seeds[kept:]]
         elif seeds[kept:]:

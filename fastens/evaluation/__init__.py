@@ -5,7 +5,7 @@ from fastens.evaluation.likelihood import Likelihood, bits_offset, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, noise_levels
 from fastens.evaluation.quality import Interval, Quality, features, inception, quality
 from fastens.evaluation.sampling import sample
-from fastens.evaluation.weights import NoiseDependentMean, fit_weights, held_out_gain, weighted_loss
+from fastens.evaluation.weights import fit_weights, held_out_gain, weighted_loss
 
 __all__ = [
     "Denoiser",
@@ -13,7 +13,6 @@ __all__ = [
     "Estimate",
     "Interval",
     "Likelihood",
-    "NoiseDependentMean",
     "Quality",
     "bits_offset",
     "denoising_loss",

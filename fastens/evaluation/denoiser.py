@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens import rules
+from fastens import parameterisation, rules
+from fastens.aggregation import noise_dependent
 from fastens.ensemble import Ensemble
+from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Schedule, per_sample
-
-PREDICTIONS = ("epsilon", "x0", "v", "score", "flow")
 
 
 class Denoiser:
@@ -39,8 +39,7 @@ class Denoiser:
         prediction: str = "epsilon",
         conditioning: Mapping[str, Any] | None = None,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        parameterisation.check_prediction("prediction", prediction)
         if not isinstance(schedule, Schedule):
             raise TypeError(
                 f"schedule is a {type(schedule).__name__}, expected one of fastens.schedules; "
@@ -74,28 +73,37 @@ class Denoiser:
             return output[:, :, : x.shape[1]] if output.ndim > 2 else output
         return self._predict(x, t).unsqueeze(0)
 
+    def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
+
+        None where there is no plan that gives both, see :func:`fastens.fold.along.outputs_along`.
+        """
+        engine = self.model._engine if isinstance(self.model, Ensemble) else None
+        if engine is None:
+            return None
+        found = outputs_along(engine, (x, self._network_time(x, t)), self.conditioning, tangent)
+        if found is None or found[0].shape[1] != len(x):
+            return None
+        outputs, moved = (part[:, :, : x.shape[1]] if part.ndim > 2 else part for part in found)
+        return outputs, moved
+
     def epsilon(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise that the model, or the ensemble by its rule, finds in ``x`` [B, ...]."""
         return self.to_epsilon(self._predict(x, t), x, t)
 
-    def combine(self, outputs: Tensor, rule: rules.Rule) -> Tensor:
-        """What an ensemble of these members would predict: their ``outputs`` [K, B, ...] under a rule."""
-        backend = self.model._settings["backend"] if isinstance(self.model, Ensemble) else "auto"
-        return aggregate(outputs, rule, backend=backend)
+    def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
+        """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
+        if isinstance(rule, rules.NoiseDependentMean):
+            return noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])(outputs)
+        settings = self.model._settings if isinstance(self.model, Ensemble) else {}
+        backend, target = settings.get("backend", "auto"), settings.get("aggregate_in") or self.prediction
+        moved = parameterisation.convert(outputs, x, t, self.schedule, self.prediction, target)
+        combined = aggregate(moved, rule, backend=backend)
+        return parameterisation.convert(combined, x, t, self.schedule, target, self.prediction)
 
     def to_epsilon(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise in ``x`` [B, ...] according to a prediction [B, ...] or to K of them [K, B, ...]."""
-        if self.prediction == "epsilon":
-            return predicted
-        alpha, sigma = self.schedule.coefficients(t, x)
-        if self.prediction == "score":
-            return -sigma * predicted
-        if self.prediction == "x0":
-            return (x - alpha * predicted) / sigma
-        if self.prediction == "v":
-            return (alpha * predicted + sigma * x) / (alpha.square() + sigma.square())
-        alpha_rate, sigma_rate = self._rates(x, t)
-        return (alpha * predicted - alpha_rate * x) / (alpha * sigma_rate - alpha_rate * sigma)
+        return parameterisation.convert(predicted, x, t, self.schedule, self.prediction, "epsilon")
 
     def velocity(self, epsilon: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """``dx/dt`` of the probability-flow ODE, ``f x + (sigma' - f sigma) eps``, for the noise found in ``x``."""
@@ -107,9 +115,6 @@ class Denoiser:
         drift = self.schedule.drift(t)
         noise = self.schedule.sigma_rate(t) - drift * self.schedule.sigma(t)
         return per_sample(drift, x), per_sample(noise, x)
-
-    def _rates(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return per_sample(self.schedule.alpha_rate(t), x), per_sample(self.schedule.sigma_rate(t), x)
 
     def _network_time(self, x: Tensor, t: Tensor) -> Tensor:
         return self.schedule.network_time(t).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))

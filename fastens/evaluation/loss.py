@@ -38,6 +38,7 @@ class DenoisingLoss:
 
     Attributes:
         times: the noise levels' times, [L].
+        log_snr: ``log(alpha^2 / sigma^2)`` there, [L].
         level_weights: of the levels in the weighted loss, [L], summing to 1.
         members: of each member, [K, N, L].
         rules: of the ensemble under each rule, [N, L].
@@ -47,6 +48,7 @@ class DenoisingLoss:
     """
 
     times: np.ndarray
+    log_snr: np.ndarray
     level_weights: np.ndarray
     members: np.ndarray
     rules: dict[str, np.ndarray]
@@ -223,17 +225,18 @@ def denoising_loss(
                     member = fixed[row] if rule.per_trajectory else drawn[level * draws + draw, row]
                     combined = outputs[member.to(x.device), torch.arange(len(x), device=x.device)]
                 else:
-                    combined = denoiser.combine(outputs, rule)
+                    combined = denoiser.combine(outputs, rule, x, t)
                 add(("rule", name), where, loss_of(combined))
             for (name, rule), (size, subsets) in itertools.product(sized.items(), chosen.items()):
                 for subset in subsets:
-                    combined = denoiser.combine(outputs[list(subset)], rule)
+                    combined = denoiser.combine(outputs[list(subset)], rule, x, t)
                     add((name, size), where, loss_of(combined) / len(subsets))
             bar.update(len(where))
     table = {key: value.numpy().reshape(rows, num_levels, *value.shape[1:]) for key, value in flat.items()}
     by_rule = {name: table["rule", name] for name in named}
     return DenoisingLoss(
         times=levels.numpy(),
+        log_snr=denoiser.schedule.log_snr(levels).numpy(),
         level_weights=weights,
         members=np.moveaxis(table["members"], -1, 0),
         rules=by_rule,
@@ -245,4 +248,6 @@ def denoising_loss(
 
 def _name(rule: str | rules.Rule) -> str:
     value = rules.get(rule)
+    if value.name not in rules.RULES:
+        return value.name
     return value.name if value == rules.get(value.name) else str(value)

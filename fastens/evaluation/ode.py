@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ class AugmentedFlow:
     """``d(x, log p)/dt`` along the probability-flow ODE ``dx/dt = f x + (sigma' - f sigma) eps(x, t)``.
 
     The divergence, ``f D + (sigma' - f sigma) div eps``, is estimated as the mean of ``z^T (d eps/dx) z`` over probes z
-    (Hutchinson), or summed exactly over the D unit vectors; either way by vector-Jacobian products through the one
-    forward pass that also gives the drift (Song et al., ICLR 2021, appendix D.2; there: two passes).
+    (Hutchinson), or summed exactly over the D unit vectors. Where an ensemble has plans, the pass that gives the drift
+    carries z along (forward mode, a Jacobian-vector product); elsewhere one pass is gone back through (vector-Jacobian
+    products). Both are the same number (Song et al., ICLR 2021, appendix D.2; there: two passes).
 
     Args:
         denoiser: the model under its schedule.
@@ -37,14 +38,50 @@ class AugmentedFlow:
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The derivative of ``x`` [B, ...] and of the gain in log-density [B] at the time ``t`` []."""
         self.evaluations += 1
-        with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            epsilon = self.denoiser.epsilon(x, t)
-            divergence = self._divergence(epsilon, x)
-        x, epsilon = x.detach(), epsilon.detach()
+        x = state[0].detach()
+        epsilon, divergence = self._forward_mode(x, t) or self._reverse_mode(x, t)
         factor, noise_factor = self.denoiser.velocity_factors(x, t)
         rate = factor * x[0].numel() + noise_factor * divergence
         return factor * x + noise_factor * epsilon, rate
+
+    def _forward_mode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The noise and its divergence, each direction carried through the members; none where that is not possible."""
+        denoiser, total = self.denoiser, torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        epsilon = None
+        if denoiser.rule.random:
+            return None
+        for direction in self._directions(x):
+            found = denoiser.outputs_along(x, t, direction)
+            if found is None:
+                return None
+            outputs, moved = found
+            with torch.enable_grad():  # what is left to go back through: the rule, and the conversion to noise
+                inner, outputs = x.clone().requires_grad_(), outputs.detach().requires_grad_()
+                predicted = denoiser.combine(outputs, denoiser.rule, inner, t)
+                epsilon = denoiser.to_epsilon(predicted, inner, t)
+                of_x, of_outputs = torch.autograd.grad(
+                    epsilon, (inner, outputs), direction, allow_unused=True, materialize_grads=True
+                )
+            total = total + (of_outputs * moved).flatten(2).sum((0, 2)) + (of_x * direction).flatten(1).sum(1)
+        assert epsilon is not None
+        return epsilon.detach(), total if self.probes is None else total / len(self.probes)
+
+    def _directions(self, x: Tensor) -> Iterator[Tensor]:
+        """The probes, or the unit vectors, each [B, ...]."""
+        if self.probes is not None:
+            yield from self.probes
+            return
+        for i in range(x[0].numel()):
+            unit = torch.zeros_like(x).flatten(1)
+            unit[:, i] = 1
+            yield unit.view_as(x)
+
+    def _reverse_mode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            epsilon = self.denoiser.epsilon(x, t)
+            divergence = self._divergence(epsilon, x)
+        return epsilon.detach(), divergence
 
     def _divergence(self, epsilon: Tensor, x: Tensor) -> Tensor:
         if self.probes is None:

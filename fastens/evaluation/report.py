@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastens import rules
 from fastens.ensemble import Ensemble
+from fastens.evaluation import mc_dropout
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.likelihood import Likelihood, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, level_weights, subsets_of
@@ -26,6 +27,14 @@ from fastens.evaluation.weights import fit_weights, held_out_gain
 
 LOSS_RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 LIKELIHOOD_RULES = ("mean", "geometric", "dominant")
+_WHOLE = (
+    "times",
+    "log_snr",
+    "level_weights",
+    "members",
+    "diversity",
+    "gram",
+)  # arrays of a loss that are kept as they are
 SAMPLE_RULES = ("mean", "geometric", "median", "dominant")
 
 
@@ -85,7 +94,7 @@ def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
     report: dict[str, Any] = {"subject": subject.name, "data": subject.data, "members": subject.ensemble.num_members}
     report["settings"] = {**dataclasses.asdict(plan), "schedule": repr(subject.schedule), "features": subject.note}
     del report["settings"]["progress"]
-    stages = {"loss": _loss, "likelihood": _likelihood, "quality": _quality, "cost": _cost}
+    stages = {"loss": _loss, "likelihood": _likelihood, "quality": _quality, "mc_dropout": _mc_dropout, "cost": _cost}
     for name, stage in stages.items():
         begun = time.perf_counter()
         report[name] = stage(subject, denoiser, plan, cache)
@@ -123,7 +132,7 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
             progress=plan.progress,
             **options,
         )
-        kept = {name: getattr(loss, name) for name in ("times", "level_weights", "members", "diversity", "gram")}
+        kept = {name: getattr(loss, name) for name in _WHOLE}
         kept |= {f"rule {name}": values for name, values in loss.rules.items()}
         kept |= {f"size {name} {k}": values for name, sizes in loss.by_size.items() for k, values in sizes.items()}
         parts.write("loss", kept)
@@ -133,13 +142,9 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
             _, name, k = key.split(" ")
             by_size.setdefault(name, {})[int(k)] = kept[key]
     return DenoisingLoss(
-        times=kept["times"],
-        level_weights=kept["level_weights"],
-        members=kept["members"],
+        **{name: kept[name] for name in _WHOLE},
         rules={key.removeprefix("rule "): kept[key] for key in kept if key.startswith("rule ")},
         by_size=by_size,
-        diversity=kept["diversity"],
-        gram=kept["gram"],
     )
 
 
@@ -182,7 +187,7 @@ def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path) -> dict
     for constraint in ("simplex", "affine"):
         fitted = fit_weights(fitting, constraint=constraint)
         gain = {"fit": _of(held_out_gain(fitted, fitting)), "held_out": _of(held_out_gain(fitted, loss))}
-        found["weights"][constraint] = {**fitted.to_dict(), **gain}
+        found["weights"][constraint] = {"rule": fitted.to_dict(), **gain}
     return found
 
 
@@ -192,21 +197,7 @@ def _likelihood(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[
 
     def bits(subset: tuple[int, ...], rule: str) -> Likelihood:
         chosen = subject.ensemble if len(subset) == total else Ensemble([members[k] for k in subset])
-        before, chosen.rule = chosen.rule, rules.get(rule)
-        try:
-            return likelihood(
-                Denoiser(chosen, subject.schedule, subject.prediction),
-                data,
-                levels=subject.levels,
-                method="rk4",
-                steps=plan.ode_steps,
-                batch_size=plan.batch,
-                seed=plan.seed,
-                cache=cache,
-                progress=plan.progress,
-            )
-        finally:
-            chosen.rule = before
+        return _bits(chosen, rule, subject, plan, cache)
 
     whole = tuple(range(total))
     by_size: dict[int, np.ndarray] = {}
@@ -236,6 +227,24 @@ def _likelihood(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[
     return found
 
 
+def _bits(model: Ensemble, rule: str, subject: Subject, plan: Plan, cache: Path) -> Likelihood:
+    before, model.rule = model.rule, rules.get(rule)
+    try:
+        return likelihood(
+            Denoiser(model, subject.schedule, subject.prediction),
+            subject.test[: plan.likelihood_rows],
+            levels=subject.levels,
+            method="rk4",
+            steps=plan.ode_steps,
+            batch_size=plan.batch,
+            seed=plan.seed,
+            cache=cache,
+            progress=plan.progress,
+        )
+    finally:
+        model.rule = before
+
+
 def _row_estimate(rows: np.ndarray) -> dict[str, float]:
     return {"value": float(rows.mean()), "error": float(rows.std(ddof=1) / len(rows) ** 0.5)}
 
@@ -243,30 +252,81 @@ def _row_estimate(rows: np.ndarray) -> dict[str, float]:
 def _quality(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
     if subject.features is None:
         return {"note": subject.note}
-    extract = subject.features
-    real = features(extract, subject.test)
     members = list(subject.ensemble.members)
     contenders: list[tuple[str, Any, str]] = [(rule, subject.ensemble, rule) for rule in SAMPLE_RULES]
     contenders += [(f"member {k}", Ensemble([member]), "mean") for k, member in enumerate(members)]
     before, found = subject.ensemble.rule, {}
     for name, model, rule in contenders:
         model.rule = rule
-        images = sample(
-            Denoiser(model, subject.schedule, subject.prediction),
-            plan.samples,
-            tuple(subject.test.shape[1:]),
-            steps=plan.sampler_steps,
-            batch_size=plan.batch,
-            seed=plan.seed,
-            cache=cache,
-            progress=plan.progress,
-        )
-        logits = None if subject.logits is None else features(subject.logits, images)
-        found[name] = _plain(quality(features(extract, images), real, logits=logits, seed=plan.seed))
+        found[name] = _judged(model, subject, plan, cache)
     subject.ensemble.rule = before
-    train = features(extract, subject.fit)
-    floor = _plain(quality(train, real, seed=plan.seed))
+    real = features(subject.features, subject.test)
+    floor = _plain(quality(features(subject.features, subject.fit), real, seed=plan.seed))
     return {"note": subject.note, "contenders": found, "training_images": floor}
+
+
+def _judged(model: Ensemble, subject: Subject, plan: Plan, cache: Path) -> dict[str, Any]:
+    """The quality of a model's samples, which all start from the same noise."""
+    images = sample(
+        Denoiser(model, subject.schedule, subject.prediction),
+        plan.samples,
+        tuple(subject.test.shape[1:]),
+        steps=plan.sampler_steps,
+        batch_size=plan.batch,
+        seed=plan.seed,
+        cache=cache,
+        progress=plan.progress,
+    )
+    extract = subject.features
+    assert extract is not None
+    logits = None if subject.logits is None else features(subject.logits, images)
+    real = features(extract, subject.test)
+    return _plain(quality(features(extract, images), real, logits=logits, seed=plan.seed))
+
+
+def _mc_dropout(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
+    if subject.dropout is None:
+        return {"note": subject.dropout_note}
+    models = mc_dropout.contenders(subject.dropout, subject.ensemble.num_members)
+    losses = {
+        name: _cached_loss(
+            Denoiser(model, subject.schedule, subject.prediction),
+            subject.test[: plan.rows],
+            plan,
+            cache,
+            rule_names=("mean",) if name == "off" else mc_dropout.RULES,
+        )
+        for name, model in models.items()
+    }
+    off = losses["off"]
+    alone = off.members[0]
+    found: dict[str, Any] = {
+        "note": subject.dropout_note,
+        "p": mc_dropout.probabilities(subject.dropout),
+        "masks": subject.ensemble.num_members,
+        "loss": {"off": _of(off.estimate(alone))},
+    }
+    for kind in mc_dropout.MASKS:
+        loss = losses[kind]
+        one = loss.member_mean
+        found["loss"][kind] = {
+            "one": _of(loss.estimate(one)),
+            "one_off": _of(loss.estimate(one - alone)),
+            "rules": {
+                rule: {
+                    **_of(loss.estimate(values)),
+                    "against_off": _of(loss.compare(rule, alone)),
+                    "against_one": _of(loss.compare(rule)),
+                }
+                for rule, values in loss.rules.items()
+            },
+        }
+    rows = {name: _bits(models[name], "mean", subject, plan, cache).rows for name in ("off", "fixed")}
+    found["likelihood"] = {name: _row_estimate(values) for name, values in rows.items()}
+    found["likelihood"]["against_off"] = _row_estimate(rows["fixed"] - rows["off"])
+    if subject.features is not None:
+        found["samples"] = {name: _judged(models[name], subject, plan, cache) for name in ("off", "fixed")}
+    return found
 
 
 def _plain(value: Any) -> dict[str, Any]:

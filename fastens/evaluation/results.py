@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastens.ensemble import Ensemble
+
+_SPEED = ("engine", "backend", "max_fold")  # settings of an ensemble that do not change what it computes
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, it holds all of ``content`` or does not exist in this version.
@@ -44,6 +48,9 @@ def fingerprint(**parts: Any) -> str:
     for name, part in sorted(parts.items()):
         digest.update(name.encode())
         if isinstance(part, nn.Module):
+            if isinstance(part, Ensemble):  # the same weights under other masks, or in another parameterisation
+                kept = {name: value for name, value in part._settings.items() if name not in _SPEED}
+                digest.update(json.dumps(kept, sort_keys=True, default=repr).encode())
             for key, tensor in part.state_dict().items():
                 digest.update(key.encode())
                 digest.update(_bytes(tensor))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.evaluation.classifier import Classifier, train_classifier
@@ -33,6 +33,8 @@ class Subject:
         features: maps images [B, ...] to features [B, d]; none for no judgement of samples.
         logits: maps them to logits, for the Inception score.
         note: what the features are, or why there are none.
+        dropout: a network that was trained with dropout, for MC Dropout; none for none.
+        dropout_note: which network that is, or why there is none.
     """
 
     name: str
@@ -46,11 +48,14 @@ class Subject:
     features: Callable[[Tensor], Tensor] | None
     logits: Callable[[Tensor], Tensor] | None
     note: str
+    dropout: nn.Module | None
+    dropout_note: str
 
 
 def bundled(name: str) -> Subject:
     """The shipped members of ``"digits"`` or ``"photographs"`` with their data, and a classifier trained on it."""
-    from fastens.demo import member_paths
+    from fastens.checkpoints import load_members
+    from fastens.demo import dropout_path, member_paths
     from fastens.demo.data import LOADERS, load_labels
 
     train, test = LOADERS[name]()
@@ -58,6 +63,7 @@ def bundled(name: str) -> Subject:
     classifier = train_classifier(train, labels)
     with torch.no_grad():
         accuracy = float((classifier(test).argmax(1) == test_labels).double().mean())
+    path = dropout_path(name)
     what = "hand-written digits, 8x8" if name == "digits" else "patches of two colour photographs, 16x16"
     return Subject(
         name=name,
@@ -72,6 +78,10 @@ def bundled(name: str) -> Subject:
         logits=classifier,
         note=f"features: the last {_width(classifier)} of a small classifier trained on the training images "
         f"({100 * accuracy:.1f} % of the test images right)",
+        dropout=None if path is None else load_members([path])[0],
+        dropout_note="no network with dropout ships for these images"
+        if path is None
+        else "a sixth network of the members' architecture, trained by the same script with --dropout 0.1",
     )
 
 
@@ -123,10 +133,13 @@ def from_files(
             "features: Inception's 2048",
         )
     half = len(images) // 2
+    ensemble = Ensemble(list(checkpoints))
+    first = ensemble.members[0]
+    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in first.modules())
     return Subject(
         name=data.stem,
         data=f"{data.name}, {half} images to fit weights on and {len(images) - half} held out",
-        ensemble=Ensemble(list(checkpoints)),
+        ensemble=ensemble,
         schedule=schedule,
         prediction=prediction,
         fit=images[:half],
@@ -135,4 +148,6 @@ def from_files(
         features=network,
         logits=None,
         note=note,
+        dropout=first if drops else None,
+        dropout_note="member 0" if drops else "the members have no dropout layer with p above 0",
     )

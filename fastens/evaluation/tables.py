@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastens.evaluation import mc_dropout
+
 ENOUGH = 0.9  # of the full ensemble's gain
 
 
@@ -39,6 +41,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
         f"{_percent(found['rows_better_than_member_mean'], 1)} of the test rows."
     )
     lines += _quality_verdict(report["quality"], by_loss)
+    lines.append(mc_dropout.verdict(report["mc_dropout"]))
     lines += _weights_verdict(loss["weights"])
     ratio = cost[best] / cost["one member"]
     lines.append(
@@ -182,6 +185,10 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *_quality_table(report["quality"]),
         "",
+        "## MC Dropout",
+        "",
+        *mc_dropout.markdown(report["mc_dropout"]),
+        "",
         "## Weights by noise level",
         "",
         "| constraint | gain on the rows fitted on | gain on held-out rows |",
@@ -236,6 +243,17 @@ def csv(report: dict[str, Any]) -> str:
     for name, found in report["quality"].get("contenders", {}).items():
         add("frechet distance", name, found["frechet"])
         add("kernel distance", name, found["kernel"])
+    dropout = report["mc_dropout"]
+    if "loss" in dropout:
+        add("loss, dropout network", "off", dropout["loss"]["off"])
+        for kind in mc_dropout.MASKS:
+            for rule, found in dropout["loss"][kind]["rules"].items():
+                add(f"loss, {kind} dropout masks", rule, found)
+                add(f"loss, {kind} dropout masks, against off", rule, found["against_off"])
+        for name, found in dropout["likelihood"].items():
+            add("bits per dimension, dropout network", name, found)
+        for name, found in dropout.get("samples", {}).items():
+            add("frechet distance, dropout network", name, found["frechet"])
     for name, value in report["cost"]["milliseconds"].items():
         add("milliseconds", name, {"value": value})
     return "\n".join(rows) + "\n"

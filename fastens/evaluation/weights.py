@@ -2,84 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from fastens import rules
-from fastens.ensemble import Ensemble
-from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.loss import DenoisingLoss, Estimate
-from fastens.schedules import per_sample
+from fastens.rules import NoiseDependentMean
 
 CONSTRAINTS = ("simplex", "affine")
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseDependentMean:
-    """A weighted mean whose weights depend on the time, interpolated linearly between noise levels.
-
-    Attributes:
-        times: of the noise levels, rising, L numbers.
-        weights: of the members at each, L tuples of K numbers that sum to 1.
-    """
-
-    times: tuple[float, ...]
-    weights: tuple[tuple[float, ...], ...]
-
-    def at(self, t: float) -> rules.Mean:
-        """The rule for inputs at one time: ``ens.rule = fitted.at(t)``."""
-        columns = zip(*self.weights, strict=True)
-        return rules.Mean(tuple(float(np.interp(t, self.times, column)) for column in columns))
-
-    def combine(self, outputs: Tensor, t: Tensor) -> Tensor:
-        """Combine the members' outputs [K, B, ...] at a time per sample, [B], or one for all, []."""
-        times = torch.tensor(self.times, dtype=torch.float64, device=outputs.device)
-        table = torch.tensor(self.weights, dtype=torch.float64, device=outputs.device)  # [L, K]
-        t = t.to(outputs.device, torch.float64).expand(outputs.shape[1]).clamp(times[0], times[-1])
-        right = torch.searchsorted(times, t).clamp(1, len(times) - 1) if len(times) > 1 else torch.zeros_like(t).long()
-        left = (right - 1).clamp_min(0)
-        share = ((t - times[left]) / (times[right] - times[left]).clamp_min(1e-300)).nan_to_num(0).unsqueeze(-1)
-        weights = (table[left] + share * (table[right] - table[left])).T  # [K, B]
-        return sum(per_sample(w, output) * output for w, output in zip(weights, outputs, strict=True))  # pyright: ignore
-
-    def denoiser(self, denoiser: Denoiser) -> Denoiser:
-        """The same members under this rule, for loss, likelihood and sampling."""
-        weighted = _Weighted(denoiser, self)
-        return Denoiser(weighted, denoiser.schedule, denoiser.prediction, denoiser.conditioning)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the weights as JSON-able values."""
-        return {"times": list(self.times), "weights": [list(row) for row in self.weights]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> NoiseDependentMean:
-        """Return what :meth:`to_dict` wrote."""
-        return cls(tuple(data["times"]), tuple(tuple(row) for row in data["weights"]))
-
-
-class _Weighted(nn.Module):
-    def __init__(self, denoiser: Denoiser, mean: NoiseDependentMean) -> None:
-        super().__init__()
-        if not isinstance(denoiser.model, Ensemble):
-            raise TypeError(
-                f"the model is a {type(denoiser.model).__name__}, expected an Ensemble, whose members to weigh"
-            )
-        self.ensemble = denoiser.model
-        self.inner = denoiser
-        self.mean = mean
-
-    def forward(self, x: Tensor, network_time: Tensor, **conditioning: Any) -> Tensor:
-        t = self.inner.schedule.time(network_time)
-        return self.mean.combine(self.inner.outputs(x, t), t)
-
-
 def fit_weights(loss: DenoisingLoss, *, constraint: str = "simplex", ridge: float = 0.0) -> NoiseDependentMean:
-    """Fit the weights of least loss at every noise level.
+    """Fit the weights of least loss at every noise level: a rule for ensembles that have a schedule.
 
     The loss of a weighted mean is ``w^T G w``, with G the Gram matrix of the members' errors. Under ``sum w = 1``
     ("affine") the minimum is ``G^-1 1 / (1^T G^-1 1)``; with ``w >= 0`` besides ("simplex") an active set finds it.
@@ -96,18 +28,18 @@ def fit_weights(loss: DenoisingLoss, *, constraint: str = "simplex", ridge: floa
         raise ValueError(
             f"constraint is {constraint!r} and ridge {ridge!r}, expected one of {', '.join(CONSTRAINTS)} and ridge >= 0"
         )
-    order = np.argsort(loss.times)
+    order = np.argsort(loss.log_snr)
     weights = []
     for gram in loss.gram.mean(0)[order]:
         regular = gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
         w = _affine(regular) if constraint == "affine" else _simplex(regular)
         weights.append(tuple(float(value) for value in w))
-    return NoiseDependentMean(tuple(float(t) for t in loss.times[order]), tuple(weights))
+    return NoiseDependentMean(tuple(weights), tuple(float(level) for level in loss.log_snr[order]))
 
 
 def weighted_loss(fitted: NoiseDependentMean, loss: DenoisingLoss) -> np.ndarray:
     """The loss of the fitted mean on other rows, [N, L], from the Gram matrices there."""
-    w = np.array([fitted.at(t).weights for t in loss.times])  # [L, K]
+    w = np.array([fitted.at(level).weights for level in loss.log_snr])  # [L, K]
     return np.einsum("lk,nlkm,lm->nl", w, loss.gram, w)
 
 

@@ -78,6 +78,15 @@ class Plans:
         plan, spec = found
         return plan.run(inputs), spec
 
+    def refused(self, key: Any) -> bool:
+        """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
+        return any(self._hooks) or (key in self._refused and self._state() == self._weights)
+
+    def refuse(self, key: Any, why: str) -> None:
+        """Keep that a signature has no plan."""
+        self._refused.add(key)
+        self.why_not = why
+
     def make(
         self,
         key: Any,
@@ -86,6 +95,7 @@ class Plans:
         inputs: Leaves,
         expected: list[Leaves] | None = None,
         dealt: bool = False,
+        seen: Callable[[Leaves], Leaves] = list,
     ) -> tuple[Leaves, Any] | None:
         """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -101,6 +111,7 @@ class Plans:
                 signature for which that fails is not refused.
             dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
                 and the member of each row, and ``member`` runs the one that all rows belong to.
+            seen: what of the plan's outputs is compared with the member's.
 
         Returns:
             The leaves of the folded output of the plan and their structure, or none where there is no plan.
@@ -118,7 +129,7 @@ class Plans:
             why = f"the network has {', '.join(map(str, other))}"
         else:
             try:
-                plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt)
+                plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt, seen)
             except (NotRecordable, NotLowerable) as error:
                 why = str(error)
             except RuntimeError as error:  # the network wants a layout that a recording does not give it
@@ -131,8 +142,7 @@ class Plans:
                     self._plans.popitem(last=False)
                 return outputs, spec
         if expected is None:
-            self._refused.add(key)
-            self.why_not = why
+            self.refuse(key, why)
         return None
 
     def _checked(
@@ -142,6 +152,7 @@ class Plans:
         inputs: Leaves,
         expected: list[Leaves] | None,
         dealt: bool,
+        seen: Callable[[Leaves], Leaves],
     ) -> tuple[Plan, Any, Leaves]:
         recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
         recording.row_members = recording.inputs[-1] if dealt else None
@@ -159,7 +170,7 @@ class Plans:
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
-        _check([x[: len(y)] for x, y in zip(plan.run(others), own, strict=True)], own)
+        _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs
 
     def _state(self) -> Any:

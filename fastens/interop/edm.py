@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from fastens import schedules
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 
@@ -30,6 +31,10 @@ class EDMEnsemble(Ensemble):
     def sigma_max(self) -> Any:
         """The highest noise level that all members serve."""
         return min(self._members_levels("sigma_max"))
+
+    @property
+    def _noise_schedule(self) -> schedules.Schedule:
+        return super()._noise_schedule or schedules.EDM()  # their time is sigma, whatever they were trained with
 
     def _check_members(self) -> None:
         if self._engine is not None:

@@ -65,6 +65,10 @@ def aggregate(
         if not isinstance(resolved, rules.Mean) or resolved.weights is not None:
             raise ValueError(f"aggregate: weights given with {resolved}, which takes none or has its own")
         resolved = rules.Mean(weights)  # pyright: ignore[reportArgumentType]
+    if resolved.needs_noise_level:
+        raise ValueError(
+            f"aggregate: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"
+        )
     resolved.check(len(members))
     seed = seed_from(generator) if resolved.per_evaluation else 0
     return _aggregate.resolve(backend, members)(members, resolved.name, resolved.option, resolved.values, seed, 0)

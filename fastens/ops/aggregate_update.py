@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastens import rules
@@ -71,7 +70,7 @@ def aggregate_update(
 
     s is the aggregate, or ``u + g (s' - u)`` where the batch holds unconditional rows u, then conditional ones s'
     (classifier-free guidance, arXiv 2207.12598). A step of DDIM, Euler or an ancestral sampler is such a line, and
-    so is a change of parameterisation, see :func:`conversion`.
+    so is a change of parameterisation, see :func:`fastens.parameterisation.conversion`.
 
     Args:
         scores: [K, B, ...], or a sequence of K tensors [B, ...]; floating point. [K, 2B, ...] with guidance.
@@ -97,6 +96,10 @@ def aggregate_update(
     resolved = rules.get(rule)
     if resolved.per_trajectory:
         raise ValueError(f"aggregate_update: rule {resolved.name!r} draws per trajectory; use fastens.Ensemble")
+    if resolved.needs_noise_level:
+        raise ValueError(
+            f"aggregate_update: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"
+        )
     resolved.check(len(members))
     rows, *rest = members[0].shape
     if guidance is not None:
@@ -135,40 +138,3 @@ def aggregate_update(
         variance,
     )
     return out, spread if variance else None
-
-
-def conversion(source: str, target: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a and b with ``target = a x_t + b source`` for ``x_t = alpha x0 + sigma epsilon``.
-
-    v = alpha epsilon - sigma x0 (arXiv 2202.00512); score = -epsilon / sigma.
-
-    Args:
-        source: "epsilon", "x0", "v" or "score".
-        target: likewise.
-        alpha: [B], scale of the data at the samples' times.
-        sigma: [B], scale of the noise, not 0.
-
-    Raises:
-        ValueError: an unknown parameterisation.
-    """
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    power = alpha.square() + sigma.square()
-    to_epsilon = {
-        "epsilon": (zero, one),
-        "x0": (1 / sigma, -alpha / sigma),
-        "v": (sigma / power, alpha / power),
-        "score": (zero, -sigma),
-    }
-    from_epsilon = {
-        "epsilon": (zero, one),
-        "x0": (1 / alpha, -sigma / alpha),
-        "v": (-sigma / alpha, power / alpha),
-        "score": (zero, -1 / sigma),
-    }
-    for name in (source, target):
-        if name not in to_epsilon:
-            raise ValueError(f"conversion: {name!r} is unknown, expected one of {', '.join(map(repr, to_epsilon))}")
-    if source == target:
-        return zero, one
-    (a, b), (c, d) = to_epsilon[source], from_epsilon[target]
-    return c + d * a, d * b

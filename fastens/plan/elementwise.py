@@ -224,6 +224,19 @@ def _fits(root: Apply) -> bool:
     return len(leaves) <= steps.MAX_INPUTS and count(root) <= steps.MAX_INSTRUCTIONS
 
 
+@lowers("aten.silu_backward")
+def silu_backward(emitter: Emitter, node: Node) -> bool:
+    """``g s (1 + x (1 - s))`` with ``s = sigmoid(x)``."""
+    gradient, x, out = *node.args[:2], node.outs[0]
+    if any(ref.dtype not in FLOATS for ref in (gradient, x, out)):
+        return False
+    share = Apply(Opcode.SIGMOID, (Leaf(x),))
+    inner = Apply(Opcode.MULTIPLY, (Leaf(x), Apply(Opcode.NUMBER_MINUS, (share,), 1.0)))
+    slope = Apply(Opcode.MULTIPLY, (share, Apply(Opcode.ADD_NUMBER, (inner,), 1.0)))
+    emitter.values[out.storage] = Expression(out, Apply(Opcode.MULTIPLY, (Leaf(gradient), slope)))
+    return True
+
+
 @lowers("aten.reciprocal", "aten.pow", "aten.neg")
 def power(emitter: Emitter, node: Node) -> bool:
     """Powers that have an instruction."""

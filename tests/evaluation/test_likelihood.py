@@ -75,6 +75,12 @@ def test_ensemble_of_equal_members_is_the_member():
     assert np.allclose(one.rows, two.rows, atol=1e-6)
 
 
+def test_fixed_masks_have_a_likelihood():
+    ensemble = fastens.MCDropout(Linear(0.5), 2)
+    found = likelihood(Denoiser(ensemble, VP()), torch.full((3, 2), 0.3), method="rk4", steps=4)
+    assert np.isfinite(found.rows).all()
+
+
 def test_offsets():
     assert bits_offset((-1, 1 - 2 / 256), 256) == pytest.approx(7)
     assert bits_offset((-1, 1), 17) == pytest.approx(3)
@@ -148,12 +154,18 @@ class Linear(nn.Module):
         ({"levels": 1}, "at least 2"),
         ({"repeats": 0}, "at least 1"),
         ({"dropout": 0.5}, "two results"),
+        ({"masks": "fresh"}, "two results"),
+        ({"masks": "fresh", "method": "rk4"}, "two results"),
     ],
 )
 def test_bad_input(options, message):
     options = dict(options)
     data = options.pop("data", torch.zeros(2, 2))
     dropout = options.pop("dropout", 0.0)
-    ensemble = fastens.Ensemble([Linear(dropout).train(dropout > 0)] * 2, options.pop("rule", "mean"), engine="loop")
+    if "masks" in options:
+        ensemble = fastens.MCDropout(Linear(0.5), 2, masks=options.pop("masks"))
+    else:
+        members = [Linear(dropout).train(dropout > 0)] * 2
+        ensemble = fastens.Ensemble(members, options.pop("rule", "mean"), engine="loop")
     with pytest.raises(ValueError, match=message):
         likelihood(Denoiser(ensemble, VP()), data, **options)

@@ -1,7 +1,9 @@
 """``fastens evaluate``, as a user types it, on little data."""
 
+import importlib
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from fastens.cli import main
 from tests.networks import randomised, unet_2d
 
+likelihood = importlib.import_module("fastens.evaluation.likelihood")  # the package has the function by this name
 LITTLE = "--rows 4 --likelihood-rows 3 --noise-levels 2 --ode-steps 2 --sampler-steps 2 --batch 16".split()
 
 
@@ -37,6 +40,7 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     assert report["members"] == 2
     assert report["loss"]["gain_of_mean"] == pytest.approx(report["loss"]["diversity"]["value"], abs=1e-7)
     assert set(report["likelihood"]["by_size"]) == {"1", "2"}
+    assert "no dropout layer" in report["mc_dropout"]["note"]
     assert "not judged" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.csv").read_text().startswith("quantity,of,value")
@@ -50,6 +54,56 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     assert again["likelihood"] == report["likelihood"]
 
 
+def arguments_of(folders, images, out):
+    return ["evaluate", *folders, "--data", str(images), "--out", str(out), *LITTLE]
+
+
+def results(out):
+    report = json.loads((out / "report.json").read_text())
+    return {name: report[name] for name in ("loss", "likelihood", "quality", "mc_dropout")}
+
+
+def test_interrupted_report_goes_on(folders, images, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(arguments_of(folders, images, whole))
+    run, batches = likelihood._batch, []
+
+    def interrupted(*arguments):
+        batches.append(arguments)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(likelihood, "_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments_of(folders, images, cut))
+    assert not list(cut.glob("report.*"))
+    stamps = {path: path.stat().st_mtime_ns for path in cut.rglob("*.npz")}
+    assert len(stamps) == 4  # two losses, two batches
+    batches.clear()
+    monkeypatch.setattr(likelihood, "_batch", lambda *a: batches.append(a) or run(*a))
+    main(arguments_of(folders, images, cut))
+    assert len(batches) == len(list(whole.rglob("repeat_*.npz"))) - 2  # finished ones are read
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert results(cut) == results(whole)
+
+
+def test_full_disk(folders, images, tmp_path, capsys):
+    """The system refuses to write beyond a size, in the middle of a file: nothing half-written is taken for whole."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments_of(folders, images, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stop.value.code == 2
+    assert "nothing half-written was left" in capsys.readouterr().err.splitlines()[-1]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".npz"] == []
+    main(arguments_of(folders, images, tmp_path))
+    assert set(results(tmp_path)["likelihood"]["by_size"]) == {"1", "2"}
+
+
 def test_report_on_digits(tmp_path):
     main(["evaluate", "digits", "--out", str(tmp_path), *LITTLE, "--samples", "40"])
     report = json.loads((tmp_path / "digits" / "report.json").read_text())
@@ -59,6 +113,13 @@ def test_report_on_digits(tmp_path):
     page = (tmp_path / "digits" / "report.md").read_text()
     assert "| member 4 |" in page
     assert not re.search(r"\bnan\b", page)
+    dropout = report["mc_dropout"]
+    assert (dropout["p"], dropout["masks"]) == ([0.1], 5)
+    for kind in ("fixed", "fresh"):  # the mean over masks is better than one set of masks, whatever against none
+        assert dropout["loss"][kind]["rules"]["mean"]["value"] < dropout["loss"][kind]["one"]["value"] < 0.4
+    assert dropout["likelihood"]["off"]["value"] != dropout["likelihood"]["fixed"]["value"]
+    assert dropout["samples"]["off"]["frechet"]["value"] != dropout["samples"]["fixed"]["frechet"]["value"]
+    assert "| fresh | mean |" in page
 
 
 @pytest.mark.parametrize(

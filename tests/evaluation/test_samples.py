@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastens
-from fastens.evaluation import Denoiser, features, inception, quality, sample
+from fastens.evaluation import Denoiser, features, quality, sample
 from fastens.evaluation.results import Parts, write_whole
 from fastens.reference.normal import normal
 from fastens.schedules import EDM, VP, Discrete, Flow
@@ -168,8 +168,3 @@ def test_features_stream():
         features(nn.Identity(), images)
     with pytest.raises(ValueError, match="no images"):
         features(network, [])
-
-
-def test_inception_is_not_downloaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        inception(tmp_path / "weights.pth")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastens.ops.aggregate_update import aggregate_update, conversion
+from fastens.ops.aggregate_update import aggregate_update
 from fastens.reference import aggregate_update as reference
 from tests.ops.cases import BACKENDS, KERNELS
 from tests.tolerances import OP, relative_error
@@ -56,16 +56,6 @@ def test_gradients_and_opcheck(backend):
     plain = [t.detach() for t in own]
     call = ([s.detach() for s in scores], "mean", "", [], 0, 0, *plain, True)
     assert set(torch.library.opcheck(kernel, call).values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("source", ["epsilon", "x0", "v", "score"])
-@pytest.mark.parametrize("target", ["epsilon", "x0", "v", "score"])
-def test_conversions(source, target):
-    alpha, sigma = torch.rand(3, 1).double() + 0.1, torch.rand(3, 1).double() + 0.1
-    x0, epsilon = torch.randn(2, 3, 4).double()
-    known = {"epsilon": epsilon, "x0": x0, "v": alpha * epsilon - sigma * x0, "score": -epsilon / sigma}
-    a, b = conversion(source, target, alpha, sigma)
-    assert relative_error(a * (alpha * x0 + sigma * epsilon) + b * known[source], known[target]) < 1e-12
 
 
 def test_bad_input():

@@ -1,0 +1,144 @@
+"""How the scores of one call become one: in which parameterisation, with variances apart, at which noise level."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens import parameterisation, rules, schedules
+from fastens.fold.arguments import Arguments
+from fastens.ops.aggregate import aggregate
+from fastens.outputs import stacked
+
+Combine = Callable[[Any], Tensor]
+
+
+def aggregation(
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    schedule: schedules.Schedule | None,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Combine:
+    """What makes one score [B, ...] of the members' scores [K, B, ...] in one call of an ensemble.
+
+    Args:
+        rule: a rule that evaluates all members.
+        settings: of the ensemble: backend, prediction and aggregate_in.
+        schedule: by which the time among the arguments becomes a noise level.
+        forward: the members' forward, by whose signature the time is found.
+        args: positional arguments of the call.
+        kwargs: keyword arguments.
+
+    Raises:
+        ValueError: the rule or a conversion needs the noise level, and no argument is a time.
+    """
+    source, target = settings["prediction"], settings["aggregate_in"]
+    linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
+    if linear and not rule.needs_noise_level:
+        return lambda scores: aggregate(scores, rule, backend=settings["backend"])
+    arguments = Arguments(args, kwargs)
+    if linear:
+        time = parameterisation.time_of(forward, arguments, args, kwargs)
+        return noise_dependent(rule, schedule, time, arguments.batch_size)
+
+    def combined(scores: Any) -> Tensor:
+        return aggregate(scores, rule, backend=settings["backend"])
+
+    def whole(scores: Any) -> Tensor:
+        x, variances = arguments.batch, None
+        if parameterisation.predicts_variances(x, scores[0][None]):
+            channels = x.shape[1]
+            variances = aggregate([score[:, channels:] for score in scores], "mean", backend=settings["backend"])
+            scores = [score[:, :channels] for score in scores]
+        if target in (None, source) or scores[0].shape != x.shape:
+            out = combined(scores)
+        else:
+            assert schedule is not None
+            t = schedule.time(parameterisation.time_of(forward, arguments, args, kwargs))
+            stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
+            moved = parameterisation.convert(stack, x, t, schedule, source, target)
+            out = parameterisation.convert(combined(moved), x, t, schedule, target, source)
+        return out if variances is None else torch.cat([out, variances], 1)
+
+    return whole
+
+
+def noise_dependent(
+    rule: rules.NoiseDependentMean, schedule: schedules.Schedule | None, network_time: Any, batch_size: int
+) -> Combine:
+    """The weighted mean of a call at its noise level.
+
+    Args:
+        rule: weights by noise level.
+        schedule: by which the time becomes a noise level.
+        network_time: the time as the network takes it: a number, or a tensor of one or ``batch_size`` elements.
+        batch_size: B.
+
+    Raises:
+        ValueError: no schedule, or times of another number.
+    """
+    check_noise_level(rule, schedule)
+    assert schedule is not None
+    t = schedule.time(network_time)
+    if t.numel() not in (1, batch_size):
+        raise ValueError(f"the time is {list(t.shape)}, expected one number, or one per sample, [{batch_size}]")
+    weights = weights_at(rule, schedule.log_snr(t.reshape(-1)))  # [K, B] or [K, 1]
+    return lambda scores: weighted_sum(scores, weights)
+
+
+def check_noise_level(rule: rules.Rule, schedule: schedules.Schedule | None) -> None:
+    """Raise ValueError where a rule needs the noise level and there is no schedule to tell it from the time."""
+    if rule.needs_noise_level and schedule is None:
+        raise ValueError(
+            f"rule {rule.name!r} needs the noise level: pass schedule=, the noise schedule that the members were "
+            "trained with (one of fastens.schedules, or the diffusers scheduler), to the ensemble"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(rule: rules.NoiseDependentMean, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels [L] and weights [L, K] in float64: once per device, so that a CUDA graph copies nothing from the host."""
+    levels, weights = (torch.tensor(v, dtype=torch.float64) for v in (rule.log_snr, rule.weights))
+    return levels.to(device), weights.to(device)
+
+
+def weights_at(rule: rules.NoiseDependentMean, log_snr: Tensor) -> Tensor:
+    """The members' weights at noise levels.
+
+    Args:
+        rule: weights by noise level.
+        log_snr: ``log(alpha^2 / sigma^2)``, [B]; infinite ones are the nearest level's, NaN gives NaN.
+
+    Returns:
+        float64 [K, B].
+    """
+    levels, weights = _tables(rule, log_snr.device)
+    if len(levels) == 1:
+        return weights[0].unsqueeze(1).expand(-1, len(log_snr))
+    level = log_snr.to(torch.float64).clamp(levels[0], levels[-1])
+    right = torch.searchsorted(levels, level).clamp(1, len(levels) - 1)
+    share = ((level - levels[right - 1]) / (levels[right] - levels[right - 1])).unsqueeze(1)
+    return torch.lerp(weights[right - 1], weights[right], share).T
+
+
+def weighted_sum(scores: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``sum_k w_k S_k`` with weights of each sample.
+
+    Args:
+        scores: [K, B, ...], or K tensors [B, ...].
+        weights: [K, B], or [K, 1] for all samples alike.
+
+    Returns:
+        [B, ...], of the scores' dtype, added up in float32 at least.
+    """
+    first = scores[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    factors = weights.to(first.device, wide).reshape(len(weights), -1, *(1,) * (first.ndim - 1))
+    total = factors[0] * first
+    for factor, score in zip(factors[1:], scores[1:], strict=True):
+        total = torch.addcmul(total, factor, score.to(wide))
+    return total.to(first.dtype)

@@ -1,0 +1,124 @@
+"""Derivatives along a direction from one planned pass: exact, for every planned network, and never stale."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from fastens import _native
+from fastens.evaluation import Denoiser
+from fastens.evaluation.ode import AugmentedFlow
+from fastens.fold.along import outputs_along
+from fastens.schedules import VP, Discrete
+from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
+from tests.tolerances import NETWORK, relative_error
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+
+# Recurrent layers have no plan; writing to a part of a tensor has no derivative here.
+WITHOUT = {"gru", "gru_time_first", "unet_1d", "edm_like"}
+
+
+def derivative(member, args, kwargs, tangent):
+    """By going backward twice, which every operation can."""
+    x = args[0].detach().requires_grad_()
+    output = tensor_of(member(x, *args[1:], **kwargs))
+    probe = torch.zeros_like(output, requires_grad=True)
+    (back,) = torch.autograd.grad(output, x, probe, create_graph=True)
+    return output.detach(), torch.autograd.grad(back, probe, tangent)[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_value_and_derivative_are_the_members(name):
+    make, arguments = NETWORKS[name]
+    members = [randomised(make, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, engine="fold")
+    args, kwargs = arguments(3)
+    position = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.ndim > 1)
+    for factor in (1.0, -0.6):  # recorded, planned
+        moved = tuple(a * factor if i == position else a for i, a in enumerate(args))
+        tangent = torch.randn(args[position].shape, generator=torch.Generator().manual_seed(3))
+        found = outputs_along(ensemble._engine, moved, kwargs, tangent)
+        assert (found is None) == (name in WITHOUT), ensemble.report().why_no_plan
+        if found is None or position:
+            continue
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            pairs = [derivative(member, moved, kwargs, tangent) for member in members]
+        expected = [torch.stack(part) for part in zip(*pairs, strict=True)]
+        assert relative_error(found[0], expected[0]) < NETWORK[torch.float32]
+        assert relative_error(found[1], expected[1]) < NETWORK[torch.float32]
+
+
+class Odd(nn.Module):
+    """An operation whose derivative no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        return torch.erf(self.inner(x)) * t.view(-1, 1)
+
+
+def test_an_unknown_operation_is_left_to_autograd():
+    ensemble = fastens.Ensemble([randomised(Odd, seed) for seed in range(2)], engine="fold")
+    x, t = torch.randn(3, 4), torch.ones(3)
+    assert outputs_along(ensemble._engine, (x, t), {}, x) is None
+    assert "the derivative of aten.erf is not known here" in ensemble.report().why_no_plan
+    assert outputs_along(ensemble._engine, (x, t), {}, x) is None
+    flow = AugmentedFlow(Denoiser(ensemble, VP()), x.sign().unsqueeze(0))
+    assert all(torch.isfinite(part).all() for part in flow(torch.tensor(0.5), (x, torch.zeros(3))))
+
+
+def test_changed_weights_and_modes():
+    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)], engine="fold").eval()
+    x, t = NETWORKS["unet_2d"][1](2)[0][:2]
+    first = outputs_along(ensemble._engine, (x, t), {}, x)
+    with torch.no_grad():
+        next(p for n, p in ensemble.named_parameters() if "conv_out.weight" in n).mul_(2)
+    second = outputs_along(ensemble._engine, (x, t), {}, x)
+    assert first is not None
+    assert second is not None
+    assert relative_error(second[1], 2 * first[1]) < 1e-5
+    ensemble.train()
+    assert outputs_along(ensemble._engine, (x, t), {}, x) is None
+
+
+@pytest.mark.parametrize("rule", ["mean", "geometric", "dominant", fastens.rules.Mean((0.2, 0.8))], ids=str)
+@pytest.mark.parametrize(
+    ("prediction", "aggregate_in", "probes"),
+    [("epsilon", None, 1), ("v", "x0", 3), ("x0", None, None)],
+    ids=["epsilon", "v in x0", "x0, exact"],
+)
+def test_flow_is_the_same_forward_and_backward(rule, prediction, aggregate_in, probes, monkeypatch):
+    schedule = Discrete.linear()
+    ensemble = fastens.Ensemble(
+        [randomised(lambda: unet_2d(False), seed) for seed in range(2)],
+        rule,
+        prediction=prediction,
+        aggregate_in=aggregate_in,
+        schedule=schedule,
+    )
+    x = NETWORKS["unet_2d"][1](2)[0][0]
+    x = x[..., :8, :8] if probes is None else x
+    drawn = None if probes is None else torch.randn(probes, *x.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(400.0, dtype=torch.float64)
+    denoiser = Denoiser(ensemble, schedule, prediction)
+    forward = AugmentedFlow(denoiser, drawn)(t, (x, torch.zeros(len(x))))
+    assert any("aten.native_group_norm_backward.default" in plan for plan in ensemble.report().plans)
+    monkeypatch.setattr(Denoiser, "outputs_along", lambda *_: None)
+    backward = AugmentedFlow(denoiser, drawn)(t, (x, torch.zeros(len(x))))
+    for a, b in zip(forward, backward, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_fixed_dropout_masks():
+    schedule = Discrete.linear()
+    ensemble = fastens.MCDropout(randomised(lambda: unet_2d(False), 0), 3, p=0.1)
+    x = NETWORKS["unet_2d"][1](2)[0][0]
+    found = outputs_along(ensemble._engine, (x, schedule.network_time(torch.full((2,), 300.0)).float()), {}, x)
+    assert found is not None
+    assert relative_error(found[1][0], found[1][1]) > 1e-3
+    for k, member in enumerate(ensemble.members):
+        expected = derivative(member, (x, torch.full((2,), 300.0)), {}, x)[1]
+        assert relative_error(found[1][k], expected) < NETWORK[torch.float32]
