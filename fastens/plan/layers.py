@@ -47,7 +47,8 @@ def linear(emitter: Emitter, node: Node) -> bool:
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
     stack = emitter.constant(weight)
-    if stack is None or argument(node, 3, "offsets") is not None or argument(node, 4, "activation", "none") != "none":
+    extra = argument(node, 3, "offsets"), argument(node, 5, "members")
+    if stack is None or extra != (None, None) or argument(node, 4, "activation", "none") != "none":
         return False
     if not x.numel:
         return False
@@ -87,8 +88,8 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
 
 
 def _more_than_affine(node: Node) -> bool:
-    """Whether a normalisation has ragged rows, or a scale, shift or activation of its own beside its parameters."""
-    extra = (argument(node, i, name) for i, name in ((5, "offsets"), (6, "scale"), (7, "shift")))
+    """Whether a normalisation has ragged rows, or more of its own beside its parameters: scale to activation, masks."""
+    extra = (argument(node, i, name) for i, name in ((5, "offsets"), (6, "scale"), (7, "shift"), (9, "members")))
     return any(value is not None for value in extra) or argument(node, 8, "activation", "none") != "none"
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastens.ops import all_ops
+from fastens.ops.dropout import dropout
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
 from fastens.ops.linear import linear
@@ -97,6 +98,26 @@ def test_opcheck_gradients_nan_and_empty_batch(name, backend):
         assert mapped[1].isnan().any()
         empty = next(calls(name, 2, 0))
         assert PUBLIC[name](*empty, backend=backend).shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_dropout_behind_it_has_the_bits_of_the_op(name, backend):
+    torch.manual_seed(0)
+    members, samples = torch.tensor([4, 0, 1]), torch.tensor([2, 2, 0])
+    shapes = set()
+    for i, arguments in enumerate(calls(name, 3, 3)):
+        plain = PUBLIC[name](*arguments, backend="reference")
+        drawn = (samples, 0.6, -3, 2**33 + 5) if i % 2 else (None, 0.3, 2**40 + 1, 9)
+        expected = dropout(plain, members, *drawn, backend="reference")
+        actual = PUBLIC[name](*arguments, members, *drawn, backend=backend)
+        assert relative_error(actual, expected) <= OP[torch.float32]
+        assert torch.equal(actual == 0, expected == 0)
+        shapes.add(plain[0].shape.numel() % 4 == 0)
+        assert torch.equal(PUBLIC[name](*arguments, members, None, 0.0, 7, backend=backend) == 0, plain == 0)
+    assert shapes == {True, False}  # words of Philox shared by four elements, and not
+    with pytest.raises(ValueError, match="expected the member of each row"):
+        PUBLIC[name](*arguments, p=0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
