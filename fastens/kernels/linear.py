@@ -89,6 +89,8 @@ def linear(
     per_row = vectors // x.shape[0]
     wide = x.dtype == torch.float64
     block_m, block_n, block_k, num_warps, num_stages = _tiles(per_member, outputs, x.dtype)
+    if p:  # the words of the masks need registers that a tile of 128 columns does not leave
+        block_n = min(block_n, 64)
     row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
     output_tiles = triton.cdiv(outputs, block_n)
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
