@@ -94,7 +94,7 @@ def linear(
     row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
     output_tiles = triton.cdiv(outputs, block_n)
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device(x.device if x.is_cuda else -1):
         linear_kernel[(num_members * row_tiles * output_tiles,)](
             x, weight, None if bias is None else bias.contiguous(), y, first_row, per_member, outputs, inputs,

@@ -36,7 +36,7 @@ def key(
         f"kernels {_layout(weight[0])}" if _layout(weight[0]) else "",
         "" if bias is not None else "no bias",
         "" if offsets is None else "ragged",
-        "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "",
+        torch.backends.cudnn.conv.fp32_precision if x.dtype == torch.float32 else "",
     ]
     return " ".join(filter(None, parts))
 

@@ -59,3 +59,8 @@ def dropout(
     check_activation("dropout", activation, ACTIVATIONS)
     check_masks("dropout", x, p, members, samples)
     return _dropout.resolve(backend, (x,))(x, members, samples, p, key, evaluation, activation)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether ``backend="auto"`` drops elements of ``x`` by a kernel, and not by the reference's integer arithmetic."""
+    return _dropout.resolve("auto", (x,)) is not torch.ops.fastens.dropout
