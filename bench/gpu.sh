@@ -1,34 +1,72 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G7 and G9 against every rival, and the table.
-# usage: bench/gpu.sh DIR          results as JSON, logs and table.md in DIR
-#        FASTENS_BENCH_DEVICE=cpu bench/gpu.sh DIR    rehearsal without a GPU, on small sizes
+# usage: bench/gpu.sh DIR [PART...]             results as JSON, logs and table.md in DIR; all parts by default
+#        bench/gpu.sh --rehearse DIR [PART...]  without a GPU: the same code on small sizes; its times mean nothing
+#        bench/gpu.sh --list                    the parts
+# A part takes less than PART_SECONDS (570) or is stopped. What is done is not done again: parts that passed leave
+# DIR/PART.done, questions that are measured their JSON, compilers their caches in build/bench-cache.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR}" && cd "$1" && pwd)
+parts=(environment build tests sanitizer_memcheck sanitizer_racecheck G4 G5 G6 mask
+  G1 G2 G3 ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G7_1 G7_16 G7_songunet_1 G7_songunet_16 G9 profile)
+rehearse=
+case "${1:-}" in
+  --list) printf '%s\n' "${parts[@]}"; exit ;;
+  --rehearse) rehearse=1; shift ;;
+esac
+out=$(mkdir -p "${1:?usage: bench/gpu.sh [--rehearse] DIR [PART...]}" && cd "$1" && pwd)
+shift
+[ $# -gt 0 ] && parts=("$@")
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-export FASTENS_BENCH_OUT="$out" PYTHONUNBUFFERED=1
+limit=${PART_SECONDS:-570}
+export FASTENS_BENCH_OUT="$out" PYTHONUNBUFFERED=1 FASTENS_BENCH_SECONDS=$((limit * 3 / 4))
+export TORCHINDUCTOR_CACHE_DIR="$PWD/build/bench-cache/inductor" TRITON_CACHE_DIR="$PWD/build/bench-cache/triton"
+[ -z "$rehearse" ] || export FASTENS_BENCH_DEVICE=cpu TRITON_INTERPRET=1
+commit=$(git describe --always --dirty 2>/dev/null)
 failed=0
-step() {  # step NAME COMMAND...: its log in DIR, its failure counted and not final
-  local name=$1; shift
-  if "$@" >"$out/$name.log" 2>&1; then echo "ok      $name"; else echo "FAILED  $name: $out/$name.log"; failed=1; fi
+
+run() {  # run PART COMMAND...: its log in DIR; a failure is counted, and the rest goes on
+  local part=$1 started=$SECONDS status=0
+  shift
+  if [ "$(cat "$out/$part.done" 2>/dev/null)" = "$commit" ]; then echo "done    $part"; return; fi
+  timeout "$limit" "$@" >"$out/$part.log" 2>&1 || status=$?
+  case $status in
+    0) echo "$commit" >"$out/$part.done"; echo "ok      $part ($((SECONDS - started)) s)" ;;
+    124) echo "STOPPED $part after $limit s: run it again"; failed=1 ;;
+    *) echo "FAILED  $part: $out/$part.log"; failed=1 ;;
+  esac
 }
-rehearsal=${FASTENS_BENCH_DEVICE:-}
-[ "$rehearsal" = cpu ] || step environment nvidia-smi
-step build_cpu "$python" fastens/_build.py fastens/_lib build/cpu
-step build_cuda "$python" fastens/_build.py --cuda fastens/_lib build/cuda
-if [ "$rehearsal" != cpu ]; then
-  step tests "$python" -m pytest -q -m gpu tests
-  if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-      step "sanitizer_$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels
-    done
-  else
-    echo "FAILED  compute-sanitizer is not installed"; failed=1
-  fi
-fi
-step bench_ops "$python" -m pytest -q bench/bench_gpu_ops.py
-step bench_steps "$python" -m pytest -q bench/bench_gpu_steps.py
-step bench_likelihood "$python" -m pytest -q bench/bench_gpu_likelihood.py
-if "$python" -m bench.gpu_table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
+bench() { run "$1" "$python" -m pytest -q -p no:cacheprovider "bench/$2.py" -k "$3"; }
+sanitize() {
+  run "sanitizer_$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels/test_on_gpu.py -k "$2"
+}
+builds() { "$python" fastens/_build.py fastens/_lib build/cpu && "$python" fastens/_build.py --cuda fastens/_lib build/cuda; }
+export -f builds; export python
+
+for part in "${parts[@]}"; do
+  case $part in
+    environment | tests | sanitizer_*)
+      if [ -n "$rehearse" ]; then echo "left    $part: it needs a GPU"; continue; fi ;;&
+    environment) run environment nvidia-smi ;;
+    build) run build bash -c builds ;;
+    tests) run tests "$python" -m pytest -q -m gpu tests ;;
+    sanitizer_memcheck) sanitize memcheck "reductions and (1 or 17) or not reductions" ;;
+    sanitizer_racecheck) sanitize racecheck "reductions and 5 or member_ops or bits" ;;
+    G4) bench G4 bench_gpu_ops test_conv ;;
+    G5) bench G5 bench_gpu_ops test_group_norm ;;
+    G6) bench G6 bench_gpu_ops test_aggregate ;;
+    mask) bench mask bench_gpu_dropout test_mask ;;
+    G1) bench G1 bench_gpu_steps "songunet-1]" ;;
+    G2) bench G2 bench_gpu_steps "songunet-16]" ;;
+    G3) bench G3 bench_gpu_steps "songunet-256]" ;;
+    ddpmpp_* | ffhq256_*) bench "$part" bench_gpu_steps "${part/_/-}]" ;;
+    G7_songunet_*) bench "$part" bench_gpu_dropout "songunet-${part##*_}]" ;;
+    G7_*) bench "$part" bench_gpu_dropout "ddpmpp-${part##*_}]" ;;
+    G9) bench G9 bench_gpu_likelihood test_ ;;
+    profile) run profile "$python" -m bench.gpu_profile "$out/profile.md" ;;
+    *) echo "FAILED  $part is no part: bench/gpu.sh --list"; failed=1 ;;
+  esac
+done
+if "$python" -m bench.gpu_table table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
 exit $failed

@@ -1,23 +1,35 @@
 """Ours beside its rivals on a GPU: graphs, events and interleaved rounds; no speed without the right result.
 
-``FASTENS_BENCH_DEVICE=cpu`` rehearses everything on small sizes without a GPU: graphs become plain calls.
+``FASTENS_BENCH_DEVICE=cpu`` rehearses everything on small sizes without a GPU: graphs become plain calls. A result is
+one JSON file in ``$FASTENS_BENCH_OUT``; one that is complete and of the present commit is not measured again.
 """
 
+import contextlib
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+
+from fastens.ops import _dispatch, conv
 
 DEVICE = os.environ.get("FASTENS_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "")
 REHEARSAL = DEVICE == "cpu"
 DTYPE = torch.float32 if REHEARSAL else torch.bfloat16
+OUT = Path(os.environ.get("FASTENS_BENCH_OUT", "bench-out"))
+SECONDS = float(os.environ.get("FASTENS_BENCH_SECONDS", "420"))  # after that no further rival is prepared
+_STARTED = time.monotonic()
+_HEAD_START = 200_000  # cycles that the device sleeps, so that what is timed was launched before it begins
 
 
-def graphed(run, streams=1):
+def graphed(run):
     """``run`` as a CUDA graph, warmed up on a side stream; a plain call in a rehearsal."""
     if REHEARSAL:
         return run
@@ -62,12 +74,35 @@ def compiled(function):
     return function if REHEARSAL else torch.compile(function, mode="max-autotune-no-cudagraphs")
 
 
+@contextlib.contextmanager
+def library_only(convolution="members"):
+    """The fold without our kernels: torch's operations, and the named library convolution, also under a compiler."""
+    choice, default = _dispatch._choice, conv.CHOICE.default
+    _dispatch._choice = lambda name, *_: name
+    conv.CHOICE.default = convolution
+    try:
+        yield
+    finally:
+        _dispatch._choice, conv.CHOICE.default = choice, default
+
+
+def within(context, run):
+    """``run`` with a context around every call."""
+
+    def call():
+        with context():
+            return run()
+
+    return call
+
+
 def _clock(run):
     if REHEARSAL:
         started = time.perf_counter()
         run()
         return time.perf_counter() - started
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
     start.record()
     run()
     end.record()
@@ -75,24 +110,53 @@ def _clock(run):
     return start.elapsed_time(end) / 1e3
 
 
-def contest(name, goal, shape, ours, rivals, expected, tolerance, wanted, extra=None, rounds=30):
-    """Time ours and each rival in interleaved rounds and add the result to ``$FASTENS_BENCH_OUT``.
+def skip_if_measured(name):
+    """Skip a question whose result is there, complete and of this commit."""
+    path = OUT / f"{name}.json"
+    if path.exists():
+        row = json.loads(path.read_text())
+        if row["complete"] and row["commit"] == commit() and row["device"] == device():
+            pytest.skip(f"{path} has it; delete it to measure again")
 
-    A rival that does not run is recorded with its error; ours, or a rival that is further than ``tolerance`` from
-    ``expected``, fails.
+
+def contest(
+    name, goal, shape, ours, rivals, expected, tolerance, wanted, beside=None, unlike=(), extra=None, rounds=30
+):
+    """Time ours and each rival in interleaved rounds and write the result.
+
+    Args:
+        name: of the result's file.
+        goal: "G1" and so on; empty for a question without goal.
+        shape: shapes and dtype.
+        ours: what is measured.
+        rivals: name -> function that prepares the rival and returns it. One that cannot run is recorded with its error.
+        expected: the reference's result; ours, or a rival that is further than ``tolerance`` from it, fails.
+        tolerance: relative to the largest magnitude.
+        wanted: ratio of the rival's time to ours that the goal asks for, by name.
+        beside: further work that is timed and has no result to check, by name, such as a copy of as many bytes.
+        unlike: rivals that draw random numbers of their own: their results are checked for shape only.
+        extra: kept with the result.
+        rounds: how often everything is timed.
     """
-    contenders, failed = {"ours": ours}, {}
+    contenders, failed, complete = {"ours": ours}, {}, True
     for rival, make in rivals.items():
+        if time.monotonic() - _STARTED > SECONDS:
+            failed[rival], complete = "not run: no time left; run the part again, compilers start warm then", False
+            continue
         try:
             run = make()
             run()
             contenders[rival] = run
         except Exception as error:  # a rival that cannot run is a result
-            failed[rival] = f"{type(error).__name__}: {error}"[:300]
+            failed[rival] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     scale = float(expected.double().abs().max())
     for rival, run in contenders.items():
-        error = float((run().double() - expected.double()).abs().max()) / scale
-        assert error <= tolerance, f"{name}: {rival} is {error:.1e} from the reference, so its speed means nothing"
+        result = run()
+        assert result.shape == expected.shape, f"{name}: {rival} gives {list(result.shape)}"
+        error = float((result.double() - expected.double()).abs().max()) / scale
+        if not error <= tolerance and rival not in unlike:
+            raise AssertionError(f"{name}: {rival} is {error:.1e} from the reference, so its speed means nothing")
+    contenders |= beside or {}
     seconds = {rival: [] for rival in contenders}
     for _ in range(3 if REHEARSAL else rounds):
         for rival, run in contenders.items():
@@ -103,29 +167,47 @@ def contest(name, goal, shape, ours, rivals, expected, tolerance, wanted, extra=
         "shape": shape,
         "seconds": {rival: np.percentile(values, (25, 50, 75)).tolist() for rival, values in seconds.items()},
         "failed": failed,
-        "wanted": wanted,
+        "complete": complete,
+        "wanted": {} if REHEARSAL else wanted,
         **(extra or {}),
         **environment(),
     }
-    folder = Path(os.environ.get("FASTENS_BENCH_OUT", "bench-out"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
-    return row
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    assert complete, f"{name}: {', '.join(failed)} not run; run the part again"
+
+
+def commit():
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def device():
+    return "cpu rehearsal: no speed" if REHEARSAL else torch.cuda.get_device_name()
 
 
 def environment():
     """Where a number was measured."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    found = {"device": "cpu rehearsal: no speed", "torch": torch.__version__, "commit": git.stdout.strip()}
+    packages = ("torch", "triton", "diffusers", "numpy")
+    found = {
+        "device": device(),
+        "commit": commit(),
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
+    }
     if not REHEARSAL:
-        smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.strip()
-        found |= {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+        smi = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        driver, clock, power = (
+            subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        )
+        found |= {"driver": driver, "highest clock": clock, "power limit": power, "cuda": torch.version.cuda}
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 
-def copy_seconds(num_bytes):
-    """Median time of a device copy that reads and writes ``num_bytes`` in all: what bandwidth is measured against."""
+def copy_of(num_bytes):
+    """A device copy that reads and writes ``num_bytes`` in all: what bandwidth is measured against."""
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return float(np.median([_clock(lambda: target.copy_(source)) for _ in range(20)]))
+    return lambda: target.copy_(source)

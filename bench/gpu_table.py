@@ -1,41 +1,89 @@
-"""The GPU table of a folder of results: ``python -m bench.gpu_table DIR`` prints Markdown."""
+"""The GPU table: ``python -m bench.gpu_table table DIR`` prints that of a folder of results.
+
+``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, and writes the README's table from
+all that are kept.
+"""
 
 import json
+import re
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- GPU table: python -m bench.gpu_table keep DIR -->", "<!-- end of GPU table -->"
+WHERE = ("device", "driver", "cuda", "cudnn", "torch", "triton", "commit")
+NOT_MEASURED = "No GPU has run the benchmarks yet, so there are no figures."
 
-def table(folder):
-    """One line per question and rival; a goal that is missed is marked, a rival that did not run says why."""
+
+def read(folder):
+    """The results in a folder of one file per question, in the order of the goals."""
     rows = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     rows = [row for row in rows if "seconds" in row]
     if not rows:
         raise SystemExit(f"{folder} holds no results; run bench/gpu.sh {folder}")
-    first = rows[0]
-    where = ", ".join(f"{key} {first[key]}" for key in ("device", "driver", "cuda", "torch", "commit") if key in first)
+    return sorted(rows, key=lambda row: (row["goal"] or "G9", row["shape"]))
+
+
+def table(rows):
+    """One line per question and rival; a goal that is missed is marked, a rival that did not run says why."""
     lines = [
-        where,
+        ", ".join(f"{key} {rows[0][key]}" for key in WHERE if key in rows[0]),
         "",
         "| goal | question | rival | ours, ms | rival, ms | ratio | wanted |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ours = row["seconds"]["ours"][1]
-        compared = {name: values[1] for name, values in row["seconds"].items() if name != "ours"}
-        wanted = dict(row["wanted"])
-        if "copy seconds" in row:
-            compared["copy of as many bytes"] = row["copy seconds"]
-            wanted["copy of as many bytes"] = row["wanted of copy"]
-        for rival, theirs in compared.items():
-            goal = wanted.get(rival)
+        head = f"| {row['goal']} | {row['shape']} |"
+        for rival, (_, theirs, _) in row["seconds"].items():
+            if rival == "ours":
+                continue
+            goal = row["wanted"].get(rival)
             verdict = "" if goal is None else f"{goal:g}{'' if theirs / ours >= goal else ', missed'}"
-            lines.append(
-                f"| {row['goal']} | {row['shape']} | {rival} | {1e3 * ours:.3f} | {1e3 * theirs:.3f} "
-                f"| {theirs / ours:.2f} | {verdict} |"
-            )
-        lines += [f"| {row['goal']} | {row['shape']} | {rival} | | {why} | | |" for rival, why in row["failed"].items()]
+            lines.append(f"{head} {rival} | {1e3 * ours:.3f} | {1e3 * theirs:.3f} | {theirs / ours:.2f} | {verdict} |")
+        if "flops" in row:
+            lines.append(f"{head} | {1e3 * ours:.3f} | | | {row['flops'] / ours / 1e12:.1f} TFLOP/s |")
+        lines += [f"{head} {rival} | | {why.replace('|', ' ')} | | |" for rival, why in row["failed"].items()]
     return "\n".join(lines)
 
 
+def keep(folder, results=RESULTS):
+    """Keep a folder of results as the latest of their device; a rehearsal is none."""
+    rows = read(folder)
+    devices = {row["device"] for row in rows}
+    if len(devices) != 1 or any("rehearsal" in device for device in devices):
+        raise SystemExit(f"{folder} holds results of {', '.join(sorted(devices))}, expected those of one GPU")
+    incomplete = [row["name"] for row in rows if not row["complete"]]
+    if incomplete:
+        raise SystemExit(f"not complete: {', '.join(incomplete)}; run bench/gpu.sh {folder} again")
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{re.sub(r'[^a-z0-9]+', '-', devices.pop().lower())}.json"
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    return path
+
+
+def section(results=RESULTS):
+    """What stands between the README's marks: a table per device that has results."""
+    kept = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return "\n\n".join(table(rows) for rows in kept) or NOT_MEASURED
+
+
+def written(text, content):
+    """The README's text with ``content`` between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"README.md has no {BEGIN!r} followed by {END!r}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1]))
+    if len(sys.argv) != 3 or sys.argv[1] not in ("table", "keep"):
+        sys.exit("usage: python -m bench.gpu_table table|keep DIR")
+    if sys.argv[1] == "table":
+        print(table(read(sys.argv[2])))
+    else:
+        print(keep(sys.argv[2]))
+        readme = ROOT / "README.md"
+        readme.write_text(written(readme.read_text(), section()))

@@ -67,13 +67,14 @@ class Capturing(nn.Module):
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Record the evaluation of these arguments as a CUDA graph; calls of the same signature replay it from then on.
 
-        The signature is the shapes and dtypes of tensors, the values of everything else, the rule, and autocast. A
-        recording is replayed in evaluation mode under ``torch.no_grad`` only, and what it returns is the caller's. It
-        reads the weights where they are: in-place changes show, and after any other change :meth:`refresh` forgets it.
+        The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
+        precision of float32 products. A recording is replayed in evaluation mode under ``torch.no_grad`` only, and what
+        it returns is the caller's. It reads the weights where they are: in-place changes show, and after any other
+        change :meth:`refresh` forgets it.
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
-            ValueError: training mode, or a rule that draws members, which runs other rows at every call.
+            ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat.
         """
         ensemble: Any = self
         if ensemble.device.type != "cuda":
@@ -86,8 +87,9 @@ class Capturing(nn.Module):
         ensemble: Any = self
         if ensemble.training:
             raise ValueError("capture: the ensemble is in training mode, expected evaluation; call .eval() first")
-        if ensemble.rule.random:
-            raise ValueError(f"capture: rule {ensemble.rule.name!r} draws members, so each call runs other rows")
+        why = self._why_not_recorded()
+        if why is not None:
+            raise ValueError(f"capture: {why}")
         with torch.no_grad():
             ensemble._evaluated(args, kwargs)  # checks fold against loop, which no recording can
             step = RecordedStep(
@@ -99,13 +101,21 @@ class Capturing(nn.Module):
             )
         ensemble._recorded[self._signature(args, kwargs)] = step
 
+    def _why_not_recorded(self) -> str | None:
+        """What changes from call to call that a replay would repeat, or none."""
+        ensemble: Any = self
+        return (
+            f"rule {ensemble.rule.name!r} draws members, so each call runs other rows" if ensemble.rule.random else None
+        )
+
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ensemble: Any = self
         leaves, spec = pytree.tree_flatten((args, kwargs))
         of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
         kind = ensemble.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return tuple(of_leaves), str(spec), ensemble.rule, autocast
+        precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        return tuple(of_leaves), str(spec), ensemble.rule, autocast, precision
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members and aggregate; the member's own signature and return type."""

@@ -232,6 +232,11 @@ class MCDropout(Ensemble):
         self.training = mode
         return self
 
+    def _why_not_recorded(self) -> str | None:
+        """Fresh masks too are other masks at every call."""
+        fresh = "fresh masks are drawn at every call; use masks='fixed'"
+        return fresh if self._engine.masks.fresh else super()._why_not_recorded()
+
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if self._engine.masks.fresh:
             self._begin(Arguments(args, kwargs).batch)

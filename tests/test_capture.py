@@ -1,5 +1,8 @@
 """Recorded steps: what is replayed and what is not, with code that runs again in place of a CUDA graph."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -40,6 +43,15 @@ def ens(monkeypatch):
     return ensemble
 
 
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+
+    def forward(self, x, t):
+        return self.layers(x) + t.reshape(-1, 1)
+
+
 X, T = torch.randn(2, 4), torch.tensor([1.0, 2.0])
 
 
@@ -57,6 +69,20 @@ def test_replays_with_new_values_and_returns_the_callers_memory(ens):
         torch.testing.assert_close(first, expected[0])
 
 
+def autocasting(ens):
+    with torch.autocast("cpu", torch.bfloat16):
+        ens(X, T)
+
+
+def in_another_precision(ens):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if before == "tf32" else "tf32"
+    try:
+        ens(X, T)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -67,8 +93,14 @@ def test_replays_with_new_values_and_returns_the_callers_memory(ens):
         lambda ens: (ens.train(), ens(X, T)),
         lambda ens: (ens.refresh(), ens(X, T)),
         lambda ens: (ens.double(), ens(X.double(), T)),
+        lambda ens: ens(X, T[:, None]),
+        lambda ens: ens(X, T.double()),
+        lambda ens: ens(X, t=T),
+        lambda ens: ens(X, T, scale=True),
+        autocasting,
+        in_another_precision,
     ],
-    ids=["shape", "keyword", "number", "rule", "training", "refresh", "dtype"],
+    ids="shape keyword number rule training refresh dtype dimensions t by_name type autocast precision".split(),
 )
 def test_falls_back_where_nothing_fits(ens, call):
     ens._record((X, T), {})
@@ -103,3 +135,124 @@ def test_refusals(ens):
         ens._record((X, T), {})
     with pytest.raises(ValueError, match="training mode"):
         ens.train()._record((X, T), {})
+
+
+def test_every_signature_has_a_recording_of_its_own(ens):
+    more, times = torch.randn(3, 4), torch.zeros(3)
+    with torch.no_grad():
+        expected = ens(X, T)["sample"], ens(more, times)["sample"], ens(X, T, scale=2.0)["sample"]
+        for args, kwargs in (((X, T), {}), ((more, times), {}), ((X, T), {"scale": 2.0})):
+            ens._record(args, kwargs)
+        actual = ens(X, T)["sample"], ens(more, times)["sample"], ens(X, T, scale=2.0)["sample"]
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(ens.replays) == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        ("geometric", {"prediction": "epsilon", "aggregate_in": "x0", "schedule": fastens.schedules.VP()}),
+        ("dominant", {"max_fold": 3}),
+        ("median", {"engine": "loop"}),
+        (fastens.rules.Mean((0.5, 0.2, 0.3)), {"backend": "reference"}),
+    ],
+    ids=["converted", "several passes", "loop", "weighted"],
+)
+def test_settings_are_part_of_what_is_recorded(ens, rule, settings):
+    torch.manual_seed(1)
+    other = fastens.Ensemble([Net() for _ in range(3)], rule, **settings).eval()
+    times = torch.tensor([0.25, 0.5])
+    with torch.no_grad():
+        expected = other(X / 2, times + 0.1)["sample"]
+        other._record((X, times), {})
+        torch.testing.assert_close(other(X / 2, times + 0.1)["sample"], expected)
+    assert len(ens.replays) == 1
+
+
+def test_mc_dropout_replays_fixed_masks_and_refuses_fresh_ones(ens):
+    torch.manual_seed(0)
+    network = Dropping()
+    fixed = fastens.MCDropout(network, 3)
+    with torch.no_grad():
+        expected = fixed(2 * X, T)
+        fixed._record((X, T), {})
+        torch.testing.assert_close(fixed(2 * X, T), expected)
+        assert len(ens.replays) == 1
+        fixed.refresh()  # drops the masks that the recording read
+        torch.testing.assert_close(fixed(2 * X, T), expected)
+        assert len(ens.replays) == 1
+    with pytest.raises(ValueError, match="fresh masks are drawn at every call"):
+        fastens.MCDropout(network, 3, masks="fresh")._record((X, T), {})
+
+
+class FakeCuda:
+    """CUDA's streams, events and graphs as a list of what was asked of them."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.stream_now = [], "main"
+        for name in ("Stream", "Event", "CUDAGraph", "current_stream", "stream", "graph", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def handle(self, name):
+        def of(verb):
+            return lambda other=None: self.log.append(f"{name} {verb}" + (f" {other.name}" if other else ""))
+
+        verbs = ("wait_stream", "wait_event", "record", "replay")
+        return SimpleNamespace(name=name, **{verb: of(verb) for verb in verbs})
+
+    def Stream(self, device=None):
+        return self.handle("side")
+
+    def Event(self, **_):
+        return self.handle("event")
+
+    def CUDAGraph(self):
+        return self.handle("graph")
+
+    def current_stream(self, device=None):
+        return self.handle(self.stream_now)
+
+    def device(self, _):
+        return nullcontext()
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.stream_now = self.stream_now, stream.name
+        yield
+        self.stream_now = before
+
+    @contextmanager
+    def graph(self, graph):
+        self.log.append("capture begins")
+        yield
+        self.log.append("capture ends")
+
+
+def test_a_graph_is_recorded_after_a_warm_up_beside_the_callers_stream(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    replay, output = capture.record_graph(
+        lambda: cuda.log.append(f"run on {cuda.stream_now}") or 5, torch.device("cuda")
+    )
+    assert output == 5
+    assert cuda.log == [
+        "side wait_stream main", *["run on side"] * capture.WARM_UP, "main wait_stream side", "capture begins",
+        "run on main", "capture ends",
+    ]  # fmt: skip
+    replay()
+    assert cuda.log[-1] == "graph replay"
+
+
+def test_a_step_waits_for_whoever_reads_its_last_result(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    memory = torch.zeros(2, 4)
+    monkeypatch.setattr(
+        capture, "record_graph", lambda run, device: (lambda: cuda.log.append("replay"), {"sample": memory})
+    )
+    step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, torch.device("cpu"), [])
+    step.device, step.done = torch.device("cuda"), torch.cuda.Event()
+    cuda.stream_now = "other"  # the caller's stream, not that of the recording
+    result = step((2 * X,), {})
+    assert cuda.log == ["other wait_event event", "replay", "event record other"]
+    assert torch.equal(step.inputs[0], 2 * X)
+    assert result["sample"].data_ptr() != memory.data_ptr()

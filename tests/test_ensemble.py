@@ -318,3 +318,22 @@ def test_report_prints(members, x):
     assert "engine fold, 2 members" in text
     assert "resample_filter" not in text
     assert {"folded", "raw"} <= {layer.how for layer in ensemble.report().layers}
+
+
+def test_members_in_channels_last_stay_so(tmp_path):
+    torch.manual_seed(0)
+    members = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3)) for _ in range(3)]
+    x = torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        expected = torch.stack([member(x) for member in members]).mean(0)
+        ens = fastens.Ensemble([member.to(memory_format=torch.channels_last) for member in members]).eval()
+        weight = dict(ens.named_parameters())["network.0.weight"]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in weight)
+        assert all(torch.equal(kernel, member[0].weight) for kernel, member in zip(weight, members, strict=True))
+        for form in (torch.contiguous_format, torch.channels_last):
+            torch.testing.assert_close(ens(x.contiguous(memory_format=form)), expected)
+        assert ens.verify(x) < 1e-5
+        ens.save_pretrained(tmp_path)
+        again = fastens.Ensemble.from_pretrained(tmp_path, factory=lambda: members[0])
+        torch.testing.assert_close(again.eval()(x), expected)
+    copy.deepcopy(ens)(x).sum().backward()

@@ -1,4 +1,4 @@
-// fastens::_dropout_native: dropout of rows [R, ...] by counter-based masks; element e of a row of member k and sample
+// fastens::_dropout_native: activation and dropout of rows [R, ...] by counter-based masks; element e of a row of member k and sample
 // s is kept where word e % 4 of Philox4x32-10 at counter (e / 4, k, s + 1, evaluation) is at least p * 2^32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 
+#include "activation.h"
 #include "check.h"
 #include "philox.h"
 
@@ -24,21 +26,18 @@ struct Job {
   uint64_t threshold, key;
   double scale;
   uint32_t evaluation;
+  Activation activation;
 };
 
 template <class T>
-FASTENS_INLINE T scaled(T value, double scale) {
-  if constexpr (std::is_same_v<T, double> || std::is_same_v<T, float>) {
-    return value * static_cast<T>(scale);
-  } else {
-    return static_cast<T>(static_cast<float>(value) * static_cast<float>(scale));
-  }
-}
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 FASTENS_INLINE void drop(const Job& job, int64_t begin, int64_t end) {
+  using W = Wide<T>;
   uint32_t words[4][kLanes];
   alignas(64) uint32_t bits[4 * kLanes];
+  alignas(64) W values[4 * kLanes];
   for (int64_t row = begin; row < end; ++row) {
     const uint32_t member = static_cast<uint32_t>(job.members[row]);
     const uint32_t sample = job.samples ? static_cast<uint32_t>(job.samples[row] + 1) : 0;
@@ -50,8 +49,13 @@ FASTENS_INLINE void drop(const Job& job, int64_t begin, int64_t end) {
         for (int w = 0; w < 4; ++w) bits[4 * i + w] = words[w][i];
       }
       const int64_t n = std::min<int64_t>(4 * kLanes, job.count - at);
+      for (int64_t i = 0; i < n; ++i) values[i] = static_cast<W>(x[at + i]);
+      if (job.activation != Activation::kNone) {
+        for (int64_t i = 0; i < n; ++i) values[i] = activated(values[i], job.activation);
+      }
+      const W scale = static_cast<W>(job.scale);
       for (int64_t i = 0; i < n; ++i) {
-        out[at + i] = scaled(x[at + i], bits[i] >= job.threshold ? job.scale : 0.0);
+        out[at + i] = static_cast<T>(values[i] * (bits[i] >= job.threshold ? scale : W{0}));
       }
     }
   }
@@ -72,7 +76,7 @@ const int64_t* numbers_of(const Tensor& numbers, int64_t rows, const char* name)
 }
 
 Tensor dropout(const Tensor& given, const Tensor& members, const std::optional<Tensor>& samples, double p, int64_t key,
-               int64_t evaluation) {
+               int64_t evaluation, std::string activation) {
   STD_TORCH_CHECK(given.is_cpu() && given.dim() >= 1, "dropout: `x` must be rows [R, ...] on the CPU");
   STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout: `p` is ", p, ", expected a probability");
   const Tensor x = torch::stable::contiguous(given);
@@ -86,7 +90,9 @@ Tensor dropout(const Tensor& given, const Tensor& members, const std::optional<T
           static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)),
           static_cast<uint64_t>(key),
           p < 1 ? 1 / (1 - p) : 0.0,
-          static_cast<uint32_t>(evaluation)};
+          static_cast<uint32_t>(evaluation),
+          activation_of(activation)};
+  STD_TORCH_CHECK(job.activation != Activation::kUnknown, "dropout: unknown activation '", activation, "'");
   void (*range)(const Job&, int64_t, int64_t) = nullptr;
   switch (x.scalar_type()) {
     case ScalarType::Float:

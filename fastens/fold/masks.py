@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastens.ops.dropout import dropout
+from fastens.ops.dropout import dropout, has_kernel
 
 # Layers whose forward is one call of a dropout function: (draws whole channels, keeps mean and variance).
 LAYERS: dict[type[nn.Module], tuple[bool, bool]] = {
@@ -179,10 +179,12 @@ class Masks:
         aligned = (x.shape[1], *(1,) * (x.ndim - 2)) if features else x.shape[1:]
         if samples is not None:
             if not features:
-                return dropout(x.reshape(rows, -1), members, samples, p, key, self._evaluation[1]).reshape(x.shape)
+                return _dropped(x, rows, members, samples, p, key, self._evaluation[1])
             ones = torch.ones(rows, per_row * x.shape[1], dtype=_wide(x), device=x.device)
             scale = dropout(ones, members, samples, p, key, self._evaluation[1])
             return (x * scale.reshape(-1, *aligned)).to(x.dtype)
+        if x.is_cuda and not features and has_kernel(x):  # drawn in place of being read: a mask is larger than x
+            return _dropped(x, rows, members, None, p, key, 0)
         scale = self._fixed(x, p, key, per_row * math.prod(aligned))  # [K, n]
         if uniform:
             groups = x.unflatten(0, (self.num_members, -1, per_row))
@@ -217,6 +219,15 @@ class Masks:
         if mask is not None:
             weights = weights.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else weights + mask
         return self.layer(torch.softmax(weights, -1), p, None, False, False) @ v
+
+
+def _dropped(
+    x: Tensor, rows: int, members: Tensor, samples: Tensor | None, p: float, key: int, evaluation: int
+) -> Tensor:
+    """Dropout of ``x``, whose dimension 0 holds each of R rows once, or several times where tokens are in it too."""
+    if x.shape[0] == rows:
+        return dropout(x, members, samples, p, key, evaluation)
+    return dropout(x.reshape(rows, -1), members, samples, p, key, evaluation).reshape(x.shape)
 
 
 def _wide(x: Tensor) -> torch.dtype:

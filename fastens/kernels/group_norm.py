@@ -11,12 +11,15 @@ sample variances", 1979), and a second kernel reads them and x again.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._activation import activated
+from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._rows import members_of_rows
 
 WHOLE = 16384  # elements of a tile that holds whole groups: 32 registers of each of 512 threads in float32
@@ -102,12 +105,13 @@ def partial_kernel(
     tl.store(partial + at + 1, squares, group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def group_norm_kernel(
     x, y, partial, weight, bias, scale, shift, member_of_row, channels, groups, space, stride_c, stride_s, bundles,
-    rows_per_member,
+    rows_per_member, members, samples, evaluation, key_low, key_high,
     eps: tl.constexpr, CG: tl.constexpr, NG: tl.constexpr, PADDED_CG: tl.constexpr, SPAN: tl.constexpr,
     SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result; the moments are the tile's own, or joined from those of the group's spans."""
     pid = tl.program_id(0).to(tl.int64)
@@ -137,6 +141,13 @@ def group_norm_kernel(
     result = finished(
         value, mean, rstd, channel, exists, weight, bias, scale, shift, member, row, channels, ACTIVATION, WIDE
     )
+    if MASKS != "none":
+        drawn = tl.load(members + row)
+        sample = drawn * 0
+        if samples is not None:
+            sample = tl.load(samples + row) + 1
+        first = channel[:, None] * space + span * SPAN
+        result *= mask_scale(first, drawn, sample, evaluation, key_low, key_high, SPAN, MASKS, THRESHOLD, SCALE, WIDE)
     tl.store(y + offs, result.to(y.dtype.element_ty), mask)
 
 
@@ -150,6 +161,11 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
 ) -> Tensor:
     """Normalise; the arguments are those of ``fastens::group_norm``. The result has the layout of x."""
     x = dense(x)
@@ -193,6 +209,8 @@ def group_norm(
             partial_kernel[grid](x, partial, *sizes, **shape)
         group_norm_kernel[grid](
             x, y, partial, weight, bias, scale, shift, member_of_row, *sizes, max(1, rows // num_members),
+            *of_rows(p, members, samples, x.device),
+            **mask_settings(p, key, evaluation, samples is not None, math.gcd(space, span)),
             eps=eps, PADDED_SPANS=triton.next_power_of_2(spans), ACTIVATION=activation, **shape,
         )  # fmt: skip
     return y

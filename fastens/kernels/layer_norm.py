@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._activation import activated
+from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._rows import members_of_rows
 
 TILE = 8192  # features that one program holds; longer vectors are read in parts, three times
@@ -38,11 +39,12 @@ def finished(
     return activated(y, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def layer_norm_kernel(
     x, y, weight, bias, scale, shift, member_of_row, vectors, per_row, rows_per_member, length,
+    members, samples, evaluation, key_low, key_high,
     eps: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """VECTORS vectors; each is held whole, or read in parts of BLOCK."""
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
@@ -50,6 +52,12 @@ def layer_norm_kernel(
     member = row // rows_per_member
     if member_of_row is not None:
         member = tl.load(member_of_row + row, vector < vectors, other=0).to(tl.int64)
+    drawn, sample = row * 0, row * 0
+    if MASKS != "none":
+        drawn = tl.load(members + row, vector < vectors, other=0)
+        if samples is not None:
+            sample = tl.load(samples + row, vector < vectors, other=0) + 1
+    before = (vector % per_row) * length  # elements of the row before this vector
     total = length.to(WIDE)
     if WHOLE:
         feature = tl.arange(0, BLOCK)[None, :]
@@ -61,6 +69,10 @@ def layer_norm_kernel(
         result = finished(
             value, mean, rstd, feature, mask, weight, bias, scale, shift, member, row, length, ACTIVATION, WIDE
         )
+        if MASKS != "none":
+            result *= mask_scale(
+                before, drawn, sample, evaluation, key_low, key_high, BLOCK, MASKS, THRESHOLD, SCALE, WIDE
+            )
         tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
     else:
         mean = tl.zeros([VECTORS, 1], WIDE)
@@ -84,6 +96,11 @@ def layer_norm_kernel(
             result = finished(
                 value, mean, rstd, feature, mask, weight, bias, scale, shift, member, row, length, ACTIVATION, WIDE
             )
+            if MASKS != "none":
+                first = before + start
+                result *= mask_scale(
+                    first, drawn, sample, evaluation, key_low, key_high, BLOCK, MASKS, THRESHOLD, SCALE, WIDE
+                )
             tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
 
 
@@ -97,6 +114,11 @@ def layer_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
 ) -> Tensor:
     """Normalise; the arguments are those of ``fastens::layer_norm``. The result is contiguous."""
     x = x.contiguous()
@@ -114,6 +136,8 @@ def layer_norm(
         layer_norm_kernel[(triton.cdiv(vectors, held),)](
             x, y, weight, bias, scale, shift, members_of_rows(offsets, num_members, rows, x.device),
             vectors, vectors // rows, max(1, rows // num_members), length,
+            *of_rows(p, members, samples, x.device),
+            **mask_settings(p, key, evaluation, samples is not None, math.gcd(length, block)),
             eps=eps, VECTORS=held, BLOCK=block, WHOLE=length <= TILE, ACTIVATION=activation,
             WIDE=tl.float64 if wide == torch.float64 else tl.float32, num_warps=max(1, min(8, held * block // 512)),
         )  # fmt: skip

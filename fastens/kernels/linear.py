@@ -11,15 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._activation import activated
+from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._rows import interpreting
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, weight, bias, y, first_row, rows_per_member, outputs, inputs, row_tiles, output_tiles, per_row,
-    weight_k, weight_out, weight_in,
+    weight_k, weight_out, weight_in, members, samples, evaluation, key_low, key_high,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKS: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result. x [rows, inputs] and y [rows, outputs] are contiguous."""
     pid = tl.program_id(0)
@@ -50,6 +52,16 @@ def linear_kernel(
         if bias is not None:
             acc += tl.load(bias + member.to(tl.int64) * outputs + column, column < outputs, other=0.0).to(WIDE)[None, :]
         acc = activated(acc, ACTIVATION)
+        if MASKS != "none":
+            vector = row[:, None]
+            drawn = tl.load(members + vector // per_row, vector < end, other=0)
+            sample = drawn * 0
+            if samples is not None:
+                sample = tl.load(samples + vector // per_row, vector < end, other=0) + 1
+            first = (vector % per_row) * outputs + tile_n * BLOCK_N
+            acc *= mask_scale(
+                first, drawn, sample, evaluation, key_low, key_high, BLOCK_N, MASKS, THRESHOLD, SCALE, WIDE
+            )
         mask = (row < end)[:, None] & (column < outputs)[None, :]
         tl.store(y + row[:, None] * outputs + column[None, :], acc.to(y.dtype.element_ty), mask)
 
@@ -60,6 +72,11 @@ def linear(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
 ) -> Tensor:
     """Apply each member's layer; the arguments are those of ``fastens::linear``."""
     x = x.contiguous()
@@ -72,14 +89,18 @@ def linear(
     per_row = vectors // x.shape[0]
     wide = x.dtype == torch.float64
     block_m, block_n, block_k, num_warps, num_stages = _tiles(per_member, outputs, x.dtype)
+    if p:  # the words of the masks need registers that a tile of 128 columns does not leave
+        block_n = min(block_n, 64)
     row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
     output_tiles = triton.cdiv(outputs, block_n)
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device(x.device if x.is_cuda else -1):
         linear_kernel[(num_members * row_tiles * output_tiles,)](
             x, weight, None if bias is None else bias.contiguous(), y, first_row, per_member, outputs, inputs,
             row_tiles, output_tiles, per_row, *weight.stride(),
+            *of_rows(p, members, samples, x.device),
+            **mask_settings(p, key, evaluation, samples is not None, outputs),
             ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=tl.float64 if wide else tl.float32,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,

@@ -35,3 +35,24 @@ def check_activation(op: str, activation: str, known: Sequence[str]) -> None:
     """Raise unless the op knows the activation."""
     if activation not in known:
         raise ValueError(f"{op}: activation {activation!r} is unknown, expected one of {', '.join(map(repr, known))}")
+
+
+def check_masks(op: str, x: Tensor, p: float, members: Tensor | None, samples: Tensor | None) -> None:
+    """Raise unless rows of ``x`` [R, ...] can be masked: p is a probability, and each row has a member."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: p is {p}, expected a probability")
+    if p and members is None:
+        raise ValueError(f"{op}: p is {p} and members is None, expected the member of each row")
+    for name, numbers in (("members", members), ("samples", samples)):
+        if numbers is None:
+            continue
+        if x.ndim == 0 or numbers.shape != x.shape[:1] or numbers.dtype != torch.int64:
+            raise ValueError(
+                f"{op}: {name} is {numbers.dtype} {list(numbers.shape)}, expected int64, one number for each row "
+                f"of x {list(x.shape)}"
+            )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether ``x`` is contiguous, with channels after the rows or last."""
+    return x.is_contiguous() or (x.ndim > 1 and x.movedim(1, -1).is_contiguous())

@@ -4,12 +4,23 @@ import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
+from fastens.ops._rows import ACTIVATIONS, check_activation, check_masks, is_dense
 from fastens.reference import dropout as reference
 
+
+def _native_fake(x: Tensor, *_: object) -> Tensor:
+    return _triton_fake(x) if x.is_cuda else x.new_empty(x.shape)
+
+
+def _triton_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x) if is_dense(x) else x.new_empty(x.shape)
+
+
 _dropout = Op(
-    "dropout(Tensor x, Tensor members, Tensor? samples, float p, int key, int evaluation) -> Tensor",
+    "dropout(Tensor x, Tensor members, Tensor? samples, float p, int key, int evaluation, "
+    'str activation="none") -> Tensor',
     reference.dropout,
-    {"native": lambda x, members, samples, p, key, evaluation: x.new_empty(x.shape)},
+    {"native": _native_fake, "triton": _triton_fake},
 )
 
 
@@ -20,10 +31,11 @@ def dropout(
     p: float,
     key: int,
     evaluation: int = 0,
+    activation: str = "none",
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Zero elements with probability p and divide the others by 1 - p, by a mask that is the same on every device.
+    """Zero elements of act(x) with probability p and divide the others by 1 - p, by a mask that is the same everywhere.
 
     Args:
         x: [R, ...], floating point.
@@ -32,25 +44,23 @@ def dropout(
         p: the probability that an element is dropped.
         key: 64 bits, of the seed and the layer.
         evaluation: which evaluation this is; without ``samples`` it has no effect.
+        activation: ``"none"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``, before anything is dropped.
         backend: the code that runs it.
 
     Returns:
-        [R, ...], contiguous where the native backend ran.
+        [R, ...]; contiguous from the CPU's kernel, and in the layout of x from a GPU's.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: p outside [0, 1], or members or samples that are not one number per row.
+        ValueError: p outside [0, 1], members or samples that are not one number per row, or an unknown activation.
     """
     if not x.is_floating_point():
         raise TypeError(f"dropout: x is {x.dtype}, expected a floating-point dtype")
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout: p is {p}, expected a probability")
-    for name, numbers in (("members", members), ("samples", samples)):
-        if numbers is None:
-            continue
-        if x.ndim == 0 or numbers.shape != x.shape[:1] or numbers.dtype != torch.int64:
-            raise ValueError(
-                f"dropout: {name} is {numbers.dtype} {list(numbers.shape)}, expected int64, one number for each row "
-                f"of x {list(x.shape)}"
-            )
-    return _dropout.resolve(backend, (x,))(x, members, samples, p, key, evaluation)
+    check_activation("dropout", activation, ACTIVATIONS)
+    check_masks("dropout", x, p, members, samples)
+    return _dropout.resolve(backend, (x,))(x, members, samples, p, key, evaluation, activation)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether ``backend="auto"`` drops elements of ``x`` by a kernel, and not by the reference's integer arithmetic."""
+    return _dropout.resolve("auto", (x,)) is not torch.ops.fastens.dropout

@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
-from fastens.ops._rows import check_activation, check_rows, check_stack
+from fastens.ops._rows import check_activation, check_masks, check_rows, check_stack, is_dense
 from fastens.reference import group_norm as reference
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
-    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    return torch.empty_like(x) if dense else x.new_empty(x.shape)
+    return torch.empty_like(x) if is_dense(x) else x.new_empty(x.shape)
 
 
 _group_norm = Op(
     "group_norm(Tensor x, SymInt num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
-    'Tensor? offsets=None, Tensor? scale=None, Tensor? shift=None, str activation="none") -> Tensor',
+    'Tensor? offsets=None, Tensor? scale=None, Tensor? shift=None, str activation="none", '
+    "Tensor? members=None, Tensor? samples=None, float p=0., int key=0, int evaluation=0) -> Tensor",
     reference.group_norm,
     {"triton": _fake},
 )
@@ -31,6 +31,11 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -49,6 +54,11 @@ def group_norm(
         scale: [R, C], or none.
         shift: [R, C], or none.
         activation: ``"none"`` or ``"silu"``.
+        members: int64 [R], the member of each row, by which its elements are dropped; none where none are.
+        samples: int64 [R], the sample of each row, as in :func:`fastens.ops.dropout.dropout`.
+        p: the probability that an element of the result is dropped.
+        key: of the masks.
+        evaluation: of fresh masks.
         backend: the code that runs it.
 
     Returns:
@@ -63,6 +73,7 @@ def group_norm(
         raise ValueError(
             f"group_norm: x is {list(x.shape)}, expected [R, C, ...] with {num_groups} groups of C channels"
         )
+    check_masks("group_norm", x, p, members, samples)
     check_activation("group_norm", activation, ("none", "silu"))
     for name, stack in (("weight", weight), ("bias", bias)):
         if stack is not None:
@@ -71,4 +82,6 @@ def group_norm(
     for name, tensor in (("scale", scale), ("shift", shift)):
         check_stack("group_norm", name, tensor, (x.shape[0], x.shape[1]), "rows first")
     tensors = [t for t in (x, weight, bias, scale, shift) if t is not None]
-    return _group_norm.resolve(backend, tensors)(x, num_groups, weight, bias, eps, offsets, scale, shift, activation)
+    return _group_norm.resolve(backend, tensors)(
+        x, num_groups, weight, bias, eps, offsets, scale, shift, activation, members, samples, p, key, evaluation
+    )

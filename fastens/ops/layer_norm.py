@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
-from fastens.ops._rows import check_activation, check_rows, check_stack
+from fastens.ops._rows import check_activation, check_masks, check_rows, check_stack
 from fastens.reference import layer_norm as reference
 
 
@@ -15,7 +15,8 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 _layer_norm = Op(
     "layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
-    'Tensor? offsets=None, Tensor? scale=None, Tensor? shift=None, str activation="none") -> Tensor',
+    'Tensor? offsets=None, Tensor? scale=None, Tensor? shift=None, str activation="none", '
+    "Tensor? members=None, Tensor? samples=None, float p=0., int key=0, int evaluation=0) -> Tensor",
     reference.layer_norm,
     {"triton": _fake},
 )
@@ -31,6 +32,11 @@ def layer_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -49,6 +55,11 @@ def layer_norm(
         scale: [R, *normalized_shape], or none.
         shift: [R, *normalized_shape], or none.
         activation: ``"none"`` or ``"silu"``.
+        members: int64 [R], the member of each row, by which its elements are dropped; none where none are.
+        samples: int64 [R], the sample of each row, as in :func:`fastens.ops.dropout.dropout`.
+        p: the probability that an element of the result is dropped.
+        key: of the masks.
+        evaluation: of fresh masks.
         backend: the code that runs it.
 
     Returns:
@@ -59,6 +70,7 @@ def layer_norm(
             unknown activation or backend.
         RuntimeError: a backend asked for by name that cannot run here.
     """
+    check_masks("layer_norm", x, p, members, samples)
     check_activation("layer_norm", activation, ("none", "silu"))
     for name, stack in (("weight", weight), ("bias", bias)):
         if stack is not None:
@@ -73,5 +85,5 @@ def layer_norm(
             check_stack("layer_norm", name, tensor, (x.shape[0], *normalized_shape), "rows first")
     tensors = [t for t in (x, weight, bias, scale, shift) if t is not None]
     return _layer_norm.resolve(backend, tensors)(
-        x, normalized_shape, weight, bias, eps, offsets, scale, shift, activation
+        x, normalized_shape, weight, bias, eps, offsets, scale, shift, activation, members, samples, p, key, evaluation
     )

@@ -48,7 +48,8 @@ def linear(emitter: Emitter, node: Node) -> bool:
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
     stack = emitter.constant(weight)
-    if stack is None or not x.numel or argument(node, 4, "activation", "none") != "none":
+    extra = argument(node, 4, "activation", "none") != "none" or argument(node, 5, "members") is not None
+    if stack is None or not x.numel or extra:
         return False
     runs = emitter.runs(x.size[0], argument(node, 3, "offsets"))
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
@@ -88,8 +89,8 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
 
 
 def _more_than_affine(node: Node) -> bool:
-    """Whether a normalisation has a scale, shift or activation of its own beside its parameters."""
-    extra = (argument(node, i, name) for i, name in ((6, "scale"), (7, "shift")))
+    """Whether a normalisation has more of its own beside its parameters: scale, shift, activation, masks."""
+    extra = (argument(node, i, name) for i, name in ((6, "scale"), (7, "shift"), (9, "members")))
     return any(value is not None for value in extra) or argument(node, 8, "activation", "none") != "none"
 
 

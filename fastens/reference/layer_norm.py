@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastens.reference._activation import activate
 from fastens.reference._rows import affine, modulate
+from fastens.reference.dropout import masked
 
 
 def layer_norm(
@@ -19,6 +20,11 @@ def layer_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
 ) -> Tensor:
     """Normalise, scale and shift by member, then by row, and activate.
 
@@ -26,4 +32,5 @@ def layer_norm(
     """
     y = F.layer_norm(x, list(normalized_shape), eps=eps)
     axis = x.ndim - len(normalized_shape)
-    return activate(modulate(affine(y, weight, bias, axis, offsets), scale, shift, axis), activation)
+    y = activate(modulate(affine(y, weight, bias, axis, offsets), scale, shift, axis), activation)
+    return masked(y, members, samples, p, key, evaluation)

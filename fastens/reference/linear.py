@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastens.reference._activation import activate
 from fastens.reference._rows import per_member
+from fastens.reference.dropout import masked
 
 
 def linear(
@@ -14,9 +15,15 @@ def linear(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     activation: str = "none",
+    members: Tensor | None = None,
+    samples: Tensor | None = None,
+    p: float = 0.0,
+    key: int = 0,
+    evaluation: int = 0,
 ) -> Tensor:
     """Row r of member k: ``act(x[r] @ weight[k].T + bias[k])``. Shapes as in :func:`fastens.ops.linear.linear`."""
-    return activate(_linear(x, weight, bias, offsets), activation)
+    y = activate(_linear(x, weight, bias, offsets), activation)
+    return masked(y, members, samples, p, key, evaluation)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:

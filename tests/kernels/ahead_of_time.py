@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from fastens import rules
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
+from fastens.kernels.dropout import dropout
 from fastens.kernels.group_norm import group_norm
 from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
@@ -104,6 +105,24 @@ def launches():
             x, w = torch.empty(5 * rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
             call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu")
             yield f"linear {short} M={rows}", lambda call=call: linear(*call)
+        members = torch.arange(5)
+        for channels, size, layout, samples in ((256, 32, "NHWC", None), (256, 9, "NHWC", members),
+                                                (256, 32, "NCHW", members), (3, 7, "NCHW", None)):  # fmt: skip
+            form = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+            x = torch.empty(5, channels, size, size, dtype=dtype).to(memory_format=form)
+            call = (x, members, samples, 0.1, 2**40, 3, "silu")
+            yield f"dropout {layout} {short} C={channels} {size}x{size}", lambda call=call: dropout(*call)
+        masks = (members, members, 0.1, 2**40, 3)
+        x = torch.empty(5, 256, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+        call = (x, 32, None, None, 1e-5, None, None, None, "silu", *masks)
+        yield f"group_norm dropped {short}", lambda call=call: group_norm(*call)
+        x = torch.empty(5, 3, 768, dtype=dtype)
+        call = (x, [768], None, None, 1e-5, None, None, None, "none", *masks)
+        yield f"layer_norm dropped {short}", lambda call=call: layer_norm(*call)
+        for rows in (1, 512):
+            x, w = torch.empty(5, rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
+            call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu", *masks)
+            yield f"linear dropped {short} M={rows}", lambda call=call: linear(*call)
     double = list(torch.empty(5, *shape, dtype=torch.double).unbind(0))
     for rule in (rules.Mean(), rules.Median(), rules.Geometric()):
         call = (double, rule.name, rule.option, list(rule.values), 0, 0)
@@ -111,6 +130,7 @@ def launches():
     x = torch.empty(10, 64, 16, 16, dtype=torch.double)
     yield "group_norm f64", lambda: group_norm(x, 32)
     yield "layer_norm f64", lambda: layer_norm(x, [16])
+    yield "dropout f64", lambda: dropout(x, torch.arange(10), None, 0.5, 1, 0, "gelu")
     yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
 
 
@@ -125,6 +145,9 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "linear f32 M=16",
     "linear bf16 M=512",
     "linear f64",
+    "dropout NHWC bf16 C=256 32x32",
+    "group_norm dropped bf16",
+    "linear dropped bf16 M=512",
 }
 
 

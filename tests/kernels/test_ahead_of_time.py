@@ -29,7 +29,7 @@ def check_compiled(capability, *options):
     rows = json.loads(result.stdout)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
-        "linear_kernel",
+        "linear_kernel", "dropout_kernel",
     }  # fmt: skip
     for row in rows:
         assert row["registers"] <= MAX_REGISTERS, row

@@ -9,6 +9,7 @@ from torch.utils.cpp_extension import include_paths
 
 from fastens import _build, rules
 from fastens.reference.aggregate_update import aggregate_update
+from fastens.reference.dropout import dropout
 from tests.tolerances import OP, relative_error
 
 CASES = {  # rule -> its number in csrc/cuda/job.h, average, absolute, scale
@@ -25,16 +26,24 @@ CASES = {  # rule -> its number in csrc/cuda/job.h, average, absolute, scale
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    source = _build.source_root().parent / "tests" / "kernels" / "host_reduce.cpp"
-    built = tmp_path_factory.mktemp("host") / "reduce.so"
-    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{_build.source_root()}"]
-    try:
-        compiler = _build.compiler()
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    subprocess.run([compiler, *flags, *includes, str(source), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
+    """host_<name>.cpp, compiled when it is first asked for."""
+    folder, loaded = tmp_path_factory.mktemp("host"), {}
+
+    def load(name):
+        if name not in loaded:
+            source = _build.source_root().parent / "tests" / "kernels" / f"host_{name}.cpp"
+            built = folder / f"{name}.so"
+            includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+            flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{_build.source_root()}"]
+            try:
+                compiler = _build.compiler()
+            except _build.BuildError as error:
+                pytest.skip(str(error))
+            subprocess.run([compiler, *flags, *includes, str(source), "-o", str(built)], check=True)
+            loaded[name] = ctypes.CDLL(str(built))
+        return loaded[name]
+
+    return load
 
 
 def pointer(tensor):
@@ -60,7 +69,7 @@ def test_equals_reference(library, rule, everything):
         for in_registers in (True, False) if num_members <= 16 else (False,):
             out = torch.full((batch, length), 7.0)
             variance = torch.full_like(scores[0], 7.0) if everything else None
-            library.reduce_on_host(
+            library("reduce").reduce_on_host(
                 number, in_registers, pointer(scores), num_members, ctypes.c_int64(scores.shape[1]),
                 ctypes.c_int64(length), average, absolute, ctypes.c_double(scale or 1 / num_members),
                 ctypes.c_double(rules.Geometric().eps), pointer(lows), *(pointer(t) for t in given), pointer(out),
@@ -69,3 +78,31 @@ def test_equals_reference(library, rule, everything):
             for actual, wanted in ((out, expected[0]), (variance, expected[1]))[: 1 + everything]:
                 assert torch.equal(actual.isnan(), wanted.isnan())
                 assert relative_error(actual.nan_to_num(), wanted.nan_to_num()) <= OP[torch.float32]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_has_the_bits_of_the_reference(library, dtype, channels_last):
+    torch.manual_seed(0)
+    members, samples = torch.tensor([0, 4, 4]), torch.tensor([5, 0, 2**31])
+    for channels, space in ((1, 1), (1, 63), (3, 8), (5, 7), (64, 4)):
+        x = torch.randn(3, channels, space, dtype=dtype)
+        given = x.movedim(1, -1).contiguous() if channels_last else x.contiguous()
+        for numbers, p, key, evaluation, activation in (
+            (samples, 0.3, -5, 2**40 + 2**31 + 7, "none"), (None, 0.8, 2**63 - 1, 3, "none"), (None, 0.5, 1, 0, "silu"),
+            (samples, 1.0, 2**33, 1, "gelu"), (None, 0.0, 0, 0, "gelu_tanh"),
+        ):  # fmt: skip
+            expected = dropout(x.double(), members, numbers, p, key, evaluation, activation)
+            for packed in (False, True) if not channels_last and space % 4 == 0 else (False,):
+                out = torch.full_like(given, torch.nan)
+                library("dropout").drop_on_host(
+                    dtype == torch.float64, packed, channels_last, pointer(given), pointer(out), pointer(members),
+                    pointer(numbers), ctypes.c_int64(3), ctypes.c_int64(channels), ctypes.c_int64(space),
+                    ctypes.c_double(p), ctypes.c_uint64(key % 2**64), ctypes.c_uint32(evaluation % 2**32),
+                    activation.encode(),
+                )  # fmt: skip
+                actual = out.movedim(-1, 1) if channels_last else out
+                assert torch.equal(actual == 0, expected == 0)
+                assert relative_error(actual, expected) <= OP[dtype]
+                if activation == "none":
+                    assert torch.equal(actual, dropout(x, members, numbers, p, key, evaluation))

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
-from fastens.ops import all_ops
+import fastens
+from fastens.ops import all_ops, conv
+from fastens.ops._choice import Table
+from fastens.ops.dropout import dropout
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
 from fastens.ops.linear import linear
@@ -45,3 +49,61 @@ def test_member_ops(dtype):
         expected = op(*(t.double() if isinstance(t, torch.Tensor) else t for t in given), backend="reference")
         on_gpu = [t.cuda() if isinstance(t, torch.Tensor) else t for t in given]
         assert relative_error(op(*on_gpu, backend="triton").cpu(), expected) <= OP[dtype], op.__name__
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_has_the_bits_of_the_reference(backend, dtype):
+    members, samples = torch.tensor([0, 4, 4]), torch.tensor([5, 0, 2**31])
+    for shape in ((3,), (3, 1), (3, 63), (3, 3, 5, 7), (3, 64, 32, 32), (3, 0)):
+        x = torch.randn(shape).to(dtype)
+        for form in [x] if x.ndim < 4 else [x, x.contiguous(memory_format=torch.channels_last)]:
+            for drawn in ((samples, 0.3, -5, 2**33 + 7), (None, 0.8, 2**63 - 1, 0)):
+                expected = dropout(form, members, *drawn, activation="silu", backend="reference")
+                rest = (members.cuda(), None if drawn[0] is None else samples.cuda(), *drawn[1:])
+                actual = dropout(form.cuda(), *rest, activation="silu", backend=backend)
+                assert actual.stride() == form.stride()
+                assert torch.equal(actual.cpu() == 0, expected == 0)
+                assert relative_error(actual.cpu(), expected) <= OP[dtype]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_ways_of_convolution_agree_and_one_is_chosen(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(conv.CHOICE, "table", Table(tmp_path / "choices.json"))
+    conv.CHOICE.forget()
+    for kernel in (1, 3):
+        x = torch.randn(6, 16, 8, 8, device="cuda").contiguous(memory_format=layout)
+        w, b = torch.randn(3, 24, 16, kernel, kernel, device="cuda"), torch.randn(3, 24, device="cuda")
+        settings = ((1, 1), (kernel // 2,) * 2)
+        with torch.no_grad():
+            expected = conv.conv(x.double(), w.double(), b.double(), *settings, way="members")
+            assert relative_error(conv.conv(x, w, b, *settings), expected) <= OP[torch.bfloat16]  # TF32 may be on
+            (entry,) = conv.CHOICE.table.content[torch.cuda.get_device_name()]["conv"].values()
+            assert {"members", "grouped"} <= set(entry["seconds"])
+            conv.CHOICE.table.content.clear()
+
+
+def test_capture_replays_a_step_on_another_stream_and_with_fixed_masks():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Dropout(0.3), nn.Conv2d(32, 3, 1))
+
+        def forward(self, x, t):
+            return self.layers(x) * t.reshape(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 8, 8, device="cuda"), torch.rand(2)
+    for ens in (fastens.Ensemble([Net().eval() for _ in range(3)]), fastens.MCDropout(Net(), 3)):
+        ens = ens.cuda()
+        with torch.no_grad():
+            expected = [ens(x, t.cuda()), ens(2 * x, t.cuda())]
+            ens.capture(x, t)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            first = ens(x, t)
+            with torch.cuda.stream(stream):
+                second = ens(2 * x, t)
+            stream.synchronize()
+            for actual, wanted in zip((first, second), expected, strict=True):
+                assert relative_error(actual, wanted) <= OP[torch.bfloat16]

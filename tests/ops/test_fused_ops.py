@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastens.ops import all_ops
+from fastens.ops.dropout import dropout
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
 from fastens.ops.linear import linear
@@ -81,13 +82,11 @@ def test_kernel_equals_reference(name, dtype, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_opcheck_gradients_nan_and_empty_batch(name, backend):
+def test_opcheck_nan_and_empty_batch(name, backend):
     torch.manual_seed(0)
     kernel = getattr(torch.ops.fastens, OPS[name].kernels[backend]).default
     arguments = next(calls(name, 2, 4))
     assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
-    doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
-    assert torch.autograd.gradcheck(kernel, doubles, fast_mode=True)
     x = arguments[0].clone()
     x[1].view(-1)[2] = torch.nan
     with torch.no_grad():
@@ -97,6 +96,77 @@ def test_opcheck_gradients_nan_and_empty_batch(name, backend):
         assert mapped[1].isnan().any()
         empty = next(calls(name, 2, 0))
         assert PUBLIC[name](*empty, backend=backend).shape[0] == 0
+
+
+SMALL = {  # arguments after the rows x of 2 members: few numbers, because each is perturbed
+    "group_norm": ((2, 2, 3), (1, [(2, 2), (2, 2)], 1e-3, None, [(2, 2), (2, 2)], "silu")),
+    "layer_norm": ((2, 2, 3), ([3], [(2, 3), (2, 3)], 1e-3, None, [(2, 3), (2, 3)], "silu")),
+    "linear": ((2, 2, 3), ([(2, 4, 3), (2, 4)], None, "gelu")),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_gradients_of_every_number(name, backend, masked):
+    torch.manual_seed(0)
+
+    def parameter(*shape):
+        return torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+    shape, rest = SMALL[name]
+    arguments = [parameter(*shape)]
+    for argument in rest:
+        shapes = argument if isinstance(argument, list) and isinstance(argument[0], tuple) else None
+        arguments += [argument] if shapes is None else [parameter(*each) for each in shapes]
+    if masked:
+        arguments += [torch.tensor([1, 0]), torch.tensor([3, 3]), 0.4, 11, 5]
+    assert torch.autograd.gradcheck(getattr(torch.ops.fastens, OPS[name].kernels[backend]).default, arguments)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_strided_arguments_and_equal_values(name, backend):
+    torch.manual_seed(0)
+    arguments = list(calls(name, 3, 3))[2]
+    expected = PUBLIC[name](*in_double(arguments), backend="reference")
+    strided = [
+        torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+        for t in arguments
+    ]
+    assert not strided[0].is_contiguous()
+    actual = PUBLIC[name](*strided, backend=backend)
+    assert relative_error(actual, expected) <= OP[torch.float32]
+    flipped = [arguments[0].flip(-1), *arguments[1:]]
+    assert (
+        relative_error(PUBLIC[name](*flipped, backend=backend), PUBLIC[name](*in_double(flipped), backend="reference"))
+        <= OP[torch.float32]
+    )
+    equal = [torch.full_like(arguments[0], 1e4), *arguments[1:]]  # no variance at all, far from zero
+    assert (
+        relative_error(PUBLIC[name](*equal, backend=backend), PUBLIC[name](*in_double(equal), backend="reference"))
+        <= OP[torch.float32]
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_dropout_behind_it_has_the_bits_of_the_op(name, backend):
+    torch.manual_seed(0)
+    members, samples = torch.tensor([4, 0, 1]), torch.tensor([2, 2, 0])
+    shapes = set()
+    for i, arguments in enumerate(calls(name, 3, 3)):
+        plain = PUBLIC[name](*arguments, backend="reference")
+        drawn = (samples, 0.6, -3, 2**33 + 5) if i % 2 else (None, 0.3, 2**40 + 1, 9)
+        expected = dropout(plain, members, *drawn, backend="reference")
+        actual = PUBLIC[name](*arguments, members, *drawn, backend=backend)
+        assert relative_error(actual, expected) <= OP[torch.float32]
+        assert torch.equal(actual == 0, expected == 0)
+        shapes.add(plain[0].shape.numel() % 4 == 0)
+        assert torch.equal(PUBLIC[name](*arguments, members, None, 0.0, 7, backend=backend) == 0, plain == 0)
+    assert shapes == {True, False}  # words of Philox shared by four elements, and not
+    with pytest.raises(ValueError, match="expected the member of each row"):
+        PUBLIC[name](*arguments, p=0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,81 @@
+"""The GPU benchmarks without a GPU: a rehearsal of one part, resumed; the table, and what of it the README shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench is no part of the package
+
+from bench import gpu_table  # noqa: E402
+
+
+def gpu_sh(*arguments):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [ROOT / "bench" / "gpu.sh", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
+    result = gpu_sh("--rehearse", str(tmp_path), "tests", "mask", "G7_1")
+    assert result.returncode == 0, result.stdout + "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "left    tests: it needs a GPU" in result.stdout
+    assert "ok      mask" in result.stdout
+    assert "one graph, K replays" in (tmp_path / "table.md").read_text()
+    row = json.loads((tmp_path / "dropout_ddpmpp_1.json").read_text())
+    assert row["device"] == "cpu rehearsal: no speed"
+    assert not row["failed"]
+    assert not row["wanted"]
+    assert {"torch", "commit", "when", "flops"} <= set(row)
+    again = gpu_sh("--rehearse", str(tmp_path), "mask", "G7_1", "no_such_part")
+    assert again.stdout.count("done    ") == 2
+    assert "no_such_part is no part" in again.stdout
+    assert again.returncode == 1
+    with pytest.raises(SystemExit, match="expected those of one GPU"):
+        gpu_table.keep(tmp_path, tmp_path / "results")
+
+
+def test_every_part_is_listed_and_known():
+    parts = gpu_sh("--list").stdout.split()
+    assert {"G1", "G2", "G3", "G4", "G5", "G6", "G7_1", "G7_16", "sanitizer_memcheck", "sanitizer_racecheck"} <= set(
+        parts
+    )
+
+
+def results(**more):
+    return {
+        "name": "step", "goal": "G1", "shape": "K=5, B=1", "device": "NVIDIA H200", "commit": "abc", "torch": "2.11",
+        "seconds": {"ours": [1e-3, 2e-3, 3e-3], "rival 1": [1e-3, 4e-3, 5e-3], "copy": [1e-3, 1e-3, 1e-3]},
+        "failed": {"rival 3": "RuntimeError: a | b"}, "wanted": {"rival 1": 2.5, "copy": 0.5}, "complete": True,
+        "flops": 4e9, **more,
+    }  # fmt: skip
+
+
+def test_results_are_kept_by_device_and_the_table_says_what_was_missed(tmp_path):
+    (tmp_path / "step.json").write_text(json.dumps(results()))
+    kept = tmp_path / "results"
+    assert gpu_table.section(kept) == gpu_table.NOT_MEASURED
+    assert gpu_table.keep(tmp_path, kept).name == "nvidia-h200.json"
+    table = gpu_table.section(kept)
+    assert "device NVIDIA H200, torch 2.11, commit abc" in table
+    assert "| G1 | K=5, B=1 | rival 1 | 2.000 | 4.000 | 2.00 | 2.5, missed |" in table
+    assert "| copy | 2.000 | 1.000 | 0.50 | 0.5 |" in table
+    assert "2.0 TFLOP/s" in table
+    assert "| rival 3 | | RuntimeError: a   b | | |" in table
+    (tmp_path / "step.json").write_text(json.dumps(results(complete=False)))
+    with pytest.raises(SystemExit, match="not complete: step"):
+        gpu_table.keep(tmp_path, kept)
+    with pytest.raises(SystemExit, match="holds no results"):
+        gpu_table.read(kept / "none")
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    text = (ROOT / "README.md").read_text()
+    assert gpu_table.written(text, gpu_table.section()) == text, "run python -m bench.gpu_table keep DIR"
+    with pytest.raises(SystemExit, match=r"has no .<!-- GPU table"):
+        gpu_table.written("nothing", "table")
