@@ -85,12 +85,16 @@ def _info(_: argparse.Namespace) -> None:
     import torch
 
     import fastens
+    from fastens.ops._choice import TABLE
 
     print(f"fastens {fastens.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
     for name, state in fastens.backends().items():
         print(f"backend {name}: {state}")
+    for (device, op), ways in TABLE.summary().items():
+        print(f"measured choices of {op} on {device}: {', '.join(f'{n} {way}' for way, n in ways.items())}")
+    print(f"table of measured choices: {TABLE.path}")
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if not _installed(package)]
         print(f"extra [{extra}]: {'missing ' + ', '.join(missing) if missing else 'installed'}")

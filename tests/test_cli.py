@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastens.cli import main
+from fastens.ops import _choice
 from tests.networks import randomised, unet_2d
 
 
@@ -18,11 +19,18 @@ def folders(tmp_path_factory):
     return [str(root / f"member_{seed}") for seed in range(2)]
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch, tmp_path):
+    choices = {
+        "NVIDIA H200": {"conv": {"a": {"chosen": "grouped"}, "b": {"chosen": "members"}, "c": {"chosen": "members"}}}
+    }
+    (tmp_path / "choices.json").write_text(json.dumps(choices))
+    monkeypatch.setenv("FASTENS_CACHE", str(tmp_path))
+    monkeypatch.setattr(_choice.TABLE, "_content", None)
     main(["info"])
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
     assert "backend reference: available" in printed
+    assert "measured choices of conv on NVIDIA H200: 1 grouped, 2 members" in printed
 
 
 def test_sample_is_reproducible(folders, tmp_path):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,10 +11,23 @@ from fastens.fold.member_tensor import MemberTensor, folds
 from fastens.fold.registry import FoldedLayer, register_layer
 from fastens.fold.rows import NotFoldable
 from fastens.fold.stacks import call_op, stack_of
-from fastens.ops.conv import conv
+from fastens.ops.conv import CHOICE, conv
 
 
-class FoldedConv(FoldedLayer):
+class _Convolves(FoldedLayer):
+    """A layer whose report says which way of convolution it took last."""
+
+    run_by = "not run yet"
+
+    def _conv(self, *arguments: Any) -> Tensor:
+        """``conv`` of all its arguments."""
+        way = CHOICE.choose(arguments, arguments[0].device)
+        if not torch.compiler.is_compiling():
+            self.__dict__["run_by"] = way
+        return conv(*arguments, way=way)
+
+
+class FoldedConv(_Convolves):
     """Convolutions of all members, in one to three dimensions."""
 
     def fold_forward(self, x: Tensor, offsets: Tensor | None, /) -> Tensor:
@@ -28,20 +42,11 @@ class FoldedConv(FoldedLayer):
             padding = (0,) * space
         else:
             padding = self.padding
-        return conv(
-            x,
-            weight,
-            self.stack("bias"),
-            self.stride,
-            padding,
-            self.dilation,
-            groups=self.groups,
-            offsets=offsets,
-            output_padding=(0,) * space,
-        )
+        bias, unpadded = self.stack("bias"), (0,) * space
+        return self._conv(x, weight, bias, self.stride, padding, self.dilation, False, unpadded, self.groups, offsets)
 
 
-class FoldedConvTranspose(FoldedLayer):
+class FoldedConvTranspose(_Convolves):
     """Transposed convolutions of all members, in one to three dimensions."""
 
     def fold_forward(self, x: Tensor, offsets: Tensor | None, /, output_size: list[int] | None = None) -> Tensor:
@@ -53,17 +58,9 @@ class FoldedConvTranspose(FoldedLayer):
         output_padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, space, self.dilation
         )
-        return conv(
-            x,
-            weight,
-            self.stack("bias"),
-            self.stride,
-            self.padding,
-            self.dilation,
-            True,
-            output_padding,
-            self.groups,
-            offsets,
+        bias, groups = self.stack("bias"), self.groups
+        return self._conv(
+            x, weight, bias, self.stride, self.padding, self.dilation, True, output_padding, groups, offsets
         )
 
 

@@ -19,7 +19,7 @@ from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, folded_modules
 from fastens.fold.planned import Plans, can_plan
-from fastens.fold.registry import RawModule
+from fastens.fold.registry import FoldedModule, RawModule
 from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import LayerReport, Report
 
@@ -344,8 +344,8 @@ class FoldEngine:
                 how, why = "folded", ""
             counted = list(module.parameters()) if how == "looped" else [t for t in owned if t is not None]
             number = sum(t.numel() for t in counted) // (1 if how == "shared" else self.num_members)
-            layer = type(module).__mro__[2].__name__
-            layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else "reference", why, number))
+            layer = next(each for each in type(module).__mro__ if not issubclass(each, FoldedModule)).__name__
+            layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else module.run_by, why, number))
         plans = self.plans
         return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
 

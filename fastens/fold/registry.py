@@ -48,6 +48,7 @@ class FoldedModule(nn.Module):
     looped: str | None = None
     batch_dim: int | None = 0
     layout: Any = None
+    run_by: str = "reference"  # the code that runs it, as the report says
 
     def stack(self, name: str) -> Tensor | None:
         """The stack [K, ...] of one of the layer's tensors, none where the layer has none."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastens.ops import _conv_ways
+from fastens.ops._choice import Choice, Way
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import check_rows, check_stack
 from fastens.reference import conv as reference
@@ -12,6 +14,17 @@ _conv = Op(
     "conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "bool transposed, SymInt[] output_padding, SymInt groups, Tensor? offsets=None) -> Tensor",
     reference.conv,
+)
+
+# "members" is one library call per member. On a GPU the faster way is found by measurement.
+CHOICE = Choice(
+    "conv",
+    _conv_ways.key,
+    {
+        "members": Way(_conv.default),
+        "grouped": Way(_conv_ways.grouped, _conv_ways.refuses_grouped),
+        "matmul": Way(_conv_ways.matmul, _conv_ways.refuses_matmul),
+    },
 )
 
 
@@ -26,6 +39,8 @@ def conv(
     output_padding: Sequence[int] = (0, 0),
     groups: int = 1,
     offsets: Tensor | None = None,
+    *,
+    way: str = "auto",
 ) -> Tensor:
     """Convolve each member's rows with its own kernels.
 
@@ -40,12 +55,14 @@ def conv(
         output_padding: extra size on one side of a transposed convolution's output.
         groups: blocks of channels within each member.
         offsets: int64 [K+1], the first row of each member's group and R; none for K equal groups.
+        way: the library calls that compute it, a name in ``CHOICE.ways``; ``"auto"`` takes what measures best.
 
     Returns:
         [R, C_out, *space'].
 
     Raises:
-        ValueError: rows that cannot be dealt out to the members, or parameter shapes that do not fit.
+        ValueError: rows that cannot be dealt out to the members, or parameter shapes that do not fit; a way
+            that is unknown or does not take these arguments.
     """
     if weight.ndim != x.ndim + 1:
         raise ValueError(f"conv: weight is {list(weight.shape)} and x {list(x.shape)}, expected a member axis more")
@@ -55,4 +72,5 @@ def conv(
     if x.shape[1] != channels_in:
         raise ValueError(f"conv: x has {x.shape[1]} channels, weight expects {channels_in}")
     check_stack("conv", "bias", bias, (weight.shape[0], channels_out))
-    return _conv.default(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, offsets)
+    arguments = (x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, offsets)
+    return CHOICE.ways[CHOICE.choose(arguments, x.device, way)].run(*arguments)

@@ -1,0 +1,261 @@
+"""Several ways to compute one op, and the choice among them: measured once per shape, dtype and device, then looked up.
+
+A table of measurements is JSON: device -> op -> key -> entry, an entry being
+``{"chosen": way, "seconds": {way: median}, "failed": {way: why}, "torch": version}``. Tables that the package ships
+(``fastens/ops/measured/*.json``) are read first; what is measured here is added to the user's, ``choices.json`` in
+``$FASTENS_CACHE`` (by default ``$XDG_CACHE_HOME/fastens``), and wins over them. ``FASTENS_CHOOSE="conv=grouped"``
+forces a way wherever it can be taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.ops._clock import clock as device_clock
+
+Entry = dict[str, Any]
+ROUNDS = 5  # interleaved rounds of a measurement
+MARGIN = 0.03  # another way must be this much faster than the default, or noise would choose
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # with TF32 products
+SHIPPED = pathlib.Path(__file__).resolve().parent / "measured"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute an op.
+
+    Attributes:
+        run: called with the op's arguments.
+        refuses: called with the op's arguments; why this way cannot take them, or none.
+    """
+
+    run: Callable[..., Tensor]
+    refuses: Callable[..., str | None] = lambda *_: None
+
+
+class Table:
+    """Measurements by device, op and key, kept in a file that several processes may add to.
+
+    Args:
+        path: the file; none for :func:`user_table`, established at the first use.
+        shipped: folder of tables that are only read.
+    """
+
+    def __init__(self, path: pathlib.Path | None = None, shipped: pathlib.Path = SHIPPED) -> None:
+        self._path = path
+        self._shipped = shipped
+        self._content: dict[str, dict[str, dict[str, Entry]]] | None = None
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file that measurements are added to."""
+        return self._path or user_table()
+
+    @property
+    def content(self) -> dict[str, dict[str, dict[str, Entry]]]:
+        """All that is known: device -> op -> key -> entry."""
+        if self._content is None:
+            self._content = {}
+            for path in (*sorted(self._shipped.glob("*.json")), self.path):
+                _merge(self._content, _read(path))
+        return self._content
+
+    def find(self, device: str, op: str, key: str) -> Entry | None:
+        """Return what was measured, or none."""
+        return self.content.get(device, {}).get(op, {}).get(key)
+
+    def add(self, device: str, op: str, key: str, entry: Entry) -> None:
+        """Keep a measurement, in the file too where that can be written; what others wrote there meanwhile stays."""
+        added = {device: {op: {key: entry}}}
+        _merge(self.content, added)
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stored = _read(self.path)
+            _merge(stored, added)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
+                json.dump(stored, file, indent=1, sort_keys=True)
+            os.replace(file.name, self.path)
+
+    def summary(self) -> dict[tuple[str, str], dict[str, int]]:
+        """How often each way was chosen: (device, op) -> way -> number of keys."""
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        for device, ops in self.content.items():
+            for op, entries in ops.items():
+                chosen = [entry["chosen"] for entry in entries.values()]
+                counts[device, op] = {way: chosen.count(way) for way in sorted(set(chosen))}
+        return counts
+
+
+TABLE = Table()
+
+
+class Choice:
+    """The ways of one op. The first takes all arguments and is the default where nothing can be measured.
+
+    Args:
+        op: name of the op.
+        key: called with the op's arguments; a string that says everything that their speed depends on but the device.
+        ways: by name, the default first; more may be added.
+        table: where measurements are kept.
+        clock: called with a function and a device, it returns what times one call of the function, in seconds.
+        devices: device types on which the choice is measured; elsewhere the default is taken.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        key: Callable[..., str],
+        ways: dict[str, Way],
+        *,
+        table: Table = TABLE,
+        clock: Callable[[Callable[[], Any], torch.device], Callable[[], float]] = device_clock,
+        devices: Sequence[str] = ("cuda",),
+    ) -> None:
+        self.op = op
+        self.key = key
+        self.ways = ways
+        self.default = next(iter(ways))
+        self.table = table
+        self.clock = clock
+        self.devices = tuple(devices)
+        self._known: dict[Any, str] = {}
+        CHOICES[op] = self
+
+    def choose(self, arguments: Sequence[Any], device: torch.device, way: str = "auto") -> str:
+        """Return the name of the way to take.
+
+        In order: ``way`` where it names one, ``$FASTENS_CHOOSE`` where that way takes the arguments, the table, a
+        measurement. Where none can be made (another device, a compiler or a transform at work, a graph being recorded,
+        a derivative wanted), it is the default.
+
+        Raises:
+            ValueError: ``way`` is unknown, or does not take these arguments.
+        """
+        if way != "auto":
+            if way not in self.ways:
+                raise ValueError(f"{self.op}: way {way!r} is unknown, expected 'auto' or one of {', '.join(self.ways)}")
+            why = self.ways[way].refuses(*arguments)
+            if why is not None:
+                raise ValueError(f"{self.op}: {way!r} does not take these arguments: {why}")
+            return way
+        if torch.compiler.is_compiling():
+            return self.default
+        forced = _forced(os.environ.get("FASTENS_CHOOSE", "")).get(self.op)
+        if forced in self.ways:
+            return forced if self.ways[forced].refuses(*arguments) is None else self.default
+        if device.type not in self.devices:
+            return self.default
+        identity = (device, self.key(*arguments))
+        known = self._known.get(identity)
+        if known is None:
+            entry = self.table.find(device_name(device), self.op, identity[1])
+            if entry is None and not _can_measure():
+                return self.default
+            entry = entry or self.measure(arguments, device)
+            # a shipped table may name a way that this installation lacks
+            fits = entry["chosen"] in self.ways and self.ways[entry["chosen"]].refuses(*arguments) is None
+            known = self._known[identity] = entry["chosen"] if fits else self.default
+        return known
+
+    def measure(self, arguments: Sequence[Any], device: torch.device) -> Entry:
+        """Time every way that takes the arguments and agrees with the default; add the result to the table."""
+        expected = self.ways[self.default].run(*arguments)
+        clocks: dict[str, Callable[[], float]] = {}
+        failed: dict[str, str] = {}
+        for name, way in self.ways.items():
+            if way.refuses(*arguments) is not None:
+                continue
+            try:
+                why = _disagreement(way.run(*arguments), expected)
+                if why is None:
+                    clocks[name] = self.clock(functools.partial(way.run, *arguments), device)
+            except (RuntimeError, ValueError) as error:
+                why = f"{type(error).__name__}: {error}"[:200]
+            if why is not None:
+                failed[name] = why
+        seconds: dict[str, list[float]] = {name: [] for name in clocks}
+        for _ in range(ROUNDS if len(clocks) > 1 else 0):
+            for name, time in clocks.items():
+                seconds[name].append(time())
+        medians = {name: statistics.median(values) for name, values in seconds.items() if values}
+        best = min(medians, key=lambda name: medians[name], default=self.default)
+        if self.default in medians and medians[best] > (1 - MARGIN) * medians[self.default]:
+            best = self.default
+        entry = {"chosen": best, "seconds": medians, "failed": failed, "torch": torch.__version__}
+        self.table.add(device_name(device), self.op, self.key(*arguments), entry)
+        return entry
+
+    def forget(self) -> None:
+        """Look choices up again, after the table was changed."""
+        self._known.clear()
+
+
+CHOICES: dict[str, Choice] = {}
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The name that measurements on this device are kept under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def user_table() -> pathlib.Path:
+    """The file of the user's measurements."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("FASTENS_CACHE") or pathlib.Path(cache) / "fastens") / "choices.json"
+
+
+@functools.lru_cache(maxsize=8)
+def _forced(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    return {op.strip(): way.strip() for op, _, way in pairs}
+
+
+def _can_measure() -> bool:
+    """Whether timing makes sense now: real tensors, no derivative, no transform, no recording."""
+    return (
+        not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _disagreement(actual: Tensor, expected: Tensor) -> str | None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return f"gives {actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
+    if expected.numel() == 0:
+        return None
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
+        return "is finite where the default is not, or the other way round"
+    scale = expected.where(finite, 0).double().abs().max().clamp_min(1e-30)
+    error = float((actual.double() - expected.double()).where(finite, 0).abs().max() / scale)
+    return None if error <= AGREEMENT.get(expected.dtype, 0.0) else f"relative error {error:.1e}"
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """A table, empty where there is none or it is damaged: it can be measured again."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for device, ops in other.items():
+        for op, entries in ops.items():
+            into.setdefault(device, {}).setdefault(op, {}).update(entries)
