@@ -144,7 +144,7 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
     fixed = _fixed(first, tensors)
     stacks: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stack = torch.empty((num_members, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        stack = _empty_stack(num_members, tensor)
         stack[0].copy_(tensor.detach())
         stacks[name] = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
     for k in range(1, num_members):
@@ -162,6 +162,14 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
         shared = stacks[name].data[0].clone()
         stacks[name] = nn.Parameter(shared, False) if isinstance(stacks[name], nn.Parameter) else shared
     return skeleton, stacks, frozenset(fixed)
+
+
+def _empty_stack(num_members: int, like: Tensor) -> Tensor:
+    """Memory [K, ...] for K of these; kernels of a convolution in the layout that they have, which its speed is of."""
+    if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+        outputs, inputs, *taps = like.shape
+        return torch.empty(num_members, outputs, *taps, inputs, dtype=like.dtype, device=like.device).movedim(-1, 2)
+    return torch.empty((num_members, *like.shape), dtype=like.dtype, device=like.device)
 
 
 def _fixed(member: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
