@@ -164,12 +164,12 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
     return skeleton, stacks, frozenset(fixed)
 
 
-def _empty_stack(num_members: int, like: Tensor) -> Tensor:
-    """Memory [K, ...] for K of these; kernels of a convolution in the layout that they have, which its speed is of."""
-    if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
-        outputs, inputs, *taps = like.shape
-        return torch.empty(num_members, outputs, *taps, inputs, dtype=like.dtype, device=like.device).movedim(-1, 2)
-    return torch.empty((num_members, *like.shape), dtype=like.dtype, device=like.device)
+def _empty_stack(num_members: int, tensor: Tensor) -> Tensor:
+    """Memory for [K, ...]. Kernels in ``channels_last`` stay so: a GPU's library would rearrange them in every call."""
+    shape, like = tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty((num_members, shape[0], *shape[2:], shape[1]), **like).movedim(-1, 2)
+    return torch.empty((num_members, *shape), **like)
 
 
 def _fixed(member: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
