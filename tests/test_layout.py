@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
-    {"ratios"},
-    {"demo", "interop", "evaluation", "tabular"},
+    {"ratios", "tune"},
+    {"demo", "interop", "evaluation", "tabular", "samplers"},
     {"training"},
     {"checkpoints"},
     {"ensemble", "dropout", "draws", "adaptive", "aggregation", "parameterisation", "outputs", "laplace", "schemes"},
