@@ -99,12 +99,23 @@ def _info(_: argparse.Namespace) -> None:
     print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
     for name, state in fastens.backends().items():
         print(f"backend {name}: {state}")
+    print(f"plans: {_plans()}")
     for (device, op), ways in TABLE.summary().items():
         print(f"measured choices of {op} on {device}: {', '.join(f'{n} {way}' for way, n in ways.items())}")
     print(f"table of measured choices: {TABLE.path}")
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if not _installed(package)]
         print(f"extra [{extra}]: {'missing ' + ', '.join(missing) if missing else 'installed'}")
+
+
+def _plans() -> str:
+    from fastens.ops.run_program import available, describe_target, target
+
+    try:
+        return f"run on {describe_target(target())}" if available() else "none, for want of the native library"
+    except RuntimeError as error:  # of C++: what it says comes behind the place in the source
+        name = "FASTENS_CPU_TARGET"
+        return f"none; {name}{str(error).partition(name)[2].splitlines()[0]}"
 
 
 def _installed(package: str) -> bool:

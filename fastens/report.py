@@ -6,6 +6,7 @@ import torch
 
 from fastens import _native
 from fastens.ops._dispatch import missing_triton
+from fastens.ops.run_program import describe_target, target
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Report:
             operations by name.
         why_no_plan: why the last signature without one has none; empty where none was refused.
         plan_bytes: memory of packed weights and arenas.
+        target: the instruction set that plans run on.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class Report:
     plans: list[dict[str, int]] = field(default_factory=list)
     why_no_plan: str = ""
     plan_bytes: int = 0
+    target: str = field(default_factory=target)
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -65,6 +68,7 @@ class Report:
         for plan in self.plans:
             lines.append(f"  plan: {', '.join(f'{count} {kind}' for kind, count in plan.items())}")
         if self.plans:
+            lines.append(f"  plans run on {describe_target(self.target)}")
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
         if self.why_no_plan:
             lines.append(f"  not planned: {self.why_no_plan}")

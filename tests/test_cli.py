@@ -1,6 +1,9 @@
 """The command line, as a user types it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from fastens.cli import main
 from fastens.ops import _choice
+from fastens.ops.run_program import target
 from tests.networks import randomised, unet_2d
 
 
@@ -31,6 +35,15 @@ def test_info(capsys, monkeypatch, tmp_path):
     assert f"torch {torch.__version__}" in printed
     assert "backend reference: available" in printed
     assert "measured choices of conv on NVIDIA H200: 1 grouped, 2 members" in printed
+    assert f"plans: run on {target()}; bfloat16 is" in printed or "plans: none" in printed
+
+
+@pytest.mark.skipif(not target(), reason="no compiled library")
+def test_info_names_a_target_that_is_not_there():
+    command = [sys.executable, "-m", "fastens", "info"]
+    environment = {**os.environ, "FASTENS_CPU_TARGET": "avx1024"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "plans: none; FASTENS_CPU_TARGET: 'avx1024' is no target of this build, which has" in result.stdout
 
 
 def test_sample_is_reproducible(folders, tmp_path):

@@ -24,8 +24,9 @@ struct alignas(64) Counter {
 // left of the others', and goes on when all are done; so a thread that comes late, or never, delays nobody.
 class Execution {
  public:
-  Execution(const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads)
-      : program_(program),
+  Execution(const Target& target, const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads)
+      : runs_(target.runs),
+        program_(program),
         num_steps_(num_steps),
         slots_(slots),
         num_threads_(num_threads),
@@ -55,7 +56,7 @@ class Execution {
   }
 
  private:
-  const baseline::Run* runs_ = kernels();
+  const baseline::Run* runs_;
   const int64_t* program_;
   int64_t num_steps_;
   const Slots& slots_;
@@ -73,18 +74,30 @@ void run_program(Tensor program, Tensor weights, Tensor arena, std::vector<Tenso
   for (const Tensor& tensor : inputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
   for (const Tensor& tensor : outputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
   const int64_t* const steps = static_cast<const int64_t*>(program.data_ptr());
+  const Target& target = *chosen_target().load();
   for (int64_t s = 0; s < program.size(0); ++s) {
-    STD_TORCH_CHECK(steps[s * kStepWidth] > 0 && steps[s * kStepWidth] < kKinds, "run_program: step ", s,
-                    " is of no known kind");
+    const int64_t* const step = steps + s * kStepWidth;
+    STD_TORCH_CHECK(step[0] > 0 && step[0] < kKinds, "run_program: step ", s, " is of no known kind");
+    STD_TORCH_CHECK(target.bfloat16 || step[0] != static_cast<int64_t>(Kind::kConv) || !as<Conv>(step).bfloat16,
+                    "run_program: step ", s, " multiplies bfloat16, which the target ", target.name, " does not");
   }
   const Slots slots{bases.data()};
-  Execution execution(steps, program.size(0), slots, num_threads);
+  Execution execution(target, steps, program.size(0), slots, num_threads);
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) execution.work(thread);
   });
+}
+
+// Sets the target of a name, where that is not empty; returns the name of what steps run on.
+std::string cpu_target(std::string name) {
+  if (!name.empty()) chosen_target() = &find_target(name);
+  return chosen_target().load()->name;
 }
 
 }  // namespace
 }  // namespace fastens
 
 STABLE_TORCH_LIBRARY_IMPL(fastens, CPU, m) { m.impl("_run_program_native", TORCH_BOX(&fastens::run_program)); }
+STABLE_TORCH_LIBRARY_IMPL(fastens, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_target_native", TORCH_BOX(&fastens::cpu_target));
+}

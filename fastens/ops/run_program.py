@@ -1,4 +1,8 @@
-"""Running the program of a folded pass."""
+"""Running the program of a folded pass, and the instruction set that its kernels use."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,11 +14,51 @@ LIBRARY.define(
     "_run_program_native(Tensor program, Tensor weights, Tensor(a!) arena, Tensor[] inputs, Tensor(b!)[] outputs, "
     "int num_threads) -> ()"
 )
+LIBRARY.define("_cpu_target_native(str name) -> str")
+TARGETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # the best first
 
 
+@functools.cache
 def available() -> bool:
-    """Whether the compiled library is there, without which no program runs."""
-    return _native.has_kernel("_run_program_native")
+    """Whether the compiled library is there, without which no program runs.
+
+    Raises:
+        RuntimeError: ``FASTENS_CPU_TARGET`` names a target that this processor or build does not have.
+    """
+    return bool(target())
+
+
+def target() -> str:
+    """The instruction set that programs run on: one of ``TARGETS``, empty without the compiled library.
+
+    It is the best one of this processor, or the one that the environment variable ``FASTENS_CPU_TARGET`` named when
+    the first program ran. Only ``avx512_bf16`` multiplies bfloat16.
+
+    Raises:
+        RuntimeError: as :func:`available`.
+    """
+    return torch.ops.fastens._cpu_target_native("") if _native.has_kernel("_run_program_native") else ""
+
+
+def describe_target(name: str) -> str:
+    """What a target means for float32 and bfloat16 networks, in a line."""
+    products = "multiplied as such, summed in float32" if name == "avx512_bf16" else "multiplied in float32"
+    return f"{name}; bfloat16 is {products}"
+
+
+@contextmanager
+def forced_target(name: str) -> Iterator[None]:
+    """Run programs of the whole process on another target, as tests do; plans made before may not suit it.
+
+    Raises:
+        RuntimeError: this processor or build does not have it.
+    """
+    before = target()
+    torch.ops.fastens._cpu_target_native(name)
+    try:
+        yield
+    finally:
+        torch.ops.fastens._cpu_target_native(before)
 
 
 def run_program(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
+from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter, collect_leaves
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
 from fastens.plan.memory import At
@@ -111,6 +113,9 @@ def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: flo
             return False
         opcode, number = Opcode.MULTIPLY, 1 / number
     if opcode is Opcode.MULTIPLY:
+        ordinary = partial(express, emitter, out, Opcode.MULTIPLY_NUMBER, (x,), number)
+        if kept_scores(emitter, x, out, number, ordinary):
+            return True
         if number == 1.0 and x.size == out.size and x.stride == out.stride:
             value = emitter.values.get(x.storage)
             if value is not None and emitter.uses[x.storage] == 1 and x.offset == 0 and _moved(value, x, out):
@@ -255,12 +260,18 @@ def copy(emitter: Emitter, node: Node) -> bool:
     x, out = node.args[0], node.outs[0]
     if out.dtype not in FLOATS or x.dtype not in steps.DTYPES:
         return False
+    if kept_scores(emitter, x, out, 1.0, partial(_copied, emitter, x, out)):
+        return True
+    _copied(emitter, x, out)
+    return True
+
+
+def _copied(emitter: Emitter, x: Ref, out: Ref) -> None:
     value = emitter.values.get(x.storage)
     if isinstance(value, Expression) and same_view(value.ref, x) and emitter.uses[x.storage] == 1:
         emitter.values[out.storage] = Expression(out, value.root)
     else:
         emitter.values[out.storage] = Expression(out, Leaf(x))
-    return True
 
 
 @lowers("aten.repeat")

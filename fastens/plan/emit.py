@@ -26,6 +26,7 @@ from fastens.plan.values import (
     Padded,
     Pixels,
     Runs,
+    Scores,
     Source,
     Stored,
     Value,
@@ -152,7 +153,7 @@ class Emitter:
     def source(self, pixels: Pixels) -> Source:
         """How a step can read these pixels: from memory, or computed on the way."""
         value = self.values.get(pixels.ref.storage)
-        if value is None or isinstance(value, Stored | Convolved | Expression | Padded):
+        if value is None or isinstance(value, Stored | Convolved | Expression | Padded | Scores):
             return Source([pixels])
         if not value.pixels.same_place(pixels):
             self.stored(pixels.ref)
@@ -258,6 +259,9 @@ class Emitter:
     def _store(self, storage: int, value: Value) -> Stored:
         if isinstance(value, Stored):
             return value
+        if isinstance(value, Scores):
+            value.compute()
+            return self._store(storage, self.values[storage])
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
         place = Stored(At(self.buffer(ref.span)))
         self._write(value, place.at)

@@ -17,7 +17,6 @@ from fastens.plan.values import (
     pixels_of,
 )
 from fastens.program import steps
-from fastens.program.steps import Heads
 
 # Convolutions and linear layers
 
@@ -138,47 +137,6 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     )
     emitter.add(step)
     emitter.values[out.ref.storage] = Stored(buffer)
-    return True
-
-
-# Attention
-
-
-@lowers("aten._scaled_dot_product_flash_attention_for_cpu")
-def attention(emitter: Emitter, node: Node) -> bool:
-    """Attention without mask, heads in dimension 1."""
-    q, k, v = node.args[:3]
-    masked = argument(node, 5, "attn_mask") is not None or argument(node, 4, "is_causal", False)
-    out = node.outs[0]
-    if masked or any(len(r.size) != 4 or r.stride[3] != 1 or r.dtype not in FLOATS for r in (q, k, v, out)):
-        return False
-    if emitter.uses[node.outs[1].storage] or not out.numel:
-        return False
-    heads = []
-    for ref in (q, k, v):
-        if emitter.constant(ref) is not None or not emitter.is_wide(ref):
-            return False
-        heads.append(Heads(emitter.stored(ref), ref.stride[0], ref.stride[1], ref.stride[2]))  # pyright: ignore[reportArgumentType]
-    place = At(emitter.buffer(out.span))
-    emitter.values[out.storage] = Stored(place)
-    rows, count, queries, width = q.size
-    chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
-    scale = argument(node, 6, "scale")
-    emitter.add(
-        steps.Attention(
-            rows,
-            count,
-            queries,
-            k.size[2],
-            width,
-            v.size[3],
-            chunk,
-            *heads,
-            Heads(place, out.stride[0], out.stride[1], out.stride[2]),  # pyright: ignore[reportArgumentType]
-            float(width**-0.5 if scale is None else scale),
-            tasks=rows * count * -(-queries // chunk),
-        )
-    )
     return True
 
 

@@ -13,11 +13,13 @@ from fastens.plan.memory import At
 from fastens.plan.record import Node, NotLowerable, Ref, mapped
 from fastens.plan.values import (
     Convolved,
+    Expression,
     Leaf,
     Pixels,
     Stored,
     pixels_of,
 )
+from fastens.plan.views import origin
 from fastens.program import steps
 
 Handler = Callable[[Emitter, Node], bool]
@@ -76,8 +78,13 @@ def image_pixels(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels | None:
     """A tensor as images; one with the channels elsewhere is copied into that layout first."""
     if ref.dtype not in FLOATS:
         return None
-    pixels = pixels_of(ref, channel_dim)
     value = emitter.values.get(ref.storage)
+    if isinstance(value, Expression):
+        seen = origin(emitter, ref).simple()
+        direct = None if seen is None or seen.storage == ref.storage else pixels_of(seen, channel_dim)
+        if direct is not None and emitter.constant(direct.ref) is None and emitter.is_wide(direct.ref):
+            return direct
+    pixels = pixels_of(ref, channel_dim)
     inside = not (isinstance(value, Stored) and isinstance(value.at.where, int))
     if pixels is not None and (inside or ref.dtype == torch.float32):
         return pixels

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fastens.ops.run_program import target
 from fastens.program import steps
 
 
-@cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has products of bfloat16 that the native library uses."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    """Whether programs run on an instruction set with products of bfloat16."""
+    return target() == "avx512_bf16"
 
 
 def packed_size(shape: tuple[int, ...], pairs: bool = False) -> int:

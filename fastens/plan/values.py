@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from fastens.plan.memory import At
@@ -180,6 +181,18 @@ class Expression:
 
 
 @dataclasses.dataclass
+class Scores:
+    """Products q k^T [N, Q, K] times a number, and perhaps their softmax over the keys, for attention to take."""
+
+    ref: Ref
+    q: Ref  # [N, Q, D]
+    k: Ref  # [N, K, D]
+    scale: float
+    softmax: bool
+    compute: Callable[[], None]  # makes them an ordinary value, where something else than attention wants them
+
+
+@dataclasses.dataclass
 class Source:
     """What a step reads: up to two images, enlarged, then normalised, then activated."""
 
@@ -189,5 +202,5 @@ class Source:
     activation: Activation = Activation.NONE
 
 
-Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression
+Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression | Scores
 Value = Stored | Lazy

@@ -98,12 +98,13 @@ class Strided:
 
 @dataclasses.dataclass
 class Heads:
-    """Tokens of the heads of the rows; the width of a head is contiguous."""
+    """Tokens of the heads of the rows: element strides."""
 
     at: int = NONE
     row: int = 0
     head: int = 0
     token: int = 0
+    channel: int = 1
 
 
 @dataclasses.dataclass

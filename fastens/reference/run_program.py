@@ -163,7 +163,7 @@ def _layer_norm(step: steps.LayerNorm, memory: _Memory) -> None:
 
 def _attention(step: steps.Attention, memory: _Memory) -> None:
     def view(heads: steps.Heads, tokens: int, width: int) -> Tensor:
-        size, stride = (step.rows, step.heads, tokens, width), (heads.row, heads.head, heads.token, 1)
+        size, stride = (step.rows, step.heads, tokens, width), (heads.row, heads.head, heads.token, heads.channel)
         return memory.view(heads.at, size, stride)
 
     q, k = view(step.q, step.queries, step.width).double(), view(step.k, step.keys, step.width).double()

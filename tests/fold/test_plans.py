@@ -9,6 +9,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
+from fastens.ops.run_program import target
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
@@ -108,6 +109,14 @@ def test_a_residual_block_is_two_convolutions_and_two_norms():
     blocks = 7  # of the network: each two convolutions, two norms, one projection of the time embedding
     assert plan["Norm"] == 2 * blocks + 3
     assert not [kind for kind in plan if kind.startswith(("aten.silu", "aten.add", "aten.cat", "aten.convolution"))]
+
+
+def test_the_report_tells_what_plans_are():
+    ensemble, _ = planned_unet()
+    report = ensemble.report()
+    assert report.target == target()
+    assert f"plans run on {target()}; bfloat16 is multiplied" in str(report)
+    assert report.plan_bytes > sum(p.numel() * 4 for p in ensemble.parameters())
 
 
 def test_results_are_the_callers():

@@ -64,9 +64,17 @@ class Memory:
         view = self.room(rows, channels, height, width, stride=(y * (height + 1), 1, y, x))
         return Image(view.at, view.stride[0], y, x, channels, rows), view
 
-    def heads(self, x):
-        """Put [R, heads, tokens, width] token by token, as a projection leaves them; return the Heads."""
+    def heads(self, x, channels_first=False):
+        """Put [R, heads, tokens, width] token by token, as a projection leaves them, or else channel by channel.
+
+        Returns:
+            The Heads.
+        """
         rows, heads, tokens, width = x.shape
+        if channels_first:
+            wide = torch.full((rows, heads, width, tokens + 3), torch.nan)
+            wide[..., :tokens] = x.transpose(2, 3)
+            return Heads(self.put(wide), *wide.stride()[:2], 1, tokens + 3)
         token = heads * width + 3
         wide = torch.full((rows, tokens, token), torch.nan)
         wide[..., : heads * width] = x.transpose(1, 2).reshape(rows, tokens, heads * width)

@@ -218,14 +218,16 @@ def test_a_bad_token_of_a_layer_norm_stays_alone(value):
     assert torch.equal(bad, clean)
 
 
-def check_attention(q, k, v, *, scale=None, query_chunk=4, num_threads=1):
-    """Run attention over [R, heads, tokens, width]; return its result."""
+def check_attention(q, k, v, *, scale=None, query_chunk=4, num_threads=1, channels_first=()):
+    """Run attention over [R, heads, tokens, width], those of `channels_first` laid out so; return its result."""
     memory = Memory()
     rows, heads, queries, width = q.shape
     keys, value_width = v.shape[2:]
     scale = width**-0.5 if scale is None else scale
     token = heads * value_width + 1
     stride = ((queries + 1) * token, value_width, token, 1)
+    if "out" in channels_first:
+        stride = (heads * value_width * (queries + 3), value_width * (queries + 3), 1, queries + 3)
     view = memory.room(rows, heads, queries, value_width, stride=stride)
     step = steps.Attention(
         rows,
@@ -235,10 +237,10 @@ def check_attention(q, k, v, *, scale=None, query_chunk=4, num_threads=1):
         width,
         value_width,
         query_chunk,
-        memory.heads(q),
-        memory.heads(k),
-        memory.heads(v),
-        steps.Heads(view.at, stride[0], stride[1], stride[2]),
+        memory.heads(q, "q" in channels_first),
+        memory.heads(k, "k" in channels_first),
+        memory.heads(v, "v" in channels_first),
+        steps.Heads(view.at, *stride),
         scale,
         tasks=rows * heads * -(-queries // query_chunk),
     )
@@ -260,6 +262,14 @@ def test_attention(keys, width, value_width, queries):
 def test_attention_cuts(query_chunk, num_threads):
     q, k, v = random(2, 3, 13, 16), random(2, 3, 20, 16, seed=1), random(2, 3, 20, 16, seed=2)
     check_attention(q, k, v, query_chunk=query_chunk, num_threads=num_threads)
+
+
+@pytest.mark.parametrize("channels_first", ["q", "k", "v", "out", ("q", "k", "v", "out")], ids="".join)
+@pytest.mark.parametrize("keys", [5, 16, 77])
+def test_attention_of_channels_before_tokens(channels_first, keys):
+    q, k, v = random(2, 3, 13, 24), random(2, 3, keys, 24, seed=1), random(2, 3, keys, 37, seed=2)
+    actual = check_attention(q, k, v, channels_first=channels_first, num_threads=2)
+    assert torch.equal(actual, check_attention(q, k, v))
 
 
 def test_attention_over_many_keys():

@@ -38,6 +38,36 @@ FASTENS_INLINE void attention_weights(const float* const* q, const float* keys, 
   }
 }
 
+// Brings what one row and head has of keys and values into vectors: the keys transposed, [width, padded keys], so that
+// scores come a vector of keys at a time; the values filled up to whole vectors, [keys, padded width].
+FASTENS_INLINE void bring(const Attention& step, const Slots& slots, int64_t row, int64_t head, int64_t padded_keys,
+                          int64_t padded_width, float* keys, float* values) {
+  const float* const k = token(slots, step.k, row, head, 0);
+  const float* const v = token(slots, step.v, row, head, 0);
+  if (step.k.token == 1) {
+    for (int64_t d = 0; d < step.width; ++d) {
+      std::memcpy(keys + d * padded_keys, k + d * step.k.channel, step.keys * sizeof(float));
+    }
+  } else {
+    for (int64_t t = 0; t < step.keys; ++t) {
+      for (int64_t d = 0; d < step.width; ++d) keys[d * padded_keys + t] = k[t * step.k.token + d * step.k.channel];
+    }
+  }
+  for (int64_t d = 0; d < step.width; ++d) {
+    for (int64_t t = step.keys; t < padded_keys; ++t) keys[d * padded_keys + t] = 0;
+  }
+  for (int64_t t = 0; t < step.keys; ++t) {
+    const float* const from = v + t * step.v.token;
+    float* const to = values + t * padded_width;
+    if (step.v.channel == 1) {
+      for (int64_t d = 0; d < padded_width; d += kLanes) store(to + d, load_some(from + d, step.value_width - d));
+    } else {
+      for (int64_t d = 0; d < step.value_width; ++d) to[d] = from[d * step.v.channel];
+      for (int64_t d = step.value_width; d < padded_width; ++d) to[d] = 0;
+    }
+  }
+}
+
 FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int64_t index, Scratch& scratch) {
   constexpr int kQueries = 8;
   const int64_t chunks = (step.queries + step.query_chunk - 1) / step.query_chunk;
@@ -45,26 +75,22 @@ FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int
   const int64_t begin = chunk * step.query_chunk, end = std::min(step.queries, begin + step.query_chunk);
   const int64_t num_keys = step.keys, padded_keys = (num_keys + kLanes - 1) / kLanes * kLanes, width = step.width;
   const int64_t padded_width = (step.value_width + kLanes - 1) / kLanes * kLanes;
-  // the keys transposed, [width, keys], so that scores come a vector of keys at a time; the values filled up to vectors
-  float* const keys = Scratch::floats(scratch.patch, (width + kQueries) * padded_keys + num_keys * padded_width);
+  float* const keys =
+      Scratch::floats(scratch.patch, (width + kQueries) * padded_keys + num_keys * padded_width + kQueries * width);
   float* const scores = keys + width * padded_keys;
   float* const values = scores + kQueries * padded_keys;
-  for (int64_t t = 0; t < num_keys; ++t) {
-    const float* const k = token(slots, step.k, row, head, t);
-    for (int64_t d = 0; d < width; ++d) keys[d * padded_keys + t] = k[d];
-    const float* const v = token(slots, step.v, row, head, t);
-    for (int64_t d = 0; d < padded_width; d += kLanes) {
-      store(values + t * padded_width + d, load_some(v + d, step.value_width - d));
-    }
-  }
-  for (int64_t d = 0; d < width; ++d) {
-    for (int64_t t = num_keys; t < padded_keys; ++t) keys[d * padded_keys + t] = 0;
-  }
+  float* const queries = values + num_keys * padded_width;
+  bring(step, slots, row, head, padded_keys, padded_width, keys, values);
   const float scale = static_cast<float>(step.scale);
   for (int64_t i = begin; i < end; i += kQueries) {
     const float* q[kQueries];
     float inverse[kQueries];
-    for (int n = 0; n < kQueries; ++n) q[n] = token(slots, step.q, row, head, std::min(i + n, end - 1));
+    for (int n = 0; n < kQueries; ++n) {
+      q[n] = token(slots, step.q, row, head, std::min(i + n, end - 1));
+      if (step.q.channel == 1) continue;
+      for (int64_t d = 0; d < width; ++d) queries[n * width + d] = q[n][d * step.q.channel];
+      q[n] = queries + n * width;
+    }
     attention_weights<kQueries>(q, keys, num_keys, padded_keys, width, scale, scores, inverse);
     for (int64_t d = 0; d < step.value_width; d += kLanes) {
       Vector acc[kQueries] = {};
@@ -75,7 +101,13 @@ FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int
       }
       for (int n = 0; n < kQueries && i + n < end; ++n) {
         float* const out = const_cast<float*>(token(slots, step.out, row, head, i + n));
-        store_some(out + d, acc[n] * inverse[n], step.value_width - d);
+        const Vector result = acc[n] * inverse[n];
+        if (step.out.channel == 1) {
+          store_some(out + d, result, step.value_width - d);
+        } else {
+          const int64_t lanes = std::min<int64_t>(kLanes, step.value_width - d);
+          for (int64_t l = 0; l < lanes; ++l) out[(d + l) * step.out.channel] = result[l];
+        }
       }
     }
   }

@@ -135,7 +135,7 @@ struct LayerNorm {
 
 struct Heads {
   Address at;
-  int64_t row, head, token;  // the width of a head is contiguous
+  int64_t row, head, token, channel;
 };
 
 // softmax(scale q k^T) v
