@@ -57,7 +57,9 @@ class FoldEngine:
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
         # signature, and whether it takes several passes -> leaves that only look like the batch
         self._checked: dict[Any, frozenset[int]] = {}
-        time_first = (path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False)
+        time_first = (
+            path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False
+        )
         self._time_first = next(time_first, None)
         self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
