@@ -61,6 +61,7 @@ class FoldEngine:
             path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False
         )
         self._time_first = next(time_first, None)
+        self._called = False  # apart from _checked, whose keys torch 2.11 cannot trace
         self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def member(self, k: int) -> nn.Module:
@@ -155,7 +156,7 @@ class FoldEngine:
     ) -> frozenset[int]:
         """The leaves that only look like the batch, from the first eager pass of this signature."""
         if torch.compiler.is_compiling() or _capturing():
-            if self._time_first and not self._checked and self.num_members > 1:
+            if self._time_first and not self._called and self.num_members > 1:
                 raise RuntimeError(
                     f"{self._time_first!r} takes time before batch, and where the batch is in the layers around it is "
                     "found in the first call. Call the ensemble once before it is compiled, exported or captured"
@@ -167,6 +168,7 @@ class FoldEngine:
         if found is None:
             found = self._first(args, kwargs, training, kind)
             self._checked[key, self.cap.rows(key, total) < total] = found
+            self._called = True
         return found
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
