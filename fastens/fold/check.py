@@ -136,8 +136,7 @@ def establishing(network: nn.Module, recording: Recording, rows: int, batch: int
             if dims is None:
                 return
             if isinstance(module, FoldedLayer):
-                first = pytree.tree_leaves((args, kwargs))[0]
-                if dims and isinstance(first, Tensor):
+                if dims and isinstance(pytree.tree_leaves((args, kwargs))[0], Tensor):
                     module.__dict__["batch_dim"] = dims[0]
                 return
             outputs = recording.outputs[path][call] if call < len(recording.outputs[path]) else []

@@ -57,8 +57,11 @@ class FoldEngine:
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
         # signature, and whether it takes several passes -> leaves that only look like the batch
         self._checked: dict[Any, frozenset[int]] = {}
-        time_first = (path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False)
+        time_first = (
+            path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False
+        )
         self._time_first = next(time_first, None)
+        self._called = False  # apart from _checked, whose keys torch 2.11 cannot trace
         self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def member(self, k: int) -> nn.Module:
@@ -203,7 +206,7 @@ class FoldEngine:
         Where a plan is wanted and can be made without a folded pass, its outputs too.
         """
         if torch.compiler.is_compiling() or _capturing():
-            if self._time_first and not (self._checked or len(self.plans)) and self.num_members > 1:
+            if self._time_first and not self._called and self.num_members > 1:
                 raise RuntimeError(
                     f"{self._time_first!r} takes time before batch, and where the batch is in the layers around it is "
                     "found in the first call. Call the ensemble once before it is compiled, exported or captured"
@@ -214,6 +217,7 @@ class FoldEngine:
         found = self._checked.get((key, self.cap.rows(key, total) < total))
         if found is None:
             found, planned = self._first(args, kwargs, training, kind, plannable)
+            self._called = True
             if planned is not None:  # the fold itself was not held against the loop, and is where a plan cannot serve
                 return found, planned
             self._checked[key, self.cap.rows(key, total) < total] = found

@@ -10,7 +10,7 @@ from fastens.fold.registry import FoldedLayer, register_layer
 
 
 class FoldedParametrization(FoldedLayer):
-    """A parametrized tensor of all members: it depends on parameters alone, so each member's is computed and stacked."""
+    """A parametrized tensor of all members: a function of parameters alone, computed for each and stacked."""
 
     def forward(self) -> Tensor | MemberTensor:
         """Evaluate each member's parametrization; one member's is a plain tensor, as its parameters are."""

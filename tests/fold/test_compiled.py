@@ -1,4 +1,4 @@
-"""A whole ensemble goes through ``torch.compile`` in one graph and through ``torch.export``, for networks of every kind."""
+"""Whole ensembles go through ``torch.compile`` in one graph and through ``torch.export``, whatever the network."""
 
 import pytest
 import torch
