@@ -90,6 +90,10 @@ class MemberTensor:
         """How many dimensions a member sees."""
         return self.ndim
 
+    def numel(self) -> int:
+        """How many elements a member sees."""
+        return self.shape.numel()
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastens.plan.emit import Emitter, collect_leaves
+from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
@@ -17,6 +17,7 @@ from fastens.plan.values import (
     Leaf,
     Normed,
     Stored,
+    collect_leaves,
     pixels_of,
 )
 from fastens.program import steps
