@@ -253,7 +253,10 @@ class MagnitudePreserving(nn.Module):
         return w / torch.add(1e-4, norm, alpha=(norm.numel() / w.numel()) ** 0.5)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        emb = torch.cos(noise.ger(self.frequencies)) @ (self.normalised(self.embed) / self.embed[0].numel() ** 0.5).t()
+        emb = (
+            torch.cos(noise.ger(self.frequencies.to(noise)))
+            @ (self.normalised(self.embed) / self.embed[0].numel() ** 0.5).t()
+        )
         h = F.silu(F.conv2d(x, self.normalised(self.inner), padding=(1,)) * (1 + emb[:, :, None, None]))
         h = h + torch.einsum("abcd,dE->abcE", h.permute(0, 2, 3, 1), self.mix).permute(0, 3, 1, 2)
         return F.conv2d(h, self.normalised(self.outer) * (self.gain / 3), padding=1)
