@@ -142,17 +142,17 @@ class FoldEngine:
         excluded = self._dealt.get(plan_key)
         if excluded is None:
             excluded = self._established(args, kwargs, training) if self.engine == "fold" else frozenset()
-        key = self._key(arguments, training) if eager else None
         if excluded:
             arguments = Arguments(args, kwargs, excluded)
         if self.engine == "loop":
             return run_drawn(self._call, arguments, members)
         if plannable:
-            planned = self._planned_drawn(arguments, members, plan_key, key)
+            planned = self._planned_drawn(arguments, members, plan_key, training)
             if planned is not None:
                 self._dealt = {} if len(self._dealt) > _MOST_DEALT else self._dealt
                 self._dealt[plan_key] = excluded
                 return planned
+        key = self._key(arguments, training) if eager else None
 
         def passes(run: Callable[[int, int], Any]) -> list[Any]:
             return self.cap.run(key, len(members), run, self._kept_together(len(members)))
@@ -161,7 +161,7 @@ class FoldEngine:
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
 
-    def _planned_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, key: Any) -> Any:
+    def _planned_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
         """Run the plan of a call whose samples go to one member each, whichever; none where memory is short."""
         order, offsets = grouped(members, self.num_members)
         dealt = arguments.selected(order)
@@ -175,7 +175,7 @@ class FoldEngine:
 
         found = self.plans.run(plan_key, inputs)
         if found is None:
-            if not self.cap.holds_recording(key, len(members)):
+            if not self.cap.holds_recording(self._key(arguments, training), len(members)):
                 return None
             try:
                 found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
