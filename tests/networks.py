@@ -237,6 +237,31 @@ def vision_blocks() -> nn.Module:
     return nn.Sequential(ResidualBlock(3, 8, 2), ConvNeXtBlock(8), SqueezeExcitation(8), nn.ConvTranspose2d(8, 3, 2, 2))
 
 
+class MagnitudePreserving(nn.Module):
+    """Weights normalised in the pass and a learned gain, as in EDM2, and a 1x1 layer by einsum, as in score_sde."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.embed, self.mix = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.inner, self.outer = nn.Parameter(torch.randn(8, 2, 3, 3)), nn.Parameter(torch.randn(2, 8, 3, 3))
+        self.gain = nn.Parameter(torch.ones(()))
+
+    @staticmethod
+    def normalised(w: Any) -> Any:
+        norm = torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True)
+        return w / torch.add(1e-4, norm, alpha=(norm.numel() / w.numel()) ** 0.5)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        emb = (
+            torch.cos(noise.ger(self.frequencies.to(noise)))
+            @ (self.normalised(self.embed) / self.embed[0].numel() ** 0.5).t()
+        )
+        h = F.silu(F.conv2d(x, self.normalised(self.inner), padding=(1,)) * (1 + emb[:, :, None, None]))
+        h = h + torch.einsum("abcd,dE->abcE", h.permute(0, 2, 3, 1), self.mix).permute(0, 3, 1, 2)
+        return F.conv2d(h, self.normalised(self.outer) * (self.gain / 3), padding=1)
+
+
 def rows(batch: int, *shape: int) -> Tensor:
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
 
@@ -270,6 +295,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Arguments]]] 
     "transformer": (lambda: Transformer(True, False), lambda b: ((rows(b, 6, 4),), {})),
     "transformer_time_first": (lambda: Transformer(False, True), lambda b: ((rows(b, 6, 4),), {})),
     "vision_blocks": (vision_blocks, lambda b: ((rows(b, 3, 8, 8),), {})),
+    "magnitude_preserving": (MagnitudePreserving, lambda b: ((rows(b, 2, 8, 8), rows(b)), {})),
     "edm_like": (EDMLike, lambda b: ((rows(b, 2, 8, 8), torch.tensor(0.3)), {})),
 }
 

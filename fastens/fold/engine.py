@@ -24,6 +24,7 @@ from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import LayerReport, Report
 
 _MAX_REPAIRS = 8  # modules looped one after the other before the whole network is
+_MOST_DEALT = 64  # signatures of drawn calls
 _DIFFERS = "the result differs from the members'"
 
 
@@ -62,6 +63,7 @@ class FoldEngine:
         )
         self._time_first = next(time_first, None)
         self._called = False  # apart from _checked, whose keys torch 2.11 cannot trace
+        self._dealt: dict[Any, frozenset[int]] = {}  # the same, by the plan of a drawn call
         self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def member(self, k: int) -> nn.Module:
@@ -77,6 +79,7 @@ class FoldEngine:
     def refresh(self) -> None:
         """Forget which signatures were checked, what they need of memory, and the plans with their packed weights."""
         self._checked.clear()
+        self._dealt.clear()
         self.cap.clear()
         self.plans.clear()
 
@@ -153,16 +156,24 @@ class FoldEngine:
 
     def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        excluded = self._established(args, kwargs, training)[0] if self.engine == "fold" else frozenset()
-        arguments = Arguments(args, kwargs, excluded)
+        arguments = Arguments(args, kwargs)
+        eager = not torch.compiler.is_compiling() and not _capturing()
+        plannable = eager and self.engine == "fold" and len(members) > 0 and self._can_plan(arguments, len(members))
+        plan_key = ("drawn", arguments.plan_key()) if plannable else None
+        excluded = self._dealt.get(plan_key)
+        if excluded is None:
+            excluded = self._established(args, kwargs, training)[0] if self.engine == "fold" else frozenset()
+        if excluded:
+            arguments = Arguments(args, kwargs, excluded)
         if self.engine == "loop":
             return run_drawn(self._call, arguments, members)
-        eager = not torch.compiler.is_compiling() and not _capturing()
-        key = self._key(Arguments(args, kwargs), training) if eager else None
-        if eager and len(members) and self._can_plan(arguments, len(members)):
-            planned = self._planned_drawn(arguments, members, key)
+        if plannable:
+            planned = self._planned_drawn(arguments, members, plan_key, training)
             if planned is not None:
+                self._dealt = {} if len(self._dealt) > _MOST_DEALT else self._dealt
+                self._dealt[plan_key] = excluded
                 return planned
+        key = self._key(arguments, training) if eager else None
 
         def passes(run: Callable[[int, int], Any]) -> list[Any]:
             return self.cap.run(key, len(members), run, self._kept_together(len(members)))
@@ -171,7 +182,7 @@ class FoldEngine:
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
 
-    def _planned_drawn(self, arguments: Arguments, members: Tensor, key: Any) -> Any:
+    def _planned_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
         """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
         order, offsets = grouped(members, self.num_members)
         dealt = arguments.selected(order)
@@ -183,9 +194,8 @@ class FoldEngine:
         def member(tensors: list[Tensor]) -> Any:
             return self._call(int(tensors[-1][0]), *dealt.with_tensors(tensors[:-2]).call)
 
-        plan_key = ("drawn", *dealt.plan_key())
         found = self.plans.run(plan_key, inputs)
-        if found is None and self.cap.holds_recording(key, len(members)):
+        if found is None and self.cap.holds_recording(self._key(arguments, training), len(members)):
             with suppress_out_of_memory():
                 found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
         if found is None:

@@ -98,6 +98,10 @@ class MemberTensor:
         """How many dimensions a member sees."""
         return self.ndim
 
+    def numel(self) -> int:
+        """How many elements a member sees."""
+        return self.shape.numel()
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -182,6 +186,15 @@ def _each_member(func: Callable[..., Any], leaves: list[Any], where: list[int], 
     except (ValueError, RuntimeError) as error:
         raise NotFoldable(f"{getattr(func, '__name__', func)} of a parameter: {error}") from error
     return pytree.tree_map_only(Tensor, lambda stack: MemberTensor(stack, rows), result)
+
+
+@folds(torch.Tensor.to, torch.Tensor.type_as)
+def _converted(input: Any, *args: Any, **kwargs: Any) -> Any:
+    """``parameter.to(x)`` takes the dtype and device of ``x``, and nothing of its values."""
+    other = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if other is None or not isinstance(input, MemberTensor):
+        return NotImplemented
+    return input.to(device=other.device, dtype=other.dtype)
 
 
 def _elementwise(func: Callable[..., Any], leaves: list[Any], where: list[int]) -> bool:

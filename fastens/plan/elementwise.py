@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fastens.plan.attention import kept_scores
-from fastens.plan.emit import Emitter, collect_leaves
+from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
@@ -19,6 +19,7 @@ from fastens.plan.values import (
     Leaf,
     Normed,
     Stored,
+    collect_leaves,
     pixels_of,
 )
 from fastens.program import steps

@@ -30,6 +30,7 @@ from fastens.plan.values import (
     Source,
     Stored,
     Value,
+    collect_leaves,
 )
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode, Step, Strided
@@ -109,16 +110,20 @@ class Emitter:
             value = self._store(ref.storage, value)
         return value.at.plus(ref.offset, value.element_size)
 
-    def operand(self, ref: Ref) -> tuple[At, tuple[int, ...], int]:
-        """Place, strides and dtype code of an elementwise operand."""
+    def operand(self, ref: Ref, like: tuple[int, ...] = ()) -> tuple[At, tuple[int, ...], int]:
+        """Place, strides and dtype code of an elementwise operand, a constant laid out like strides are."""
         constant = self.constant(ref)
         if constant is not None:
             dense = constant
             for d, stride in enumerate(ref.stride):
                 dense = dense.narrow(d, 0, 1) if stride == 0 and dense.shape[d] > 1 else dense
-            strides = dense.contiguous().stride()
-            broadcast = tuple(0 if n == 1 else s for n, s in zip(dense.shape, strides, strict=True))
-            return self.kept(dense, ("dense", ref)), broadcast, 0
+            order = list(range(dense.ndim))
+            if len(like) == dense.ndim:
+                order.sort(key=lambda d: -like[d])
+            laid = dense.permute(order)
+            strides = dict(zip(order, laid.contiguous().stride(), strict=True))
+            broadcast = tuple(0 if n == 1 else strides[d] for d, n in enumerate(dense.shape))
+            return self.constants.add(("dense", ref, *order), laid, dense), broadcast, 0
         at = self.stored(ref)
         value = self.values[ref.storage]
         assert isinstance(value, Stored)
@@ -348,7 +353,7 @@ class Emitter:
         collect_leaves(root, leaves)
         inputs = []
         for leaf in leaves:
-            place, strides, code_of = self.operand(leaf.ref)
+            place, strides, code_of = self.operand(leaf.ref, stride)
             missing = len(size) - len(strides)
             aligned = [0] * missing + [0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)]
             inputs.append(Strided(place, code_of, aligned))  # pyright: ignore[reportArgumentType]
@@ -433,16 +438,6 @@ class Emitter:
         size = packed_size(value.weight.shape, pairs)
         key = ("packed", value.key, vectors, pairs)
         return self.constants.write(key, size, lambda into: pack(value.weight, vectors, pairs, into), value.weight)
-
-
-def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
-    """The distinct leaves of an expression, in order."""
-    if isinstance(node, Leaf):
-        if node not in into:
-            into.append(node)
-        return
-    for operand in node.operands:
-        collect_leaves(operand, into)
 
 
 def _or_none(at: At | None) -> Any:

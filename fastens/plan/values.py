@@ -202,5 +202,15 @@ class Source:
     activation: Activation = Activation.NONE
 
 
+def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
+    """The distinct leaves of an expression, in order."""
+    if isinstance(node, Leaf):
+        if node not in into:
+            into.append(node)
+        return
+    for operand in node.operands:
+        collect_leaves(operand, into)
+
+
 Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression | Scores
 Value = Stored | Lazy

@@ -186,8 +186,11 @@ class Tricky(nn.Module):
         super().__init__()
         self.kind = kind
         self.layer = nn.Linear(4, 4)
+        self.register_buffer("levels", torch.linspace(0.1, 1, 4, dtype=torch.float64))
 
     def forward(self, x, scale=1.0):
+        if self.kind == "float64 table":
+            return self.layer((x * self.levels + self.levels[1]).to(x.dtype))
         if self.kind == "branch" and x.mean() > 0:
             x = -x
         if self.kind == "noise":
@@ -201,7 +204,7 @@ class Tricky(nn.Module):
         return self.layer(x) * scale
 
 
-@pytest.mark.parametrize("kind", ["branch", "in place", "number"])
+@pytest.mark.parametrize("kind", ["branch", "in place", "number", "float64 table"])
 def test_tricky_networks(kind):
     members = [Tricky(kind).eval() for _ in range(3)]
     ensemble = fastens.Ensemble(members)
@@ -211,6 +214,7 @@ def test_tricky_networks(kind):
             arguments = (x * (-1) ** i * (i + 1), *((float(i),) if kind == "number" else ()))
             expected = torch.stack([member(*arguments) for member in members]).mean(0)
             assert relative_error(ensemble(*arguments), expected) < NETWORK[torch.float32]
+    assert bool(ensemble.report().plans) == (kind in ("number", "float64 table"))
     if kind == "branch":
         assert "values of the input" in ensemble.report().why_no_plan
 
