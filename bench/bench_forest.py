@@ -1,9 +1,13 @@
 """C5, C6: a forest of 100 trees by every rule, and tabular sampling, against the paper's per-tree path and others.
 
-Rows are float64, as ForestDiffusion's sampler has them; ONNX Runtime and Treelite get them in float32.
+Rows are float64, as ForestDiffusion's sampler has them; ONNX Runtime, Treelite and tl2cgen get them in float32. The
+goals are ``test_rules``, ``test_one_row`` and ``test_sampling``. The whole grid takes long: choose a part, such as
+``-k "test_grid and trees100-depth7-outputs6"``. tl2cgen, which compiles for a minute, takes part where
+FASTENS_BENCH_TL2CGEN=1 and it is installed: ``pip install --no-deps tl2cgen``.
 """
 
 import functools
+import os
 
 import numpy as np
 import pytest
@@ -27,15 +31,15 @@ def noisy(rows=15_030, outputs=6):
     return 0.6 * clean + 0.8 * noise, noise
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def fitted(trees=100, depth=7, outputs=6):
+    """Unlimited depth learns fewer rows, and many features try six a split: it is the evaluation that is timed."""
     from sklearn.ensemble import RandomForestRegressor
 
     x, y = noisy(outputs=outputs)
-    x, y = (x, y) if depth else (x[:5000], y[:5000])
-    forest = RandomForestRegressor(trees, max_depth=depth, random_state=0, n_jobs=2).fit(
-        x, y[:, 0] if outputs == 1 else y
-    )
+    rows = len(x) if depth else 2000 if trees > 100 or outputs > 6 else 5000
+    forest = RandomForestRegressor(trees, max_depth=depth, random_state=0, n_jobs=2, max_features=min(6, outputs))
+    forest.fit(x[:rows], y[:rows, 0] if outputs == 1 else y[:rows])
     return forest.set_params(n_jobs=1)
 
 
@@ -85,25 +89,54 @@ def gtil(forest, x):
     return run
 
 
+@functools.cache
+def tl2cgen_predictor(trees, depth, outputs):
+    import tempfile
+
+    import tl2cgen
+    import treelite
+
+    path = f"{tempfile.mkdtemp()}/forest.so"
+    model = treelite.sklearn.import_model(fitted(trees, depth, outputs))
+    tl2cgen.export_lib(model, toolchain="gcc", libpath=path, params={"parallel_comp": 16}, options=["-O1"])
+    return tl2cgen.Predictor(path, nthread=torch.get_num_threads())
+
+
+def tl2cgen_rival(shape, x):
+    import tl2cgen
+
+    predictor, rows = tl2cgen_predictor(*shape), tl2cgen.DMatrix(x.astype(np.float32))
+    return lambda: torch.from_numpy(predictor.predict(rows)).reshape(len(x), -1)
+
+
 WANTED = {"mean": 80, "median": 60, "dominant": 90}
 RULES = {name: name for name in WANTED} | {"geometric": fastens.rules.Geometric("batch", 1e-9)}
+MOST = 1 << 31  # bytes of all trees' outputs, which the rivals that go tree by tree hold
 
 
-def run_contest(benchmark, forest, x, rule, name, wanted, rounds):
+def run_contest(benchmark, shape, x, rule, name, wanted, rounds):
+    forest = fitted(*shape)
     packed = fastens.Forest.from_sklearn(forest)
-    outputs = packed.num_outputs
-    wide = torch.from_numpy(stack(forest, x).reshape(len(forest.estimators_), len(x), outputs))
-    rivals = {"the paper's path": lambda: torch.from_numpy(by_the_paper(rule, forest, x))}
+    trees, _, outputs = shape
+    by_tree = trees * len(x) * outputs * 8 <= MOST
+    rivals = {"the paper's path": lambda: torch.from_numpy(by_the_paper(rule, forest, x))} if by_tree else {}
     if rule == "mean":
         rivals |= {"scikit-learn": lambda: torch.from_numpy(forest.predict(x)), "ONNX Runtime": onnx(forest, x)}
-        rivals["Treelite GTIL per tree"] = gtil(forest, x)
+        if by_tree:
+            rivals["Treelite GTIL per tree"] = gtil(forest, x)
+        if os.environ.get("FASTENS_BENCH_TL2CGEN") == "1":
+            rivals["tl2cgen"] = tl2cgen_rival(shape, x)
+        expected = torch.from_numpy(forest.predict(x).reshape(len(x), outputs))
+    else:
+        wide = torch.from_numpy(stack(forest, x).reshape(trees, len(x), outputs))
+        expected = aggregate(wide, RULES[rule])
     if outputs == 1:
         rivals = {key: lambda run=run: run().reshape(len(x), 1) for key, run in rivals.items()}
     contest(
         benchmark,
         lambda: torch.from_numpy(packed.predict(x, RULES[rule]).reshape(len(x), outputs)),
         rivals,
-        aggregate(wide, RULES[rule]),
+        expected,
         1e-5,
         "C5",
         f"forest {rule}, {name}",
@@ -118,27 +151,26 @@ def test_rules(benchmark, rule):
     x = noisy()[0][:ROWS]
     wanted = {"ONNX Runtime": 15, "Treelite GTIL per tree": 25}
     wanted |= {"the paper's path": WANTED[rule]} if rule in WANTED else {}
-    run_contest(benchmark, fitted(), x, rule, "100 trees, depth 7, 6 outputs, 1503 rows", wanted, rounds=15)
+    name = "100 trees, depth 7, 6 outputs, 1503 rows"
+    run_contest(benchmark, (100, 7, 6), x, rule, name, wanted, rounds=15)
 
 
-@pytest.mark.parametrize(
-    ("trees", "depth", "outputs", "rows"),
-    [
-        (100, 7, 6, 1),
-        (100, 7, 6, 16),
-        (100, 7, 6, 100_000),
-        (10, 7, 6, ROWS),
-        (1000, 7, 6, ROWS),
-        (100, 3, 6, ROWS),
-        (100, None, 6, ROWS),
-        (100, 7, 1, ROWS),
-        (100, 7, 32, ROWS),
-    ],
-)
-def test_sizes(benchmark, trees, depth, outputs, rows):
+def test_one_row(benchmark):
+    """One row, over and over: the time of a call where nothing else runs, at most 10 microseconds."""
+    packed, x = fastens.Forest.from_sklearn(fitted()), noisy()[0][:1]
+    benchmark.pedantic(packed.predict, (x,), rounds=200, iterations=50, warmup_rounds=5)
+    assert benchmark.stats["median"] <= 10e-6
+
+
+@pytest.mark.parametrize("rows", [1, 16, ROWS, 100_000], ids="rows{}".format)
+@pytest.mark.parametrize("outputs", [1, 6, 32], ids="outputs{}".format)
+@pytest.mark.parametrize("depth", [3, 7, None], ids="depth{}".format)
+@pytest.mark.parametrize("trees", [10, 100, 1000], ids="trees{}".format)
+def test_grid(benchmark, trees, depth, outputs, rows):
     x = np.resize(noisy(outputs=outputs)[0], (rows, outputs))
     name = f"{trees} trees, depth {depth or 'unlimited'}, {outputs} outputs, {rows} rows"
-    run_contest(benchmark, fitted(trees, depth, outputs), x, "mean", name, {}, rounds=3 if rows > ROWS else 7)
+    rounds = 2 if trees * rows * outputs > 10_000_000 else 7
+    run_contest(benchmark, (trees, depth, outputs), x, "mean", name, {}, rounds)
 
 
 @pytest.mark.parametrize("rule", WANTED)

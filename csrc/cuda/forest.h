@@ -67,6 +67,7 @@ FASTENS_DEVICE double median_of_members(const ForestJob& job, int64_t row, int64
   for (int bit = 63; bit >= 0; --bit) {
     const uint64_t probe = found | (uint64_t{1} << bit);
     int64_t below = 0;
+#pragma unroll 4
     for (int64_t k = 0; k < members; ++k) below += ordered_key(member_value(job, k, row, output)) < probe;
     if (below <= rank) found = probe;
   }

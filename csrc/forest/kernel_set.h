@@ -1,5 +1,5 @@
-// The kernels of the instruction set that the including file, kernels_<set>.cpp, is compiled for: it defines FASTENS_SET
-// as the set's name, and FASTENS_SET_COMPILED where the compiler's flags allow the set.
+// The kernels of the instruction set that the including file, kernels_<set>.cpp, is compiled for: it defines
+// FASTENS_SET as the set's name, and FASTENS_SET_COMPILED where the compiler's flags allow the set.
 #include "kernels.h"
 
 #ifdef FASTENS_SET_COMPILED

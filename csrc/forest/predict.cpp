@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "../draw_members.h"
+#include "workers.h"
 
 namespace fastens::forest {
 namespace {
@@ -18,7 +19,8 @@ constexpr int64_t kMemory = 192 << 10;       // bytes of a block of rows, which 
 constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps between calls
 constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
 constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
-constexpr double kThreadCost = 40e3;         // nanoseconds of work that are worth waking a thread for
+constexpr int64_t kBlocksOfThread = 2;
+constexpr double kThreadCost = 40e3;  // nanoseconds of work that are worth waking a thread for
 
 // Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
@@ -152,22 +154,25 @@ int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double c
   const int64_t threads =
       worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t most = std::max(kTile, kMemory / memory.of_row());
-  const int64_t per_thread = ((n + threads - 1) / threads + most - 1) / most;  // blocks
-  const int64_t wanted = threads * per_thread;
+  // Of several threads each takes some blocks, so that one that comes late takes fewer.
+  const int64_t least = threads == 1 ? 1 : kBlocksOfThread * threads;
+  const int64_t wanted = std::max((n + most - 1) / most, least);
   const int64_t size = ((n + wanted - 1) / wanted + kTile - 1) / kTile * kTile, blocks = (n + size - 1) / size;
   std::atomic<int> seen = kNothing;
-  const auto run = [&](int64_t begin, int64_t end) {
+  const auto work = [&](const std::function<int64_t()>& take) {
+    int64_t b = take();
+    if (b < 0) return;
     Block block(layout, kernels, memory, size);
-    for (int64_t b = begin; b < end; ++b) {
+    for (; b >= 0; b = take()) {
       const int64_t first = b * size, count = std::min(size, n - first);
       seen |= visit(block, first, count);
       block.warm = true;
     }
   };
   if (threads == 1) {
-    run(0, blocks);
+    work([next = int64_t{0}, blocks]() mutable { return next < blocks ? next++ : -1; });
   } else {
-    torch::stable::parallel_for(0, blocks, 1, run);
+    share_blocks(blocks, threads, work);
   }
   return seen;
 }

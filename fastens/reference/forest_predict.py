@@ -27,8 +27,8 @@ def forest_predict(
 
     Args:
         x: [n, features], float32 or float64; NaN is missing.
-        trees: root [T] of each tree among N nodes; feature [N], -1 for a leaf; threshold [N]; left and right [N], nodes;
-            default_left [N]; leaf [N], row of the leaves; leaves [L, p]; ranges [K + 1], member k is the sum of trees
+        trees: root [T] of each tree among N nodes; feature [N], -1 for a leaf; threshold [N]; left and right [N],
+            nodes; default_left [N]; leaf [N], row of the leaves; leaves [L, p]; ranges [K + 1], member k sums trees
             [ranges[k], ranges[k + 1]); base [K, p], added to it.
         forest: number of the packed forest, which this function does without.
         depth: of the deepest tree.

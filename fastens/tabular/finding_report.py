@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastens.evaluation.results import write_whole
-from fastens.tabular.finding import CORRECTED, DATA, RULES, Settings
+from fastens.tabular.finding import CORRECTED, DATA, GAINS, RULES, Settings
 
 CONTENDERS = (*RULES, *CORRECTED)
 SHOWN = ("mixture", "mean", "geometric", "median", "dominant", *CORRECTED)  # the others are far outside
@@ -68,9 +68,9 @@ def verdict(records: list[dict[str, Any]], settings: Settings) -> list[str]:
                 largest += int(max(error, key=lambda c: error[c][seed]) == "dominant")
         wins = ", ".join(f"{NAMES.get(c, c)} {n}" for c, n in sorted(won.items(), key=lambda pair: -pair[1]) if n)
         lines.append(
-            f"{setting[0].upper()}{setting[1:]}: of the paper's rules, nearest to the test rows in {runs} runs: "
-            f"{wins}. `dominant` has the largest loss (`sum` and `max_abs` apart) in {largest}. The mean with a gain is "
-            f"nearer than all of them in {beaten[CORRECTED[0]]} (by norm) and {beaten[CORRECTED[1]]} (by distance)."
+            f"{setting[0].upper()}{setting[1:]}: of the paper's rules, nearest to test rows in {runs} runs: {wins}. "
+            f"`dominant` has the largest loss (`sum` and `max_abs` apart) in {largest}. The mean with a gain is nearer "
+            f"than all of them in {beaten[CORRECTED[0]]} (by norm) and {beaten[CORRECTED[1]]} (by distance)."
         )
     return lines
 
@@ -82,11 +82,11 @@ def markdown(records: list[dict[str, Any]], settings: Settings, lines: list[str]
     text = [
         "# Rules of aggregation on tables",
         "",
-        f"ForestDiffusion, VP, {settings.levels} noise levels, {settings.trees} trees a level (a forest per class), half "
-        f"of each data set to train on and half to judge by, {settings.seeds} seeds (split, training and noise). Distances "
-        f"are means over {settings.tables} generated tables as long as the training rows; ± is the standard deviation over "
-        "seeds. Loss: mean squared error of the predicted noise on test rows. W1: 1-Wasserstein, L1 on columns scaled to "
-        f"the real range. Noisy copies of a row: {copies}; "
+        f"ForestDiffusion, VP, {settings.levels} noise levels, {settings.trees} trees a level (a forest per class), "
+        f"half of each data set to train on and half to judge by, {settings.seeds} seeds (split, training and noise). "
+        f"Distances are means over {settings.tables} generated tables as long as the training rows; ± is the standard "
+        "deviation over seeds. Loss: mean squared error of the predicted noise on test rows. W1: 1-Wasserstein, L1 on "
+        f"columns scaled to the real range. Noisy copies of a row: {copies}; "
         f"{seconds / 60:.0f} minutes in all.",
         "",
         "![W1 to test rows by rule, data set and setting](report.png)",
@@ -95,8 +95,9 @@ def markdown(records: list[dict[str, Any]], settings: Settings, lines: list[str]
         "",
         *(f"- {line}" for line in lines),
         "",
-        "A gain is one factor of the mean's predictions, chosen on training rows: by norm (their root mean square becomes "
-        "the noise's) or by distance (of the tried gains, the one whose generated rows are nearest to training rows).",
+        "A gain is one factor of the mean's predictions, chosen on training rows: by norm (their root mean square "
+        "becomes the noise's) or by distance (of the tried gains, the one whose rows are nearest to training rows; the "
+        f"tried ones end at {GAINS[-1]:.2f}).",
     ]
     for setting in settings_of(settings):
         text += ["", f"## {setting[0].upper()}{setting[1:]}", "", loss_and_distance(records, settings, setting)]
@@ -158,7 +159,7 @@ def picture(records: list[dict[str, Any]], settings: Settings) -> bytes:
         axis.set_xticks(range(len(SHOWN)), [NAMES.get(c, c) for c in SHOWN], rotation=45, ha="right", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("W1 to test rows")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)

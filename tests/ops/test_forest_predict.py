@@ -43,7 +43,9 @@ def test_boosters_and_missing_values(backend):
     x = rng.normal(size=(200, 4)).astype(np.float32)
     x[rng.random(x.shape) < 0.2] = np.nan
     y = np.nan_to_num(x).sum(1)
-    models = [xgboost.XGBRegressor(n_estimators=5, max_depth=3, random_state=s, subsample=0.5).fit(x, y) for s in (0, 1)]
+    models = [
+        xgboost.XGBRegressor(n_estimators=5, max_depth=3, random_state=s, subsample=0.5).fit(x, y) for s in (0, 1)
+    ]
     forest = fastens.Forest.from_xgboost(models)
     for rule in ("mean", "dominant"):
         actual = forest.predict_tensor(torch.from_numpy(x), rule, backend=backend)
@@ -100,3 +102,17 @@ def test_bad_input():
     if _native.load():
         with pytest.raises(RuntimeError, match="is gone"):
             torch.ops.fastens._forest_predict_native(torch.zeros(2, 4), *number)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", [*RULES, "alternating"], ids=str)
+def test_on_gpu(rule, backend):
+    forest = fastens.Forest.from_sklearn(fitted())
+    x = torch.from_numpy(rows())
+    draw = {"generator": torch.Generator().manual_seed(0)} if rule == "alternating" else {}
+    expected = forest.predict_tensor(x, rule, **draw)
+    draw = {"generator": torch.Generator().manual_seed(0)} if rule == "alternating" else {}
+    actual = forest.predict_tensor(x.cuda(), rule, backend=backend, **draw).cpu()
+    assert (actual - expected).abs().max() <= 1e-12 * expected.abs().max()

@@ -11,6 +11,7 @@ DATA = {
     "wine": datasets.load_wine,
     "breast cancer": datasets.load_breast_cancer,
     "diabetes": datasets.load_diabetes,
+    "linnerud": datasets.load_linnerud,
 }
 
 

@@ -140,3 +140,20 @@ def test_what_is_not_taken_from_lightgbm():
         fastens.Forest.from_lightgbm(lightgbm.LGBMRegressor(zero_as_missing=True, **options).fit(x, target))
     with pytest.raises(ValueError, match="objective"):
         fastens.Forest.from_lightgbm(lightgbm.LGBMRegressor(objective="poisson", **options).fit(x, np.abs(target)))
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "geometric"])
+def test_members_are_combined_in_chunks_of_rows(rule, monkeypatch):
+    x, y = table()
+    models = [xgboost.XGBRegressor(n_estimators=3, max_depth=2, n_jobs=1, random_state=s).fit(x, y) for s in range(3)]
+    forest = fastens.Forest.from_xgboost(models)
+    whole = forest.predict(x, rule)
+    monkeypatch.setattr("fastens.tabular.forest.CHUNK", 70)
+    assert np.array_equal(forest.predict(x, rule), whole)
+
+
+def test_models_of_different_outputs_are_refused():
+    x, y = table()
+    models = [xgboost.XGBRegressor(n_estimators=2, n_jobs=1).fit(x, target) for target in (y, y[:, 0])]
+    with pytest.raises(ValueError, match="outputs"):
+        fastens.Forest.from_xgboost(models)

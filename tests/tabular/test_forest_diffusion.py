@@ -155,3 +155,18 @@ def test_bad_input():
         ForestDiffusion(**SMALL).fit(data, [1, 2, 3])
     with pytest.raises(ValueError, match="'vp'"):
         fitted(diffusion_type="flow").impute(data)
+
+
+def test_samplers_and_gain():
+    model = fitted()
+    stochastic, deterministic = (model.sample(40, sampler=name) for name in ("stochastic", "deterministic"))
+    assert not np.array_equal(stochastic, deterministic)
+    assert np.array_equal(deterministic, model.sample(40, sampler="deterministic"))
+    assert not np.array_equal(stochastic, model.sample(40, gain=1.5))
+    data = load_iris().data
+    at = {gain: model.score(data, gain=gain) for gain in (0.0, 1.0, 2.0)}
+    assert at[1.0] > at[0.0]  # of no prediction
+    parabola = at[2.0] - 2 * at[1.0] + at[0.0]  # minus twice the mean square of the predictions
+    assert parabola < 0
+    with pytest.raises(ValueError, match="`sampler`"):
+        model.sample(2, sampler="heun")
