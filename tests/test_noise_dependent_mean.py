@@ -195,3 +195,12 @@ def test_where_no_noise_level_is_found(members, x):
         fastens.Ensemble(timeless, RULE, schedule=SCHEDULE)(x)
     with pytest.raises(ValueError, match=r"the time is \[3\], expected one number, or one per sample, \[4\]"):
         fastens.Ensemble(members, RULE, schedule=SCHEDULE)(x, torch.zeros(3))
+
+
+def test_compiles_whole(members, x):
+    ensemble = fastens.Ensemble(members, RULE, schedule=SCHEDULE)
+    t = torch.tensor([3, 200, 500, 999])
+    with torch.no_grad():
+        expected = ensemble(x, t)
+        compiled = torch.compile(ensemble, fullgraph=True, backend="eager")
+        assert relative_error(compiled(x, t), expected) < 1e-6

@@ -27,15 +27,9 @@ from fastens.evaluation.weights import fit_weights, held_out_gain
 
 LOSS_RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 LIKELIHOOD_RULES = ("mean", "geometric", "dominant")
-_WHOLE = (
-    "times",
-    "log_snr",
-    "level_weights",
-    "members",
-    "diversity",
-    "gram",
-)  # arrays of a loss that are kept as they are
 SAMPLE_RULES = ("mean", "geometric", "median", "dominant")
+# Arrays of a loss that are kept under their names.
+_WHOLE = ("times", "log_snr", "level_weights", "members", "diversity", "gram")
 
 
 @dataclasses.dataclass(frozen=True)
