@@ -190,6 +190,11 @@ def _bench(options: argparse.Namespace) -> None:
     (options.out / "ratios.md").write_text(text + "\n")
     ratios.plot(rows, options.out / "ratios.png")
     print(f"{text}\n\ntable: {options.out / 'ratios.md'}\nplot: {options.out / 'ratios.png'}")
+    if ratios.plot_scaling(rows, options.out / "scaling.png"):
+        print(f"time against K and B: {options.out / 'scaling.png'}")
+    if memory := ratios.memory_table(rows):
+        (options.out / "memory.md").write_text(memory + "\n")
+        print(f"\n{memory}\n\npeak memory: {options.out / 'memory.md'}")
 
 
 def _write_samples(options: argparse.Namespace, images) -> None:

@@ -32,6 +32,9 @@ def read(path: Path) -> list[dict[str, Any]]:
                     "low": low / ours,
                     "high": high / ours,
                     "wanted": extra["wanted"].get(rival),
+                    "scale": extra.get("scale", {}),
+                    "peak_ours": extra.get("peak_bytes", {}).get("ours", 0),
+                    "peak_theirs": extra.get("peak_bytes", {}).get(rival, 0),
                 }
             )
     return rows
@@ -47,6 +50,56 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['ratio']:.2f} | {goal} |"
         )
     return "\n".join(lines)
+
+
+def memory_table(rows: list[dict[str, Any]]) -> str:
+    """Peak memory beside time as a Markdown table: weights, packed copies, activations; empty where none is known."""
+    lines = ["| question | rival | ours, MiB | rival, MiB | of the rival's | time ratio |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row["peak_ours"] and row["peak_theirs"]:
+            ours, theirs = row["peak_ours"] / 2**20, row["peak_theirs"] / 2**20
+            lines.append(
+                f"| {row['question']} | {row['rival']} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} "
+                f"| {row['ratio']:.2f} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def plot_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Draw time against K and against B, one line per contender; return whether any question was about that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = _scaling_lines(rows)
+    if not lines:
+        return False
+    figure, axes = plt.subplots(1, len(lines), figsize=(5 * len(lines), 4), constrained_layout=True, squeeze=False)
+    for axis, ((network, dtype, fixed, over), contenders) in zip(axes[0], sorted(lines.items()), strict=True):
+        for name, points in contenders.items():
+            numbers, seconds = zip(*sorted(points.items()), strict=True)
+            axis.plot(numbers, [1e3 * s for s in seconds], marker="o", label=name, linewidth=2 if name == "ours" else 1)
+        axis.set(xscale="log", yscale="log", xlabel=over, ylabel="ms", title=f"{network}, {dtype}, {fixed}")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _scaling_lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], dict[str, dict[int, float]]]:
+    """Panel -> contender -> K or B -> seconds, of panels with three numbers or more."""
+    lines: dict[tuple[str, str, str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        scale = row["scale"]
+        if not scale:
+            continue
+        for over, other in (("K", "B"), ("B", "K")):
+            key = (scale["network"], scale["dtype"], f"{other} = {scale[other]}", over)
+            panel = lines.setdefault(key, {})
+            panel.setdefault("ours", {})[scale[over]] = row["ours"]
+            panel.setdefault(row["rival"], {})[scale[over]] = row["theirs"]
+    return {key: panel for key, panel in lines.items() if len(panel["ours"]) > 2}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

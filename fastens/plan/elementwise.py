@@ -101,7 +101,8 @@ def binary(emitter: Emitter, node: Node) -> bool:
     for x, other in ((a, b), (b, a)):
         if opcode is Opcode.ADD and _added(emitter, out, x, other):
             return True
-        if opcode in (Opcode.ADD, Opcode.MULTIPLY) and _modulated(emitter, out, opcode, x, other):
+        only_use = emitter.uses[x.storage] == 1 and opcode in (Opcode.ADD, Opcode.MULTIPLY)
+        if only_use and _modulated(emitter, out, opcode, x, other):
             return True
     return express(emitter, out, opcode, (a, b))
 
@@ -174,10 +175,27 @@ def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
     return True
 
 
+@lowers("aten.addcmul")
+def scaled_and_shifted(emitter: Emitter, node: Node) -> bool:
+    """Shift + x * factor: of a normalisation by row, as in EDM's blocks, or any other."""
+    shift, x, factor = node.args[:3]
+    out = node.outs[0]
+    if argument(node, 3, "value", 1) != 1 or out.dtype not in FLOATS:
+        return False
+    by_row = row_vector(emitter, shift, out) is not None and emitter.uses[x.storage] == 1
+    if by_row and _modulated(emitter, out, Opcode.MULTIPLY, x, factor):
+        return _modulated(emitter, out, Opcode.ADD, out, shift)
+    if any(ref.dtype not in FLOATS for ref in (shift, x, factor)):
+        return False
+    scaled = Apply(Opcode.MULTIPLY, (Leaf(x), Leaf(factor)))
+    emitter.values[out.storage] = Expression(out, Apply(Opcode.ADD, (Leaf(shift), scaled)))
+    return True
+
+
 def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -> bool:
-    """Scale and shift by row: norm (1 + scale) + shift."""
+    """Scale and shift by row: norm (1 + scale) + shift. ``x`` must have no other use."""
     value = emitter.values.get(x.storage)
-    if not isinstance(value, Normed) or value.tables is not None or emitter.uses[x.storage] != 1:
+    if not isinstance(value, Normed) or value.tables is not None:
         return False
     if not same_view(value.pixels.ref, x) or x.size != out.size or value.row_shift is not None:
         return False

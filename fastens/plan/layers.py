@@ -23,12 +23,14 @@ from fastens.program import steps
 
 @lowers("fastens.conv")
 def conv(emitter: Emitter, node: Node) -> bool:
-    """A member-batched convolution in two dimensions."""
+    """A member-batched convolution in two dimensions, or in one as an image of one line."""
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     stack = emitter.constant(weight)
-    plain = stack is not None and stack.ndim == 5 and not transposed and groups == 1 and set(dilation) == {1}
-    if not plain or len(x.size) != 4 or x.size[0] == 0:
+    plain = stack is not None and stack.ndim in (4, 5) and not transposed and groups == 1 and set(dilation) == {1}
+    if not plain or stack is None or len(x.size) != stack.ndim - 1 or x.size[0] == 0:
         return False
+    if stack.ndim == 4:
+        stack, stride, padding = stack.unsqueeze(3), (1, *stride), (0, *padding)
     runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
     pixels = image_pixels(emitter, x, 1)
     out = pixels_of(node.outs[0], 1)

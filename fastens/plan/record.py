@@ -187,10 +187,12 @@ def _indexes_by_numbers(node: Node) -> bool:
     return node.name == "aten.index" and all(ref.dtype not in (torch.bool, torch.uint8) for ref in masks)
 
 
-def channels_last(x: Tensor, result: Tensor) -> Tensor:
+def channels_last(x: Tensor, result: Tensor, convolved: bool) -> Tensor:
     """A result in the layout that the steps write, so that what follows is recorded in that layout."""
     if result.ndim == 4:
         return result.contiguous(memory_format=torch.channels_last)
+    if convolved and result.ndim == 3:
+        return result.transpose(1, 2).contiguous().transpose(1, 2)
     if result.shape == x.shape and result.stride() != x.stride() and x.stride(1) == 1:  # tokens seen as [R, C, L]
         return torch.empty_like(x).copy_(result)
     return result
@@ -232,7 +234,8 @@ class _MemberOps(TorchFunctionMode):
             with self:  # what stands for several tensors calls member-batched ops of its own
                 return other.__torch_function__(func, types, args, kwargs)
         with _disable_current_modes():
-            result = channels_last(args[0], self.recording.result(func, args, kwargs))
+            convolved = func is torch.ops.fastens.conv.default
+            result = channels_last(args[0], self.recording.result(func, args, kwargs), convolved)
         self.recording.add(func, args, kwargs, result)
         return result
 

@@ -257,19 +257,6 @@ class Attention(Step):
     scale: float
 
 
-@dataclasses.dataclass
-class LinearRule(Step):
-    """A weighted sum over members."""
-
-    kind: ClassVar[int] = 6
-    members: int
-    count: int
-    chunk: int
-    source: int
-    weight: int
-    out: int
-
-
 def encode(steps: list[Step]) -> Tensor:
     """The program: int64 [steps, STEP_WIDTH]."""
     return torch.tensor([step.words() for step in steps], dtype=torch.int64).reshape(-1, STEP_WIDTH)

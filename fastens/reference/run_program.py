@@ -172,12 +172,6 @@ def _attention(step: steps.Attention, memory: _Memory) -> None:
     view(step.out, step.queries, step.value_width).copy_(scores @ v)
 
 
-def _linear_rule(step: steps.LinearRule, memory: _Memory) -> None:
-    x = memory.view(step.source, (step.members, step.count), (step.count, 1)).double()
-    weight = memory.view(step.weight, (step.members,), (1,)).double()
-    memory.view(step.out, (step.count,), (1,)).copy_(weight @ x)
-
-
 _INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
     Opcode.COPY: lambda a, b, number: a,
     Opcode.ADD: lambda a, b, number: a + b,
@@ -232,5 +226,4 @@ _RUNS: dict[type, Callable[..., None]] = {
     steps.Pointwise: _pointwise,
     steps.LayerNorm: _layer_norm,
     steps.Attention: _attention,
-    steps.LinearRule: _linear_rule,
 }

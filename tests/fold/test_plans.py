@@ -257,3 +257,51 @@ def test_a_poisoned_sample_stays_alone(poison):
         result = ensemble(dirty, t).sample
     assert result[0].isnan().any()
     assert torch.equal(result[1], clean[1])
+
+
+def test_networks_in_one_dimension_are_steps():
+    members, arguments = members_of("unet_1d", 2)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        ensemble(*arguments(2)[0])
+    (plan,) = ensemble.report().plans
+    assert plan["Attention"] == 12
+    assert not [kind for kind in plan if kind.startswith("fastens.") or "bmm" in kind or "softmax" in kind]
+
+
+class Modulated(nn.Module):
+    """Scale and shift of a normalisation from an embedding, as EDM's blocks write it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.inner, self.outer = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.norm, self.affine = nn.GroupNorm(4, 16), nn.Linear(4, 32)
+
+    def forward(self, x, emb):
+        h = self.inner(x)
+        scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
+        if self.kind == "by row":
+            return self.outer(torch.addcmul(shift, self.norm(h), scale + 1))
+        if self.kind == "used twice":
+            y = self.norm(h)
+            return self.outer(torch.addcmul(shift, y, scale + 1) * y)
+        if self.kind == "by pixel":
+            return self.outer(torch.addcmul(h, self.norm(h), scale + 1))
+        return self.outer(torch.addcmul(shift, self.norm(h), scale, value=2))
+
+
+@pytest.mark.parametrize("kind", ["by row", "used twice", "by pixel", "with a factor"])
+def test_addcmul(kind):
+    members = [randomised(lambda: Modulated(kind), seed) for seed in range(3)]
+    ensemble = fastens.Ensemble(members, engine="fold")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(2):
+            x, emb = torch.randn(2, 3, 6, 6, generator=generator), torch.randn(2, 4, generator=generator)
+            expected = torch.stack([member(x, emb) for member in members])
+            assert relative_error(ensemble.member_outputs(x, emb), expected) < NETWORK[torch.float32]
+    (plan,) = ensemble.report().plans
+    assert ("aten.addcmul.default" in plan) == (kind == "with a factor")
+    if kind == "by row":
+        assert plan["Pointwise"] <= 4  # the inputs, in rows and then in channels, and the output

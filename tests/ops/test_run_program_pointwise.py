@@ -1,4 +1,4 @@
-"""Elementwise steps and the linear rule: the kernels against the reference and against torch."""
+"""Elementwise steps: the kernels against the reference and against torch."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastens import _native
 from fastens.ops.run_program import available, run_program
 from fastens.program import steps
-from fastens.program.steps import Opcode, Slot, Strided
+from fastens.program.steps import Opcode, Strided
 from fastens.reference import run_program as reference
 from tests.ops.programs import Memory, assert_close, random
 from tests.tolerances import relative_error
@@ -256,31 +256,12 @@ def test_bfloat16_keeps_nan_and_infinities():
     assert_close(expected, x.bfloat16())
 
 
-@pytest.mark.parametrize("members", [1, 2, 17])
-@pytest.mark.parametrize(("count", "chunk"), [(1, 16), (15, 16), (100, 32), (1000, 256), (1000, 1000)])
-def test_linear_rule(members, count, chunk):
-    memory = Memory()
-    x, weight = random(members, count), random(members)
-    view = memory.room(count)
-    step = steps.LinearRule(
-        members,
-        count,
-        chunk,
-        memory.put(x),
-        memory.put(weight, Slot.WEIGHTS),
-        view.at,
-        tasks=-(-count // chunk),
-    )
-    (actual,) = memory.check(step, view, num_threads=2)
-    assert_close(actual, weight.double() @ x.double())
-
-
 def test_programs_are_decoded_as_they_were_written():
     code = [(Opcode.ADD, 0, 1, 0.0), (Opcode.MULTIPLY_NUMBER, 2, 0, -0.3)]
     operands = [Strided(steps.address(2, 4), 1, [3]), Strided(steps.NONE, 2, [1])]
     written = [
         pointwise([5], Strided(8, 0, [1]), operands, code, tasks=3),
-        steps.LinearRule(2, 3, 4, 5, 6, 7, tasks=9),
+        steps.Attention(1, 2, 3, 4, 5, 6, 7, *(steps.Heads(8 * i, i, 2, 3, 4) for i in range(4)), 0.5, tasks=9),
     ]
     assert steps.decode(steps.encode(written)) == written
 

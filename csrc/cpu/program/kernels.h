@@ -27,8 +27,5 @@ inline void layer_norm(const int64_t* step, const Slots& slots, int64_t task, Sc
 inline void attention(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
   run_attention(as<Attention>(step), slots, task, scratch);
 }
-inline void linear_rule(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
-  run_linear_rule(as<LinearRule>(step), slots, task);
-}
 
-constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, linear_rule};
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention};

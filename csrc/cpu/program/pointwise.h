@@ -225,14 +225,3 @@ FASTENS_INLINE void run_pointwise(const Pointwise& step, const Slots& slots, int
     }
   }
 }
-
-FASTENS_INLINE void run_linear_rule(const LinearRule& step, const Slots& slots, int64_t task) {
-  const int64_t begin = task * step.chunk, end = std::min(step.count, begin + step.chunk);
-  const float *source = slots.at(step.source), *weight = slots.at(step.weight);
-  float* const out = slots.at(step.out);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    Vector total{};
-    for (int64_t k = 0; k < step.members; ++k) total += weight[k] * load_some(source + k * step.count + i, end - i);
-    store_some(out + i, total, end - i);
-  }
-}

@@ -14,7 +14,7 @@ namespace fastens::program {
 constexpr int64_t kStepWidth = 96;
 constexpr int kLanes = 16;  // float32 values of one vector
 
-enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kLinearRule };
+enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention };
 enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };
 
 // Where a value is: slot << 48 | bytes from its start; negative for none. Slot 0 is the arena, 1 the packed weights,
@@ -144,15 +144,6 @@ struct Attention {
   int64_t rows, heads, queries, keys, width, value_width, query_chunk;
   Heads q, k, v, out;
   double scale;
-};
-
-// out = sum_k weight[k] x[k], over members of n elements.
-struct LinearRule {
-  Header header;
-  int64_t members, count, chunk;
-  Address source;
-  Address weight;  // [K]
-  Address out;
 };
 
 template <class T>

@@ -1,0 +1,81 @@
+"""M1: an evaluation takes the members' parameters, the packed copies that the report counts, and one folded pass."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from fastens import _native
+from fastens.fold.memory_cap import Allocations
+from tests.networks import randomised
+
+CHANNELS, MEMBERS, BATCH, SIZE = 32, 4, 2, 32
+SLACK = 1.1  # what tables, patches of the input and small vectors add to the images
+
+
+def members_and_input():
+    def make():
+        layers = [layer for _ in range(4) for layer in (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.SiLU())]
+        return nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), *layers, nn.Conv2d(CHANNELS, 3, 3, padding=1))
+
+    members = [randomised(make, seed) for seed in range(MEMBERS)]
+    return members, torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def num_bytes(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+ACTIVATIONS = 2 * MEMBERS * BATCH * CHANNELS * SIZE**2 * 4  # of one folded pass at its peak: in and out of a layer
+
+
+def test_stacking_holds_the_parameters_once_and_one_member_more():
+    members, _ = members_and_input()
+    with Allocations() as allocations:
+        ensemble = fastens.Ensemble(members)
+    assert num_bytes(ensemble) == sum(num_bytes(member) for member in members)
+    assert allocations.peak <= num_bytes(ensemble) + num_bytes(members[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_evaluation_holds_one_folded_pass(backend):
+    """After the first call: outputs only, in a plan; else the activations of a pass."""
+    members, x = members_and_input()
+    ensemble = fastens.Ensemble(members, backend=backend)
+    with torch.no_grad():
+        ensemble(x)
+        with Allocations() as allocations:
+            ensemble(x)
+    outputs = (MEMBERS + 1) * x.numel() * 4
+    if ensemble.report().plans:
+        assert allocations.peak <= SLACK * outputs
+    # the convolutions of K members are joined, so what a layer writes is held twice for a moment
+    assert allocations.peak <= SLACK * (outputs + ACTIVATIONS * 3 / 2)
+
+
+@pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+def test_a_plan_holds_packed_copies_and_one_pass():
+    members, x = members_and_input()
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        ensemble(x)
+    assert len(ensemble.report().plans) == 1
+    packed = sum(  # output channels are filled up to whole vectors of 16
+        p.numel() * 4 * (-(-p.shape[1] // 16) * 16) // p.shape[1] for p in ensemble.parameters()
+    )
+    assert ensemble.report().plan_bytes <= packed + SLACK * ACTIVATIONS
+    ensemble.refresh()
+    assert ensemble.report().plan_bytes == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_check_adds_no_more_than_one_folded_pass(backend):
+    """The check alone, without the recording that keeps all activations of a pass."""
+    members, x = members_and_input()
+    ensemble = fastens.Ensemble(members, backend=backend, max_fold=MEMBERS * BATCH)
+    engine = ensemble._engine
+    assert engine is not None
+    with torch.no_grad(), Allocations() as allocations:
+        engine._established((x,), {}, False)
+    outputs = 2 * MEMBERS * x.numel() * 4  # of the loop and of the fold
+    assert allocations.peak <= SLACK * (outputs + 2 * ACTIVATIONS)
