@@ -17,11 +17,10 @@ from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
-from fastens.fold.network import build_network, folded_modules
+from fastens.fold.network import build_network, folded_modules, layer_reports
 from fastens.fold.planned import Plans, can_plan
-from fastens.fold.registry import FoldedModule, RawModule
 from fastens.fold.rows import NotFoldable, Rows
-from fastens.report import LayerReport, Report
+from fastens.report import Report
 
 _MAX_REPAIRS = 8  # modules looped one after the other before the whole network is
 _MOST_DEALT = 64  # signatures of drawn calls
@@ -420,23 +419,7 @@ class FoldEngine:
 
     def report(self, backend: str) -> Report:
         """What each module that owns tensors got."""
-        layers, within = [], None
-        for path, module in folded_modules(self.network).items():
-            if within is not None and path.startswith(within):
-                continue
-            names = [*module._parameters, *module._buffers]
-            owned = [module.stack(name) for name in names]
-            if self.engine == "loop" or module.looped is not None:
-                how, why = "looped", module.looped or self.why
-                within = f"{path}." if path else ""
-            elif isinstance(module, RawModule):
-                how, why = ("shared" if module.shared == set(names) else "raw"), ""
-            else:
-                how, why = "folded", ""
-            counted = list(module.parameters()) if how == "looped" else [t for t in owned if t is not None]
-            number = sum(t.numel() for t in counted) // (1 if how == "shared" else self.num_members)
-            layer = next(each for each in type(module).__mro__ if not issubclass(each, FoldedModule)).__name__
-            layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else module.run_by, why, number))
+        layers = layer_reports(self.network, self.num_members, self.why if self.engine == "loop" else None)
         plans = self.plans
         return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
 

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastens.fold.members import replaced, tensors_of
-from fastens.fold.registry import FoldedModule, folded_class_of
+from fastens.fold.registry import FoldedModule, RawModule, folded_class_of
 from fastens.fold.rows import Rows
+from fastens.report import LayerReport
 
 
 def build_network(skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], rows: Rows) -> nn.Module:
@@ -44,3 +45,32 @@ def fold_in_place(module: Any, path: str, skeleton: nn.Module, rows: Rows) -> No
 def folded_modules(network: nn.Module) -> dict[str, FoldedModule]:
     """The modules of a folded network that own tensors, by path."""
     return {path: module for path, module in network.named_modules() if isinstance(module, FoldedModule)}
+
+
+def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) -> list[LayerReport]:
+    """What each module of a folded network that owns tensors got.
+
+    Args:
+        network: the folded network.
+        num_members: K.
+        why_loop: why the whole network is looped, none where it is folded.
+    """
+    layers: list[LayerReport] = []
+    within = None
+    for path, module in folded_modules(network).items():
+        if within is not None and path.startswith(within):
+            continue
+        names = [*module._parameters, *module._buffers]
+        owned = [module.stack(name) for name in names]
+        if why_loop is not None or module.looped is not None:
+            how, why = "looped", module.looped or why_loop or ""
+            within = f"{path}." if path else ""
+        elif isinstance(module, RawModule):
+            how, why = ("shared" if module.shared == set(names) else "raw"), ""
+        else:
+            how, why = "folded", ""
+        counted = list(module.parameters()) if how == "looped" else [t for t in owned if t is not None]
+        number = sum(t.numel() for t in counted) // (1 if how == "shared" else num_members)
+        layer = next(each for each in type(module).__mro__ if not issubclass(each, FoldedModule)).__name__
+        layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else module.run_by, why, number))
+    return layers
