@@ -42,7 +42,7 @@ def accelerate(model: Any, rule: str | rules.Rule = "mean") -> Any:
         fast.generate = _Trajectory(fast, "generate", predictor)
         fast.impute = _Trajectory(fast, "impute", predictor)
     else:
-        fast.my_model = _Repeated(type(model).my_model.__get__(fast))
+        fast.my_model = _Repeated(fast)
     return fast
 
 
@@ -106,8 +106,8 @@ class PackedPredictor:
 class _Repeated:
     """The model's score, evaluated once where the package's reverse SDE asks twice with equal arguments."""
 
-    def __init__(self, score: Any) -> None:
-        self._score = score
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._last: tuple | None = None
 
     def __call__(self, t: float, y: npt.NDArray, mask_y: Any = None, **options: Any) -> npt.NDArray:
@@ -116,7 +116,7 @@ class _Repeated:
             same = t == at and mask_y is masks and options.keys() == others.keys()
             if same and all(options[key] is others[key] for key in options) and np.array_equal(y, of):
                 return out.copy()
-        out = self._score(t=t, y=y, mask_y=mask_y, **options)
+        out = type(self._model).my_model(self._model, t=t, y=y, mask_y=mask_y, **options)
         self._last = (t, y.copy(), mask_y, options, out)
         return out.copy()
 
