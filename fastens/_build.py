@@ -28,7 +28,6 @@ INSTRUCTION_SETS = {
 }
 LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
 CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
-QUICK_ARCHITECTURE = 90
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
@@ -153,12 +152,11 @@ def cuda_flags(quick: bool = False) -> list[str]:
     """Return the flags of every CUDA source, without include paths; IEEE semantics, no ``--use_fast_math``.
 
     Args:
-        quick: compile for QUICK_ARCHITECTURE alone and optimise little, to learn in a minute whether it compiles.
+        quick: optimise little, to learn in a minute or two whether it compiles for every target.
     """
     newest = CUDA_ARCHITECTURES[-1]
-    codes = [f"arch=compute_{a},code=sm_{a}" for a in ((QUICK_ARCHITECTURE,) if quick else CUDA_ARCHITECTURES)]
-    if not quick:
-        codes.append(f"arch=compute_{newest},code=compute_{newest}")
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    codes.append(f"arch=compute_{newest},code=compute_{newest}")
     return [
         "-std=c++20",
         *(["-O1", "-Xcicc=-O1", "-Xptxas=-O1"] if quick else ["-O3"]),

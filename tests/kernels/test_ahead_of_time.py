@@ -1,4 +1,4 @@
-"""Triton kernels compile without a GPU, within these registers, and without spilling; a sample, for one GPU."""
+"""Triton kernels compile without a GPU, within these registers, and without spilling: a sample, for every target."""
 
 import importlib.util
 import json
@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from fastens import _build
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 MAX_REGISTERS = 192  # 10 warps of a multiprocessor's 64 K registers; a warp of most kernels takes half of it
@@ -16,8 +18,9 @@ MAX_SHARED = 99 * 1024  # bytes, what sm_86 and sm_89 give a block
 
 
 @needs_triton
-def test_a_sample_compiles_without_spills():
-    check_compiled(90, "sample")
+@pytest.mark.parametrize("capability", _build.CUDA_ARCHITECTURES)
+def test_a_sample_compiles_without_spills(capability):
+    check_compiled(capability, "sample")
 
 
 def check_compiled(capability, *options):
