@@ -323,21 +323,26 @@ def cuda_ninja_file(quick: bool = False) -> str:
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     objects = {f"{path.stem}.o": _escaped(path) for path in sources("cuda")}
     name = LIBRARY_NAMES["cuda"]
-    # What the link leaves undefined is libtorch's C shim, which the process that loads the library has loaded before.
+    # A torch with CUDA, whose C shim the library calls, need not be here: an empty library of the same name makes the
+    # loader look the symbols up in the one that the process has loaded.
     return "\n".join(
         [
             "ninja_required_version = 1.3",
             f"cxx = {nvcc()}",
             f"cflags = {' '.join([*cuda_flags(quick), *paths])}",
+            f"host = {compiler()}",
             f"ldflags = {' '.join(['-shared', '-cudart=static', *libraries, '-ltorch_cpu', '-lc10'])}",
             "rule compile",
             "  command = $cxx -MD -MF $out.d $cflags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule empty",
+            "  command = $host -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
             "rule link",
-            "  command = $cxx $in $ldflags -o $out",
+            "  command = $cxx $in $ldflags -Xlinker --no-as-needed -L. -ltorch_cuda -o $out",
             *(f"build {each}: compile {source}" for each, source in objects.items()),
-            f"build {name}: link {' '.join(objects)}",
+            "build libtorch_cuda.so: empty",
+            f"build {name}: link {' '.join(objects)} | libtorch_cuda.so",
             f"default {name}",
             "",
         ]
