@@ -51,8 +51,8 @@ for part in "${parts[@]}"; do
     environment) run environment nvidia-smi ;;
     build) run build bash -c builds ;;
     tests) run tests "$python" -m pytest -q -m gpu tests ;;
-    sanitizer_memcheck) sanitize memcheck "reductions and (1 or 17) or not reductions" ;;
-    sanitizer_racecheck) sanitize racecheck "reductions and 5 or member_ops or bits" ;;
+    sanitizer_memcheck) sanitize memcheck "reductions and ([1-torch or [17-torch) or not reductions" ;;
+    sanitizer_racecheck) sanitize racecheck "reductions and [5-torch or member_ops or bits" ;;
     G4) bench G4 bench_gpu_ops test_conv ;;
     G5) bench G5 bench_gpu_ops test_group_norm ;;
     G6) bench G6 bench_gpu_ops test_aggregate ;;

@@ -28,7 +28,6 @@ INSTRUCTION_SETS = {
 }
 LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
 CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
-QUICK_ARCHITECTURE = 90
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
@@ -153,12 +152,11 @@ def cuda_flags(quick: bool = False) -> list[str]:
     """Return the flags of every CUDA source, without include paths; IEEE semantics, no ``--use_fast_math``.
 
     Args:
-        quick: compile for QUICK_ARCHITECTURE alone and optimise little, to learn in a minute whether it compiles.
+        quick: optimise little, to learn in a minute or two whether it compiles for every target.
     """
     newest = CUDA_ARCHITECTURES[-1]
-    codes = [f"arch=compute_{a},code=sm_{a}" for a in ((QUICK_ARCHITECTURE,) if quick else CUDA_ARCHITECTURES)]
-    if not quick:
-        codes.append(f"arch=compute_{newest},code=compute_{newest}")
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    codes.append(f"arch=compute_{newest},code=compute_{newest}")
     return [
         "-std=c++20",
         *(["-O1", "-Xcicc=-O1", "-Xptxas=-O1"] if quick else ["-O3"]),
@@ -326,21 +324,26 @@ def cuda_ninja_file(quick: bool = False) -> str:
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     objects = {f"{path.stem}.o": _escaped(path) for path in sources("cuda")}
     name = LIBRARY_NAMES["cuda"]
-    # What the link leaves undefined is libtorch's C shim, which the process that loads the library has loaded before.
+    # A torch with CUDA, whose C shim the library calls, need not be here: an empty library of the same name makes the
+    # loader look the symbols up in the one that the process has loaded.
     return "\n".join(
         [
             "ninja_required_version = 1.3",
             f"cxx = {nvcc()}",
             f"cflags = {' '.join([*cuda_flags(quick), *paths])}",
+            f"host = {compiler()}",
             f"ldflags = {' '.join(['-shared', '-cudart=static', *libraries, '-ltorch_cpu', '-lc10'])}",
             "rule compile",
             "  command = $cxx -MD -MF $out.d $cflags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule empty",
+            "  command = $host -shared -Wl,-soname,$out -x c++ /dev/null -o $out",
             "rule link",
-            "  command = $cxx $in $ldflags -o $out",
+            "  command = $cxx $in $ldflags -Xlinker --no-as-needed -L. -ltorch_cuda -o $out",
             *(f"build {each}: compile {source}" for each, source in objects.items()),
-            f"build {name}: link {' '.join(objects)}",
+            "build libtorch_cuda.so: empty",
+            f"build {name}: link {' '.join(objects)} | libtorch_cuda.so",
             f"default {name}",
             "",
         ]

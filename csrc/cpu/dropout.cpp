@@ -1,5 +1,6 @@
-// fastens::_dropout_native: activation and dropout of rows [R, ...] by counter-based masks; element e of a row of member k and sample
-// s is kept where word e % 4 of Philox4x32-10 at counter (e / 4, k, s + 1, evaluation) is at least p * 2^32.
+// fastens::_dropout_native: activation and dropout of rows [R, ...] by counter-based masks; element e of a row of
+// member k and sample s is kept where word e % 4 of Philox4x32-10 at counter (e / 4, k, s + 1, evaluation) is at least
+// p * 2^32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -193,7 +192,7 @@ class Choice:
         for _ in range(ROUNDS if len(clocks) > 1 else 0):
             for name, time in clocks.items():
                 seconds[name].append(time())
-        medians = {name: statistics.median(values) for name, values in seconds.items() if values}
+        medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items() if values}
         best = min(medians, key=lambda name: medians[name], default=self.default)
         if self.default in medians and medians[best] > (1 - MARGIN) * medians[self.default]:
             best = self.default
