@@ -21,6 +21,8 @@ from fastens import rules
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.dropout import dropout
+from fastens.kernels.conv2d import conv2d
+from fastens.kernels.conv2d_sum import conv2d_sum
 from fastens.kernels.group_norm import group_norm
 from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
@@ -123,6 +125,7 @@ def launches():
             x, w = torch.empty(5, rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
             call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu", *masks)
             yield f"linear dropped {short} M={rows}", lambda call=call: linear(*call)
+        yield from convolutions(dtype, short)
     double = list(torch.empty(5, *shape, dtype=torch.double).unbind(0))
     for rule in (rules.Mean(), rules.Median(), rules.Geometric()):
         call = (double, rule.name, rule.option, list(rule.values), 0, 0)
@@ -132,6 +135,48 @@ def launches():
     yield "layer_norm f64", lambda: layer_norm(x, [16])
     yield "dropout f64", lambda: dropout(x, torch.arange(10), None, 0.5, 1, 0, "gelu")
     yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
+
+
+def convolutions(dtype, short):
+    """Convolutions of a score network, as a residual block has them, plain, and as its ends have them."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    for batch, channels, size, stride in (
+        (1, 256, 32, 1),
+        (16, 256, 8, 1),
+        (64, 512, 32, 1),
+        (2, 256, 16, 2),
+        (1, 128, 256, 1),
+    ):
+        x = empty(5 * batch, channels, size, size).to(memory_format=torch.channels_last)
+        weight = empty(5, channels, 3, 3, channels).movedim(4, 2)
+        out = size // stride
+        spans = -(-size * size // 128)
+        own = [empty(5 * batch, channels)] * 2
+        norm = (torch.empty(5 * batch, 32, spans, 2), *[empty(5, channels)] * 2, 1e-5, *own)
+        residual = empty(5 * batch, channels, out, out).to(memory_format=torch.channels_last)
+        bias, row_bias = empty(5, channels), empty(5 * batch, channels)
+        geometry = ((stride, stride), (1, 1), None)
+        name = f"{short} C={channels} {size}x{size}/{stride} B={batch}"
+        call = (x, weight, bias, *geometry, *norm, "silu", row_bias, residual, 0.7, "none", 32)
+        yield f"conv2d block {name}", lambda call=call: conv2d(*call)
+        for tiling in ("auto", "wide", "narrow"):
+            plain = (x, weight, bias, *geometry)
+            yield f"conv2d {tiling} {name}", lambda call=plain, tiling=tiling: conv2d(*call, tiling=tiling)
+    x, weight = empty(4, 3, 32, 32), empty(5, 256, 3, 3, 3)
+    yield (
+        f"conv2d first {short}",
+        lambda: conv2d(x, weight, empty(5, 256), (1, 1), (1, 1), num_groups=32, shared=True),
+    )
+    for batch in (1, 64):
+        x, weight = empty(5 * batch, 256, 32, 32), empty(5, 3, 3, 3, 256).movedim(4, 2)
+        norm = (torch.empty(5 * batch, 32, 8, 2), *[empty(5, 256)] * 2, 1e-5, None, None, "silu")
+        call = (x, weight, empty(5, 3), [0.2] * 5, (1, 1), (1, 1), *norm)
+        yield f"conv2d_sum {short} B={batch}", lambda call=call: conv2d_sum(*call)
+    point, mixing = empty(20, 384, 16, 16), empty(5, 256, 384, 1, 1)
+    yield f"conv2d 1x1 {short}", lambda: conv2d(point, mixing, empty(5, 256))
 
 
 SAMPLE = {  # every kernel once, the more demanding ones twice
@@ -148,6 +193,10 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "dropout NHWC bf16 C=256 32x32",
     "group_norm dropped bf16",
     "linear dropped bf16 M=512",
+    "conv2d block bf16 C=256 8x8/1 B=16",
+    "conv2d block bf16 C=128 256x256/1 B=1",
+    "conv2d auto bf16 C=256 16x16/2 B=2",
+    "conv2d_sum bf16 B=1",
 }
 
 
@@ -160,7 +209,7 @@ def main(capability, sample):
     )
     rows = []
     for name, launch in launches():
-        if sample and name not in SAMPLE:
+        if (sample and name not in SAMPLE) or (" wide " in name and capability < 90):
             continue
         compiled.clear()
         launch()

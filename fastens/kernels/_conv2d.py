@@ -1,0 +1,200 @@
+"""The pieces of a convolution kernel: what happens to the input as it is loaded, the products, and what follows them.
+
+A tile is ROWS rows (images) times PLACES places of the output, by BLOCK_N of its channels. Its sums run over steps: the
+kernel's taps innermost, so that they find the input of one block of channels in the cache, then blocks of channels.
+"""
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# Triton compiles these functions: pyright takes them for Python.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastens.kernels._activation import activated
+
+
+@triton.jit
+def place_of_tile(
+    first_row, rows_per_member, row_tiles, place_tiles, output_tiles, out_height, out_width,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a program's tile covers: member, rows, and for each row of the product its row, place and whether it is."""
+    pid = tl.program_id(0)
+    column = pid % output_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    place_tile = pid // output_tiles % place_tiles
+    row_tile = pid // output_tiles // place_tiles % row_tiles
+    member = (pid // output_tiles // place_tiles // row_tiles).to(tl.int64)
+    begin = member * rows_per_member
+    end = begin + rows_per_member
+    if first_row is not None:
+        begin = tl.load(first_row + member)
+        end = tl.load(first_row + member + 1)
+    first = begin + row_tile * ROWS
+    row = first + tl.arange(0, ROWS)
+    each = tl.arange(0, ROWS * PLACES)
+    at_row = first + each // PLACES
+    place = place_tile * PLACES + each % PLACES
+    valid = (at_row < end) & (place < out_height * out_width)
+    return member, begin, first, end, row, row < end, at_row, place, valid, column, place_tile
+
+
+@triton.jit
+def over_places(values, ROWS: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr):
+    """A row's values for each of its places: [ROWS, WIDTH] -> [ROWS * PLACES, WIDTH], or [1, WIDTH] as it is."""
+    if ROWS > 1:
+        values = tl.reshape(tl.broadcast_to(values[:, None, :], [ROWS, PLACES, WIDTH]), [ROWS * PLACES, WIDTH])
+    return values
+
+
+@triton.jit
+def norm_of_moments(
+    row, row_exists, channel, channel_exists, member, moments, weight, bias, scale, shift, channels, per_group, space,
+    span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mean, factor and offset [rows, channels]: norm and maps together are (x - mean) * factor + offset."""
+    mask = row_exists[:, None] & channel_exists[None, :]
+    each = tl.arange(0, PADDED_SPANS)
+    group = row[:, None] * (channels // per_group) + channel[None, :] // per_group
+    at = (group[:, :, None] * SPANS + each[None, None, :]) * 2
+    found = mask[:, :, None] & (each < SPANS)[None, None, :]
+    held = tl.where(each < SPANS, tl.minimum(span, space - each * span) * per_group, 0).to(WIDE)[None, None, :]
+    total = tl.sum(held, 2)
+    means = tl.load(moments + at, found, other=0.0)
+    mean = tl.sum(means * held, 2) / total
+    apart = tl.where(found, means - mean[:, :, None], 0.0)
+    scatter = tl.sum(tl.load(moments + at + 1, found, other=0.0) + held * apart * apart, 2)
+    factor = 1.0 / tl.sqrt(scatter / total + eps)
+    offset = tl.zeros_like(factor)
+    own = member * channels + channel
+    if weight is not None:
+        factor *= tl.load(weight + own, channel_exists, other=0.0).to(WIDE)[None, :]
+    if bias is not None:
+        offset += tl.load(bias + own, channel_exists, other=0.0).to(WIDE)[None, :]
+    own = row[:, None] * channels + channel[None, :]
+    if scale is not None:
+        more = 1.0 + tl.load(scale + own, mask, other=0.0).to(WIDE)
+        factor, offset = factor * more, offset * more
+    if shift is not None:
+        offset += tl.load(shift + own, mask, other=0.0).to(WIDE)
+    return mean, factor, offset
+
+
+@triton.jit
+def write_maps(
+    maps, row, row_exists, member, moments, weight, bias, scale, shift, channels, per_group, space, span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """maps[r, :, c] = mean, factor and offset of the norm before the convolution, for rows of one member."""
+    for start in range(0, channels, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        mean, factor, offset = norm_of_moments(
+            row, row_exists, channel, channel < channels, member, moments, weight, bias, scale, shift, channels,
+            per_group, space, span, eps, SPANS, PADDED_SPANS, WIDE,
+        )  # fmt: skip
+        known = row_exists[:, None] & (channel < channels)[None, :]
+        at = maps + row[:, None] * 3 * channels + channel[None, :]
+        tl.store(at, mean, known)
+        tl.store(at + channels, factor, known)
+        tl.store(at + 2 * channels, offset, known)
+
+
+@triton.jit
+def maps_kernel(
+    maps, moments, weight, bias, scale, shift, member_of_row, rows, rows_per_member, channels, per_group, space, span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The maps of one row, where spans are too many for every tile to join."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    member = tl.program_id(0).to(tl.int64) // rows_per_member
+    if member_of_row is not None:
+        member = tl.load(member_of_row + tl.program_id(0)).to(tl.int64)
+    write_maps(
+        maps, row, row < rows, member, moments, weight, bias, scale, shift, channels, per_group, space, span, eps,
+        SPANS, PADDED_SPANS, BLOCK, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def products(
+    acc, x, weight, maps, member, row, row_exists, x_row, valid, top, left, column, first, last, channels, outputs,
+    height, width, weight_k, weight_o, weight_c, weight_h, weight_w,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add steps ``first`` to ``last`` of one member's sum to acc [ROWS * PLACES, BLOCK_N].
+
+    row [ROWS] is where maps are found; x_row, top and left [ROWS * PLACES] say where the first tap of a place lies.
+    """
+    own = weight + member * weight_k + column.to(tl.int64)[None, :] * weight_o
+    for step in range(first, last):
+        tap = step % (TAPS_H * TAPS_W)
+        down, right = tap // TAPS_W, tap % TAPS_W
+        channel = step // (TAPS_H * TAPS_W) * BLOCK_K + tl.arange(0, BLOCK_K)
+        exists = channel < channels
+        at_h, at_w = top + down, left + right
+        inside = valid & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
+        mask = inside[:, None] & exists[None, :]
+        place = (x_row * height + at_h) * width + at_w
+        a = tl.load(x + place[:, None] * channels + channel[None, :], mask, other=0.0)
+        if maps is not None or ACTIVATION != "none":
+            value = a.to(WIDE)
+            if maps is not None:
+                at = maps + row[:, None] * 3 * channels + channel[None, :]
+                known = row_exists[:, None] & exists[None, :]
+                mean = over_places(tl.load(at, known, other=0.0), ROWS, PLACES, BLOCK_K)
+                factor = over_places(tl.load(at + channels, known, other=0.0), ROWS, PLACES, BLOCK_K)
+                offset = over_places(tl.load(at + 2 * channels, known, other=0.0), ROWS, PLACES, BLOCK_K)
+                value = (value - mean) * factor + offset
+            a = tl.where(mask, activated(value, ACTIVATION), 0.0).to(a.dtype)  # padding is zero behind the norm
+        b = tl.load(
+            own + channel.to(tl.int64)[:, None] * weight_c + down * weight_h + right * weight_w,
+            exists[:, None] & (column < outputs)[None, :],
+            other=0.0,
+        )
+        if WIDENED:
+            a, b = a.to(WIDE), b.to(WIDE)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
+    return acc
+
+
+@triton.jit
+def finish(
+    acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, column, outputs, space,
+    span_index, spans,
+    output_scale: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Add bias, row bias and residual, scale, activate, store; and the moments of what was stored."""
+    known = column < outputs
+    mask = valid[:, None] & known[None, :]
+    if bias is not None:
+        acc += tl.load(bias + member * outputs + column, known, other=0.0).to(WIDE)[None, :]
+    if row_bias is not None:
+        own = tl.load(
+            row_bias + row[:, None] * outputs + column[None, :], row_exists[:, None] & known[None, :], other=0.0
+        )
+        acc += over_places(own.to(WIDE), ROWS, PLACES, BLOCK_N)
+    at = (at_row * space + place)[:, None] * outputs + column[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, mask, other=0.0).to(WIDE)
+    stored = activated(acc * output_scale, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + at, stored, mask)
+    if moments is not None:
+        GROUPS: tl.constexpr = BLOCK_N // PER_GROUP
+        value = tl.where(mask, stored.to(WIDE), 0.0)
+        held = tl.reshape(tl.sum(tl.reshape(mask.to(WIDE), [ROWS, PLACES, BLOCK_N]), 1), [ROWS, GROUPS, PER_GROUP])
+        count = tl.maximum(tl.sum(held, 2), 1.0)
+        total = tl.reshape(tl.sum(tl.reshape(value, [ROWS, PLACES, BLOCK_N]), 1), [ROWS, GROUPS, PER_GROUP])
+        mean = tl.sum(total, 2) / count
+        spread = tl.reshape(tl.broadcast_to(mean[:, :, None], [ROWS, GROUPS, PER_GROUP]), [ROWS, BLOCK_N])
+        apart = tl.reshape(value, [ROWS, PLACES, BLOCK_N]) - spread[:, None, :]
+        apart = tl.where(tl.reshape(mask, [ROWS, PLACES, BLOCK_N]), apart, 0.0)
+        scatter = tl.sum(tl.reshape(tl.sum(apart * apart, 1), [ROWS, GROUPS, PER_GROUP]), 2)
+        groups = outputs // PER_GROUP
+        group = tl.min(column, 0) // PER_GROUP + tl.arange(0, GROUPS)
+        to = ((row[:, None] * groups + group[None, :]) * spans + span_index) * 2
+        found = row_exists[:, None] & (group < groups)[None, :]
+        tl.store(moments + to, mean, found)
+        tl.store(moments + to + 1, scatter, found)

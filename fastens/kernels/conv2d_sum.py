@@ -1,0 +1,130 @@
+"""Triton kernel of a convolution that is summed over members as it is computed, and writes only their sum.
+
+y[b] = sum_k m_k (conv(prepared(x[k B + b]), W_k) + b_k): the members are part of the sum, as its outermost steps, so
+that no member's output is written or read. Norm, layout and splits are those of :mod:`fastens.kernels.conv2d`.
+"""
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# Triton compiles these functions: pyright takes them for Python.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastens.kernels._conv2d import finish, place_of_tile, products, write_maps
+from fastens.kernels._conv2d_launch import Norm, tiles_for
+from fastens.kernels._members import on_device
+from fastens.kernels._rows import interpreting
+from fastens.kernels.conv2d import join_kernel
+from fastens.reference.group_moments import SPAN
+
+
+@triton.jit
+def conv2d_sum_kernel(
+    x, weight, bias, member_weights, y, workspace, maps, moments, norm_weight, norm_bias, scale, shift, members, rows,
+    channels, outputs, height, width, out_height, out_width, down, right, above, before, row_tiles, place_tiles,
+    output_tiles, steps, steps_per_split, per_group, span, weight_k, weight_o, weight_c, weight_h, weight_w,
+    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result, or of one split of its sum."""
+    zero, _, _, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
+        None, rows, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
+    )
+    split = tl.program_id(1)
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, members * steps)
+    if moments is not None:
+        # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
+        for k in range(members):
+            member = zero + k
+            write_maps(
+                maps, row + member * rows, row_exists, member, moments, norm_weight, norm_bias, scale, shift, channels,
+                per_group, height * width, span, eps, SPANS, PADDED_SPANS, BLOCK, WIDE,
+            )  # fmt: skip
+        tl.debug_barrier()
+    total = tl.zeros([ROWS * PLACES, BLOCK_N], WIDE)
+    for k in range(members):
+        member = zero + k
+        begin = tl.maximum(first - k * steps, 0)
+        acc = products(
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, weight, maps, member, row + member * rows, row_exists,
+            at_row + member * rows, valid, place // out_width * down - above, place % out_width * right - before,
+            column, begin, tl.minimum(last - k * steps, steps), channels, outputs, height, width, weight_k, weight_o,
+            weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+        )  # fmt: skip
+        if bias is not None:  # from the split that begins the member
+            begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
+            acc += tl.load(bias + member * outputs + column, begins, other=0.0).to(WIDE)[None, :]
+        total += acc * tl.load(member_weights + k)
+    space = out_height * out_width
+    if SPLITS > 1:
+        at = ((split.to(tl.int64) * rows + at_row) * space + place)[:, None] * outputs + column[None, :]
+        tl.store(workspace + at, total, valid[:, None] & (column < outputs)[None, :])
+    else:
+        finish(
+            total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, column, outputs, space,
+            place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1,
+        )  # fmt: skip
+
+
+def conv2d_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    member_weights: list[float],
+    stride: list[int] | tuple[int, int] = (1, 1),
+    padding: list[int] | tuple[int, int] = (0, 0),
+    moments: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Convolve and sum; the arguments are those of ``fastens::conv2d_sum``. The result has its channels last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    num_members, outputs, channels, taps_h, taps_w = weight.shape
+    rows = x.shape[0] // num_members
+    height, width = x.shape[2:]
+    out_height = (height + 2 * padding[0] - taps_h) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - taps_w) // stride[1] + 1
+    y = torch.empty(
+        rows, outputs, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if y.numel() == 0:
+        return y
+    wide = torch.promote_types(x.dtype, torch.float32)
+    space, taps = out_height * out_width, taps_h * taps_w
+    tiles = tiles_for(x, 1, rows, space, outputs, channels, taps, False, sums=num_members)
+    row_tiles, place_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(space, tiles.places)
+    output_tiles = triton.cdiv(outputs, tiles.block_n)
+    programs = row_tiles * place_tiles * output_tiles
+    steps = taps * triton.cdiv(channels, tiles.block_k)
+    wide_type = tl.float64 if wide == torch.float64 else tl.float32
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        norm = Norm.prepare(x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members)
+        workspace = None if tiles.splits == 1 else x.new_empty(tiles.splits * y.numel(), dtype=wide)
+        conv2d_sum_kernel[(programs, tiles.splits)](
+            x, weight, None if bias is None else bias.contiguous(), on_device(tuple(member_weights), wide, x.device), y,
+            workspace, *norm.tensors, num_members, rows, channels, outputs, height, width, out_height, out_width,
+            *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            triton.cdiv(num_members * steps, tiles.splits), norm.per_group, SPAN, *weight.stride(),
+            ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
+            WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
+            TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, **norm.constants, **cut,
+        )  # fmt: skip
+        if workspace is not None:
+            join_kernel[(programs,)](
+                workspace, None, y, None, None, None, None, rows, rows, outputs, out_height, out_width, row_tiles,
+                place_tiles, output_tiles, output_scale=1.0, OUTPUT_ACTIVATION="none", WIDE=wide_type, PER_GROUP=1,
+                num_warps=tiles.num_warps, **cut,
+            )  # fmt: skip
+    return y

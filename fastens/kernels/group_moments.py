@@ -1,0 +1,43 @@
+"""Launcher of the kernel of :mod:`fastens.kernels.group_norm` that takes the moments of spans."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastens.kernels.group_norm import SECTOR, channels_last, dense, partial_kernel
+from fastens.reference import group_moments as reference
+from fastens.reference.group_moments import SPAN, counts
+
+LARGEST = 32768  # elements of a tile; groups of more channels than fit with a span are left to the reference
+
+
+def group_moments(x: Tensor, num_groups: int) -> Tensor:
+    """Take the moments; the arguments are those of ``fastens::group_moments``."""
+    x = dense(x)
+    rows, channels = x.shape[:2]
+    space, per_group = x.shape[2:].numel(), channels // num_groups
+    padded = triton.next_power_of_2(per_group)
+    if padded * SPAN > LARGEST:
+        return reference.group_moments(x, num_groups)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    spans = len(counts(space))
+    moments = torch.empty(rows, num_groups, spans, 2, dtype=wide, device=x.device)
+    if moments.numel() == 0:
+        return moments
+    last = channels_last(x)
+    bundled = 1
+    if last and padded == per_group:  # neighbouring groups in one tile, as wide as memory transactions
+        while bundled < num_groups and bundled * per_group * x.element_size() < 2 * SECTOR:
+            bundled *= 2
+    bundles = triton.cdiv(num_groups, bundled)
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        partial_kernel[(rows * bundles * spans,)](
+            x, moments, channels, num_groups, space, *((1, channels) if last else (space, 1)), bundles,
+            CG=per_group, NG=bundled, PADDED_CG=padded, SPAN=SPAN, SPANS=spans,
+            WIDE=tl.float64 if wide == torch.float64 else tl.float32,
+            num_warps=max(1, min(16, SPAN * bundled * padded // 1024)),
+        )  # fmt: skip
+    return moments

@@ -1,0 +1,65 @@
+"""Member-batched two-dimensional convolution with a residual block's other operations around it, naively."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastens.reference._activation import activate
+from fastens.reference._rows import affine, modulate
+from fastens.reference.conv import conv
+from fastens.reference.group_moments import group_moments, normalized
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    offsets: Tensor | None = None,
+    moments: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    row_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 1.0,
+    output_activation: str = "none",
+    num_groups: int = 0,
+    shared: bool = False,
+    tiling: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Norm, activate, convolve, add, scale and activate; then moments. As in :func:`fastens.ops.conv2d.conv2d`."""
+    x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+    if shared:
+        x = x.repeat(weight.shape[0], 1, 1, 1)
+    y = conv(x, weight, bias, stride, padding, (1, 1), False, (0, 0), 1, offsets)
+    if row_bias is not None:
+        y = y + row_bias[:, :, None, None]
+    if residual is not None:
+        y = y + residual
+    y = activate(y if output_scale == 1 else y * output_scale, output_activation)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y, group_moments(y, num_groups) if num_groups else y.new_empty(0, dtype=wide)
+
+
+def prepared(
+    x: Tensor,
+    moments: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    offsets: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """What is convolved: x, or its norm by the moments of its groups, mapped, and activated."""
+    if moments is None:
+        return activate(x, activation)
+    y = affine(normalized(x, moments, eps), norm_weight, norm_bias, 1, offsets)
+    return activate(modulate(y, scale, shift, 1), activation).to(x.dtype)

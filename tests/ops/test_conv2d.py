@@ -1,0 +1,312 @@
+"""The convolution of a residual block, and the one that ends in a sum: every variant against the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastens.ops import all_ops
+from fastens.ops.conv2d import conv2d
+from fastens.ops.conv2d_sum import conv2d_sum
+from fastens.ops.group_moments import group_moments
+from fastens.ops.group_norm import group_norm
+from tests.ops.cases import BACKENDS, DTYPES, KERNELS
+from tests.tolerances import OP, relative_error
+
+OPS = all_ops()
+KERNELS = KERNELS[1:]  # these ops have no compiled kernel yet
+BACKENDS = (BACKENDS[0], *KERNELS)
+RAGGED = torch.tensor([0, 1, 1, 4])
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.double).to(dtype)
+
+
+def last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def in_double(value):
+    if isinstance(value, dict):
+        return {name: in_double(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [in_double(item) for item in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def norm(x, num_groups, num_members, dtype=torch.float32):
+    rows, channels = x.shape[:2]
+    return {
+        "moments": group_moments(x, num_groups, backend="reference"),
+        "norm_weight": normal(num_members, channels, dtype=dtype),
+        "norm_bias": normal(num_members, channels, dtype=dtype),
+        "eps": 1e-3,
+        "scale": normal(rows, channels, dtype=dtype),
+        "shift": normal(rows, channels, dtype=dtype),
+        "activation": "silu",
+    }
+
+
+def block(num_members, rows, channels, outputs, size, taps=3, stride=1, padding=1, dtype=torch.float32, groups=(4, 4)):
+    """Everything that the op has: norm and activation, row bias, residual, factor, activation, moments."""
+    x = last(2 * normal(rows, channels, *size, dtype=dtype) + 3)
+    weight = normal(num_members, outputs, channels, taps, taps, dtype=dtype) / (taps * channels**0.5)
+    out = [(n + 2 * padding - taps) // stride + 1 for n in size]
+    arguments = (x, weight, normal(num_members, outputs, dtype=dtype), (stride, stride), (padding, padding), None)
+    return arguments, {
+        **norm(x, groups[0], num_members, dtype),
+        "row_bias": normal(rows, outputs, dtype=dtype),
+        "residual": last(normal(rows, outputs, *out, dtype=dtype)),
+        "output_scale": 0.7,
+        "output_activation": "silu",
+        "num_groups": groups[1],
+    }
+
+
+def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offsets=None, **options):
+    x = normal(rows, channels, *size, dtype=dtype)
+    weight = normal(num_members, outputs, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
+    return (x, weight, None, (1, 1), (1, 1), offsets), options
+
+
+# name -> what is called for a dtype, and the kernels that have to run for it
+VARIANTS = {
+    "block": (lambda d: block(3, 6, 20, 12, (5, 7), dtype=d, groups=(4, 3)), ["conv2d_kernel"]),
+    "block of one member": (lambda d: block(1, 2, 8, 4, (4, 4), dtype=d, groups=(2, 1)), ["conv2d_kernel"]),
+    "block of 17 members": (lambda d: block(17, 17, 4, 4, (2, 2), dtype=d, groups=(1, 2)), ["conv2d_kernel"]),
+    "block with stride": (lambda d: block(2, 2, 16, 24, (9, 6), stride=2, dtype=d, groups=(4, 3)), ["conv2d_kernel"]),
+    "block of several tiles": (lambda d: block(2, 2, 8, 20, (13, 11), dtype=d, groups=(2, 5)), ["conv2d_kernel"]),
+    "block in split sums": (
+        lambda d: block(1, 2, 72, 8, (3, 5), dtype=d, groups=(8, 2)),
+        ["conv2d_kernel", "join_kernel"],
+    ),
+    "1x1 with padding and stride": (
+        lambda d: block(2, 2, 7, 5, (5, 6), taps=1, stride=2, padding=1, dtype=d, groups=(7, 5)),
+        ["conv2d_kernel"],
+    ),
+    "groups that are no power of two": (
+        lambda d: block(2, 2, 6, 6, (4, 3), dtype=d, groups=(2, 2)),
+        ["conv2d_kernel", "partial_kernel"],
+    ),
+    "many spans before": (
+        lambda d: block(1, 1, 4, 2, (47, 46), taps=1, stride=16, padding=0, dtype=d, groups=(2, 1)),
+        ["maps_kernel", "conv2d_kernel"],
+    ),
+    "space innermost": (lambda d: plain(5, 5, 3, 33, (5, 4), d), ["conv2d_kernel"]),
+    "ragged": (lambda d: plain(3, 4, 6, 8, (4, 5), d, RAGGED, num_groups=2), ["conv2d_kernel"]),
+    "shared": (lambda d: plain(3, 2, 3, 16, (5, 4), d, shared=True, num_groups=4), ["conv2d_kernel"]),
+    "narrow": (lambda d: plain(2, 6, 5, 70, (3, 3), d, tiling="narrow"), ["conv2d_kernel"]),
+    "wide": (lambda d: plain(1, 1, 5, 140, (3, 3), d, tiling="wide"), ["conv2d_kernel"]),
+}
+
+
+class Recorder:
+    """A kernel that notes that it was launched."""
+
+    def __init__(self, kernel, launched, name):
+        self.kernel, self.launched, self.name = kernel, launched, name
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launched(monkeypatch, request):
+    """The kernels that ran, by name, as on a GPU of one multiprocessor unless the test is of split sums."""
+    from fastens.kernels import _conv2d_launch, conv2d, conv2d_sum, group_moments
+
+    if "split" not in request.node.name:
+        monkeypatch.setattr(_conv2d_launch, "MULTIPROCESSORS", 1)
+    names = []
+    for module in (_conv2d_launch, conv2d, conv2d_sum, group_moments):
+        for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "partial_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Recorder(getattr(module, name), names, name))
+    return names
+
+
+def poison(*like):
+    """Leave NaN in the memory that the next allocations get."""
+    garbage = [torch.full_like(x, torch.nan) for x in like if x is not None for _ in range(3)]
+    del garbage
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kernel_equals_reference(name, dtype, backend, launched):
+    torch.manual_seed(0)
+    make, kernels = VARIANTS[name]
+    arguments, options = make(dtype)
+    expected, expected_moments = conv2d(*in_double(arguments), **in_double(options), backend="reference")
+    poison(expected.to(dtype), expected_moments)
+    actual, moments = conv2d(*arguments, **options, backend=backend)
+    assert launched == kernels
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) <= OP[dtype]
+    if moments is not None:  # of the result as it is stored
+        assert relative_error(moments, group_moments(actual, options["num_groups"], backend="reference")) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "norm", "split"])
+def test_sum_equals_reference(form, dtype, backend, launched):
+    torch.manual_seed(0)
+    members, rows, channels = {"plain": (5, 2, 7), "norm": (3, 3, 8), "split": (2, 1, 70)}[form]
+    x = normal(members * rows, channels, 5, 4, dtype=dtype)
+    weight = normal(members, 3, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
+    options = {} if form == "plain" else norm(x, 2, members, dtype)
+    arguments = (x, weight, normal(members, 3, dtype=dtype), [0.7, -0.2, 0.3, 0.1, 0.4][:members], (1, 1), (1, 1))
+    expected = conv2d_sum(*in_double(arguments), **in_double(options), backend="reference")
+    poison(expected.to(dtype))
+    actual = conv2d_sum(*arguments, **options, backend=backend)
+    assert launched == ["conv2d_sum_kernel", "join_kernel"][: 2 if form == "split" else 1]
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) <= OP[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_residual_block_is_two_calls(backend):
+    torch.manual_seed(0)
+    members, rows = 2, 4
+    x, time = normal(rows, 16, 6, 5), normal(rows, 24)
+    first, second, skip = (normal(members, 24, c, n, n) / (n * c**0.5) for c, n in ((16, 3), (24, 3), (16, 1)))
+    bias, maps = normal(members, 24), [normal(members, c) for c in (16, 16, 24, 24)]
+    y = F.silu(group_norm(x, 4, *maps[:2], backend="reference"))
+    y = torch.cat([F.conv2d(r, first[k], bias[k], padding=1) for k, r in enumerate(y.chunk(members))])
+    y = F.silu(group_norm(y + time[:, :, None, None], 8, *maps[2:], backend="reference"))
+    y = torch.cat([F.conv2d(r, second[k], bias[k], padding=1) for k, r in enumerate(y.chunk(members))])
+    kept = torch.cat([F.conv2d(r, skip[k]) for k, r in enumerate(x.chunk(members))])
+    ends = group_moments(x, 4, backend=backend)
+    kept_too, _ = conv2d(x, skip, backend=backend)
+    before = {"activation": "silu", "backend": backend}
+    inner, moments = conv2d(
+        x, first, bias, (1, 1), (1, 1), moments=ends, norm_weight=maps[0], norm_bias=maps[1], row_bias=time,
+        num_groups=8, **before,
+    )  # fmt: skip
+    actual, _ = conv2d(
+        inner, second, bias, (1, 1), (1, 1), moments=moments, norm_weight=maps[2], norm_bias=maps[3],
+        residual=kept_too, output_scale=0.5**0.5, **before,
+    )  # fmt: skip
+    assert relative_error(actual, (y + kept) * 0.5**0.5) <= OP[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moments_hold_at_a_large_mean(backend):
+    torch.manual_seed(0)
+    x = 1000 + normal(2, 8, 12, 11)
+    exact = group_norm(x.double(), 2, backend="reference")
+    eye = torch.eye(8)[None, :, :, None, None]
+    moments = group_moments(x, 2, backend=backend)
+    actual, _ = conv2d(x, eye, moments=moments, eps=1e-5, backend=backend)
+    assert relative_error(actual, exact) <= 2e-4  # x itself has 24 bits, 10 of them for the mean
+    shifted, found = conv2d(x - 1000, eye, torch.full((1, 8), 1000.0), num_groups=2, backend=backend)
+    assert relative_error(found, group_moments(shifted.double(), 2, backend="reference")) <= OP[torch.float32]
+    scatter = group_moments(shifted.double(), 2, backend="reference")[..., 1]
+    assert relative_error(found[..., 1], scatter) <= OP[torch.float32]
+
+
+CALLS = {  # kernel's arguments in the order of its schema
+    "conv2d": lambda: _by_schema(*block(2, 4, 8, 4, (3, 4))),
+    "conv2d_sum": lambda: _sum_by_schema(),
+    "group_moments": lambda: (normal(2, 6, 12, 13), 3),
+}
+
+
+def _by_schema(arguments, options):
+    names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation", "row_bias", "residual",
+             "output_scale", "output_activation", "num_groups")  # fmt: skip
+    return (*arguments, *(options[name] for name in names), False, "auto")
+
+
+def _sum_by_schema():
+    x = normal(4, 8, 3, 4)
+    options = norm(x, 4, 2)
+    names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation")
+    head = (x, normal(2, 3, 8, 3, 3), normal(2, 3), [0.25, 0.75], (2, 1), (1, 1))
+    return (*head, *(options[name] for name in names))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck_gradients_nan_and_empty_batch(name, backend):
+    torch.manual_seed(0)
+    kernel = getattr(torch.ops.fastens, OPS[name].kernels[backend]).default
+    arguments = CALLS[name]()
+    assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
+    doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
+    assert torch.autograd.gradcheck(kernel, doubles, fast_mode=True)
+    x = arguments[0].clone()
+    x[1, 2, 1, 1] = torch.nan
+    with torch.no_grad():
+        outputs = [run(x, *arguments[1:]) for run in (kernel, OPS[name].default)]
+    for actual, expected in zip(*(y if isinstance(y, tuple) else (y,) for y in outputs), strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert actual.isnan().any()
+    rows = len(x)
+    empty = [t[:0] if isinstance(t, torch.Tensor) and len(t) == rows else t for t in arguments]
+    y = kernel(*empty)
+    assert (y[0] if isinstance(y, tuple) else y).shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_sum"])
+def test_compiles_whole(name, backend):
+    torch.manual_seed(0)
+    x, weight, bias = normal(4, 6, 4, 4), normal(2, 4, 6, 3, 3), normal(2, 4)
+    torch.compiler.reset()
+
+    def run(x, backend=backend):
+        moments = group_moments(x, 3, backend=backend)
+        if name == "conv2d_sum":
+            return conv2d_sum(x, weight, bias, [0.5, 0.5], (1, 1), (1, 1), moments=moments, backend=backend) + 1
+        y, found = conv2d(x, weight, bias, (1, 1), (1, 1), moments=moments, num_groups=2, backend=backend)
+        return y + found.mean()
+
+    expected = run(x, "reference")
+    assert relative_error(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected) <= OP[torch.float32]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gradients_of_a_module_are_the_librarys(backend):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3, 2, 1) for _ in range(2)]
+    weight, bias = (torch.stack([getattr(c, n).detach() for c in layers]).requires_grad_() for n in ("weight", "bias"))
+    x = normal(4, 4, 6, 5).requires_grad_()
+    y, _ = conv2d(x, weight, bias, (2, 2), (1, 1), backend=backend)
+    y.square().sum().backward()
+    given = x.detach().clone().requires_grad_()
+    torch.cat([c(rows) for c, rows in zip(layers, given.chunk(2), strict=True)]).square().sum().backward()
+    assert relative_error(x.grad, given.grad) <= OP[torch.float32]
+    for k, layer in enumerate(layers):
+        assert relative_error(weight.grad[k], layer.weight.grad) <= OP[torch.float32]
+        assert relative_error(bias.grad[k], layer.bias.grad) <= OP[torch.float32]
+
+
+X, W = torch.zeros(4, 6, 5, 5), torch.zeros(2, 8, 6, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: conv2d(X[:3], W), "x has 3 rows, expected a multiple of the 2 members"),
+        (lambda: conv2d(X[:, :5], W), "x has 5 channels, weight expects 6"),
+        (lambda: conv2d(X[0], W), r"x is \[6, 5, 5\]"),
+        (lambda: conv2d(X[..., :2], W), "smaller than the kernel"),
+        (lambda: conv2d(X, W, scale=torch.zeros(4, 6)), "scale without moments"),
+        (lambda: conv2d(X, W, moments=torch.zeros(4, 4, 1, 2)), r"moments is \[4, 4, 1, 2\], expected \[4, G, 1, 2\]"),
+        (lambda: conv2d(X, W, num_groups=3), "num_groups is 3, expected a divisor of the 8"),
+        (lambda: conv2d(X, W, residual=X), r"residual is \[4, 6, 5, 5\], expected \[4, 8, 3, 3\]"),
+        (lambda: conv2d(X, W, activation="relu"), "activation 'relu' is unknown"),
+        (lambda: conv2d(X, W, tiling="tall"), "tiling 'tall' is unknown"),
+        (lambda: conv2d(X, W, offsets=torch.tensor([0, 1, 4]), shared=True), "shared rows have neither"),
+        (lambda: conv2d_sum(X, W, None, [1.0]), "1 member_weights, expected 2"),
+        (lambda: group_moments(X, 4), "with 4 groups"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
