@@ -1,4 +1,4 @@
-"""The command line: ``fastens demo``, ``info``, ``sample``, ``evaluate`` and ``bench``."""
+"""The command line: ``fastens demo``, ``info``, ``sample``, ``evaluate``, ``tune`` and ``bench``."""
 
 import argparse
 import importlib.metadata
@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    tune = commands.add_parser("tune", help="measure on this GPU which way of each op is the fastest; can be resumed")
+    tune.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="folders that UNet2DModel saved")
+    tune.add_argument("--members", type=_positive, help="members, of one checkpoint's shape; default: one per CKPT")
+    tune.add_argument("--batch", type=_positive, nargs="+", default=[1, 16], help="images at a time")
+    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tune.add_argument("--out", type=Path, help="also write all that is known of this GPU to this file")
+    tune.set_defaults(run=_tune)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout; print the ratios and draw them")
     bench.add_argument("--json", type=Path, help="show this pytest-benchmark result instead of running")
     bench.add_argument("--bench", type=Path, default=Path("bench"), help="folder of the benchmarks")
@@ -131,6 +138,26 @@ def _sample(options: argparse.Namespace) -> None:
     with tqdm(total=options.num, unit="image", desc=f"sampling by {rule.name}") as progress:
         images = sample(ensemble, scheduler, options.num, options.steps, options.seed, options.batch, progress)
     _write_samples(options, images)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    import fastens
+    from fastens.ops._choice import TABLE
+    from fastens.tune import calls_of, export, tune
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune measures on a GPU, and torch sees none; on the CPU there is nothing to choose")
+    paths = options.checkpoints * (options.members or 1) if len(options.checkpoints) == 1 else options.checkpoints
+    members = [member.to(memory_format=torch.channels_last) for member in fastens.load_members(paths)]
+    ensemble = fastens.Ensemble(members).eval().to("cuda", getattr(torch, options.dtype))
+    calls = calls_of(ensemble, options.batch)
+    measured = tune(calls, ensemble.device, lambda unknown: tqdm(unknown, unit="shape", desc="measuring"))
+    print(f"{measured} of {len(calls)} shapes measured, the others were known: {TABLE.path}")
+    if options.out is not None:
+        print(f"{export(options.out, ensemble.device)} measurements: {options.out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

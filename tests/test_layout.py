@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
-    {"ratios"},
+    {"ratios", "tune"},
     {"demo", "interop", "evaluation", "tabular"},
     {"training"},
     {"checkpoints"},

@@ -91,7 +91,8 @@ def tiles_for(
         channels: of the input.
         taps: of the kernel.
         whole_spans: moments are wanted, so that a tile holds whole spans.
-        tiling: ``"auto"``; ``"wide"``, twice as many output channels a tile and whole sums; ``"narrow"``, half of places and outputs.
+        tiling: ``"auto"``; ``"wide"``, twice as many output channels a tile and whole sums; ``"narrow"``, half of
+            both places and channels.
         sums: how many members are summed into one result.
     """
     narrow, wide = tiling == "narrow", tiling == "wide"
@@ -113,13 +114,9 @@ def tiles_for(
     programs *= triton.cdiv(outputs, block_n)
     steps = sums * taps * triton.cdiv(channels, block_k)
     available = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
+    most = 1 if wide else min(MOST_SPLITS, available // programs, steps // STEPS_PER_SPLIT)
     splits = 1
-    while (
-        not wide
-        and splits < MOST_SPLITS
-        and 2 * splits * programs <= available
-        and 2 * splits * STEPS_PER_SPLIT <= steps
-    ):
+    while 2 * splits <= most:
         splits *= 2
     return Tiles(
         together, places, block_n, block_k, num_warps, num_stages, triton.cdiv(steps, triton.cdiv(steps, splits))

@@ -129,6 +129,7 @@ class Choice:
         self.table = table
         self.clock = clock
         self.devices = tuple(devices)
+        self.observer: Callable[[Choice, Sequence[Any]], None] | None = None  # told of each call instead of a choice
         self._known: dict[Any, str] = {}
         CHOICES[op] = self
 
@@ -150,6 +151,9 @@ class Choice:
                 raise ValueError(f"{self.op}: {way!r} does not take these arguments: {why}")
             return way
         if torch.compiler.is_compiling():
+            return self.default
+        if self.observer is not None:
+            self.observer(self, arguments)
             return self.default
         forced = _forced(os.environ.get("FASTENS_CHOOSE", "")).get(self.op)
         if forced in self.ways:

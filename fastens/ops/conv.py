@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastens.ops import _conv_ways
+from fastens.ops import _conv_kernels, _conv_ways
 from fastens.ops._choice import Choice, Way
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import check_rows, check_stack
@@ -24,6 +24,9 @@ CHOICE = Choice(
         "members": Way(_conv.default),
         "grouped": Way(_conv_ways.grouped, _conv_ways.refuses_grouped),
         "matmul": Way(_conv_ways.matmul, _conv_ways.refuses_matmul),
+        "triton": Way(_conv_kernels.run("auto"), _conv_kernels.refuses("auto")),
+        "triton narrow": Way(_conv_kernels.run("narrow"), _conv_kernels.refuses("narrow")),
+        "triton wide": Way(_conv_kernels.run("wide"), _conv_kernels.refuses("wide")),
     },
 )
 
