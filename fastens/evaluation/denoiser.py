@@ -115,7 +115,11 @@ class Denoiser:
         return self.schedule.network_time(t).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        output = self.model(x, self._network_time(x, t), **self.conditioning)
+        return self.predict(x, self._network_time(x, t))
+
+    def predict(self, x: Tensor, network_time: Tensor) -> Tensor:
+        """What the model, or the ensemble by its rule, predicts of ``x`` [B, ...], at the network's own times [B]."""
+        output = self.model(x, network_time, **self.conditioning)
         output = getattr(output, "sample", output)
         output = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(output, Tensor) or output.shape[:1] != x.shape[:1]:

@@ -5,12 +5,12 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mix counters into random words.
 
     Args:
         counter: four int64 tensors of one shape (or that broadcast), each in [0, 2^32).
-        key: 64 bits.
+        key: 64 bits, or int64 [] that holds them.
 
     Returns:
         Four int64 tensors, each in [0, 2^32).
