@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G7 and G9 against every rival, and the table.
+# Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G9 against every rival, and the table.
 # usage: bench/gpu.sh DIR [PART...]             results as JSON, logs and table.md in DIR; all parts by default
 #        bench/gpu.sh --rehearse DIR [PART...]  without a GPU: the same code on small sizes; its times mean nothing
 #        bench/gpu.sh --list                    the parts
@@ -8,7 +8,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 parts=(environment build tests sanitizer_memcheck sanitizer_racecheck G4 G5 G6 mask
-  G1 G2 G3 ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G7_1 G7_16 G7_songunet_1 G7_songunet_16 G9 profile)
+  G1 G2 G3 ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G7_1 G7_16 G7_songunet_1 G7_songunet_16 profile
+  sanitizer_conv G4_ways blocks ends G8 G9 roofline)
 rehearse=
 case "${1:-}" in
   --list) printf '%s\n' "${parts[@]}"; exit ;;
@@ -41,6 +42,10 @@ sanitize() {
   run "sanitizer_$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
     --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels/test_on_gpu.py -k "$2"
 }
+sanitize_convolutions() {
+  run sanitizer_conv env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+    --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels/test_conv2d_on_gpu.py -k "bfloat16 or size"
+}
 builds() { "$python" fastens/_build.py fastens/_lib build/cpu && "$python" fastens/_build.py --cuda fastens/_lib build/cuda; }
 export -f builds; export python
 
@@ -64,6 +69,12 @@ for part in "${parts[@]}"; do
     G7_songunet_*) bench "$part" bench_gpu_dropout "songunet-${part##*_}]" ;;
     G7_*) bench "$part" bench_gpu_dropout "ddpmpp-${part##*_}]" ;;
     G9) bench G9 bench_gpu_likelihood test_ ;;
+    sanitizer_conv) sanitize_convolutions ;;
+    G4_ways) bench G4_ways bench_gpu_conv test_ways ;;
+    blocks) bench blocks bench_gpu_conv test_residual_block ;;
+    ends) bench ends bench_gpu_conv layer ;;
+    G8) bench G8 bench_gpu_sampler test_whole_run ;;
+    roofline) run roofline "$python" -m bench.gpu_roofline "$out" ;;
     profile) run profile "$python" -m bench.gpu_profile "$out/profile.md" ;;
     *) echo "FAILED  $part is no part: bench/gpu.sh --list"; failed=1 ;;
   esac

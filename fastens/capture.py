@@ -127,6 +127,8 @@ class Capturing(nn.Module):
         recorded = self.__dict__["_recorded"]
         if not recorded or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
         try:
             return recorded.get(self._signature(args, kwargs))
         except TypeError:  # an argument that does not hash has no recording

@@ -74,6 +74,7 @@ class Sampler:
             step = int((~torch.isfinite(table)).any(1).nonzero()[0])
             raise ValueError(f"the step from time {grid[step]:g} to {grid[step + 1]:g} has no finite coefficients")
         self._table = table
+        self._moved: dict[Any, tuple[Tensor, ...]] = {}
         self._recordings: dict[Any, list[_Recording]] = {}
 
     @torch.no_grad()
@@ -148,8 +149,10 @@ class Sampler:
 
     def _rows(self, first: int, steps: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [steps, n] and the network's times [steps, stages, B] of some steps."""
-        table = self._table[first : first + steps].to(x.device, x.dtype)
-        times = self._network_times[first : first + steps].to(x.device, x.dtype)
+        kind = (x.device, x.dtype)
+        if kind not in self._moved:  # once: a copy from the host in every step would wait for it
+            self._moved[kind] = tuple(t.to(*kind) for t in (self._table, self._network_times))
+        table, times = (t[first : first + steps] for t in self._moved[kind])
         return table, times.unsqueeze(-1).expand(*times.shape, len(x))
 
     def _run(

@@ -203,3 +203,14 @@ def test_refusals():
     dropped = fastens.MCDropout(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).eval(), 3, masks="fresh").eval()
     with pytest.raises(ValueError, match="fresh masks"):
         Sampler(Denoiser(dropped, SCHEDULES["vp"]))._record(2, (3,))
+
+
+def test_a_graph_being_recorded_holds_no_replay_of_another(monkeypatch):
+    model = ensemble()
+    model.__dict__["_recorded"] = {"any": object()}
+    monkeypatch.setattr(type(model), "_signature", lambda *_: "any")
+    with torch.no_grad():
+        assert model._recorded_step((), {}) is not None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert model._recorded_step((), {}) is None

@@ -134,7 +134,17 @@ def launches():
     yield "group_norm f64", lambda: group_norm(x, 32)
     yield "layer_norm f64", lambda: layer_norm(x, [16])
     yield "dropout f64", lambda: dropout(x, torch.arange(10), None, 0.5, 1, 0, "gelu")
+    for dtype, short in ((torch.float32, "f32 in full precision"), (torch.double, "f64")):
+        weight = torch.empty(5, 48, 3, 3, 64, dtype=dtype).movedim(4, 2)
+        call = (x.to(dtype), weight, None, (1, 1), (1, 1))
+        yield f"conv2d {short}", lambda call=call: in_full_precision(*call, num_groups=12)
     yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
+
+
+def in_full_precision(*arguments, **options):
+    """A convolution without TF32, which torch allows in convolutions by default."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        conv2d(*arguments, **options)
 
 
 def convolutions(dtype, short):
