@@ -70,7 +70,7 @@ class Constants:
     """The packed weights and other constants of an ensemble's programs, in one tensor that only grows.
 
     Args:
-        capacity: float32 values that there is room for at first; what is not written costs no memory.
+        capacity: float32 values that there is room for once there are any; what is not written costs no memory.
 
     Attributes:
         memory: the values, float32 [n].
@@ -79,7 +79,8 @@ class Constants:
     def __init__(self, capacity: int = 0) -> None:
         self._known: dict[object, tuple[At, Tensor]] = {}
         self._elements = 0
-        self.memory = torch.empty(capacity + ALIGNMENT)
+        self._capacity = capacity
+        self.memory = torch.empty(0)
 
     def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
         """Keep float32 values under a key; return where they are.
@@ -99,7 +100,7 @@ class Constants:
             start = self._elements
             self._elements += size + -size % (ALIGNMENT // 4)
             if self._elements > len(self.memory):
-                grown = torch.empty(2 * self._elements)
+                grown = torch.empty(max(2 * self._elements, self._capacity))
                 grown[:start].copy_(self.memory[:start])
                 self.memory = grown
             fill(self.memory[start : start + size])

@@ -131,7 +131,7 @@ def differentiates(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _plain(node: Node, settings: list[Any], allowed: tuple[Any, ...] = (None, "none")) -> None:
+def _plain(node: Node, settings: list[Any], allowed: tuple[Any, ...] = (None, "none", 0)) -> None:
     if any(isinstance(setting, Tensor) or setting not in allowed for setting in settings):
         raise NotRecordable(f"the derivative of {node.name} in this form is not known here")
 
