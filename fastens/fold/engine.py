@@ -302,16 +302,16 @@ class FoldEngine:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(self.network):
             expected: list[list[Tensor]] = []
+            around: AbstractContextManager[None] = recording.of(self.skeleton)
             for k in range(self.num_members):
-                with recording.of(self.skeleton) if k == 0 else nullcontext():
+                with around:
                     output = self._call(k, *arguments.of_member(k))
                 expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
                 del output
-            if not self._differentiates(arguments, key):
-                first = next(x for x in arguments.leaves if isinstance(x, Tensor))
-                least = recording.num_elements * max((x.element_size() for x in expected[0]), default=0)
-                run_member = partial(self._call, 0, args_0, kwargs_0)
-                self.cap.measure(key, self.num_members, arguments.batch_size, least, run_member, first.device)
+                around = self._measuring(arguments, key, recording, expected[0]) if k == 0 else nullcontext()
+            if self.num_members == 1 and not isinstance(around, nullcontext):
+                with around:
+                    self._call(0, args_0, kwargs_0)
             if plannable:
                 rows, batch = self.num_members * arguments.batch_size, arguments.batch_size
                 planned = self._planned(
@@ -340,6 +340,17 @@ class FoldEngine:
         self.why = f"the fold disagreed with the loop: {problem}"
         warnings.warn(f"fastens: members are evaluated one by one, because {self.why}", stacklevel=5)
         return frozenset(), None
+
+    def _measuring(
+        self, arguments: Arguments, key: Any, recording: Recording, outputs: list[Tensor]
+    ) -> AbstractContextManager[None]:
+        """What the next member's pass runs in: a measurement of memory where that is needed."""
+        least = recording.num_elements * max((x.element_size() for x in outputs), default=0)
+        device, batch = arguments.batch.device, arguments.batch_size
+        wanted = not self._differentiates(arguments, key) and self.cap.wants_measure(
+            key, self.num_members, batch, least, device
+        )
+        return self.cap.measuring(key, batch) if wanted else nullcontext()
 
     def _attempt(
         self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, key: Any

@@ -139,31 +139,25 @@ class MemoryCap:
         self._found: dict[Hashable, int] = {}
         self._per_row: dict[Hashable, tuple[float, float]] = {}  # bytes at the peak, and in all
 
-    def measure(
-        self,
-        key: Hashable,
-        num_members: int,
-        batch: int,
-        least: int,
-        run_member: Callable[[], Any],
-        device: torch.device,
-    ) -> None:
-        """Measure what a row needs, where the members' passes together come near the free memory.
+    def wants_measure(self, key: Hashable, num_members: int, batch: int, least: int, device: torch.device) -> bool:
+        """Whether the members' passes together come near the free memory, so that what a row needs must be known.
 
         Args:
             key: the kind of call.
             num_members: K.
             batch: B.
             least: bytes that are known to be allocated in a member's pass: the outputs of its modules.
-            run_member: one member's pass.
             device: where it runs.
         """
-        if device.type != "cpu" or key in self._per_row or batch == 0:
-            return
-        if _CLOSE * num_members * least > available_memory():
-            with Allocations() as allocations:
-                run_member()
-            self._per_row[key] = allocations.peak / batch, allocations.total / batch
+        known = device.type != "cpu" or key in self._per_row or batch == 0
+        return not known and _CLOSE * num_members * least > available_memory()
+
+    @contextmanager
+    def measuring(self, key: Hashable, batch: int) -> Iterator[None]:
+        """Measure what a row needs from the member's own pass of ``batch`` rows that runs meanwhile."""
+        with Allocations() as allocations:
+            yield
+        self._per_row[key] = allocations.peak / batch, allocations.total / batch
 
     def rows(self, key: Hashable, total: int) -> int:
         """How many of ``total`` rows the next pass may take."""
