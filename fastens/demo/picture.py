@@ -71,5 +71,5 @@ def draw(
         axis.set_title(f"one score evaluation, batch {batch} (ours blue; median and quartiles)", fontsize=10)
         axis.set_xlabel("ms")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # the longest label reaches past the margin
     plt.close(figure)
