@@ -11,13 +11,15 @@ from fastens.reference import conv2d as reference
 from fastens.reference.group_moments import SPAN
 
 
-def output_size(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the convolution of x [R, C, H, W] by weights [K, O, C, h, w]."""
-    height, width = (
-        (size + 2 * p - taps) // s + 1
-        for size, taps, s, p in zip(x.shape[2:], weight.shape[3:], stride, padding, strict=True)
+def output_size(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The space of the convolution of x [R, C, *space] by weights [K, O, C, *kernel]."""
+    dilation = [1] * len(stride) if dilation is None else dilation
+    return tuple(
+        (size + 2 * p - d * (taps - 1) - 1) // s + 1
+        for size, taps, s, p, d in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
     )
-    return height, width
 
 
 def _fake(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.ops.conv2d import output_size
 from fastens.plan.record import mapped
 
 _LIKE_INPUT = {f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch")}
@@ -32,11 +33,7 @@ def sketched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return x.new_zeros((*x.shape[:-1], weight.shape[1]))
     if name == "fastens::conv" and not args[6]:
         x, weight, _, stride, padding, dilation = args[:6]
-        space = [
-            (n + 2 * p - d * (kernel - 1) - 1) // s + 1
-            for n, kernel, s, p, d in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-        ]
-        return x.new_zeros((x.shape[0], weight.shape[1], *space))
+        return x.new_zeros((x.shape[0], weight.shape[1], *output_size(x, weight, stride, padding, dilation)))
     if name in _PRODUCTS or name.startswith("aten::_scaled_dot_product"):
         meta = mapped(Tensor, _on_meta, (args, kwargs))
         return mapped(Tensor, _zeros, func(*meta[0], **meta[1]))

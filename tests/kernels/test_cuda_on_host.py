@@ -1,13 +1,11 @@
 """The arithmetic of the CUDA kernels, compiled for the host by g++, against the reference; launches need a GPU."""
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
-from fastens import _build, rules
+from fastens import rules
 from fastens.reference.aggregate_update import aggregate_update
 from fastens.reference.dropout import dropout
 from tests.tolerances import OP, relative_error
@@ -22,28 +20,6 @@ CASES = {  # rule -> its number in csrc/cuda/job.h, average, absolute, scale
     rules.Geometric(): (4, True, False, 1.0),
     rules.Alternating(): (5, True, False, 1.0),
 }
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """host_<name>.cpp, compiled when it is first asked for."""
-    folder, loaded = tmp_path_factory.mktemp("host"), {}
-
-    def load(name):
-        if name not in loaded:
-            source = _build.source_root().parent / "tests" / "kernels" / f"host_{name}.cpp"
-            built = folder / f"{name}.so"
-            includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-            flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{_build.source_root()}"]
-            try:
-                compiler = _build.compiler()
-            except _build.BuildError as error:
-                pytest.skip(str(error))
-            subprocess.run([compiler, *flags, *includes, str(source), "-o", str(built)], check=True)
-            loaded[name] = ctypes.CDLL(str(built))
-        return loaded[name]
-
-    return load
 
 
 def pointer(tensor):

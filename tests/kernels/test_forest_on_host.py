@@ -1,15 +1,13 @@
 """The arithmetic of the forest's CUDA kernels, compiled for the host by g++, against Forest; launches need a GPU."""
 
 import ctypes
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
 import fastens
-from fastens import _build, rules
+from fastens import rules
 from fastens.reference.forest import Trees
 from tests.tabular.forests import fitted, rows
 
@@ -27,27 +25,13 @@ CASES = {  # rule -> its number in csrc/cuda/job.h, average, absolute, whole bat
 EXACT = (rules.Median, rules.Dominant, rules.MaxAbs, rules.Alternating)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    source = _build.source_root().parent / "tests" / "kernels" / "host_forest.cpp"
-    built = tmp_path_factory.mktemp("host") / "forest.so"
-    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{_build.source_root()}"]
-    try:
-        compiler = _build.compiler()
-    except _build.BuildError as error:
-        pytest.skip(str(error))
-    subprocess.run([compiler, *flags, *includes, str(source), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
-
-
 def on_host(library, forest, x, rule, weights=None):
     trees = forest._on(torch.device("cpu"))[0]
     number, average, absolute, whole_batch = CASES[rule]
     out = np.full((len(x), forest.num_outputs), 7.0)
     divisor = forest.num_members if rule == rules.Mean() and weights is None else 1
     pointers = (ctypes.c_void_p * 10)(*(tensor.data_ptr() for tensor in trees))
-    library.forest_on_host(
+    library("forest").forest_on_host(
         number, x.ctypes.data_as(ctypes.c_void_p), x.dtype == np.float64, forest._double_inputs,
         ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), pointers, ctypes.c_int64(forest.trees.num_trees),
         ctypes.c_int64(forest.num_members), ctypes.c_int64(forest.num_outputs),

@@ -7,18 +7,13 @@ from torch import nn
 import fastens
 from fastens.ops import all_ops, conv
 from fastens.ops._choice import Table
-from fastens.ops.conv2d import conv2d
-from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.dropout import dropout
-from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
 from fastens.ops.linear import linear
 from tests.ops.cases import COUNTS, DTYPES, SHAPES, reduction_cases
-from tests.ops.test_conv2d import VARIANTS, block, in_double
 from tests.tolerances import OP, relative_error
 
-_conv2d_launch = pytest.importorskip("fastens.kernels._conv2d_launch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 OPS = all_ops()
 
@@ -112,48 +107,3 @@ def test_capture_replays_a_step_on_another_stream_and_with_fixed_masks():
             stream.synchronize()
             for actual, wanted in zip((first, second), expected, strict=True):
                 assert relative_error(actual, wanted) <= OP[torch.bfloat16]
-
-
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_convolutions(name, dtype, split, monkeypatch):
-    if not split:
-        monkeypatch.setattr(_conv2d_launch, "MOST_SPLITS", 1)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.manual_seed(0)
-    arguments, options = VARIANTS[name][0](dtype)
-    expected, _ = conv2d(*in_double(arguments), **in_double(options), backend="reference")
-    arguments, options = on_gpu(arguments), on_gpu(options)
-    actual, moments = conv2d(*arguments, **options, backend="triton")
-    assert relative_error(actual.cpu(), expected) <= OP[dtype]
-    if moments is not None:
-        stored = group_moments(actual.cpu(), options["num_groups"], backend="reference")
-        assert relative_error(moments.cpu(), stored) <= 1e-5
-    for _ in range(20):  # no result depends on which tile was first
-        again, _ = conv2d(*arguments, **options, backend="triton")
-        assert torch.equal(again, actual)
-
-
-@pytest.mark.parametrize("size", [8, 32, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_block_of_a_networks_size(dtype, size):
-    torch.manual_seed(0)
-    arguments, options = block(5, 10, 128, 256, (size, size), dtype=dtype, groups=(32, 32))
-    expected, _ = conv2d(*in_double(arguments), **in_double(options), backend="reference")
-    actual, moments = conv2d(*on_gpu(arguments), **on_gpu(options), backend="triton")
-    assert relative_error(actual.cpu(), expected) <= OP[dtype]
-    assert relative_error(moments.cpu(), group_moments(actual.cpu(), 32, backend="reference")) <= 1e-5
-    ending = (actual, torch.randn(5, 3, 256, 3, 3).to(actual) / 48, None, [0.2] * 5, (1, 1), (1, 1))
-    summed = conv2d_sum(*ending, moments=moments, activation="silu", backend="triton")
-    given = [t.cpu() if isinstance(t, torch.Tensor) else t for t in ending]
-    reference = conv2d_sum(*in_double(given), moments=moments.cpu().double(), activation="silu", backend="reference")
-    assert relative_error(summed.cpu(), reference) <= OP[dtype]
-
-
-def on_gpu(value):
-    if isinstance(value, dict):
-        return {name: on_gpu(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [on_gpu(item) for item in value]
-    return value.cuda() if isinstance(value, torch.Tensor) else value
