@@ -14,6 +14,7 @@ from fastens.draws import Evaluation
 from fastens.ensemble import Ensemble, check_settings
 from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
+from fastens.fold.first import Established
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.masks import Masks, masked
 from fastens.fold.members import replaced, stack_members, tensors_of
@@ -107,17 +108,17 @@ class DropoutEngine(FoldEngine):
             calls = sum(self.masks.calls.values())
             raise ValueError(_NOTHING.format(found=f"{calls} dropouts with p = 0" if calls else "no dropout"))
 
-    def _established(self, *args: Any, **kwargs: Any) -> Any:
+    def _established(self, arguments: Arguments, training: bool, plannable: bool = False) -> Established:
         if torch.compiler.is_compiling() and not self._discovered:
             raise RuntimeError(
                 "MC Dropout: call the ensemble once before it is compiled, so that its dropouts are known"
             )
-        return super()._established(*args, **kwargs)
+        return super()._established(arguments, training, plannable)
 
-    def _first(self, *args: Any, **kwargs: Any) -> Any:
+    def _first(self, arguments: Arguments, key: Any, plannable: bool) -> Established:
         self._discovering = True
         try:
-            return super()._first(*args, **kwargs)
+            return super()._first(arguments, key, plannable)
         finally:
             self._discovering = False
             self._discovered = True
@@ -240,7 +241,7 @@ class MCDropout(Ensemble):
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if self._engine.masks.fresh:
             self._begin(Arguments(args, kwargs).batch)
-        return self._engine.evaluate(args, kwargs, False)
+        return self._engine.evaluate(Arguments(args, kwargs), False)
 
     def _begin(self, x: Tensor) -> Evaluation:
         """Start an evaluation: fresh masks depend on its number, and on the trajectory's seed where there is one."""
@@ -255,4 +256,4 @@ class MCDropout(Ensemble):
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
         if self._engine.masks.fresh:
             self._begin(Arguments(args, kwargs).batch)
-        return self._engine.verify(args, kwargs)
+        return self._engine.verify(Arguments(args, kwargs))

@@ -199,7 +199,7 @@ class Ensemble(Capturing):
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
         if self._engine is not None:
-            return self._engine.evaluate(args, kwargs, self.training)
+            return self._engine.evaluate(Arguments(args, kwargs), self.training)
         outputs = [member(*args, **kwargs) for member in self.network.children()]
         return columns(outputs)
 
@@ -222,7 +222,7 @@ class Ensemble(Capturing):
         arguments = Arguments(args, kwargs)
         members = self._draws.members(self.rule, self._begin(arguments.batch), arguments.batch_size)
         if self._engine is not None:
-            return self._engine.evaluate_drawn(args, kwargs, members, self.training)
+            return self._engine.evaluate_drawn(arguments, members, self.training)
         networks = list(self.network.children())
         return run_drawn(lambda k, a, kw: networks[k](*a, **kw), arguments, members)
 
@@ -291,7 +291,7 @@ class Ensemble(Capturing):
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
-        return 0.0 if self._engine is None else self._engine.verify(args, kwargs)
+        return 0.0 if self._engine is None else self._engine.verify(Arguments(args, kwargs))
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""

@@ -10,7 +10,6 @@ masks than in a run of one member alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +40,10 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: the first tensor has not one group of rows per member.
     """
-    kind = partial(MemberArguments, ensemble.num_members)
+    arguments = MemberArguments(ensemble.num_members, args, kwargs)
     if ensemble._engine is not None:
-        leaves = ensemble._engine.evaluate(args, kwargs, ensemble.training, kind)
+        leaves = ensemble._engine.evaluate(arguments, ensemble.training)
     else:
-        arguments = kind(args, kwargs)
         calls = ((member, *arguments.of_member(k)) for k, member in enumerate(ensemble.network.children()))
         leaves = columns([member(*own, **named) for member, own, named in calls])
     return plain(ensemble._combine(leaves, stacked))

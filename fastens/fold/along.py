@@ -36,19 +36,16 @@ def outputs_along(
         return None
     found = engine.plans.run(key, [*arguments.tensors, tangent])
     if found is None:
-        found = _made(engine, args, kwargs, tangent, key)
+        found = _made(engine, arguments, tangent, key)
     if found is None:
         return None
     value, moved = (engine._unfolded(leaf, arguments.batch_size) for leaf in found[0])
     return value, moved
 
 
-def _made(
-    engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor, key: Any
-) -> tuple[list[Tensor], Any] | None:
+def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -> tuple[list[Tensor], Any] | None:
     """Make the plan of a signature, and run it; none where there can be no plan."""
-    excluded, _ = engine._established(args, kwargs, engine.network.training)
-    arguments = Arguments(args, kwargs, excluded)
+    arguments = arguments.excluding(engine._established(arguments, engine.network.training)[0])
     number = next(i for i, x in enumerate(arguments.tensors) if x is arguments.batch)
     rows = engine.num_members * arguments.batch_size
     held = engine.cap.holds_recording(engine._key(arguments, engine.network.training), 3 * rows)

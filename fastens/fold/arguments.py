@@ -22,6 +22,7 @@ class Arguments:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()) -> None:
+        self._given = args, kwargs
         self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
         shaped = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > 0]
         primary = next(((i, x) for i, x in shaped if x.ndim > 1), shaped[0] if shaped else None)
@@ -30,6 +31,10 @@ class Arguments:
         self.primary = primary[0]
         self.batch_size: int = primary[1].shape[0]
         self.batched = [i for i, x in shaped if x.shape[0] == self.batch_size and i not in excluded]
+
+    def excluding(self, excluded: frozenset[int]) -> "Arguments":
+        """The same call, where the leaves at these positions only look like the batch."""
+        return Arguments(*self._given, excluded) if excluded else self
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -123,6 +128,8 @@ class MemberArguments(Arguments):
     def __init__(
         self, num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()
     ) -> None:
+        self._num_members = num_members
+        self._given = args, kwargs
         self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
         shapes = {i: x.shape for i, x in enumerate(self.leaves) if isinstance(x, Tensor)}
         primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
@@ -140,6 +147,10 @@ class MemberArguments(Arguments):
             self.leaves[i] = self.leaves[i].flatten(0, 1)
         for i in common:
             self.leaves[i] = self.leaves[i].repeat(num_members, *(1,) * (len(shapes[i]) - 1))
+
+    def excluding(self, excluded: frozenset[int]) -> Arguments:
+        """The same call, where the leaves at these positions only look like [B, ...]."""
+        return MemberArguments(self._num_members, *self._given, excluded) if excluded else self
 
     def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a folded pass, [K*B, ...], member-major."""

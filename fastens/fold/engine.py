@@ -1,30 +1,27 @@
 """Evaluating all members of one structure: the folded pass, the loop it is checked against, and the choice."""
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens.fold.arguments import Arguments, establish_excluded
-from fastens.fold.check import Recording, buffers_kept, establishing, first_parting, relative_error, tolerance_for
+from fastens.fold.arguments import Arguments
+from fastens.fold.check import relative_error
 from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
+from fastens.fold.first import Established, FirstPass
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
-from fastens.fold.network import build_network, folded_modules, layer_reports
+from fastens.fold.network import build_network, layer_reports
 from fastens.fold.planned import Plans, can_plan
 from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import Report
 
-_MAX_REPAIRS = 8  # modules looped one after the other before the whole network is
 _MOST_DEALT = 64  # signatures of drawn calls
-_DIFFERS = "the result differs from the members'"
 
 
 class FoldEngine:
@@ -84,31 +81,26 @@ class FoldEngine:
 
     # Passes
 
-    def evaluate(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, kind: Callable[..., Arguments] = Arguments
-    ) -> list[Any]:
+    def evaluate(self, arguments: Arguments, training: bool) -> list[Any]:
         """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last.
 
         Args:
-            args: positional arguments of the call.
-            kwargs: keyword arguments.
+            arguments: of the call; members share their rows or have their own.
             training: the mode of the ensemble.
-            kind: reads the arguments: whether members share their rows or have their own.
         """
-        arguments = kind(args, kwargs)
         if self.engine == "loop":
             return self._loop(arguments)
         eager = not torch.compiler.is_compiling() and not _capturing()
-        plannable = eager and kind is Arguments and self._can_plan(arguments, self.num_members * arguments.batch_size)
+        rows = self.num_members * arguments.batch_size
+        plannable = eager and type(arguments) is Arguments and self._can_plan(arguments, rows)
         planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
         key = None
         if planned is None:
             key = self._key(arguments, training) if eager else None
-            excluded, planned = self._established(args, kwargs, training, kind, plannable)
+            excluded, planned = self._established(arguments, training, plannable)
             if self.engine == "loop":
                 return self._loop(arguments)
-            if excluded:
-                arguments = kind(args, kwargs, excluded)
+            arguments = arguments.excluding(excluded)
             if plannable and planned is None:
                 planned = self._planned(arguments, key)
         if planned is None:
@@ -153,17 +145,15 @@ class FoldEngine:
             return self.plans.make(arguments.plan_key(), whole, member, arguments.tensors, expected)
         return None
 
-    def evaluate_drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: Tensor, training: bool) -> Any:
+    def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        arguments = Arguments(args, kwargs)
         eager = not torch.compiler.is_compiling() and not _capturing()
         plannable = eager and self.engine == "fold" and len(members) > 0 and self._can_plan(arguments, len(members))
         plan_key = ("drawn", arguments.plan_key()) if plannable else None
         excluded = self._dealt.get(plan_key)
         if excluded is None:
-            excluded = self._established(args, kwargs, training)[0] if self.engine == "fold" else frozenset()
-        if excluded:
-            arguments = Arguments(args, kwargs, excluded)
+            excluded = self._established(arguments, training)[0] if self.engine == "fold" else frozenset()
+        arguments = arguments.excluding(excluded)
         if self.engine == "loop":
             return run_drawn(self._call, arguments, members)
         if plannable:
@@ -202,14 +192,7 @@ class FoldEngine:
         leaves, spec = found
         return joined([pytree.tree_unflatten(leaves, spec)], order)
 
-    def _established(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        training: bool,
-        kind: Callable[..., Arguments] = Arguments,
-        plannable: bool = False,
-    ) -> tuple[frozenset[int], tuple[list[Tensor], Any] | None]:
+    def _established(self, arguments: Arguments, training: bool, plannable: bool = False) -> Established:
         """The leaves that only look like the batch, from the first eager pass of this signature.
 
         Where a plan is wanted and can be made without a folded pass, its outputs too.
@@ -221,16 +204,18 @@ class FoldEngine:
                     "found in the first call. Call the ensemble once before it is compiled, exported or captured"
                 )
             return frozenset(), None
-        arguments = kind(args, kwargs)
         key, total = self._key(arguments, training), self.num_members * arguments.batch_size
         found = self._checked.get((key, self.cap.rows(key, total) < total))
         if found is None:
-            found, planned = self._first(args, kwargs, training, kind, plannable)
+            found, planned = self._first(arguments, key, plannable)
             self._called = True
             if planned is not None:  # the fold itself was not held against the loop, and is where a plan cannot serve
                 return found, planned
             self._checked[key, self.cap.rows(key, total) < total] = found
         return found, None
+
+    def _first(self, arguments: Arguments, key: Any, plannable: bool) -> Established:
+        return FirstPass(self, arguments, key, plannable).run()
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
@@ -281,150 +266,15 @@ class FoldEngine:
             raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the batch in dimension 0")
         return leaf.unflatten(0, (self.num_members, batch))
 
-    # The first pass of a signature
-
-    def _first(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        training: bool,
-        kind: Callable[..., Arguments],
-        plannable: bool,
-    ) -> tuple[frozenset[int], tuple[list[Tensor], Any] | None]:
-        """Establish where the batch is, and check the plan or the fold against the loop; fall back where they part.
-
-        Of the loop only the members' outputs are held meanwhile.
-        """
-        arguments = kind(args, kwargs)
-        key = self._key(arguments, training)
-        args_0, kwargs_0 = arguments.of_member(0)
-        recording = Recording()
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(self.network):
-            expected: list[list[Tensor]] = []
-            around: AbstractContextManager[None] = recording.of(self.skeleton)
-            for k in range(self.num_members):
-                with around:
-                    output = self._call(k, *arguments.of_member(k))
-                expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
-                del output
-                around = self._measuring(arguments, key, recording, expected[0]) if k == 0 else nullcontext()
-            if self.num_members == 1 and not isinstance(around, nullcontext):
-                with around:
-                    self._call(0, args_0, kwargs_0)
-            if plannable:
-                rows, batch = self.num_members * arguments.batch_size, arguments.batch_size
-                planned = self._planned(
-                    arguments, key, expected, partial(establishing, self.network, recording, rows, batch)
-                )
-                if planned is not None:
-                    return frozenset(), planned
-            problem = None
-            for attempt in range(_MAX_REPAIRS):
-                problem, error = self._attempt(arguments, expected, recording, key)
-                if problem is None:
-                    return frozenset(set(kind(args, kwargs).batched) - set(arguments.batched)), None
-                if error == _DIFFERS and attempt == 0 and self._random(args_0, kwargs_0):
-                    break  # before anything is looped for it
-                if attempt == 0 and len(arguments.batched) > 1:
-                    excluded = establish_excluded(lambda a, k: self._call(0, a, k), args_0, kwargs_0)
-                    if excluded:
-                        arguments = kind(args, kwargs, excluded)
-                        continue
-                if not self._repair(arguments, error, key):
-                    break
-            if self._random(args_0, kwargs_0):
-                self.why = "members are random in this mode, so the fold was not checked against the loop"
-                return frozenset(), None
-        self.engine = "loop"
-        self.why = f"the fold disagreed with the loop: {problem}"
-        warnings.warn(f"fastens: members are evaluated one by one, because {self.why}", stacklevel=5)
-        return frozenset(), None
-
-    def _measuring(
-        self, arguments: Arguments, key: Any, recording: Recording, outputs: list[Tensor]
-    ) -> AbstractContextManager[None]:
-        """What the next member's pass runs in: a measurement of memory where that is needed."""
-        least = recording.num_elements * max((x.element_size() for x in outputs), default=0)
-        device, batch = arguments.batch.device, arguments.batch_size
-        wanted = not self._differentiates(arguments, key) and self.cap.wants_measure(
-            key, self.num_members, batch, least, device
-        )
-        return self.cap.measuring(key, batch) if wanted else nullcontext()
-
-    def _attempt(
-        self, arguments: Arguments, expected: list[list[Tensor]], recording: Recording, key: Any
-    ) -> tuple[str | None, str]:
-        self.rows.probing = True
-        try:
-            leaves = self._establishing_fold(arguments, recording, key)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}", str(error)
-        finally:
-            self.rows.probing = False
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for i, stack in enumerate(tensors):
-            for k in range(self.num_members):
-                error = relative_error(stack[k], expected[k][i])
-                if not error <= tolerance_for(expected[k][i]):
-                    return f"relative error {error:.1e} in member {k}", _DIFFERS
-        return None, ""
-
-    def _establishing_fold(self, arguments: Arguments, recording: Recording, key: Any) -> list[Any]:
-        """Fold, and establish where each module's batch is: in that pass, or in a smaller one before it if capped."""
-        batch = arguments.batch_size
-        total = self.num_members * batch
-        rows = self.cap.rows(key, total)
-        # Where both passes are as large, every dimension is. With one member or row, nothing needs to be dealt out.
-        if rows == total:
-            with establishing(self.network, recording, total, batch) if total > batch else nullcontext():
-                *leaves, _ = self._fold(arguments, key)
-            if self.cap.rows(key, total) == total:
-                return leaves
-            return self._establishing_fold(arguments, recording, key)
-        rows = min(rows, 3 if batch == 2 else 2)  # few, and not as many as the member's own pass has
-        if rows > 1 and self._kept_together(batch) == 1:
-            offsets = (torch.arange(self.num_members + 1) * batch).clamp(max=rows)
-            with establishing(self.network, recording, rows, batch):
-                self._pass(arguments, arguments.fold_rows(0, rows), offsets)
-        *leaves, _ = self._fold(arguments, key)
-        return leaves
-
-    def _repair(self, arguments: Arguments, why: str, key: Any) -> bool:
-        """Loop the module in which fold and loop part; return whether there was one to loop."""
-        total = self.num_members * arguments.batch_size
-        if self.cap.rows(key, total) < total:  # in several passes it is not looked for
-            return False
-        path = first_parting(
-            self.network,
-            lambda: self._fold(arguments, key),
-            lambda k: self._call(k, *arguments.of_member(k)),
-            self.skeleton,
-            self.num_members,
-        )
-        module = folded_modules(self.network).get(path) if path else None
-        if module is None or module.looped is not None:
-            return False
-        module.looped = f"folded, {why}"
-        return True
-
-    def _differentiates(self, arguments: Arguments, key: Any) -> bool:
-        tensors = (*self.network.parameters(), *arguments.tensors)
-        return key[-1] and any(x.requires_grad for x in tensors)
-
-    def _random(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        first, second = (pytree.tree_leaves(self._call(0, args, kwargs)) for _ in range(2))
-        return any(isinstance(a, Tensor) and relative_error(a, b) > 0 for a, b in zip(first, second, strict=True))
-
-    def verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def verify(self, arguments: Arguments) -> float:
         """The largest relative error of a folded pass against the loop."""
         with torch.no_grad():
             engine, self.engine = self.engine, "fold"
             try:
-                *folded, _ = self.evaluate(args, kwargs, self.network.training)
+                *folded, _ = self.evaluate(arguments, self.network.training)
             finally:
                 self.engine = engine
-            *looped, _ = self._loop(Arguments(args, kwargs))
+            *looped, _ = self._loop(arguments)
         pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
         return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
 
