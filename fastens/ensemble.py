@@ -22,7 +22,7 @@ from fastens.draws import Draws, Evaluation
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
-from fastens.fold.members import DifferentMembers, check_members, replaced, stack_members, tensors_of
+from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
 from fastens.ops._dispatch import check_backend
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
@@ -298,6 +298,18 @@ class Ensemble(Capturing):
         self._recorded.clear()
         if self._engine is not None:
             self._engine.refresh()
+
+    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Any:
+        """Move or convert the stacks, as ``nn.Module.to``; a memory format is that of each member's kernels."""
+        super().to(*args, **kwargs)
+        if memory_format is not None and self._engine is None:
+            super().to(memory_format=memory_format)
+        elif memory_format is not None:
+            for name, stack in tensors_of(self.network).items():
+                if name not in self._engine.shared:
+                    stack.data = in_format(stack.data, memory_format)
+            self.refresh()
+        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Ensemble":
         """Move or convert the stacks; whatever was derived from them is dropped."""

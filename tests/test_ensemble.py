@@ -337,3 +337,52 @@ def test_members_in_channels_last_stay_so(tmp_path):
         again = fastens.Ensemble.from_pretrained(tmp_path, factory=lambda: members[0])
         torch.testing.assert_close(again.eval()(x), expected)
     copy.deepcopy(ens)(x).sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_a_memory_format_is_that_of_each_members_kernels(engine):
+    class Flat(nn.Module):
+        """Kernels of one dimension beside those of two: a stack of them has four dimensions, and is no image."""
+
+        def __init__(self):
+            super().__init__()
+            self.image, self.line = nn.Conv2d(3, 8, 3), nn.Conv1d(8, 2, 3)
+
+        def forward(self, x):
+            return self.line(self.image(x).flatten(2))
+
+    members = [randomised(Flat, seed) for seed in range(3)]
+    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.stack([member(x) for member in members]).mean(0)
+        ens = fastens.Ensemble(members, engine=engine).eval()
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            assert ens.to(memory_format=memory_format) is ens
+            for member in ens.members:
+                assert member.image.weight.is_contiguous(memory_format=memory_format)
+                assert member.line.weight.is_contiguous()
+            torch.testing.assert_close(ens(x), expected)
+    assert ens.to(torch.float64, memory_format=torch.channels_last).dtype is torch.float64
+
+
+def test_a_wider_output_is_held_to_the_precision_of_the_weights():
+    """Times in float64, as samplers count, make a float64 output of float32 arithmetic."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = randomised(mlp, int(torch.initial_seed()))
+
+        def forward(self, x, t):
+            return self.inner(x).double() * t
+
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        members.append(Wide().eval())
+    x, t = torch.randn(4, 5), torch.tensor(0.7, dtype=torch.float64)
+    ens = fastens.Ensemble(members)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(ens(x, t), torch.stack([m(x, t) for m in members]).mean(0)) < NETWORK[torch.float32]
+    assert ens.engine == "fold"

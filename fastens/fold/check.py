@@ -23,10 +23,12 @@ TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless
 Shapes = list[tuple[int, ...] | None]
 
 
-def tolerance_for(tensor: Tensor) -> float:
-    """The tolerance for one output of a network."""
+def tolerance_for(tensor: Tensor, network: nn.Module) -> float:
+    """The tolerance for one output of a network, which computes no more exactly than its weights are."""
     tf32 = tensor.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
-    return TOLERANCE_TF32 if tf32 and tensor.dtype == torch.float32 else TOLERANCE.get(tensor.dtype, 0.0)
+    tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
+    weights = (tolerances.get(parameter.dtype, 0.0) for parameter in network.parameters())
+    return max(tolerances[tensor.dtype], *weights) if tensor.dtype in tolerances else 0.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -214,6 +216,6 @@ def first_parting(
             if dims and dims[0] is not None:
                 output = output.narrow(dims[0], k * expected.shape[dims[0]], expected.shape[dims[0]])
             compared[path] += 1
-            if relative_error(output, expected) > tolerance_for(expected):
+            if relative_error(output, expected) > tolerance_for(expected, network):
                 parting.add(path)
     return next((path for path in folded if path in parting and compared[path] == num_members), None)

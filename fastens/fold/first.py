@@ -128,7 +128,7 @@ class FirstPass:
         for i, stack in enumerate(tensors):
             for k, theirs in enumerate(self._expected):
                 error = relative_error(stack[k], theirs[i])
-                if not error <= tolerance_for(theirs[i]):
+                if not error <= tolerance_for(theirs[i], self._engine.network):
                     return f"relative error {error:.1e} in member {k}", _DIFFERS
         return None, ""
 

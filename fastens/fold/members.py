@@ -172,6 +172,14 @@ def _empty_stack(num_members: int, tensor: Tensor) -> Tensor:
     return torch.empty((num_members, *shape), **like)
 
 
+def in_format(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A stack [K, ...] with each member's tensor in a memory format, where that is one for its number of dimensions."""
+    if memory_format is torch.contiguous_format:
+        return stack.contiguous()
+    ndim = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    return stack.movedim(2, -1).contiguous().movedim(-1, 2) if stack.ndim - 1 == ndim else stack
+
+
 def _fixed(member: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
     modules = dict(member.named_modules())
     return {

@@ -162,16 +162,24 @@ class Plans:
         plan = Plan(recording, self._num_members, self._constants)
         outputs = plan.run(inputs)
         if expected is None:
-            _check(outputs, leaves)
+            self._check(outputs, leaves)
         else:
             for k, theirs in enumerate(expected):
-                _check([x.chunk(self._num_members)[k] for x in outputs], theirs)
+                self._check([x.chunk(self._num_members)[k] for x in outputs], theirs)
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
-        _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
+        self._check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs
+
+    def _check(self, ours: Leaves, theirs: Leaves) -> None:
+        if len(ours) != len(theirs):
+            raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
+        for a, b in zip(ours, theirs, strict=True):
+            error = relative_error(a, b)
+            if not error <= tolerance_for(b, self._network):
+                raise NotLowerable(f"the plan is {error:.1e} from the members")
 
     def _state(self) -> Any:
         """What changes with the weights, as far as torch tells: versions, and where the first one is."""
@@ -179,15 +187,6 @@ class Plans:
             self._tensors = [*self._network.parameters(), *self._network.buffers()]
         first = self._tensors[0]
         return sum([t._version for t in self._tensors]), first.data_ptr(), first.dtype
-
-
-def _check(ours: Leaves, theirs: Leaves) -> None:
-    if len(ours) != len(theirs):
-        raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
-    for a, b in zip(ours, theirs, strict=True):
-        error = relative_error(a, b)
-        if not error <= tolerance_for(b):
-            raise NotLowerable(f"the plan is {error:.1e} from the members")
 
 
 def can_plan(backend: str, arguments: Leaves, network: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from fastens.ensemble import Ensemble
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
 
-class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
+class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """An ensemble of diffusers models. Its ``config`` is the members'; see :class:`fastens.Ensemble`."""
 
     __module__ = "fastens"  # where a saved pipeline looks for the class
