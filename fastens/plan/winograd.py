@@ -8,8 +8,8 @@ from fastens.plan.values import Convolved
 from fastens.program.steps import LANES
 from fastens.program.winograd import TILES
 
-# Measured at K = 5, B = 1 to 16, 16 to 256 channels, 4x4 to 32x32 and in whole U-Nets, on two cores of an EPYC of 2024
-# with AVX-512: the choice is the fastest of direct, 2 and 4, or within a tenth of it.
+# Fitted to steps of 16 to 256 channels at 4x4 to 32x32, K = 5, B = 1 to 16, and to three whole U-Nets, whose large
+# weights come from memory, on two cores of an EPYC of 2024 (AVX-512); bench/bench_conv_step.py measures steps again.
 _PRODUCTS = 120  # multiply-adds of a thread in a nanosecond
 _MOVED, _TRANSFORMED = 0.25, 0.7  # nanoseconds of a thread for a channel of a pixel, of the input and of the output
 _CACHED_BYTES = 2**22  # of a stack of weights that the next pass finds in a cache

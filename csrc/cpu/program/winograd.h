@@ -1,6 +1,6 @@
 // 3x3 convolution of stride 1 by Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308): of a square of the
 // input a pixels a side, a = m + 2, come m x m pixels of the output: A^T (G g G^T * B^T d B) A. The products of all
-// squares and channels are a^2 matrix products. G g G^T is made when weights are packed (fastens/plan/winograd.py).
+// squares and channels are a^2 matrix products. Weights are packed as G g G^T (fastens/program/winograd.py).
 
 constexpr int64_t kSpreadBytes = 640 * 1024;  // transformed input that stays in the second-level cache
 
