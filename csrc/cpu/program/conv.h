@@ -86,12 +86,17 @@ FASTENS_INLINE void to_bfloat16(float* values, int64_t n) {
   }
 }
 
+// What one register of the target holds: sums kept in wider vectors would not stay in registers.
+constexpr int64_t kRegisterLanes = FASTENS_REGISTER_LANES;
+typedef float Register __attribute__((vector_size(kRegisterLanes * 4)));
+typedef float LooseRegister __attribute__((vector_size(kRegisterLanes * 4), aligned(4)));
+
 // sum + x w, where x and w hold one float32 or two bfloat16 in every lane.
 template <bool Pairs>
-FASTENS_INLINE Vector multiplied(Vector sum, Vector x, Vector w) {
+FASTENS_INLINE Register multiplied(Register sum, Register x, Register w) {
 #ifdef FASTENS_BFLOAT16
   if constexpr (Pairs) {
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+    return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
 #endif
   return sum + x * w;
@@ -142,27 +147,29 @@ struct Panel {
   const float* weight;
 };
 
-// sums [P, N vectors] of P pixels: from zero, or onto what is there.
+// sums [P, width] of P pixels, N registers of each: from zero, or onto what is there.
 template <int P, int N, bool Pairs>
-FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, float* sums, bool first) {
-  Vector acc[P][N];
+FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, const float* weight,
+                         int64_t width, float* sums, bool first) {
+  Register acc[P][N];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[p][n] = first ? Vector{} : load(sums + (p * N + n) * kLanes);
+    for (int n = 0; n < N; ++n) {
+      acc[p][n] = first ? Register{} : *reinterpret_cast<const LooseRegister*>(sums + p * width + n * kRegisterLanes);
+    }
   }
-  const float* weight = panel.weight;
   for (int64_t tap = panel.tap_begin; tap < panel.tap_end; ++tap) {
     const float* x[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) x[p] = pixels[p] + taps[tap];
-    for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += N * kLanes) {
-      Vector w[N];
+    for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += width) {
+      Register w[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = load(weight + n * kLanes);
+      for (int n = 0; n < N; ++n) w[n] = *reinterpret_cast<const LooseRegister*>(weight + n * kRegisterLanes);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const Vector value = splat(x[p][c]);
+        const Register value = x[p][c] - Register{};
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[p][n] = multiplied<Pairs>(acc[p][n], value, w[n]);
       }
@@ -171,13 +178,16 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(sums + (p * N + n) * kLanes, acc[p][n]);
+    for (int n = 0; n < N; ++n) {
+      *reinterpret_cast<LooseRegister*>(sums + p * width + n * kRegisterLanes) = acc[p][n];
+    }
   }
 }
 
-template <int P, int N, bool Pairs>
+// Sums of W vectors of channels, in tiles of P pixels by N registers.
+template <int P, int N, int W, bool Pairs>
 FASTENS_INLINE void sum_panels(const ConvTask& task, const float* weight) {
-  const int64_t width = N * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
+  const int64_t width = W * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
   Panel panel{0, 0, 0, task.units, weight};
   const int64_t whole_taps = most / task.units;
   for (int64_t tap = 0; tap < task.num_taps; tap = panel.tap_end) {
@@ -189,22 +199,25 @@ FASTENS_INLINE void sum_panels(const ConvTask& task, const float* weight) {
       panel.unit_end = std::min(task.units, c + step);
       const bool first = tap == 0 && c == 0;
       for (int64_t i = 0; i < task.num_pixels; i += P) {
-        tile<P, N, Pairs>(task.pixels + i, task.taps, panel, task.sums + i * width, first);
+        for (int64_t lane = 0; lane < width; lane += N * kRegisterLanes) {
+          tile<P, N, Pairs>(task.pixels + i, task.taps, panel, panel.weight + lane, width, task.sums + i * width + lane,
+                            first);
+        }
       }
       panel.weight += (panel.tap_end - panel.tap_begin) * (panel.unit_end - c) * width;
     }
   }
 }
 
-template <int P, int N>
+template <int P, int N, int W = N>
 FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask& task, const float* weight) {
 #ifdef FASTENS_BFLOAT16
   if (step.bfloat16) {
-    sum_panels<P, N, true>(task, weight);
+    sum_panels<P, N, W, true>(task, weight);
     return;
   }
 #endif
-  sum_panels<P, N, false>(task, weight);
+  sum_panels<P, N, W, false>(task, weight);
 }
 
 // What is done to the sums of a row's pixels before they are stored.
@@ -253,6 +266,7 @@ FASTENS_INLINE int64_t padded(int64_t n, int64_t tile) { return (n + tile - 1) /
 
 // The sums of `vectors` vectors of channels, every pixel.
 inline void sum_vectors(const Conv& step, const ConvTask& task, int64_t vectors, const float* weight) {
+#if FASTENS_REGISTER_LANES == 16  // and 32 registers
   const int64_t n = task.num_pixels;
   // The larger tile loads less, the smaller one wastes less where few pixels are left over.
   switch (vectors) {
@@ -284,6 +298,19 @@ inline void sum_vectors(const Conv& step, const ConvTask& task, int64_t vectors,
         sum_block<4, 4>(step, task, weight);
       }
   }
+#else  // 16 registers
+  constexpr int kPixels = FASTENS_REGISTER_LANES == 8 ? 6 : 2, kRegisters = kLanes / kRegisterLanes;
+  switch (vectors) {
+    case 1:
+      return sum_block<kPixels, kRegisters, 1>(step, task, weight);
+    case 2:
+      return sum_block<kPixels, kRegisters, 2>(step, task, weight);
+    case 3:
+      return sum_block<kPixels, kRegisters, 3>(step, task, weight);
+    default:
+      return sum_block<kPixels, kRegisters, 4>(step, task, weight);
+  }
+#endif
 }
 
 // The rows of a task that belong to one member.
