@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 STEP_WIDTH = 96
-LANES = 16  # float32 values of one vector
+LANES = 16  # output channels of one vector of packed weights
 NONE = -1  # the address of what is absent
 MAX_DIMS, MAX_INPUTS, MAX_INSTRUCTIONS = 6, 4, 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.int32: 3, torch.bfloat16: 4}

@@ -73,7 +73,7 @@ FASTENS_INLINE void to_bfloat16(float* values, int64_t n) {
   uint16_t* const out = reinterpret_cast<uint16_t*>(values);
   int64_t i = 0;
 #ifdef FASTENS_BFLOAT16
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kRegisterLanes <= n; i += kRegisterLanes) {
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
     std::memcpy(out + i, &rounded, sizeof(rounded));
   }
@@ -86,17 +86,12 @@ FASTENS_INLINE void to_bfloat16(float* values, int64_t n) {
   }
 }
 
-// What one register of the target holds: sums kept in wider vectors would not stay in registers.
-constexpr int64_t kRegisterLanes = FASTENS_REGISTER_LANES;
-typedef float Register __attribute__((vector_size(kRegisterLanes * 4)));
-typedef float LooseRegister __attribute__((vector_size(kRegisterLanes * 4), aligned(4)));
-
 // sum + x w, where x and w hold one float32 or two bfloat16 in every lane.
 template <bool Pairs>
-FASTENS_INLINE Register multiplied(Register sum, Register x, Register w) {
+FASTENS_INLINE Vector multiplied(Vector sum, Vector x, Vector w) {
 #ifdef FASTENS_BFLOAT16
   if constexpr (Pairs) {
-    return (Register)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
 #endif
   return sum + x * w;
@@ -151,25 +146,23 @@ struct Panel {
 template <int P, int N, bool Pairs>
 FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, const float* weight,
                          int64_t width, float* sums, bool first) {
-  Register acc[P][N];
+  Vector acc[P][N];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      acc[p][n] = first ? Register{} : *reinterpret_cast<const LooseRegister*>(sums + p * width + n * kRegisterLanes);
-    }
+    for (int n = 0; n < N; ++n) acc[p][n] = first ? Vector{} : load(sums + p * width + n * kRegisterLanes);
   }
   for (int64_t tap = panel.tap_begin; tap < panel.tap_end; ++tap) {
     const float* x[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) x[p] = pixels[p] + taps[tap];
     for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += width) {
-      Register w[N];
+      Vector w[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = *reinterpret_cast<const LooseRegister*>(weight + n * kRegisterLanes);
+      for (int n = 0; n < N; ++n) w[n] = load(weight + n * kRegisterLanes);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const Register value = x[p][c] - Register{};
+        const Vector value = splat(x[p][c]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[p][n] = multiplied<Pairs>(acc[p][n], value, w[n]);
       }
@@ -178,9 +171,7 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      *reinterpret_cast<LooseRegister*>(sums + p * width + n * kRegisterLanes) = acc[p][n];
-    }
+    for (int n = 0; n < N; ++n) store(sums + p * width + n * kRegisterLanes, acc[p][n]);
   }
 }
 
@@ -234,7 +225,7 @@ FASTENS_INLINE Finish finish_of(const Conv& step, const Slots& slots, int64_t me
           static_cast<Activation>(step.act_out)};
 }
 
-// Bias, row vector, residual, scale and activation of a vector of channels from c, of which `left` exist.
+// Bias, row vector, residual, scale and activation of a register of channels from c, of which `left` exist.
 FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const float* residual, float* out) {
   if (how.bias) v += load(how.bias + c);
   if (how.added) v += load_some(how.added + c, left);
@@ -247,16 +238,17 @@ FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left,
 FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const ConvTask& task, int64_t vectors,
                                  int64_t channel0) {
   const float* sums = task.sums;
+  const int64_t end = std::min(step.out_channels, channel0 + vectors * kLanes);
   for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
     const Finish how = finish_of(step, slots, task.member, r);
     for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
       for (int64_t x = 0; x < step.out_w; ++x) {
         const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y, x);
         float* const out = const_cast<float*>(pixel(slots, step.out, r, y, x));
-        for (int64_t n = 0; n < vectors; ++n, sums += kLanes) {
-          const int64_t c = channel0 + n * kLanes;
-          finish(how, load(sums), c, step.out_channels - c, residual, out);
+        for (int64_t c = channel0; c < end; c += kRegisterLanes) {
+          finish(how, load(sums + c - channel0), c, step.out_channels - c, residual, out);
         }
+        sums += vectors * kLanes;
       }
     }
   }
@@ -299,7 +291,7 @@ inline void sum_vectors(const Conv& step, const ConvTask& task, int64_t vectors,
       }
   }
 #else  // 16 registers
-  constexpr int kPixels = FASTENS_REGISTER_LANES == 8 ? 6 : 2, kRegisters = kLanes / kRegisterLanes;
+  constexpr int kPixels = kRegisterLanes == 8 ? 6 : 2, kRegisters = kLanes / kRegisterLanes;
   switch (vectors) {
     case 1:
       return sum_block<kPixels, kRegisters, 1>(step, task, weight);

@@ -12,7 +12,7 @@
 namespace fastens::program {
 
 constexpr int64_t kStepWidth = 96;
-constexpr int kLanes = 16;  // float32 values of one vector
+constexpr int kLanes = 16;  // output channels of one vector of packed weights
 
 enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kWinograd };
 enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };

@@ -61,12 +61,12 @@ struct Square {
   }
 };
 
-// B^T d B of the channels of a square, 16 at a time: `from` is its first pixel in the patch, `to` the first of a^2
-// places `step` apart.
+// B^T d B of the channels of a square, a register at a time: `from` is its first pixel in the patch, `to` the first of
+// a^2 places `step` apart.
 template <int M>
 FASTENS_INLINE void spread(const float* from, int64_t line, int64_t channels, float* to, int64_t step) {
   constexpr int A = M + 2;
-  for (int64_t c = 0; c < channels; c += kLanes) {
+  for (int64_t c = 0; c < channels; c += kRegisterLanes) {
     Vector half[A][A];  // [x][y]
 #pragma GCC unroll 6
     for (int x = 0; x < A; ++x) {
@@ -87,7 +87,7 @@ FASTENS_INLINE void spread(const float* from, int64_t line, int64_t channels, fl
   }
 }
 
-// A^T s A of 16 channels: s in a^2 places `step` apart, the result as M lines of M pixels.
+// A^T s A of a register of channels: s in a^2 places `step` apart, the result as M lines of M pixels.
 template <int M>
 FASTENS_INLINE void gathered(const float* sums, int64_t step, Vector (&result)[M][M]) {
   constexpr int A = M + 2;
@@ -113,21 +113,21 @@ template <int M>
 FASTENS_INLINE void finish_squares(const Conv& step, const Slots& slots, const ConvTask& task, Square square,
                                    int64_t vectors, int64_t channel0, int64_t place) {
   const float* sums = task.sums;
-  for (int64_t i = 0; i < task.num_pixels; ++i, square.advance()) {
+  const int64_t end = std::min(step.out_channels, channel0 + vectors * kLanes);
+  for (int64_t i = 0; i < task.num_pixels; ++i, square.advance(), sums += vectors * kLanes) {
     const int64_t r = task.row0 + square.row, y0 = task.y0 + square.y * M, x0 = square.x * M;
     const int64_t height = std::min<int64_t>(M, task.y0 + task.lines - y0);
     const int64_t width = std::min<int64_t>(M, step.out_w - x0);
     const Finish how = finish_of(step, slots, task.member, r);
     float* const out = const_cast<float*>(pixel(slots, step.out, r, y0, x0));
     const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y0, x0);
-    for (int64_t n = 0; n < vectors; ++n, sums += kLanes) {
-      const int64_t c = channel0 + n * kLanes, left = step.out_channels - c;
+    for (int64_t c = channel0; c < end; c += kRegisterLanes) {
       Vector result[M][M];
-      gathered<M>(sums, place, result);
+      gathered<M>(sums + c - channel0, place, result);
       for (int64_t y = 0; y < height; ++y) {
         for (int64_t x = 0; x < width; ++x) {
           const float* const added = residual ? residual + y * step.residual.y + x * step.residual.x : nullptr;
-          finish(how, result[y][x], c, left, added, out + y * step.out.y + x * step.out.x);
+          finish(how, result[y][x], c, step.out_channels - c, added, out + y * step.out.y + x * step.out.x);
         }
       }
     }
