@@ -44,7 +44,7 @@ class Plans:
         """Drop all plans and the packed weights."""
         self._plans: OrderedDict[Any, tuple[Plan, Any]] = OrderedDict()
         self._refused: set[Any] = set()
-        self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 9 // 8)
+        self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
         self._weights: Any = None
         self._tensors: list[Tensor] = []
         self.why_not = ""

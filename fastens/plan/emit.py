@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
-from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
+from fastens.plan.packing import multiplies_bfloat16, packed, packed_size
 from fastens.plan.record import NotLowerable, Recording, Ref
 from fastens.plan.tiling import tile
 from fastens.plan.values import (
@@ -32,6 +33,7 @@ from fastens.plan.values import (
     Value,
     collect_leaves,
 )
+from fastens.plan.winograd import squares_of
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode, Step, Strided
 
@@ -384,10 +386,11 @@ class Emitter:
             read = inner.inner
         source = self.source(read)
         pair = self.pair(source)
-        tiling = tile(value, sum(p.channels for p in source.images), self.num_threads)
         # products of bfloat16 where the user's network is in it, the machine multiplies it, and channels come in pairs
         pairs = pixels.ref.dtype == torch.bfloat16 and in_channels % 2 == 0 and multiplies_bfloat16()
-        weight = self._packed(value, tiling.vectors, pairs)
+        squares = 0 if pairs else squares_of(value, self.num_threads)
+        tiling = tile(value, in_channels, self.num_threads, squares)
+        weight = packed(self.constants, value.key, value.weight, tiling.vectors, pairs, squares)
         padded = -(-out_channels // steps.LANES) * steps.LANES
         bias = None
         if value.bias is not None:
@@ -397,7 +400,7 @@ class Emitter:
         residual = Image() if value.residual is None else self.image(value.residual)
         scale, shift = source.tables or (None, None)
         self.add(
-            steps.Conv(
+            (functools.partial(steps.Winograd, tile=squares) if squares else steps.Conv)(
                 pixels.rows,
                 value.runs.rows,
                 tiling.row_chunk,
@@ -419,7 +422,7 @@ class Emitter:
                 _or_none(shift),
                 int(source.activation),
                 weight,  # pyright: ignore[reportArgumentType]
-                padded * in_channels * kernel_h * kernel_w // (2 if pairs else 1),
+                packed_size((1, *value.weight.shape[1:]), pairs, squares),
                 _or_none(bias),
                 padded,
                 _or_none(vector[0]),
@@ -433,11 +436,6 @@ class Emitter:
                 tasks=tiling.tasks,
             )
         )
-
-    def _packed(self, value: Convolved, vectors: int, pairs: bool) -> At:
-        size = packed_size(value.weight.shape, pairs)
-        key = ("packed", value.key, vectors, pairs)
-        return self.constants.write(key, size, lambda into: pack(value.weight, vectors, pairs, into), value.weight)
 
 
 def _or_none(at: At | None) -> Any:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastens.ops.run_program import target
+from fastens.plan.memory import At, Constants
 from fastens.program import steps
+from fastens.program.winograd import transformed
 
 
 def multiplies_bfloat16() -> bool:
@@ -16,13 +18,21 @@ def multiplies_bfloat16() -> bool:
     return target() == "avx512_bf16"
 
 
-def packed_size(shape: tuple[int, ...], pairs: bool = False) -> int:
+def packed_size(shape: tuple[int, ...], pairs: bool = False, squares: int = 0) -> int:
     """How many float32 a packed stack [K, C_out, C_in, kernel_h, kernel_w] takes."""
-    members, out_channels, *rest = shape
-    return members * -(-out_channels // steps.LANES) * steps.LANES * math.prod(rest) // (2 if pairs else 1)
+    members, out_channels, in_channels, *kernel = shape
+    taps = (squares + 2) ** 2 if squares else math.prod(kernel)
+    return members * -(-out_channels // steps.LANES) * steps.LANES * in_channels * taps // (2 if pairs else 1)
 
 
-def pack(weight: Tensor, vectors: int, pairs: bool, into: Tensor) -> None:
+def packed(constants: Constants, key: object, weight: Tensor, vectors: int, pairs: bool, squares: int) -> At:
+    """Where the packed weights of a key are, packed now if that was not done yet; arguments as of :func:`pack`."""
+    size = packed_size(weight.shape, pairs, squares)
+    whole = ("packed", key, vectors, pairs, squares)
+    return constants.write(whole, size, lambda into: pack(weight, vectors, pairs, into, squares), weight)
+
+
+def pack(weight: Tensor, vectors: int, pairs: bool, into: Tensor, squares: int = 0) -> None:
     """Order a stack [K, C_out, C_in, kernel_h, kernel_w] as the kernels read it.
 
     Args:
@@ -32,7 +42,12 @@ def pack(weight: Tensor, vectors: int, pairs: bool, into: Tensor) -> None:
         into: float32 [packed_size], filled with [K, block, tap, C_in, 16 * vectors], flat for each member; the last
             block may be narrower, and the channels are filled up with zeros to whole vectors. With pairs it holds
             [K, block, tap, C_in / 2, 16 * vectors, 2] in bfloat16.
+        squares: pixels on a side of Winograd's squares, for which the kernels are transformed; 0 for none.
     """
+    if squares:
+        for kernels, place in zip(weight.detach().split(1), into.chunk(len(weight)), strict=True):
+            pack(transformed(kernels, squares), vectors, pairs, place)  # one by one: it takes memory
+        return
     members, out_channels, in_channels, *kernel = weight.shape
     missing = -out_channels % steps.LANES
     full = torch.nn.functional.pad(weight.detach(), (0, 0) * 3 + (0, missing)) if missing else weight.detach()

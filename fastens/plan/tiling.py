@@ -22,7 +22,7 @@ class Tiling:
     tasks: int
 
 
-def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
+def tile(value: Convolved, in_channels: int, num_threads: int, squares: int = 0) -> Tiling:
     """Choose the tasks of a convolution.
 
     First as much input as fits the cache; then, where that leaves the threads without work, fewer rows and fewer
@@ -32,7 +32,7 @@ def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
     pixels = value.pixels
     own = value.runs.cut(pixels.rows)
     total = -(-value.weight.shape[1] // LANES)
-    vectors = 3 if total == 3 else 1 if total == 1 else 2
+    vectors = 3 if total == 3 else 1 if total == 1 else 4 if squares == 2 and total % 4 == 0 else 2
     blocks = -(-total // vectors)
     kernel_h, kernel_w = value.weight.shape[3:]
     line_bytes = ((pixels.width - 1) * value.stride[1] + kernel_w) * in_channels * 4
@@ -40,9 +40,14 @@ def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
     def patch(lines: int) -> int:
         return ((lines - 1) * value.stride[0] + kernel_h) * line_bytes
 
+    whole = squares or 1  # lines that are not cut
+
+    def halved(lines: int) -> int:
+        return -(-lines // (2 * whole)) * whole
+
     band = pixels.height
-    while band > 1 and patch(band) > _PATCH_BYTES:
-        band = -(-band // 2)
+    while band > whole and patch(band) > _PATCH_BYTES:
+        band = halved(band)
     row_chunk = max(1, min(own, _PATCH_BYTES // patch(band))) if band == pixels.height else 1
     wanted = _TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
 
@@ -55,5 +60,5 @@ def tile(value: Convolved, in_channels: int, num_threads: int) -> Tiling:
     while block_chunk > 1 and tasks(row_chunk, band, block_chunk) < wanted:
         block_chunk = -(-block_chunk // 2)
     while band > 4 and tasks(row_chunk, band, block_chunk) < wanted:
-        band = -(-band // 2)
+        band = halved(band)
     return Tiling(row_chunk, band, block_chunk, vectors, tasks(row_chunk, band, block_chunk))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 STEP_WIDTH = 96
-LANES = 16  # float32 values of one vector
+LANES = 16  # output channels of one vector of packed weights
 NONE = -1  # the address of what is absent
 MAX_DIMS, MAX_INPUTS, MAX_INSTRUCTIONS = 6, 4, 8
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.int32: 3, torch.bfloat16: 4}
@@ -177,6 +177,14 @@ class Conv(Step):
 
 
 @dataclasses.dataclass
+class Winograd(Conv):
+    """A 3x3 convolution of stride 1 in squares of the output, its weights transformed for them."""
+
+    kind: ClassVar[int] = 6
+    tile: int = dataclasses.field(default=2, kw_only=True)  # pixels on a side of a square, 2 or 4
+
+
+@dataclasses.dataclass
 class Norm(Step):
     """Group normalisation as a scale and a shift per row and channel."""
 
@@ -271,7 +279,7 @@ def decode(program: Tensor) -> list[Step]:
     Raises:
         ValueError: a step of no known kind.
     """
-    kinds = {kind.kind: kind for kind in Step.__subclasses__()}
+    kinds = {kind.kind: kind for kind in (*Step.__subclasses__(), *Conv.__subclasses__())}
     result = []
     for number, row in enumerate(program.tolist()):
         words = iter(row)

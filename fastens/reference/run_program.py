@@ -5,6 +5,7 @@ registers they describe.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode
+from fastens.program.winograd import recovered
 
 
 def run_program(
@@ -73,7 +75,9 @@ def _activated(x: Tensor, activation: int) -> Tensor:
 
 def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int) -> Tensor:
     """The first weights [K, C_out, C_in, kernel_h, kernel_w] of a packed one."""
-    taps, padded = step.kernel_h * step.kernel_w, -(-step.out_channels // steps.LANES) * steps.LANES
+    tile = step.tile if isinstance(step, steps.Winograd) else None
+    kernel = (step.kernel_h, step.kernel_w) if tile is None else (tile + 2, tile + 2)
+    taps, padded = math.prod(kernel), -(-step.out_channels // steps.LANES) * steps.LANES
     # bfloat16 values of two input channels are in the place of one float32
     dtype, pair = (torch.bfloat16, 2) if step.bfloat16 else (torch.float32, 1)
     flat = memory.view(step.weight, (num_members, padded * taps * channels), (step.weight_member * pair, 1), dtype)
@@ -81,9 +85,10 @@ def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int
     for begin in range(0, padded, step.vectors * steps.LANES):
         width = min(step.vectors * steps.LANES, padded - begin)
         block = flat[:, begin * taps * channels : (begin + width) * taps * channels]
-        block = block.reshape(num_members, step.kernel_h, step.kernel_w, channels // pair, width, pair)
+        block = block.reshape(num_members, *kernel, channels // pair, width, pair)
         blocks.append(block.transpose(-1, -2).flatten(3, 4))
-    return torch.cat(blocks, -1)[..., : step.out_channels].permute(0, 4, 3, 1, 2)
+    packed = torch.cat(blocks, -1)[..., : step.out_channels].permute(0, 4, 3, 1, 2)
+    return packed if tile is None else recovered(packed.double(), tile)
 
 
 def _conv(step: steps.Conv, memory: _Memory) -> None:
@@ -222,6 +227,7 @@ def _pointwise(step: steps.Pointwise, memory: _Memory) -> None:
 
 _RUNS: dict[type, Callable[..., None]] = {
     steps.Conv: _conv,
+    steps.Winograd: _conv,
     steps.Norm: _norm,
     steps.Pointwise: _pointwise,
     steps.LayerNorm: _layer_norm,

@@ -8,6 +8,7 @@ import fastens
 from fastens import _native
 from fastens.fold.arguments import Arguments
 from fastens.fold.memory_cap import Allocations
+from fastens.program import steps
 from tests.networks import randomised
 
 CHANNELS, MEMBERS, BATCH, SIZE = 32, 4, 2, 32
@@ -61,9 +62,19 @@ def test_a_plan_holds_packed_copies_and_one_pass():
     with torch.no_grad():
         ensemble(x)
     assert len(ensemble.report().plans) == 1
-    packed = sum(  # output channels are filled up to whole vectors of 16
-        p.numel() * 4 * (-(-p.shape[1] // 16) * 16) // p.shape[1] for p in ensemble.parameters()
-    )
+    assert ensemble._engine is not None
+    ((plan, _),) = ensemble._engine.plans._plans.values()
+    convs = [step for step in plan.steps if isinstance(step, steps.Conv)]
+    stacks = [p for p in ensemble.parameters() if p.ndim == 5]
+    assert len(convs) == len(stacks)
+    packed = 0
+    for conv, stack in zip(convs, stacks, strict=True):
+        members, out_channels, in_channels, *kernel = stack.shape
+        assert kernel == [3, 3]
+        taps = (conv.tile + 2) ** 2 if isinstance(conv, steps.Winograd) else 9
+        assert taps <= 16  # for so few pixels no more
+        padded = -(-out_channels // 16) * 16  # output channels are filled up to whole vectors
+        packed += 4 * members * padded * (in_channels * taps + 1)  # and biases
     assert ensemble.report().plan_bytes <= packed + SLACK * ACTIVATIONS
     ensemble.refresh()
     assert ensemble.report().plan_bytes == 0

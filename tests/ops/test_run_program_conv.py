@@ -1,6 +1,7 @@
 """Convolution steps: the kernels against the reference and against torch."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -53,6 +54,7 @@ class Case:
     num_threads: int = 1
     poison: tuple[int, float] | None = None  # a row and what its source is filled with
     bfloat16: bool = False
+    squares: int = 0  # pixels on a side of Winograd's squares
     given: tuple[int, ...] | None = None  # the members of the runs of rows, where they do not come in turn
 
 
@@ -74,8 +76,8 @@ def check(**changes):
         x = x * scale[:, :, None, None].double() + shift[:, :, None, None].double()
     x = F.pad(ACTIVATIONS[case.act_in](x), case.padding)
     weight = random(case.members, case.out_channels, channels, *case.kernel)
-    packed = torch.empty(packed_size(weight.shape, case.bfloat16))
-    pack(weight, case.vectors, case.bfloat16, packed)
+    packed = torch.empty(packed_size(weight.shape, case.bfloat16, case.squares))
+    pack(weight, case.vectors, case.bfloat16, packed, case.squares)
     if case.bfloat16:
         x, weight = x.bfloat16().double(), weight.bfloat16().float()
     bias = random(case.members, case.out_channels)
@@ -105,7 +107,8 @@ def check(**changes):
     tasks = rows // own * -(-own // row_chunk) * -(-out_h // band) * -(-blocks // block_chunk)
     sources = [memory.image(source) for source in low] + [Image()]
     out, view = memory.image_room(rows, case.out_channels, out_h, out_w)
-    step = steps.Conv(
+    kind = functools.partial(steps.Winograd, tile=case.squares) if case.squares else steps.Conv
+    step = kind(
         rows,
         case.rows_per_member,
         row_chunk,

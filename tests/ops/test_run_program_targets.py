@@ -12,10 +12,12 @@ from fastens import _native
 from fastens.ops.run_program import TARGETS, available, forced_target, target
 from fastens.program import steps
 from fastens.program.steps import Activation, Opcode
+from fastens.program.winograd import TILES
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.ops import test_run_program_conv as conv
 from tests.ops import test_run_program_norm as norm
 from tests.ops import test_run_program_pointwise as pointwise
+from tests.ops import test_run_program_winograd as winograd
 from tests.ops.programs import random
 from tests.tolerances import NETWORK, relative_error
 
@@ -60,6 +62,17 @@ def test_convolutions(on_target, kernel, vectors):
         )
     conv.test_tiles_of_pixels(vectors, 11)
     conv.test_a_bad_row_stays_alone(torch.nan, kernel)
+
+
+@pytest.mark.parametrize("squares", TILES)
+def test_convolutions_in_squares(on_target, squares):
+    for channels, out_channels, vectors in ((3, 20, 1), (37, 130, 3), (64, 64, 4)):
+        winograd.test_joined_and_enlarged_sources(squares, (channels, 20), 2, True)
+        shape = {"in_channels": (channels,), "out_channels": out_channels, "vectors": vectors, "size": (7, 9)}
+        ends = {"row_vector": True, "residual": True, "scale": 0.7, "act_out": Activation.SILU}
+        conv.check(squares=squares, band=4, num_threads=2, **shape, **ends)
+    winograd.test_members_and_rows(squares, 5, 2)
+    winograd.test_a_bad_row_stays_alone(squares, torch.nan)
 
 
 @pytest.mark.parametrize("activation", Activation)

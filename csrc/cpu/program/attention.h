@@ -8,7 +8,7 @@ FASTENS_INLINE const float* token(const Slots& slots, const Heads& heads, int64_
 template <int Q>
 FASTENS_INLINE void attention_weights(const float* const* q, const float* keys, int64_t num_keys, int64_t padded_keys,
                                       int64_t width, float scale, float* scores, float* inverse) {
-  for (int64_t t = 0; t < padded_keys; t += kLanes) {
+  for (int64_t t = 0; t < padded_keys; t += kRegisterLanes) {
     Vector acc[Q] = {};
     for (int64_t d = 0; d < width; ++d) {
       const Vector k = load(keys + d * padded_keys + t);
@@ -22,14 +22,14 @@ FASTENS_INLINE void attention_weights(const float* const* q, const float* keys, 
     float* const own = scores + i * padded_keys;
     for (int64_t t = num_keys; t < padded_keys; ++t) own[t] = -INFINITY;
     Vector most = load(own);
-    for (int64_t t = kLanes; t < padded_keys; t += kLanes) {
+    for (int64_t t = kRegisterLanes; t < padded_keys; t += kRegisterLanes) {
       const Vector s = load(own + t);
       most = s > most ? s : most;
     }
     float largest = most[0];
-    for (int l = 1; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+    for (int l = 1; l < kRegisterLanes; ++l) largest = most[l] > largest ? most[l] : largest;
     Vector sums{};
-    for (int64_t t = 0; t < padded_keys; t += kLanes) {
+    for (int64_t t = 0; t < padded_keys; t += kRegisterLanes) {
       const Vector e = exponential(load(own + t) - largest);
       store(own + t, e);
       sums += e;
@@ -60,7 +60,8 @@ FASTENS_INLINE void bring(const Attention& step, const Slots& slots, int64_t row
     const float* const from = v + t * step.v.token;
     float* const to = values + t * padded_width;
     if (step.v.channel == 1) {
-      for (int64_t d = 0; d < padded_width; d += kLanes) store(to + d, load_some(from + d, step.value_width - d));
+      for (int64_t d = 0; d < padded_width; d += kRegisterLanes)
+        store(to + d, load_some(from + d, step.value_width - d));
     } else {
       for (int64_t d = 0; d < step.value_width; ++d) to[d] = from[d * step.v.channel];
       for (int64_t d = step.value_width; d < padded_width; ++d) to[d] = 0;
@@ -73,8 +74,9 @@ FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int
   const int64_t chunks = (step.queries + step.query_chunk - 1) / step.query_chunk;
   const int64_t chunk = index % chunks, head = index / chunks % step.heads, row = index / chunks / step.heads;
   const int64_t begin = chunk * step.query_chunk, end = std::min(step.queries, begin + step.query_chunk);
-  const int64_t num_keys = step.keys, padded_keys = (num_keys + kLanes - 1) / kLanes * kLanes, width = step.width;
-  const int64_t padded_width = (step.value_width + kLanes - 1) / kLanes * kLanes;
+  const int64_t num_keys = step.keys, padded_keys = (num_keys + kRegisterLanes - 1) / kRegisterLanes * kRegisterLanes,
+                width = step.width;
+  const int64_t padded_width = (step.value_width + kRegisterLanes - 1) / kRegisterLanes * kRegisterLanes;
   float* const keys =
       Scratch::floats(scratch.patch, (width + kQueries) * padded_keys + num_keys * padded_width + kQueries * width);
   float* const scores = keys + width * padded_keys;
@@ -92,7 +94,7 @@ FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int
       q[n] = queries + n * width;
     }
     attention_weights<kQueries>(q, keys, num_keys, padded_keys, width, scale, scores, inverse);
-    for (int64_t d = 0; d < step.value_width; d += kLanes) {
+    for (int64_t d = 0; d < step.value_width; d += kRegisterLanes) {
       Vector acc[kQueries] = {};
       for (int64_t t = 0; t < num_keys; ++t) {
         const Vector v = load(values + t * padded_width + d);
@@ -105,7 +107,7 @@ FASTENS_INLINE void run_attention(const Attention& step, const Slots& slots, int
         if (step.out.channel == 1) {
           store_some(out + d, result, step.value_width - d);
         } else {
-          const int64_t lanes = std::min<int64_t>(kLanes, step.value_width - d);
+          const int64_t lanes = std::min<int64_t>(kRegisterLanes, step.value_width - d);
           for (int64_t l = 0; l < lanes; ++l) out[(d + l) * step.out.channel] = result[l];
         }
       }

@@ -73,7 +73,7 @@ FASTENS_INLINE void to_bfloat16(float* values, int64_t n) {
   uint16_t* const out = reinterpret_cast<uint16_t*>(values);
   int64_t i = 0;
 #ifdef FASTENS_BFLOAT16
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kRegisterLanes <= n; i += kRegisterLanes) {
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
     std::memcpy(out + i, &rounded, sizeof(rounded));
   }
@@ -142,24 +142,24 @@ struct Panel {
   const float* weight;
 };
 
-// sums [P, N vectors] of P pixels: from zero, or onto what is there.
+// sums [P, width] of P pixels, N registers of each: from zero, or onto what is there.
 template <int P, int N, bool Pairs>
-FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, float* sums, bool first) {
+FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const Panel& panel, const float* weight,
+                         int64_t width, float* sums, bool first) {
   Vector acc[P][N];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[p][n] = first ? Vector{} : load(sums + (p * N + n) * kLanes);
+    for (int n = 0; n < N; ++n) acc[p][n] = first ? Vector{} : load(sums + p * width + n * kRegisterLanes);
   }
-  const float* weight = panel.weight;
   for (int64_t tap = panel.tap_begin; tap < panel.tap_end; ++tap) {
     const float* x[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) x[p] = pixels[p] + taps[tap];
-    for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += N * kLanes) {
+    for (int64_t c = panel.unit_begin; c < panel.unit_end; ++c, weight += width) {
       Vector w[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) w[n] = load(weight + n * kLanes);
+      for (int n = 0; n < N; ++n) w[n] = load(weight + n * kRegisterLanes);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const Vector value = splat(x[p][c]);
@@ -171,13 +171,14 @@ FASTENS_INLINE void tile(const float* const* pixels, const int64_t* taps, const 
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(sums + (p * N + n) * kLanes, acc[p][n]);
+    for (int n = 0; n < N; ++n) store(sums + p * width + n * kRegisterLanes, acc[p][n]);
   }
 }
 
-template <int P, int N, bool Pairs>
+// Sums of W vectors of channels, in tiles of P pixels by N registers.
+template <int P, int N, int W, bool Pairs>
 FASTENS_INLINE void sum_panels(const ConvTask& task, const float* weight) {
-  const int64_t width = N * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
+  const int64_t width = W * kLanes, most = std::max<int64_t>(1, kPanelBytes / (width * 4));  // weights of a panel
   Panel panel{0, 0, 0, task.units, weight};
   const int64_t whole_taps = most / task.units;
   for (int64_t tap = 0; tap < task.num_taps; tap = panel.tap_end) {
@@ -189,53 +190,120 @@ FASTENS_INLINE void sum_panels(const ConvTask& task, const float* weight) {
       panel.unit_end = std::min(task.units, c + step);
       const bool first = tap == 0 && c == 0;
       for (int64_t i = 0; i < task.num_pixels; i += P) {
-        tile<P, N, Pairs>(task.pixels + i, task.taps, panel, task.sums + i * width, first);
+        for (int64_t lane = 0; lane < width; lane += N * kRegisterLanes) {
+          tile<P, N, Pairs>(task.pixels + i, task.taps, panel, panel.weight + lane, width, task.sums + i * width + lane,
+                            first);
+        }
       }
       panel.weight += (panel.tap_end - panel.tap_begin) * (panel.unit_end - c) * width;
     }
   }
 }
 
-template <int P, int N>
+template <int P, int N, int W = N>
 FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask& task, const float* weight) {
 #ifdef FASTENS_BFLOAT16
   if (step.bfloat16) {
-    sum_panels<P, N, true>(task, weight);
+    sum_panels<P, N, W, true>(task, weight);
     return;
   }
 #endif
-  sum_panels<P, N, false>(task, weight);
+  sum_panels<P, N, W, false>(task, weight);
 }
 
-// Bias, row vector, residual, scale and activation of `vectors` vectors of channels from `channel0`, every pixel.
+// What is done to the sums of a row's pixels before they are stored.
+struct Finish {
+  const float *bias, *added;
+  float scale;
+  Activation activation;
+};
+
+FASTENS_INLINE Finish finish_of(const Conv& step, const Slots& slots, int64_t member, int64_t row) {
+  const float *const bias = slots.at(step.bias), *const row_vector = slots.at(step.row_vector);
+  return {bias ? bias + member * step.bias_member : nullptr,
+          row_vector ? row_vector + row * step.row_vector_row : nullptr, static_cast<float>(step.scale),
+          static_cast<Activation>(step.act_out)};
+}
+
+// Bias, row vector, residual, scale and activation of a register of channels from c, of which `left` exist.
+FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const float* residual, float* out) {
+  if (how.bias) v += load(how.bias + c);
+  if (how.added) v += load_some(how.added + c, left);
+  if (residual) v += load_some(residual + c, left);
+  if (how.scale != 1.0f) v *= how.scale;
+  store_some(out + c, activated(v, how.activation), left);
+}
+
+// The sums of `vectors` vectors of channels from `channel0`, every pixel.
 FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const ConvTask& task, int64_t vectors,
                                  int64_t channel0) {
-  const float* const bias = slots.at(step.bias) ? slots.at(step.bias) + task.member * step.bias_member : nullptr;
-  const float* const row_vector = slots.at(step.row_vector);
-  const float scale = static_cast<float>(step.scale);
-  const Activation activation = static_cast<Activation>(step.act_out);
   const float* sums = task.sums;
+  const int64_t end = std::min(step.out_channels, channel0 + vectors * kLanes);
   for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
-    const float* const added = row_vector ? row_vector + r * step.row_vector_row : nullptr;
+    const Finish how = finish_of(step, slots, task.member, r);
     for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
       for (int64_t x = 0; x < step.out_w; ++x) {
         const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y, x);
         float* const out = const_cast<float*>(pixel(slots, step.out, r, y, x));
-        for (int64_t n = 0; n < vectors; ++n, sums += kLanes) {
-          const int64_t c = channel0 + n * kLanes, left = step.out_channels - c;
-          Vector v = load(sums);
-          if (bias) v += load(bias + c);
-          if (added) v += load_some(added + c, left);
-          if (residual) v += load_some(residual + c, left);
-          if (scale != 1.0f) v *= scale;
-          store_some(out + c, activated(v, activation), left);
+        for (int64_t c = channel0; c < end; c += kRegisterLanes) {
+          finish(how, load(sums + c - channel0), c, step.out_channels - c, residual, out);
         }
+        sums += vectors * kLanes;
       }
     }
   }
 }
 
 FASTENS_INLINE int64_t padded(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
+
+// The sums of `vectors` vectors of channels, every pixel.
+inline void sum_vectors(const Conv& step, const ConvTask& task, int64_t vectors, const float* weight) {
+#if FASTENS_REGISTER_LANES == 16  // and 32 registers
+  const int64_t n = task.num_pixels;
+  // The larger tile loads less, the smaller one wastes less where few pixels are left over.
+  switch (vectors) {
+    case 1:
+      if (padded(n, 12) <= padded(n, 6)) {
+        sum_block<12, 1>(step, task, weight);
+      } else {
+        sum_block<6, 1>(step, task, weight);
+      }
+      break;
+    case 2:
+      if (padded(n, 12) <= padded(n, 8)) {
+        sum_block<12, 2>(step, task, weight);
+      } else {
+        sum_block<8, 2>(step, task, weight);
+      }
+      break;
+    case 3:
+      if (padded(n, 8) <= padded(n, 4)) {
+        sum_block<8, 3>(step, task, weight);
+      } else {
+        sum_block<4, 3>(step, task, weight);
+      }
+      break;
+    default:
+      if (padded(n, 6) <= padded(n, 4)) {
+        sum_block<6, 4>(step, task, weight);
+      } else {
+        sum_block<4, 4>(step, task, weight);
+      }
+  }
+#else  // 16 registers
+  constexpr int kPixels = kRegisterLanes == 8 ? 6 : 2, kRegisters = kLanes / kRegisterLanes;
+  switch (vectors) {
+    case 1:
+      return sum_block<kPixels, kRegisters, 1>(step, task, weight);
+    case 2:
+      return sum_block<kPixels, kRegisters, 2>(step, task, weight);
+    case 3:
+      return sum_block<kPixels, kRegisters, 3>(step, task, weight);
+    default:
+      return sum_block<kPixels, kRegisters, 4>(step, task, weight);
+  }
+#endif
+}
 
 // The rows of a task that belong to one member.
 FASTENS_INLINE void convolve(const Conv& step, const Slots& slots, ConvTask& task, Scratch& scratch) {
@@ -248,40 +316,13 @@ FASTENS_INLINE void convolve(const Conv& step, const Slots& slots, ConvTask& tas
     const int64_t vectors = std::min(step.vectors, (step.out_channels - channel0 + kLanes - 1) / kLanes);
     const float* const weight =
         slots.at(step.weight) + task.member * step.weight_member + channel0 * task.num_taps * task.units;
-    // The larger tile loads less, the smaller one wastes less where few pixels are left over.
-    switch (vectors) {
-      case 1:
-        if (padded(n, 12) <= padded(n, 6)) {
-          sum_block<12, 1>(step, task, weight);
-        } else {
-          sum_block<6, 1>(step, task, weight);
-        }
-        break;
-      case 2:
-        if (padded(n, 12) <= padded(n, 8)) {
-          sum_block<12, 2>(step, task, weight);
-        } else {
-          sum_block<8, 2>(step, task, weight);
-        }
-        break;
-      case 3:
-        if (padded(n, 8) <= padded(n, 4)) {
-          sum_block<8, 3>(step, task, weight);
-        } else {
-          sum_block<4, 3>(step, task, weight);
-        }
-        break;
-      default:
-        if (padded(n, 6) <= padded(n, 4)) {
-          sum_block<6, 4>(step, task, weight);
-        } else {
-          sum_block<4, 4>(step, task, weight);
-        }
-    }
+    sum_vectors(step, task, vectors, weight);
     finish_block(step, slots, task, vectors, channel0);
   }
 }
 
+// Convolves a task by `Convolve`, the rows of one member after those of another.
+template <void (*Convolve)(const Conv&, const Slots&, ConvTask&, Scratch&)>
 FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index, Scratch& scratch) {
   ConvTask task = conv_task(step, index);
   const int64_t end = task.row0 + task.rows;
@@ -291,6 +332,6 @@ FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index
     while (++row < end && member_of(slots, step.members, step.rows_per_member, row) == task.member) {
     }
     task.rows = row - task.row0;
-    convolve(step, slots, task, scratch);
+    Convolve(step, slots, task, scratch);
   }
 }

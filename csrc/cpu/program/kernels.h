@@ -9,11 +9,13 @@
 #include "conv.h"
 #include "norm.h"
 #include "pointwise.h"
+// what follows uses the convolution above
+#include "winograd.h"
 
 using Run = void (*)(const int64_t*, const Slots&, int64_t, Scratch&);
 
 inline void conv(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
-  run_conv(as<Conv>(step), slots, task, scratch);
+  run_conv<convolve>(as<Conv>(step), slots, task, scratch);
 }
 inline void norm(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
   run_norm(as<Norm>(step), slots, task, scratch);
@@ -28,4 +30,8 @@ inline void attention(const int64_t* step, const Slots& slots, int64_t task, Scr
   run_attention(as<Attention>(step), slots, task, scratch);
 }
 
-constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention};
+inline void winograd(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
+  run_conv<convolve_winograd>(as<Conv>(step), slots, task, scratch);
+}
+
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, winograd};

@@ -9,8 +9,8 @@ FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index
   const int64_t channels = step.source[0].channels + step.source[1].channels, size = channels / step.groups;
   const int64_t group0 = step.groups * split / step.splits, group1 = step.groups * (split + 1) / step.splits;
   const int64_t begin = group0 * size, end = group1 * size, pixels = step.height * step.width;
-  float* const sums = Scratch::floats(scratch.sums, 2 * (channels + kLanes));
-  float* const mean = sums + (channels + kLanes);
+  float* const sums = Scratch::floats(scratch.sums, 2 * (channels + kRegisterLanes));
+  float* const mean = sums + (channels + kRegisterLanes);
   std::vector<double> totals(channels);
   for (int pass = 0; pass < 2; ++pass) {
     std::fill(totals.begin(), totals.end(), 0.0);
@@ -74,12 +74,12 @@ FASTENS_INLINE void run_layer_norm(const LayerNorm& step, const Slots& slots, in
     const float* const in = slots.at(step.source) + r * step.source_row + t * step.source_token;
     float* const out = slots.at(step.out) + r * step.out_row + t * step.out_token;
     Vector total{};
-    for (int64_t c = 0; c < n; c += kLanes) total += load_some(in + c, n - c);
+    for (int64_t c = 0; c < n; c += kRegisterLanes) total += load_some(in + c, n - c);
     const float mean = sum(total) / static_cast<float>(n);
     // Around the rounded mean; what that leaves of the mean, which counts where values are far from 0, comes off below.
     Vector rests{}, squares{};
     int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) {
+    for (; c + kRegisterLanes <= n; c += kRegisterLanes) {
       const Vector d = load(in + c) - mean;
       rests += d, squares += d * d;
     }
@@ -91,7 +91,7 @@ FASTENS_INLINE void run_layer_norm(const LayerNorm& step, const Slots& slots, in
     rest /= static_cast<float>(n);
     const float variance = std::max(0.0f, square / static_cast<float>(n) - rest * rest);
     const float rate = 1.0f / std::sqrt(variance + static_cast<float>(step.eps));
-    for (c = 0; c < n; c += kLanes) {
+    for (c = 0; c < n; c += kRegisterLanes) {
       const int64_t left = n - c;
       Vector v = (load_some(in + c, left) - mean - rest) * rate;
       if (weight) v *= load_some(weight + c, left);

@@ -93,7 +93,7 @@ FASTENS_INLINE void write_run(const float* from, int64_t dtype, int64_t stride, 
 constexpr int64_t kSizes[] = {4, 8, 8, 4, 2};  // bytes of each dtype
 
 FASTENS_INLINE void vectors(Opcode opcode, const float* a, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
+  for (int64_t i = 0; i < n; i += kRegisterLanes) {
     const Vector x = load(a + i);
     Vector y;
     switch (opcode) {

@@ -9,7 +9,7 @@
 namespace fastens::program {
 
 struct Scratch {
-  std::vector<float> patch, sums;
+  std::vector<float> patch, sums, spread;
   std::vector<const float*> pixels;
   std::vector<int64_t> taps;
 

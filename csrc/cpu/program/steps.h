@@ -12,9 +12,9 @@
 namespace fastens::program {
 
 constexpr int64_t kStepWidth = 96;
-constexpr int kLanes = 16;  // float32 values of one vector
+constexpr int kLanes = 16;  // output channels of one vector of packed weights
 
-enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention };
+enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kWinograd };
 enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };
 
 // Where a value is: slot << 48 | bytes from its start; negative for none. Slot 0 is the arena, 1 the packed weights,
@@ -64,7 +64,7 @@ struct Conv {
   int64_t out_h, out_w, out_channels;
   Address table_scale, table_shift;  // [R, C_in]
   int64_t act_in;
-  Address weight;  // [K][block][tap][C_in][vectors * 16]
+  Address weight;  // [K][block][tap][C_in][vectors * 16]; of kWinograd, the transformed taps, (tile + 2)^2 of them
   int64_t weight_member;
   Address bias;  // [K, C_out padded to vectors]
   int64_t bias_member;
@@ -76,6 +76,7 @@ struct Conv {
   Image out;
   int64_t bfloat16;  // products of bfloat16 values, summed in float32
   Address members;   // see member_of, as below
+  int64_t tile;      // of a step of kind kWinograd: the output is computed in squares of so many pixels a side
 };
 
 // Group normalisation as a scale and a shift per row and channel: y = x * out_scale + out_shift.

@@ -14,6 +14,8 @@
 
 #include "scratch.h"
 
+// float32 values of one register: 16 bytes everywhere, and wider ones where they are named
+#define FASTENS_REGISTER_LANES 4
 namespace fastens::program::baseline {
 #include "kernels.h"
 }  // namespace fastens::program::baseline
@@ -24,6 +26,8 @@ namespace fastens::program::baseline {
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#undef FASTENS_REGISTER_LANES
+#define FASTENS_REGISTER_LANES 8
 namespace fastens::program::avx2 {
 #include "kernels.h"
 }  // namespace fastens::program::avx2
@@ -31,6 +35,8 @@ namespace fastens::program::avx2 {
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
+#undef FASTENS_REGISTER_LANES
+#define FASTENS_REGISTER_LANES 16
 namespace fastens::program::avx512 {
 #include "kernels.h"
 }  // namespace fastens::program::avx512
@@ -45,6 +51,7 @@ namespace fastens::program::avx512_bfloat16 {
 #undef FASTENS_BFLOAT16
 #pragma GCC pop_options
 #endif
+#undef FASTENS_REGISTER_LANES
 
 namespace fastens::program {
 

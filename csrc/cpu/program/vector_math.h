@@ -1,8 +1,10 @@
 // Activations on vectors of float32, written so that a compiler turns them into whatever vectors the machine has.
 
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef float LooseVector __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t IntVector __attribute__((vector_size(kLanes * 4)));
+constexpr int kRegisterLanes = FASTENS_REGISTER_LANES;  // wider vectors than a register are kept in memory
+
+typedef float Vector __attribute__((vector_size(kRegisterLanes * 4)));
+typedef float LooseVector __attribute__((vector_size(kRegisterLanes * 4), aligned(4)));
+typedef int32_t IntVector __attribute__((vector_size(kRegisterLanes * 4)));
 
 FASTENS_INLINE Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
 FASTENS_INLINE void store(float* p, Vector v) { *reinterpret_cast<LooseVector*>(p) = v; }
@@ -50,7 +52,7 @@ FASTENS_INLINE Vector gelu_tanh(Vector x) {
 // 0.5 x (1 + erf(x / sqrt 2)); erf is libm's, a lane at a time.
 FASTENS_INLINE Vector gelu(Vector x) {
   Vector e;
-  for (int i = 0; i < kLanes; ++i) e[i] = std::erf(x[i] * 0.70710678f);
+  for (int i = 0; i < kRegisterLanes; ++i) e[i] = std::erf(x[i] * 0.70710678f);
   return 0.5f * x * (1.0f + e);
 }
 
@@ -69,24 +71,24 @@ FASTENS_INLINE Vector activated(Vector x, Activation activation) {
 
 // The first n values at p; the rest is zero.
 FASTENS_INLINE Vector load_some(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  alignas(64) float values[kLanes] = {};
+  if (n >= kRegisterLanes) return load(p);
+  alignas(64) float values[kRegisterLanes] = {};
   std::memcpy(values, p, n * sizeof(float));
   return load(values);
 }
 
 FASTENS_INLINE void store_some(float* p, Vector v, int64_t n) {
-  if (n >= kLanes) {
+  if (n >= kRegisterLanes) {
     store(p, v);
     return;
   }
-  alignas(64) float values[kLanes];
+  alignas(64) float values[kRegisterLanes];
   store(values, v);
   std::memcpy(p, values, n * sizeof(float));
 }
 
 FASTENS_INLINE float sum(Vector v) {
   float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+  for (int i = 0; i < kRegisterLanes; ++i) total += v[i];
   return total;
 }
