@@ -42,10 +42,8 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
 // The input lines of the task, padded: [row][line][x][C_in].
 FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvTask& task, int64_t patch_h,
                                int64_t patch_w, float* patch) {
-  const int64_t first = step.source[0].channels;
-  const Activation activation = static_cast<Activation>(step.act_in);
-  const float* const table_scale = slots.at(step.table_scale);
-  const float* const table_shift = slots.at(step.table_shift);
+  const Inlet inlet{step.source, slots.at(step.table_scale), slots.at(step.table_shift),
+                    static_cast<Activation>(step.act_in), &step.mask_in};
   for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
     for (int64_t line = 0; line < patch_h; ++line) {
       const int64_t y = task.y0 * step.stride_h - step.pad_top + line;
@@ -55,14 +53,8 @@ FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvT
           std::memset(patch, 0, task.channels * sizeof(float));
           continue;
         }
-        for (int s = 0; s < 2; ++s) {
-          const Image& source = step.source[s];
-          if (source.channels == 0) continue;
-          const int64_t offset = s ? first : 0, table = r * task.channels + offset;
-          const float* const from = pixel(slots, source, r, y / step.up, x / step.up);
-          transformed(from, table_scale ? table_scale + table : nullptr, table_scale ? table_shift + table : nullptr,
-                      activation, source.channels, patch + offset);
-        }
+        const int64_t from_y = y / step.up, from_x = x / step.up;
+        take(inlet, slots, r, from_y, from_x, from_y * (step.in_w / step.up) + from_x, patch);
       }
     }
   }
@@ -102,7 +94,7 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   scratch.pixels.resize(task.num_pixels + most);
   scratch.taps.resize(task.num_taps);
   const float** next = scratch.pixels.data();
-  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 &&
+  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.mask_in.at < 0 &&
                       step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
                       (step.out_h - 1) * step.stride_h < step.in_h && (step.out_w - 1) * step.stride_w < step.in_w;
   if (direct) {
@@ -207,7 +199,7 @@ FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask&
   sum_panels<P, N, false>(task, weight);
 }
 
-// Bias, row vector, residual, scale and activation of `vectors` vectors of channels from `channel0`, every pixel.
+// Bias, row vector, mask, residual, scale and activation of `vectors` vectors of channels from `channel0`, every pixel.
 FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const ConvTask& task, int64_t vectors,
                                  int64_t channel0) {
   const float* const bias = slots.at(step.bias) ? slots.at(step.bias) + task.member * step.bias_member : nullptr;
@@ -221,11 +213,13 @@ FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const Con
       for (int64_t x = 0; x < step.out_w; ++x) {
         const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y, x);
         float* const out = const_cast<float*>(pixel(slots, step.out, r, y, x));
+        const uint16_t* const words = mask_words(slots, step.mask_out, r, y * step.out_w + x);
         for (int64_t n = 0; n < vectors; ++n, sums += kLanes) {
           const int64_t c = channel0 + n * kLanes, left = step.out_channels - c;
           Vector v = load(sums);
           if (bias) v += load(bias + c);
           if (added) v += load_some(added + c, left);
+          if (words) v = masked(v, words[c / kLanes], static_cast<float>(step.mask_out.scale));
           if (residual) v += load_some(residual + c, left);
           if (scale != 1.0f) v *= scale;
           store_some(out + c, activated(v, activation), left);

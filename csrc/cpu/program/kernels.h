@@ -7,6 +7,7 @@
 // what follows uses the images above
 #include "attention.h"
 #include "conv.h"
+#include "drop.h"
 #include "norm.h"
 #include "pointwise.h"
 
@@ -28,4 +29,11 @@ inline void attention(const int64_t* step, const Slots& slots, int64_t task, Scr
   run_attention(as<Attention>(step), slots, task, scratch);
 }
 
-constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention};
+inline void draw(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_draw(as<Draw>(step), slots, task);
+}
+inline void drop(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_drop(as<Drop>(step), slots, task);
+}
+
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, draw, drop};

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "../../philox.h"
+#include "../../philox4x32.h"
 #include "scratch.h"
 
 namespace fastens::program::baseline {
@@ -24,12 +26,15 @@ namespace fastens::program::baseline {
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define FASTENS_AVX2
 namespace fastens::program::avx2 {
 #include "kernels.h"
 }  // namespace fastens::program::avx2
+#undef FASTENS_AVX2
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#define FASTENS_AVX512
 #pragma GCC target("arch=x86-64-v4")
 namespace fastens::program::avx512 {
 #include "kernels.h"
@@ -43,6 +48,7 @@ namespace fastens::program::avx512_bfloat16 {
 #include "kernels.h"
 }  // namespace fastens::program::avx512_bfloat16
 #undef FASTENS_BFLOAT16
+#undef FASTENS_AVX512
 #pragma GCC pop_options
 #endif
 
