@@ -93,7 +93,7 @@ class FoldEngine:
         eager = not torch.compiler.is_compiling() and not _capturing()
         rows = self.num_members * arguments.batch_size
         plannable = eager and type(arguments) is Arguments and self._can_plan(arguments, rows)
-        planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+        planned = self.plans.run(arguments.plan_key(), self._inputs(arguments)) if plannable else None
         key = None
         if planned is None:
             key = self._key(arguments, training) if eager else None
@@ -107,6 +107,10 @@ class FoldEngine:
             return self._fold(arguments, key)
         leaves, spec = planned
         return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+
+    def _inputs(self, arguments: Arguments, order: Tensor | None = None) -> list[Tensor]:
+        """What a plan is run on: the tensors of a call, whose samples are in this order where rows are dealt out."""
+        return arguments.tensors
 
     @staticmethod
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
@@ -142,7 +146,7 @@ class FoldEngine:
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
             return None
         with suppress_out_of_memory():
-            return self.plans.make(arguments.plan_key(), whole, member, arguments.tensors, expected)
+            return self.plans.make(arguments.plan_key(), whole, member, self._inputs(arguments), expected)
         return None
 
     def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
@@ -175,7 +179,7 @@ class FoldEngine:
         """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
         order, offsets = grouped(members, self.num_members)
         dealt = arguments.selected(order)
-        inputs = [*dealt.tensors, offsets, members.index_select(0, order)]
+        inputs = [*self._inputs(dealt, order), offsets, members.index_select(0, order)]
 
         def whole(tensors: list[Tensor]) -> Any:
             return self._dealt_pass(dealt.with_tensors(tensors[:-2]), *tensors[-2:])

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastens.ops.conv2d import output_size
 from fastens.plan.record import mapped
 
-_LIKE_INPUT = {f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch")}
+_LIKE_INPUT = {"fastens::dropout", *(f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch"))}
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
 
 
