@@ -94,8 +94,8 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   scratch.pixels.resize(task.num_pixels + most);
   scratch.taps.resize(task.num_taps);
   const float** next = scratch.pixels.data();
-  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 && step.mask_in.at < 0 &&
-                      step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
+  const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 &&
+                      step.mask_in.at < 0 && step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
                       (step.out_h - 1) * step.stride_h < step.in_h && (step.out_w - 1) * step.stride_w < step.in_w;
   if (direct) {
     for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {

@@ -13,7 +13,7 @@ FASTENS_INLINE const uint16_t* mask_words(const Slots& slots, const Mask& mask, 
 
 // x * (bit ? scale : 0), lane by lane.
 FASTENS_INLINE Vector masked(Vector x, uint16_t word, float scale) {
-  const IntVector lane = {1, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7,
+  const IntVector lane = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                           1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
   const IntVector bits = (word - IntVector{}) & lane;
   return x * (bits != 0 ? splat(scale) : Vector{});

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "../../philox.h"
-#include "../../philox4x32.h"
 #include "scratch.h"
 
 namespace fastens::program::baseline {
@@ -22,7 +21,10 @@ namespace fastens::program::baseline {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTENS_X86_TARGETS
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // what an intrinsic of AVX-512 leaves open on purpose
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
