@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class DropoutEngine(FoldEngine):
         self._discovering = False
         self._discovered = False
         self._layouts: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._dealt_samples: Tensor | None = None  # of a pass whose rows are dealt out, where masks are fresh
+        self._dealt_samples: Tensor | None = None  # of the rows in progress, where they are dealt out
         self.plans.masks = masks
 
     def refresh(self) -> None:
@@ -122,8 +122,8 @@ class DropoutEngine(FoldEngine):
         batch, device = arguments.batch_size, arguments.batch.device
         if index is None:
             members, samples = self._layout(arguments, None if which is None else int(which))
-            if which is not None and self._dealt_samples is not None:  # a plan is checked on the rows of a draw
-                samples = self._dealt_samples
+            if which is not None and self._dealt_samples is not None:
+                samples = self._dealt_samples.to(device)
         else:
             assert isinstance(which, Tensor)
             counts = which.diff()
@@ -144,9 +144,34 @@ class DropoutEngine(FoldEngine):
         return super()._established(arguments, training, plannable)
 
     def _first(self, arguments: Arguments, key: Any, plannable: bool) -> Established:
+        with self._discovery():
+            return super()._first(arguments, key, plannable)
+
+    def _loop(self, arguments: Arguments) -> list[Any]:
+        if self._discovered or torch.compiler.is_compiling():
+            return super()._loop(arguments)
+        with self._discovery():
+            return super()._loop(arguments)
+
+    def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
+        """As other engines do; a loop has its functional dropouts looked for first."""
+        unknown = self.engine == "loop" and not self._discovered and not torch.compiler.is_compiling()
+        with self._discovery() if unknown else nullcontext():
+            return super().evaluate_drawn(arguments, members, training)
+
+    def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._dealt_samples = index % max(self.num_samples, 1)
+        try:
+            return super()._call_some(k, index, args, kwargs)
+        finally:
+            self._dealt_samples = None
+
+    @contextmanager
+    def _discovery(self) -> Iterator[None]:
+        """While dropouts that are functions are looked for in every module."""
         self._discovering = True
         try:
-            return super()._first(arguments, key, plannable)
+            yield
         finally:
             self._discovering = False
             self._discovered = True

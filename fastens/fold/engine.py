@@ -159,7 +159,7 @@ class FoldEngine:
             excluded = self._established(arguments, training)[0] if self.engine == "fold" else frozenset()
         arguments = arguments.excluding(excluded)
         if self.engine == "loop":
-            return run_drawn(self._call, arguments, members)
+            return run_drawn(self._call_some, arguments, members)
         if plannable:
             planned = self._planned_drawn(arguments, members, plan_key, training)
             if planned is not None:
@@ -223,6 +223,10 @@ class FoldEngine:
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
+
+    def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run member k on the samples ``index`` of a drawn call."""
+        return self._call(k, args, kwargs)
 
     def _loop(self, arguments: Arguments) -> list[Any]:
         flat = [pytree.tree_flatten(self._call(k, *arguments.of_member(k))) for k in range(self.num_members)]
