@@ -147,6 +147,10 @@ class DropoutEngine(FoldEngine):
         with self._discovery():
             return super()._first(arguments, key, plannable)
 
+    def _first_drawn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._discovery():
+            return super()._first_drawn(*args, **kwargs)
+
     def _loop(self, arguments: Arguments) -> list[Any]:
         if self._discovered or torch.compiler.is_compiling():
             return super()._loop(arguments)
@@ -160,11 +164,11 @@ class DropoutEngine(FoldEngine):
             return super().evaluate_drawn(arguments, members, training)
 
     def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._dealt_samples = index % max(self.num_samples, 1)
+        before, self._dealt_samples = self._dealt_samples, index % max(self.num_samples, 1)
         try:
             return super()._call_some(k, index, args, kwargs)
         finally:
-            self._dealt_samples = None
+            self._dealt_samples = before
 
     @contextmanager
     def _discovery(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
 from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
-from fastens.fold.first import Established, FirstPass
+from fastens.fold.first import Established, FirstPass, established_by_sketch
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
@@ -156,6 +156,10 @@ class FoldEngine:
         plan_key = ("drawn", arguments.plan_key()) if plannable else None
         excluded = self._dealt.get(plan_key)
         if excluded is None:
+            several = plannable and self.num_members > 1
+            planned = self._first_drawn(arguments, members, plan_key, training) if several else None
+            if planned is not None:
+                return planned
             excluded = self._established(arguments, training)[0] if self.engine == "fold" else frozenset()
         arguments = arguments.excluding(excluded)
         if self.engine == "loop":
@@ -175,8 +179,24 @@ class FoldEngine:
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
 
-    def _planned_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
-        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
+    def _first_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
+        """Plan a drawn call without a pass of all members, where the plan gives what the drawn ones do; else none."""
+        with torch.no_grad(), suppress_out_of_memory():
+            found = established_by_sketch(self, arguments)
+            planned = self._planned_drawn(arguments, members, plan_key, training, sketched=True) if found else None
+            if planned is not None:
+                self._called = True
+                self._dealt[plan_key] = frozenset()
+            return planned
+        return None
+
+    def _planned_drawn(
+        self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool, sketched: bool = False
+    ) -> Any:
+        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan.
+
+        A new plan is ``sketched``, and held against the drawn members, where the fold was not held against them.
+        """
         order, offsets = grouped(members, self.num_members)
         dealt = arguments.selected(order)
         inputs = [*self._inputs(dealt, order), offsets, members.index_select(0, order)]
@@ -190,7 +210,11 @@ class FoldEngine:
         found = self.plans.run(plan_key, inputs)
         if found is None and self.cap.holds_recording(self._key(arguments, training), len(members)):
             with suppress_out_of_memory():
-                found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
+                expected = None
+                if sketched:
+                    leaves = pytree.tree_leaves(run_drawn(self._call_some, arguments, members))
+                    expected = [[x.index_select(0, order) for x in leaves if isinstance(x, Tensor)]]
+                found = self.plans.make(plan_key, whole, member, inputs, expected, dealt=True)
         if found is None:
             return None
         leaves, spec = found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
 from fastens.plan.memory import At
@@ -139,6 +141,22 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     )
     emitter.add(step)
     emitter.values[out.ref.storage] = Stored(buffer)
+    return True
+
+
+@lowers("aten.index_select")
+def gather(emitter: Emitter, node: Node) -> bool:
+    """What is the member's of each row, where rows are dealt out when the program runs."""
+    table, dim, index = node.args[:3]
+    out, values = node.outs[0], emitter.constant(table)
+    dealt = emitter.row_members is not None and emitter.recording.row_members == index
+    if not dealt or values is None or dim != 0 or values.dtype != torch.float32 or not out.numel:
+        return False
+    # the recorded result is contiguous, and so are its lines
+    place, count = At(emitter.buffer(out.numel)), out.numel // out.size[0]
+    lines = emitter.kept(values, ("gathered", table))
+    emitter.add(steps.Gather(out.size[0], count, lines, emitter.stored(index), place))  # pyright: ignore[reportArgumentType]
+    emitter.values[out.storage] = Stored(place)
     return True
 
 

@@ -310,6 +310,18 @@ class Drop(Step):
     out: Image
 
 
+@dataclasses.dataclass
+class Gather(Step):
+    """For each row its member's line of a table [K, count]."""
+
+    kind: ClassVar[int] = 8
+    rows: int
+    count: int
+    table: int
+    members: int
+    out: int
+
+
 def encode(steps: list[Step]) -> Tensor:
     """The program: int64 [steps, STEP_WIDTH]."""
     return torch.tensor([step.words() for step in steps], dtype=torch.int64).reshape(-1, STEP_WIDTH)

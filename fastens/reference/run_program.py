@@ -261,6 +261,12 @@ def _drop(step: steps.Drop, memory: _Memory) -> None:
     memory.view(out.at, size, (out.row, out.y, out.x, 1)).copy_(y.permute(0, 2, 3, 1))
 
 
+def _gather(step: steps.Gather, memory: _Memory) -> None:
+    members = memory.view(step.members, (step.rows,), (1,), torch.int64)
+    table = memory.view(step.table, (int(members.max()) + 1, step.count), (step.count, 1))
+    memory.view(step.out, (step.rows, step.count), (step.count, 1)).copy_(table[members])
+
+
 _RUNS: dict[type, Callable[..., None]] = {
     steps.Conv: _conv,
     steps.Norm: _norm,
@@ -269,4 +275,5 @@ _RUNS: dict[type, Callable[..., None]] = {
     steps.Attention: _attention,
     steps.Draw: _draw,
     steps.Drop: _drop,
+    steps.Gather: _gather,
 }

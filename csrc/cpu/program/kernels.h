@@ -35,5 +35,8 @@ inline void draw(const int64_t* step, const Slots& slots, int64_t task, Scratch&
 inline void drop(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
   run_drop(as<Drop>(step), slots, task);
 }
+inline void gather(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_gather(as<Gather>(step), slots, task);
+}
 
-constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, draw, drop};
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, draw, drop, gather};

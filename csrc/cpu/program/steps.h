@@ -14,7 +14,7 @@ namespace fastens::program {
 constexpr int64_t kStepWidth = 96;
 constexpr int kLanes = 16;  // float32 values of one vector
 
-enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kDraw, kDrop };
+enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kDraw, kDrop, kGather };
 enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };
 
 // Where a value is: slot << 48 | bytes from its start; negative for none. Slot 0 is the arena, 1 the packed weights,
@@ -182,6 +182,15 @@ struct Drop {
   int64_t activation;
   Mask mask;
   Image out;
+};
+
+// For each row, its member's line of a table.
+struct Gather {
+  Header header;
+  int64_t rows, count;  // float32 values of a line
+  Address table;        // [K, count]
+  Address members;      // int64 [R]
+  Address out;          // [R, count]
 };
 
 template <class T>
