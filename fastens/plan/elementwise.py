@@ -137,8 +137,13 @@ def _moved(value: Any, x: Ref, out: Ref) -> bool:
 
 
 def row_vector(emitter: Emitter, ref: Ref, out: Ref) -> tuple[At, int] | None:
-    """Place and row stride of a tensor with one value per row and channel, [R, C, 1, 1]; none where it is not."""
-    if len(out.size) != 4 or ref.size != (out.size[0], out.size[1], 1, 1) or ref.dtype not in FLOATS:
+    """Place and row stride of a tensor with one value per row and channel, [R, C, 1, 1]; none where it is not.
+
+    A constant may have one value per channel, [1, C, 1, 1].
+    """
+    if len(out.size) != 4 or ref.size[1:] != (out.size[1], 1, 1) or ref.dtype not in FLOATS:
+        return None
+    if ref.size[0] != out.size[0] and (ref.size[0] != 1 or emitter.constant(ref) is None):
         return None
     if emitter.constant(ref) is not None:
         at, stride, _ = emitter.operand(ref)

@@ -225,6 +225,10 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = self.recording.result(func, args, kwargs)
+        if func is torch.ops.aten.convolution.default:
+            result = channels_last(args[0], result, True)
+        elif func is torch.ops.aten.native_group_norm.default:
+            result = (channels_last(args[0], result[0], False), *result[1:])
         self.recording.add(func, args, kwargs, result)
         return result
 
