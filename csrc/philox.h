@@ -9,11 +9,9 @@ namespace fastens {
 
 constexpr int kLanes = 16;  // counters that are mixed together, one to a vector lane
 
-// Words [4][kLanes] of the counters (first + lane, x1, x2, x3) under a 64-bit key.
-FASTENS_INLINE void philox_lanes(uint64_t key, uint32_t first, uint32_t x1, uint32_t x2, uint32_t x3,
-                                 uint32_t (&words)[4][kLanes]) {
+// Words [4][kLanes] of the counters (words[0][lane], x1, x2, x3) under a 64-bit key.
+FASTENS_INLINE void philox_lanes(uint64_t key, uint32_t x1, uint32_t x2, uint32_t x3, uint32_t (&words)[4][kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
-    words[0][i] = first + static_cast<uint32_t>(i);
     words[1][i] = x1;
     words[2][i] = x2;
     words[3][i] = x3;

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +43,9 @@ class DropoutEngine(FoldEngine):
         self.num_samples = 0
         self._discovering = False
         self._discovered = False
-        self._layouts: dict[Any, Tensor] = {}
+        self._layouts: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._dealt_samples: Tensor | None = None  # of the rows in progress, where they are dealt out
+        self.plans.masks = masks
 
     def refresh(self) -> None:
         """Forget which signatures were checked, and the masks that were kept."""
@@ -73,11 +75,45 @@ class DropoutEngine(FoldEngine):
     def _dealt_pass(self, arguments: Arguments, offsets: Tensor, row_members: Tensor) -> Any:
         args, kwargs = arguments.call
         self.rows.set(len(row_members))
-        with self.masks.rows(self.network, row_members, row_members, False, self._discovering):
+        samples = self._dealt_samples if self.masks.fresh else row_members
+        assert samples is not None
+        with self.masks.rows(self.network, row_members, samples, False, self._discovering):
             return self.network(*args, **kwargs)
 
-    def _can_plan(self, arguments: Arguments, rows: int) -> bool:
-        return not self.masks.fresh and super()._can_plan(arguments, rows)  # a plan would draw the same masks again
+    def _inputs(self, arguments: Arguments, order: Tensor | None = None) -> list[Tensor]:
+        if not self.masks.fresh:
+            return super()._inputs(arguments, order)
+        if order is None:
+            samples = self._layout(arguments, None)[1]
+        else:
+            samples = self._dealt_samples = order % max(self.num_samples, 1)
+        return [*arguments.tensors, self.masks.drawn(), samples]
+
+    def _planned(self, *args: Any, **kwargs: Any) -> Any:
+        with self.masks.recorded():
+            return super()._planned(*args, **kwargs)
+
+    def _planned_drawn(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with self.masks.recorded():
+                return super()._planned_drawn(*args, **kwargs)
+        finally:
+            self._dealt_samples = None
+
+    def _layout(self, arguments: Arguments, which: int | None) -> tuple[Tensor, Tensor]:
+        """Member and sample of each row of a whole pass, or of one of member ``which``."""
+        batch, device = arguments.batch_size, arguments.batch.device
+        identity = (batch, self.num_samples, which, device)
+        if identity not in self._layouts:
+            samples = torch.arange(batch, device=device) % max(self.num_samples, 1)
+            if which is None:
+                members = torch.arange(self.num_members, device=device).repeat_interleave(batch)
+                samples = samples.repeat(self.num_members)
+            else:
+                members = torch.full((batch,), which, device=device)
+            self._layouts = {} if len(self._layouts) > 64 else self._layouts
+            self._layouts[identity] = members, samples
+        return self._layouts[identity]
 
     @contextmanager
     def _masked_rows(
@@ -85,17 +121,9 @@ class DropoutEngine(FoldEngine):
     ) -> Iterator[None]:
         batch, device = arguments.batch_size, arguments.batch.device
         if index is None:
-            identity = (batch, self.num_samples, which, device)
-            if identity not in self._layouts:
-                samples = torch.arange(batch, device=device) % max(self.num_samples, 1)
-                if which is None:
-                    members = torch.arange(self.num_members, device=device).repeat_interleave(batch)
-                    samples = samples.repeat(self.num_members)
-                else:
-                    members = torch.full((batch,), int(which), device=device)
-                self._layouts = {} if len(self._layouts) > 64 else self._layouts
-                self._layouts[identity] = torch.stack([members, samples])
-            members, samples = self._layouts[identity]
+            members, samples = self._layout(arguments, None if which is None else int(which))
+            if which is not None and self._dealt_samples is not None:
+                samples = self._dealt_samples.to(device)
         else:
             assert isinstance(which, Tensor)
             counts = which.diff()
@@ -116,9 +144,38 @@ class DropoutEngine(FoldEngine):
         return super()._established(arguments, training, plannable)
 
     def _first(self, arguments: Arguments, key: Any, plannable: bool) -> Established:
+        with self._discovery():
+            return super()._first(arguments, key, plannable)
+
+    def _first_drawn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._discovery():
+            return super()._first_drawn(*args, **kwargs)
+
+    def _loop(self, arguments: Arguments) -> list[Any]:
+        if self._discovered or torch.compiler.is_compiling():
+            return super()._loop(arguments)
+        with self._discovery():
+            return super()._loop(arguments)
+
+    def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
+        """As other engines do; a loop has its functional dropouts looked for first."""
+        unknown = self.engine == "loop" and not self._discovered and not torch.compiler.is_compiling()
+        with self._discovery() if unknown else nullcontext():
+            return super().evaluate_drawn(arguments, members, training)
+
+    def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, self._dealt_samples = self._dealt_samples, index % max(self.num_samples, 1)
+        try:
+            return super()._call_some(k, index, args, kwargs)
+        finally:
+            self._dealt_samples = before
+
+    @contextmanager
+    def _discovery(self) -> Iterator[None]:
+        """While dropouts that are functions are looked for in every module."""
         self._discovering = True
         try:
-            return super()._first(arguments, key, plannable)
+            yield
         finally:
             self._discovering = False
             self._discovered = True

@@ -224,7 +224,7 @@ class Ensemble(Capturing):
         if self._engine is not None:
             return self._engine.evaluate_drawn(arguments, members, self.training)
         networks = list(self.network.children())
-        return run_drawn(lambda k, a, kw: networks[k](*a, **kw), arguments, members)
+        return run_drawn(lambda k, _, a, kw: networks[k](*a, **kw), arguments, members)
 
     def _begin(self, x: Tensor) -> Evaluation:
         return self._draws.begin(x)

@@ -45,7 +45,8 @@ FASTENS_INLINE void drop(const Job& job, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(job.x) + row * job.count;
     T* out = static_cast<T*>(job.out) + row * job.count;
     for (int64_t at = 0; at < job.count; at += 4 * kLanes) {
-      philox_lanes(job.key, static_cast<uint32_t>(at / 4), member, sample, job.samples ? job.evaluation : 0, words);
+      for (int i = 0; i < kLanes; ++i) words[0][i] = static_cast<uint32_t>(at / 4 + i);
+      philox_lanes(job.key, member, sample, job.samples ? job.evaluation : 0, words);
       for (int i = 0; i < kLanes; ++i) {
         for (int w = 0; w < 4; ++w) bits[4 * i + w] = words[w][i];
       }

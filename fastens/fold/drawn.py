@@ -42,12 +42,12 @@ def joined(parts: list[Any], order: Tensor) -> Any:
 
 
 def run_drawn(
-    call: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], arguments: Arguments, members: Tensor
+    call: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any], arguments: Arguments, members: Tensor
 ) -> Any:
     """Run each drawn member on its samples, one member after the other.
 
     Args:
-        call: runs member k on arguments.
+        call: runs member k on the samples ``index``, int64 [n], whose arguments it is given.
         arguments: of the whole batch.
         members: int64 [B] on the CPU.
 
@@ -55,10 +55,10 @@ def run_drawn(
         What a member returns for the whole batch.
     """
     if not len(members):
-        return call(0, *arguments.selected(members).call)
+        return call(0, members, *arguments.selected(members).call)
     order, offsets = grouped(members, int(members.max()) + 1)
     parts = [
-        call(k, *arguments.selected(order[start:stop]).call)
+        call(k, order[start:stop], *arguments.selected(order[start:stop]).call)
         for k, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
         if start < stop
     ]

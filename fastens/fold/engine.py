@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
 from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
-from fastens.fold.first import Established, FirstPass
+from fastens.fold.first import Established, FirstPass, established_by_sketch
 from fastens.fold.looped import call_member, member_tensors
 from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
@@ -93,7 +93,7 @@ class FoldEngine:
         eager = not torch.compiler.is_compiling() and not _capturing()
         rows = self.num_members * arguments.batch_size
         plannable = eager and type(arguments) is Arguments and self._can_plan(arguments, rows)
-        planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+        planned = self.plans.run(arguments.plan_key(), self._inputs(arguments)) if plannable else None
         key = None
         if planned is None:
             key = self._key(arguments, training) if eager else None
@@ -107,6 +107,10 @@ class FoldEngine:
             return self._fold(arguments, key)
         leaves, spec = planned
         return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+
+    def _inputs(self, arguments: Arguments, order: Tensor | None = None) -> list[Tensor]:
+        """What a plan is run on: the tensors of a call, whose samples are in this order where rows are dealt out."""
+        return arguments.tensors
 
     @staticmethod
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
@@ -142,7 +146,7 @@ class FoldEngine:
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
             return None
         with suppress_out_of_memory():
-            return self.plans.make(arguments.plan_key(), whole, member, arguments.tensors, expected)
+            return self.plans.make(arguments.plan_key(), whole, member, self._inputs(arguments), expected)
         return None
 
     def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
@@ -152,10 +156,14 @@ class FoldEngine:
         plan_key = ("drawn", arguments.plan_key()) if plannable else None
         excluded = self._dealt.get(plan_key)
         if excluded is None:
+            several = plannable and self.num_members > 1
+            planned = self._first_drawn(arguments, members, plan_key, training) if several else None
+            if planned is not None:
+                return planned
             excluded = self._established(arguments, training)[0] if self.engine == "fold" else frozenset()
         arguments = arguments.excluding(excluded)
         if self.engine == "loop":
-            return run_drawn(self._call, arguments, members)
+            return run_drawn(self._call_some, arguments, members)
         if plannable:
             planned = self._planned_drawn(arguments, members, plan_key, training)
             if planned is not None:
@@ -171,11 +179,27 @@ class FoldEngine:
             lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
         )
 
-    def _planned_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
-        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
+    def _first_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
+        """Plan a drawn call without a pass of all members, where the plan gives what the drawn ones do; else none."""
+        with torch.no_grad(), suppress_out_of_memory():
+            found = established_by_sketch(self, arguments)
+            planned = self._planned_drawn(arguments, members, plan_key, training, sketched=True) if found else None
+            if planned is not None:
+                self._called = True
+                self._dealt[plan_key] = frozenset()
+            return planned
+        return None
+
+    def _planned_drawn(
+        self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool, sketched: bool = False
+    ) -> Any:
+        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan.
+
+        A new plan is ``sketched``, and held against the drawn members, where the fold was not held against them.
+        """
         order, offsets = grouped(members, self.num_members)
         dealt = arguments.selected(order)
-        inputs = [*dealt.tensors, offsets, members.index_select(0, order)]
+        inputs = [*self._inputs(dealt, order), offsets, members.index_select(0, order)]
 
         def whole(tensors: list[Tensor]) -> Any:
             return self._dealt_pass(dealt.with_tensors(tensors[:-2]), *tensors[-2:])
@@ -186,7 +210,11 @@ class FoldEngine:
         found = self.plans.run(plan_key, inputs)
         if found is None and self.cap.holds_recording(self._key(arguments, training), len(members)):
             with suppress_out_of_memory():
-                found = self.plans.make(plan_key, whole, member, inputs, dealt=True)
+                expected = None
+                if sketched:
+                    leaves = pytree.tree_leaves(run_drawn(self._call_some, arguments, members))
+                    expected = [[x.index_select(0, order) for x in leaves if isinstance(x, Tensor)]]
+                found = self.plans.make(plan_key, whole, member, inputs, expected, dealt=True)
         if found is None:
             return None
         leaves, spec = found
@@ -219,6 +247,10 @@ class FoldEngine:
 
     def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
+
+    def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run member k on the samples ``index`` of a drawn call."""
+        return self._call(k, args, kwargs)
 
     def _loop(self, arguments: Arguments) -> list[Any]:
         flat = [pytree.tree_flatten(self._call(k, *arguments.of_member(k))) for k in range(self.num_members)]

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments, establish_excluded
 from fastens.fold.check import Recording, buffers_kept, establishing, first_parting, relative_error, tolerance_for
+from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import folded_modules
+from fastens.plan.record import record
+from fastens.plan.sketch import sketched
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -23,6 +26,21 @@ _DIFFERS = "the result differs from the members'"
 
 # Leaves that only look like the batch; and the leaves of the plan's outputs and their structure, where one was made.
 Established = tuple[frozenset[int], tuple[list[Tensor], Any] | None]
+
+
+def established_by_sketch(engine: FoldEngine, arguments: Arguments) -> bool:
+    """Establish where the batch is in a pass of several members without its arithmetic; return whether that was done."""
+    shapes, rows = Recording(), engine.num_members * arguments.batch_size
+    with shapes.of(engine.skeleton):
+        engine._call(0, *arguments.of_member(0))
+    try:
+        with establishing(engine.network, shapes, rows, arguments.batch_size):
+            record(lambda: engine._pass(arguments, None, None), arguments.tensors, sketched)
+    except Exception as error:  # whatever it is, the pass itself shows it
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 class FirstPass:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastens.ops.dropout import dropout, has_kernel
+from fastens.plan.record import MaskInputs, Ref
 
 # Layers whose forward is one call of a dropout function: (draws whole channels, keeps mean and variance).
 LAYERS: dict[type[nn.Module], tuple[bool, bool]] = {
@@ -80,6 +81,8 @@ class Masks:
         self._keys: dict[tuple[int | None, str, int], int] = {}
         self._kept: dict[Any, Tensor] = {}
         self._kept_bytes = 0
+        self._layers: dict[tuple[str, int], int] = {}  # dropouts in the order in which they were met first
+        self._recorded = False
 
     def __deepcopy__(self, memo: Any) -> "Masks":
         return self  # the layers of copies of a network keep to the ensemble's pass
@@ -90,6 +93,28 @@ class Masks:
     def start(self, seed: int | None, evaluation: int) -> None:
         """Start an evaluation, for which fresh masks are drawn."""
         self._evaluation = (seed, evaluation) if self.fresh else (None, 0)
+
+    def drawn(self) -> Tensor:
+        """What fresh masks depend on: the number of the evaluation, then the key of each dropout, int64 [1 + n]."""
+        return torch.tensor([self._evaluation[1], *(self._key(*layer) for layer in self._layers)])
+
+    def inputs_of(self, drawn: Ref | None) -> MaskInputs:
+        """As plans ask for it; see :class:`fastens.fold.planned.PlannedMasks`."""
+        return MaskInputs(self.num_members, {self._key(*layer): i for layer, i in self._layers.items()}, drawn)
+
+    def another(self) -> Tensor:
+        """Go on to another evaluation; return what its masks depend on."""
+        self._evaluation = (self._evaluation[0], self._evaluation[1] + 1)
+        return self.drawn()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Let every dropout be one operation, as plans are recorded; the evaluation is the same again afterwards."""
+        self._recorded, evaluation = True, self._evaluation
+        try:
+            yield
+        finally:
+            self._recorded, self._evaluation = False, evaluation
 
     def forget(self) -> None:
         """Drop the masks that are kept from earlier passes."""
@@ -143,6 +168,8 @@ class Masks:
             self.owners.add(path)
         call = self.calls[path]
         self.calls[path] += 1
+        if (path, call) not in self._layers:
+            self._layers[path, call] = len(self._layers)
         if p == 0:
             return x
         self.applied += 1
@@ -175,13 +202,16 @@ class Masks:
             )
         if not x.numel():
             return x
+        if self._recorded and not features:
+            return _recorded(x, rows, members, samples, p, key, self._evaluation[1])
         per_row = x.shape[0] // rows  # above 1 where tokens or frames were flattened into the rows
         aligned = (x.shape[1], *(1,) * (x.ndim - 2)) if features else x.shape[1:]
         if samples is not None:
             if not features:
                 return _dropped(x, rows, members, samples, p, key, self._evaluation[1])
             ones = torch.ones(rows, per_row * x.shape[1], dtype=_wide(x), device=x.device)
-            scale = dropout(ones, members, samples, p, key, self._evaluation[1])
+            draw = _recorded if self._recorded else _dropped
+            scale = draw(ones, rows, members, samples, p, key, self._evaluation[1])
             return (x * scale.reshape(-1, *aligned)).to(x.dtype)
         if x.is_cuda and not features and has_kernel(x):  # drawn in place of being read: a mask is larger than x
             return _dropped(x, rows, members, None, p, key, 0)
@@ -228,6 +258,14 @@ def _dropped(
     if x.shape[0] == rows:
         return dropout(x, members, samples, p, key, evaluation)
     return dropout(x.reshape(rows, -1), members, samples, p, key, evaluation).reshape(x.shape)
+
+
+def _recorded(
+    x: Tensor, rows: int, members: Tensor, samples: Tensor | None, p: float, key: int, evaluation: int
+) -> Tensor:
+    """The same as an operation that a plan knows, which takes rows of at most three dimensions."""
+    seen = x if x.shape[0] == rows and 2 <= x.ndim <= 4 else x.reshape(rows, -1)
+    return torch.ops.fastens.dropout(seen, members, samples, p, key, evaluation).reshape(x.shape)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,7 +16,7 @@ from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
-from fastens.plan.record import NotLowerable, NotRecordable, record
+from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Ref, record
 from fastens.plan.sketch import sketched
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
@@ -27,10 +27,26 @@ _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded wit
 Leaves = list[Tensor]
 
 
+class PlannedMasks(Protocol):
+    """What a plan of a network under dropout masks asks of them."""
+
+    fresh: bool
+
+    def inputs_of(self, drawn: Ref | None) -> MaskInputs:
+        """What the recorded pass drew, where ``drawn`` is the input that fresh masks depend on."""
+        ...
+
+    def another(self) -> Tensor:
+        """Go on to another evaluation; return what its fresh masks depend on."""
+        ...
+
+
 class Plans:
     """The programs of one folded network, by signature of the call.
 
     Attributes:
+        masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
+            tensors of the call, and then the sample of each row.
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
@@ -38,6 +54,7 @@ class Plans:
         self._network = network
         self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._num_members = num_members
+        self.masks: PlannedMasks | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -156,6 +173,9 @@ class Plans:
     ) -> tuple[Plan, Any, Leaves]:
         recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
         recording.row_members = recording.inputs[-1] if dealt else None
+        drawn = -4 if dealt else -2  # before the samples of the rows
+        if self.masks is not None:
+            recording.masks = self.masks.inputs_of(recording.inputs[drawn] if self.masks.fresh else None)
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordable("an output is no tensor of the batch")
@@ -165,10 +185,12 @@ class Plans:
             self._check(outputs, leaves)
         else:
             for k, theirs in enumerate(expected):
-                self._check([x.chunk(self._num_members)[k] for x in outputs], theirs)
+                self._check([x.chunk(len(expected))[k] for x in outputs], theirs)
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
+        if self.masks is not None and self.masks.fresh:
+            others[drawn] = self.masks.another()
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
         self._check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs

@@ -54,7 +54,7 @@ def unary(emitter: Emitter, node: Node) -> bool:
     activation = _IN_STEP.get(opcode)
     if activation is not None and x.dtype in FLOATS:
         before = pending(emitter, x)
-        if before is not None and before.activation is Activation.NONE and _relaid(before, out):
+        if before is not None and before.activation is Activation.NONE and relaid(before, out):
             before.activation = activation
             emitter.values[out.storage] = before
             return True
@@ -66,7 +66,7 @@ def unary(emitter: Emitter, node: Node) -> bool:
     return express(emitter, out, opcode, (x,))
 
 
-def _relaid(before: Convolved, out: Ref) -> bool:
+def relaid(before: Convolved, out: Ref) -> bool:
     """Let a convolution write to where the operation after it would; return whether the layouts agree."""
     ref = before.pixels.ref
     if ref.size != out.size or ref.stride != out.stride or out.offset != 0:
@@ -124,7 +124,7 @@ def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: flo
                 emitter.values[out.storage] = value
                 return True
         before = pending(emitter, x)
-        if before is not None and before.activation is Activation.NONE and _relaid(before, out):
+        if before is not None and before.activation is Activation.NONE and relaid(before, out):
             before.scale *= number
             emitter.values[out.storage] = before
             return True
@@ -133,12 +133,17 @@ def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: flo
 
 
 def _moved(value: Any, x: Ref, out: Ref) -> bool:
-    return isinstance(value, Convolved) and same_view(value.pixels.ref, x) and _relaid(value, out)
+    return isinstance(value, Convolved) and same_view(value.pixels.ref, x) and relaid(value, out)
 
 
 def row_vector(emitter: Emitter, ref: Ref, out: Ref) -> tuple[At, int] | None:
-    """Place and row stride of a tensor with one value per row and channel, [R, C, 1, 1]; none where it is not."""
-    if len(out.size) != 4 or ref.size != (out.size[0], out.size[1], 1, 1) or ref.dtype not in FLOATS:
+    """Place and row stride of a tensor with one value per row and channel, [R, C, 1, 1]; none where it is not.
+
+    A constant may have one value per channel, [1, C, 1, 1].
+    """
+    if len(out.size) != 4 or ref.size[1:] != (out.size[1], 1, 1) or ref.dtype not in FLOATS:
+        return None
+    if ref.size[0] != out.size[0] and (ref.size[0] != 1 or emitter.constant(ref) is None):
         return None
     if emitter.constant(ref) is not None:
         at, stride, _ = emitter.operand(ref)
@@ -152,9 +157,9 @@ def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
     before = pending(emitter, x)
     if before is None or before.scale != 1.0 or before.activation is not Activation.NONE or x.size != out.size:
         return False
-    if before.row_vector is None and before.residual is None:
+    if before.row_vector is None and before.residual is None and before.mask is None:
         vector = row_vector(emitter, other, out)
-        if vector is not None and _relaid(before, out):
+        if vector is not None and relaid(before, out):
             before.row_vector = vector
             emitter.values[out.storage] = before
             return True
@@ -166,7 +171,7 @@ def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
     if pixels is None or (emitter.constant(other) is None and not emitter.is_wide(other)):
         return False
     residual = pixels.reshaped(before.pixels.height, before.pixels.width)
-    if residual is None or not _relaid(before, out):
+    if residual is None or not relaid(before, out):
         return False
     if emitter.constant(other) is None:
         emitter.stored(other)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastens.plan.convolution import convolution
 from fastens.plan.loops import simplified
-from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
-from fastens.plan.packing import multiplies_bfloat16, packed, packed_size
+from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, or_none
 from fastens.plan.record import NotLowerable, Recording, Ref
-from fastens.plan.tiling import tile
 from fastens.plan.values import (
     Activated,
     Apply,
     Convolved,
+    Dropped,
     Enlarged,
     Expression,
     Joined,
@@ -32,8 +31,8 @@ from fastens.plan.values import (
     Stored,
     Value,
     collect_leaves,
+    mask_step,
 )
-from fastens.plan.winograd import squares_of
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode, Step, Strided
 
@@ -178,7 +177,7 @@ class Emitter:
             return Source([pixels])
         return found
 
-    def _on_the_way(self, value: Activated | Normed | Joined | Enlarged, pixels: Pixels) -> Source | None:
+    def _on_the_way(self, value: Activated | Dropped | Normed | Joined | Enlarged, pixels: Pixels) -> Source | None:
         """The source that computes a value while it is read, none where what it reads is not simple enough."""
         height, width = pixels.height, pixels.width
         if isinstance(value, Joined):
@@ -195,6 +194,11 @@ class Emitter:
             return None
         if isinstance(value, Enlarged):
             return None if inner.factor != 1 else dataclasses.replace(inner, factor=value.factor)
+        if inner.mask is not None:
+            return None
+        if isinstance(value, Dropped):
+            words = len(inner.images) == 1 or inner.images[0].channels % steps.LANES == 0
+            return dataclasses.replace(inner, mask=value.mask) if words and inner.factor == 1 else None
         if inner.activation is not Activation.NONE:
             return None
         if isinstance(value, Activated):
@@ -206,9 +210,9 @@ class Emitter:
         return None if reshaped is None else self.source(reshaped)
 
     def plain(self, pixels: Pixels) -> Source:
-        """The same without normalisation, activation and enlargement, which are computed first."""
+        """The same without normalisation, activation, mask and enlargement, which are computed first."""
         source = self.source(pixels)
-        if source.tables is None and source.activation is Activation.NONE and source.factor == 1:
+        if source == Source(source.images):
             return source
         self.stored(pixels.ref)
         return Source([pixels])
@@ -234,15 +238,15 @@ class Emitter:
                     pixels.height,
                     pixels.width,
                     value.groups,
-                    _or_none(value.weight),
-                    _or_none(value.bias),
-                    _or_none(scale[0]),
+                    or_none(value.weight),
+                    or_none(value.bias),
+                    or_none(scale[0]),
                     scale[1],
-                    _or_none(shift[0]),
+                    or_none(shift[0]),
                     shift[1],
                     value.eps,
                     *value.tables,  # pyright: ignore[reportArgumentType]
-                    _or_none(value.runs.members),
+                    or_none(value.runs.members),
                     tasks=rows * splits,
                 )
             )
@@ -279,15 +283,20 @@ class Emitter:
         if isinstance(value, Expression):
             self.expression(value.root, value.ref.size, at, value.ref.stride, 0)
         elif isinstance(value, Convolved):
-            self._convolution(value, at)
+            convolution(self, value, at)
         elif isinstance(value, Padded):
             self._padded(value, at)
-        elif isinstance(value, Activated | Normed | Joined | Enlarged):
+        elif isinstance(value, Activated | Dropped | Normed | Joined | Enlarged):
             self._copied(value, at)
 
-    def _copied(self, value: Activated | Normed | Joined | Enlarged, at: At) -> None:
+    def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
         pixels = value.pixels
         source = self.source(pixels)
+        if source.mask is not None and source.factor == 1:
+            self._dropped(source, pixels, at)
+            return
+        if source.mask is not None:
+            source = dataclasses.replace(self.plain(value.inner), factor=source.factor)  # pyright: ignore[reportAttributeAccessIssue]
         factor, tables = source.factor, source.tables
         channel = 0
         for part in source.images:
@@ -310,6 +319,26 @@ class Emitter:
             )
             self.pointwise(sizes, out, inputs, code)
             channel += channels
+
+    def _dropped(self, source: Source, pixels: Pixels, at: At) -> None:
+        scale, shift = source.tables or (None, None)
+        splits = max(1, min(pixels.height, 4 * self.num_threads // pixels.rows))
+        out = Image(at, pixels.row, pixels.y, pixels.x, pixels.channels, pixels.rows)  # pyright: ignore[reportArgumentType]
+        self.add(
+            steps.Drop(
+                pixels.rows,
+                splits,
+                self.pair(source),
+                pixels.height,
+                pixels.width,
+                or_none(scale),
+                or_none(shift),
+                int(source.activation),
+                mask_step(source.mask),
+                out,
+                tasks=pixels.rows * splits,
+            )
+        )
 
     def _padded(self, value: Padded, at: At) -> None:
         pixels, inner = value.pixels, value.inner
@@ -374,69 +403,3 @@ class Emitter:
         if isinstance(root, Leaf):
             code.append((Opcode.COPY, last, 0, 0.0))
         self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]
-
-    def _convolution(self, value: Convolved, at: At) -> None:
-        _, out_channels, in_channels, kernel_h, kernel_w = value.weight.shape
-        pixels, padding = value.pixels, value.padding
-        inner = self.values.get(value.inner.ref.storage)
-        read = value.inner
-        if isinstance(inner, Padded) and inner.pixels.same_place(read):
-            # zeros that the network put around the image are the convolution's own padding
-            padding = (padding[0] + inner.padding[2], padding[1] + inner.padding[0])
-            read = inner.inner
-        source = self.source(read)
-        pair = self.pair(source)
-        # products of bfloat16 where the user's network is in it, the machine multiplies it, and channels come in pairs
-        pairs = pixels.ref.dtype == torch.bfloat16 and in_channels % 2 == 0 and multiplies_bfloat16()
-        squares = 0 if pairs else squares_of(value, self.num_threads)
-        tiling = tile(value, in_channels, self.num_threads, squares)
-        weight = packed(self.constants, value.key, value.weight, tiling.vectors, pairs, squares)
-        padded = -(-out_channels // steps.LANES) * steps.LANES
-        bias = None
-        if value.bias is not None:
-            filled = torch.nn.functional.pad(value.bias, (0, padded - out_channels))
-            bias = self.constants.add(("bias", value.key), filled, value.bias)
-        vector = value.row_vector or (None, 0)
-        residual = Image() if value.residual is None else self.image(value.residual)
-        scale, shift = source.tables or (None, None)
-        self.add(
-            (functools.partial(steps.Winograd, tile=squares) if squares else steps.Conv)(
-                pixels.rows,
-                value.runs.rows,
-                tiling.row_chunk,
-                tiling.band,
-                tiling.block_chunk,
-                tiling.vectors,
-                pair,
-                source.factor,
-                read.height,
-                read.width,
-                kernel_h,
-                kernel_w,
-                *value.stride,
-                *padding,
-                pixels.height,
-                pixels.width,
-                out_channels,
-                _or_none(scale),
-                _or_none(shift),
-                int(source.activation),
-                weight,  # pyright: ignore[reportArgumentType]
-                packed_size((1, *value.weight.shape[1:]), pairs, squares),
-                _or_none(bias),
-                padded,
-                _or_none(vector[0]),
-                vector[1],
-                residual,
-                float(value.scale),
-                int(value.activation),
-                Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),  # pyright: ignore[reportArgumentType]
-                int(pairs),
-                _or_none(value.runs.members),
-                tasks=tiling.tasks,
-            )
-        )
-
-
-def _or_none(at: At | None) -> Any:
-    return steps.NONE if at is None else at

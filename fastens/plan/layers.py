@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
 from fastens.plan.memory import At
-from fastens.plan.record import Node
+from fastens.plan.record import Node, Ref
 from fastens.plan.values import (
     Convolved,
     Enlarged,
@@ -13,6 +17,7 @@ from fastens.plan.values import (
     Leaf,
     Normed,
     Padded,
+    Runs,
     Stored,
     pixels_of,
 )
@@ -26,19 +31,58 @@ def conv(emitter: Emitter, node: Node) -> bool:
     """A member-batched convolution in two dimensions, or in one as an image of one line."""
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     stack = emitter.constant(weight)
-    plain = stack is not None and stack.ndim in (4, 5) and not transposed and groups == 1 and set(dilation) == {1}
-    if not plain or stack is None or len(x.size) != stack.ndim - 1 or x.size[0] == 0:
+    if stack is None or not x.numel or transposed or groups != 1 or set(dilation) != {1}:
+        return False
+    runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
+    values = None if bias is None else emitter.constant(bias)
+    return _convolved(emitter, node, stack, values, ("conv", weight, bias), stride, padding, runs)
+
+
+@lowers("aten.convolution")
+def shared_conv(emitter: Emitter, node: Node) -> bool:
+    """A convolution by one set of weights for all rows."""
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
+    kernel = emitter.constant(weight)
+    values = None if bias is None else emitter.constant(bias)
+    if kernel is None or not x.numel or transposed or groups != 1 or set(dilation) != {1}:
+        return False
+    if kernel.dtype != torch.float32 or (bias is not None and values is None):
+        return False
+    values = None if values is None else values[None]
+    key = ("shared", weight, bias)
+    return _convolved(emitter, node, kernel[None], values, key, stride, padding, Runs(x.size[0]))
+
+
+def _convolved(
+    emitter: Emitter, node: Node, stack: Any, bias: Any, key: object, stride: Any, padding: Any, runs: Runs | None
+) -> bool:
+    x = node.args[0]
+    if stack.ndim not in (4, 5) or len(x.size) != stack.ndim - 1:
         return False
     if stack.ndim == 4:
         stack, stride, padding = stack.unsqueeze(3), (1, *stride), (0, *padding)
-    runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
     pixels = image_pixels(emitter, x, 1)
     out = pixels_of(node.outs[0], 1)
     if pixels is None or out is None or runs is None:
         return False
-    values = None if bias is None else emitter.constant(bias)
+    emitter.values[node.outs[0].storage] = Convolved(out, pixels, stack, bias, key, tuple(stride), tuple(padding), runs)
+    return True
+
+
+@lowers("aten.mm", "aten.addmm")
+def shared_linear(emitter: Emitter, node: Node) -> bool:
+    """A linear layer by one set of weights for all rows."""
+    *bias, x, matrix = node.args
+    weight = emitter.constant(matrix)
+    values = emitter.constant(bias[0]) if bias else None
+    if weight is None or not x.numel or node.kwargs or (bias and (values is None or values.ndim != 1)):
+        return False
+    pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
+    if pixels is None or out is None or weight.dtype != torch.float32:
+        return False
+    stack, values = weight.t()[None, :, :, None, None], None if values is None else values[None]
     emitter.values[node.outs[0].storage] = Convolved(
-        out, pixels, stack, values, ("conv", weight, bias), tuple(stride), tuple(padding), runs
+        out, pixels, stack, values, ("shared", matrix, *bias), (1, 1), (0, 0), Runs(x.size[0])
     )
     return True
 
@@ -73,18 +117,30 @@ def linear(emitter: Emitter, node: Node) -> bool:
 def group_norm(emitter: Emitter, node: Node) -> bool:
     """Group normalisation, whose scale and shift a later step applies."""
     x, groups = node.args[:2]
-    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     if not x.numel or _more_than_affine(node):
         return False
-    pixels, out = image_pixels(emitter, x, 1), pixels_of(node.outs[0], 1)
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     runs = emitter.runs(x.size[0], argument(node, 5, "offsets"))
+    return _normed(emitter, node, groups, weight, bias, float(argument(node, 4, "eps", 1e-5)), runs)
+
+
+@lowers("aten.native_group_norm")
+def shared_group_norm(emitter: Emitter, node: Node) -> bool:
+    """Group normalisation with one scale and shift for all rows."""
+    x, weight, bias, _, _, _, groups, eps = node.args
+    if not x.numel or any(emitter.uses[out.storage] for out in node.outs[1:]):
+        return False
+    return _normed(emitter, node, groups, weight, bias, float(eps), Runs(x.size[0]))
+
+
+def _normed(emitter: Emitter, node: Node, groups: int, weight: Any, bias: Any, eps: float, runs: Runs | None) -> bool:
+    pixels, out = image_pixels(emitter, node.args[0], 1), pixels_of(node.outs[0], 1)
     if pixels is None or out is None or runs is None:
         return False
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
         return False
     places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
-    eps = float(argument(node, 4, "eps", 1e-5))
     emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *places)
     return True
 
@@ -139,6 +195,33 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     )
     emitter.add(step)
     emitter.values[out.ref.storage] = Stored(buffer)
+    return True
+
+
+@lowers("aten.index_select")
+def gather(emitter: Emitter, node: Node) -> bool:
+    """What is the member's of each row, where rows are dealt out when the program runs."""
+    table, dim, index = node.args[:3]
+    out, values = node.outs[0], emitter.constant(table)
+    dealt = emitter.row_members is not None and emitter.recording.row_members == index
+    if not dealt or dim != 0 or table.dtype != torch.float32 or not out.numel:
+        return False
+    if values is None and not (emitter.is_wide(table) and _in_line(table)):
+        return False
+    # the recorded result is contiguous, and so are its lines
+    place, count = At(emitter.buffer(out.numel)), out.numel // out.size[0]
+    lines = emitter.stored(table) if values is None else emitter.kept(values, ("gathered", table))
+    emitter.add(steps.Gather(out.size[0], count, lines, emitter.stored(index), place))  # pyright: ignore[reportArgumentType]
+    emitter.values[out.storage] = Stored(place)
+    return True
+
+
+def _in_line(ref: Ref) -> bool:
+    step = 1
+    for n, stride in zip(reversed(ref.size), reversed(ref.stride), strict=True):
+        if n > 1 and stride != step:
+            return False
+        step *= n
     return True
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastens.program.steps import Slot, address
+from fastens.program.steps import NONE, Slot, address
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector
 
@@ -44,6 +45,11 @@ class At:
         if isinstance(self.where, Buffer):
             return address(Slot.ARENA, self.where.offset + self.num_bytes)
         return address(self.where, self.num_bytes)
+
+
+def or_none(at: At | None) -> Any:
+    """A place as a word of a step, which says where it is absent."""
+    return NONE if at is None else at
 
 
 def lay_out(buffers: list[Buffer]) -> int:

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.ops.run_program import run_program
-from fastens.plan import attention, elementwise, layers
+from fastens.plan import attention, elementwise, layers, masks
 from fastens.plan.emit import Call, Emitter
 from fastens.plan.lower import constants_of, lower, versioned
 from fastens.plan.memory import At, Buffer, Constants, lay_out
@@ -21,7 +21,7 @@ from fastens.plan.values import Leaf, Stored
 from fastens.program import steps
 from fastens.program.steps import Slot, Step
 
-_LOWERINGS = (attention, elementwise, layers)  # imported for the handlers that they register
+_LOWERINGS = (attention, elementwise, layers, masks)  # imported for the handlers that they register
 
 
 @dataclasses.dataclass

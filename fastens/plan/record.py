@@ -52,6 +52,19 @@ class Ref:
         return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if self.numel else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskInputs:
+    """Of a pass under dropout masks: how many members have some, and where fresh ones are drawn from.
+
+    ``drawn`` is the input with the number of the evaluation and then the key of each dropout, none where masks are
+    fixed. ``keys`` says at which of its entries each key of the recorded pass is.
+    """
+
+    num_members: int
+    keys: dict[int, int]
+    drawn: Ref | None
+
+
 @dataclasses.dataclass
 class Node:
     """One operation: ``args`` and ``kwargs`` hold a :class:`Ref` where a tensor was."""
@@ -99,6 +112,7 @@ class Recording:
         outputs: one per tensor that it returned.
         tensors: a tensor of every storage, by which a constant is read.
         row_members: of a pass whose rows are dealt out anew in every call, the input with the member of each row.
+        masks: of a pass under dropout masks.
 
     Args:
         sketch: what stands for the result of an operation on values, or returns none to have it computed; without it
@@ -112,6 +126,7 @@ class Recording:
         self.outputs: list[Ref] = []
         self.tensors: dict[int, Tensor] = {}
         self.row_members: Ref | None = None
+        self.masks: MaskInputs | None = None
         self._made: set[int] = set()  # storages that depend on the inputs
         self._keep: list[Any] = []
 
@@ -210,6 +225,10 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = self.recording.result(func, args, kwargs)
+        if func is torch.ops.aten.convolution.default:
+            result = channels_last(args[0], result, True)
+        elif func is torch.ops.aten.native_group_norm.default:
+            result = (channels_last(args[0], result[0], False), *result[1:])
         self.recording.add(func, args, kwargs, result)
         return result
 
@@ -235,7 +254,11 @@ class _MemberOps(TorchFunctionMode):
                 return other.__torch_function__(func, types, args, kwargs)
         with _disable_current_modes():
             convolved = func is torch.ops.fastens.conv.default
-            result = channels_last(args[0], self.recording.result(func, args, kwargs), convolved)
+            result = self.recording.result(func, args, kwargs)
+            if func is torch.ops.fastens.dropout.default:
+                result = torch.empty_like(args[0]).copy_(result)
+            else:
+                result = channels_last(args[0], result, convolved)
         self.recording.add(func, args, kwargs, result)
         return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastens.ops.conv2d import output_size
 from fastens.plan.record import mapped
 
-_LIKE_INPUT = {f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch")}
+_LIKE_INPUT = {"fastens::dropout", *(f"fastens::{name}_norm" for name in ("group", "layer", "rms", "batch"))}
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"}
 
 
@@ -34,6 +34,8 @@ def sketched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "fastens::conv" and not args[6]:
         x, weight, _, stride, padding, dilation = args[:6]
         return x.new_zeros((x.shape[0], weight.shape[1], *output_size(x, weight, stride, padding, dilation)))
+    if name == "aten::native_group_norm":
+        return (torch.zeros_like(args[0]), *(args[0].new_zeros(args[3], args[6]) for _ in range(2)))
     if name in _PRODUCTS or name.startswith("aten::_scaled_dot_product"):
         meta = mapped(Tensor, _on_meta, (args, kwargs))
         return mapped(Tensor, _zeros, func(*meta[0], **meta[1]))

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from fastens.plan.memory import At
+from fastens.plan.memory import At, or_none
 from fastens.plan.record import Ref
+from fastens.program import steps
 from fastens.program.steps import Activation, Opcode
 
 
@@ -87,6 +88,24 @@ class Stored:
     element_size: int = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Bits of what a dropout keeps, and the factor of that; see :class:`fastens.program.steps.Mask`."""
+
+    bits: At
+    row: int
+    pixel: int
+    runs: Runs
+    scale: float
+
+
+def mask_step(mask: Mask | None) -> steps.Mask:
+    """A mask, or that there is none, as steps have it."""
+    if mask is None:
+        return steps.Mask()
+    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)  # pyright: ignore[reportArgumentType]
+
+
 @dataclasses.dataclass
 class Activated:
     """An activation of another value, pixel by pixel."""
@@ -94,6 +113,15 @@ class Activated:
     pixels: Pixels
     inner: Pixels
     activation: Activation
+
+
+@dataclasses.dataclass
+class Dropped:
+    """A value under a dropout mask."""
+
+    pixels: Pixels
+    inner: Pixels
+    mask: Mask
 
 
 @dataclasses.dataclass
@@ -151,6 +179,7 @@ class Convolved:
     padding: tuple[int, int]  # top, left
     runs: Runs
     row_vector: tuple[At, int] | None = None
+    mask: Mask | None = None  # before the residual is added
     residual: Pixels | None = None
     scale: float = 1.0
     activation: Activation = Activation.NONE
@@ -194,12 +223,13 @@ class Scores:
 
 @dataclasses.dataclass
 class Source:
-    """What a step reads: up to two images, enlarged, then normalised, then activated."""
+    """What a step reads: up to two images, normalised, then activated, then under a mask, and enlarged."""
 
     images: list[Pixels]
     factor: int = 1
     tables: tuple[At, At] | None = None
     activation: Activation = Activation.NONE
+    mask: Mask | None = None
 
 
 def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
@@ -212,5 +242,5 @@ def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
         collect_leaves(operand, into)
 
 
-Lazy = Activated | Normed | Joined | Enlarged | Padded | Convolved | Expression | Scores
+Lazy = Activated | Dropped | Normed | Joined | Enlarged | Padded | Convolved | Expression | Scores
 Value = Stored | Lazy

@@ -97,6 +97,18 @@ class Strided:
 
 
 @dataclasses.dataclass
+class Mask:
+    """A dropout mask: a bit for each channel of a pixel, 16 channels to a word; strides in words."""
+
+    at: int = NONE
+    row: int = 0  # from a mask to the next
+    pixel: int = 0
+    rows: int = 1  # rows that have one mask, that of their member
+    members: int = NONE
+    scale: float = 1.0  # of what is kept
+
+
+@dataclasses.dataclass
 class Heads:
     """Tokens of the heads of the rows: element strides."""
 
@@ -174,6 +186,8 @@ class Conv(Step):
     out: Image
     bfloat16: int = 0
     members: int = NONE
+    mask_in: Mask = dataclasses.field(default_factory=Mask)
+    mask_out: Mask = dataclasses.field(default_factory=Mask)
 
 
 @dataclasses.dataclass
@@ -263,6 +277,57 @@ class Attention(Step):
     v: Heads
     out: Heads
     scale: float
+
+
+@dataclasses.dataclass
+class Draw(Step):
+    """A fresh dropout mask for each row, element ``pixel * pixel_step + channel * channel_step`` of it by Philox."""
+
+    kind: ClassVar[int] = 7
+    rows: int
+    rows_per_member: int
+    splits: int
+    pixels: int
+    channels: int
+    pixel_step: int
+    channel_step: int
+    key: int
+    evaluation: int
+    samples: int
+    threshold: int
+    out: int
+    out_row: int
+    out_pixel: int
+    members: int = NONE
+
+
+@dataclasses.dataclass
+class Drop(Step):
+    """Normalisation, activation and dropout, of a value that no other step computes on its way in or out."""
+
+    kind: ClassVar[int] = 8
+    rows: int
+    splits: int
+    sources: tuple[Image, Image]
+    height: int
+    width: int
+    table_scale: int
+    table_shift: int
+    activation: int
+    mask: Mask
+    out: Image
+
+
+@dataclasses.dataclass
+class Gather(Step):
+    """For each row its member's line of a table [K, count]."""
+
+    kind: ClassVar[int] = 9
+    rows: int
+    count: int
+    table: int
+    members: int
+    out: int
 
 
 def encode(steps: list[Step]) -> Tensor:

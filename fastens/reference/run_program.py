@@ -15,6 +15,7 @@ from torch import Tensor
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode
 from fastens.program.winograd import recovered
+from fastens.reference.dropout import dropout
 
 
 def run_program(
@@ -44,7 +45,7 @@ class _Memory:
         """[R, C] in float64, whose rows are ``row`` elements apart; none where the address is none."""
         return None if at < 0 else self.view(at, size, (row, 1)).double()
 
-    def members(self, step: steps.Conv | steps.Norm | steps.LayerNorm) -> Tensor:
+    def members(self, step: steps.Conv | steps.Norm | steps.LayerNorm | steps.Draw) -> Tensor:
         """The member of each row, int64 [R]."""
         runs = torch.arange(-(-step.rows // step.rows_per_member))
         if step.members >= 0:
@@ -56,6 +57,19 @@ class _Memory:
         size, stride = (image.rows, height, width, image.channels), (image.row, image.y, image.x, 1)
         copies = self.view(image.at, size, stride)
         return copies[torch.arange(num_rows) % image.rows].permute(0, 3, 1, 2).double()
+
+    def scale(self, mask: steps.Mask, num_rows: int, channels: int, height: int, width: int) -> Tensor | float:
+        """What a dropout mask multiplies by, [R, C, height, width] in float64; 1 where there is none."""
+        if mask.at < 0:
+            return 1.0
+        runs = torch.arange(-(-num_rows // mask.rows))
+        if mask.members >= 0:
+            runs = self.view(mask.members, runs.shape, (1,), torch.int64)
+        size = (int(runs.max()) + 1, height * width, -(-channels // steps.LANES))
+        words = self.view(mask.at, size, (mask.row, mask.pixel, 1), torch.int16)
+        bits = (words.int()[..., None] >> torch.arange(steps.LANES) & 1).flatten(2)[..., :channels]
+        kept = bits.reshape(-1, height, width, channels).permute(0, 3, 1, 2).double() * mask.scale
+        return kept[runs.repeat_interleave(mask.rows)[:num_rows]]
 
     def joined(self, sources: Sequence[Image], num_rows: int, height: int, width: int) -> Tensor:
         """Images joined along the channels."""
@@ -91,18 +105,22 @@ def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int
     return packed if tile is None else recovered(packed.double(), tile)
 
 
+def _normalised(x: Tensor, step: steps.Conv | steps.Drop, memory: _Memory) -> Tensor:
+    """``x`` [R, C, h, w] under the step's tables, where it has some."""
+    size = (step.rows, x.shape[1])
+    scale, shift = memory.rows(step.table_scale, size[1], size), memory.rows(step.table_shift, size[1], size)
+    return x if scale is None or shift is None else x * scale[:, :, None, None] + shift[:, :, None, None]
+
+
 def _conv(step: steps.Conv, memory: _Memory) -> None:
     members = memory.members(step)
     num_members = int(members.max()) + 1
     height, width = -(-step.in_h // step.up), -(-step.in_w // step.up)
     x = memory.joined(step.sources, step.rows, height, width)  # [R, C_in, h, w]
-    x = x.repeat_interleave(step.up, 2).repeat_interleave(step.up, 3)[:, :, : step.in_h, : step.in_w]
     channels = x.shape[1]
-    scale = memory.rows(step.table_scale, channels, (step.rows, channels))
-    shift = memory.rows(step.table_shift, channels, (step.rows, channels))
-    if scale is not None and shift is not None:
-        x = x * scale[:, :, None, None] + shift[:, :, None, None]
-    x = _activated(x, step.act_in)
+    x = _activated(_normalised(x, step, memory), step.act_in)
+    x = x * memory.scale(step.mask_in, step.rows, channels, height, width)
+    x = x.repeat_interleave(step.up, 2).repeat_interleave(step.up, 3)[:, :, : step.in_h, : step.in_w]
     weight = _unpacked(step, memory, num_members, channels)
     if step.bfloat16:
         x = x.bfloat16()
@@ -119,6 +137,7 @@ def _conv(step: steps.Conv, memory: _Memory) -> None:
     vector = memory.rows(step.row_vector, step.row_vector_row, (step.rows, step.out_channels))
     if vector is not None:
         y = y + vector[:, :, None, None]
+    y = y * memory.scale(step.mask_out, step.rows, step.out_channels, step.out_h, step.out_w)
     if step.residual.at >= 0:
         y = y + memory.image(step.residual, step.rows, step.out_h, step.out_w)
     y = _activated(y * step.scale, step.act_out)
@@ -225,6 +244,34 @@ def _pointwise(step: steps.Pointwise, memory: _Memory) -> None:
     out.copy_(registers[-1])
 
 
+def _draw(step: steps.Draw, memory: _Memory) -> None:
+    key, evaluation = (int(memory.view(at, (), (), torch.int64)) for at in (step.key, step.evaluation))
+    samples = memory.view(step.samples, (step.rows,), (1,), torch.int64)
+    pixels, channels = torch.arange(step.pixels)[:, None], torch.arange(step.channels)
+    elements = pixels * step.pixel_step + channels * step.channel_step  # [pixels, C]
+    ones = torch.ones(step.rows, int(elements.max()) + 1)
+    p = step.threshold / 2**32
+    kept = dropout(ones, memory.members(step), samples, p, key, evaluation)[:, elements] > 0
+    words = -(-step.channels // steps.LANES)
+    bits = F.pad(kept.int(), (0, words * steps.LANES - step.channels)).unflatten(-1, (words, steps.LANES))
+    size, stride = (step.rows, step.pixels, words), (step.out_row, step.out_pixel, 1)
+    memory.view(step.out, size, stride, torch.int16).copy_((bits << torch.arange(steps.LANES)).sum(-1))
+
+
+def _drop(step: steps.Drop, memory: _Memory) -> None:
+    x = memory.joined(step.sources, step.rows, step.height, step.width)
+    y = _activated(_normalised(x, step, memory), step.activation)
+    y = y * memory.scale(step.mask, step.rows, x.shape[1], step.height, step.width)
+    out, size = step.out, (step.rows, step.height, step.width, x.shape[1])
+    memory.view(out.at, size, (out.row, out.y, out.x, 1)).copy_(y.permute(0, 2, 3, 1))
+
+
+def _gather(step: steps.Gather, memory: _Memory) -> None:
+    members = memory.view(step.members, (step.rows,), (1,), torch.int64)
+    table = memory.view(step.table, (int(members.max()) + 1, step.count), (step.count, 1))
+    memory.view(step.out, (step.rows, step.count), (step.count, 1)).copy_(table[members])
+
+
 _RUNS: dict[type, Callable[..., None]] = {
     steps.Conv: _conv,
     steps.Winograd: _conv,
@@ -232,4 +279,7 @@ _RUNS: dict[type, Callable[..., None]] = {
     steps.Pointwise: _pointwise,
     steps.LayerNorm: _layer_norm,
     steps.Attention: _attention,
+    steps.Draw: _draw,
+    steps.Drop: _drop,
+    steps.Gather: _gather,
 }

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from fastens.ops.run_program import run_program
 from fastens.program import steps
-from fastens.program.steps import Heads, Image, Slot
+from fastens.program.steps import Heads, Image, Mask, Slot
 from fastens.reference import run_program as reference
 from tests.tolerances import OP, relative_error
 
@@ -43,6 +44,29 @@ class Memory:
         if sum(part.numel() for part in self.parts[Slot.ARENA]) % 2:
             self.parts[Slot.ARENA].append(torch.full((1,), torch.nan))
         return self.put(torch.tensor(members, dtype=torch.int64).view(torch.float32))
+
+    def mask(self, count, channels, height, width, scale, rows=1, given=None):
+        """Put ``count`` masks, of a member for each run of ``rows`` rows: the Mask and what it multiplies by [R, ...].
+
+        Args:
+            count: how many masks there are.
+            channels: C.
+            height: lines of an image.
+            width: pixels of a line.
+            scale: of what is kept.
+            rows: of one run.
+            given: the members of the runs, where they do not come in turn.
+        """
+        generator = torch.Generator().manual_seed(count + channels)
+        kept = torch.rand(count, height, width, channels, generator=generator) < 0.6
+        words = -(-channels // steps.LANES)
+        bits = F.pad(kept.int(), (0, words * steps.LANES - channels)).unflatten(-1, (words, steps.LANES))
+        bits = (bits << torch.arange(steps.LANES)).sum(-1).to(torch.int16).flatten()
+        at = self.put(F.pad(bits, (0, len(bits) % 2)).view(torch.float32))
+        members = steps.NONE if given is None else self.put_members(given)
+        runs = torch.tensor(range(count) if given is None else given).repeat_interleave(rows)
+        mask = Mask(at, height * width * words, words, rows, members, scale)
+        return mask, kept[runs].permute(0, 3, 1, 2).double() * scale
 
     def room(self, *size, stride=None):
         """A place for a result in the arena."""

@@ -12,7 +12,7 @@ from fastens import _native
 from fastens.ops.run_program import available
 from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
 from fastens.program import steps
-from fastens.program.steps import Activation, Image, Slot
+from fastens.program.steps import Activation, Image, Mask, Slot
 from tests.ops.programs import Memory, assert_close, random
 from tests.tolerances import OP
 
@@ -56,6 +56,7 @@ class Case:
     bfloat16: bool = False
     squares: int = 0  # pixels on a side of Winograd's squares
     given: tuple[int, ...] | None = None  # the members of the runs of rows, where they do not come in turn
+    masks: tuple[bool, bool] = (False, False)  # on the way in and out: of the members in turn; of each row
 
 
 def check(**changes):
@@ -69,12 +70,17 @@ def check(**changes):
         low = [x.clone() for x in low]
         low[0][case.poison[0]] = case.poison[1]
     x = torch.cat(low, 1)[torch.arange(rows) % len(low[0])].double()
-    x = x.repeat_interleave(case.up, 2).repeat_interleave(case.up, 3)
-    in_h, in_w = x.shape[2:]
     scale, shift = random(rows, channels, seed=1), random(rows, channels, seed=2)
     if case.tables:
         x = x * scale[:, :, None, None].double() + shift[:, :, None, None].double()
-    x = F.pad(ACTIVATIONS[case.act_in](x), case.padding)
+    x = ACTIVATIONS[case.act_in](x)
+    mask_in = mask_out = Mask()
+    if case.masks[0]:
+        mask_in, kept = memory.mask(case.members, channels, *case.size, 1.25, case.rows_per_member, given)
+        x = x * kept
+    x = x.repeat_interleave(case.up, 2).repeat_interleave(case.up, 3)
+    in_h, in_w = x.shape[2:]
+    x = F.pad(x, case.padding)
     weight = random(case.members, case.out_channels, channels, *case.kernel)
     packed = torch.empty(packed_size(weight.shape, case.bfloat16, case.squares))
     pack(weight, case.vectors, case.bfloat16, packed, case.squares)
@@ -92,6 +98,9 @@ def check(**changes):
     residual = random(rows, case.out_channels, out_h, out_w)
     if case.row_vector:
         y = y + vector[:, :, None, None].double()
+    if case.masks[1]:
+        mask_out, kept = memory.mask(rows, case.out_channels, out_h, out_w, 2.0)
+        y = y * kept
     if case.residual:
         y = y + residual.double()
     expected = ACTIVATIONS[case.act_out](y * case.scale)
@@ -141,6 +150,8 @@ def check(**changes):
         out,
         int(case.bfloat16),
         steps.NONE if case.given is None else memory.put_members(case.given),
+        mask_in,
+        mask_out,
         tasks=tasks,
     )
     # a value that was computed in another order may round to the next bfloat16

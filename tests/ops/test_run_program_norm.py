@@ -299,3 +299,13 @@ def test_a_bad_query_or_row_of_attention_stays_alone(value):
     bad = check_attention(q, k, v)
     assert bad[0, 1].isnan().all()
     assert torch.equal(bad[0, [0, 2]], clean[0, [0, 2]])
+
+
+@pytest.mark.parametrize(("rows", "count", "tasks"), [(5, 7, 2), (1, 64, 1), (9, 1, 4)])
+def test_lines_of_a_table_by_member(rows, count, tasks):
+    memory, table = Memory(), random(3, count)
+    members = [2, 0, 1, 1, 2, 0, 0, 2, 1][:rows]
+    view = memory.room(rows, count)
+    step = steps.Gather(rows, count, memory.put(table, Slot.WEIGHTS), memory.put_members(members), view.at, tasks=tasks)
+    (actual,) = memory.check(step, view, num_threads=2)
+    assert torch.equal(actual, table[members])

@@ -15,6 +15,7 @@ from fastens.program.steps import Activation, Opcode
 from fastens.program.winograd import TILES
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.ops import test_run_program_conv as conv
+from tests.ops import test_run_program_masks as masks
 from tests.ops import test_run_program_norm as norm
 from tests.ops import test_run_program_pointwise as pointwise
 from tests.ops import test_run_program_winograd as winograd
@@ -87,6 +88,15 @@ def test_bfloat16_is_multiplied_where_it_can_be(on_target):
     else:
         with pytest.raises(RuntimeError, match=f"multiplies bfloat16, which the target {on_target} does not"):
             conv.check(bfloat16=True, in_channels=(40,), out_channels=70)
+
+
+def test_dropout(on_target):
+    for layout in masks.LAYOUTS:
+        for pixels, channels in ((64, 32), (49, 20), (1, 37), (16, 130)):
+            masks.test_drawn_words_are_those_of_the_op(layout, pixels, channels, 0.3)
+    masks.test_masks_of_convolutions((True, True), (16, 21))
+    masks.test_a_mask_by_itself((37,), Activation.SILU)
+    masks.test_a_mask_does_not_hide_a_bad_row(torch.nan)
 
 
 def test_normalisation(on_target):

@@ -42,10 +42,8 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
 // The input lines of the task, padded: [row][line][x][C_in].
 FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvTask& task, int64_t patch_h,
                                int64_t patch_w, float* patch) {
-  const int64_t first = step.source[0].channels;
-  const Activation activation = static_cast<Activation>(step.act_in);
-  const float* const table_scale = slots.at(step.table_scale);
-  const float* const table_shift = slots.at(step.table_shift);
+  const Inlet inlet{step.source, slots.at(step.table_scale), slots.at(step.table_shift),
+                    static_cast<Activation>(step.act_in), &step.mask_in};
   for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
     for (int64_t line = 0; line < patch_h; ++line) {
       const int64_t y = task.y0 * step.stride_h - step.pad_top + line;
@@ -55,14 +53,8 @@ FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvT
           std::memset(patch, 0, task.channels * sizeof(float));
           continue;
         }
-        for (int s = 0; s < 2; ++s) {
-          const Image& source = step.source[s];
-          if (source.channels == 0) continue;
-          const int64_t offset = s ? first : 0, table = r * task.channels + offset;
-          const float* const from = pixel(slots, source, r, y / step.up, x / step.up);
-          transformed(from, table_scale ? table_scale + table : nullptr, table_scale ? table_shift + table : nullptr,
-                      activation, source.channels, patch + offset);
-        }
+        const int64_t from_y = y / step.up, from_x = x / step.up;
+        take(inlet, slots, r, from_y, from_x, from_y * (step.in_w / step.up) + from_x, patch);
       }
     }
   }
@@ -103,7 +95,7 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   scratch.taps.resize(task.num_taps);
   const float** next = scratch.pixels.data();
   const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 &&
-                      step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
+                      step.mask_in.at < 0 && step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
                       (step.out_h - 1) * step.stride_h < step.in_h && (step.out_w - 1) * step.stride_w < step.in_w;
   if (direct) {
     for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
@@ -214,21 +206,23 @@ FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask&
 // What is done to the sums of a row's pixels before they are stored.
 struct Finish {
   const float *bias, *added;
-  float scale;
+  float mask_scale, scale;
   Activation activation;
 };
 
 FASTENS_INLINE Finish finish_of(const Conv& step, const Slots& slots, int64_t member, int64_t row) {
   const float *const bias = slots.at(step.bias), *const row_vector = slots.at(step.row_vector);
   return {bias ? bias + member * step.bias_member : nullptr,
-          row_vector ? row_vector + row * step.row_vector_row : nullptr, static_cast<float>(step.scale),
-          static_cast<Activation>(step.act_out)};
+          row_vector ? row_vector + row * step.row_vector_row : nullptr, static_cast<float>(step.mask_out.scale),
+          static_cast<float>(step.scale), static_cast<Activation>(step.act_out)};
 }
 
-// Bias, row vector, residual, scale and activation of a register of channels from c, of which `left` exist.
-FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const float* residual, float* out) {
+// Bias, row vector, mask, residual, scale and activation of a register of channels from c, of which `left` exist.
+FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const uint16_t* words,
+                           const float* residual, float* out) {
   if (how.bias) v += load(how.bias + c);
   if (how.added) v += load_some(how.added + c, left);
+  if (words) v = masked(v, words, c, how.mask_scale);
   if (residual) v += load_some(residual + c, left);
   if (how.scale != 1.0f) v *= how.scale;
   store_some(out + c, activated(v, how.activation), left);
@@ -245,8 +239,9 @@ FASTENS_INLINE void finish_block(const Conv& step, const Slots& slots, const Con
       for (int64_t x = 0; x < step.out_w; ++x) {
         const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y, x);
         float* const out = const_cast<float*>(pixel(slots, step.out, r, y, x));
+        const uint16_t* const words = mask_words(slots, step.mask_out, r, y * step.out_w + x);
         for (int64_t c = channel0; c < end; c += kRegisterLanes) {
-          finish(how, load(sums + c - channel0), c, step.out_channels - c, residual, out);
+          finish(how, load(sums + c - channel0), c, step.out_channels - c, words, residual, out);
         }
         sums += vectors * kLanes;
       }

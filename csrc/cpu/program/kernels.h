@@ -7,6 +7,7 @@
 // what follows uses the images above
 #include "attention.h"
 #include "conv.h"
+#include "drop.h"
 #include "norm.h"
 #include "pointwise.h"
 // what follows uses the convolution above
@@ -34,4 +35,14 @@ inline void winograd(const int64_t* step, const Slots& slots, int64_t task, Scra
   run_conv<convolve_winograd>(as<Conv>(step), slots, task, scratch);
 }
 
-constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, winograd};
+inline void draw(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_draw(as<Draw>(step), slots, task);
+}
+inline void drop(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_drop(as<Drop>(step), slots, task);
+}
+inline void gather(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {
+  run_gather(as<Gather>(step), slots, task);
+}
+
+constexpr Run kRuns[] = {nullptr, conv, norm, pointwise, layer_norm, attention, winograd, draw, drop, gather};

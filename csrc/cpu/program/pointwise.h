@@ -180,6 +180,16 @@ FASTENS_INLINE void copy_run(const char* from, int64_t from_stride, int64_t size
   for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * to_stride * size, from + i * from_stride * size, size);
 }
 
+// A task is a share of the rows.
+FASTENS_INLINE void run_gather(const Gather& step, const Slots& slots, int64_t task) {
+  const int64_t* const members = slots.at<const int64_t>(step.members);
+  const int64_t begin = step.rows * task / step.header.tasks, end = step.rows * (task + 1) / step.header.tasks;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* const line = slots.at(step.table) + members[r] * step.count;
+    std::memcpy(slots.at(step.out) + r * step.count, line, step.count * sizeof(float));
+  }
+}
+
 // A task is a share of the runs along the innermost dimension.
 FASTENS_INLINE void run_pointwise(const Pointwise& step, const Slots& slots, int64_t task) {
   alignas(64) float registers[kRegisters][kRun];

@@ -14,7 +14,7 @@ namespace fastens::program {
 constexpr int64_t kStepWidth = 96;
 constexpr int kLanes = 16;  // output channels of one vector of packed weights
 
-enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kWinograd };
+enum class Kind : int64_t { kConv = 1, kNorm, kPointwise, kLayerNorm, kAttention, kWinograd, kDraw, kDrop, kGather };
 enum class Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh };
 
 // Where a value is: slot << 48 | bytes from its start; negative for none. Slot 0 is the arena, 1 the packed weights,
@@ -49,8 +49,19 @@ inline int64_t member_of(const Slots& slots, Address members, int64_t rows_per_m
   return given ? given[run] : run;
 }
 
+// A dropout mask, one bit for each channel of a pixel, 16 channels to a word: x * (bit ? scale : 0). Rows take a mask
+// each, or the runs of `rows` rows that of their member.
+struct Mask {
+  Address at;
+  int64_t row, pixel;  // words from a mask, and from a pixel, to the next
+  int64_t rows;
+  Address members;  // see member_of
+  double scale;
+};
+
 // A convolution, or a linear layer as one of 1x1 over tokens:
-// out = act_out((conv(act_in(x * table_scale + table_shift)) + bias + row_vector + residual) * scale).
+// out = act_out(((conv(act_in(x * table_scale + table_shift) * mask_in) + bias + row_vector) * mask_out + residual) *
+//               scale).
 struct Conv {
   Header header;
   int64_t rows, rows_per_member;
@@ -76,7 +87,8 @@ struct Conv {
   Image out;
   int64_t bfloat16;  // products of bfloat16 values, summed in float32
   Address members;   // see member_of, as below
-  int64_t tile;      // of a step of kind kWinograd: the output is computed in squares of so many pixels a side
+  Mask mask_in, mask_out;
+  int64_t tile;  // of a step of kind kWinograd: the output is computed in squares of so many pixels a side
 };
 
 // Group normalisation as a scale and a shift per row and channel: y = x * out_scale + out_shift.
@@ -145,6 +157,41 @@ struct Attention {
   int64_t rows, heads, queries, keys, width, value_width, query_chunk;
   Heads q, k, v, out;
   double scale;
+};
+
+// A fresh dropout mask for each row: element pixel * pixel_step + channel * channel_step of a row is kept where its
+// word of Philox4x32-10 is at least the threshold, as in csrc/cpu/dropout.cpp.
+struct Draw {
+  Header header;
+  int64_t rows, rows_per_member, splits;  // a task: a share of the pixels of one row
+  int64_t pixels, channels, pixel_step, channel_step;
+  Address key, evaluation;  // int64
+  Address samples;          // int64 [R]
+  int64_t threshold;        // above 0
+  Address out;              // a Mask's words
+  int64_t out_row, out_pixel;
+  Address members;
+};
+
+// out = act(x * table_scale + table_shift) * mask, of a value that nothing computes on its way in or out.
+struct Drop {
+  Header header;
+  int64_t rows, splits;  // a task: a share of the lines of one row
+  Image source[2];
+  int64_t height, width;
+  Address table_scale, table_shift;
+  int64_t activation;
+  Mask mask;
+  Image out;
+};
+
+// For each row, its member's line of a table.
+struct Gather {
+  Header header;
+  int64_t rows, count;  // float32 values of a line
+  Address table;        // [K, count]
+  Address members;      // int64 [R]
+  Address out;          // [R, count]
 };
 
 template <class T>

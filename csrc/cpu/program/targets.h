@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../philox.h"
 #include "scratch.h"
 
 // float32 values of one register: 16 bytes everywhere, and wider ones where they are named
@@ -22,18 +23,24 @@ namespace fastens::program::baseline {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTENS_X86_TARGETS
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // what an intrinsic of AVX-512 leaves open on purpose
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define FASTENS_AVX2
 #undef FASTENS_REGISTER_LANES
 #define FASTENS_REGISTER_LANES 8
 namespace fastens::program::avx2 {
 #include "kernels.h"
 }  // namespace fastens::program::avx2
+#undef FASTENS_AVX2
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#define FASTENS_AVX512
 #pragma GCC target("arch=x86-64-v4")
 #undef FASTENS_REGISTER_LANES
 #define FASTENS_REGISTER_LANES 16
@@ -49,6 +56,7 @@ namespace fastens::program::avx512_bfloat16 {
 #include "kernels.h"
 }  // namespace fastens::program::avx512_bfloat16
 #undef FASTENS_BFLOAT16
+#undef FASTENS_AVX512
 #pragma GCC pop_options
 #endif
 #undef FASTENS_REGISTER_LANES

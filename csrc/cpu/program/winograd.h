@@ -121,13 +121,15 @@ FASTENS_INLINE void finish_squares(const Conv& step, const Slots& slots, const C
     const Finish how = finish_of(step, slots, task.member, r);
     float* const out = const_cast<float*>(pixel(slots, step.out, r, y0, x0));
     const float* const residual = step.residual.at < 0 ? nullptr : pixel(slots, step.residual, r, y0, x0);
+    const uint16_t* const mask = mask_words(slots, step.mask_out, r, y0 * step.out_w + x0);
     for (int64_t c = channel0; c < end; c += kRegisterLanes) {
       Vector result[M][M];
       gathered<M>(sums + c - channel0, place, result);
       for (int64_t y = 0; y < height; ++y) {
         for (int64_t x = 0; x < width; ++x) {
           const float* const added = residual ? residual + y * step.residual.y + x * step.residual.x : nullptr;
-          finish(how, result[y][x], c, step.out_channels - c, added, out + y * step.out.y + x * step.out.x);
+          const uint16_t* const words = mask ? mask + (y * step.out_w + x) * step.mask_out.pixel : nullptr;
+          finish(how, result[y][x], c, step.out_channels - c, words, added, out + y * step.out.y + x * step.out.x);
         }
       }
     }
