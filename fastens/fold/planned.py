@@ -14,10 +14,12 @@ from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.drawn import another_draw
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
+from fastens.plan.launches import LaunchPlan
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
-from fastens.plan.record import NotLowerable, NotRecordable, record
+from fastens.plan.record import NotLowerable, NotRecordable, Recording, record
 from fastens.plan.sketch import sketched
+from fastens.plan.typed import KeptTensors
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -34,17 +36,21 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
-    def __init__(self, network: nn.Module, num_members: int) -> None:
+    _launched = False  # launches on the CPU too, where they are tested
+
+    def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
         self._network = network
+        self._backend = backend
         self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._num_members = num_members
         self.clear()
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
-        self._plans: OrderedDict[Any, tuple[Plan, Any]] = OrderedDict()
+        self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Any]] = OrderedDict()
         self._refused: set[Any] = set()
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 9 // 8)
+        self._kept = KeptTensors()
         self._weights: Any = None
         self._tensors: list[Tensor] = []
         self.why_not = ""
@@ -55,7 +61,7 @@ class Plans:
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weights and of all arenas."""
-        return self._constants.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+        return self._constants.num_bytes + self._kept.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
 
     @property
     def kinds(self) -> list[dict[str, int]]:
@@ -153,13 +159,13 @@ class Plans:
         expected: list[Leaves] | None,
         dealt: bool,
         seen: Callable[[Leaves], Leaves],
-    ) -> tuple[Plan, Any, Leaves]:
+    ) -> tuple[Plan | LaunchPlan, Any, Leaves]:
         recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
         recording.row_members = recording.inputs[-1] if dealt else None
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordable("an output is no tensor of the batch")
-        plan = Plan(recording, self._num_members, self._constants)
+        plan = self._lowered(recording, leaves[0].device)
         outputs = plan.run(inputs)
         if expected is None:
             _check(outputs, leaves)
@@ -172,6 +178,23 @@ class Plans:
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
         _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs
+
+    def _lowered(self, recording: Recording, device: torch.device) -> Plan | LaunchPlan:
+        if device.type == "cpu" and not self._launched:
+            return Plan(recording, self._num_members, self._constants)
+        return LaunchPlan(recording, self._num_members, self._kept, device, self._backend)
+
+    def can_plan(self, arguments: Leaves) -> bool:
+        """Whether a call may run as a plan: in evaluation mode, without derivatives, where its code is there."""
+        if torch.is_grad_enabled() or self._network.training or torch.compiler.is_compiling():
+            return False
+        device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
+        if device.type != "cpu" or self._launched:
+            near = all(x.device.type in ("cpu", device.type) for x in arguments)
+            known = device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(device.type)
+            return near and known and (self._launched or self._backend in ("auto", "triton"))
+        on_cpu = all(x.device.type == "cpu" for x in arguments)
+        return on_cpu and self._backend in ("auto", "native") and run_program.available()
 
     def _state(self) -> Any:
         """What changes with the weights, as far as torch tells: versions, and where the first one is."""
@@ -188,15 +211,3 @@ def _check(ours: Leaves, theirs: Leaves) -> None:
         error = relative_error(a, b)
         if not error <= tolerance_for(b):
             raise NotLowerable(f"the plan is {error:.1e} from the members")
-
-
-def can_plan(backend: str, arguments: Leaves, network: nn.Module) -> bool:
-    """Whether a call may run as a program: natively on the CPU, in evaluation mode, without derivatives."""
-    return (
-        backend in ("auto", "native")
-        and not torch.is_grad_enabled()
-        and not network.training
-        and not torch.compiler.is_compiling()
-        and all(x.device.type == "cpu" for x in arguments)
-        and run_program.available()
-    )

@@ -54,6 +54,11 @@ class Call:
     places: dict[Ref, At]
 
 
+def address_unit(dtype: torch.dtype) -> int:
+    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
+    return 4 if dtype == torch.bfloat16 else dtype.itemsize
+
+
 class Emitter:
     """Steps in the order in which they run, and where every value is.
 
@@ -61,8 +66,12 @@ class Emitter:
         steps: the steps and calls.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
+        typed: whether buffers hold what was recorded in its own dtype, and torch reads the inputs where they are; else
+            floating-point values are float32, and torch reads the arena alone.
         row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
+
+    typed = False
 
     def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
         self.recording = recording
@@ -78,9 +87,10 @@ class Emitter:
 
     # Places
 
-    def buffer(self, elements: int) -> Buffer:
-        """A new piece of the arena for float32 elements, whole vectors of it."""
-        made = Buffer(-(-elements * 4 // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
+    def buffer(self, elements: int, dtype: torch.dtype = torch.float32) -> Buffer:
+        """A new piece of the arena for elements recorded in a dtype, whole vectors of it."""
+        size = dtype.itemsize if self.typed else address_unit(dtype)
+        made = Buffer(-(-elements * size // ALIGNMENT) * ALIGNMENT + ALIGNMENT, dtype=dtype)
         self.buffers.append(made)
         return made
 
@@ -268,7 +278,7 @@ class Emitter:
             value.compute()
             return self._store(storage, self.values[storage])
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
-        place = Stored(At(self.buffer(ref.span)))
+        place = Stored(At(self.buffer(ref.span, ref.dtype)))
         self._write(value, place.at)
         self.values[storage] = place
         return place

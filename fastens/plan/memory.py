@@ -21,6 +21,7 @@ class Buffer:
     first: int = -1
     last: int = -1
     offset: int = -1
+    dtype: torch.dtype = torch.float32
 
     def touch(self, step: int) -> None:
         """Keep the buffer alive for a step."""
@@ -28,11 +29,18 @@ class Buffer:
         self.last = max(self.last, step)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """A constant tensor that is read where it is, contiguous."""
+
+    tensor: Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class At:
-    """A place: bytes from the start of a buffer or of a slot."""
+    """A place: bytes from the start of a buffer, of a slot, or of a constant."""
 
-    where: Buffer | int
+    where: Buffer | Kept | int
     num_bytes: int = 0
 
     def plus(self, elements: int, size: int = 4) -> At:
@@ -43,6 +51,8 @@ class At:
         """The address, once the buffers are laid out."""
         if isinstance(self.where, Buffer):
             return address(Slot.ARENA, self.where.offset + self.num_bytes)
+        if isinstance(self.where, Kept):
+            raise TypeError("a constant outside the packed weights has no address in a program")
         return address(self.where, self.num_bytes)
 
 
