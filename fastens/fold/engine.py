@@ -17,7 +17,7 @@ from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
 from fastens.fold.network import build_network, layer_reports
-from fastens.fold.planned import Plans, can_plan
+from fastens.fold.planned import Plans
 from fastens.fold.rows import NotFoldable, Rows
 from fastens.report import Report
 
@@ -49,7 +49,7 @@ class FoldEngine:
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, self.rows)
-        self.plans = Plans(self.network, num_members)
+        self.plans = Plans(self.network, num_members, self.backend)
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
         # signature, and whether it takes several passes -> leaves that only look like the batch
@@ -92,8 +92,9 @@ class FoldEngine:
             return self._loop(arguments)
         eager = not torch.compiler.is_compiling() and not _capturing()
         rows = self.num_members * arguments.batch_size
-        plannable = eager and type(arguments) is Arguments and self._can_plan(arguments, rows)
+        plannable = type(arguments) is Arguments and self._can_plan(arguments, rows)
         planned = self.plans.run(arguments.plan_key(), arguments.tensors) if plannable else None
+        plannable = plannable and eager  # a graph that is being recorded holds a plan that was made before
         key = None
         if planned is None:
             key = self._key(arguments, training) if eager else None
@@ -114,7 +115,7 @@ class FoldEngine:
 
     def _can_plan(self, arguments: Arguments, rows: int) -> bool:
         whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
+        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
 
     def _planned(
         self,

@@ -50,6 +50,7 @@ def conv2d(
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
     """
+    x = x.to(weight.dtype)  # read from before a conversion that the network asked for
     if uses_triton(x, backend) and _is_dense_image(x) and _is_dense_image(out) and out.dtype == x.dtype:
         from fastens.kernels.conv2d import conv2d as launch
 
@@ -102,7 +103,7 @@ def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, ba
 
 def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> None:
     """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
-    tokens = x.movedim(1, -1)
+    tokens = x.movedim(1, -1).to(weight.dtype)
     y = linear_op.linear(tokens, weight.flatten(2), bias, None, activation, backend=_named(x, backend))
     out.copy_(y.movedim(-1, 1))
 
@@ -114,6 +115,7 @@ def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | Non
 
 def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """Attention without mask, [R, heads, tokens, width]."""
+    q, k, v = (x.to(out.dtype) for x in (q, k, v))
     out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
 

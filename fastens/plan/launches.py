@@ -218,7 +218,9 @@ class Launches:
         )  # fmt: skip
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
-        return self.view(operand.at, tuple(sizes), tuple(operand.strides))  # pyright: ignore[reportArgumentType]
+        kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]
+        size, stride = zip(*kept, strict=True)  # without strides of 0 that mean nothing: libraries believe them
+        return self.view(operand.at, size, stride)  # pyright: ignore[reportArgumentType]
 
     def _pointwise(self, step: steps.Pointwise) -> None:
         code = []
