@@ -19,6 +19,7 @@ from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
 from fastens.fold.network import build_network, layer_reports
 from fastens.fold.planned import Plans
 from fastens.fold.rows import NotFoldable, Rows
+from fastens.ops.run_program import target
 from fastens.report import Report
 
 _MOST_DEALT = 64  # signatures of drawn calls
@@ -108,6 +109,16 @@ class FoldEngine:
             return self._fold(arguments, key)
         leaves, spec = planned
         return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+
+    def evaluate_sum(self, arguments: Arguments, weights: list[float]) -> tuple[Tensor, Any] | None:
+        """The members' only output, summed with K factors as the last layer computes it, [B, ...], and its structure.
+
+        None where no plan of this call does that: then evaluate, and add.
+        """
+        rows = self.num_members * arguments.batch_size
+        if self.engine == "loop" or not self._can_plan(arguments, rows):
+            return None
+        return self.plans.run_sum(arguments.plan_key(), arguments.tensors, weights)
 
     @staticmethod
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
@@ -283,7 +294,9 @@ class FoldEngine:
         """What each module that owns tensors got."""
         layers = layer_reports(self.network, self.num_members, self.why if self.engine == "loop" else None)
         plans = self.plans
-        return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
+        where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
+        found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
+        return Report(self.engine, self.num_members, self.why, *found, where)
 
 
 def _joined(parts: list[tuple[list[Any], Any]]) -> tuple[list[Any], Any]:

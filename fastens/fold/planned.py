@@ -47,6 +47,7 @@ class Plans:
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
+        self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
         self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Any]] = OrderedDict()
         self._refused: set[Any] = set()
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 9 // 8)
@@ -61,7 +62,9 @@ class Plans:
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weights and of all arenas."""
-        return self._constants.num_bytes + self._kept.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+        return (
+            self._constants.num_bytes + self._kept.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+        )
 
     @property
     def kinds(self) -> list[dict[str, int]]:
@@ -83,6 +86,29 @@ class Plans:
             return None
         plan, spec = found
         return plan.run(inputs), spec
+
+    @property
+    def launched(self) -> bool:
+        """Whether plans are launches, as on a GPU, and not programs."""
+        return self._launched or self._device.type != "cpu"
+
+    def run_sum(self, key: Any, inputs: Leaves, weights: list[float]) -> tuple[Tensor, Any] | None:
+        """Run the plan of a signature so that its only output is summed over the members, where it ends so.
+
+        Args:
+            key: the signature.
+            inputs: the tensors of the call.
+            weights: K factors.
+
+        Returns:
+            The sum [B, ...] and the structure of the output, or none without such a plan.
+        """
+        found = self._plans.get(key)
+        if found is None or not isinstance(found[0], LaunchPlan) or not found[0].sums:
+            return None
+        if any(self._hooks) or self._state() != self._weights:
+            return None
+        return found[0].run(inputs, weights)[0], found[1]
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
@@ -165,7 +191,7 @@ class Plans:
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordable("an output is no tensor of the batch")
-        plan = self._lowered(recording, leaves[0].device)
+        plan = self._lowered(recording)
         outputs = plan.run(inputs)
         if expected is None:
             _check(outputs, leaves)
@@ -175,24 +201,28 @@ class Plans:
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
+        if isinstance(plan, LaunchPlan) and plan.sums:
+            (stack,) = outputs
+            mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
+            _check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
         _check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs
 
-    def _lowered(self, recording: Recording, device: torch.device) -> Plan | LaunchPlan:
-        if device.type == "cpu" and not self._launched:
+    def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
+        if not self.launched:
             return Plan(recording, self._num_members, self._constants)
-        return LaunchPlan(recording, self._num_members, self._kept, device, self._backend)
+        return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
     def can_plan(self, arguments: Leaves) -> bool:
         """Whether a call may run as a plan: in evaluation mode, without derivatives, where its code is there."""
         if torch.is_grad_enabled() or self._network.training or torch.compiler.is_compiling():
             return False
-        device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
-        if device.type != "cpu" or self._launched:
-            near = all(x.device.type in ("cpu", device.type) for x in arguments)
-            known = device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(device.type)
-            return near and known and (self._launched or self._backend in ("auto", "triton"))
+        if self.launched:
+            kind = self._device.type
+            near = all(x.device.type in ("cpu", kind) for x in arguments)
+            known = kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind)
+            return near and known and self._backend in ("auto", "triton")
         on_cpu = all(x.device.type == "cpu" for x in arguments)
         return on_cpu and self._backend in ("auto", "native") and run_program.available()
 

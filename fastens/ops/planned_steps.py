@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.ops import conv2d_sum as sum_op
 from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
@@ -72,6 +73,32 @@ def conv2d(
     out.copy_(activate(y if output_scale == 1 else y * output_scale, output_activation))
     if found is not None:
         _moments_into(found, out, num_groups, backend)
+
+
+def conv2d_sum(
+    weights: list[float],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    backend: str,
+    moments: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    **_: Any,
+) -> Tensor:
+    """The last convolution, summed over the members with their weights: [B, O, H', W'], contiguous."""
+    y = sum_op.conv2d_sum(
+        x.to(weight.dtype), weight, bias, weights, stride, padding, moments=moments, norm_weight=norm_weight,
+        norm_bias=norm_bias, eps=eps, scale=scale, shift=shift, activation=activation, backend=_named(x, backend),
+    )  # fmt: skip
+    return y.contiguous()
 
 
 def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from fastens.plan.attention import kept_scores
-from fastens.plan.emit import Emitter, address_unit
+from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
-from fastens.plan.memory import At
+from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, Ref
 from fastens.plan.values import (
     Activated,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastens.plan.loops import simplified
-from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants
+from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, address_unit
 from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
 from fastens.plan.record import NotLowerable, Recording, Ref
 from fastens.plan.tiling import tile
@@ -54,11 +54,6 @@ class Call:
     places: dict[Ref, At]
 
 
-def address_unit(dtype: torch.dtype) -> int:
-    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
-    return 4 if dtype == torch.bfloat16 else dtype.itemsize
-
-
 class Emitter:
     """Steps in the order in which they run, and where every value is.
 
@@ -66,8 +61,7 @@ class Emitter:
         steps: the steps and calls.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
-        typed: whether buffers hold what was recorded in its own dtype, and torch reads the inputs where they are; else
-            floating-point values are float32, and torch reads the arena alone.
+        typed: whether buffers hold the dtypes that were recorded, and torch reads inputs in place; see plan/typed.py.
         row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
 

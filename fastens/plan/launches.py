@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastens.ops import planned_steps as run
 from fastens.plan import attention, elementwise, layers
-from fastens.plan.emit import Call, address_unit
+from fastens.plan.emit import Call
 from fastens.plan.lower import constants_of
-from fastens.plan.memory import At, Buffer, Kept, lay_out
+from fastens.plan.memory import At, Buffer, Kept, address_unit, lay_out
 from fastens.plan.plan import lower_all
 from fastens.plan.record import NotLowerable, Recording, Ref, mapped
 from fastens.plan.typed import KeptTensors, Normalised, TypedEmitter
@@ -232,7 +232,9 @@ class Launches:
         self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code)
         written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
         self._convolutions = {view: launch for view, launch in self._convolutions.items() if view.where is not written}
-        self._joined = {key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])}
+        self._joined = {
+            key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
+        }
 
     def _layer_norm(self, step: steps.LayerNorm) -> None:
         size = (step.rows, step.tokens, step.channels)
@@ -264,6 +266,28 @@ class Launches:
         self.add(str(step.func), run.call, [seen(out) for out in step.outs], step.func, args, kwargs)
 
 
+@dataclasses.dataclass
+class _Bound:
+    """Launches with the tensors that they read and write."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    launches: list[tuple[Callable[..., None], Any, Any]]
+
+    def run(self, given: list[Tensor], last: int | None, weights: list[float] | None) -> list[Tensor]:
+        """Run all launches; with weights, launch ``last`` sums over the members, and nothing copies its result."""
+        for static, x in zip(self.inputs, given, strict=True):
+            static.copy_(x, non_blocking=True)
+        if last is None or weights is None:
+            for function, args, kwargs in self.launches:
+                function(*args, **kwargs)
+            return [x.clone() for x in self.outputs]
+        for function, args, kwargs in (*self.launches[:last], *self.launches[last + 1 : -1]):
+            function(*args, **kwargs)
+        _, args, kwargs = self.launches[last]
+        return [run.conv2d_sum(weights, *args[1:], **kwargs)]
+
+
 class LaunchPlan:
     """The launches of a folded pass, and their memory.
 
@@ -283,6 +307,8 @@ class LaunchPlan:
         self._inputs = list(recording.inputs)
         self._device = device
         self._launches = Launches(emitter, backend).list
+        self._last = self._summable()
+        self.sums = self._last is not None
         for i, launch in enumerate(self._launches):
             mapped(View, lambda v, i=i: v.where.touch(i) if isinstance(v.where, Buffer) else None,
                    (launch.args, launch.kwargs))  # fmt: skip
@@ -296,8 +322,28 @@ class LaunchPlan:
         """How many launches of each kind, and calls of torch by name."""
         return Counter(launch.name for launch in self._launches)
 
-    def _bind(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Callable[..., None], Any, Any]]]:
-        """Inputs and outputs of the launches, and the launches, in memory of their own."""
+    def _summable(self) -> int | None:
+        """The number of the convolution that the only output is a copy of, where it may sum over the members."""
+        *before, copy = self._launches
+        if len(self._outputs) != 1 or copy.function is not run.pointwise:
+            return None
+        _, (source, *others), code = copy.args
+        writers = [i for i, x in enumerate(before) if x.function is run.conv2d and x.args[0].where is source.where]
+        if others or len(code) != 1 or code[0][0] is not Opcode.COPY or len(writers) != 1:
+            return None
+        read: list[View] = []
+        mapped(View, read.append, [(x.args[1:], x.kwargs) for x in before])
+        (out, x, weight, _, stride, padding), settings = before[writers[0]].args, before[writers[0]].kwargs
+        whole = math.prod(source.size) == math.prod(out.size) == math.prod(self._outputs[0][0])
+        space = zip(x.size[2:], weight.shape[3:], stride, padding, strict=True)
+        symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
+        plain = settings["row_bias"] is settings["residual"] is None and settings["output_scale"] == 1
+        plain = plain and settings["output_activation"] == "none" and "found" not in settings
+        unread = all(view.where is not source.where for view in read)
+        return writers[0] if whole and symmetric and plain and unread else None
+
+    def _bind(self) -> _Bound:
+        """The launches in memory of their own."""
         arena = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
         inputs = [
             torch.empty(ref.span, dtype=ref.dtype, device=self._device).as_strided(ref.size, ref.stride)
@@ -317,9 +363,11 @@ class LaunchPlan:
                 whole, start = (inputs + outputs)[number], 0
             return whole.as_strided(view.size, view.stride, start + view.offset)
 
-        return inputs, outputs, [(x.function, *mapped(View, tensor, (x.args, x.kwargs))) for x in self._launches]
+        return _Bound(
+            inputs, outputs, [(x.function, *mapped(View, tensor, (x.args, x.kwargs))) for x in self._launches]
+        )
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+    def run(self, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor]:
         """Run the launches.
 
         While a CUDA graph is recorded they are bound to memory of that graph's own, so that its replays may run beside
@@ -327,25 +375,18 @@ class LaunchPlan:
 
         Args:
             inputs: tensors of the shapes, strides and dtypes of the recording, on any device.
+            weights: K numbers by which the members are summed, where the plan ``sums``; none for each member's output.
 
         Returns:
             The outputs of the pass, in memory of their own.
         """
+        last = None if weights is None else self._last
         if self._done is not None and torch.cuda.is_current_stream_capturing():
-            return self._run(self._bind(), inputs)
+            return self._bind().run(inputs, last, weights)
         with self._lock:
             if self._done is not None:  # another stream may still use the memory
                 torch.cuda.current_stream(self._device).wait_event(self._done)
-            outputs = self._run(self._bound, inputs)
+            outputs = self._bound.run(inputs, last, weights)
             if self._done is not None:
                 self._done.record(torch.cuda.current_stream(self._device))
             return outputs
-
-    @staticmethod
-    def _run(bound: Any, given: list[Tensor]) -> list[Tensor]:
-        inputs, outputs, launches = bound
-        for static, x in zip(inputs, given, strict=True):
-            static.copy_(x, non_blocking=True)
-        for function, args, kwargs in launches:
-            function(*args, **kwargs)
-        return [x.clone() for x in outputs]

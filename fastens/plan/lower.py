@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastens.plan.emit import Call, Emitter, address_unit
-from fastens.plan.memory import At
+from fastens.plan.emit import Call, Emitter
+from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, NotLowerable, Ref, mapped
 from fastens.plan.values import (
     Convolved,

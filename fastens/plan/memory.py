@@ -13,6 +13,11 @@ from fastens.program.steps import Slot, address
 ALIGNMENT = 64  # bytes: a cache line, and a vector
 
 
+def address_unit(dtype: torch.dtype) -> int:
+    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
+    return 4 if dtype == torch.bfloat16 else dtype.itemsize
+
+
 @dataclasses.dataclass(eq=False)
 class Buffer:
     """A piece of the arena, from the first to the last step that touches it."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
 from torch import Tensor
 
 from fastens.plan.emit import Emitter
@@ -63,7 +61,7 @@ class TypedEmitter(Emitter):
         """Whether a value is held in the dtype that it was recorded in: always."""
         return ref.dtype.is_floating_point
 
-    def _packed(self, value: Convolved, *_: Any) -> At:
+    def _packed(self, value: Convolved, vectors: int, pairs: bool) -> At:
         return self.constants.stack(("stack", value.key), value.weight)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _copied(self, value: Activated | Normed | Joined | Enlarged, at: At) -> None:
