@@ -295,6 +295,10 @@ class MCDropout(Ensemble):
         fresh = "fresh masks are drawn at every call; use masks='fixed'"
         return fresh if self._engine.masks.fresh else super()._why_not_recorded()
 
+    def _summed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """None: masks are begun where members are evaluated."""
+        return None
+
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if self._engine.masks.fresh:
             self._begin(Arguments(args, kwargs).batch)

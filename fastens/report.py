@@ -44,7 +44,7 @@ class Report:
             operations by name.
         why_no_plan: why the last signature without one has none; empty where none was refused.
         plan_bytes: memory of packed weights and arenas.
-        target: the instruction set that plans run on.
+        target: the instruction set that plans run on; empty where they are launches.
     """
 
     engine: str
@@ -68,7 +68,8 @@ class Report:
         for plan in self.plans:
             lines.append(f"  plan: {', '.join(f'{count} {kind}' for kind, count in plan.items())}")
         if self.plans:
-            lines.append(f"  plans run on {describe_target(self.target)}")
+            if self.target:
+                lines.append(f"  plans run on {describe_target(self.target)}")
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
         if self.why_no_plan:
             lines.append(f"  not planned: {self.why_no_plan}")

@@ -17,8 +17,9 @@ from fastens.fold.member_tensor import MemberTensor
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
 from fastens.fold.network import build_network, layer_reports
-from fastens.fold.planned import Plans, can_plan
+from fastens.fold.planned import Plans
 from fastens.fold.rows import NotFoldable, Rows
+from fastens.ops.run_program import target
 from fastens.report import Report
 
 _MOST_DEALT = 64  # signatures of drawn calls
@@ -49,7 +50,7 @@ class FoldEngine:
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, self.rows)
-        self.plans = Plans(self.network, num_members)
+        self.plans = Plans(self.network, num_members, self.backend)
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
         # signature, and whether it takes several passes -> leaves that only look like the batch
@@ -92,8 +93,9 @@ class FoldEngine:
             return self._loop(arguments)
         eager = not torch.compiler.is_compiling() and not _capturing()
         rows = self.num_members * arguments.batch_size
-        plannable = eager and type(arguments) is Arguments and self._can_plan(arguments, rows)
+        plannable = type(arguments) is Arguments and self._can_plan(arguments, rows)
         planned = self.plans.run(arguments.plan_key(), self._inputs(arguments)) if plannable else None
+        plannable = plannable and eager  # a graph that is being recorded holds a plan that was made before
         key = None
         if planned is None:
             key = self._key(arguments, training) if eager else None
@@ -112,13 +114,23 @@ class FoldEngine:
         """What a plan is run on: the tensors of a call, whose samples are in this order where rows are dealt out."""
         return arguments.tensors
 
+    def evaluate_sum(self, arguments: Arguments, weights: list[float]) -> tuple[Tensor, Any] | None:
+        """The members' only output, summed with K factors as the last layer computes it, [B, ...], and its structure.
+
+        None where no plan of this call does that: then evaluate, and add.
+        """
+        rows = self.num_members * arguments.batch_size
+        if self.engine == "loop" or not self._can_plan(arguments, rows):
+            return None
+        return self.plans.run_sum(arguments.plan_key(), self._inputs(arguments), weights)
+
     @staticmethod
     def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
         return arguments.signature(), training, torch.is_grad_enabled()
 
     def _can_plan(self, arguments: Arguments, rows: int) -> bool:
         whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and can_plan(self.backend, arguments.tensors, self.network)
+        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
 
     def _planned(
         self,
@@ -314,7 +326,9 @@ class FoldEngine:
         """What each module that owns tensors got."""
         layers = layer_reports(self.network, self.num_members, self.why if self.engine == "loop" else None)
         plans = self.plans
-        return Report(self.engine, self.num_members, self.why, layers, plans.kinds, plans.why_not, plans.num_bytes)
+        where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
+        found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
+        return Report(self.engine, self.num_members, self.why, *found, where)
 
 
 def _joined(parts: list[tuple[list[Any], Any]]) -> tuple[list[Any], Any]:

@@ -29,7 +29,7 @@ Established = tuple[frozenset[int], tuple[list[Tensor], Any] | None]
 
 
 def established_by_sketch(engine: FoldEngine, arguments: Arguments) -> bool:
-    """Establish where the batch is in a pass of several members without its arithmetic; return whether that was done."""
+    """Establish where the batch is in a pass of members without its arithmetic; return whether that was done."""
     shapes, rows = Recording(), engine.num_members * arguments.batch_size
     with shapes.of(engine.skeleton):
         engine._call(0, *arguments.of_member(0))

@@ -14,10 +14,12 @@ from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.drawn import another_draw
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
+from fastens.plan.launches import LaunchPlan
 from fastens.plan.memory import Constants
 from fastens.plan.plan import Plan
-from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Ref, record
+from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record
 from fastens.plan.sketch import sketched
+from fastens.plan.typed import KeptTensors
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -50,8 +52,11 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
-    def __init__(self, network: nn.Module, num_members: int) -> None:
+    _launched = False  # launches on the CPU too, where they are tested
+
+    def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
         self._network = network
+        self._backend = backend
         self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._num_members = num_members
         self.masks: PlannedMasks | None = None
@@ -59,9 +64,11 @@ class Plans:
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
-        self._plans: OrderedDict[Any, tuple[Plan, Any]] = OrderedDict()
+        self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
+        self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Any]] = OrderedDict()
         self._refused: set[Any] = set()
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
+        self._kept = KeptTensors()
         self._weights: Any = None
         self._tensors: list[Tensor] = []
         self.why_not = ""
@@ -72,7 +79,9 @@ class Plans:
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weights and of all arenas."""
-        return self._constants.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+        return (
+            self._constants.num_bytes + self._kept.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+        )
 
     @property
     def kinds(self) -> list[dict[str, int]]:
@@ -94,6 +103,29 @@ class Plans:
             return None
         plan, spec = found
         return plan.run(inputs), spec
+
+    @property
+    def launched(self) -> bool:
+        """Whether plans are launches, as on a GPU, and not programs."""
+        return self._launched or self._device.type != "cpu"
+
+    def run_sum(self, key: Any, inputs: Leaves, weights: list[float]) -> tuple[Tensor, Any] | None:
+        """Run the plan of a signature so that its only output is summed over the members, where it ends so.
+
+        Args:
+            key: the signature.
+            inputs: the tensors of the call.
+            weights: K factors.
+
+        Returns:
+            The sum [B, ...] and the structure of the output, or none without such a plan.
+        """
+        found = self._plans.get(key)
+        if found is None or not isinstance(found[0], LaunchPlan) or not found[0].sums:
+            return None
+        if any(self._hooks) or self._state() != self._weights:
+            return None
+        return found[0].run(inputs, weights)[0], found[1]
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
@@ -170,7 +202,7 @@ class Plans:
         expected: list[Leaves] | None,
         dealt: bool,
         seen: Callable[[Leaves], Leaves],
-    ) -> tuple[Plan, Any, Leaves]:
+    ) -> tuple[Plan | LaunchPlan, Any, Leaves]:
         recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
         recording.row_members = recording.inputs[-1] if dealt else None
         drawn = -4 if dealt else -2  # before the samples of the rows
@@ -179,7 +211,7 @@ class Plans:
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordable("an output is no tensor of the batch")
-        plan = Plan(recording, self._num_members, self._constants)
+        plan = self._lowered(recording)
         outputs = plan.run(inputs)
         if expected is None:
             self._check(outputs, leaves)
@@ -191,9 +223,30 @@ class Plans:
             others[-2:] = another_draw(*inputs[-2:])
         if self.masks is not None and self.masks.fresh:
             others[drawn] = self.masks.another()
+        if isinstance(plan, LaunchPlan) and plan.sums:
+            (stack,) = outputs
+            mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
+            self._check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
         own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
         self._check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
         return plan, spec, outputs
+
+    def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
+        if not self.launched:
+            return Plan(recording, self._num_members, self._constants)
+        return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
+
+    def can_plan(self, arguments: Leaves) -> bool:
+        """Whether a call may run as a plan: in evaluation mode, without derivatives, where its code is there."""
+        if torch.is_grad_enabled() or self._network.training or torch.compiler.is_compiling():
+            return False
+        if self.launched:
+            kind = self._device.type
+            near = all(x.device.type in ("cpu", kind) for x in arguments)
+            known = kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind)
+            return near and known and self._backend in ("auto", "triton")
+        on_cpu = all(x.device.type == "cpu" for x in arguments)
+        return on_cpu and self._backend in ("auto", "native") and run_program.available()
 
     def _check(self, ours: Leaves, theirs: Leaves) -> None:
         if len(ours) != len(theirs):
@@ -209,15 +262,3 @@ class Plans:
             self._tensors = [*self._network.parameters(), *self._network.buffers()]
         first = self._tensors[0]
         return sum([t._version for t in self._tensors]), first.data_ptr(), first.dtype
-
-
-def can_plan(backend: str, arguments: Leaves, network: nn.Module) -> bool:
-    """Whether a call may run as a program: natively on the CPU, in evaluation mode, without derivatives."""
-    return (
-        backend in ("auto", "native")
-        and not torch.is_grad_enabled()
-        and not network.training
-        and not torch.compiler.is_compiling()
-        and all(x.device.type == "cpu" for x in arguments)
-        and run_program.available()
-    )

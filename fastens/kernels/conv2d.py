@@ -116,21 +116,28 @@ def conv2d(
     num_groups: int = 0,
     shared: bool = False,
     tiling: str = "auto",
+    into: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory."""
+    """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory.
+
+    ``into`` is where result and moments are written. Its size says how many zeros are below and to the right.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     num_members, outputs, channels, taps_h, taps_w = weight.shape
     rows = x.shape[0] * num_members if shared else x.shape[0]
     height, width = x.shape[2:]
     out_height = (height + 2 * padding[0] - taps_h) // stride[0] + 1
     out_width = (width + 2 * padding[1] - taps_w) // stride[1] + 1
-    y = torch.empty(
-        rows, outputs, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y, found = into or (None, None)
+    if y is None:
+        y = torch.empty(
+            rows, outputs, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+    out_height, out_width = y.shape[2:]
     wide = torch.promote_types(x.dtype, torch.float32)
     space = out_height * out_width
-    spans = len(counts(space))
-    found = x.new_empty((rows, num_groups, spans, 2) if num_groups else 0, dtype=wide)
+    if found is None:
+        found = x.new_empty((rows, num_groups, len(counts(space)), 2) if num_groups else 0, dtype=wide)
     if y.numel() == 0:
         return y, found
     if residual is not None:
@@ -169,4 +176,4 @@ def conv2d(
                 out_width, row_tiles, place_tiles, output_tiles, WIDE=wide_type, num_warps=tiles.num_warps, **cut,
                 **ending,
             )  # fmt: skip
-    return y, group_moments(y, num_groups) if num_groups and not joined else found
+    return y, group_moments(y, num_groups, found) if num_groups and not joined else found

@@ -14,17 +14,20 @@ from fastens.reference.group_moments import SPAN, counts
 LARGEST = 32768  # elements of a tile; groups of more channels than fit with a span are left to the reference
 
 
-def group_moments(x: Tensor, num_groups: int) -> Tensor:
-    """Take the moments; the arguments are those of ``fastens::group_moments``."""
+def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Tensor:
+    """Take the moments; the arguments are those of ``fastens::group_moments``, ``into`` is where they are written."""
     x = dense(x)
     rows, channels = x.shape[:2]
     space, per_group = x.shape[2:].numel(), channels // num_groups
     padded = triton.next_power_of_2(per_group)
     if padded * SPAN > LARGEST:
-        return reference.group_moments(x, num_groups)
+        moments = reference.group_moments(x, num_groups)
+        return moments if into is None else into.copy_(moments)
     wide = torch.promote_types(x.dtype, torch.float32)
     spans = len(counts(space))
-    moments = torch.empty(rows, num_groups, spans, 2, dtype=wide, device=x.device)
+    moments = into
+    if moments is None:
+        moments = torch.empty(rows, num_groups, spans, 2, dtype=wide, device=x.device)
     if moments.numel() == 0:
         return moments
     last = channels_last(x)

@@ -17,24 +17,26 @@ from fastens.program.steps import Heads
 _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-level cache
 
 
-@lowers("aten._scaled_dot_product_flash_attention_for_cpu")
+@lowers(*(f"aten._scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
+        "aten._scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
 def attention(emitter: Emitter, node: Node) -> bool:
-    """Attention without mask, heads in dimension 1."""
+    """Attention without mask, heads in dimension 1; the libraries' variants have their arguments in different order."""
     q, k, v = node.args[:3]
-    masked = argument(node, 5, "attn_mask") is not None or argument(node, 4, "is_causal", False)
+    named = {**dict(zip((a.name for a in node.func._schema.arguments), node.args, strict=False)), **node.kwargs}
+    masked = any(named.get(name) is not None for name in ("attn_mask", "attn_bias")) or named.get("is_causal", False)
     out = node.outs[0]
     if masked or any(len(r.size) != 4 or r.dtype not in FLOATS for r in (q, k, v, out)):
         return False
-    if emitter.uses[node.outs[1].storage] or not out.numel:
+    if any(emitter.uses[other.storage] for other in node.outs[1:]) or not out.numel:
         return False
     heads = []
     for ref in (q, k, v):
         if emitter.constant(ref) is not None or not emitter.is_wide(ref):
             return False
         heads.append(Heads(emitter.stored(ref), *ref.stride))  # pyright: ignore[reportArgumentType]
-    place = At(emitter.buffer(out.span))
+    place = At(emitter.buffer(out.span, out.dtype))
     emitter.values[out.storage] = Stored(place)
-    scale = argument(node, 6, "scale")
+    scale = named.get("scale")
     rows, count, queries, width = q.size
     shape = (rows, count, queries, k.size[2], width, v.size[3])
     _emit(emitter, shape, heads, Heads(place, *out.stride), float(width**-0.5 if scale is None else scale))  # pyright: ignore[reportArgumentType]
@@ -152,7 +154,7 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
     ]
     rows = number // count
     # token by token with the heads side by side, as the layer behind reads it; the recorded layout is a copy of that
-    place = emitter.buffer(rows * queries * count * value_width)
+    place = emitter.buffer(rows * queries * count * value_width, scores.ref.dtype)
     stride = (queries * count * value_width, value_width, count * value_width, 1)
     size = (rows, count, queries, value_width)
     made = Ref(id(place), 0, size, stride, scores.ref.dtype)

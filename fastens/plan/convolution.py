@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastens.plan.memory import At, or_none
-from fastens.plan.packing import multiplies_bfloat16, packed, packed_size
+from fastens.plan.packing import multiplies_bfloat16, packed_size
 from fastens.plan.tiling import tile
 from fastens.plan.values import Convolved, Padded, mask_step
 from fastens.plan.winograd import squares_of
@@ -33,9 +33,9 @@ def convolution(emitter: Emitter, value: Convolved, at: At) -> None:
     pair = emitter.pair(source)
     # products of bfloat16 where the user's network is in it, the machine multiplies it, and channels come in pairs
     pairs = pixels.ref.dtype == torch.bfloat16 and in_channels % 2 == 0 and multiplies_bfloat16()
-    squares = 0 if pairs else squares_of(value, emitter.num_threads)
+    squares = 0 if pairs or emitter.typed else squares_of(value, emitter.num_threads)
     tiling = tile(value, in_channels, emitter.num_threads, squares)
-    weight = packed(emitter.constants, value.key, value.weight, tiling.vectors, pairs, squares)
+    weight = emitter.packed(value, tiling.vectors, pairs, squares)
     padded = -(-out_channels // steps.LANES) * steps.LANES
     bias = None
     if value.bias is not None:

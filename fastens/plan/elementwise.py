@@ -9,7 +9,7 @@ from typing import Any
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
-from fastens.plan.memory import At
+from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, Ref
 from fastens.plan.values import (
     Activated,
@@ -306,8 +306,8 @@ def repeat(emitter: Emitter, node: Node) -> bool:
     if out.dtype not in steps.DTYPES or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
         return False
     at, stride, code = emitter.operand(x)
-    size = 4 if out.dtype in FLOATS else out.dtype.itemsize
-    place = At(emitter.buffer(-(-out.numel * size // 4)))
+    size = address_unit(out.dtype)
+    place = At(emitter.buffer(out.numel, out.dtype))
     out_code = 0 if out.dtype in FLOATS else code
     sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
     source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
@@ -337,5 +337,5 @@ def empty(emitter: Emitter, node: Node) -> bool:
     out = node.outs[0]
     if out.dtype not in FLOATS:
         return False
-    emitter.values[out.storage] = Stored(At(emitter.buffer(out.numel)))
+    emitter.values[out.storage] = Stored(At(emitter.buffer(out.numel, out.dtype)))
     return True

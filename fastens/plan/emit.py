@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastens.plan.convolution import convolution
 from fastens.plan.loops import simplified
-from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, or_none
+from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, address_unit, or_none
+from fastens.plan.packing import packed
 from fastens.plan.record import NotLowerable, Recording, Ref
 from fastens.plan.values import (
     Activated,
@@ -62,8 +63,11 @@ class Emitter:
         steps: the steps and calls.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
+        typed: whether buffers hold the dtypes that were recorded, and torch reads inputs in place; see plan/typed.py.
         row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
+
+    typed = False
 
     def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
         self.recording = recording
@@ -79,9 +83,14 @@ class Emitter:
 
     # Places
 
-    def buffer(self, elements: int) -> Buffer:
-        """A new piece of the arena for float32 elements, whole vectors of it."""
-        made = Buffer(-(-elements * 4 // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
+    def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
+        """Where the weights of a convolution are, packed as :func:`fastens.plan.packing.pack` says."""
+        return packed(self.constants, value.key, value.weight, vectors, pairs, squares)
+
+    def buffer(self, elements: int, dtype: torch.dtype = torch.float32) -> Buffer:
+        """A new piece of the arena for elements recorded in a dtype, whole vectors of it."""
+        size = dtype.itemsize if self.typed else address_unit(dtype)
+        made = Buffer(-(-elements * size // ALIGNMENT) * ALIGNMENT + ALIGNMENT, dtype=dtype)
         self.buffers.append(made)
         return made
 
@@ -274,7 +283,7 @@ class Emitter:
             value.compute()
             return self._store(storage, self.values[storage])
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
-        place = Stored(At(self.buffer(ref.span)))
+        place = Stored(At(self.buffer(ref.span, ref.dtype)))
         self._write(value, place.at)
         self.values[storage] = place
         return place

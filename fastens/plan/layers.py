@@ -171,7 +171,7 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     affine = [
         steps.NONE if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)
     ]
-    buffer = At(emitter.buffer(out.ref.numel))
+    buffer = At(emitter.buffer(out.ref.numel, out.ref.dtype))
     image = emitter.image(pixels)
     step = steps.LayerNorm(
         out.rows,
@@ -243,7 +243,7 @@ def cat(emitter: Emitter, node: Node) -> bool:
     if pixels is not None and len(parts) == 2 and all(p is not None for p in inner) and inside:
         emitter.values[out.storage] = Joined(pixels, (inner[0], inner[1]))  # pyright: ignore[reportArgumentType]
         return True
-    place = At(emitter.buffer(out.span))
+    place = At(emitter.buffer(out.span, out.dtype))
     start = 0
     for part in parts:
         emitter.expression(Leaf(part), part.size, place.plus(start * out.stride[dim]), out.stride, 0)

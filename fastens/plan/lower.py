@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastens.plan.emit import Call, Emitter
-from fastens.plan.memory import At
+from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, NotLowerable, Ref, mapped
 from fastens.plan.values import (
     Convolved,
@@ -46,12 +46,12 @@ def lower(emitter: Emitter, node: Node) -> None:
 
 def call(emitter: Emitter, node: Node) -> None:
     """Let torch run an operation on views of the arena."""
-    if any(ref.dtype == torch.bfloat16 for ref in (*node.reads, *node.outs)):
+    if not emitter.typed and any(ref.dtype == torch.bfloat16 for ref in (*node.reads, *node.outs)):
         raise NotLowerable(f"{node.name} in bfloat16")  # the arena holds float32
     places = {ref: _in_arena(emitter, ref) for ref in node.reads if emitter.constant(ref) is None}
     for out in node.outs:
-        size = out.dtype.itemsize
-        place = At(emitter.buffer(-(-out.span * size // 4)))
+        size = address_unit(out.dtype)
+        place = At(emitter.buffer(out.span, out.dtype))
         emitter.values[out.storage] = Stored(place, size)
         places[out] = place.plus(out.offset, size)
     emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
@@ -60,11 +60,11 @@ def call(emitter: Emitter, node: Node) -> None:
 def _in_arena(emitter: Emitter, ref: Ref) -> At:
     """Where a value is in the arena; an input is copied there, with the strides that it has."""
     at = emitter.stored(ref)
-    if not isinstance(at.where, int):
+    if not isinstance(at.where, int) or emitter.typed:
         return at
     if ref.dtype not in steps.DTYPES:
         raise NotLowerable(f"an input of {ref.dtype}")
-    place = At(emitter.buffer(-(-ref.span * ref.dtype.itemsize // 4)))
+    place = At(emitter.buffer(ref.span, ref.dtype))
     emitter.expression(Leaf(ref), ref.size, place, ref.stride, steps.DTYPES[ref.dtype])
     return place
 
@@ -100,7 +100,7 @@ def _rearranged(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels:
     stride, step = [0] * len(ref.size), 1
     for d in reversed(dims):
         stride[d], step = step, step * ref.size[d]
-    buffer = emitter.buffer(ref.numel)
+    buffer = emitter.buffer(ref.numel, ref.dtype)
     emitter.expression(Leaf(ref), ref.size, At(buffer), tuple(stride), 0)
     new = Ref(id(buffer), 0, ref.size, tuple(stride), torch.float32)
     emitter.values[new.storage] = Stored(At(buffer))

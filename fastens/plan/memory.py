@@ -14,6 +14,11 @@ from fastens.program.steps import NONE, Slot, address
 ALIGNMENT = 64  # bytes: a cache line, and a vector
 
 
+def address_unit(dtype: torch.dtype) -> int:
+    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
+    return 4 if dtype == torch.bfloat16 else dtype.itemsize
+
+
 @dataclasses.dataclass(eq=False)
 class Buffer:
     """A piece of the arena, from the first to the last step that touches it."""
@@ -22,6 +27,7 @@ class Buffer:
     first: int = -1
     last: int = -1
     offset: int = -1
+    dtype: torch.dtype = torch.float32
 
     def touch(self, step: int) -> None:
         """Keep the buffer alive for a step."""
@@ -29,11 +35,18 @@ class Buffer:
         self.last = max(self.last, step)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """A constant tensor that is read where it is, contiguous."""
+
+    tensor: Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class At:
-    """A place: bytes from the start of a buffer or of a slot."""
+    """A place: bytes from the start of a buffer, of a slot, or of a constant."""
 
-    where: Buffer | int
+    where: Buffer | Kept | int
     num_bytes: int = 0
 
     def plus(self, elements: int, size: int = 4) -> At:
@@ -44,6 +57,8 @@ class At:
         """The address, once the buffers are laid out."""
         if isinstance(self.where, Buffer):
             return address(Slot.ARENA, self.where.offset + self.num_bytes)
+        if isinstance(self.where, Kept):
+            raise TypeError("a constant outside the packed weights has no address in a program")
         return address(self.where, self.num_bytes)
 
 

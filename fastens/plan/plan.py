@@ -42,6 +42,29 @@ class _Call:
             out.copy_(result)
 
 
+def lower_all(emitter: Emitter) -> list[Ref]:
+    """Lower a whole recording: inputs in their slots, every operation, and outputs, contiguous, in the slots behind.
+
+    Returns:
+        The outputs.
+    """
+    recording = emitter.recording
+    nodes, outputs = versioned(recording.nodes, recording.outputs)
+    emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
+    emitter.uses.update(ref.storage for ref in outputs)
+    for i, ref in enumerate(recording.inputs):
+        emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
+        if ref is recording.row_members:
+            emitter.row_members = (At(Slot.ARGUMENTS + i), ref.size[0])
+    for node in nodes:
+        lower(emitter, node)
+    first_output = Slot.ARGUMENTS + len(recording.inputs)
+    for i, ref in enumerate(outputs):
+        stride = _contiguous(ref.size)
+        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
+    return outputs
+
+
 class Plan:
     """The program of a folded pass.
 
@@ -57,21 +80,8 @@ class Plan:
 
     def __init__(self, recording: Recording, num_members: int, constants: Constants) -> None:
         self.num_threads = torch.get_num_threads()
-        nodes, outputs = versioned(recording.nodes, recording.outputs)
         emitter = Emitter(recording, num_members, self.num_threads, constants)
-        emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
-        emitter.uses.update(ref.storage for ref in outputs)
-        for i, ref in enumerate(recording.inputs):
-            emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
-            if ref is recording.row_members:
-                emitter.row_members = (At(Slot.ARGUMENTS + i), ref.size[0])
-        for node in nodes:
-            lower(emitter, node)
-        self._outputs = [(ref.size, ref.dtype) for ref in outputs]
-        first_output = Slot.ARGUMENTS + len(recording.inputs)
-        for i, ref in enumerate(outputs):
-            stride = _contiguous(ref.size)
-            emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
+        self._outputs = [(ref.size, ref.dtype) for ref in lower_all(emitter)]
         self._assemble(emitter)
 
     def _assemble(self, emitter: Emitter) -> None:

@@ -38,7 +38,8 @@ def sketched(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (torch.zeros_like(args[0]), *(args[0].new_zeros(args[3], args[6]) for _ in range(2)))
     if name in _PRODUCTS or name.startswith("aten::_scaled_dot_product"):
         meta = mapped(Tensor, _on_meta, (args, kwargs))
-        return mapped(Tensor, _zeros, func(*meta[0], **meta[1]))
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        return mapped(Tensor, lambda x: _zeros(x, device), func(*meta[0], **meta[1]))
     return None
 
 
@@ -46,5 +47,5 @@ def _on_meta(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _zeros(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).zero_()
+def _zeros(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).zero_()

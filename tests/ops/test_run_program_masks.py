@@ -28,7 +28,7 @@ def bits_of(words, channels):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("pixels", "channels"), [(64, 32), (49, 20), (1, 37), (16, 130), (6, 17), (9, 64)])
 @pytest.mark.parametrize("p", [0.1, 0.75, 1.0])
-def test_drawn_words_are_those_of_the_op(layout, pixels, channels, p, threads=2):
+def test_drawn_words_are_those_of_the_op(layout, pixels, channels, p):
     rows, key, evaluation = 6, -(2**62) + 12345, 2**33 + 7
     members, samples = torch.tensor([2, 0, 0, 1, 2, 2**31]), torch.tensor([0, 1, 2**31, 5, 0, 3])
     pixel_step, channel_step = LAYOUTS[layout](pixels, channels)
@@ -57,7 +57,7 @@ def test_drawn_words_are_those_of_the_op(layout, pixels, channels, p, threads=2)
     arenas = [torch.full((2 * GAP + rows * out_row // 2,), torch.nan) for _ in range(2)]
     inputs = [torch.tensor([evaluation, key]), samples, members]
     for run, arena in zip((run_program, reference.run_program), arenas, strict=True):
-        run(steps.encode([step]), torch.empty(0), arena, inputs, [], threads)
+        run(steps.encode([step]), torch.empty(0), arena, inputs, [], 2)
     ours, theirs = (arena.view(torch.int16) for arena in arenas)
     assert torch.equal(ours, theirs)
     drawn = ours[2 * GAP :].as_strided((rows, pixels, words), (out_row, words + 1, 1), 2 * GAP)

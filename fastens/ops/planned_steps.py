@@ -1,0 +1,226 @@
+"""What the launches of a plan call: each writes its first argument, which was laid out beforehand, and returns nothing.
+
+``backend`` is ``"auto"``, ``"triton"`` or ``"reference"``, as for the ops; shapes are those of the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.ops import conv2d_sum as sum_op
+from fastens.ops import group_moments as moments_op
+from fastens.ops import group_norm as norm_op
+from fastens.ops import layer_norm as layer_norm_op
+from fastens.ops import linear as linear_op
+from fastens.ops.conv import conv
+from fastens.program.steps import Opcode
+from fastens.reference._activation import activate
+from fastens.reference.conv2d import prepared
+
+
+def conv2d(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    backend: str,
+    moments: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    row_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    output_scale: float = 1.0,
+    output_activation: str = "none",
+    found: Tensor | None = None,
+    num_groups: int = 0,
+) -> None:
+    """A convolution with what is before and behind it, and moments of its result into ``found``.
+
+    ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
+    """
+    x = x.to(weight.dtype)  # read from before a conversion that the network asked for
+    if uses_triton(x, backend) and _is_dense_image(x) and _is_dense_image(out) and out.dtype == x.dtype:
+        from fastens.kernels.conv2d import conv2d as launch
+
+        launch(
+            x, weight, bias, stride, padding, None, moments, norm_weight, norm_bias, eps, scale, shift, activation,
+            row_bias, residual, output_scale, output_activation, num_groups, into=(out, found),
+        )  # fmt: skip
+        return
+    x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+    height, width = (
+        (size - 1) * s + taps for size, s, taps in zip(out.shape[2:], stride, weight.shape[3:], strict=True)
+    )
+    x = F.pad(x, (padding[1], width - x.shape[3] - padding[1], padding[0], height - x.shape[2] - padding[0]))
+    y = conv(x, weight, bias, stride, (0, 0))
+    if row_bias is not None:
+        y = y + row_bias[:, :, None, None]
+    if residual is not None:
+        y = y + residual
+    out.copy_(activate(y if output_scale == 1 else y * output_scale, output_activation))
+    if found is not None:
+        _moments_into(found, out, num_groups, backend)
+
+
+def conv2d_sum(
+    weights: list[float],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    backend: str,
+    moments: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "none",
+    **_: Any,
+) -> Tensor:
+    """The last convolution, summed over the members with their weights: [B, O, H', W'], contiguous."""
+    y = sum_op.conv2d_sum(
+        x.to(weight.dtype), weight, bias, weights, stride, padding, moments=moments, norm_weight=norm_weight,
+        norm_bias=norm_bias, eps=eps, scale=scale, shift=shift, activation=activation, backend=_named(x, backend),
+    )  # fmt: skip
+    return y.contiguous()
+
+
+def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
+    """Moments of groups [R, G, T, 2] of an image that no convolution before it could take."""
+    _moments_into(out, x, num_groups, backend)
+
+
+def _moments_into(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
+    if uses_triton(x, backend):
+        from fastens.kernels.group_moments import group_moments as launch
+
+        launch(x, num_groups, into=out)
+    else:
+        out.copy_(moments_op.group_moments(x, num_groups, backend="reference"))
+
+
+def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, backend: str) -> None:
+    """Group norm and activation of an image; without a norm, the activation alone."""
+    if not norm:
+        out.copy_(activate(x, activation))
+        return
+    fused = activation if activation in ("none", "silu") else "none"
+    y = norm_op.group_norm(
+        x, norm["moments"].shape[1], norm["norm_weight"], norm["norm_bias"], norm["eps"], None, norm["scale"],
+        norm["shift"], fused, backend=_named(x, backend),
+    )  # fmt: skip
+    out.copy_(y if fused == activation else activate(y, activation))
+
+
+def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> None:
+    """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
+    tokens = x.movedim(1, -1).to(weight.dtype)
+    y = linear_op.linear(tokens, weight.flatten(2), bias, None, activation, backend=_named(x, backend))
+    out.copy_(y.movedim(-1, 1))
+
+
+def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> None:
+    """Layer norm of tokens [R, T, C]."""
+    out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, backend=_named(x, backend)))
+
+
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Attention without mask, [R, heads, tokens, width]."""
+    q, k, v = (x.to(out.dtype) for x in (q, k, v))
+    out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
+
+
+def join(out: Tensor, images: Sequence[Tensor], up: int) -> None:
+    """Images [R, C, H, W] one after the other along the channels, each pixel ``up`` times in both directions."""
+    if up == 1:
+        torch.cat(list(images), 1, out=out)
+        return
+    start = 0
+    for image in images:
+        part = out[:, start : start + image.shape[1]].unflatten(3, (-1, up)).unflatten(2, (-1, up))
+        part.copy_(image[:, :, :, None, :, None].expand_as(part))
+        start += image.shape[1]
+
+
+UNARY: dict[Opcode, Callable[[Tensor], Tensor]] = {
+    Opcode.SILU: F.silu,
+    Opcode.GELU: F.gelu,
+    Opcode.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Opcode.SIGMOID: torch.sigmoid,
+    Opcode.TANH: torch.tanh,
+    Opcode.EXP: torch.exp,
+    Opcode.LOG: torch.log,
+    Opcode.SIN: torch.sin,
+    Opcode.COS: torch.cos,
+    Opcode.SQRT: torch.sqrt,
+    Opcode.SQUARE: torch.square,
+    Opcode.RELU: torch.relu,
+    Opcode.ABS: torch.abs,
+}
+BINARY: dict[Opcode, Callable[[Any, Any], Tensor]] = {
+    Opcode.ADD: torch.add,
+    Opcode.SUBTRACT: torch.sub,
+    Opcode.MULTIPLY: torch.mul,
+    Opcode.DIVIDE: torch.div,
+}
+NUMBERED: dict[Opcode, Callable[[Tensor, float], Tensor]] = {
+    Opcode.ADD_NUMBER: torch.add,
+    Opcode.MULTIPLY_NUMBER: torch.mul,
+    Opcode.NUMBER_MINUS: lambda x, number: number - x,
+    Opcode.NUMBER_OVER: lambda x, number: number / x,
+}
+
+
+def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[tuple[Opcode, int, int, float]]) -> None:
+    """A chain of elementwise instructions; the inputs are the first registers, each instruction writes the next one."""
+    registers = list(inputs)
+    if len(code) > 1:  # rounded once, at the end
+        registers = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in registers]
+    for opcode, a, b, number in code:
+        if opcode is Opcode.COPY:
+            registers.append(registers[a])
+        elif opcode in UNARY:
+            registers.append(UNARY[opcode](registers[a]))
+        elif opcode in BINARY:
+            registers.append(BINARY[opcode](registers[a], registers[b]))
+        else:
+            registers.append(NUMBERED[opcode](registers[a], number))
+    out.copy_(registers[-1])
+
+
+def call(outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """An operation of torch; one that changes an argument changes a copy, since values are written once."""
+    if function._schema.is_mutable:
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)
+
+
+def uses_triton(x: Tensor, backend: str) -> bool:
+    """Whether a launch on this tensor is one of Triton's kernels."""
+    return backend == "triton" or (backend == "auto" and x.is_cuda)
+
+
+def _named(x: Tensor, backend: str) -> str:
+    return "auto" if x.is_cuda and backend == "triton" else backend
+
+
+def _is_dense_image(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
