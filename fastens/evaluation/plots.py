@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from fastens.evaluation.results import write_whole
+from fastens.files import whole
 
 SHOWN = {"mean": "tab:blue", "geometric": "tab:orange", "median": "tab:green", "dominant": "tab:red"}
 
@@ -26,10 +25,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     _distances(axes[1, 1], report["quality"])
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    with whole(path) as (partial,):
+        figure.savefig(partial, format="png", dpi=100)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
 
 
 def _levels(axis: Any, loss: dict[str, Any]) -> None:
