@@ -12,14 +12,15 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def whole(*paths: Path) -> Iterator[list[Path]]:
+def whole(path: Path, *more: Path) -> Iterator[list[Path]]:
     """Write files beside their places, and put all of them there only once the last is whole and on the disk.
 
     Of several files the last one says that the others are there: it is taken away before they change, so that an
     interruption leaves either the former files, or the new ones, or no last one.
 
     Args:
-        *paths: of the files; their folder is made where it is missing.
+        path: of a file; its folder is made where it is missing.
+        *more: of further files that belong to it.
 
     Yields:
         Paths in the same folder, with the same suffixes, that are to be written.
@@ -27,6 +28,7 @@ def whole(*paths: Path) -> Iterator[list[Path]]:
     Raises:
         OSError: the folder cannot be written, or the disk is full; what was there before is kept.
     """
+    paths = (path, *more)
     partials = [path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial.{path.name}") for path in paths]
     try:
         for path in paths:

@@ -58,7 +58,7 @@ def test_full_disk_leaves_what_was_there(name, before, tmp_path, monkeypatch):
     found = content(tmp_path)
     assert bool(found) == before
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="cannot be written: .*No space left on device"):
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left on device"):
         WRITERS[name](tmp_path, 1)
     assert content(tmp_path) == found
     monkeypatch.undo()
