@@ -124,7 +124,7 @@ class _Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """InceptionV3 (Szegedy et al., CVPR 2016) with the names, and the departures, of the weights that FID is defined by.
+    """InceptionV3 (Szegedy et al., CVPR 2016) with the names and departures of the weights that FID is defined by.
 
     Images are brought to 299x299 bilinearly with antialiasing, as in torchmetrics.
     """
@@ -141,8 +141,8 @@ class Inception(nn.Module):
         """Features [B, 2048] of uint8 images [B, 3, H, W]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [B, 3, H, W]; repeat the channel "
-                "of grey images, and scale to 0..255"
+                f"images are {images.dtype} {list(images.shape)}, expected torch.uint8 [B, 3, H, W]; repeat the "
+                "channel of grey images, and scale to 0..255"
             )
         x = F.interpolate(images.float(), (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
         x = (x - 128) / 128
