@@ -15,9 +15,10 @@ def verdict(report: dict[str, Any]) -> list[str]:
     by_loss = sorted(loss["rules"], key=lambda rule: loss["rules"][rule]["value"])
     best = by_loss[0]
     gain, over_best = (loss["rules"][best][key] for key in ("against_member_mean", "against_best_member"))
+    change = _percent(abs(gain["value"]), loss["member_mean"]["value"])
     lines = [
-        f"Loss: {best} is the best rule. Its loss is {_percent(abs(gain['value']), loss['member_mean']['value'])} "
-        f"{'below' if gain['value'] <= 0 else 'above'} the member mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
+        f"Loss: {best} is the best rule. Its loss is {change} {'below' if gain['value'] <= 0 else 'above'} the member "
+        f"mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
     ]
     sizes = {int(k): v["value"] for k, v in loss["by_size"]["mean"].items()}
     sizes[report["members"]] = loss["rules"]["mean"]["value"]
