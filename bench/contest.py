@@ -17,7 +17,7 @@ from torch import Tensor
 Contender = Callable[[], Tensor]
 
 
-def _commit() -> str:
+def commit() -> str:
     found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
 
@@ -110,6 +110,6 @@ def contest(
         capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        commit=_commit(),
+        commit=commit(),
         load=os.getloadavg()[0],
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastens import rules, schedules
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble, rebuild
+from fastens.files import whole
 from fastens.fold.members import make_skeleton, tensors_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -294,12 +295,10 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
-    partial = directory / f".{_STACKS}.partial"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
-        (directory / _CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
-        partial.replace(directory / _STACKS)
+        with whole(directory / _STACKS, directory / _CONFIG) as (stacks, described):
+            save_file(tensors, stacks)
+            described.write_text(json.dumps(config, indent=2, default=str) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(f"the folder {directory} cannot be written: {error}; choose another") from error
 

@@ -1,13 +1,14 @@
 """The command line: ``fastens demo``, ``info``, ``sample``, ``evaluate``, ``tune`` and ``bench``."""
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from fastens.files import whole, write_json, write_whole
 
 EXTRAS = {
     "diffusers": ("diffusers", "safetensors", "tqdm"),
@@ -187,13 +188,13 @@ def _bench(options: argparse.Namespace) -> None:
             raise ValueError("a benchmark failed; its output is above")
     rows = ratios.read(result)
     text = ratios.table(rows)
-    (options.out / "ratios.md").write_text(text + "\n")
+    write_whole(options.out / "ratios.md", text + "\n")
     ratios.plot(rows, options.out / "ratios.png")
     print(f"{text}\n\ntable: {options.out / 'ratios.md'}\nplot: {options.out / 'ratios.png'}")
     if ratios.plot_scaling(rows, options.out / "scaling.png"):
         print(f"time against K and B: {options.out / 'scaling.png'}")
     if memory := ratios.memory_table(rows):
-        (options.out / "memory.md").write_text(memory + "\n")
+        write_whole(options.out / "memory.md", memory + "\n")
         print(f"\n{memory}\n\npeak memory: {options.out / 'memory.md'}")
 
 
@@ -201,10 +202,12 @@ def _write_samples(options: argparse.Namespace, images) -> None:
     import numpy as np
     from PIL import Image
 
-    np.save(options.out / "samples.npy", images)
+    with whole(options.out / "samples.npy") as (partial,):
+        np.save(partial, images)
     for i, image in enumerate((images * 255).round().astype(np.uint8)):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(options.out / f"sample_{i:04}.png")
+        with whole(options.out / f"sample_{i:04}.png") as (partial,):
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("run", "checkpoints")}
     settings["checkpoints"] = [str(path) for path in options.checkpoints]
-    (options.out / "samples.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(options.out / "samples.json", settings)
     print(f"{len(images)} samples: {options.out / 'samples.npy'} and PNG files beside it")

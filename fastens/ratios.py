@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastens.files import whole
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read a pytest-benchmark file; one row per question and rival.
@@ -82,7 +84,8 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> bool:
             axis.plot(numbers, [1e3 * s for s in seconds], marker="o", label=name, linewidth=2 if name == "ours" else 1)
         axis.set(xscale="log", yscale="log", xlabel=over, ylabel="ms", title=f"{network}, {dtype}, {fixed}")
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with whole(path) as (partial,):
+        figure.savefig(partial, dpi=110)
     plt.close(figure)
     return True
 
@@ -120,5 +123,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log")
     axis.axvline(1, color="0.5", linewidth=0.8)
     axis.set_xlabel("rival's time over ours (median and quartiles); black: the goal")
-    figure.savefig(path, dpi=110)
+    with whole(path) as (partial,):
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.files import write_json
 from fastens.ops._choice import CHOICES, Choice, device_name
 
 Call = tuple[Choice, tuple[Any, ...]]
@@ -87,7 +87,7 @@ def export(path: pathlib.Path, device: torch.device) -> int:
     ops: dict[str, Any] = {}
     for table in tables.values():
         ops.update(table.content.get(name, {}))
-    path.write_text(json.dumps({name: ops}, indent=1, sort_keys=True) + "\n")
+    write_json(path, {name: ops}, sort_keys=True)
     return sum(map(len, ops.values()))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastens.files import whole
+
 COLUMNS, ROWS = 16, 2
 
 
@@ -71,5 +73,6 @@ def draw(
         axis.set_title(f"one score evaluation, batch {batch} (ours blue; median and quartiles)", fontsize=10)
         axis.set_xlabel("ms")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # the longest label reaches past the margin
+    with whole(path) as (partial,):
+        figure.savefig(partial, dpi=110, bbox_inches="tight")  # the longest label reaches past the margin
     plt.close(figure)

@@ -1,6 +1,5 @@
 """The main job: sample digits with the shipped ensemble by every rule, and draw what came of it."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fastens.demo import member_paths
 from fastens.demo.picture import draw
 from fastens.demo.train import make_scheduler
 from fastens.ensemble import Ensemble
+from fastens.files import write_json
 
 RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 
@@ -163,5 +163,5 @@ def run_demo(out: Path, num: int = 100, steps: int = 50, seed: int = 0, batch: i
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(out / "demo.json", figures)
     print(f"picture: {out / 'demo.png'}\nfigures: {out / 'demo.json'}")

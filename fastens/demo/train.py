@@ -22,6 +22,7 @@ from torch import Tensor
 from fastens.demo import members_folder
 from fastens.demo.data import LOADERS
 from fastens.ensemble import Ensemble
+from fastens.files import write_json
 from fastens.training import training_step
 
 MODEL = {
@@ -213,8 +214,11 @@ def main(argv: list[str] | None = None) -> None:
         elif seeds[kept:]:
             trained += train_together(train, options.steps, seeds[kept:], progress, model)
     seconds = time.perf_counter() - started
+    if not options.resume:
+        (out / "training.json").unlink(missing_ok=True)  # it vouches for the folders beside it, which change now
     for k, (member, losses) in enumerate(trained):
-        member.save_pretrained(out / f"member_{k}")
+        if k >= kept:
+            member.save_pretrained(out / f"member_{k}")
         noise, predicted = noise_predictions(member, test)
         predictions.append(predicted)
         loss = float((predicted - noise).square().mean())
@@ -233,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "members": members,
     }
-    (out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    write_json(out / "training.json", log)
     print(
         f"wrote {options.members} members and training.json to {out}; test loss of the members "
         f"{log['member_mean_test_loss']:.5f} on average, of their mean {ensemble:.5f}"

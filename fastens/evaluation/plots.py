@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from fastens.evaluation.results import write_whole
+from fastens.files import whole
 
 SHOWN = {"mean": "tab:blue", "geometric": "tab:orange", "median": "tab:green", "dominant": "tab:red"}
 
@@ -26,10 +25,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     _distances(axes[1, 1], report["quality"])
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    with whole(path) as (partial,):
+        figure.savefig(partial, format="png", dpi=100)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
 
 
 def _levels(axis: Any, loss: dict[str, Any]) -> None:
@@ -40,7 +38,9 @@ def _levels(axis: Any, loss: dict[str, Any]) -> None:
     spread = [100 * d / mean for d, mean in zip(loss["diversity_by_level"], base, strict=True)]
     axis.plot(loss["times"], spread, "k:", label="diversity")
     axis.axhline(0, color="0.5", linewidth=0.8)
-    axis.set(title="loss by noise level, against the member mean", xlabel="t (noise grows)", ylabel="%")
+    axis.set(
+        title="loss by noise level, against the member mean", xlabel="t (noise grows)", ylabel="change of the loss, %"
+    )
     axis.legend(fontsize=8)
 
 
@@ -50,7 +50,8 @@ def _sizes(axis: Any, report: dict[str, Any]) -> None:
         values = [loss["by_size"][rule][str(k)]["value"] for k in range(1, total)] + [loss["rules"][rule]["value"]]
         axis.plot(range(1, total + 1), values, marker="o", label=rule, color=SHOWN[rule])
     axis.axhline(loss["best_member"]["value"], color="0.5", linestyle="--", label="best member")
-    axis.set(title="denoising loss by number of members", xlabel="members", xticks=range(1, total + 1))
+    labels = {"xlabel": "members", "ylabel": "mean squared error of the noise"}
+    axis.set(title="denoising loss by number of members", xticks=range(1, total + 1), **labels)
     axis.legend(fontsize=8)
 
 
@@ -61,7 +62,8 @@ def _bits(axis: Any, report: dict[str, Any]) -> None:
     for rule in ("geometric", "dominant"):
         axis.plot(total, bits["rules"][rule]["value"], "x", markersize=8, label=rule, color=SHOWN[rule])
     axis.axhline(bits["best_member"], color="0.5", linestyle="--", label="best member")
-    axis.set(title="bits per dimension by number of members", xlabel="members", xticks=range(1, total + 1))
+    labels = {"xlabel": "members", "ylabel": "bits/dim (less is better)"}
+    axis.set(title="bits per dimension by number of members", xticks=range(1, total + 1), **labels)
     axis.legend(fontsize=8)
 
 
@@ -74,9 +76,13 @@ def _distances(axis: Any, quality: dict[str, Any]) -> None:
     for i, name in enumerate(names):
         found = quality["contenders"][name]["frechet"]
         error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
-        axis.barh(i, found["value"], xerr=error, color="0.6" if name.startswith("member ") else "tab:blue")
+        of_rule = not name.startswith("member ")
+        first = i == 0 or names[i - 1].startswith("member ") == of_rule
+        label = ("rules" if of_rule else "single members") if first else None
+        axis.barh(i, found["value"], xerr=error, color="tab:blue" if of_rule else "0.6", label=label)
     floor = quality["training_images"]["frechet"]["value"]
     axis.axvline(floor, color="k", linestyle=":", label="training images")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
-    axis.legend(fontsize=8)
+    axis.set(xlabel="Fréchet distance (less is better)", ylim=(len(names) + 0.6, -0.6))
+    axis.legend(fontsize=8, loc="lower right", ncols=3)  # below the last bar

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,61 +80,6 @@ def features(network: Callable[[Tensor], Tensor], images: Tensor | Iterable[Tens
     if not found:
         raise ValueError("no images to take features of")
     return torch.cat(found)
-
-
-INCEPTION_WIDTH = 2048
-
-
-def inception(weights: str | Path) -> Callable[[Tensor], Tensor]:
-    """The network of FID, InceptionV3 with 2048 features, from a local file; nothing is downloaded.
-
-    Args:
-        weights: torch-fidelity's file of weights (``pt_inception-2015-12-05-6726825d.pth``), or a TorchScript of the
-            network (``inception-2015-12-05.pt``), which needs no torch-fidelity.
-
-    Returns:
-        Maps uint8 images [B, 3, H, W] to features [B, 2048].
-
-    Raises:
-        FileNotFoundError: no such file.
-        ModuleNotFoundError: a file of weights, and torch-fidelity is not installed.
-        ValueError: a file of something else, or a network of another width.
-    """
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; pass a file of Inception's weights, or its TorchScript")
-    network = _scripted(path) or _from_weights(path)
-    with torch.no_grad():
-        found = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    if not isinstance(found, Tensor) or tuple(found.shape) != (2, INCEPTION_WIDTH):
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(
-            f"the network in {path} gives {shape} for 2 images, expected [2, {INCEPTION_WIDTH}]: it is not FID's; "
-            "judge samples by another network with features(network, images) and quality(...)"
-        )
-    return network
-
-
-def _scripted(path: Path) -> Callable[[Tensor], Tensor] | None:
-    """The TorchScript in a file; none where it holds something else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            module = torch.jit.load(str(path), map_location="cpu").eval()
-        except RuntimeError:
-            return None
-    arguments = {argument.name for argument in module.forward.schema.arguments}
-    options = {"return_features": True} if "return_features" in arguments else {}
-    return lambda images: module(images, **options)
-
-
-def _from_weights(path: Path) -> Callable[[Tensor], Tensor]:
-    from torchmetrics.image import fid
-
-    try:
-        return fid.NoTrainInceptionV3("inception-v3-compat", [str(INCEPTION_WIDTH)], str(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} holds neither Inception's weights nor a TorchScript: {error}") from error
 
 
 def quality(

@@ -20,10 +20,11 @@ from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.likelihood import Likelihood, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, level_weights, subsets_of
 from fastens.evaluation.quality import check_enough, features, quality
-from fastens.evaluation.results import Parts, fingerprint, write_json, write_whole
+from fastens.evaluation.results import Parts, fingerprint
 from fastens.evaluation.sampling import sample
 from fastens.evaluation.subjects import Subject
 from fastens.evaluation.weights import fit_weights, held_out_gain
+from fastens.files import write_json, write_whole
 
 LOSS_RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 LIKELIHOOD_RULES = ("mean", "geometric", "dominant")
@@ -99,8 +100,8 @@ def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
     report["load"] = os.getloadavg()[0]
     report["verdict"] = tables.verdict(report)
     write_json(out / "report.json", report)
-    write_whole(out / "report.csv", tables.csv(report).encode())
-    write_whole(out / "report.md", tables.markdown(report).encode())
+    write_whole(out / "report.csv", tables.csv(report))
+    write_whole(out / "report.md", tables.markdown(report))
     draw(report, out / "report.png")
     return report
 

@@ -1,9 +1,7 @@
-"""Results on disk, whole or not at all, and found again by what they were computed from."""
+"""Results on disk, found again by what they were computed from."""
 
 import hashlib
-import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,32 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
+from fastens.files import whole
 
 _SPEED = ("engine", "backend", "max_fold")  # settings of an ensemble that do not change what it computes
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, it holds all of ``content`` or does not exist in this version.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; what was there before is kept.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error.strerror}; nothing half-written was left") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def fingerprint(**parts: Any) -> str:
@@ -92,6 +67,5 @@ class Parts:
         """Keep the arrays of a part."""
         if self._folder is None:
             return
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
-        write_whole(self._folder / f"{name}.npz", buffer.getvalue())
+        with whole(self._folder / f"{name}.npz") as (partial,):
+            np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]

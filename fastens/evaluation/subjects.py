@@ -101,7 +101,7 @@ def from_files(
         scheduler: folder of a diffusers scheduler; none for 1000 steps of linear beta.
         prediction: what the members predict.
         levels: how many values a pixel takes.
-        weights: file of Inception weights, to judge samples of three channels; none for no judgement.
+        weights: file of Inception weights, to judge samples with; none for no judgement.
 
     Raises:
         FileNotFoundError: a file or folder that does not exist.
@@ -123,15 +123,14 @@ def from_files(
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         schedule = from_scheduler(DDPMScheduler.from_pretrained(scheduler, local_files_only=True))
-    network, note = None, "no feature network was given (--inception), so samples are not judged"
+    network, logits, note = None, None, "no feature network was given (--inception), so samples are not judged"
     if weights is not None:
-        from fastens.evaluation.quality import inception
+        from fastens.evaluation.inception import Inception, inception
 
         extract = inception(weights)
-        network, note = (
-            (lambda x: extract(((x + 1) * 127.5).round().clamp(0, 255).byte())),
-            "features: Inception's 2048",
-        )
+        network, note = (lambda x: extract(_bytes(x))), "features: Inception's 2048"
+        if isinstance(extract, Inception):
+            logits = lambda x: extract.logits(_bytes(x))  # noqa: E731
     half = len(images) // 2
     ensemble = Ensemble(list(checkpoints))
     first = ensemble.members[0]
@@ -146,8 +145,14 @@ def from_files(
         test=images[half:],
         levels=levels,
         features=network,
-        logits=None,
+        logits=logits,
         note=note,
         dropout=first if drops else None,
         dropout_note="member 0" if drops else "the members have no dropout layer with p above 0",
     )
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, three channels of a grey one."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels

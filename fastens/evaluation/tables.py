@@ -15,9 +15,10 @@ def verdict(report: dict[str, Any]) -> list[str]:
     by_loss = sorted(loss["rules"], key=lambda rule: loss["rules"][rule]["value"])
     best = by_loss[0]
     gain, over_best = (loss["rules"][best][key] for key in ("against_member_mean", "against_best_member"))
+    change = _percent(abs(gain["value"]), loss["member_mean"]["value"])
     lines = [
-        f"Loss: {best} is the best rule. Its loss is {_percent(-gain['value'], loss['member_mean']['value'])} below "
-        f"the member mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
+        f"Loss: {best} is the best rule. Its loss is {change} {'below' if gain['value'] <= 0 else 'above'} the member "
+        f"mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
     ]
     sizes = {int(k): v["value"] for k, v in loss["by_size"]["mean"].items()}
     sizes[report["members"]] = loss["rules"]["mean"]["value"]
@@ -134,11 +135,15 @@ def _bits_table(bits: dict[str, Any]) -> list[str]:
 def _quality_table(quality: dict[str, Any]) -> list[str]:
     if "contenders" not in quality:
         return [quality["note"] + "."]
-    lines = ["| samples | Fréchet distance | kernel distance | precision | recall |", "|---|---|---|---|---|"]
+    lines = [
+        "| samples | Fréchet distance | kernel distance | Inception score | precision | recall |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found in {**quality["contenders"], "training images": quality["training_images"]}.items():
+        score = _interval(found["score"]) if found["score"] else ""
         lines.append(
-            f"| {name} | {_interval(found['frechet'])} | {found['kernel']['value']:.3g} | {found['precision']:.3f} "
-            f"| {found['recall']:.3f} |"
+            f"| {name} | {_interval(found['frechet'])} | {_interval(found['kernel'])} | {score} "
+            f"| {found['precision']:.3f} | {found['recall']:.3f} |"
         )
     return lines
 
@@ -243,6 +248,8 @@ def csv(report: dict[str, Any]) -> str:
     for name, found in report["quality"].get("contenders", {}).items():
         add("frechet distance", name, found["frechet"])
         add("kernel distance", name, found["kernel"])
+        if found["score"]:
+            add("inception score", name, found["score"])
     dropout = report["mc_dropout"]
     if "loss" in dropout:
         add("loss, dropout network", "off", dropout["loss"]["off"])

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.files import write_json
 from fastens.ops._clock import clock as device_clock
 
 Entry = dict[str, Any]
@@ -80,12 +80,9 @@ class Table:
         added = {device: {op: {key: entry}}}
         _merge(self.content, added)
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             stored = _read(self.path)
             _merge(stored, added)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                json.dump(stored, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
+            write_json(self.path, stored, sort_keys=True)
 
     def summary(self) -> dict[tuple[str, str], dict[str, int]]:
         """How often each way was chosen: (device, op) -> way -> number of keys."""

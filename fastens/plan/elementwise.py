@@ -260,9 +260,14 @@ def silu_backward(emitter: Emitter, node: Node) -> bool:
     if any(ref.dtype not in FLOATS for ref in (gradient, x, out)):
         return False
     share = Apply(Opcode.SIGMOID, (Leaf(x),))
+    given = emitter.values.get(gradient.storage)  # a product is taken along
+    only_use = isinstance(given, Expression) and same_view(given.ref, gradient) and emitter.uses[gradient.storage] == 1
     inner = Apply(Opcode.MULTIPLY, (Leaf(x), Apply(Opcode.NUMBER_MINUS, (share,), 1.0)))
     slope = Apply(Opcode.MULTIPLY, (share, Apply(Opcode.ADD_NUMBER, (inner,), 1.0)))
-    emitter.values[out.storage] = Expression(out, Apply(Opcode.MULTIPLY, (Leaf(gradient), slope)))
+    whole = Apply(Opcode.MULTIPLY, (given.root if only_use else Leaf(gradient), slope))  # pyright: ignore[reportOptionalMemberAccess]
+    if not _fits(whole) or gradient.size != out.size:
+        whole = Apply(Opcode.MULTIPLY, (Leaf(gradient), slope))
+    emitter.values[out.storage] = Expression(out, whole)
     return True
 
 

@@ -212,7 +212,7 @@ class Emitter:
             return None
         if isinstance(value, Activated):
             return dataclasses.replace(inner, activation=value.activation)
-        return None if inner.tables is not None else dataclasses.replace(inner, tables=self._tables(value))
+        return None if inner.tables is not None else dataclasses.replace(inner, tables=self.tables(value))
 
     def _inner(self, pixels: Pixels, height: int, width: int) -> Source | None:
         reshaped = pixels.reshaped(height, width)
@@ -226,7 +226,8 @@ class Emitter:
         self.stored(pixels.ref)
         return Source([pixels])
 
-    def _tables(self, value: Normed) -> tuple[At, At]:
+    def tables(self, value: Normed) -> tuple[At, At]:
+        """Scale and shift of a normalisation, [R, C] each, by a step that is added when they are first asked for."""
         if value.tables is None:
             source = self.plain(value.inner)
             rows, channels = value.pixels.rows, value.pixels.channels

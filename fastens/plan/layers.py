@@ -22,6 +22,7 @@ from fastens.plan.values import (
     pixels_of,
 )
 from fastens.program import steps
+from fastens.program.steps import Opcode
 
 # Convolutions and linear layers
 
@@ -142,6 +143,34 @@ def _normed(emitter: Emitter, node: Node, groups: int, weight: Any, bias: Any, e
         return False
     places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
     emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *places)
+    return True
+
+
+@lowers("aten.native_group_norm")
+def moments(emitter: Emitter, node: Node) -> bool:
+    """Mean and reciprocal deviation of each group, as derivatives take them, where the normalised values have no use.
+
+    torch's own, of images with their channels last, lose digits where the mean is large beside the deviation.
+    """
+    x, weight, bias, _, channels, _, groups, eps = node.args
+    normed, mean, rate = node.outs
+    if weight is not None or bias is not None or emitter.uses[normed.storage] or not x.numel or x.dtype not in FLOATS:
+        return False
+    pixels, runs = image_pixels(emitter, x, 1), emitter.runs(x.size[0], None)
+    if pixels is None or runs is None:
+        return False
+    scale, shift = emitter.tables(Normed(pixels, pixels, groups, float(eps), runs, None, None))
+    step = [0, 0, 0, 0, channels, channels // groups]
+    inputs = [steps.Strided(at, 0, step) for at in (shift, scale)]  # pyright: ignore[reportArgumentType]
+    code = {
+        rate.storage: [(Opcode.COPY, 1, 0, 0.0)],
+        mean.storage: [(Opcode.DIVIDE, 0, 1, 0.0), (Opcode.MULTIPLY_NUMBER, 2, 0, -1.0)],
+    }
+    for storage, instructions in code.items():
+        place = At(emitter.buffer(x.size[0] * groups))
+        out = steps.Strided(place, 0, [0, 0, 0, 0, groups, 1])  # pyright: ignore[reportArgumentType]
+        emitter.pointwise([1, 1, 1, 1, x.size[0], groups], out, inputs, instructions)
+        emitter.values[storage] = Stored(place)
     return True
 
 

@@ -29,6 +29,11 @@ LINEAR = (
     *("upsample_nearest1d", "upsample_nearest2d", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d"),
 )
 
+# Operations that read of a tensor only what kind it is.
+EMPTY = {"aten.new_empty", "aten.empty_like", "aten.new_empty_strided"}
+FILLED = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+CREATED = EMPTY | {f"aten.{name}" for name in FILLED}
+
 
 def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Run a recorded pass, and its derivative along a tangent of one input.
@@ -61,15 +66,21 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
         nodes, outputs = versioned(recording.nodes, recording.outputs)
     except NotLowerable as error:
         raise NotRecordable(str(error)) from error
+    unwritten: set[int] = set()  # storages that hold nothing yet
     for node in nodes:
         args, kwargs = pytree.tree_map(value, (list(node.args), node.kwargs))
+        if node.name == "aten.copy_":
+            _copied(node, args, derivative(node.args[1]), values, tangents, unwritten)
+            continue
         node = dataclasses.replace(node, func=_out_of_place(node))
         results = [r for r in pytree.tree_leaves(node.func(*args, **kwargs)) if isinstance(r, Tensor)]
         for out, result in zip(node.outs, results, strict=True):
             if not _as_recorded(result, out):
                 raise NotRecordable(f"{node.name} gave another layout than when it was recorded")
             values[out.storage] = result
-        if any(ref.storage in tangents for ref in node.reads):
+        if node.name in CREATED:
+            unwritten.update(out.storage for out in node.outs if node.name in EMPTY)
+        elif any(ref.storage in tangents for ref in node.reads):
             rule = RULES.get(node.name)
             if rule is None:
                 raise NotRecordable(f"the derivative of {node.name} is not known here")
@@ -81,13 +92,38 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
     return value(first), derivative(first)
 
 
+def _copied(
+    node: Node,
+    args: list[Any],
+    moved: Tensor | None,
+    values: dict[int, Tensor],
+    tangents: dict[int, Tensor],
+    unwritten: set[int],
+) -> None:
+    """A copy in place of a whole value, or into a part of one; the tangent is copied to the same place."""
+    into, out = node.args[0], node.outs[0]
+    base = values[into.storage]
+    if out.storage != into.storage:  # the whole, under another name
+        values[out.storage] = torch.empty_like(base).copy_(args[1])
+        if moved is not None:
+            tangents[out.storage] = torch.empty_like(base).copy_(moved)
+        return
+    if moved is not None and into.storage not in tangents:
+        tangents[into.storage] = torch.empty_like(base) if into.storage in unwritten else torch.zeros_like(base)
+    if into.storage in tangents:
+        part = _view(tangents[into.storage], into)
+        part.copy_(torch.zeros((), dtype=base.dtype) if moved is None else moved)
+    args[0].copy_(args[1])
+    unwritten.discard(into.storage)
+
+
 def _out_of_place(node: Node) -> Any:
     """The operation, in the form that writes to memory of its own."""
     if not node.func._schema.is_mutable:
         return node.func
     name = node.name.removeprefix("aten.")
     plain = getattr(aten, name.rstrip("_"), None)
-    if plain is None or name == "copy_" or node.func._overloadname not in plain.overloads():
+    if plain is None or node.func._overloadname not in plain.overloads():
         raise NotRecordable(f"{node.name} writes to a part of a tensor, which has no derivative here")
     return getattr(plain, node.func._overloadname)
 
@@ -230,6 +266,24 @@ def _of_result(node: Node, _: list[Any], moved: list[Any], results: list[Tensor]
     return (aten.sigmoid_backward if node.name == "aten.sigmoid" else aten.tanh_backward)(moved[0], y)
 
 
+@differentiates("aten.pow", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.sin", "aten.cos", "aten.log")
+def _of_input(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+    x, y = args[0], results[0]
+    if node.name == "aten.pow":
+        if not isinstance(args[1], int | float) or moved[0] is None:
+            raise NotRecordable("the derivative of aten.pow in this form is not known here")
+        return moved[0] * (args[1] * (x if args[1] == 2 else x.pow(args[1] - 1)))
+    slopes: dict[str, Callable[[], Tensor]] = {
+        "aten.sqrt": lambda: 0.5 / y,
+        "aten.rsqrt": lambda: -0.5 * y / x,
+        "aten.reciprocal": lambda: -y * y,
+        "aten.sin": x.cos,
+        "aten.cos": lambda: -x.sin(),
+        "aten.log": x.reciprocal,
+    }
+    return moved[0] * slopes[node.name]()
+
+
 @differentiates("aten._softmax")
 def _softmax(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     return aten._softmax_backward_data(moved[0], results[0], args[1], args[0].dtype)
@@ -254,10 +308,13 @@ def _product(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> 
 
 
 @differentiates("aten.div")
-def _quotient(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    if moved[1] is not None or node.kwargs.get("rounding_mode") is not None:
+def _quotient(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+    if node.kwargs.get("rounding_mode") is not None:
         raise NotRecordable("the derivative of aten.div in this form is not known here")
-    return moved[0] / args[1]
+    if moved[1] is None:
+        return moved[0] / args[1]
+    change = results[0] * moved[1] if moved[0] is None else results[0] * moved[1] - moved[0]
+    return -change / args[1]
 
 
 @differentiates("aten.cat")

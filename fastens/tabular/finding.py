@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastens.evaluation.progress import Progress
-from fastens.evaluation.results import fingerprint, write_json
+from fastens.evaluation.results import fingerprint
+from fastens.files import write_json
 from fastens.tabular.metrics import coverage, downstream, real_versus_generated, wasserstein
 
 # Noisy copies of a row: fewer of the wider tables, whose forests take longest.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastens.evaluation.results import write_whole
+from fastens.files import write_whole
 from fastens.tabular.finding import CORRECTED, DATA, GAINS, RULES, Settings
 
 CONTENDERS = (*RULES, *CORRECTED)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fastens import _native, rules
+from fastens.files import whole
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.forest_predict import forest_predict, number_of
@@ -252,7 +254,7 @@ class Forest:
         arrays = {name: getattr(self.trees, name) for name in names} | {"ranges": self._ranges, "base": self._base}
         text = np.frombuffer(json.dumps(header).encode(), np.uint8)
         if isinstance(file, str | os.PathLike):
-            with open(file, "wb") as stream:
+            with whole(Path(file)) as (partial,), partial.open("wb") as stream:
                 np.savez(stream, header=text, **arrays)
         else:
             np.savez(file, header=text, **arrays)

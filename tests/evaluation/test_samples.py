@@ -7,7 +7,8 @@ from torch import nn
 
 import fastens
 from fastens.evaluation import Denoiser, features, quality, sample
-from fastens.evaluation.results import Parts, write_whole
+from fastens.evaluation.results import Parts
+from fastens.files import write_whole
 from fastens.reference.normal import normal
 from fastens.schedules import EDM, VP, Discrete, Flow
 from tests.evaluation.densities import MixtureNetwork

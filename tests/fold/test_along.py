@@ -1,5 +1,7 @@
 """Derivatives along a direction from one planned pass: exact, for every planned network, and never stale."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -15,8 +17,7 @@ from tests.tolerances import NETWORK, relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
 
-# Recurrent layers have no plan; writing to a part of a tensor has no derivative here.
-WITHOUT = {"gru", "gru_time_first", "unet_1d", "edm_like"}
+WITHOUT = {"gru", "gru_time_first"}  # recurrent layers have no plan
 
 
 def derivative(member, args, kwargs, tangent):
@@ -47,6 +48,112 @@ def test_value_and_derivative_are_the_members(name):
         expected = [torch.stack(part) for part in zip(*pairs, strict=True)]
         assert relative_error(found[0], expected[0]) < NETWORK[torch.float32]
         assert relative_error(found[1], expected[1]) < NETWORK[torch.float32]
+
+
+class Written(nn.Module):
+    """Tensors that are written part by part: from the batch, from constants, over each other, and not at all."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        h = self.inner(x)
+        parts = {
+            "batch": (slice(0, 4), h),
+            "constant": (slice(2, 6), torch.full((1,), 0.7)),
+            "time": (slice(5, 8), t.view(-1, 1)),
+            "broadcast": (slice(3, 8), h[:, :1]),
+        }
+        both = h.new_zeros(len(h), 8) if self.order[0] == "zeros" else h.new_empty(len(h), 8)
+        for name in self.order[1:]:
+            where, value = parts[name]
+            both[:, where] = value
+        whole = torch.zeros_like(both)
+        whole.copy_(both.square())
+        return self.outer(whole) + h
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("zeros", "batch"),
+        ("zeros", "constant", "batch"),
+        ("zeros", "batch", "constant"),
+        ("zeros", "time", "broadcast"),
+        ("empty", "broadcast", "constant", "batch"),
+        ("empty", "batch", "constant", "time"),
+        ("empty", "time", "constant", "broadcast", "batch"),
+        ("zeros", "constant", "time"),
+    ],
+    ids="-".join,
+)
+def test_writing_to_parts(order):
+    check_against_jvp([randomised(lambda: Written(order), seed) for seed in range(2)])
+
+
+def check_against_jvp(members):
+    ensemble = fastens.Ensemble(members, engine="fold")
+    generator = torch.Generator().manual_seed(1)
+    t = torch.rand(3, generator=generator)
+    for _ in range(2):  # recorded, planned
+        x, tangent = (torch.randn(3, 4, generator=generator) for _ in range(2))
+        found = outputs_along(ensemble._engine, (x, t), {}, tangent)
+        assert found is not None, ensemble.report().why_no_plan
+        for k, member in enumerate(members):
+            value, moved = torch.func.jvp(lambda y, m=member: m(y, t), (x,), (tangent,))
+            assert relative_error(found[0][k], value) < NETWORK[torch.float32]
+            assert relative_error(found[1][k], moved) < NETWORK[torch.float32]
+
+
+FUNCTIONS = {
+    "square": lambda h: h.square() + h.pow(3),
+    "roots": lambda h: (h.square() + 1).sqrt() - (h * h + 2).rsqrt(),
+    "quotient": lambda h: h / (1 + h.square()) + 3 / (h.exp() + 1) + (h * h + 1).reciprocal(),
+    "waves": lambda h: h.sin() * h.cos(),
+    "logarithm": lambda h: (h.square() + 0.5).log(),
+}
+
+
+class Elementwise(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        return self.outer(self.function(self.inner(x))) + t.view(-1, 1)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementwise_functions(name):
+    members = [randomised(lambda: Elementwise(FUNCTIONS[name]), seed) for seed in range(2)]
+    check_against_jvp(members)
+
+
+class FarFromZero(nn.Module):
+    """A normalisation of values whose mean is several times their deviation."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Conv2d(2, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        return self.outer(torch.nn.functional.silu(self.norm(self.inner(x) + 4)))
+
+
+def test_normalisation_far_from_zero():
+    members = [randomised(FarFromZero, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, engine="fold")
+    generator = torch.Generator().manual_seed(2)
+    x, tangent = (torch.randn(3, 2, 12, 12, generator=generator) for _ in range(2))
+    found = outputs_along(ensemble._engine, (x,), {}, tangent)
+    assert found is not None, ensemble.report().why_no_plan
+    for k, member in enumerate(members):
+        x64, tangent64 = x.double(), tangent.double()
+        _, moved = torch.func.jvp(copy.deepcopy(member).double(), (x64,), (tangent64,))
+        assert relative_error(found[1][k], moved) < NETWORK[torch.float32]
 
 
 class Odd(nn.Module):

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole(path: Path, *more: Path) -> Iterator[list[Path]]:
+    """Write files beside their places, and put all of them there only once the last is whole and on the disk.
+
+    Of several files the last one says that the others are there: it is taken away before they change, so that an
+    interruption leaves either the former files, or the new ones, or no last one.
+
+    Args:
+        path: of a file; its folder is made where it is missing.
+        *more: of further files that belong to it.
+
+    Yields:
+        Paths in the same folder, with the same suffixes, that are to be written.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; what was there before is kept.
+    """
+    paths = (path, *more)
+    partials = [path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial.{path.name}") for path in paths]
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield partials
+        for partial in partials:
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if len(paths) > 1:
+            paths[-1].unlink(missing_ok=True)
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(f"{paths[-1]} cannot be written: {why}; nothing half-written was left") from error
+    finally:
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that, whatever happens, it holds all of ``content`` or does not exist in this version.
+
+    Raises:
+        OSError: as :func:`whole`.
+    """
+    with whole(path) as (partial,):
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, data: Any, **options: Any) -> None:
+    """Write JSON, whole or not at all; ``options`` are those of :func:`json.dumps`."""
+    write_whole(path, json.dumps(data, **{"indent": 1, **options}) + "\n")
