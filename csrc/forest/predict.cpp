@@ -20,7 +20,8 @@ constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps betwee
 constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
 constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
 constexpr int64_t kBlocksOfThread = 2;
-constexpr double kThreadCost = 40e3;  // nanoseconds of work that are worth waking a thread for
+constexpr double kSleepingThreadCost = 80e3;  // nanoseconds of work that are worth waking a thread for
+constexpr double kNearThreadCost = 30e3;      // the same of a thread that watches for it
 
 // Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
@@ -150,7 +151,9 @@ double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
 template <class Visit>
 int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double cost_of_row, const Memory& memory,
                Visit visit) {
-  const double worth = std::max(1.0, cost_of_row * static_cast<double>(n) / kThreadCost);
+  const double cost = cost_of_row * static_cast<double>(n);
+  const double of_thread = cost >= 2 * kNearThreadCost && helpers_are_near() ? kNearThreadCost : kSleepingThreadCost;
+  const double worth = std::max(1.0, cost / of_thread);
   const int64_t threads =
       worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t most = std::max(kTile, kMemory / memory.of_row());
@@ -174,6 +177,7 @@ int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double c
   } else {
     share_blocks(blocks, threads, work);
   }
+  if (cost >= 2 * kNearThreadCost) call_has_ended();
   return seen;
 }
 

@@ -10,15 +10,15 @@ from sklearn.exceptions import NotFittedError
 
 import fastens
 from fastens import _native, rules
+from fastens.ops._scores import seed_from
 from fastens.reference.aggregate import aggregate
-from fastens.reference.forest import Trees
+from fastens.reference.forest import Trees, combine
 from fastens.tabular.sklearn import float32_at_most
 from tests.tabular.forests import DATA, data, fitted, rows, stacked
 
 SETS = ["avx512", "avx2", "baseline"]
-EXACT = ["median", "dominant", "max_abs", rules.Median("lower")]
-ROUNDED = ["mean", "sum", "geometric", rules.Geometric("batch", 1e-9)]
-RANDOM = ["alternating"]
+RULES = ["mean", "sum", "geometric", rules.Geometric("batch", 1e-9), rules.Geometric("sample", 1e-3)]
+RULES += ["median", rules.Median("lower"), "dominant", "max_abs", "alternating"]
 
 
 def needs_module():
@@ -50,7 +50,25 @@ def test_mean_equals_sklearn(name, depth):
     assert close(fastens.Forest.from_sklearn(forest).predict(x), forest.predict(x))
 
 
-@pytest.mark.parametrize("rule", EXACT + ROUNDED + RANDOM, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", DATA)
+def test_rules_equal_the_loop_over_trees_on_every_data_set(name, rule):
+    source = fitted(name)
+    x = np.concatenate([rows(name), data(name)[:50]])
+    actual = fastens.Forest.from_sklearn(source).predict(x, rule, generator=torch.Generator().manual_seed(3))
+    seed = seed_from(torch.Generator().manual_seed(3))
+    assert np.array_equal(actual, combine(stacked(source, x), rules.get(rule), seed))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_loop_over_trees_is_the_definition_of_the_rule(rule):
+    """The reference in an order of its own, beside the formula as the paper has it."""
+    members = stacked(fitted(), rows())
+    value = rules.get(rule)
+    assert close(combine(members, value, 5), aggregate(torch.from_numpy(members), value, seed=5).numpy())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize(
     "options",
@@ -71,10 +89,8 @@ def test_rules_equal_the_loop_over_trees(options, instruction_set, rule):
     source = fitted(**options)
     forest = fastens.Forest.from_sklearn(source)
     x = rows(options.get("name", "diabetes"))
-    members = torch.from_numpy(stacked(source, x))
-    expected = aggregate(members, rule, seed=7).numpy()
-    actual = force(forest, instruction_set, x, rule)
-    assert close(actual, expected) if rule in ROUNDED else np.array_equal(actual, expected)
+    expected = combine(stacked(source, x), rules.get(rule), 7)
+    assert np.array_equal(force(forest, instruction_set, x, rule), expected)
 
 
 @pytest.mark.parametrize("features", [1, 2, 3, 5, 7, 8, 9, 12, 14, 17, 33, 50, 64, 65])
@@ -90,11 +106,10 @@ def test_numbers_of_features(features):
 def test_many_trees(trees, instruction_set):
     source = fitted("iris", outputs=3, trees=trees, depth=4)
     x = rows("iris", 70)
-    members = torch.from_numpy(stacked(source, x))
+    members = stacked(source, x)
     forest = fastens.Forest.from_sklearn(source)
-    for rule in ("median", "dominant"):
-        assert np.array_equal(force(forest, instruction_set, x, rule), aggregate(members, rule).numpy())
-    assert close(force(forest, instruction_set, x, "geometric"), aggregate(members, "geometric").numpy())
+    for rule in ("mean", "median", "dominant", "geometric"):
+        assert np.array_equal(force(forest, instruction_set, x, rule), combine(members, rules.get(rule)))
 
 
 def test_thresholds_are_compared_as_float32():
@@ -201,9 +216,10 @@ def test_weights():
     source = fitted()
     weights = np.arange(1, 11) / 55
     rule = rules.Mean(tuple(weights))
-    expected = np.einsum("k,knp->np", weights, stacked(source, rows()))
+    expected = combine(stacked(source, rows()), rule)
+    assert close(expected, np.einsum("k,knp->np", weights, stacked(source, rows())))
     for instruction_set in SETS:
-        assert close(force(fastens.Forest.from_sklearn(source), instruction_set, rows(), rule), expected)
+        assert np.array_equal(force(fastens.Forest.from_sklearn(source), instruction_set, rows(), rule), expected)
     with pytest.raises(ValueError, match="one weight per member, 10"):
         fastens.Forest.from_sklearn(source).predict(rows(), rules.Mean((1.0,)))
 
