@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 LIBRARY_NAME = "libfastens_cpu.so"
 FOREST_NAME = f"_forest{sysconfig.get_config_var('EXT_SUFFIX')}"
-# The forest's kernels are compiled once per instruction set and chosen at run time; all round products before adding them.
+# The forest's kernels are compiled once per instruction set and chosen at run time; no fused additions.
 INSTRUCTION_SETS = {
     "kernels_baseline": ["-ffp-contract=off"],
     "kernels_avx2": ["-march=x86-64-v3", "-ffp-contract=off"],

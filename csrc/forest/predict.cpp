@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
@@ -20,8 +21,8 @@ constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps betwee
 constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
 constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
 constexpr int64_t kBlocksOfThread = 2;
-constexpr double kSleepingThreadCost = 80e3;  // nanoseconds of work that are worth waking a thread for
-constexpr double kNearThreadCost = 30e3;      // the same of a thread that watches for it
+constexpr double kSleepingThreadCost = 150e3;  // nanoseconds of work that are worth waking a thread for
+constexpr double kNearThreadCost = 30e3;       // the same of a thread that watches for it
 
 // Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
@@ -140,7 +141,7 @@ struct Block {
 
 // Estimated nanoseconds of one row on one thread.
 double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
-  const bool vector = layout.whole && std::string_view(kernels.name) == "avx512";
+  const bool vector = layout.whole && std::string_view(kernels.name) != "baseline";
   double cost = 0;
   for (int32_t depth : layout.depth) cost += vector ? 0.6 : 1.0 + 0.7 * depth;
   return cost + static_cast<double>(layout.num_trees * layout.stride) * per_leaf +
@@ -326,7 +327,13 @@ bool has(const std::string& instruction_set) {
 
 }  // namespace
 
-const Kernels& kernels_for(const std::string& instruction_set) {
+const Kernels& kernels_for(const std::string& given) {
+  static const std::string target = [] {
+    const char* const name = std::getenv("FASTENS_CPU_TARGET");
+    const std::string chosen = name && *name ? name : "auto";
+    return chosen == "avx512_bf16" ? "avx512" : chosen;  // a forest multiplies nothing
+  }();
+  const std::string& instruction_set = given == "auto" ? target : given;
   for (const Kernels* kernels : {kernels_avx512(), kernels_avx2(), kernels_baseline()}) {
     if (kernels && (instruction_set == kernels->name || instruction_set == "auto") && has(kernels->name)) {
       return *kernels;

@@ -3,6 +3,8 @@
 
 #ifdef __AVX512BW__
 #include <immintrin.h>
+#elif defined(__AVX2__)
+#include "descend_avx2.h"
 #endif
 
 #include "kernels.h"
@@ -55,6 +57,8 @@ void follow(const Layout& layout, const Node<Code>* nodes, int64_t tree, const C
 }
 
 #ifdef __AVX512BW__
+constexpr int kMostSelected = kMaxMuxFeatures;
+
 // Of kCount features' registers, the one that each lane's feature number names: bit b of the number is in bits[b].
 template <int kCount>
 __m512i selected(const __m512i* features, const __mmask32* bits) {
@@ -129,7 +133,9 @@ void descend_tree(const uint16_t* code, const uint16_t* feature, int feature_bit
     _mm512_storeu_si512(below + tile * kTile + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(heap, 1)));
   }
 }
+#endif
 
+#ifdef __AVX2__
 template <int kFeatures>
 void descend_as(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, Ahead& ahead,
                 uint32_t* below) {
@@ -157,16 +163,18 @@ void descend(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t 
     FASTENS_DESCEND(8);
     FASTENS_DESCEND(12);
     FASTENS_DESCEND(16);
+#ifdef __AVX512BW__
     FASTENS_DESCEND(32);
     FASTENS_DESCEND(48);
     FASTENS_DESCEND(64);
+#endif
 #undef FASTENS_DESCEND
   }
 }
 #endif
 
 void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
-                 Ahead& ahead, uint32_t* leaf) {
+                 [[maybe_unused]] Ahead& ahead, uint32_t* leaf) {
   const int64_t rows = tiles * kTile;
   for (int64_t tree = begin; tree < last; ++tree, leaf += rows) {
     if (layout.wide_codes) {
@@ -175,8 +183,8 @@ void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* 
       continue;
     }
     const uint16_t* narrow = static_cast<const uint16_t*>(codes);
-#ifdef __AVX512BW__
-    if (layout.top > 0 && !missing) {
+#ifdef __AVX2__
+    if (layout.top > 0 && layout.mux_features <= kMostSelected && !missing) {
       descend(layout, tree, narrow, tiles, ahead, leaf);
       if (layout.whole) continue;
       const uint32_t* entry = layout.entry.data() + tree * layout.top_size;

@@ -1,5 +1,8 @@
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -93,12 +96,29 @@ def test_rules_equal_the_loop_over_trees(options, instruction_set, rule):
     assert np.array_equal(force(forest, instruction_set, x, rule), expected)
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("features", [1, 2, 3, 5, 7, 8, 9, 12, 14, 17, 33, 50, 64, 65])
-def test_numbers_of_features(features):
+def test_numbers_of_features(features, instruction_set):
     x = np.random.default_rng(features).normal(size=(400, features))
     source = RandomForestRegressor(4, max_depth=7, random_state=0, max_features=1).fit(x, x[:, 0] ** 2 + x[:, -1])
     forest = fastens.Forest.from_sklearn(source)
+    expected = combine(stacked(source, x), rules.Dominant())
+    assert np.array_equal(force(forest, instruction_set, x, "dominant"), expected)
     assert np.array_equal(forest.predict_members(x)[:, :, 0], [tree.predict(x) for tree in source.estimators_])
+
+
+@pytest.mark.parametrize("target", ["avx512_bf16", "avx2", "baseline", "avx1024"])
+def test_a_target_of_the_environment_is_taken(target, tmp_path):
+    needs_module()
+    fastens.Forest.from_sklearn(fitted()).save(tmp_path / "forest.bin")
+    code = "import fastens, sys; f = fastens.Forest.load(sys.argv[1]); print(f._native('native').describe())"
+    command = [sys.executable, "-c", code, tmp_path / "forest.bin"]
+    environment = {**os.environ, "FASTENS_CPU_TARGET": target}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    if target == "avx1024" or "has no kernels" in result.stderr:
+        assert f"no kernels for '{target.removesuffix('_bf16')}'" in result.stderr
+    else:
+        assert f"'instruction_set': '{target.removesuffix('_bf16')}'" in result.stdout
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
