@@ -6,8 +6,8 @@ makes it: the first of a forest, after others have used the caches (a sampler th
 one of many in succession (a solver that evaluates a level again, imputation, data in chunks).
 
 The whole grid takes long: choose a part, such as ``-k "test_grid and trees100-depth7-outputs6"``. Forests are kept in
-``build/bench-cache``; ``python -m bench.bench_forest`` fits them all beforehand. tl2cgen, which compiles for a minute, takes part where
-FASTENS_BENCH_TL2CGEN=1 and it is installed: ``pip install --no-deps tl2cgen``.
+``build/bench-cache``; ``python -m bench.bench_forest`` fits them all beforehand. tl2cgen, which compiles for a minute,
+takes part where FASTENS_BENCH_TL2CGEN=1 and it is installed: ``pip install --no-deps tl2cgen``.
 """
 
 import functools
@@ -160,6 +160,7 @@ def run_contest(benchmark, shape, x, rule, name, wanted, rounds, in_succession=1
         name,
         {key: value for key, value in wanted.items() if key in rivals},
         rounds=rounds,
+        warmup_rounds=2 if rounds > 2 else 0,
         in_succession=in_succession,
     )
 

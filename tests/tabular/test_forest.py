@@ -3,7 +3,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -308,25 +307,6 @@ def test_ties_of_dominant_go_to_the_first_tree():
         for instruction_set in SETS:
             out = force(fastens.Forest(trees), instruction_set, np.zeros((1, 1)), "dominant")
             assert (out == expected).all(), (values, instruction_set)
-
-
-def test_one_forest_serves_many_threads():
-    forest = fastens.Forest.from_sklearn(fitted(depth=None))
-    inputs = [rows(n=700, seed=s) for s in range(4)]
-    expected = [forest.predict(x, "median", backend="reference") for x in inputs]
-    wrong = []
-
-    def work(i):
-        for _ in range(20):
-            if not np.array_equal(forest.predict(inputs[i], "median"), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_errors_say_what_to_do():
