@@ -125,7 +125,7 @@ struct Block {
   }
 
   void find_leaves(int64_t begin, int64_t last, Ahead& ahead) {
-    kernels.find_leaves(layout, begin, last, codes, tiles, missing, ahead, leaf);
+    kernels.find_leaves(layout, begin, last, codes, rows, missing, ahead, leaf);
   }
 
   void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {

@@ -192,6 +192,20 @@ def test_numbers_of_rows(n):
     assert forest.predict_members(x).shape == (10, n, 3)
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 33])
+@pytest.mark.parametrize("missing", [False, True])
+def test_few_rows_of_deep_trees(n, missing, instruction_set):
+    """Trees are followed side by side instead of rows."""
+    source = fitted(depth=None, trees=21)
+    forest = fastens.Forest(fastens.Forest.from_sklearn(source).trees)  # NaN goes where the node says
+    x = rows(n=n)
+    if missing:
+        x[::2, 3] = np.nan
+    expected = forest.predict(x, "dominant", backend="reference")
+    assert np.array_equal(force(forest, instruction_set, x, "dominant"), expected)
+
+
 def test_one_output_is_one_dimensional():
     source = fitted(outputs=1)
     forest = fastens.Forest.from_sklearn(source)
@@ -341,5 +355,5 @@ def test_wide_codes():
     source = ExtraTreesRegressor(1, random_state=0, bootstrap=False).fit(x, np.stack([x[:, 0], -x[:, 0]], 1))
     forest = fastens.Forest.from_sklearn(source)
     assert forest._native("native").describe()["codes"] == "32-bit"
-    for rule in ("dominant", "median"):
-        assert np.array_equal(forest.predict(x[:999], rule), source.predict(x[:999]))
+    for rule, n in (("dominant", 999), ("median", 999), ("median", 2)):
+        assert np.array_equal(forest.predict(x[:n], rule), source.predict(x[:n]))
