@@ -55,6 +55,7 @@ def contest(
     warmup_rounds: int = 2,
     held: dict[str, Callable[[], int]] | None = None,
     scale: dict[str, object] | None = None,
+    in_succession: int = 1,
 ) -> None:
     """Time ours as the benchmark, and every rival once before each of its rounds.
 
@@ -73,6 +74,8 @@ def contest(
         warmup_rounds: rounds that do not count; without any, no contender is called a second time before them either.
         held: bytes that contenders hold between calls, "ours" too: their peak in a call comes on top.
         scale: network, K, B and dtype, for the plot of time against them.
+        in_succession: calls that each contender makes in its turn, of which the last is timed. With one, its memory
+            comes back from where the others have displaced it to.
     """
     contenders = {"ours": ours, **rivals}
     first: dict[str, float] = {}
@@ -91,9 +94,13 @@ def contest(
     def rivals_first() -> None:
         gc.collect(0)
         for name, run in timed.items():
+            for _ in range(in_succession - 1):
+                run()
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
+        for _ in range(in_succession - 1):
+            ours()
 
     benchmark.group = question
     benchmark.pedantic(ours, setup=rivals_first, rounds=rounds, warmup_rounds=warmup_rounds)

@@ -21,10 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 LIBRARY_NAME = "libfastens_cpu.so"
 FOREST_NAME = f"_forest{sysconfig.get_config_var('EXT_SUFFIX')}"
-# The forest's kernels are compiled once per instruction set and chosen at run time.
+# The forest's kernels are compiled once per instruction set and chosen at run time; no fused additions.
 INSTRUCTION_SETS = {
-    "kernels_avx2": ["-march=x86-64-v3"],
-    "kernels_avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized"],
+    "kernels_baseline": ["-ffp-contract=off"],
+    "kernels_avx2": ["-march=x86-64-v3", "-ffp-contract=off"],
+    "kernels_avx512": [
+        *("-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-ffp-contract=off"),
+    ],
 }
 LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
 CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
@@ -261,7 +264,8 @@ def forest_ninja_file() -> str:
         raise ToolMissing("building the forest needs pybind11: `pip install pybind11`") from None
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     x86 = platform.machine() in ("x86_64", "AMD64")
-    return ninja_file(FOREST_NAME, source_root() / "forest", includes, INSTRUCTION_SETS if x86 else {})
+    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 or name == "kernels_baseline"}
+    return ninja_file(FOREST_NAME, source_root() / "forest", includes, sets)
 
 
 def ninja_file(

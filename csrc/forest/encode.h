@@ -95,7 +95,6 @@ int encode_as(const Layout& layout, const Rows& rows, int64_t first, int64_t cou
       alignas(64) V values[kTile];
       alignas(64) uint32_t ranks[kTile];
       const int64_t at = (first + tile * kTile) * rows.row_stride + f * rows.feature_stride;
-      for (int64_t i = n; i < kTile; ++i) values[i] = 0;
       if (rows.is_double) {
         const double* from = static_cast<const double*>(rows.data) + at;
         for (int64_t i = 0; i < n; ++i) values[i] = static_cast<V>(from[i * rows.row_stride]);
@@ -103,6 +102,7 @@ int encode_as(const Layout& layout, const Rows& rows, int64_t first, int64_t cou
         const float* from = static_cast<const float*>(rows.data) + at;
         for (int64_t i = 0; i < n; ++i) values[i] = static_cast<V>(from[i * rows.row_stride]);
       }
+      for (int64_t i = n; i < kTile; ++i) values[i] = values[n - 1];  // takes the last row's way, whose nodes are near
       int nan = 0, infinite = 0;
       for (int64_t i = 0; i < kTile; ++i) {
         const V difference = values[i] - values[i];  // NaN for NaN and infinities
@@ -114,7 +114,7 @@ int encode_as(const Layout& layout, const Rows& rows, int64_t first, int64_t cou
       Code* out = codes + (tile * layout.mux_features + f) * kTile;
       for (int64_t i = 0; i < kTile; ++i) out[i] = static_cast<Code>(ranks[i] << layout.feature_bits | low);
       if (nan | infinite) {
-        for (int64_t i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < kTile; ++i) {
           if (values[i] != values[i]) {
             out[i] = Node<Code>::kMissing;
             seen |= kNaN;

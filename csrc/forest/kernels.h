@@ -39,8 +39,8 @@ struct Kernels {
   int64_t width;
   // Writes the codes of rows [first, first + count) in tiles; returns what it saw.
   int (*encode)(const Layout&, const Rows&, int64_t first, int64_t count, void* codes);
-  // Writes the leaf rows [last - begin, rows] of trees [begin, last) for `tiles` tiles.
-  void (*find_leaves)(const Layout&, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
+  // Writes the leaf rows [last - begin, whole tiles of rows] of trees [begin, last).
+  void (*find_leaves)(const Layout&, int64_t begin, int64_t last, const void* codes, int64_t rows, bool missing,
                       Ahead& ahead, uint32_t* leaf);
   // Adds trees [begin, last) to the state of `rows` rows; `extra` is the weights [num_trees] or the shifts [rows, 2].
   void (*combine)(const Layout&, Combine, int64_t begin, int64_t last, const uint32_t* leaf, int64_t leaf_stride,

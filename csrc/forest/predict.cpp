@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
@@ -20,7 +21,8 @@ constexpr int64_t kKept = 1 << 20;           // bytes that a thread keeps betwee
 constexpr int64_t kWorthFetching = 128;      // rows that use most of a forest
 constexpr int64_t kMostFetched = 256 << 10;  // bytes that are asked for at a time
 constexpr int64_t kBlocksOfThread = 2;
-constexpr double kThreadCost = 40e3;  // nanoseconds of work that are worth waking a thread for
+constexpr double kSleepingThreadCost = 150e3;  // nanoseconds of work that are worth waking a thread for
+constexpr double kNearThreadCost = 30e3;       // the same of a thread that watches for it
 
 // Memory of one thread, kept between calls unless it is large. Not initialised.
 class Scratch {
@@ -123,7 +125,7 @@ struct Block {
   }
 
   void find_leaves(int64_t begin, int64_t last, Ahead& ahead) {
-    kernels.find_leaves(layout, begin, last, codes, tiles, missing, ahead, leaf);
+    kernels.find_leaves(layout, begin, last, codes, rows, missing, ahead, leaf);
   }
 
   void combine(Combine how, int64_t begin, int64_t last, const double* extra = nullptr, double eps = 0) {
@@ -139,7 +141,7 @@ struct Block {
 
 // Estimated nanoseconds of one row on one thread.
 double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
-  const bool vector = layout.whole && std::string_view(kernels.name) == "avx512";
+  const bool vector = layout.whole && std::string_view(kernels.name) != "baseline";
   double cost = 0;
   for (int32_t depth : layout.depth) cost += vector ? 0.6 : 1.0 + 0.7 * depth;
   return cost + static_cast<double>(layout.num_trees * layout.stride) * per_leaf +
@@ -150,7 +152,9 @@ double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
 template <class Visit>
 int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double cost_of_row, const Memory& memory,
                Visit visit) {
-  const double worth = std::max(1.0, cost_of_row * static_cast<double>(n) / kThreadCost);
+  const double cost = cost_of_row * static_cast<double>(n);
+  const double of_thread = cost >= 2 * kNearThreadCost && helpers_are_near() ? kNearThreadCost : kSleepingThreadCost;
+  const double worth = std::max(1.0, cost / of_thread);
   const int64_t threads =
       worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t most = std::max(kTile, kMemory / memory.of_row());
@@ -174,6 +178,7 @@ int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double c
   } else {
     share_blocks(blocks, threads, work);
   }
+  if (cost >= 2 * kNearThreadCost) call_has_ended();
   return seen;
 }
 
@@ -322,7 +327,13 @@ bool has(const std::string& instruction_set) {
 
 }  // namespace
 
-const Kernels& kernels_for(const std::string& instruction_set) {
+const Kernels& kernels_for(const std::string& given) {
+  static const std::string target = [] {
+    const char* const name = std::getenv("FASTENS_CPU_TARGET");
+    const std::string chosen = name && *name ? name : "auto";
+    return chosen == "avx512_bf16" ? "avx512" : chosen;  // a forest multiplies nothing
+  }();
+  const std::string& instruction_set = given == "auto" ? target : given;
   for (const Kernels* kernels : {kernels_avx512(), kernels_avx2(), kernels_baseline()}) {
     if (kernels && (instruction_set == kernels->name || instruction_set == "auto") && has(kernels->name)) {
       return *kernels;

@@ -15,7 +15,8 @@ struct Rule {
   int64_t seed, offset;
 };
 
-// The kernels of "avx512", "avx2" or "baseline", or of the best set that this machine has for "auto".
+// The kernels of "avx512", "avx2" or "baseline", or for "auto" of the set that the environment variable
+// FASTENS_CPU_TARGET named when it was first asked for, by default the best one that this machine has.
 // Throws std::invalid_argument for a set that it has not.
 const Kernels& kernels_for(const std::string& instruction_set);
 

@@ -3,6 +3,8 @@
 
 #ifdef __AVX512BW__
 #include <immintrin.h>
+#elif defined(__AVX2__)
+#include "descend_avx2.h"
 #endif
 
 #include "kernels.h"
@@ -54,7 +56,44 @@ void follow(const Layout& layout, const Node<Code>* nodes, int64_t tree, const C
   }
 }
 
+constexpr int64_t kFewRows = 4;  // up to so many, trees are followed side by side instead of rows
+
+// The same for the rows of a few, eight trees at a time.
+template <class Code>
+void follow_trees(const Layout& layout, const Node<Code>* nodes, int64_t begin, int64_t last, const Code* codes,
+                  int64_t rows, int64_t stride, uint32_t* leaf) {
+  constexpr int kTrees = 8;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t tree = begin; tree < last; tree += kTrees) {
+      const int count = static_cast<int>(last - tree < kTrees ? last - tree : kTrees);
+      uint32_t* const own = leaf + (tree - begin) * stride + row;
+      const Node<Code>* root[kTrees];
+      uint32_t at[kTrees];
+      for (int t = 0; t < kTrees; ++t) {
+        const int of = t < count ? t : 0;
+        root[t] = nodes + layout.root[tree + of];
+        at[t] = own[of * stride];
+      }
+      for (uint32_t moved = 1; moved;) {
+        moved = 0;
+#pragma GCC unroll 8
+        for (int t = 0; t < kTrees; ++t) {
+          const Node<Code> node = root[t][at[t]];
+          const Code code = codes[(node.feature & static_cast<Code>(~Node<Code>::kDefaultLeft)) * kTile + row];
+          const bool missing_left = code == Node<Code>::kMissing && (node.feature & Node<Code>::kDefaultLeft);
+          const uint32_t next = node.left + (code > node.code && !missing_left);
+          moved |= next ^ at[t];
+          at[t] = next;
+        }
+      }
+      for (int t = 0; t < count; ++t) own[t * stride] = layout.leaf_of[layout.root[tree + t] + at[t]];
+    }
+  }
+}
+
 #ifdef __AVX512BW__
+constexpr int kMostSelected = kMaxMuxFeatures;
+
 // Of kCount features' registers, the one that each lane's feature number names: bit b of the number is in bits[b].
 template <int kCount>
 __m512i selected(const __m512i* features, const __mmask32* bits) {
@@ -129,7 +168,9 @@ void descend_tree(const uint16_t* code, const uint16_t* feature, int feature_bit
     _mm512_storeu_si512(below + tile * kTile + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(heap, 1)));
   }
 }
+#endif
 
+#ifdef __AVX2__
 template <int kFeatures>
 void descend_as(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t tiles, Ahead& ahead,
                 uint32_t* below) {
@@ -157,37 +198,54 @@ void descend(const Layout& layout, int64_t tree, const uint16_t* codes, int64_t 
     FASTENS_DESCEND(8);
     FASTENS_DESCEND(12);
     FASTENS_DESCEND(16);
+#ifdef __AVX512BW__
     FASTENS_DESCEND(32);
     FASTENS_DESCEND(48);
     FASTENS_DESCEND(64);
+#endif
 #undef FASTENS_DESCEND
   }
 }
 #endif
 
-void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* codes, int64_t tiles, bool missing,
-                 Ahead& ahead, uint32_t* leaf) {
+// The node of each row where following begins; false where it is a leaf row already.
+bool enter([[maybe_unused]] const Layout& layout, [[maybe_unused]] int64_t tree, [[maybe_unused]] const void* codes,
+           int64_t tiles, [[maybe_unused]] bool missing, [[maybe_unused]] Ahead& ahead, uint32_t* leaf) {
   const int64_t rows = tiles * kTile;
-  for (int64_t tree = begin; tree < last; ++tree, leaf += rows) {
-    if (layout.wide_codes) {
-      for (int64_t i = 0; i < rows; ++i) leaf[i] = 0;
-      follow(layout, layout.wide_nodes.data(), tree, static_cast<const uint32_t*>(codes), tiles, missing, leaf);
-      continue;
-    }
-    const uint16_t* narrow = static_cast<const uint16_t*>(codes);
-#ifdef __AVX512BW__
-    if (layout.top > 0 && !missing) {
-      descend(layout, tree, narrow, tiles, ahead, leaf);
-      if (layout.whole) continue;
-      const uint32_t* entry = layout.entry.data() + tree * layout.top_size;
-      for (int64_t i = 0; i < rows; ++i) leaf[i] = entry[leaf[i]];
-      follow(layout, layout.nodes.data(), tree, narrow, tiles, false, leaf);
-      continue;
-    }
-#endif
-    for (int64_t i = 0; i < rows; ++i) leaf[i] = 0;
-    follow(layout, layout.nodes.data(), tree, narrow, tiles, missing, leaf);
+#ifdef __AVX2__
+  if (layout.top > 0 && layout.mux_features <= kMostSelected && !missing) {
+    descend(layout, tree, static_cast<const uint16_t*>(codes), tiles, ahead, leaf);
+    if (layout.whole) return false;
+    const uint32_t* entry = layout.entry.data() + tree * layout.top_size;
+    for (int64_t i = 0; i < rows; ++i) leaf[i] = entry[leaf[i]];
+    return true;
   }
+#endif
+  for (int64_t i = 0; i < rows; ++i) leaf[i] = 0;
+  return true;
+}
+
+template <class Code>
+void find_leaves(const Layout& layout, const Node<Code>* nodes, int64_t begin, int64_t last, const Code* codes,
+                 int64_t rows, bool missing, Ahead& ahead, uint32_t* leaf) {
+  const int64_t tiles = (rows + kTile - 1) / kTile, stride = tiles * kTile;
+  bool follows = false;
+  for (int64_t tree = begin; tree < last; ++tree) {
+    uint32_t* const own = leaf + (tree - begin) * stride;
+    follows = enter(layout, tree, codes, tiles, missing, ahead, own);
+    if (follows && rows > kFewRows) follow(layout, nodes, tree, codes, tiles, missing, own);
+  }
+  if (follows && rows <= kFewRows) follow_trees(layout, nodes, begin, last, codes, rows, stride, leaf);
+}
+
+void find_leaves(const Layout& layout, int64_t begin, int64_t last, const void* codes, int64_t rows, bool missing,
+                 Ahead& ahead, uint32_t* leaf) {
+  if (layout.wide_codes) {
+    return find_leaves(layout, layout.wide_nodes.data(), begin, last, static_cast<const uint32_t*>(codes), rows,
+                       missing, ahead, leaf);
+  }
+  find_leaves(layout, layout.nodes.data(), begin, last, static_cast<const uint16_t*>(codes), rows, missing, ahead,
+              leaf);
 }
 
 }  // namespace

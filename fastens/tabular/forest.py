@@ -18,8 +18,7 @@ from fastens.files import whole
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.forest_predict import forest_predict, number_of
-from fastens.reference import aggregate as aggregate_reference
-from fastens.reference.forest import Trees
+from fastens.reference.forest import Trees, combine
 from fastens.reference.forest import predict_members as reference_members
 
 FORMAT = "fastens forest 1"
@@ -336,11 +335,11 @@ class Forest:
         chunk = len(rows) if batch_wide or rule.random else max(1, CHUNK // (self.num_members * self.num_outputs))
         parts = []
         for start in range(0, len(rows), max(1, chunk)):
-            members = torch.from_numpy(self._members(rows[start : start + chunk], packed))
-            if packed is None or rule.random:
-                parts.append(aggregate_reference.aggregate(members, rule, seed=seed, offset=offset).numpy())
+            members = self._members(rows[start : start + chunk], packed)
+            if packed is not None and isinstance(rule, rules.Median | rules.Dominant | rules.MaxAbs):
+                parts.append(aggregate(torch.from_numpy(members), rule).numpy())
             else:
-                parts.append(aggregate(members, rule).numpy())
+                parts.append(combine(members, rule, seed, offset))
         return np.concatenate(parts) if parts else np.zeros((0, self.num_outputs))
 
     def _finished(self, out: npt.NDArray) -> npt.NDArray:

@@ -1,4 +1,4 @@
-"""XGBoost over noisy copies of a table that are made one at a time: memory does not grow with their number."""
+"""XGBoost over noisy copies of a table, made one at a time; of each only its bins stay, a byte or two a value."""
 
 from __future__ import annotations
 

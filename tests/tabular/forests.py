@@ -11,6 +11,7 @@ DATA = {
     "wine": datasets.load_wine,
     "breast cancer": datasets.load_breast_cancer,
     "diabetes": datasets.load_diabetes,
+    "digits": datasets.load_digits,
     "linnerud": datasets.load_linnerud,
 }
 
@@ -25,7 +26,7 @@ def fitted(name="diabetes", cls=RandomForestRegressor, outputs=3, trees=10, dept
     """A forest that predicts noise from noisy rows, as a diffusion model of the data would."""
     rng = np.random.default_rng(0)
     x = data(name)
-    x = 2 * (x - x.min(0)) / (x.max(0) - x.min(0)) - 1
+    x = 2 * (x - x.min(0)) / np.maximum(np.ptp(x, 0), 1e-9) - 1  # some pixels of digits are always 0
     noise = rng.normal(size=x.shape)
     y = np.resize(noise, (len(x), outputs)) if outputs > x.shape[1] else noise[:, :outputs]
     forest = cls(trees, max_depth=depth, random_state=0, **options)

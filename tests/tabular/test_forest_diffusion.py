@@ -11,6 +11,7 @@ from sklearn.exceptions import NotFittedError
 import fastens
 from fastens.tabular import ForestDiffusion
 from fastens.tabular.columns import Columns
+from fastens.tabular.streamed import fit_streamed
 
 SMALL = {"n_t": 8, "n_estimators": 8, "max_depth": 5, "duplicate_K": 6}
 
@@ -135,6 +136,28 @@ def test_it_is_an_estimator():
     assert clone(model).get_params() == model.get_params()
     copied = pickle.loads(pickle.dumps(model))
     assert np.array_equal(copied.sample(20), model.sample(20))
+
+
+def test_training_shows_its_progress(capfd):
+    ForestDiffusion(n_t=3, n_estimators=1, duplicate_K=1, progress=True).fit(load_iris().data)
+    assert "3/3" in capfd.readouterr().err
+    ForestDiffusion(n_t=3, n_estimators=1, duplicate_K=1).fit(load_iris().data)
+    assert not capfd.readouterr().err
+
+
+def test_noisy_copies_are_drawn_one_at_a_time():
+    """XGBoost is handed one copy after the other, the same ones at every pass."""
+    rows, drawn = load_iris().data, []
+
+    def noisy(rng):
+        noise = rng.normal(size=rows.shape)
+        drawn.append(noise[0, 0])
+        return rows + noise, noise
+
+    forest = fit_streamed(noisy, None, 7, rounds=2, max_depth=3, seed=1)
+    assert len(set(drawn)) == 7
+    assert drawn == drawn[:7] * (len(drawn) // 7)
+    assert forest.num_outputs == rows.shape[1]
 
 
 def test_bad_input():
