@@ -28,7 +28,7 @@ def filter_matrix(tile: int) -> Tensor:
             [0, 0, 1],
         ],
     }
-    return torch.tensor(rows[tile], dtype=torch.float64)
+    return torch.tensor(rows[tile], dtype=torch.float64, device="cpu")
 
 
 def transformed(weight: Tensor, tile: int) -> Tensor:
