@@ -193,6 +193,9 @@ class FoldEngine:
 
     def _first_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
         """Plan a drawn call without a pass of all members, where the plan gives what the drawn ones do; else none."""
+        rows, key = self.num_members * arguments.batch_size, self._key(arguments, training)
+        if not self.cap.holds_recording(key, rows):
+            return None
         with torch.no_grad(), suppress_out_of_memory():
             found = established_by_sketch(self, arguments)
             planned = self._planned_drawn(arguments, members, plan_key, training, sketched=True) if found else None

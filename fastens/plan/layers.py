@@ -50,6 +50,8 @@ def shared_conv(emitter: Emitter, node: Node) -> bool:
     if kernel.dtype != torch.float32 or (bias is not None and values is None):
         return False
     values = None if values is None else values[None]
+    # one number may stand for all dimensions
+    stride, padding = (list(n) * (kernel.ndim - 2) if len(n) == 1 else n for n in (stride, padding))
     key = ("shared", weight, bias)
     return _convolved(emitter, node, kernel[None], values, key, stride, padding, Runs(x.size[0]))
 

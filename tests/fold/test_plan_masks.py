@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastens
@@ -105,3 +106,29 @@ def test_masks_take_no_pass_of_their_own_and_weights_are_packed_once(masks, monk
     convolutions = [step for step in made.steps if isinstance(step, steps.Conv)]
     assert all(step.rows_per_member == step.rows for step in convolutions)  # one run of one packed weight
     assert plans._constants.num_bytes < 1.2 * deep._engine.plans._constants.num_bytes / K
+
+
+class Called(nn.Module):
+    """Layers as functions of raw parameters, as in EDM's networks, with one number for both dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.bias = nn.Parameter(torch.randn(8, 2, 3, 3)), nn.Parameter(torch.randn(8))
+        self.outer, self.scale = nn.Parameter(torch.randn(2, 8, 3, 3)), nn.Parameter(torch.randn(8))
+        self.line, self.mix = nn.Parameter(torch.randn(8, 8, 3)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        h = F.conv2d(x, self.inner, padding=(1,)) + self.bias.reshape(1, -1, 1, 1)
+        h = F.dropout(F.silu(F.group_norm(h, 4, self.scale, self.bias)), 0.4, self.training)
+        tokens = F.conv1d(h.mean(3), self.line, self.bias, padding=1).mean(2)
+        return F.conv2d(h + F.linear(tokens, self.mix, self.bias)[:, :, None, None], self.outer, stride=(2,))
+
+
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+def test_layers_that_are_functions_are_steps(masks):
+    x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    report = same_as_the_loop(randomised(Called, 0), masks, [((x,), {}), ((0.5 * x,), {}), ((-x,), {})])
+    (plan,) = report.plans
+    called = {name for name in plan if name.startswith("aten.")}
+    assert called <= {"aten.mean.dim"}
+    assert plan["Conv"] == 4

@@ -70,6 +70,24 @@ def test_is_a_diffusers_model():
         assert type(ensemble(x, 3)) is type(UNet2DModel.forward(randomised(lambda: unet_2d(False), 0), x, 3))
 
 
+def test_a_pipeline_moves_all_members():
+    """`pipe.to` moves modules only; the ensemble is one, with all its members' weights, and says where it is."""
+    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
+    pipe = DDIMPipeline(ensemble, DDIMScheduler())
+    assert (pipe.unet.dtype, pipe.unet.device) == (torch.float32, torch.device("cpu"))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = ensemble.member_outputs(x, 3)
+        pipe.to(torch.float64)
+        assert {tensor.dtype for tensor in ensemble.parameters()} == {torch.float64}
+        assert pipe.unet.dtype == torch.float64
+        outputs = ensemble.member_outputs(x.double(), 3)
+    assert outputs.dtype == torch.float64
+    assert relative_error(outputs, expected) < NETWORK[torch.float32]
+    pipe.to("meta")
+    assert {tensor.device.type for tensor in ensemble.parameters()} == {"meta"} == {pipe.unet.device.type}
+
+
 @pytest.mark.parametrize("rule", ["mean", "alternating"])
 @pytest.mark.parametrize("t", [3, 3.0, torch.tensor(3), torch.tensor([3]), torch.tensor([3.0, 3.0])], ids=str)
 def test_timesteps_of_every_kind(t, rule):

@@ -61,6 +61,41 @@ def test_sampler(rule):
         assert relative_error(ancestral(fastens.Ensemble(members, rule), labels), ancestral(Expected(), labels)) < 1e-4
 
 
+def ddim(model, labels, kept):
+    """DDIM from pure noise, arXiv 2010.02502, with x0 clamped at each step: every x after it."""
+    x = torch.randn(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for i in reversed(range(len(kept))):
+        eps = model(x, torch.full((len(labels),), i * 1000 // len(kept)), y=labels)[:, :3]
+        x0 = ((x - (1 - kept[i]).sqrt() * eps) / kept[i].sqrt()).clamp(-1, 1)
+        eps = (x - kept[i].sqrt() * x0) / (1 - kept[i]).sqrt()
+        before = kept[i - 1] if i else torch.tensor(1.0)
+        x = before.sqrt() * x0 + (1 - before).sqrt() * eps
+        steps.append(x)
+    return steps
+
+
+def test_ddim_multiplies_rounding_by_the_first_step():
+    """Where the schedule begins in pure noise, x0 is the network's output times 1 / sqrt(kept), its rounding too.
+
+    So samples in float32 differ by more than outputs do, whoever computed them: by half a unit in the last place of the
+    outputs, the members' own loop moves as far as the ensemble is from it.
+    """
+    members = [randomised(LearnedSigma, seed) for seed in range(3)]
+    labels, kept = torch.tensor([0, 3]), torch.tensor([0.9999, 0.3186, 0.010984, 4.0358e-5])  # beta linear to 0.02
+    ensemble = fastens.Ensemble(members)
+    looped = lambda *args, **kwargs: torch.stack([m(*args, **kwargs) for m in members]).mean(0)  # noqa: E731
+    moved = lambda *args, **kwargs: looped(*args, **kwargs) * (1 + 2**-22)  # noqa: E731
+    with torch.no_grad():
+        ours, loop, other = (ddim(model, labels, kept) for model in (ensemble, looped, moved))
+        x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 999)
+        apart = (ensemble(x, t, y=labels) - looped(x, t, y=labels)).abs().max()
+    assert apart < 1e-5
+    for a, b, c in zip(ours, loop, other, strict=True):
+        assert (a - b).abs().max() <= 4 * (c - b).abs().max() + 1e-6
+        assert (a - b).abs().max() < 1e-5 / kept[-1].sqrt()
+
+
 @pytest.mark.parametrize("rule", ["mixture", "alternating"])
 def test_random_rules_take_the_drawn_members_variances(rule):
     members = [randomised(LearnedSigma, seed) for seed in range(3)]
