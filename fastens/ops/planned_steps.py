@@ -18,10 +18,9 @@ from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
-from fastens.ops.conv import conv
+from fastens.ops._block_ways import CHOICE
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
-from fastens.reference.conv2d import prepared
 
 
 def conv2d(
@@ -51,28 +50,15 @@ def conv2d(
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
     """
-    x = x.to(weight.dtype)  # read from before a conversion that the network asked for
-    if uses_triton(x, backend) and _is_dense_image(x) and _is_dense_image(out) and out.dtype == x.dtype:
-        from fastens.kernels.conv2d import conv2d as launch
-
-        launch(
-            x, weight, bias, stride, padding, None, moments, norm_weight, norm_bias, eps, scale, shift, activation,
-            row_bias, residual, output_scale, output_activation, num_groups, into=(out, found),
-        )  # fmt: skip
-        return
-    x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
-    height, width = (
-        (size - 1) * s + taps for size, s, taps in zip(out.shape[2:], stride, weight.shape[3:], strict=True)
-    )
-    x = F.pad(x, (padding[1], width - x.shape[3] - padding[1], padding[0], height - x.shape[2] - padding[0]))
-    y = conv(x, weight, bias, stride, (0, 0))
-    if row_bias is not None:
-        y = y + row_bias[:, :, None, None]
-    if residual is not None:
-        y = y + residual
-    out.copy_(activate(y if output_scale == 1 else y * output_scale, output_activation))
-    if found is not None:
-        _moments_into(found, out, num_groups, backend)
+    arguments = (
+        out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
+        norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
+    )  # fmt: skip
+    way = "auto"
+    if not x.is_cuda:  # where nothing is measured
+        taken = backend == "triton" and CHOICE.ways["triton"].refuses(*arguments) is None
+        way = "triton" if taken else "library"
+    CHOICE.ways[CHOICE.choose(arguments, x.device, way)].run(*arguments)
 
 
 def conv2d_sum(
@@ -103,10 +89,6 @@ def conv2d_sum(
 
 def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
     """Moments of groups [R, G, T, 2] of an image that no convolution before it could take."""
-    _moments_into(out, x, num_groups, backend)
-
-
-def _moments_into(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
     if uses_triton(x, backend):
         from fastens.kernels.group_moments import group_moments as launch
 
@@ -220,7 +202,3 @@ def uses_triton(x: Tensor, backend: str) -> bool:
 
 def _named(x: Tensor, backend: str) -> str:
     return "auto" if x.is_cuda and backend == "triton" else backend
-
-
-def _is_dense_image(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,63 @@
+"""Ways of a convolution with a residual block's operations around it: they agree, and each shape has its own entry."""
+
+import pytest
+import torch
+
+from fastens.ops import planned_steps
+from fastens.ops._block_ways import CHOICE
+from fastens.ops.group_moments import group_moments
+from tests.tolerances import OP, relative_error
+
+K, B, C, O, SIZE = 2, 2, 8, 16, 5
+
+
+def last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def arguments(kind, into=None, found=None):
+    torch.manual_seed(0)
+    x, taps = last(K * B, C, SIZE, SIZE), 3
+    weight = torch.randn(K, O, C, taps, taps)
+    stride, padding, size = {"strided": ((2, 2), (0, 0), (3, 3))}.get(kind, ((1, 1), (1, 1), (SIZE, SIZE)))
+    moments = norm_weight = norm_bias = scale = shift = row_bias = residual = None
+    if kind == "block":
+        moments, norm_weight, norm_bias = group_moments(x, 4), torch.randn(K, C), torch.randn(K, C)
+        scale, shift, row_bias = torch.randn(K * B, C), torch.randn(K * B, C), torch.randn(K * B, O)
+        residual = last(K * B, O, *size)
+    activation, groups = ("silu", 4) if kind == "block" else ("none", 0)
+    return (
+        into, found, x, weight, torch.randn(K, O), stride, padding, size, moments, norm_weight, norm_bias, 1e-5, scale,
+        shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided", "block"])
+@pytest.mark.parametrize("way", ["triton", "triton narrow"])
+def test_ways_agree_where_they_write(kind, way):
+    pytest.importorskip("triton")
+    expected = CHOICE.ways["library"].run(*arguments(kind))
+    for name in ("library", way):
+        into = torch.full(expected.shape, float("nan")).contiguous(memory_format=torch.channels_last)
+        found = torch.full((K * B, 4, 1, 2), float("nan")) if kind == "block" else None
+        call = arguments(kind, into, found)
+        assert CHOICE.ways[name].refuses(*call) is None
+        assert CHOICE.ways[name].run(*call).data_ptr() == into.data_ptr()
+        assert relative_error(into, expected) < OP[torch.float32]
+        assert found is None or relative_error(found, group_moments(expected, 4)) < OP[torch.float32]
+
+
+def test_what_is_around_a_convolution_is_measured_apart():
+    keys = {CHOICE.key(*arguments(kind)) for kind in ("plain", "strided", "block")}
+    assert len(keys) == 3
+    assert "norm4 by row silu row bias residual moments4" in CHOICE.key(*arguments("block"))
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_library():
+    call = list(arguments("plain"))
+    call[2] = call[2].contiguous()
+    assert "channels are not last" in CHOICE.ways["triton"].refuses(*call)
+    assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*arguments("plain"))
+    out = torch.empty(K * B, O, SIZE, SIZE)
+    planned_steps.conv2d(out, call[2], *call[3:7], backend="triton")
+    assert relative_error(out, CHOICE.ways["library"].run(*arguments("plain"))) < OP[torch.float32]
