@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.ops import planned_steps as run
 from fastens.plan import attention, elementwise, layers
+from fastens.plan import calls as run
 from fastens.plan.emit import Call
 from fastens.plan.lower import constants_of
 from fastens.plan.memory import At, Buffer, Kept, address_unit, lay_out

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fastens.ops import planned_steps
 from fastens.ops._block_ways import CHOICE
 from fastens.ops.group_moments import group_moments
+from fastens.plan import calls
 from tests.tolerances import OP, relative_error
 
-K, B, C, O, SIZE = 2, 2, 8, 16, 5
+K, B, C, OUT, SIZE = 2, 2, 8, 16, 5
 
 
 def last(*shape):
@@ -18,16 +18,16 @@ def last(*shape):
 def arguments(kind, into=None, found=None):
     torch.manual_seed(0)
     x, taps = last(K * B, C, SIZE, SIZE), 3
-    weight = torch.randn(K, O, C, taps, taps)
+    weight = torch.randn(K, OUT, C, taps, taps)
     stride, padding, size = {"strided": ((2, 2), (0, 0), (3, 3))}.get(kind, ((1, 1), (1, 1), (SIZE, SIZE)))
     moments = norm_weight = norm_bias = scale = shift = row_bias = residual = None
     if kind == "block":
         moments, norm_weight, norm_bias = group_moments(x, 4), torch.randn(K, C), torch.randn(K, C)
-        scale, shift, row_bias = torch.randn(K * B, C), torch.randn(K * B, C), torch.randn(K * B, O)
-        residual = last(K * B, O, *size)
+        scale, shift, row_bias = torch.randn(K * B, C), torch.randn(K * B, C), torch.randn(K * B, OUT)
+        residual = last(K * B, OUT, *size)
     activation, groups = ("silu", 4) if kind == "block" else ("none", 0)
     return (
-        into, found, x, weight, torch.randn(K, O), stride, padding, size, moments, norm_weight, norm_bias, 1e-5, scale,
+        into, found, x, weight, torch.randn(K, OUT), stride, padding, size, moments, norm_weight, norm_bias, 1e-5, scale,
         shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
     )  # fmt: skip
 
@@ -58,6 +58,6 @@ def test_what_the_kernel_does_not_take_goes_to_the_library():
     call[2] = call[2].contiguous()
     assert "channels are not last" in CHOICE.ways["triton"].refuses(*call)
     assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*arguments("plain"))
-    out = torch.empty(K * B, O, SIZE, SIZE)
-    planned_steps.conv2d(out, call[2], *call[3:7], backend="triton")
+    out = torch.empty(K * B, OUT, SIZE, SIZE)
+    calls.conv2d(out, call[2], *call[3:7], backend="triton")
     assert relative_error(out, CHOICE.ways["library"].run(*arguments("plain"))) < OP[torch.float32]
