@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens import parameterisation, rules, schedules
@@ -65,6 +66,22 @@ def aggregation(
         return out if variances is None else torch.cat([out, variances], 1)
 
     return whole
+
+
+def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an ensemble returns under a mean, where a plan on a GPU takes it in its last layer; else none.
+
+    Args:
+        engine: of the members, none where they are of different structure.
+        rule: the ensemble's.
+        args: positional arguments of a call.
+        kwargs: keyword arguments.
+    """
+    if engine is None or not engine.sums or not engine.plans.launched or type(rule) is not rules.Mean:
+        return None
+    weights = list(rule.weights or [1 / engine.num_members] * engine.num_members)
+    found = engine.evaluate_sum(Arguments(args, kwargs), weights)
+    return None if found is None else pytree.tree_unflatten([found[0]], found[1])
 
 
 def noise_dependent(

@@ -28,6 +28,8 @@ _NOTHING = (
 class DropoutEngine(FoldEngine):
     """K sets of masks on one network: every pass runs the one set of weights on [K*B] rows."""
 
+    sums = False  # an evaluation begins with its masks, and the weights are one member's
+
     def __init__(
         self,
         skeleton: nn.Module,
@@ -294,10 +296,6 @@ class MCDropout(Ensemble):
         """Fresh masks too are other masks at every call."""
         fresh = "fresh masks are drawn at every call; use masks='fixed'"
         return fresh if self._engine.masks.fresh else super()._why_not_recorded()
-
-    def _summed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """None: masks are begun where members are evaluated."""
-        return None
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if self._engine.masks.fresh:

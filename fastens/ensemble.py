@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import parameterisation, rules, schedules
-from fastens.aggregation import aggregation, check_noise_level
+from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
 from fastens.fold.arguments import Arguments
@@ -172,9 +172,9 @@ class Ensemble(Capturing):
         rule = self.rule
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
-        summed = self._summed(args, kwargs)
-        if summed is not None:
-            return summed
+        found = summed(self._engine, rule, args, kwargs)
+        if found is not None:
+            return found
         return self._combine(self._evaluate(args, kwargs), self._aggregation(args, kwargs))
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,15 +198,6 @@ class Ensemble(Capturing):
             )
         outputs = self._evaluate(args, kwargs)
         return self._combine(outputs, self._aggregation(args, kwargs)), plain(self._combine(outputs, member_variance))
-
-    def _summed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the ensemble returns under a mean, where a plan takes it in its last layer; else none."""
-        rule = self.rule
-        if self._engine is None or not self._engine.plans.launched or type(rule) is not rules.Mean:
-            return None
-        weights = list(rule.weights or [1 / self.num_members] * self.num_members)
-        found = self._engine.evaluate_sum(Arguments(args, kwargs), weights)
-        return None if found is None else pytree.tree_unflatten([found[0]], found[1])
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""

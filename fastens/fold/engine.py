@@ -33,7 +33,10 @@ class FoldEngine:
         skeleton: one member's structure without weights, on which the loop calls each member.
         shared: names of the tensors that are equal in all members and held once.
         engine: ``fold`` or ``loop``.
+        sums: whether :meth:`evaluate_sum` may stand for :meth:`evaluate`; not where a call begins with more than that.
     """
+
+    sums = True
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ def arguments(kind, into=None, found=None):
         residual = last(K * B, OUT, *size)
     activation, groups = ("silu", 4) if kind == "block" else ("none", 0)
     return (
-        into, found, x, weight, torch.randn(K, OUT), stride, padding, size, moments, norm_weight, norm_bias, 1e-5, scale,
-        shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
+        into, found, x, weight, torch.randn(K, OUT), stride, padding, size, moments, norm_weight, norm_bias, 1e-5,
+        scale, shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
     )  # fmt: skip
 
 
