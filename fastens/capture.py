@@ -43,9 +43,17 @@ class RecordedStep:
         self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
         static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
         self.weights = list(weights)
+        self.versions = self._versions()
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self.device = device
         self.done = torch.cuda.Event() if device.type == "cuda" else None
+
+    def _versions(self) -> int:
+        return sum([0 if t.is_inference() else t._version for t in self.weights])
+
+    def is_current(self) -> bool:
+        """Whether the weights are those that were recorded, as far as torch counts changes."""
+        return self._versions() == self.versions
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
@@ -69,8 +77,8 @@ class Capturing(nn.Module):
 
         The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
         precision of float32 products. A recording is replayed in evaluation mode under ``torch.no_grad`` only, and what
-        it returns is the caller's. It reads the weights where they are: in-place changes show, and after any other
-        change :meth:`refresh` forgets it.
+        it returns is the caller's. After an in-place change of the weights it is not replayed any more, since it may hold
+        what was derived from them: capture again. After a change that torch does not count, :meth:`refresh` forgets it.
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
@@ -130,9 +138,10 @@ class Capturing(nn.Module):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
         try:
-            return recorded.get(self._signature(args, kwargs))
+            step = recorded.get(self._signature(args, kwargs))
         except TypeError:  # an argument that does not hash has no recording
             return None
+        return step if step is None or step.is_current() else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert the weights, and forget the recordings that read them where they were."""

@@ -185,6 +185,10 @@ class Plans:
                 if is_out_of_memory(error):
                     raise
                 why = f"{type(error).__name__} while recording: {error}"
+            except Exception as error:  # a compiler of kernels has errors that share no base with torch's
+                if not self.launched:
+                    raise
+                why = f"{type(error).__name__} while launching: {error}"
             else:
                 self._plans[key] = (plan, spec)
                 if len(self._plans) > _MOST_PLANS:

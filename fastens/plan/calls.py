@@ -54,11 +54,11 @@ def conv2d(
         out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
     )  # fmt: skip
-    way = "auto"
-    if not x.is_cuda:  # where nothing is measured
-        taken = backend == "triton" and CHOICE.ways["triton"].refuses(*arguments) is None
-        way = "triton" if taken else "library"
-    CHOICE.ways[CHOICE.choose(arguments, x.device, way)].run(*arguments)
+    way = "library"
+    if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
+        # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
+        way = CHOICE.choose((None, None, *arguments[2:]), x.device, "auto" if x.is_cuda else "triton")
+    CHOICE.ways[way].run(*arguments)
 
 
 def conv2d_sum(
