@@ -77,8 +77,9 @@ class Capturing(nn.Module):
 
         The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
         precision of float32 products. A recording is replayed in evaluation mode under ``torch.no_grad`` only, and what
-        it returns is the caller's. After an in-place change of the weights it is not replayed any more, since it may hold
-        what was derived from them: capture again. After a change that torch does not count, :meth:`refresh` forgets it.
+        it returns is the caller's. After an in-place change of the weights it is not replayed any more, since it may
+        hold what was derived from them: capture again. After a change that torch does not count, :meth:`refresh`
+        forgets it.
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
