@@ -129,10 +129,12 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
 
 @lowers("aten.native_group_norm")
 def shared_group_norm(emitter: Emitter, node: Node) -> bool:
-    """Group normalisation with one scale and shift for all rows."""
+    """Group normalisation with one scale and shift for all rows; or only its moments, where they are what is used."""
     x, weight, bias, _, _, _, groups, eps = node.args
-    if not x.numel or any(emitter.uses[out.storage] for out in node.outs[1:]):
+    if not x.numel:
         return False
+    if any(emitter.uses[out.storage] for out in node.outs[1:]):
+        return _moments(emitter, node)
     return _normed(emitter, node, groups, weight, bias, float(eps), Runs(x.size[0]))
 
 
@@ -148,15 +150,14 @@ def _normed(emitter: Emitter, node: Node, groups: int, weight: Any, bias: Any, e
     return True
 
 
-@lowers("aten.native_group_norm")
-def moments(emitter: Emitter, node: Node) -> bool:
+def _moments(emitter: Emitter, node: Node) -> bool:
     """Mean and reciprocal deviation of each group, as derivatives take them, where the normalised values have no use.
 
     torch's own, of images with their channels last, lose digits where the mean is large beside the deviation.
     """
     x, weight, bias, _, channels, _, groups, eps = node.args
     normed, mean, rate = node.outs
-    if weight is not None or bias is not None or emitter.uses[normed.storage] or not x.numel or x.dtype not in FLOATS:
+    if weight is not None or bias is not None or emitter.uses[normed.storage] or x.dtype not in FLOATS:
         return False
     pixels, runs = image_pixels(emitter, x, 1), emitter.runs(x.size[0], None)
     if pixels is None or runs is None:

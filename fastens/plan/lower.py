@@ -28,9 +28,15 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 
 def lowers(*names: str) -> Callable[[Handler], Handler]:
-    """Register what lowers operations; it returns False for a form that it does not take."""
+    """Register what lowers operations; it returns False for a form that it does not take.
+
+    Raises:
+        ValueError: an operation has a handler already.
+    """
 
     def register(handler: Handler) -> Handler:
+        if twice := HANDLERS.keys() & set(names):
+            raise ValueError(f"{sorted(twice)}: lowered twice")
         HANDLERS.update(dict.fromkeys(names, handler))
         return handler
 
