@@ -277,7 +277,7 @@ class Emitter:
         if isinstance(value, Expression):
             self.expression(value.root, value.ref.size, at, value.ref.stride, 0)
         elif isinstance(value, Convolved):
-            self._convolution(value, at)
+            self.convolution(value, at)
         elif isinstance(value, Padded):
             self._padded(value, at)
         elif isinstance(value, Activated | Normed | Joined | Enlarged):
@@ -373,7 +373,8 @@ class Emitter:
             code.append((Opcode.COPY, last, 0, 0.0))
         self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]
 
-    def _convolution(self, value: Convolved, at: At) -> None:
+    def convolution(self, value: Convolved, at: At) -> None:
+        """Append the step of a convolution whose result is at a place."""
         _, out_channels, in_channels, kernel_h, kernel_w = value.weight.shape
         pixels, padding = value.pixels, value.padding
         inner = self.values.get(value.inner.ref.storage)

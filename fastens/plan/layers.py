@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
 from fastens.plan.memory import At
@@ -26,7 +30,7 @@ def conv(emitter: Emitter, node: Node) -> bool:
     """A member-batched convolution in two dimensions, or in one as an image of one line."""
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     stack = emitter.constant(weight)
-    plain = stack is not None and stack.ndim in (4, 5) and not transposed and groups == 1 and set(dilation) == {1}
+    plain = stack is not None and stack.ndim in (4, 5) and groups == 1 and set(dilation) == {1}
     if not plain or stack is None or len(x.size) != stack.ndim - 1 or x.size[0] == 0:
         return False
     if stack.ndim == 4:
@@ -37,10 +41,51 @@ def conv(emitter: Emitter, node: Node) -> bool:
     if pixels is None or out is None or runs is None:
         return False
     values = None if bias is None else emitter.constant(bias)
-    emitter.values[node.outs[0].storage] = Convolved(
-        out, pixels, stack, values, ("conv", weight, bias), tuple(stride), tuple(padding), runs
-    )
+    key = ("conv", weight, bias)
+    plain = Convolved(out, pixels, stack, values, key, tuple(stride), tuple(padding), runs)
+    emitter.values[out.ref.storage] = _by_phases(emitter, plain) if transposed else plain
     return True
+
+
+def _by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
+    """A transposed convolution as plain ones, each of the output pixels that the same kernel elements reach.
+
+    Output pixel ``s j + f`` of stride s and padding p reads input pixel ``j + b - m`` by kernel element ``r + s m``,
+    with ``r = (f + p) % s``, ``b = (f + p) // s`` and m from 0. With stride 1 there is one phase, which later steps
+    may join as they do any convolution.
+
+    Args:
+        emitter: it gets the steps.
+        value: stack [K, C_in, C_out, kernel_h, kernel_w], stride and padding of the transposed convolution.
+    """
+    stack, pixels = value.weight.transpose(1, 2), value.pixels
+
+    def phase(y: int, x: int) -> Convolved:
+        kernels, pads = stack, []
+        for dim, first, stride, padding in zip((3, 4), (y, x), value.stride, value.padding, strict=True):
+            rest, base = (first + padding) % stride, (first + padding) // stride
+            taps = torch.tensor([*range(rest, stack.shape[dim], stride)][::-1], dtype=torch.int64)
+            kernels = kernels.index_select(dim, taps) if len(taps) else torch.zeros_like(kernels.narrow(dim, 0, 1))
+            pads.append(max(1, len(taps)) - 1 - base)
+        image = dataclasses.replace(
+            pixels,
+            height=-(-(pixels.height - y) // value.stride[0]),
+            width=-(-(pixels.width - x) // value.stride[1]),
+            y=pixels.y * value.stride[0],
+            x=pixels.x * value.stride[1],
+        )
+        key = (*value.key, "transposed", y, x)  # pyright: ignore[reportGeneralTypeIssues]
+        return dataclasses.replace(
+            value, pixels=image, weight=kernels, key=key, stride=(1, 1), padding=(pads[0], pads[1])
+        )
+
+    if value.stride == (1, 1):
+        return phase(0, 0)
+    place = At(emitter.buffer(pixels.ref.span))
+    for y in range(min(value.stride[0], pixels.height)):
+        for x in range(min(value.stride[1], pixels.width)):
+            emitter.convolution(phase(y, x), place.plus(y * pixels.y + x * pixels.x))
+    return Stored(place)
 
 
 @lowers("fastens.linear")
