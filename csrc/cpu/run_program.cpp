@@ -6,6 +6,7 @@
 #include <memory>
 #include <thread>
 
+#include "program/run.h"
 #include "program/targets.h"
 
 namespace fastens {
@@ -64,6 +65,13 @@ class Execution {
   std::unique_ptr<Counter[]> next_, done_;
 };
 
+void execute(const Target& target, const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads) {
+  Execution execution(target, program, num_steps, slots, num_threads);
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) execution.work(thread);
+  });
+}
+
 void run_program(Tensor program, Tensor weights, Tensor arena, std::vector<Tensor> inputs, std::vector<Tensor> outputs,
                  int64_t num_threads) {
   STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.dim() == 2 && program.size(1) == kStepWidth &&
@@ -81,11 +89,7 @@ void run_program(Tensor program, Tensor weights, Tensor arena, std::vector<Tenso
     STD_TORCH_CHECK(target.bfloat16 || step[0] != static_cast<int64_t>(Kind::kConv) || !as<Conv>(step).bfloat16,
                     "run_program: step ", s, " multiplies bfloat16, which the target ", target.name, " does not");
   }
-  const Slots slots{bases.data()};
-  Execution execution(target, steps, program.size(0), slots, num_threads);
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) execution.work(thread);
-  });
+  execute(target, steps, program.size(0), Slots{bases.data()}, num_threads);
 }
 
 // Sets the target of a name, where that is not empty; returns the name of what steps run on.
@@ -95,6 +99,11 @@ std::string cpu_target(std::string name) {
 }
 
 }  // namespace
+
+void program::run_steps(const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads) {
+  execute(*chosen_target().load(), program, num_steps, slots, num_threads);
+}
+
 }  // namespace fastens
 
 STABLE_TORCH_LIBRARY_IMPL(fastens, CPU, m) { m.impl("_run_program_native", TORCH_BOX(&fastens::run_program)); }

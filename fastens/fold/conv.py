@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 from fastens.fold.member_tensor import MemberTensor, folds
 from fastens.fold.registry import FoldedLayer, register_layer
-from fastens.fold.rows import NotFoldable
+from fastens.fold.rows import NotFoldable, Rows
 from fastens.fold.stacks import call_op, stack_of
 from fastens.ops.conv import CHOICE, conv
+
+
+def _way(arguments: tuple[Any, ...], rows: Rows) -> str:
+    """The way to take; an ensemble that wants no kernels for the CPU gets none by a rule."""
+    return CHOICE.choose(arguments, arguments[0].device, ruled=not rows.reference)
 
 
 class _Convolves(FoldedLayer):
@@ -21,7 +26,7 @@ class _Convolves(FoldedLayer):
 
     def _conv(self, *arguments: Any) -> Tensor:
         """``conv`` of all its arguments."""
-        way = CHOICE.choose(arguments, arguments[0].device)
+        way = _way(arguments, self.rows)
         if not torch.compiler.is_compiling():
             self.__dict__["run_by"] = way
         return conv(*arguments, way=way)
@@ -81,19 +86,13 @@ def _plain(space: int) -> Callable[..., Any]:
         if not isinstance(weight, MemberTensor) or isinstance(padding, str):
             return NotImplemented
         numbers = [_numbers(value, space) for value in (stride, padding, dilation)]
-        return call_op(
-            lambda x, offsets: conv(
-                x,
-                weight.stack,
-                stack_of(bias, weight),
-                *numbers,
-                groups=groups,
-                offsets=offsets,
-                output_padding=(0,) * space,
-            ),
-            input,
-            weight.rows,
-        )
+
+        def run(x: Tensor, offsets: Tensor | None) -> Tensor:
+            rest = (*numbers, False, (0,) * space, groups, offsets)
+            arguments = (x, weight.stack, stack_of(bias, weight), *rest)
+            return conv(*arguments, way=_way(arguments, weight.rows))
+
+        return call_op(run, input, weight.rows)
 
     return folded
 

@@ -46,7 +46,7 @@ class FoldEngine:
         num_members: int,
         settings: dict[str, Any],
     ) -> None:
-        self.rows = Rows(num_members)
+        self.rows = Rows(num_members, settings["backend"] == "reference")
         self.skeleton = skeleton
         self.shared = shared
         self.num_members = num_members

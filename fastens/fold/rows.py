@@ -18,11 +18,13 @@ class Rows:
         total: R, the rows in this pass.
         offsets: int64 [K+1], the first row of each member's group and R; none for K groups of R / K rows.
         row_members: int64 [R], the member of each row where a plan is recorded for any offsets; else none.
+        reference: whether torch's operations are to be taken instead of kernels for the CPU.
         probing: whether this pass is the first of its kind, in which modules that fail are looped.
     """
 
-    def __init__(self, num_members: int) -> None:
+    def __init__(self, num_members: int, reference: bool = False) -> None:
         self.num_members = num_members
+        self.reference = reference
         self.total = num_members
         self.offsets: Tensor | None = None
         self.row_members: Tensor | None = None

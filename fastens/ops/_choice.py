@@ -106,7 +106,8 @@ class Choice:
         ways: by name, the default first; more may be added.
         table: where measurements are kept.
         clock: called with a function and a device, it returns what times one call of the function, in seconds.
-        devices: device types on which the choice is measured; elsewhere the default is taken.
+        devices: device types on which the choice is measured; elsewhere ``rule`` decides.
+        rule: called with the op's arguments, where no derivative is wanted; the way to take, none for the default.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Choice:
         table: Table = TABLE,
         clock: Callable[[Callable[[], Any], torch.device], Callable[[], float]] = device_clock,
         devices: Sequence[str] = ("cuda",),
+        rule: Callable[..., str | None] = lambda *_: None,
     ) -> None:
         self.op = op
         self.key = key
@@ -126,16 +128,18 @@ class Choice:
         self.table = table
         self.clock = clock
         self.devices = tuple(devices)
+        self.rule = rule
         self.observer: Callable[[Choice, Sequence[Any]], None] | None = None  # told of each call instead of a choice
         self._known: dict[Any, str] = {}
         CHOICES[op] = self
 
-    def choose(self, arguments: Sequence[Any], device: torch.device, way: str = "auto") -> str:
+    def choose(self, arguments: Sequence[Any], device: torch.device, way: str = "auto", ruled: bool = True) -> str:
         """Return the name of the way to take.
 
         In order: ``way`` where it names one, ``$FASTENS_CHOOSE`` where that way takes the arguments, the table, a
-        measurement. Where none can be made (another device, a compiler or a transform at work, a graph being recorded,
-        a derivative wanted), it is the default.
+        measurement, or where nothing is measured the rule. Where no choice can be made (a compiler or a transform at
+        work, a graph being recorded, a derivative wanted), it is the default, and where ``ruled`` is false in place of
+        the rule.
 
         Raises:
             ValueError: ``way`` is unknown, or does not take these arguments.
@@ -156,7 +160,7 @@ class Choice:
         if forced in self.ways:
             return forced if self.ways[forced].refuses(*arguments) is None else self.default
         if device.type not in self.devices:
-            return self.default
+            return (self.rule(*arguments) if ruled and _can_measure() else None) or self.default
         identity = (device, self.key(*arguments))
         known = self._known.get(identity)
         if known is None:

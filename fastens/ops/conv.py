@@ -2,32 +2,52 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastens.ops import _conv_kernels, _conv_ways
 from fastens.ops._choice import Choice, Way
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import check_rows, check_stack
+from fastens.ops.conv2d import output_size
 from fastens.reference import conv as reference
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], *_: object
+) -> Tensor:
+    last = x.ndim == 4 and _conv_ways.channels_last(x)
+    size = (x.shape[0], weight.shape[1], *output_size(x, weight, stride, padding))
+    return x.new_empty(size).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
 
 _conv = Op(
     "conv(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
     "bool transposed, SymInt[] output_padding, SymInt groups, Tensor? offsets=None) -> Tensor",
     reference.conv,
+    {"native": _fake},
 )
 
-# "members" is one library call per member. On a GPU the faster way is found by measurement.
+
+def _native(x: Tensor, *arguments: object) -> Tensor:
+    return _conv.resolve("native", [x])(x, *arguments)
+
+
+# "members" is one library call per member. On a GPU the faster way is found by measurement, on a CPU by a rule: there
+# "native" is the convolution step of the plans, for passes that have none.
 CHOICE = Choice(
     "conv",
     _conv_ways.key,
     {
         "members": Way(_conv.default),
+        "native": Way(_native, _conv_ways.refuses_native),
         "grouped": Way(_conv_ways.grouped, _conv_ways.refuses_grouped),
         "matmul": Way(_conv_ways.matmul, _conv_ways.refuses_matmul),
         "triton": Way(_conv_kernels.run("auto"), _conv_kernels.refuses("auto")),
         "triton narrow": Way(_conv_kernels.run("narrow"), _conv_kernels.refuses("narrow")),
         "triton wide": Way(_conv_kernels.run("wide"), _conv_kernels.refuses("wide")),
     },
+    rule=_conv_ways.rule,
 )
 
 

@@ -10,6 +10,7 @@ from fastens.plan.emit import Emitter
 from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
+from fastens.plan.transposed import by_phases
 from fastens.plan.values import (
     Convolved,
     Enlarged,
@@ -32,11 +33,11 @@ def conv(emitter: Emitter, node: Node) -> bool:
     """A member-batched convolution in two dimensions, or in one as an image of one line."""
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     stack = emitter.constant(weight)
-    if stack is None or not x.numel or transposed or groups != 1 or set(dilation) != {1}:
+    values = None if bias is None else emitter.constant(bias)
+    if stack is None or not x.numel or groups != 1 or set(dilation) != {1} or (bias is not None and values is None):
         return False
     runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
-    values = None if bias is None else emitter.constant(bias)
-    return _convolved(emitter, node, stack, values, ("conv", weight, bias), stride, padding, runs)
+    return _convolved(emitter, node, stack, values, ("conv", weight, bias), stride, padding, runs, transposed)
 
 
 @lowers("aten.convolution")
@@ -57,7 +58,15 @@ def shared_conv(emitter: Emitter, node: Node) -> bool:
 
 
 def _convolved(
-    emitter: Emitter, node: Node, stack: Any, bias: Any, key: object, stride: Any, padding: Any, runs: Runs | None
+    emitter: Emitter,
+    node: Node,
+    stack: Any,
+    bias: Any,
+    key: tuple[Any, ...],
+    stride: Any,
+    padding: Any,
+    runs: Runs | None,
+    transposed: bool = False,
 ) -> bool:
     x = node.args[0]
     if stack.ndim not in (4, 5) or len(x.size) != stack.ndim - 1:
@@ -68,7 +77,8 @@ def _convolved(
     out = pixels_of(node.outs[0], 1)
     if pixels is None or out is None or runs is None:
         return False
-    emitter.values[node.outs[0].storage] = Convolved(out, pixels, stack, bias, key, tuple(stride), tuple(padding), runs)
+    value = Convolved(out, pixels, stack, bias, key, tuple(stride), tuple(padding), runs)
+    emitter.values[out.ref.storage] = by_phases(emitter, value) if transposed else value
     return True
 
 
