@@ -6,7 +6,7 @@ import torch
 import fastens
 from fastens import _native, capture
 from fastens.fold import planned
-from tests.fold.test_plans import DRAWS, UNPLANNED, Tricky, members_of, scaled
+from tests.fold.test_plans import DRAWS, Tricky, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
@@ -29,7 +29,7 @@ def test_launches_give_what_the_members_and_programs_give(name, monkeypatch):
                 mean = tensor_of(ensemble(*args, **kwargs))
             assert relative_error(outputs, expected) < NETWORK[torch.float32]
             assert relative_error(mean, expected.mean(0)) < NETWORK[torch.float32]
-    assert (len(ensemble.report().plans) == 0) == (name in UNPLANNED), ensemble.report().why_no_plan
+    assert len(ensemble.report().plans) > 0, ensemble.report().why_no_plan
     if _native.load():
         monkeypatch.setattr(planned.Plans, "_launched", False)
         with torch.no_grad():

@@ -9,8 +9,6 @@ from fastens.plan.record import record
 from fastens.plan.sketch import sketched
 from tests.networks import NETWORKS, randomised
 
-RECORDABLE = [name for name in NETWORKS if not name.startswith("gru")]
-
 
 def recordings(name):
     make, arguments = NETWORKS[name]
@@ -32,7 +30,7 @@ def shapes(recording):
     return [(node.name, [layout(ref) for ref in node.outs]) for node in recording.nodes]
 
 
-@pytest.mark.parametrize("name", RECORDABLE)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_sketch_records_what_the_pass_does(name):
     computed, sketch = recordings(name)
     assert computed.nodes
