@@ -23,6 +23,9 @@ from fastens.program.steps import Slot, Step
 
 _LOWERINGS = (attention, elementwise, layers, masks)  # imported for the handlers that they register
 
+_PRODUCTS, _BYTES = 100e3, 8e3  # multiply-adds and bytes of one thread in a microsecond, about
+_WORTH_WAKING = 80  # microseconds of work: less is done before a sleeping thread takes its share
+
 
 @dataclasses.dataclass
 class _Call:
@@ -74,7 +77,7 @@ class Plan:
         constants: the packed weights of the ensemble, which this plan adds its own to.
 
     Attributes:
-        stretches: encoded steps, and calls of torch between them.
+        stretches: encoded steps with the number of threads that share them, and calls of torch between them.
         steps: what they came from.
     """
 
@@ -94,19 +97,22 @@ class Plan:
         self._arena = torch.empty(max(16, num_bytes // 4 + 16))
         self._constants = emitter.constants
         self.steps = emitter.steps
-        self.stretches: list[Tensor | _Call] = []
+        self.stretches: list[tuple[Tensor, int] | _Call] = []
         stretch: list[Step] = []
         for step in emitter.steps:
             if isinstance(step, Call):
-                if stretch:
-                    self.stretches.append(steps.encode(stretch))
+                self._add(stretch)
                 stretch = []
                 self.stretches.append(self._bound(emitter, step))
             else:
                 stretch.append(step)
-        if stretch:
-            self.stretches.append(steps.encode(stretch))
+        self._add(stretch)
         self._lock = threading.Lock()
+
+    def _add(self, stretch: list[Step]) -> None:
+        if stretch:
+            num_threads = self.num_threads if sum(map(_expected, stretch)) > _WORTH_WAKING else 1
+            self.stretches.append((steps.encode(stretch), num_threads))
 
     def _bound(self, emitter: Emitter, step: Call) -> _Call:
         def view(leaf: Ref) -> Tensor:
@@ -143,11 +149,24 @@ class Plan:
         weights = self._constants.memory
         with self._lock:
             for stretch in self.stretches:
-                if isinstance(stretch, Tensor):
-                    run_program(stretch, weights, self._arena, inputs, outputs, self.num_threads)
-                else:
+                if isinstance(stretch, _Call):
                     stretch.run()
+                else:
+                    run_program(stretch[0], weights, self._arena, inputs, outputs, stretch[1])
         return outputs
+
+
+def _expected(step: Step) -> float:
+    """Microseconds that a step takes one thread, as far as products and memory tell."""
+    touched: list[Buffer] = []
+    _buffers(step, touched)
+    products, num_bytes = 0, sum(buffer.num_bytes for buffer in touched)
+    if isinstance(step, steps.Conv):
+        channels = sum(source.channels for source in step.sources)
+        kernel = step.kernel_h * step.kernel_w * channels * step.out_channels
+        products = step.rows * step.out_h * step.out_w * kernel
+        num_bytes += 4 * kernel * -(-step.rows // step.rows_per_member)
+    return products / _PRODUCTS + num_bytes / _BYTES
 
 
 def _buffers(value: Any, into: list[Buffer]) -> None:
