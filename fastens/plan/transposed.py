@@ -9,7 +9,7 @@ import torch
 
 from fastens.plan.convolution import convolution
 from fastens.plan.memory import At
-from fastens.plan.values import Convolved, Stored
+from fastens.plan.values import Convolved, Padded, Stored
 
 if TYPE_CHECKING:
     from fastens.plan.emit import Emitter
@@ -49,6 +49,11 @@ def by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
 
     if value.stride == (1, 1):
         return phase(0, 0)
+    if (
+        not isinstance(emitter.values.get(value.inner.ref.storage), Padded)
+        and emitter.constant(value.inner.ref) is None
+    ):
+        emitter.stored(value.inner.ref)  # every phase reads it: norm and activation are computed once
     place = At(emitter.buffer(pixels.ref.span, pixels.ref.dtype))
     for y in range(min(value.stride[0], pixels.height)):
         for x in range(min(value.stride[1], pixels.width)):
