@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,12 +14,13 @@ from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.drawn import another_draw
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.ops import run_program
-from fastens.plan.launches import LaunchPlan
-from fastens.plan.memory import Constants
-from fastens.plan.plan import Plan
+from fastens.plan.memory import Constants, KeptTensors
 from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record
 from fastens.plan.sketch import sketched
-from fastens.plan.typed import KeptTensors
+
+if TYPE_CHECKING:
+    from fastens.plan.launches import LaunchPlan
+    from fastens.plan.plan import Plan
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -121,7 +122,7 @@ class Plans:
             The sum [B, ...] and the structure of the output, or none without such a plan.
         """
         found = self._plans.get(key)
-        if found is None or not isinstance(found[0], LaunchPlan) or not found[0].sums:
+        if found is None or not found[0].sums:
             return None
         if any(self._hooks) or self._state() != self._weights:
             return None
@@ -227,7 +228,7 @@ class Plans:
             others[-2:] = another_draw(*inputs[-2:])
         if self.masks is not None and self.masks.fresh:
             others[drawn] = self.masks.another()
-        if isinstance(plan, LaunchPlan) and plan.sums:
+        if plan.sums:
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
@@ -236,8 +237,13 @@ class Plans:
         return plan, spec, outputs
 
     def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
+        # loaded when something is lowered, not with the package
         if not self.launched:
+            from fastens.plan.plan import Plan
+
             return Plan(recording, self._num_members, self._constants)
+        from fastens.plan.launches import LaunchPlan
+
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
     def can_plan(self, arguments: Leaves) -> bool:

@@ -21,10 +21,10 @@ from fastens.plan import attention, elementwise, layers
 from fastens.plan import calls as run
 from fastens.plan.emit import Call
 from fastens.plan.lower import constants_of
-from fastens.plan.memory import At, Buffer, Kept, address_unit, lay_out
+from fastens.plan.memory import At, Buffer, Kept, KeptTensors, address_unit, lay_out
 from fastens.plan.plan import lower_all
 from fastens.plan.record import NotLowerable, Recording, Ref, mapped
-from fastens.plan.typed import KeptTensors, Normalised, TypedEmitter
+from fastens.plan.typed import Normalised, TypedEmitter
 from fastens.program import steps
 from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Strided
 from fastens.reference.group_moments import counts

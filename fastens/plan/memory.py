@@ -132,3 +132,28 @@ class Constants:
     def num_bytes(self) -> int:
         """Memory of the values, not counting the tensors that they come from."""
         return 4 * self._elements
+
+
+class KeptTensors:
+    """Constants of launches, where they are: what is contiguous is not copied."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[At, Tensor | None]] = {}
+
+    def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
+        """Keep a tensor, in its logical order, under a key; ``source`` is kept alive beside it."""
+        if key not in self._known:
+            self._known[key] = (At(Kept(values.detach().contiguous())), source)
+        return self._known[key][0]
+
+    def stack(self, key: object, weight: Tensor) -> At:
+        """Keep a convolution's weights, which its kernels read in any layout."""
+        if key not in self._known:
+            self._known[key] = (At(Kept(weight.detach())), weight)
+        return self._known[key][0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what had to be copied."""
+        tensors = ((at.where.tensor, source) for at, source in self._known.values() if isinstance(at.where, Kept))
+        return sum(t.nbytes for t, s in tensors if s is None or t.data_ptr() != s.data_ptr())

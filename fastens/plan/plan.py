@@ -81,6 +81,8 @@ class Plan:
         steps: what they came from.
     """
 
+    sums = False  # over the members, in its last layer; see fastens.plan.launches
+
     def __init__(self, recording: Recording, num_members: int, constants: Constants) -> None:
         self.num_threads = torch.get_num_threads()
         emitter = Emitter(recording, num_members, self.num_threads, constants)

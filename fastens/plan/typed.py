@@ -4,39 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor
-
 from fastens.plan.emit import Emitter
-from fastens.plan.memory import At, Kept
+from fastens.plan.memory import At
 from fastens.plan.record import Ref
 from fastens.plan.values import Activated, Convolved, Dropped, Enlarged, Joined, Normed
 from fastens.program import steps
 from fastens.program.steps import Image
-
-
-class KeptTensors:
-    """Constants of launches, where they are: what is contiguous is not copied."""
-
-    def __init__(self) -> None:
-        self._known: dict[object, tuple[At, Tensor | None]] = {}
-
-    def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
-        """Keep a tensor, in its logical order, under a key; ``source`` is kept alive beside it."""
-        if key not in self._known:
-            self._known[key] = (At(Kept(values.detach().contiguous())), source)
-        return self._known[key][0]
-
-    def stack(self, key: object, weight: Tensor) -> At:
-        """Keep a convolution's weights, which its kernels read in any layout."""
-        if key not in self._known:
-            self._known[key] = (At(Kept(weight.detach())), weight)
-        return self._known[key][0]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of what had to be copied."""
-        tensors = ((at.where.tensor, source) for at, source in self._known.values() if isinstance(at.where, Kept))
-        return sum(t.nbytes for t, s in tensors if s is None or t.data_ptr() != s.data_ptr())
 
 
 @dataclasses.dataclass
@@ -54,7 +27,7 @@ class Normalised(steps.Step):
 
 
 class TypedEmitter(Emitter):
-    """See the module; ``constants`` is a :class:`KeptTensors`."""
+    """See the module; ``constants`` is a :class:`fastens.plan.memory.KeptTensors`."""
 
     typed = True
 
