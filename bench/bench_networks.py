@@ -12,25 +12,13 @@ import torch
 from torch import nn
 
 import fastens
+from bench.bench_forward import small_members
 from bench.contest import contest
 from tests.networks import NETWORKS, GRUDenoiser, randomised, rows, tensor_of
 
 K = 5
 TOLERANCE = 1e-5  # that of tests/tolerances.py for networks in float32
 BATCHES = (1, 4, 16)
-
-
-def _unet_2d() -> nn.Module:
-    from diffusers import UNet2DModel
-
-    return UNet2DModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
 
 
 def _dit() -> nn.Module:
@@ -63,7 +51,7 @@ class _Upsampling(nn.Module):
 
 
 MORE: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
-    "unet_2d, 0.7 million": (_unet_2d, lambda b: ((rows(b, 3, 16, 16), torch.arange(b)), {})),
+    "unet_2d, 0.7 million": (lambda: small_members(1)[0], lambda b: ((rows(b, 3, 16, 16), torch.arange(b)), {})),
     "dit, 128 channels": (
         _dit,
         lambda b: ((rows(b, 3, 16, 16),), {"timestep": torch.arange(b), "class_labels": torch.arange(b) % 5}),

@@ -99,11 +99,13 @@ class Plans:
         Returns:
             The leaves of the folded output [K*B, ...] in memory of their own and their structure, or none without plan.
         """
+        found = self._current(key)
+        return None if found is None else (found[0].run(inputs), found[1])
+
+    def _current(self, key: Any) -> tuple[Plan | LaunchPlan, Any] | None:
+        """The plan of a signature while it is true: no hook wants to be called, and the weights are as they were."""
         found = self._plans.get(key)
-        if found is None or any(self._hooks) or self._state() != self._weights:
-            return None
-        plan, spec = found
-        return plan.run(inputs), spec
+        return None if found is None or any(self._hooks) or self._state() != self._weights else found
 
     @property
     def launched(self) -> bool:
@@ -121,12 +123,8 @@ class Plans:
         Returns:
             The sum [B, ...] and the structure of the output, or none without such a plan.
         """
-        found = self._plans.get(key)
-        if found is None or not found[0].sums:
-            return None
-        if any(self._hooks) or self._state() != self._weights:
-            return None
-        return found[0].run(inputs, weights)[0], found[1]
+        found = self._current(key)
+        return None if found is None or not found[0].sums else (found[0].run(inputs, weights)[0], found[1])
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""

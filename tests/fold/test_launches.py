@@ -6,7 +6,7 @@ import torch
 import fastens
 from fastens import _native, capture
 from fastens.fold import planned
-from tests.fold.test_plans import DRAWS, Tricky, members_of, scaled
+from tests.fold.test_plans import DRAWS, follow_the_members, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
@@ -143,14 +143,7 @@ def test_changed_weights_are_seen(change):
 
 @pytest.mark.parametrize("kind", ["branch", "in place", "number", "float64 table"])
 def test_tricky_networks(kind):
-    members = [Tricky(kind).eval() for _ in range(3)]
-    ensemble = fastens.Ensemble(members)
-    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for i in range(4):
-            arguments = (x * (-1) ** i * (i + 1), *((float(i),) if kind == "number" else ()))
-            expected = torch.stack([member(*arguments) for member in members]).mean(0)
-            assert relative_error(ensemble(*arguments), expected) < NETWORK[torch.float32]
+    follow_the_members(kind, calls=4)
 
 
 @pytest.mark.parametrize("name", ["unet_2d", "transformer"])
