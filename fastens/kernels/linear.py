@@ -88,7 +88,7 @@ def linear(
     per_member = vectors // num_members
     per_row = vectors // x.shape[0]
     wide = x.dtype == torch.float64
-    block_m, block_n, block_k, num_warps, num_stages = _tiles(per_member, outputs, x.dtype)
+    block_m, block_n, block_k, num_warps, num_stages = tiles(per_member, outputs, x.dtype)
     if p:  # the words of the masks need registers that a tile of 128 columns does not leave
         block_n = min(block_n, 64)
     row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
@@ -108,7 +108,7 @@ def linear(
     return y
 
 
-def _tiles(rows: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+def tiles(rows: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Tile sizes, warps and stages: narrow tiles for few rows, where reading the weights is the work."""
     block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
     block_n = min(128 if block_m >= 64 else 32, max(16, 1 << (outputs - 1).bit_length()))

@@ -26,6 +26,7 @@ from fastens.kernels.dropout import dropout
 from fastens.kernels.group_norm import group_norm
 from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
+from fastens.kernels.linear_group import linear_group
 from fastens.kernels.member_variance import member_variance
 
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
@@ -107,6 +108,11 @@ def launches():
             x, w = torch.empty(5 * rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
             call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu")
             yield f"linear {short} M={rows}", lambda call=call: linear(*call)
+        for rows in (1, 4, 8, 16, 256):
+            x, sizes = torch.empty(5 * rows, 1024, dtype=dtype), (256, 512, 256) * 14
+            weights = [torch.empty(5, size, 1024, dtype=dtype) for size in sizes]
+            call = (x, weights, [torch.empty(5, size, dtype=dtype) for size in sizes[1:]], list(range(1, 42)))
+            yield f"linear_group {short} M={rows}", lambda call=call: linear_group(*call)
         members = torch.arange(5)
         for channels, size, layout, samples in ((256, 32, "NHWC", None), (256, 9, "NHWC", members),
                                                 (256, 32, "NCHW", members), (3, 7, "NCHW", None)):  # fmt: skip
@@ -200,6 +206,10 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "linear f32 M=16",
     "linear bf16 M=512",
     "linear f64",
+    "linear_group bf16 M=1",
+    "linear_group bf16 M=4",
+    "linear_group bf16 M=256",
+    "linear_group f32 M=16",
     "dropout NHWC bf16 C=256 32x32",
     "group_norm dropped bf16",
     "linear dropped bf16 M=512",
