@@ -1,6 +1,8 @@
-"""Tensors of vectors that lie equally far apart, as kernels read and write them without a copy."""
+"""Vectors and images that lie equally far apart, as kernels read and write them where they are, without a copy."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -9,33 +11,53 @@ def strided_vectors(x: Tensor, copy: bool = False) -> tuple[Tensor, int]:
     """Return x [..., C] and how many elements each of its vectors is behind the one before.
 
     Args:
-        x: of one vector or more.
+        x: contiguous in its last dimension.
         copy: whether x may be copied where its vectors are not equally far apart.
 
     Raises:
         ValueError: vectors that are not equally far apart, or not contiguous, and no copy is allowed.
     """
-    distance = _distance(x)
-    if distance is None:
+    distance = merged(x.shape[:-1], x.stride()[:-1])
+    if distance is None or (x.shape[-1] > 1 and x.stride(-1) != 1):
         if not copy:
-            raise ValueError(
-                f"vectors of {list(x.shape)} with strides {list(x.stride())}: expected contiguous ones, equally far "
-                "apart"
-            )
-        x, distance = x.contiguous(), x.shape[-1]
+            raise _refusal("contiguous vectors", x)
+        return x.contiguous(), x.shape[-1]
     return x, distance
 
 
-def _distance(x: Tensor) -> int | None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return None
+def strided_images(x: Tensor, copy: bool = False) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return x [R, C, *space] and the strides of its rows, channels and places.
+
+    Args:
+        x: of one place or more.
+        copy: whether x may be copied where its places are not equally far apart.
+
+    Raises:
+        ValueError: places that are not equally far apart, and no copy is allowed.
+    """
+    distance = merged(x.shape[2:], x.stride()[2:])
+    if distance is None:
+        if not copy:
+            raise _refusal("places", x)
+        x, distance = x.contiguous(), 1
+    return x, (x.stride(0), x.stride(1), distance)
+
+
+def merged(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Stride of these dimensions as one, none where they are not equally far apart; of a single element, 1."""
     distance, expected = None, 0
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:
             continue
         if distance is None:
-            distance, expected = stride, stride
+            distance = stride
         elif stride != expected:
             return None
-        expected *= size
-    return x.shape[-1] if distance is None else distance
+        expected = stride * size
+    return 1 if distance is None else distance
+
+
+def _refusal(what: str, x: Tensor) -> ValueError:
+    return ValueError(
+        f"{list(x.shape)} with strides {list(x.stride())} is written to: expected {what} equally far apart"
+    )

@@ -23,7 +23,7 @@ from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
 from fastens.kernels.conv2d_sum import conv2d_sum
 from fastens.kernels.dropout import dropout
-from fastens.kernels.group_norm import group_norm
+from fastens.kernels.group_norm import group_norm, normalise
 from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
 from fastens.kernels.linear_group import linear_group
@@ -99,6 +99,17 @@ def launches():
             w, s = torch.empty(5, channels, dtype=dtype), torch.empty(5, channels, dtype=dtype)
             call = (x, 32, w, w, 1e-5, None, s, s, "silu")
             yield f"group_norm {layout} {short} C={channels} {size}x{size}", lambda call=call: group_norm(*call)
+        for own, skip, size in ((256, 0, 8), (256, 128, 32), (128, 0, 256)):
+            spans = -(-size * size // 128)
+            x, y = (torch.empty(5, c, size, size, dtype=dtype).to(memory_format=torch.channels_last) if c else None
+                    for c in (own, skip))  # fmt: skip
+            before, after = (torch.empty(5, c // 4, spans, 2) if c else None for c in (own, skip))
+            w, s = torch.empty(5, own + skip, dtype=dtype), torch.empty(5, own + skip, dtype=dtype)
+            call = {"skip": y, "skip_moments": after, "norm_groups": 32}
+            yield (
+                f"normalise {short} C={own}+{skip} {size}x{size}",
+                lambda x=x, m=before, w=w, s=s, call=call: normalise(x, m, w, w, 1e-5, s, s, "silu", **call),
+            )
         for length in (512, 768, 20000):
             x, w = torch.empty(10, 3, length, dtype=dtype), torch.empty(5, length, dtype=dtype)
             s = torch.empty(10, length, dtype=dtype)
@@ -202,6 +213,8 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "aggregate_update mean bf16",
     "group_norm NHWC bf16 C=128 128x128",
     "group_norm NCHW f32 C=256 32x32",
+    "normalise bf16 C=256+128 32x32",
+    "normalise f32 C=128+0 256x256",
     "layer_norm bf16 N=768",
     "linear f32 M=16",
     "linear bf16 M=512",

@@ -36,7 +36,7 @@ def check_compiled(capability, *options):
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
         "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel",
-        "maps_kernel",
+        "maps_kernel", "normalise_kernel", "join_moments_kernel",
     }  # fmt: skip
     for row in rows:
         products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "linear_group_kernel")
