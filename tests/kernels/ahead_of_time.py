@@ -18,6 +18,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastens import rules
+from fastens.kernels._attention import attention
+from fastens.kernels._join import join
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
@@ -135,6 +137,15 @@ def launches():
         every = list(Opcode)
         call = ([x, y, z], every, list(range(2, 2 + len(every))), [1] * len(every), [0.5] * len(every))
         yield f"pointwise of all {short}", lambda call=call: pointwise(*call)
+        yield f"join {short}", lambda x=x: join([x, x], 1, torch.empty_like(torch.cat([x, x], 1)))
+        large = torch.empty(5, 256, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+        yield f"join enlarged {short}", lambda x=x, large=large: join([x], 2, large)
+        for rows, heads, tokens, width in ((5, 1, 256, 256), (320, 1, 256, 256), (20, 8, 256, 64), (20, 4, 77, 40)):
+            if dtype == torch.bfloat16:
+                q = torch.empty(rows, tokens, heads, 3 * width, dtype=dtype).movedim(2, 1)
+                out = torch.empty(rows, tokens, heads, width, dtype=dtype).movedim(2, 1)
+                call = (*q.split(width, 3), 0.1, out)
+                yield f"attention {short} R={rows} T={tokens} D={width}", lambda call=call: attention(*call)
         members = torch.arange(5)
         for channels, size, layout, samples in ((256, 32, "NHWC", None), (256, 9, "NHWC", members),
                                                 (256, 32, "NCHW", members), (3, 7, "NCHW", None)):  # fmt: skip
@@ -238,6 +249,9 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "linear_group bf16 M=256",
     "linear_group f32 M=16",
     "pointwise bf16",
+    "join bf16",
+    "attention bf16 R=5 T=256 D=256",
+    "attention bf16 R=320 T=256 D=256",
     "pointwise of all f32",
     "dropout NHWC bf16 C=256 32x32",
     "group_norm dropped bf16",
