@@ -1,4 +1,4 @@
-"""Vectors and images that lie equally far apart, as kernels read and write them where they are, without a copy."""
+"""Vectors, rows and images that lie equally far apart, as kernels read and write them without a copy."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ def strided_vectors(x: Tensor, copy: bool = False) -> tuple[Tensor, int]:
             raise _refusal("contiguous vectors", x)
         return x.contiguous(), x.shape[-1]
     return x, distance
+
+
+def strided_rows(x: Tensor, last: int, copy: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    """Return x [R, ..., *vector] and the strides of its rows, and of the vectors of a row.
+
+    Args:
+        x: with vectors of ``last`` dimensions, contiguous; or of one row, where they take all dimensions.
+        last: dimensions of a vector.
+        copy: whether x may be copied where the vectors of a row are not equally far apart.
+
+    Raises:
+        ValueError: vectors that are not equally far apart, or not contiguous, and no copy is allowed.
+    """
+    split = x.ndim - last
+    distance = merged(x.shape[1:split], x.stride()[1:split])
+    if distance is None or merged(x.shape[split:], x.stride()[split:]) != 1:
+        if not copy:
+            raise _refusal("contiguous vectors", x)
+        x = x.contiguous()
+        distance = x.shape[split:].numel()
+    return x, (x.stride(0) if split else 0, distance)
 
 
 def strided_images(x: Tensor, copy: bool = False) -> tuple[Tensor, tuple[int, int, int]]:

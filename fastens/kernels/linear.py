@@ -12,18 +12,19 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
+from fastens.kernels._into import strided_vectors
 from fastens.kernels._rows import interpreting
 
 
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, weight, bias, y, first_row, rows_per_member, outputs, inputs, row_tiles, output_tiles, per_row,
-    weight_k, weight_out, weight_in, members, samples, evaluation, key_low, key_high,
+    weight_k, weight_out, weight_in, x_stride, y_stride, members, samples, evaluation, key_low, key_high,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKS: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one member's result. x [rows, inputs] and y [rows, outputs] are contiguous."""
+    """One tile of one member's result; vectors of x and y are contiguous, and equally far apart."""
     pid = tl.program_id(0)
     tile_n, tile_m, member = pid % output_tiles, (pid // output_tiles) % row_tiles, pid // output_tiles // row_tiles
     begin = member.to(tl.int64) * rows_per_member
@@ -39,7 +40,9 @@ def linear_kernel(
         for start in range(0, inputs, BLOCK_K):
             depth = start + tl.arange(0, BLOCK_K)
             a = tl.load(
-                x + row[:, None] * inputs + depth[None, :], (row < end)[:, None] & (depth < inputs)[None, :], other=0.0
+                x + row[:, None] * x_stride + depth[None, :],
+                (row < end)[:, None] & (depth < inputs)[None, :],
+                other=0.0,
             )
             b = tl.load(
                 own + depth.to(tl.int64)[:, None] * weight_in,
@@ -63,7 +66,7 @@ def linear_kernel(
                 first, drawn, sample, evaluation, key_low, key_high, BLOCK_N, MASKS, THRESHOLD, SCALE, WIDE
             )
         mask = (row < end)[:, None] & (column < outputs)[None, :]
-        tl.store(y + row[:, None] * outputs + column[None, :], acc.to(y.dtype.element_ty), mask)
+        tl.store(y + row[:, None] * y_stride + column[None, :], acc.to(y.dtype.element_ty), mask)
 
 
 def linear(
@@ -77,14 +80,19 @@ def linear(
     p: float = 0.0,
     key: int = 0,
     evaluation: int = 0,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Apply each member's layer; the arguments are those of ``fastens::linear``."""
-    x = x.contiguous()
+    """Apply each member's layer; the arguments are those of ``fastens::linear``.
+
+    ``into`` is where the result is written, whose vectors are contiguous and equally far apart.
+    """
     num_members, outputs, inputs = weight.shape
-    y = x.new_empty(*x.shape[:-1], outputs)
+    y = x.new_empty(*x.shape[:-1], outputs) if into is None else into
     if y.numel() == 0:
         return y
-    vectors = x.numel() // inputs if inputs else y.numel() // outputs
+    x, x_stride = strided_vectors(x, copy=True)
+    y_stride = strided_vectors(y)[1]
+    vectors = y.numel() // outputs
     per_member = vectors // num_members
     per_row = vectors // x.shape[0]
     wide = x.dtype == torch.float64
@@ -98,7 +106,7 @@ def linear(
     with torch.cuda.device(x.device if x.is_cuda else -1):
         linear_kernel[(num_members * row_tiles * output_tiles,)](
             x, weight, None if bias is None else bias.contiguous(), y, first_row, per_member, outputs, inputs,
-            row_tiles, output_tiles, per_row, *weight.stride(),
+            row_tiles, output_tiles, per_row, *weight.stride(), x_stride, y_stride,
             *of_rows(p, members, samples, x.device),
             **mask_settings(p, key, evaluation, samples is not None, outputs),
             ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=tl.float64 if wide else tl.float32,

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,16 +14,24 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.kernels._into import merged
 from fastens.ops import conv2d_sum as sum_op
 from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
 from fastens.ops import linear_group as group_op
+from fastens.ops import pointwise as pointwise_op
 from fastens.ops._block_ways import CHOICE
+from fastens.ops._dispatch import missing_triton
+from fastens.ops._rows import is_dense
+from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
 from fastens.reference.group_moments import counts
+
+ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
+LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
 
 
 def conv2d(
@@ -144,23 +153,52 @@ def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
 
 
 def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, backend: str) -> None:
-    """Group norm and activation of an image; without a norm, the activation alone."""
+    """Group norm by known moments, and activation, of an image; without a norm, the activation alone.
+
+    ``norm`` holds the settings that a convolution takes: ``moments``, ``norm_weight``, ``norm_bias``, ``eps``,
+    ``scale``, ``shift``, and where there are two images, or finer moments, ``skip``, ``skip_moments``, ``norm_groups``.
+    """
     if not norm:
-        out.copy_(activate(x, activation))
+        pointwise(out, [x], [(ACTIVATIONS[activation], 0, 0, 0.0)], backend)
         return
+    norm = dict(norm)
+    arguments = [norm.pop(name) for name in ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift")]
+    if uses_triton(x, backend) and merged(out.shape[2:], out.stride()[2:]) is not None:
+        from fastens.kernels.group_norm import normalise
+
+        normalise(x, *arguments, activation, **norm, into=out)
+        return
+    moments, weight, bias, eps, scale, shift = arguments
+    image = x if norm.get("skip") is None else torch.cat([x, norm["skip"]], 1)
+    groups = norm.get("norm_groups") or sum(m.shape[1] for m in (moments, norm.get("skip_moments")) if m is not None)
     fused = activation if activation in ("none", "silu") else "none"
-    y = norm_op.group_norm(
-        x, norm["norm_groups"] or norm["moments"].shape[1], norm["norm_weight"], norm["norm_bias"], norm["eps"], None,
-        norm["scale"], norm["shift"], fused, backend=_named(x, backend),
-    )  # fmt: skip
+    y = norm_op.group_norm(image, groups, weight, bias, eps, None, scale, shift, fused, backend=_named(x, backend))
     out.copy_(y if fused == activation else activate(y, activation))
 
 
 def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> None:
     """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
-    tokens = x.movedim(1, -1).to(weight.dtype)
-    y = linear_op.linear(tokens, weight.flatten(2), bias, None, activation, backend=_named(x, backend))
-    out.copy_(y.movedim(-1, 1))
+    tokens, places, stack = x.movedim(1, -1).to(weight.dtype), out.movedim(1, -1), weight.flatten(2)
+    members, outputs, inputs = stack.shape
+    if not uses_triton(x, backend):
+        y = linear_op.linear(tokens, stack, bias, None, activation, backend=_named(x, backend))
+        places.copy_(y)
+    elif tokens.shape[:-1].numel() > linear_op.FUSED_ROWS * members and inputs > LIBRARY_INPUTS:
+        # products that arithmetic bounds are the library's; what is behind them is one pass
+        y = torch.bmm(tokens.reshape(members, -1, inputs), stack.transpose(1, 2))
+        y = y.view(members, -1, *tokens.shape[1:-1], outputs)
+        code = [(ACTIVATIONS[activation], 0, 0, 0.0)]
+        if bias is not None:
+            code = [(Opcode.ADD, 0, 1, 0.0), (ACTIVATIONS[activation], 2, 0, 0.0)]
+        operands = [y] if bias is None else [y, bias.view(members, *[1] * (y.ndim - 2), outputs)]
+        pointwise(places.unflatten(0, (members, -1)), operands, code, backend)
+    else:
+        from fastens.kernels.linear import linear as launch
+
+        direct = merged(places.shape[:-1], places.stride()[:-1]) is not None and 1 in (places.stride(-1), outputs)
+        y = launch(tokens, stack, bias, None, activation, into=places if direct else None)
+        if not direct:
+            places.copy_(y)
 
 
 def linear_group(
@@ -180,20 +218,33 @@ def linear_group(
 
 
 def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> None:
-    """Layer norm of tokens [R, T, C]."""
-    out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, backend=_named(x, backend)))
+    """Layer norm of tokens [R, T, C], each contiguous."""
+    if uses_triton(x, backend):
+        from fastens.kernels.layer_norm import layer_norm as launch
+
+        launch(x, list(x.shape[-1:]), weight, bias, eps, into=out)
+    else:
+        out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, backend=_named(x, backend)))
 
 
-def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Attention without mask, [R, heads, tokens, width]."""
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> None:
+    """Attention without mask, [R, heads, tokens, width]; of float32 and larger heads by torch, which has no ``out``."""
+    if uses_triton(out, backend):
+        from fastens.kernels import _attention as kernel
+
+        if kernel.takes(q, v, out):
+            kernel.attention(q, k, v, scale, out)
+            return
     q, k, v = (x.to(out.dtype) for x in (q, k, v))
     out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
 
-def join(out: Tensor, images: Sequence[Tensor], up: int) -> None:
+def join(out: Tensor, images: Sequence[Tensor], up: int, backend: str = "auto") -> None:
     """Images [R, C, H, W] one after the other along the channels, each pixel ``up`` times in both directions."""
-    if up == 1:
-        torch.cat(list(images), 1, out=out)
+    if uses_triton(out, backend):
+        from fastens.kernels._join import join as launch
+
+        launch(images, up, out)
         return
     start = 0
     for image in images:
@@ -202,64 +253,49 @@ def join(out: Tensor, images: Sequence[Tensor], up: int) -> None:
         start += image.shape[1]
 
 
-UNARY: dict[Opcode, Callable[[Tensor], Tensor]] = {
-    Opcode.SILU: F.silu,
-    Opcode.GELU: F.gelu,
-    Opcode.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-    Opcode.SIGMOID: torch.sigmoid,
-    Opcode.TANH: torch.tanh,
-    Opcode.EXP: torch.exp,
-    Opcode.LOG: torch.log,
-    Opcode.SIN: torch.sin,
-    Opcode.COS: torch.cos,
-    Opcode.SQRT: torch.sqrt,
-    Opcode.SQUARE: torch.square,
-    Opcode.RELU: torch.relu,
-    Opcode.ABS: torch.abs,
-}
-BINARY: dict[Opcode, Callable[[Any, Any], Tensor]] = {
-    Opcode.ADD: torch.add,
-    Opcode.SUBTRACT: torch.sub,
-    Opcode.MULTIPLY: torch.mul,
-    Opcode.DIVIDE: torch.div,
-}
-NUMBERED: dict[Opcode, Callable[[Tensor, float], Tensor]] = {
-    Opcode.ADD_NUMBER: torch.add,
-    Opcode.MULTIPLY_NUMBER: torch.mul,
-    Opcode.NUMBER_MINUS: lambda x, number: number - x,
-    Opcode.NUMBER_OVER: lambda x, number: number / x,
-}
-
-
-def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[tuple[Opcode, int, int, float]]) -> None:
+def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[Instruction], backend: str = "auto") -> None:
     """A chain of elementwise instructions; the inputs are the first registers, each instruction writes the next one."""
-    registers = list(inputs)
-    if len(code) > 1:  # rounded once, at the end
-        registers = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in registers]
-    for opcode, a, b, number in code:
-        if opcode is Opcode.COPY:
-            registers.append(registers[a])
-        elif opcode in UNARY:
-            registers.append(UNARY[opcode](registers[a]))
-        elif opcode in BINARY:
-            registers.append(BINARY[opcode](registers[a], registers[b]))
-        else:
-            registers.append(NUMBERED[opcode](registers[a], number))
-    out.copy_(registers[-1])
+    pointwise_op.pointwise(inputs, code, backend="triton" if uses_triton(out, backend) else "reference", into=out)
 
 
 def call(outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """An operation of torch; one that changes an argument changes a copy, since values are written once."""
     if function._schema.is_mutable:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    elif all(map(is_dense, outs)):
+        overload, names = _writing(function)
+        if overload is not None and len(names) == len(outs):
+            overload(*args, **kwargs, **dict(zip(names, outs, strict=True)))
+            return
     results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
 
 
+@functools.cache
+def _writing(function: Any) -> tuple[Any, tuple[str, ...]]:
+    """The overload that is told where to write, and the names of those arguments; none where there is none."""
+
+    def described(arguments: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in arguments if not a.is_out]
+
+    wanted = described(function._schema.arguments)
+    for name in function.overloadpacket.overloads():
+        overload = getattr(function.overloadpacket, name)
+        names = tuple(a.name for a in overload._schema.arguments if a.is_out)
+        if names and described(overload._schema.arguments) == wanted:
+            return overload, names
+    return None, ()
+
+
 def uses_triton(x: Tensor, backend: str) -> bool:
     """Whether a launch on this tensor is one of Triton's kernels."""
-    return backend == "triton" or (backend == "auto" and x.is_cuda)
+    return backend == "triton" or (backend == "auto" and x.is_cuda and _runs_triton(x.device))
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return missing_triton(device) is None
 
 
 def _named(x: Tensor, backend: str) -> str:
