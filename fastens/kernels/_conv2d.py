@@ -49,22 +49,40 @@ def over_places(values, ROWS: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def norm_of_moments(
-    row, row_exists, channel, channel_exists, member, moments, weight, bias, scale, shift, channels, per_group, space,
-    span,
-    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, WIDE: tl.constexpr,
+    row, row_exists, channel, channel_exists, member, moments, skip_moments, weight, bias, scale, shift, channels,
+    skip_channels, per_group, per_norm, space, span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mean, factor and offset [rows, channels]: norm and maps together are (x - mean) * factor + offset."""
+    """Mean, factor and offset [rows, channels]: norm and maps together are (x - mean) * factor + offset.
+
+    A group of the norm has PARTS moments, of each of its SPANS of each of its parts' groups of per_group channels.
+    """
     mask = row_exists[:, None] & channel_exists[None, :]
-    each = tl.arange(0, PADDED_SPANS)
-    group = row[:, None] * (channels // per_group) + channel[None, :] // per_group
-    at = (group[:, :, None] * SPANS + each[None, None, :]) * 2
-    found = mask[:, :, None] & (each < SPANS)[None, None, :]
-    held = tl.where(each < SPANS, tl.minimum(span, space - each * span) * per_group, 0).to(WIDE)[None, None, :]
+    each = tl.arange(0, PADDED_PARTS)
+    group = channel // per_norm
+    at_span = each
+    if PARTS > SPANS:
+        at_span = each % SPANS
+    held = tl.where(each < PARTS, tl.minimum(span, space - at_span * span) * per_group, 0).to(WIDE)[None, None, :]
     total = tl.sum(held, 2)
-    means = tl.load(moments + at, found, other=0.0)
+    found = mask[:, :, None] & (each < PARTS)[None, None, :]
+    if skip_moments is None:
+        at = moments + ((row[:, None] * (channels // per_norm) + group[None, :])[:, :, None] * PARTS + each) * 2
+        means = tl.load(at, found, other=0.0)
+        scatters = tl.load(at + 1, found, other=0.0)
+    else:
+        part = (group[:, None] * PARTS + each[None, :])[None, :, :]
+        parts = (channels - skip_channels) // per_group * SPANS
+        skip_parts = skip_channels // per_group * SPANS
+        here = found & (part < parts)
+        there = found & (part >= parts)
+        at = moments + (row[:, None, None] * parts + part) * 2
+        at_skip = skip_moments + (row[:, None, None] * skip_parts + (part - parts)) * 2
+        means = tl.load(at, here, other=0.0) + tl.load(at_skip, there, other=0.0)
+        scatters = tl.load(at + 1, here, other=0.0) + tl.load(at_skip + 1, there, other=0.0)
     mean = tl.sum(means * held, 2) / total
     apart = tl.where(found, means - mean[:, :, None], 0.0)
-    scatter = tl.sum(tl.load(moments + at + 1, found, other=0.0) + held * apart * apart, 2)
+    scatter = tl.sum(scatters + held * apart * apart, 2)
     factor = 1.0 / tl.sqrt(scatter / total + eps)
     offset = tl.zeros_like(factor)
     own = member * channels + channel
@@ -83,15 +101,17 @@ def norm_of_moments(
 
 @triton.jit
 def write_maps(
-    maps, row, row_exists, member, moments, weight, bias, scale, shift, channels, per_group, space, span,
-    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    maps, row, row_exists, member, moments, skip_moments, weight, bias, scale, shift, channels, skip_channels,
+    per_group, per_norm, space, span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """maps[r, :, c] = mean, factor and offset of the norm before the convolution, for rows of one member."""
     for start in range(0, channels, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         mean, factor, offset = norm_of_moments(
-            row, row_exists, channel, channel < channels, member, moments, weight, bias, scale, shift, channels,
-            per_group, space, span, eps, SPANS, PADDED_SPANS, WIDE,
+            row, row_exists, channel, channel < channels, member, moments, skip_moments, weight, bias, scale, shift,
+            channels, skip_channels, per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, WIDE,
         )  # fmt: skip
         known = row_exists[:, None] & (channel < channels)[None, :]
         at = maps + row[:, None] * 3 * channels + channel[None, :]
@@ -102,42 +122,57 @@ def write_maps(
 
 @triton.jit
 def maps_kernel(
-    maps, moments, weight, bias, scale, shift, member_of_row, rows, rows_per_member, channels, per_group, space, span,
-    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    maps, moments, skip_moments, weight, bias, scale, shift, member_of_row, rows, rows_per_member, channels,
+    skip_channels, per_group, per_norm, space, span,
+    eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The maps of one row, where spans are too many for every tile to join."""
+    """The maps of one row, where moments are too many for every tile to join."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     member = tl.program_id(0).to(tl.int64) // rows_per_member
     if member_of_row is not None:
         member = tl.load(member_of_row + tl.program_id(0)).to(tl.int64)
     write_maps(
-        maps, row, row < rows, member, moments, weight, bias, scale, shift, channels, per_group, space, span, eps,
-        SPANS, PADDED_SPANS, BLOCK, WIDE,
+        maps, row, row < rows, member, moments, skip_moments, weight, bias, scale, shift, channels, skip_channels,
+        per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
     )  # fmt: skip
 
 
 @triton.jit
 def products(
-    acc, x, weight, maps, member, row, row_exists, x_row, valid, top, left, column, first, last, channels, outputs,
-    height, width, weight_k, weight_o, weight_c, weight_h, weight_w,
+    acc, x, skip, weight, maps, member, row, row_exists, x_row, valid, top, left, column, first, last, channels,
+    skip_channels, outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add steps ``first`` to ``last`` of one member's sum to acc [ROWS * PLACES, BLOCK_N].
 
     row [ROWS] is where maps are found; x_row, top and left [ROWS * PLACES] say where the first tap of a place lies.
+    The channels of skip follow those of x. A step takes its block of channels from one of both: x's last block is
+    padded, so that no block is of both.
     """
     own = weight + member * weight_k + column.to(tl.int64)[None, :] * weight_o
     for step in range(first, last):
         tap = step % (TAPS_H * TAPS_W)
         down, right = tap // TAPS_W, tap % TAPS_W
-        channel = step // (TAPS_H * TAPS_W) * BLOCK_K + tl.arange(0, BLOCK_K)
-        exists = channel < channels
+        begin = step // (TAPS_H * TAPS_W) * BLOCK_K
+        source, own_channels, before = x, channels, 0
+        if skip is not None:
+            x_channels = channels - skip_channels
+            padded = tl.cdiv(x_channels, BLOCK_K) * BLOCK_K
+            beyond = begin >= padded
+            source = tl.where(beyond, skip, x)
+            own_channels = tl.where(beyond, skip_channels, x_channels)
+            before = tl.where(beyond, x_channels, 0)
+            begin = tl.where(beyond, begin - padded, begin)
+        in_source = begin + tl.arange(0, BLOCK_K)
+        exists = in_source < own_channels
+        channel = in_source + before
         at_h, at_w = top + down, left + right
         inside = valid & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
         mask = inside[:, None] & exists[None, :]
         place = (x_row * height + at_h) * width + at_w
-        a = tl.load(x + place[:, None] * channels + channel[None, :], mask, other=0.0)
+        a = tl.load(source + place[:, None] * own_channels + in_source[None, :], mask, other=0.0)
         if maps is not None or ACTIVATION != "none":
             value = a.to(WIDE)
             if maps is not None:

@@ -14,7 +14,7 @@ from fastens.kernels._conv2d import maps_kernel
 from fastens.kernels._rows import members_of_rows
 from fastens.reference.group_moments import SPAN
 
-JOINED_SPANS = 16  # spans whose moments every tile joins for itself; more are joined once, by a kernel before
+JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more are joined once, by a kernel before
 MAP_TILE = 1024  # moments that are joined at a time
 STEPS_PER_SPLIT = 4  # a split of a sum is at least as long
 MOST_SPLITS = 32
@@ -23,36 +23,42 @@ MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a kernel is told of the norm before a convolution: tensors, channels of a group, constants."""
+    """What a kernel is told of the norm before a convolution: tensors, channels of moments' and norm's groups."""
 
     tensors: tuple[Tensor | None, ...]
     per_group: int
+    per_norm: int
     constants: dict[str, Any]
 
     @classmethod
     def prepare(
         cls, x: Tensor, moments: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-        shift: Tensor | None, eps: float, offsets: Tensor | None, num_members: int,
+        shift: Tensor | None, eps: float, offsets: Tensor | None, num_members: int, skip: Tensor | None = None,
+        skip_moments: Tensor | None = None, norm_groups: int = 0,
     ) -> Norm:  # fmt: skip
-        """Hand the moments on, or where they are of many spans, join them first into a map per row and channel."""
+        """Hand the moments on, or where they are many of a group, join them first into a map per row and channel."""
         if moments is None:
-            return cls((None,) * 6, 1, {"eps": eps, "SPANS": 1, "PADDED_SPANS": 1, "BLOCK": 1})
-        rows, channels, *space = x.shape
+            return cls((None,) * 7, 1, 1, {"eps": eps, "SPANS": 1, "PARTS": 1, "PADDED_PARTS": 1, "BLOCK": 1})
+        rows, x_channels, *space = x.shape
+        skip_channels = 0 if skip is None else skip.shape[1]
+        channels = x_channels + skip_channels
         _, groups, spans, _ = moments.shape
-        padded = triton.next_power_of_2(spans)
+        per_group, per_norm = x_channels // groups, channels // (norm_groups or groups)
+        parts = per_norm // per_group * spans
+        padded = triton.next_power_of_2(parts)
         block = max(1, min(128, triton.next_power_of_2(channels), MAP_TILE // padded))
-        constants = {"eps": eps, "SPANS": spans, "PADDED_SPANS": padded, "BLOCK": block}
-        maps, per_group = moments.new_empty(rows, 3, channels), channels // groups
-        parts = (moments, weight, bias, scale, shift)
-        tensors = (maps, *(None if t is None else t.contiguous() for t in parts))
-        if spans <= JOINED_SPANS:
-            return cls(tensors, per_group, constants)
+        constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": block}
+        maps = moments.new_empty(rows, 3, channels)
+        given = (moments, skip_moments, weight, bias, scale, shift)
+        tensors = (maps, *(None if t is None else t.contiguous() for t in given))
+        if parts <= JOINED_PARTS:
+            return cls(tensors, per_group, per_norm, constants)
         maps_kernel[(rows,)](
             *tensors, members_of_rows(offsets, num_members, rows, x.device), rows, max(1, rows // num_members),
-            channels, per_group, space[0] * space[1], SPAN, **constants,
+            channels, skip_channels, per_group, per_norm, space[0] * space[1], SPAN, **constants,
             WIDE=tl.float64 if moments.dtype == torch.float64 else tl.float32,
         )  # fmt: skip
-        return cls((maps,) + (None,) * 5, per_group, constants)
+        return cls((maps,) + (None,) * 6, per_group, per_norm, constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,10 @@ class Tiles:
     num_stages: int
     splits: int
 
+    def blocks(self, sources: tuple[int, ...]) -> int:
+        """How many blocks of channels x, and skip, are taken in."""
+        return sum(-(-channels // self.block_k) for channels in sources)
+
 
 def tiles_for(
     x: Tensor,
@@ -74,7 +84,7 @@ def tiles_for(
     rows: int,
     space: int,
     outputs: int,
-    channels: int,
+    sources: tuple[int, ...],
     taps: int,
     whole_spans: bool,
     tiling: str = "auto",
@@ -88,7 +98,7 @@ def tiles_for(
         rows: the most rows of one of them.
         space: places of the output in a row.
         outputs: channels.
-        channels: of the input.
+        sources: channels of x, and of skip.
         taps: of the kernel.
         whole_spans: moments are wanted, so that a tile holds whole spans.
         tiling: ``"auto"``; ``"wide"``, twice as many output channels a tile and whole sums; ``"narrow"``, half of
@@ -102,7 +112,7 @@ def tiles_for(
         together = max(together // 2, 16 // places, 1)
     size = together * places
     block_n = min(256 if wide else 64 if narrow else 128, max(16, triton.next_power_of_2(outputs)))
-    block_k = min(64, max(16, triton.next_power_of_2(channels)))
+    block_k = min(64, max(16, triton.next_power_of_2(max(sources))))
     num_warps, num_stages = (8 if size * block_n >= 16384 else 4), 3
     if x.dtype.itemsize == 4:
         block_n, block_k, num_stages = min(block_n, 128 if wide else 64), min(block_k, 32), 2
@@ -112,7 +122,7 @@ def tiles_for(
         num_warps = 8 if size >= 128 else 4
     programs = groups_of_rows * triton.cdiv(rows, together) * triton.cdiv(space, places)
     programs *= triton.cdiv(outputs, block_n)
-    steps = sums * taps * triton.cdiv(channels, block_k)
+    steps = sums * taps * sum(triton.cdiv(channels, block_k) for channels in sources)
     available = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
     most = 1 if wide else min(MOST_SPLITS, available // programs, steps // STEPS_PER_SPLIT)
     splits = 1

@@ -24,14 +24,15 @@ from fastens.reference.group_moments import SPAN, counts
 
 @triton.jit
 def conv2d_kernel(
-    x, weight, bias, y, workspace, maps, in_moments, norm_weight, norm_bias, scale, shift, row_bias, residual,
-    out_moments, first_row, rows, rows_per_member, channels, outputs, height, width, out_height, out_width, down, right,
-    above, before, row_tiles, place_tiles, output_tiles, steps, steps_per_split, per_group, span,
-    weight_k, weight_o, weight_c, weight_h, weight_w,
-    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
-    output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
+    x, skip, weight, bias, y, workspace, maps, in_moments, skip_moments, norm_weight, norm_bias, scale, shift, row_bias,
+    residual, out_moments, first_row, rows, rows_per_member, channels, skip_channels, outputs, height, width,
+    out_height, out_width, down, right, above, before, row_tiles, place_tiles, output_tiles, steps, steps_per_split,
+    per_group, per_norm, span, weight_k, weight_o, weight_c, weight_h, weight_w,
+    eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
     member, begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -45,15 +46,16 @@ def conv2d_kernel(
         if in_moments is not None:
             # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
             write_maps(
-                maps, row, row_exists, member, in_moments, norm_weight, norm_bias, scale, shift, channels, per_group,
-                height * width, span, eps, SPANS, PADDED_SPANS, BLOCK, WIDE,
+                maps, row, row_exists, member, in_moments, skip_moments, norm_weight, norm_bias, scale, shift, channels,
+                skip_channels, per_group, per_norm, height * width, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
             )  # fmt: skip
             tl.debug_barrier()
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, weight, maps, member, row, row_exists, x_row, valid,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, member, row, row_exists, x_row, valid,
             place // out_width * down - above, place % out_width * right - before, column, split * steps_per_split,
-            tl.minimum((split + 1) * steps_per_split, steps), channels, outputs, height, width, weight_k, weight_o,
-            weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs, height, width, weight_k,
+            weight_o, weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES,
+            BLOCK_K,
         )  # fmt: skip
         space = out_height * out_width
         if SPLITS > 1:
@@ -116,6 +118,9 @@ def conv2d(
     num_groups: int = 0,
     shared: bool = False,
     tiling: str = "auto",
+    skip: Tensor | None = None,
+    skip_moments: Tensor | None = None,
+    norm_groups: int = 0,
     into: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory.
@@ -123,6 +128,9 @@ def conv2d(
     ``into`` is where result and moments are written. Its size says how many zeros are below and to the right.
     """
     x = x.contiguous(memory_format=torch.channels_last)
+    if skip is not None:
+        skip = skip.contiguous(memory_format=torch.channels_last)
+    skip_channels = 0 if skip is None else skip.shape[1]
     num_members, outputs, channels, taps_h, taps_w = weight.shape
     rows = x.shape[0] * num_members if shared else x.shape[0]
     height, width = x.shape[2:]
@@ -144,13 +152,14 @@ def conv2d(
         residual = residual.contiguous(memory_format=torch.channels_last)
     per_member = rows // num_members
     most = rows if offsets is not None else per_member
-    tiles = tiles_for(x, num_members, most, space, outputs, channels, taps_h * taps_w, num_groups > 0, tiling)
+    sources = (x.shape[1], skip_channels)
+    tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, num_groups > 0, tiling)
     per_group = outputs // num_groups if num_groups else 1
     joined = num_groups > 0 and tiles.block_n % per_group == 0 and not per_group & (per_group - 1)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
-    steps = taps_h * taps_w * triton.cdiv(channels, tiles.block_k)
+    steps = taps_h * taps_w * tiles.blocks(sources)
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
@@ -159,12 +168,15 @@ def conv2d(
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "PER_GROUP": per_group}
     ending = {"output_scale": output_scale, "OUTPUT_ACTIVATION": output_activation, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members)
+        norm = Norm.prepare(
+            x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members, skip, skip_moments, norm_groups
+        )
         workspace = None if tiles.splits == 1 else x.new_empty(tiles.splits * y.numel(), dtype=wide)
         conv2d_kernel[(programs, tiles.splits)](
-            x, weight, bias, y, workspace, *norm.tensors, row_bias, residual, out_moments, first_row, rows, per_member,
-            channels, outputs, height, width, out_height, out_width, *stride, *padding, row_tiles, place_tiles,
-            output_tiles, steps, triton.cdiv(steps, tiles.splits), norm.per_group, SPAN, *weight.stride(),
+            x, skip, weight, bias, y, workspace, *norm.tensors, row_bias, residual, out_moments, first_row, rows,
+            per_member, channels, skip_channels, outputs, height, width, out_height, out_width, *stride, *padding,
+            row_tiles, place_tiles, output_tiles, steps, triton.cdiv(steps, tiles.splits), norm.per_group,
+            norm.per_norm, SPAN, *weight.stride(),
             ACTIVATION=activation, SHARED=shared, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,

@@ -25,8 +25,9 @@ from fastens.reference.group_moments import SPAN
 def conv2d_sum_kernel(
     x, weight, bias, member_weights, y, workspace, maps, moments, norm_weight, norm_bias, scale, shift, members, rows,
     channels, outputs, height, width, out_height, out_width, down, right, above, before, row_tiles, place_tiles,
-    output_tiles, steps, steps_per_split, per_group, span, weight_k, weight_o, weight_c, weight_h, weight_w,
-    eps: tl.constexpr, SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    output_tiles, steps, steps_per_split, per_group, per_norm, span, weight_k, weight_o, weight_c, weight_h, weight_w,
+    eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +43,8 @@ def conv2d_sum_kernel(
         for k in range(members):
             member = zero + k
             write_maps(
-                maps, row + member * rows, row_exists, member, moments, norm_weight, norm_bias, scale, shift, channels,
-                per_group, height * width, span, eps, SPANS, PADDED_SPANS, BLOCK, WIDE,
+                maps, row + member * rows, row_exists, member, moments, None, norm_weight, norm_bias, scale, shift,
+                channels, 0, per_group, per_norm, height * width, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
             )  # fmt: skip
         tl.debug_barrier()
     total = tl.zeros([ROWS * PLACES, BLOCK_N], WIDE)
@@ -51,9 +52,9 @@ def conv2d_sum_kernel(
         member = zero + k
         begin = tl.maximum(first - k * steps, 0)
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, weight, maps, member, row + member * rows, row_exists,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, member, row + member * rows, row_exists,
             at_row + member * rows, valid, place // out_width * down - above, place % out_width * right - before,
-            column, begin, tl.minimum(last - k * steps, steps), channels, outputs, height, width, weight_k, weight_o,
+            column, begin, tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width, weight_k, weight_o,
             weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
@@ -100,22 +101,23 @@ def conv2d_sum(
         return y
     wide = torch.promote_types(x.dtype, torch.float32)
     space, taps = out_height * out_width, taps_h * taps_w
-    tiles = tiles_for(x, 1, rows, space, outputs, channels, taps, False, sums=num_members)
+    tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, False, sums=num_members)
     row_tiles, place_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(space, tiles.places)
     output_tiles = triton.cdiv(outputs, tiles.block_n)
     programs = row_tiles * place_tiles * output_tiles
-    steps = taps * triton.cdiv(channels, tiles.block_k)
+    steps = taps * tiles.blocks((channels,))
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
         norm = Norm.prepare(x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members)
+        maps, in_moments, _, *norm_maps = norm.tensors
         workspace = None if tiles.splits == 1 else x.new_empty(tiles.splits * y.numel(), dtype=wide)
         conv2d_sum_kernel[(programs, tiles.splits)](
             x, weight, None if bias is None else bias.contiguous(), on_device(tuple(member_weights), wide, x.device), y,
-            workspace, *norm.tensors, num_members, rows, channels, outputs, height, width, out_height, out_width,
-            *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
-            triton.cdiv(num_members * steps, tiles.splits), norm.per_group, SPAN, *weight.stride(),
+            workspace, maps, in_moments, *norm_maps, num_members, rows, channels, outputs, height, width, out_height,
+            out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            triton.cdiv(num_members * steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
             ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,

@@ -22,18 +22,20 @@ from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
 from fastens.reference._activation import activate
-from fastens.reference.conv2d import prepared
+from fastens.reference.conv2d import prepared, together
 
 
 def key(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str:
     """What the speed depends on but the device: shapes, dtype, and what is before and behind the convolution."""
-    bias, stride, padding, size, moments, _, _, _, scale, _, activation, row_bias, residual, _, last, groups = rest
+    bias, stride, padding, size, moments, _, _, _, scale, _, activation, row_bias, residual, _, last, groups = rest[:16]
+    skip, _, norm_groups = rest[16:] or (None, None, 0)
     parts = [
         f"{str(x.dtype).removeprefix('torch.')} x{list(x.shape)} w{list(weight.shape)} s{list(stride)} "
         f"p{list(padding)} y{list(size)}",
         "" if bias is not None else "no bias",
         "" if weight[0].is_contiguous() else "kernels channels_last",
-        "" if moments is None else f"norm{moments.shape[1]}" + ("" if scale is None else " by row"),
+        "" if skip is None else f"skip{skip.shape[1]}",
+        "" if moments is None else f"norm{norm_groups or moments.shape[1]}" + ("" if scale is None else " by row"),
         "" if activation == "none" else activation,
         "" if row_bias is None else "row bias",
         "" if residual is None else "residual",
@@ -49,8 +51,10 @@ def library(
     padding: tuple[int, int], size: tuple[int, int], moments: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, activation: str,
     row_bias: Tensor | None, residual: Tensor | None, output_scale: float, output_activation: str, num_groups: int,
+    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0,
 ) -> Tensor:  # fmt: skip
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
+    x, moments = together(x, skip, moments, skip_moments, norm_groups)
     if moments is None or not x.is_cuda or activation not in ("none", "silu"):
         x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
     else:
@@ -81,11 +85,15 @@ def fused(tiling: str) -> Callable[..., Tensor]:
     def way(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         from fastens.kernels.conv2d import conv2d
 
-        bias, stride, padding, size, *others = rest
+        bias, stride, padding, size, *others = rest[:16]
+        skip, skip_moments, norm_groups = rest[16:] or (None, None, 0)
         if into is None:
             shape = (x.shape[0], weight.shape[1], *size)
             into = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        y, _ = conv2d(x, weight, bias, stride, padding, None, *others, tiling=tiling, into=(into, found))
+        y, _ = conv2d(
+            x, weight, bias, stride, padding, None, *others, False, tiling, skip, skip_moments, norm_groups,
+            into=(into, found),
+        )  # fmt: skip
         return y
 
     return way
@@ -95,7 +103,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
     """Why the kernel does not take it in this tiling, or none."""
 
     def why(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str | None:
-        images = [x] if into is None else [x, into]
+        images = [image for image in (x, into, *rest[16:17]) if image is not None]
         if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
             return "an image whose channels are not last in memory"
         if x.dtype not in KERNEL_DTYPES or any(t.dtype != x.dtype for t in (*images, weight)):

@@ -92,7 +92,8 @@ def conv2d_sum(
         raise ValueError(f"conv2d_sum: {len(member_weights)} member_weights, expected {num_members}")
     if min(output_size(x, weight, stride, padding)) < 1:
         raise ValueError(f"conv2d_sum: x is {list(x.shape)}, smaller than the kernel {list(weight.shape[3:])}")
-    check_norm("conv2d_sum", x, num_members, moments, norm_weight, norm_bias, scale, shift)
+    parts = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
+    check_norm("conv2d_sum", x, num_members, moments, parts)
     check_activation("conv2d_sum", activation, ACTIVATIONS)
     check_stack("conv2d_sum", "bias", bias, (num_members, outputs))
     tensors = [x, weight, *(t for t in (bias, norm_weight, norm_bias, scale, shift) if t is not None)]

@@ -20,6 +20,7 @@ from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
+from fastens.ops import linear_group as group_op
 from fastens.ops import pointwise as pointwise_op
 from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
@@ -27,6 +28,7 @@ from fastens.ops._rows import is_dense
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
+from fastens.reference.group_moments import counts
 
 ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
 LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
@@ -54,11 +56,20 @@ def conv2d(
     output_activation: str = "none",
     found: Tensor | None = None,
     num_groups: int = 0,
+    shared: bool = False,
+    skip: Tensor | None = None,
+    skip_moments: Tensor | None = None,
+    norm_groups: int = 0,
 ) -> None:
     """A convolution with what is before and behind it, and moments of its result into ``found``.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
     """
+    if shared:
+        _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
+                       output_scale, output_activation)  # fmt: skip
+        return
+    x, moments = whole_image(x, moments, skip, skip_moments, norm_groups)
     arguments = (
         out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
@@ -68,6 +79,41 @@ def conv2d(
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
         way = CHOICE.choose((None, None, *arguments[2:]), x.device, "auto" if x.is_cuda else "triton")
     CHOICE.ways[way].run(*arguments)
+
+
+def whole_image(
+    x: Tensor, moments: Tensor | None, skip: Tensor | None, skip_moments: Tensor | None, norm_groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """An image joined with the one that follows it, and the moments of the groups of its norm."""
+    if moments is not None and norm_groups:
+        parts = moments if skip_moments is None else torch.cat([moments, skip_moments], 1)
+        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+        held = parts.new_tensor(counts(x.shape[2:].numel())) * (channels // parts.shape[1])  # [T]
+        means, scatter = parts.unflatten(1, (norm_groups, -1)).unbind(-1)  # [R, G, parts, T]
+        mean = means.mean(2, keepdim=True)
+        moments = torch.stack([mean[:, :, 0], (scatter + held * (means - mean).square()).sum(2)], -1)
+    return x if skip is None else torch.cat([x, skip], 1).contiguous(memory_format=torch.channels_last), moments
+
+
+def _shared_conv2d(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
+    backend: str, found: Tensor | None, num_groups: int, row_bias: Tensor | None, residual: Tensor | None,
+    output_scale: float, output_activation: str,
+) -> None:  # fmt: skip
+    """A convolution of rows that all members share, which the kernel reads once; the library reads them repeated."""
+    if uses_triton(x, backend):
+        from fastens.kernels.conv2d import conv2d as launch
+
+        launch(
+            x, weight, bias, stride, padding, row_bias=row_bias, residual=residual, output_scale=output_scale,
+            output_activation=output_activation, num_groups=num_groups, shared=True, into=(out, found),
+        )  # fmt: skip
+        return
+    repeated = x.repeat(weight.shape[0], 1, 1, 1)
+    conv2d(
+        out, repeated, weight, bias, stride, padding, backend=backend, found=found, num_groups=num_groups,
+        row_bias=row_bias, residual=residual, output_scale=output_scale, output_activation=output_activation,
+    )  # fmt: skip
 
 
 def conv2d_sum(
@@ -153,6 +199,22 @@ def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activati
         y = launch(tokens, stack, bias, None, activation, into=places if direct else None)
         if not direct:
             places.copy_(y)
+
+
+def linear_group(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str,
+    backend: str,
+) -> None:
+    """Linear layers of the channels of the same images [R, C, H, W], and the activation behind them."""
+    into = [out.movedim(1, -1) for out in outs]
+    stacks = [weight.flatten(2) for weight in weights]
+    group_op.linear_group(
+        x.movedim(1, -1).to(weights[0].dtype), stacks, biases, activation, backend=_named(x, backend), into=into
+    )
 
 
 def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> None:

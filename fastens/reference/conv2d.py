@@ -8,7 +8,7 @@ from torch import Tensor
 from fastens.reference._activation import activate
 from fastens.reference._rows import affine, modulate
 from fastens.reference.conv import conv
-from fastens.reference.group_moments import group_moments, normalized
+from fastens.reference.group_moments import counts, group_moments, normalized
 
 
 def conv2d(
@@ -32,8 +32,12 @@ def conv2d(
     num_groups: int = 0,
     shared: bool = False,
     tiling: str = "auto",
+    skip: Tensor | None = None,
+    skip_moments: Tensor | None = None,
+    norm_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Norm, activate, convolve, add, scale and activate; then moments. As in :func:`fastens.ops.conv2d.conv2d`."""
+    x, moments = together(x, skip, moments, skip_moments, norm_groups)
     x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
     if shared:
         x = x.repeat(weight.shape[0], 1, 1, 1)
@@ -45,6 +49,24 @@ def conv2d(
     y = activate(y if output_scale == 1 else y * output_scale, output_activation)
     wide = torch.promote_types(y.dtype, torch.float32)
     return y, group_moments(y, num_groups) if num_groups else y.new_empty(0, dtype=wide)
+
+
+def together(
+    x: Tensor, skip: Tensor | None, moments: Tensor | None, skip_moments: Tensor | None, norm_groups: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and skip as one image, and the moments of the norm's groups of it: those of their parts, joined."""
+    num_groups = norm_groups or (0 if moments is None else moments.shape[1])
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
+        moments = None if moments is None or skip_moments is None else torch.cat([moments, skip_moments], 1)
+    if moments is None or moments.shape[1] == num_groups:
+        return x, moments
+    per_part = x.shape[1] // moments.shape[1]
+    held = moments.new_tensor([count * per_part for count in counts(x.shape[2:].numel())])
+    means, scatter = moments.unflatten(1, (num_groups, -1)).unbind(-1)  # [R, N, G/N, T]
+    mean = means.mean(2)  # parts have as many elements each
+    between = held * (means - mean[:, :, None]).square().sum(2)  # Chan et al. 1979
+    return x, torch.stack([mean, scatter.sum(2) + between], -1)
 
 
 def prepared(

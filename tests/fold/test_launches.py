@@ -56,14 +56,15 @@ def plan_of(ensemble):
     return plan
 
 
-def test_a_residual_block_is_two_convolutions_and_at_most_one_kernel_for_moments():
+def test_a_residual_block_is_two_convolutions_and_nothing_between():
     ensemble, _ = launched_unet()
     (kinds,) = ensemble.report().plans
-    blocks, joins, shortcuts = 8, 4, 5  # blocks of the network, those that read a skip connection, those that project
-    embedding, ends, resampling = blocks + 1, 2, 2
-    assert kinds["conv2d"] == 2 * blocks + shortcuts + embedding + ends + resampling
-    assert kinds["moments"] == joins  # of joined images; every other norm finds its moments made
-    assert not {"group norm", "aten.silu.default", "aten.add.Tensor"} & set(kinds)
+    blocks, shortcuts, ends, resampling = 8, 5, 2, 2  # shortcuts: of blocks that change how many channels there are
+    assert kinds["conv2d"] == 2 * blocks + shortcuts + ends + resampling
+    assert kinds["linear group"] == 1  # the embedding, for all blocks
+    assert kinds["linear"] == 2
+    assert not {"moments", "group norm", "aten.silu.default", "aten.add.Tensor"} & set(kinds)
+    assert kinds.get("join", 0) <= 1  # of what is enlarged
     assert f"{kinds['conv2d']} conv2d" in str(ensemble.report())
     assert "plans run on" not in str(ensemble.report())
 
@@ -181,7 +182,7 @@ def test_a_recorded_step_holds_the_launches(monkeypatch):
         again = ensemble._evaluated(args, {}).sample
     assert recorded is not None
     assert len(bound) == 2
-    pointers = {x.data_ptr() for memory in (*bound, plan._bound) for x in memory.inputs}
+    pointers = {x.data_ptr() for memory in (*bound, plan._bound) for _, x in memory.inputs}
     assert len(pointers) == 3 * len(bound[0].inputs)
     with torch.no_grad():
         loop = torch.stack([member(*args).sample for member in ensemble.members]).mean(0)

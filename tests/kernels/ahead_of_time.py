@@ -217,6 +217,14 @@ def convolutions(dtype, short):
         for tiling in ("auto", "wide", "narrow"):
             plain = (x, weight, bias, *geometry)
             yield f"conv2d {tiling} {name}", lambda call=plain, tiling=tiling: conv2d(*call, tiling=tiling)
+    for batch, size, (own, beyond) in ((1, 8, (256, 128)), (16, 32, (256, 256))):
+        x, skip = (empty(5 * batch, c, size, size).to(memory_format=torch.channels_last) for c in (own, beyond))
+        weight = empty(5, 256, 3, 3, own + beyond).movedim(4, 2)
+        moments, skip_moments = (torch.empty(5 * batch, c // 4, -(-size * size // 128), 2) for c in (own, beyond))
+        norm = (moments, *[empty(5, own + beyond)] * 2, 1e-5, None, None, "silu")
+        behind = (empty(5 * batch, 256), None, 1.0, "none", 32, False, "auto", skip, skip_moments, 32)
+        call = (x, weight, empty(5, 256), (1, 1), (1, 1), None, *norm, *behind)
+        yield f"conv2d skip {short} {size}x{size} B={batch}", lambda call=call: conv2d(*call)
     x, weight = empty(4, 3, 32, 32), empty(5, 256, 3, 3, 3)
     yield (
         f"conv2d first {short}",
@@ -260,6 +268,7 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "conv2d block bf16 C=128 256x256/1 B=1",
     "conv2d auto bf16 C=256 16x16/2 B=2",
     "conv2d_sum bf16 B=1",
+    "conv2d skip bf16 8x8 B=1",
 }
 
 

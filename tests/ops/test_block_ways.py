@@ -21,6 +21,11 @@ def arguments(kind, into=None, found=None):
     weight = torch.randn(K, OUT, C, taps, taps)
     stride, padding, size = {"strided": ((2, 2), (0, 0), (3, 3))}.get(kind, ((1, 1), (1, 1), (SIZE, SIZE)))
     moments = norm_weight = norm_bias = scale = shift = row_bias = residual = None
+    beside = ()
+    if kind == "skip":  # 12 channels in 2 groups of 3 parts, of which x has 4 and skip has 2
+        skip = last(K * B, 4, SIZE, SIZE)
+        weight, moments = torch.randn(K, OUT, C + 4, taps, taps), group_moments(x, 4)
+        beside = (skip, group_moments(skip, 2), 2)
     if kind == "block":
         moments, norm_weight, norm_bias = group_moments(x, 4), torch.randn(K, C), torch.randn(K, C)
         scale, shift, row_bias = torch.randn(K * B, C), torch.randn(K * B, C), torch.randn(K * B, OUT)
@@ -29,10 +34,11 @@ def arguments(kind, into=None, found=None):
     return (
         into, found, x, weight, torch.randn(K, OUT), stride, padding, size, moments, norm_weight, norm_bias, 1e-5,
         scale, shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
+        *beside,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["plain", "strided", "block"])
+@pytest.mark.parametrize("kind", ["plain", "strided", "skip", "block"])
 @pytest.mark.parametrize("way", ["triton", "triton narrow"])
 def test_ways_agree_where_they_write(kind, way):
     pytest.importorskip("triton")
@@ -48,8 +54,9 @@ def test_ways_agree_where_they_write(kind, way):
 
 
 def test_what_is_around_a_convolution_is_measured_apart():
-    keys = {CHOICE.key(*arguments(kind)) for kind in ("plain", "strided", "block")}
-    assert len(keys) == 3
+    keys = {CHOICE.key(*arguments(kind)) for kind in ("plain", "strided", "skip", "block")}
+    assert len(keys) == 4
+    assert "skip4 norm2" in CHOICE.key(*arguments("skip"))
     assert "norm4 by row silu row bias residual moments4" in CHOICE.key(*arguments("block"))
 
 
@@ -57,6 +64,9 @@ def test_what_the_kernel_does_not_take_goes_to_the_library():
     call = list(arguments("plain"))
     call[2] = call[2].contiguous()
     assert "channels are not last" in CHOICE.ways["triton"].refuses(*call)
+    beside = list(arguments("skip"))
+    beside[20] = beside[20].contiguous()
+    assert "channels are not last" in CHOICE.ways["triton"].refuses(*beside)
     assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*arguments("plain"))
     out = torch.empty(K * B, OUT, SIZE, SIZE)
     calls.conv2d(out, call[2], *call[3:7], backend="triton")

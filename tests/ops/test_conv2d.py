@@ -70,6 +70,31 @@ def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offse
     return (x, weight, None, (1, 1), (1, 1), offsets), options
 
 
+def straddling(num_members, rows, channels, outputs, parts, size, dtype=torch.float32, taps=3, offsets=None):
+    """A block whose norm is of two images, by the moments of parts of its groups; the last group but one is of both.
+
+    channels are those of x and of skip; parts are groups of the norm, and channels of what its moments are of.
+    """
+    own, beyond = channels
+    arguments, options = block(
+        num_members, rows, own + beyond, outputs, size, taps, padding=taps // 2, dtype=dtype, groups=(parts[0], 1)
+    )
+    x, *rest = arguments
+    rest[-1] = offsets
+    x, skip = last(x[:, :own]), last(x[:, own:])
+    moments, skip_moments = (
+        group_moments(image, image.shape[1] // parts[1], backend="reference") for image in (x, skip)
+    )
+    options |= {"moments": moments, "skip": skip, "skip_moments": skip_moments, "norm_groups": parts[0]}
+    return (x, *rest), options
+
+
+def beside(num_members, rows, channels, outputs, size, dtype=torch.float32, **options):
+    """A plain convolution of two images."""
+    (x, *rest), options = plain(num_members, rows, sum(channels), outputs, size, dtype, **options)
+    return (x[:, : channels[0]], *rest), {**options, "skip": x[:, channels[0] :]}
+
+
 # name -> what is called for a dtype, and the kernels that have to run for it
 VARIANTS = {
     "block": (lambda d: block(3, 6, 20, 12, (5, 7), dtype=d, groups=(4, 3)), ["conv2d_kernel"]),
@@ -98,6 +123,25 @@ VARIANTS = {
     "shared": (lambda d: plain(3, 2, 3, 16, (5, 4), d, shared=True, num_groups=4), ["conv2d_kernel"]),
     "narrow": (lambda d: plain(2, 6, 5, 70, (3, 3), d, tiling="narrow"), ["conv2d_kernel"]),
     "wide": (lambda d: plain(1, 1, 5, 140, (3, 3), d, tiling="wide"), ["conv2d_kernel"]),
+    "skip": (lambda d: beside(2, 4, (96, 33), 5, (3, 4), d, num_groups=5), ["conv2d_kernel"]),
+    "skip of few channels": (lambda d: beside(5, 5, (20, 3), 6, (5, 4), d), ["conv2d_kernel"]),
+    "skip and a norm that straddles": (
+        lambda d: straddling(2, 4, (12, 6), 8, (3, 2), (5, 4), d),
+        ["conv2d_kernel"],
+    ),
+    "skip, ragged and one part a group": (
+        lambda d: straddling(3, 4, (16, 32), 8, (12, 4), (3, 4), d, offsets=RAGGED),
+        ["conv2d_kernel"],
+    ),
+    "skip and several spans": (lambda d: straddling(1, 1, (12, 6), 4, (3, 3), (13, 11), d, 1), ["conv2d_kernel"]),
+    "skip and many parts": (
+        lambda d: straddling(1, 2, (24, 12), 4, (1, 2), (3, 2), d),
+        ["maps_kernel", "conv2d_kernel"],
+    ),
+    "skip in split sums": (
+        lambda d: straddling(1, 2, (64, 33), 8, (1, 1), (3, 5), d),
+        ["maps_kernel", "conv2d_kernel", "join_kernel"],
+    ),
 }
 
 
@@ -209,8 +253,9 @@ def test_moments_hold_at_a_large_mean(backend):
     assert relative_error(found[..., 1], scatter) <= OP[torch.float32]
 
 
-CALLS = {  # kernel's arguments in the order of its schema
+CALLS = {  # name that begins with an op's -> kernel's arguments in the order of its schema
     "conv2d": lambda: _by_schema(*block(2, 4, 8, 4, (3, 4))),
+    "conv2d with skip": lambda: _by_schema(*straddling(2, 4, (12, 6), 4, (3, 2), (3, 4))),
     "conv2d_sum": lambda: _sum_by_schema(),
     "group_moments": lambda: (normal(2, 6, 12, 13), 3),
 }
@@ -219,7 +264,8 @@ CALLS = {  # kernel's arguments in the order of its schema
 def _by_schema(arguments, options):
     names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation", "row_bias", "residual",
              "output_scale", "output_activation", "num_groups")  # fmt: skip
-    return (*arguments, *(options[name] for name in names), False, "auto")
+    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups") if name in options]
+    return (*arguments, *(options[name] for name in names), False, "auto", *skip)
 
 
 def _sum_by_schema():
@@ -234,7 +280,8 @@ def _sum_by_schema():
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck_gradients_nan_and_empty_batch(name, backend):
     torch.manual_seed(0)
-    kernel = getattr(torch.ops.fastens, OPS[name].kernels[backend]).default
+    op = OPS[name.split()[0]]
+    kernel = getattr(torch.ops.fastens, op.kernels[backend]).default
     arguments = CALLS[name]()
     assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
     doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
@@ -242,7 +289,7 @@ def test_opcheck_gradients_nan_and_empty_batch(name, backend):
     x = arguments[0].clone()
     x[1, 2, 1, 1] = torch.nan
     with torch.no_grad():
-        outputs = [run(x, *arguments[1:]) for run in (kernel, OPS[name].default)]
+        outputs = [run(x, *arguments[1:]) for run in (kernel, op.default)]
     for actual, expected in zip(*(y if isinstance(y, tuple) else (y,) for y in outputs), strict=True):
         assert torch.equal(actual.isnan(), expected.isnan())
         assert actual.isnan().any()
@@ -303,6 +350,20 @@ X, W = torch.zeros(4, 6, 5, 5), torch.zeros(2, 8, 6, 3, 3)
         (lambda: conv2d(X, W, activation="relu"), "activation 'relu' is unknown"),
         (lambda: conv2d(X, W, tiling="tall"), "tiling 'tall' is unknown"),
         (lambda: conv2d(X, W, offsets=torch.tensor([0, 1, 4]), shared=True), "shared rows have neither"),
+        (lambda: conv2d(X, W, skip=X), r"x and skip have 6 \+ 6 channels, weight expects 6"),
+        (lambda: conv2d(X[:, :4], W, skip=X[:3, :2]), r"skip is \[3, 2, 5, 5\], expected \[4, 2, 5, 5\]"),
+        (lambda: conv2d(X[:, :4], W, skip=X[:, :2].double()), "skip is torch.float64, expected torch.float32"),
+        (lambda: conv2d(X[:, :4], W, skip=X[:, :2], shared=True), "shared rows have no skip"),
+        (lambda: conv2d(X[:, :4], W, skip=X[:, :2], moments=torch.zeros(4, 2, 1, 2)), "skip_moments belong together"),
+        (lambda: conv2d(X, W, skip_moments=torch.zeros(4, 2, 1, 2)), "skip_moments without moments"),
+        (
+            lambda: conv2d(
+                X[:, :4], W, skip=X[:, :2], moments=torch.zeros(4, 2, 1, 2), skip_moments=torch.zeros(4, 2, 1, 2)
+            ),
+            r"skip_moments is \[4, 2, 1, 2\], expected \[4, 1, 1, 2\], groups of 2",
+        ),
+        (lambda: conv2d(X, W, moments=torch.zeros(4, 3, 1, 2), norm_groups=2), "norm_groups is 2, expected a divisor"),
+        (lambda: conv2d(X, W, norm_groups=2), "norm_groups without moments"),
         (lambda: conv2d_sum(X, W, None, [1.0]), "1 member_weights, expected 2"),
         (lambda: group_moments(X, 4), "with 4 groups"),
     ],
