@@ -21,17 +21,19 @@ def concatenate_kernel(
     UP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of BLOCK_S places; image i has channels firsts[i] to firsts[i + 1] and four strides."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     channel = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     place = pid // channel_tiles % place_tiles * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
-    row = pid // channel_tiles // place_tiles
+    row = (pid // channel_tiles // place_tiles).to(tl.int64)
+    mask = (channel < channels) & (place < height * width)
     y, x = place // width, place % width
-    mask = (channel < channels) & (y < height)
+    own_y, own_x = (y // UP).to(tl.int64), (x // UP).to(tl.int64)
+    channel, y, x = channel.to(tl.int64), y.to(tl.int64), x.to(tl.int64)
     value = tl.zeros([BLOCK_C, BLOCK_S], out.dtype.element_ty)
     for i in tl.static_range(len(images)):
         own = (channel >= firsts[i]) & (channel < firsts[i + 1])
         at = images[i] + row * strides[4 * i] + (channel - firsts[i]) * strides[4 * i + 1]
-        at += y // UP * strides[4 * i + 2] + x // UP * strides[4 * i + 3]
+        at += own_y * strides[4 * i + 2] + own_x * strides[4 * i + 3]
         value = tl.where(own, tl.load(at, mask & own, other=0.0).to(out.dtype.element_ty), value)
     tl.store(out + row * out_r + channel * out_c + y * out_y + x * out_x, value, mask)
 

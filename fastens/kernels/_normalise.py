@@ -89,11 +89,12 @@ def normalise_kernel(
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of BLOCK_S places of one row."""
-    pid = tl.program_id(0).to(tl.int64)
-    place = (pid // channel_tiles % space_tiles) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
-    row = pid // channel_tiles // space_tiles
+    pid = tl.program_id(0)
+    place = (pid // channel_tiles % space_tiles).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+    row = (pid // channel_tiles // space_tiles).to(tl.int64)
     start = pid % channel_tiles * BLOCK_C
-    channel = start + tl.arange(0, BLOCK_C)
+    of_group = (start + tl.arange(0, BLOCK_C)) // PER_GROUP - start // PER_GROUP
+    channel = start.to(tl.int64) + tl.arange(0, BLOCK_C)
     exists = channel < channels
     mask = exists[:, None] & (place < space)
     if skip is None:
@@ -109,7 +110,7 @@ def normalise_kernel(
         PER_GROUP // PARTS, HELD, BLOCK, WIDE,
     )  # fmt: skip
     rstd = 1.0 / tl.sqrt(squares / (space * PER_GROUP).to(WIDE) + eps)
-    own = (channel // PER_GROUP - start // PER_GROUP)[:, None] == held[None, :]
+    own = of_group[:, None] == held[None, :]
     mean = tl.sum(tl.where(own, mean[None, :], 0.0), 1)
     factor = tl.sum(tl.where(own, rstd[None, :], 0.0), 1)
     member = row // rows_per_member

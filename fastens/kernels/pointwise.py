@@ -19,6 +19,8 @@ from fastens.kernels._activation import activated
 from fastens.program.steps import Opcode
 from fastens.reference.pointwise import result_dtype
 
+SHORT = 2**31 - 1  # the largest index of 32 bits
+SQUARE = 32  # elements of a side of a tile that turns its operands
 TILE = 1024  # elements of a program: 16 bytes a thread of four warps in 16-bit
 
 
@@ -36,8 +38,10 @@ def tanh(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def computed(x, y, NUMBER: tl.constexpr, OPCODE: tl.constexpr, WIDE: tl.constexpr):
-    """One instruction on its operands."""
+def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr):
+    """Instruction WHICH on its operands."""
+    OPCODE: tl.constexpr = CODE[WHICH]
+    NUMBER: tl.constexpr = NUMBERS[WHICH]
     if OPCODE == "ADD":
         x = x + y
     elif OPCODE == "SUBTRACT":
@@ -89,22 +93,25 @@ def computed(x, y, NUMBER: tl.constexpr, OPCODE: tl.constexpr, WIDE: tl.constexp
 def pointwise_kernel(
     out, inputs, sizes, out_strides, strides, inner_size, outer_size, inner_tiles, out_inner, inners,
     CODE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, NUMBERS: tl.constexpr, DIMS: tl.constexpr,
-    ALONG: tl.constexpr, ACROSS: tl.constexpr, COPIES: tl.constexpr, WIDE: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+    ALONG: tl.constexpr, ACROSS: tl.constexpr, COPIES: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """A tile of the innermost dimension and of all others as one; ``strides`` holds DIMS numbers of each input.
 
     Bit i of ALONG and ACROSS says whether input i varies along the innermost dimension, and across the others: what
     does not is loaded once for all.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    along = pid % inner_tiles * INNER + tl.arange(0, INNER)[None, :]
-    across = pid // inner_tiles * OUTER + tl.arange(0, OUTER)[:, None]
+    pid = tl.program_id(0)
+    along = (pid % inner_tiles).to(tl.int64) * INNER + tl.arange(0, INNER)[None, :]
+    tile = pid // inner_tiles
+    if LONG:  # else quotients are of 32 bits, several times as fast
+        tile = tile.to(tl.int64)
+    across = tile * OUTER + tl.arange(0, OUTER)[:, None]
     in_along, in_across = along < inner_size, across < outer_size
     to = out + along * out_inner
     rest = across
     for d in tl.static_range(DIMS):
-        to += rest % sizes[d] * out_strides[d]
+        to += (rest % sizes[d]).to(tl.int64) * out_strides[d]
         rest = rest // sizes[d]
     registers = ()
     for i in tl.static_range(len(inputs)):
@@ -116,7 +123,7 @@ def pointwise_kernel(
         if (ACROSS >> i) % 2 == 1:
             rest = across
             for d in tl.static_range(DIMS):
-                at += rest % sizes[d] * strides[i * DIMS + d]
+                at += (rest % sizes[d]).to(tl.int64) * strides[i * DIMS + d]
                 rest = rest // sizes[d]
             mask = mask & in_across
         value = tl.load(at, mask, other=0)
@@ -124,7 +131,7 @@ def pointwise_kernel(
             value = value.to(WIDE)
         registers = registers + (value,)  # noqa: RUF005 - not Python
     for i in tl.static_range(len(CODE)):
-        value = computed(registers[A[i]], registers[B[i]], NUMBERS[i], CODE[i], WIDE)
+        value = computed(registers[A[i]], registers[B[i]], i, CODE, NUMBERS, WIDE)
         registers = registers + (value,)  # noqa: RUF005 - not Python
     result = tl.broadcast_to(registers[len(inputs) + len(CODE) - 1], [OUTER, INNER])
     tl.store(to, result.to(out.dtype.element_ty), in_across & in_along)
@@ -150,10 +157,16 @@ def pointwise(
         return out
     dims = merged_dims(tuple(out.shape), (out.stride(), *(x.expand(out.shape).stride() for x in inputs)))
     *outer, (inner_size, (out_inner, *inners)) = dims
+    # what is contiguous in an input, but not along the innermost dimension, comes next, in tiles as high as wide
+    turned = [
+        i for i, (_, of) in enumerate(outer) if any(s == 1 < inner for s, inner in zip(of[1:], inners, strict=True))
+    ]
+    if turned:
+        outer.append(outer.pop(turned[-1]))
     sizes = tuple(size for size, _ in reversed(outer))  # the fastest first, as the kernel divides them out
     out_strides, *strides = [tuple(of[i] for _, of in reversed(outer)) for i in range(len(inputs) + 1)]
     outer_size = math.prod(sizes)
-    inner_block = min(TILE, triton.next_power_of_2(inner_size))
+    inner_block = min(SQUARE if turned else TILE, triton.next_power_of_2(inner_size))
     outer_block = min(TILE // inner_block, triton.next_power_of_2(outer_size))
     inner_tiles = triton.cdiv(inner_size, inner_block)
     names = tuple(Opcode(opcode).name for opcode in opcodes)
@@ -163,7 +176,7 @@ def pointwise(
             tuple(inners), CODE=names, A=tuple(a), B=tuple(b), NUMBERS=tuple(numbers), DIMS=len(sizes),
             ALONG=sum(1 << i for i, stride in enumerate(inners) if stride),
             ACROSS=sum(1 << i for i, of_input in enumerate(strides) if any(of_input)),
-            COPIES=set(names) == {"COPY"}, OUTER=outer_block, INNER=inner_block,
+            COPIES=set(names) == {"COPY"}, LONG=outer_size + outer_block > SHORT, OUTER=outer_block, INNER=inner_block,
             WIDE=tl.float64 if any(x.dtype == torch.float64 for x in inputs) else tl.float32,
             num_warps=max(1, outer_block * inner_block // 256),
         )  # fmt: skip

@@ -114,6 +114,16 @@ def test_strides_and_memory_of_another_dtype(dtype, backend):
     assert beside.isnan().sum() == 3 * 3 * 4 * 6
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_indices_of_64_bits(backend, monkeypatch):
+    from fastens.kernels import pointwise as kernels
+
+    monkeypatch.setattr(kernels, "SHORT", 5)
+    torch.manual_seed(0)
+    inputs = [normal(3, 5, 4, 6), normal(3, 5, 1, 1), normal(1, 1, 4, 6)]
+    assert relative_error(pointwise(inputs, CHAIN, backend=backend), in_double(inputs, CHAIN)) <= OP[torch.float32]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_copies_keep_what_they_copy(backend):
     big = torch.tensor([2**53 + 1, -7, 2**24 + 1])
