@@ -27,7 +27,8 @@ FEW_TILE = 4096  # weights that a program of few rows holds at a time: 64 bytes 
 
 @triton.jit
 def linear_group_kernel(
-    x, weights, biases, ys, first_tiles, outputs_of, strides_of, rows_per_member, x_stride, inputs, row_tiles, tiles,
+    x, weights, biases, ys, first_tiles, outputs_of, held_of, strides_of, rows_per_member, x_stride, inputs,
+    row_tiles, tiles,
     BIASED: tl.constexpr, LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     WIDENED: tl.constexpr, FEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -36,6 +37,7 @@ def linear_group_kernel(
     tile_m, tile, member = pid % row_tiles, (pid // row_tiles) % tiles, (pid // row_tiles // tiles).to(tl.int64)
     weight, bias, y = weights[0], biases[0], ys[0]
     first, outputs, stride, biased = tile * 0, outputs_of[0] + tile * 0, strides_of[0] + member * 0, BIASED % 2 == 1
+    held = held_of[0] + member * 0
     for i in tl.static_range(1, LAYERS):
         here = tile >= first_tiles[i]
         weight = tl.where(here, weights[i], weight)
@@ -43,13 +45,14 @@ def linear_group_kernel(
         y = tl.where(here, ys[i], y)
         first = tl.where(here, first_tiles[i], first)
         outputs = tl.where(here, outputs_of[i], outputs)
+        held = tl.where(here, held_of[i], held)
         stride = tl.where(here, strides_of[i], stride)
         biased = tl.where(here, (BIASED >> i) % 2 == 1, biased)
     own = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = own < rows_per_member
     row = member * rows_per_member + own
     column = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_member = weight + member * outputs * inputs
+    of_member = weight + member * held * inputs
     wide_column = column.to(tl.int64)
     if FEW:
         depth = tl.arange(0, BLOCK_K)[None, None, :]
@@ -78,7 +81,7 @@ def linear_group_kernel(
             if WIDENED:
                 a, b = a.to(WIDE), b.to(WIDE)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
-    added = tl.load(bias + member * outputs + column, (column < outputs) & biased, other=0.0)
+    added = tl.load(bias + member * held + column, (column < outputs) & biased, other=0.0)
     acc = activated(acc + added.to(WIDE)[None, :], ACTIVATION)
     mask = exists[:, None] & (column < outputs)[None, :]
     tl.store(y + row[:, None] * stride + column[None, :], acc.to(y.dtype.element_ty), mask)
@@ -107,7 +110,7 @@ def linear_group(
         return ys
     of_layer = dict(zip(biased, biases, strict=True))
     layers = [
-        (w.contiguous(), of_layer.get(i), y, strided_vectors(y)[1])
+        (*_stacks(w, of_layer.get(i)), y, strided_vectors(y)[1])
         for i, (w, y) in enumerate(zip(weights, ys, strict=True))
         if y.numel()
     ]
@@ -123,15 +126,27 @@ def linear_group(
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device(x.device if x.is_cuda else -1):
         for start in range(0, len(layers), LAYERS):
-            stacks, added, outs, strides = zip(*layers[start : start + LAYERS], strict=True)
+            stacks, added, held, outs, strides = zip(*layers[start : start + LAYERS], strict=True)
             outputs = tuple(w.shape[1] for w in stacks)
             last = list(itertools.accumulate(triton.cdiv(n, block_n) for n in outputs))
             linear_group_kernel[(num_members * last[-1] * row_tiles,)](
-                x, stacks, tuple(w if b is None else b.contiguous() for w, b in zip(stacks, added, strict=True)), outs,
-                (0, *last[:-1]), outputs, strides, rows, x_stride, inputs, row_tiles, last[-1],
+                x, stacks, tuple(w if b is None else b for w, b in zip(stacks, added, strict=True)), outs,
+                (0, *last[:-1]), outputs, held, strides, rows, x_stride, inputs, row_tiles, last[-1],
                 BIASED=sum(1 << i for i, b in enumerate(added) if b is not None), LAYERS=len(stacks),
                 ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=tl.float64 if wide else tl.float32,
                 WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
                 FEW=few, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
     return ys
+
+
+def _stacks(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    """Weights [K, O, C] and biases [K, O] of a layer, and how many outputs a member's are behind another's.
+
+    They may be some of the outputs of a larger layer; anything else is copied.
+    """
+    held, rest = divmod(weight.stride(0), weight.shape[2])
+    lines = weight.stride()[1:] == (weight.shape[2], 1) and not rest
+    if lines and (bias is None or bias.stride() == (held, 1)):
+        return weight, bias, held
+    return weight.contiguous(), None if bias is None else bias.contiguous(), weight.shape[1]
