@@ -27,7 +27,6 @@ from fastens.ops._rows import is_dense
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
-from fastens.reference.group_moments import counts
 from fastens.reference.pointwise import unrounded
 
 ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
@@ -69,30 +68,16 @@ def conv2d(
         _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
                        output_scale, output_activation)  # fmt: skip
         return
-    x, moments = whole_image(x, moments, skip, skip_moments, norm_groups)
     arguments = (
         out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
+        skip, skip_moments, norm_groups,
     )  # fmt: skip
     way = "library"
     if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
         way = CHOICE.choose((None, None, *arguments[2:]), x.device, "auto" if x.is_cuda else "triton")
     CHOICE.ways[way].run(*arguments)
-
-
-def whole_image(
-    x: Tensor, moments: Tensor | None, skip: Tensor | None, skip_moments: Tensor | None, norm_groups: int
-) -> tuple[Tensor, Tensor | None]:
-    """An image joined with the one that follows it, and the moments of the groups of its norm."""
-    if moments is not None and norm_groups:
-        parts = moments if skip_moments is None else torch.cat([moments, skip_moments], 1)
-        channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-        held = parts.new_tensor(counts(x.shape[2:].numel())) * (channels // parts.shape[1])  # [T]
-        means, scatter = parts.unflatten(1, (norm_groups, -1)).unbind(-1)  # [R, G, parts, T]
-        mean = means.mean(2, keepdim=True)
-        moments = torch.stack([mean[:, :, 0], (scatter + held * (means - mean).square()).sum(2)], -1)
-    return x if skip is None else torch.cat([x, skip], 1).contiguous(memory_format=torch.channels_last), moments
 
 
 def _shared_conv2d(

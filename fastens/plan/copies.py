@@ -220,7 +220,7 @@ def write_in_place(flow: Dataflow) -> None:
     for launch in list(flow.launches):
         if launch.function is not run.join or launch.args[2] != 1:
             continue
-        whole, images, _ = launch.args
+        whole, images = launch.args[:2]
         start, moved = 0, []
         for image in images:
             before = flow.part_writer(image)

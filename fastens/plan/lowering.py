@@ -103,7 +103,7 @@ class Launches:
         if key not in self._joined:
             channels = sum(image.size[1] for image in images)
             whole = self._fresh((images[0].size[0], channels, height, width), self._dtype(images[0]))
-            self.add("join", run.join, whole, images, up)
+            self.add("join", run.join, whole, images, up, backend=self.backend)
             self._joined[key] = whole
         return self._joined[key]
 
@@ -156,7 +156,7 @@ class Launches:
         image = self._source(sources, 1, height // up, width // up)
         self.add("group norm", run.group_norm, small, image, self._settings(found), "none", self.backend)
         large = self._fresh((rows, channels, height, width), self._dtype(small))
-        self.add("join", run.join, large, [small], up)
+        self.add("join", run.join, large, [small], up, backend=self.backend)
         return large, {}
 
     def _normalised(self, step: Normalised) -> None:
@@ -196,7 +196,7 @@ class Launches:
             word = int(word)
             code.append((Opcode(word & 0xFFFF), word >> 16 & 0xFFFF, word >> 32, float(number)))
         inputs = [self._operand(x, step.sizes) for x in step.inputs[: step.num_inputs]]
-        self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code)
+        self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code, backend=self.backend)
         written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
         self._joined = {
             key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
@@ -217,7 +217,7 @@ class Launches:
         self.add(
             "attention", run.attention, heads(step.out, step.queries, step.value_width),
             heads(step.q, step.queries, step.width), heads(step.k, step.keys, step.width),
-            heads(step.v, step.keys, step.value_width), step.scale,
+            heads(step.v, step.keys, step.value_width), step.scale, backend=self.backend,
         )  # fmt: skip
 
     def _call(self, step: Call) -> None:

@@ -15,8 +15,8 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector
 
 
 def address_unit(dtype: torch.dtype) -> int:
-    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
-    return 4 if dtype == torch.bfloat16 else dtype.itemsize
+    """How many bytes one element takes in the addresses of the arena, where half precision is held in float32."""
+    return 4 if dtype in (torch.bfloat16, torch.float16) else dtype.itemsize
 
 
 @dataclasses.dataclass(eq=False)

@@ -33,7 +33,7 @@ def skip_joins(flow: Dataflow) -> None:
     for join in list(flow.launches):
         if join.function is not run.join or join.args[2] != 1 or len(join.args[1]) != 2:
             continue
-        whole, images, _ = join.args
+        whole, images = join.args[:2]
         readers = flow.readers(whole)
         single = flow.writer(whole) is join and all(flow.writer(image) is not None for image in images)
         same = single and all(image.is_dense() and flow.dtype(image) == flow.dtype(whole) for image in images)

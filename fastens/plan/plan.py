@@ -64,7 +64,7 @@ def lower_all(emitter: Emitter) -> list[Ref]:
     first_output = Slot.ARGUMENTS + len(recording.inputs)
     for i, ref in enumerate(outputs):
         stride = contiguous(ref.size)
-        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
+        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, emitter.code(ref.dtype))
     return outputs
 
 
