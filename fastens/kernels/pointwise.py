@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -138,11 +139,11 @@ def pointwise_kernel(
 
 
 def pointwise(
-    inputs: list[Tensor],
-    opcodes: list[int],
-    a: list[int],
-    b: list[int],
-    numbers: list[float],
+    inputs: Sequence[Tensor],
+    opcodes: Sequence[int],
+    a: Sequence[int],
+    b: Sequence[int],
+    numbers: Sequence[float],
     into: Tensor | None = None,
 ) -> Tensor:
     """Run the chain; the arguments are those of ``fastens::pointwise``, ``into`` is where the result is written.

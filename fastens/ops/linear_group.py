@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastens.kernels._into import merged
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import ACTIVATIONS, check_activation, check_rows, check_stack
 from fastens.reference import linear_group as reference
@@ -40,8 +41,8 @@ def linear_group(
         biases: N stacks [K, O_i], or none for a layer without.
         activation: ``"none"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``, behind each layer.
         backend: the code that runs it.
-        into: N tensors [R, ..., O_i] to write the results to, whose vectors are contiguous and equally far apart; none
-            for memory of their own. No derivative goes through them.
+        into: N tensors [R, ..., O_i] to write the results to, without a copy where their vectors are contiguous and
+            equally far apart; none for memory of their own. No derivative goes through them.
 
     Returns:
         N tensors [R, ..., O_i], which are ``into`` where it is given.
@@ -77,7 +78,8 @@ def linear_group(
             raise ValueError(
                 f"linear_group: into[{i}] is {out.dtype} {list(out.shape)}, expected {x.dtype} {list(expected)}"
             )
-    if fused:
+    direct = all(merged(out.shape[:-1], out.stride()[:-1]) is not None and out.stride(-1) == 1 for out in into)
+    if fused and direct:
         from fastens.kernels.linear_group import linear_group as launch
 
         return launch(x, weights, given, biased, activation, list(into))

@@ -21,13 +21,13 @@ from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
 from fastens.ops import linear_group as group_op
-from fastens.ops import pointwise as pointwise_op
 from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
 from fastens.ops._rows import is_dense
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
+from fastens.reference.pointwise import unrounded
 
 ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
 LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
@@ -240,7 +240,13 @@ def join(out: Tensor, images: Sequence[Tensor], up: int, backend: str = "auto") 
 
 def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[Instruction], backend: str = "auto") -> None:
     """A chain of elementwise instructions; the inputs are the first registers, each instruction writes the next one."""
-    pointwise_op.pointwise(inputs, code, backend="triton" if uses_triton(out, backend) else "reference", into=out)
+    opcodes, a, b, numbers = zip(*code, strict=True)
+    if uses_triton(out, backend):
+        from fastens.kernels.pointwise import pointwise as launch
+
+        launch(inputs, opcodes, a, b, numbers, out)
+    else:
+        out.copy_(unrounded(inputs, opcodes, a, b, numbers))
 
 
 def call(outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

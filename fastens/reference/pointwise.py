@@ -68,7 +68,7 @@ def pointwise(inputs: list[Tensor], opcodes: list[int], a: list[int], b: list[in
     return unrounded(inputs, opcodes, a, b, numbers).to(dtype).expand(size).clone(memory_format=torch.contiguous_format)
 
 
-def result_dtype(inputs: list[Tensor]) -> torch.dtype:
+def result_dtype(inputs: Sequence[Tensor]) -> torch.dtype:
     """The dtype that the inputs promote to."""
     dtype = inputs[0].dtype
     for x in inputs[1:]:

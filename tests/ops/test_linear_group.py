@@ -97,6 +97,9 @@ def test_writes_into_what_is_given(batch, backend):
         assert all(y is out for y, out in zip(ys, into, strict=True))
         agree(ys, each(x, weights, biases), torch.float32)
         assert wide.isnan().sum() == 3 * batch * (64 - 37)  # and nothing beside them
+    apart = torch.full((9, batch, 16), torch.nan)[::3].flatten(0, 1)[:, ::2]
+    (y,) = linear_group(x, weights[:1], biases[:1], backend=backend, into=[apart])
+    agree([y], each(x, weights[:1], biases[:1]), torch.float32)
     empty = [out[:0] for out in into]
     assert [y.shape[0] for y in linear_group(x[:0], weights, biases, backend=backend, into=empty)] == [0] * 3
 
