@@ -195,6 +195,28 @@ def products(
 
 
 @triton.jit
+def joined(
+    acc, workspace, arrivals, SPLITS: tl.constexpr, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The sum of a tile's parts [SIZE, BLOCK_N] in their order, where this program is the last of them; whether it is.
+
+    workspace [tiles, SPLITS, SIZE, BLOCK_N]; arrivals int32 [tiles], of zeros before and behind a launch.
+    """
+    tile = tl.program_id(0)
+    first = workspace + tile.to(tl.int64) * (SPLITS * SIZE * BLOCK_N)
+    each = tl.arange(0, SIZE)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(first + tl.program_id(1) * (SIZE * BLOCK_N) + each, acc)
+    tl.debug_barrier()  # the part is written before one thread releases it
+    last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(arrivals + tile, 0)
+        acc = tl.zeros([SIZE, BLOCK_N], WIDE)
+        for split in tl.range(SPLITS, loop_unroll_factor=2):
+            acc += tl.load(first + split * (SIZE * BLOCK_N) + each, cache_modifier=".cg")  # from where they meet, L2
+    return acc, last
+
+
+@triton.jit
 def finish(
     acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, column, outputs, space,
     span_index, spans,

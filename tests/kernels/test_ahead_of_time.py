@@ -35,10 +35,10 @@ def check_compiled(capability, *options):
     rows = json.loads(result.stdout)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
-        "linear_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "maps_kernel",
+        "linear_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "maps_kernel",
     }  # fmt: skip
     for row in rows:
-        products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel", "join_kernel")
+        products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel")
         assert row["registers"] <= (MAX_REGISTERS_OF_PRODUCTS if products else MAX_REGISTERS), row
         assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else MAX_STACK), row
         assert row["local"] == 0, row

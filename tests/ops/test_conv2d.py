@@ -104,7 +104,7 @@ VARIANTS = {
     "block of several tiles": (lambda d: block(2, 2, 8, 20, (13, 11), dtype=d, groups=(2, 5)), ["conv2d_kernel"]),
     "block in split sums": (
         lambda d: block(1, 2, 72, 8, (3, 5), dtype=d, groups=(8, 2)),
-        ["conv2d_kernel", "join_kernel"],
+        ["conv2d_kernel in splits"],
     ),
     "1x1 with padding and stride": (
         lambda d: block(2, 2, 7, 5, (5, 6), taps=1, stride=2, padding=1, dtype=d, groups=(7, 5)),
@@ -140,7 +140,7 @@ VARIANTS = {
     ),
     "skip in split sums": (
         lambda d: straddling(1, 2, (64, 33), 8, (1, 1), (3, 5), d),
-        ["maps_kernel", "conv2d_kernel", "join_kernel"],
+        ["maps_kernel", "conv2d_kernel in splits"],
     ),
 }
 
@@ -152,7 +152,7 @@ class Recorder:
         self.kernel, self.launched, self.name = kernel, launched, name
 
     def __getitem__(self, grid):
-        self.launched.append(self.name)
+        self.launched.append(self.name + (" in splits" if grid[1:] > (1,) else ""))
         return self.kernel[grid]
 
 
@@ -165,7 +165,7 @@ def launched(monkeypatch, request):
         monkeypatch.setattr(_conv2d_launch, "MULTIPROCESSORS", 1)
     names = []
     for module in (_conv2d_launch, conv2d, conv2d_sum, group_moments):
-        for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "partial_kernel"):
+        for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "partial_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Recorder(getattr(module, name), names, name))
     return names
@@ -207,9 +207,46 @@ def test_sum_equals_reference(form, dtype, backend, launched):
     expected = conv2d_sum(*in_double(arguments), **in_double(options), backend="reference")
     poison(expected.to(dtype))
     actual = conv2d_sum(*arguments, **options, backend=backend)
-    assert launched == ["conv2d_sum_kernel", "join_kernel"][: 2 if form == "split" else 1]
+    assert launched == ["conv2d_sum_kernel" + (" in splits" if form == "split" else "")]
     assert actual.dtype == dtype
     assert relative_error(actual, expected) <= OP[dtype]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_sum"])
+def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    from fastens.kernels import _conv2d_launch
+
+    torch.manual_seed(0)
+    taken = []
+
+    def counters(tiles, y):
+        taken.append(torch.zeros(tiles, dtype=torch.int32))
+        return taken[-1]
+
+    monkeypatch.setattr(_conv2d_launch, "counters", counters)
+    x, weight = normal(2, 200, 3, 5), normal(2, 20, 200, 3, 3)
+
+    def run():
+        if op == "conv2d_sum":
+            return conv2d_sum(x, weight, None, [1.0, 2.0], (1, 1), (1, 1), backend=backend)
+        return conv2d(x, weight, None, (1, 1), (1, 1), num_groups=5, backend=backend)[0]
+
+    expected = run()
+    place = interpreter_builder.set_grid_idx
+    turned = []
+
+    def last_first(tile, split, *rest):
+        turned.append(interpreter_builder.grid_dim[1] - 1 - split)
+        place(tile, turned[-1], *rest)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_first)
+    assert torch.equal(run(), expected)
+    assert max(turned) > 2
+    assert len(taken) == 2
+    assert not any(t.any() for t in taken)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
