@@ -24,15 +24,15 @@ from fastens.reference.group_moments import SPAN, counts
 
 @triton.jit
 def conv2d_kernel(
-    x, skip, weight, bias, y, workspace, arrivals, maps, in_moments, skip_moments, norm_weight, norm_bias, scale, shift,
-    row_bias, residual, out_moments, first_row, rows_per_member, channels, skip_channels, outputs, height, width,
+    x, skip, mask, weight, bias, y, workspace, arrivals, maps, in_moments, skip_moments, norm_weight, norm_bias, scale,
+    shift, row_bias, residual, out_moments, first_row, rows_per_member, channels, skip_channels, outputs, height, width,
     out_height, out_width, down, right, above, before, row_tiles, place_tiles, output_tiles, steps, steps_per_split,
     per_group, per_norm, span, weight_k, weight_o, weight_c, weight_h, weight_w,
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr, output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_GROUP: tl.constexpr,
+    mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, MASK_BY_MEMBER: tl.constexpr, ACTIVATION: tl.constexpr,
+    output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
     member, begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -43,6 +43,9 @@ def conv2d_kernel(
         x_row = at_row
         if SHARED:
             x_row = at_row - begin
+        mask_row = x_row
+        if MASK_BY_MEMBER:
+            mask_row = tl.zeros_like(at_row) + member
         if in_moments is not None:
             # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
             write_maps(
@@ -51,11 +54,11 @@ def conv2d_kernel(
             )  # fmt: skip
             tl.debug_barrier()
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, member, row, row_exists, x_row, valid,
-            place // out_width * down - above, place % out_width * right - before, column, split * steps_per_split,
-            tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs, height, width, weight_k,
-            weight_o, weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES,
-            BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, mask, mask_row, member, row, row_exists,
+            x_row, valid, place // out_width * down - above, place % out_width * right - before, column,
+            split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs,
+            height, width, weight_k, weight_o, weight_c, weight_h, weight_w, mask_scale, MASK_WORDS, ACTIVATION,
+            PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
         )  # fmt: skip
         last = True
         if SPLITS > 1:
@@ -92,6 +95,8 @@ def conv2d(
     skip: Tensor | None = None,
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
     into: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory.
@@ -131,6 +136,8 @@ def conv2d(
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
     steps = taps_h * taps_w * tiles.blocks(sources)
+    aligned = skip is None or x.shape[1] % 32 == 0
+    mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
@@ -142,10 +149,11 @@ def conv2d(
         )
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
-            x, skip, weight, bias, y, workspace, arrivals, *norm.tensors, row_bias, residual, out_moments, first_row,
-            per_member, channels, skip_channels, outputs, height, width, out_height, out_width, *stride, *padding,
-            row_tiles, place_tiles, output_tiles, steps, triton.cdiv(steps, tiles.splits), norm.per_group,
-            norm.per_norm, SPAN, *weight.stride(),
+            x, skip, None if mask is None else mask.contiguous(), weight, bias, y, workspace, arrivals, *norm.tensors,
+            row_bias, residual, out_moments, first_row, per_member, channels, skip_channels, outputs, height, width,
+            out_height, out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            triton.cdiv(steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
+            mask_scale=mask_scale, MASK_WORDS=mask_words, MASK_BY_MEMBER=mask is not None and len(mask) != rows,
             ACTIVATION=activation, output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, SHARED=shared,
             SPLITS=tiles.splits, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits

@@ -27,9 +27,9 @@ def conv2d_sum_kernel(
     place_tiles, output_tiles, steps, steps_per_split, per_group, per_norm, span, weight_k, weight_o, weight_c,
     weight_h, weight_w,
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
     zero, _, _, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -52,10 +52,11 @@ def conv2d_sum_kernel(
         member = zero + k
         begin = tl.maximum(first - k * steps, 0)
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, member, row + member * rows, row_exists,
-            at_row + member * rows, valid, place // out_width * down - above, place % out_width * right - before,
-            column, begin, tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width, weight_k, weight_o,
-            weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, None, at_row, member, row + member * rows,
+            row_exists, at_row + member * rows, valid, place // out_width * down - above,
+            place % out_width * right - before, column, begin, tl.minimum(last - k * steps, steps), channels, 0,
+            outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION, PRECISION,
+            WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)

@@ -64,10 +64,10 @@ def block(num_members, rows, channels, outputs, size, taps=3, stride=1, padding=
     }
 
 
-def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offsets=None, **options):
+def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offsets=None, stride=1, **options):
     x = normal(rows, channels, *size, dtype=dtype)
     weight = normal(num_members, outputs, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
-    return (x, weight, None, (1, 1), (1, 1), offsets), options
+    return (x, weight, None, (stride, stride), (1, 1), offsets), options
 
 
 def straddling(num_members, rows, channels, outputs, parts, size, dtype=torch.float32, taps=3, offsets=None):
@@ -93,6 +93,14 @@ def beside(num_members, rows, channels, outputs, size, dtype=torch.float32, **op
     """A plain convolution of two images."""
     (x, *rest), options = plain(num_members, rows, sum(channels), outputs, size, dtype, **options)
     return (x[:, : channels[0]], *rest), {**options, "skip": x[:, channels[0] :]}
+
+
+def masked(call, rows=None):
+    """A call with a mask of each row, or of as many members, and bits beyond its channels."""
+    (x, weight, *rest), options = call
+    words = -(-weight.shape[2] // 32)
+    bits = torch.randint(-(2**31), 2**31, (rows or len(x), *x.shape[2:], words))
+    return (x, weight, *rest), {**options, "mask": bits.to(torch.int32), "mask_scale": 1 / 0.7}
 
 
 # name -> what is called for a dtype, and the kernels that have to run for it
@@ -136,6 +144,17 @@ VARIANTS = {
     "skip and several spans": (lambda d: straddling(1, 1, (12, 6), 4, (3, 3), (13, 11), d, 1), ["conv2d_kernel"]),
     "skip and many parts": (
         lambda d: straddling(1, 2, (24, 12), 4, (1, 2), (3, 2), d),
+        ["maps_kernel", "conv2d_kernel"],
+    ),
+    "masked": (lambda d: masked(block(2, 4, 8, 6, (5, 7), dtype=d, groups=(4, 3))), ["conv2d_kernel"]),
+    "masked by member, nothing else": (lambda d: masked(plain(2, 4, 70, 6, (5, 3), d), 2), ["conv2d_kernel"]),
+    "masked, ragged, with stride": (
+        lambda d: masked(plain(3, 4, 33, 8, (4, 5), d, RAGGED, stride=2), 3),
+        ["conv2d_kernel"],
+    ),
+    "masked skip": (lambda d: masked(beside(2, 4, (96, 40), 5, (3, 4), d)), ["conv2d_kernel"]),
+    "masked skip of any channels": (
+        lambda d: masked(straddling(2, 2, (36, 33), 8, (3, 1), (3, 4), d), 2),
         ["maps_kernel", "conv2d_kernel"],
     ),
     "skip in split sums": (
@@ -293,6 +312,7 @@ def test_moments_hold_at_a_large_mean(backend):
 CALLS = {  # name that begins with an op's -> kernel's arguments in the order of its schema
     "conv2d": lambda: _by_schema(*block(2, 4, 8, 4, (3, 4))),
     "conv2d with skip": lambda: _by_schema(*straddling(2, 4, (12, 6), 4, (3, 2), (3, 4))),
+    "conv2d with mask": lambda: _by_schema(*masked(straddling(2, 4, (12, 6), 4, (3, 2), (3, 4)), 2)),
     "conv2d_sum": lambda: _sum_by_schema(),
     "group_moments": lambda: (normal(2, 6, 12, 13), 3),
 }
@@ -301,7 +321,7 @@ CALLS = {  # name that begins with an op's -> kernel's arguments in the order of
 def _by_schema(arguments, options):
     names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation", "row_bias", "residual",
              "output_scale", "output_activation", "num_groups")  # fmt: skip
-    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups") if name in options]
+    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups", "mask", "mask_scale") if name in options]
     return (*arguments, *(options[name] for name in names), False, "auto", *skip)
 
 
@@ -321,7 +341,9 @@ def test_opcheck_gradients_nan_and_empty_batch(name, backend):
     kernel = getattr(torch.ops.fastens, op.kernels[backend]).default
     arguments = CALLS[name]()
     assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
-    doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
+    doubles = [
+        t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in in_double(arguments)
+    ]
     assert torch.autograd.gradcheck(kernel, doubles, fast_mode=True)
     x = arguments[0].clone()
     x[1, 2, 1, 1] = torch.nan
@@ -401,6 +423,8 @@ X, W = torch.zeros(4, 6, 5, 5), torch.zeros(2, 8, 6, 3, 3)
         ),
         (lambda: conv2d(X, W, moments=torch.zeros(4, 3, 1, 2), norm_groups=2), "norm_groups is 2, expected a divisor"),
         (lambda: conv2d(X, W, norm_groups=2), "norm_groups without moments"),
+        (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1)), r"mask is torch.float32 .*expected int32 \[4, 5, 5, 1\]"),
+        (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1).int(), shared=True), "shared rows have no mask"),
         (lambda: conv2d_sum(X, W, None, [1.0]), "1 member_weights, expected 2"),
         (lambda: group_moments(X, 4), "with 4 groups"),
     ],
