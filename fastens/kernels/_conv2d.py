@@ -139,15 +139,28 @@ def maps_kernel(
 
 
 @triton.jit
+def kept(mask, place, inside, channel, first_word, words, WORDS: tl.constexpr):
+    """Whether the mask keeps each of the channels at each place, 0 or 1: they are of WORDS words from the first on."""
+    position = channel - first_word * 32
+    bits = tl.zeros([1, 1], tl.int32)
+    for i in tl.static_range(WORDS):
+        own = tl.load(mask + place * words + first_word + i, inside & (first_word + i < words), other=0)
+        bits = tl.where((position // 32 == i)[None, :], own[:, None], bits)
+    return (bits >> (position % 32)[None, :]) & 1
+
+
+@triton.jit
 def products(
-    acc, x, skip, weight, maps, member, row, row_exists, x_row, valid, top, left, column, first, last, channels,
-    skip_channels, outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
-    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x, skip, weight, maps, mask, mask_row, member, row, row_exists, x_row, valid, top, left, column, first, last,
+    channels, skip_channels, outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w,
+    mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add steps ``first`` to ``last`` of one member's sum to acc [ROWS * PLACES, BLOCK_N].
 
-    row [ROWS] is where maps are found; x_row, top and left [ROWS * PLACES] say where the first tap of a place lies.
+    row [ROWS] is where maps are found; x_row, top and left [ROWS * PLACES] say where the first tap of a place lies,
+    mask_row whose bits are kept.
     The channels of skip follow those of x. A step takes its block of channels from one of both: x's last block is
     padded, so that no block is of both.
     """
@@ -170,10 +183,10 @@ def products(
         channel = in_source + before
         at_h, at_w = top + down, left + right
         inside = valid & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
-        mask = inside[:, None] & exists[None, :]
+        found = inside[:, None] & exists[None, :]
         place = (x_row * height + at_h) * width + at_w
-        a = tl.load(source + place[:, None] * own_channels + in_source[None, :], mask, other=0.0)
-        if maps is not None or ACTIVATION != "none":
+        a = tl.load(source + place[:, None] * own_channels + in_source[None, :], found, other=0.0)
+        if maps is not None or mask is not None or ACTIVATION != "none":
             value = a.to(WIDE)
             if maps is not None:
                 at = maps + row[:, None] * 3 * channels + channel[None, :]
@@ -182,7 +195,13 @@ def products(
                 factor = over_places(tl.load(at + channels, known, other=0.0), ROWS, PLACES, BLOCK_K)
                 offset = over_places(tl.load(at + 2 * channels, known, other=0.0), ROWS, PLACES, BLOCK_K)
                 value = (value - mean) * factor + offset
-            a = tl.where(mask, activated(value, ACTIVATION), 0.0).to(a.dtype)  # padding is zero behind the norm
+            value = activated(value, ACTIVATION)
+            if mask is not None:  # by a product: what is no number stays it
+                place = (mask_row * height + at_h) * width + at_w
+                first_word = (begin + before) // 32
+                bits = kept(mask, place, inside, channel, first_word, tl.cdiv(channels, 32), MASK_WORDS)
+                value *= bits.to(WIDE) * mask_scale
+            a = tl.where(found, value, 0.0).to(a.dtype)  # padding is zero behind the norm
         b = tl.load(
             own + channel.to(tl.int64)[:, None] * weight_c + down * weight_h + right * weight_w,
             exists[:, None] & (column < outputs)[None, :],
@@ -192,6 +211,28 @@ def products(
             a, b = a.to(WIDE), b.to(WIDE)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
     return acc
+
+
+@triton.jit
+def joined(
+    acc, workspace, arrivals, SPLITS: tl.constexpr, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The sum of a tile's parts [SIZE, BLOCK_N] in their order, where this program is the last of them; whether it is.
+
+    workspace [tiles, SPLITS, SIZE, BLOCK_N]; arrivals int32 [tiles], of zeros before and behind a launch.
+    """
+    tile = tl.program_id(0)
+    first = workspace + tile.to(tl.int64) * (SPLITS * SIZE * BLOCK_N)
+    each = tl.arange(0, SIZE)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(first + tl.program_id(1) * (SIZE * BLOCK_N) + each, acc)
+    tl.debug_barrier()  # the part is written before one thread releases it
+    last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(arrivals + tile, 0)
+        acc = tl.zeros([SIZE, BLOCK_N], WIDE)
+        for split in tl.range(SPLITS, loop_unroll_factor=2):
+            acc += tl.load(first + split * (SIZE * BLOCK_N) + each, cache_modifier=".cg")  # from where they meet, L2
+    return acc, last
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._conv2d import maps_kernel
+from fastens.kernels._counters import counters
 from fastens.kernels._rows import members_of_rows
 from fastens.reference.group_moments import SPAN
 
@@ -18,6 +20,7 @@ JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more a
 MAP_TILE = 1024  # moments that are joined at a time
 STEPS_PER_SPLIT = 4  # a split of a sum is at least as long
 MOST_SPLITS = 32
+JOINED_AFTER = 1 << 16  # bytes that a program loads while the last split waits for the memory that they meet in
 MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 
 
@@ -77,19 +80,18 @@ class Tiles:
         """How many blocks of channels x, and skip, are taken in."""
         return sum(-(-channels // self.block_k) for channels in sources)
 
+    def meeting(self, tiles: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Where the splits of so many tiles of y meet: memory for their parts, and counters; none without splits."""
+        if self.splits == 1:
+            return None, None
+        size = tiles * self.splits * self.rows * self.places * self.block_n
+        return y.new_empty(size, dtype=torch.promote_types(y.dtype, torch.float32)), counters(tiles, y)
+
 
 def tiles_for(
-    x: Tensor,
-    groups_of_rows: int,
-    rows: int,
-    space: int,
-    outputs: int,
-    sources: tuple[int, ...],
-    taps: int,
-    whole_spans: bool,
-    tiling: str = "auto",
-    sums: int = 1,
-) -> Tiles:
+    x: Tensor, groups_of_rows: int, rows: int, space: int, outputs: int, sources: tuple[int, ...], taps: int,
+    per_group: int, tiling: str = "auto", sums: int = 1,
+) -> Tiles:  # fmt: skip
     """Tile sizes for a shape: of one row's places where they suffice, else of several rows; splits where few result.
 
     Args:
@@ -100,34 +102,51 @@ def tiles_for(
         outputs: channels.
         sources: channels of x, and of skip.
         taps: of the kernel.
-        whole_spans: moments are wanted, so that a tile holds whole spans.
+        per_group: output channels whose moments are wanted, so that a tile holds whole spans, and whole groups where
+            these are powers of two; 0 for no moments.
         tiling: ``"auto"``; ``"wide"``, twice as many output channels a tile and whole sums; ``"narrow"``, half of
             both places and channels.
         sums: how many members are summed into one result.
     """
+    available = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
+    return _cut(
+        x.dtype.itemsize, available, MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps, per_group,
+        tiling, sums,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(
+    itemsize: int, available: int, most_splits: int, groups_of_rows: int, rows: int, space: int, outputs: int,
+    sources: tuple[int, ...], taps: int, per_group: int, tiling: str, sums: int,
+) -> Tiles:  # fmt: skip
     narrow, wide = tiling == "narrow", tiling == "wide"
-    places = min(SPAN // 2 if narrow and not whole_spans else SPAN, triton.next_power_of_2(space))
+    places = min(SPAN // 2 if narrow and not per_group else SPAN, triton.next_power_of_2(space))
     together = max(min(SPAN // places, triton.next_power_of_2(rows)), 16 // places, 1)
     if narrow and together > 1:
         together = max(together // 2, 16 // places, 1)
     size = together * places
     block_n = min(256 if wide else 64 if narrow else 128, max(16, triton.next_power_of_2(outputs)))
     block_k = min(64, max(16, triton.next_power_of_2(max(sources))))
-    num_warps, num_stages = (8 if size * block_n >= 16384 else 4), 3
-    if x.dtype.itemsize == 4:
+    num_stages = 3
+    if itemsize == 4:
         block_n, block_k, num_stages = min(block_n, 128 if wide else 64), min(block_k, 32), 2
-        num_warps = 8 if size >= 128 else 4
-    elif x.dtype.itemsize == 8:
+    elif itemsize == 8:
         block_n, block_k, num_stages = min(block_n, 32), 16, 1
-        num_warps = 8 if size >= 128 else 4
-    programs = groups_of_rows * triton.cdiv(rows, together) * triton.cdiv(space, places)
-    programs *= triton.cdiv(outputs, block_n)
-    steps = sums * taps * sum(triton.cdiv(channels, block_k) for channels in sources)
-    available = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
-    most = 1 if wide else min(MOST_SPLITS, available // programs, steps // STEPS_PER_SPLIT)
+    tiles = groups_of_rows * -(-rows // together) * -(-space // places)
+    steps = sums * taps * sum(-(-channels // block_k) for channels in sources)
     splits = 1
-    while 2 * splits <= most:
-        splits *= 2
-    return Tiles(
-        together, places, block_n, block_k, num_warps, num_stages, triton.cdiv(steps, triton.cdiv(steps, splits))
-    )
+    if tiles * -(-outputs // block_n) * 2 <= available and not wide:
+        ways = {}
+        while block_n >= max(16, per_group):
+            most = min(most_splits, available // (tiles * -(-outputs // block_n)), max(1, steps // STEPS_PER_SPLIT))
+            for splits in range(1, most + 1):
+                each = -(-steps // splits)
+                moved = each * (size + block_n) * block_k * itemsize
+                if splits > 1:
+                    moved += JOINED_AFTER + (splits + 1) * size * block_n * max(4, itemsize)
+                ways.setdefault(moved, (block_n, -(-steps // each)))
+            block_n //= 2
+        block_n, splits = ways[min(ways)]
+    large = size >= 128 if itemsize > 2 else size * block_n >= 16384
+    return Tiles(together, places, block_n, block_k, 8 if large else 4, num_stages, splits)

@@ -3,7 +3,7 @@
 y[r] = act((conv(prepared(x[r]), W_k) + b_k + row_bias[r] + residual[r]) * output_scale) for the rows r of member k,
 where prepared(x) is x, or the group norm of x by given moments, its maps, and an activation, computed as x is loaded.
 The sums are in float32, or float64 for float64. Where tiles are too few to fill the GPU, each sum is split: parts go to
-a workspace, and a second kernel adds them in order, so that results do not depend on timing.
+a workspace, and the last program of a tile to arrive adds them in order, so that results do not depend on timing.
 """
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # Triton compiles these functions: pyright takes them for Python.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._conv2d import finish, place_of_tile, products, write_maps
+from fastens.kernels._conv2d import finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
@@ -24,15 +24,15 @@ from fastens.reference.group_moments import SPAN, counts
 
 @triton.jit
 def conv2d_kernel(
-    x, skip, weight, bias, y, workspace, maps, in_moments, skip_moments, norm_weight, norm_bias, scale, shift, row_bias,
-    residual, out_moments, first_row, rows, rows_per_member, channels, skip_channels, outputs, height, width,
+    x, skip, mask, weight, bias, y, workspace, arrivals, maps, in_moments, skip_moments, norm_weight, norm_bias, scale,
+    shift, row_bias, residual, out_moments, first_row, rows_per_member, channels, skip_channels, outputs, height, width,
     out_height, out_width, down, right, above, before, row_tiles, place_tiles, output_tiles, steps, steps_per_split,
     per_group, per_norm, span, weight_k, weight_o, weight_c, weight_h, weight_w,
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr, output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_GROUP: tl.constexpr,
+    mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, MASK_BY_MEMBER: tl.constexpr, ACTIVATION: tl.constexpr,
+    output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
     member, begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -43,6 +43,9 @@ def conv2d_kernel(
         x_row = at_row
         if SHARED:
             x_row = at_row - begin
+        mask_row = x_row
+        if MASK_BY_MEMBER:
+            mask_row = tl.zeros_like(at_row) + member
         if in_moments is not None:
             # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
             write_maps(
@@ -51,50 +54,21 @@ def conv2d_kernel(
             )  # fmt: skip
             tl.debug_barrier()
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, member, row, row_exists, x_row, valid,
-            place // out_width * down - above, place % out_width * right - before, column, split * steps_per_split,
-            tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs, height, width, weight_k,
-            weight_o, weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES,
-            BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, mask, mask_row, member, row, row_exists,
+            x_row, valid, place // out_width * down - above, place % out_width * right - before, column,
+            split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs,
+            height, width, weight_k, weight_o, weight_c, weight_h, weight_w, mask_scale, MASK_WORDS, ACTIVATION,
+            PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
         )  # fmt: skip
-        space = out_height * out_width
+        last = True
         if SPLITS > 1:
-            split_rows = split.to(tl.int64) * rows
-            at = ((split_rows + at_row) * space + place)[:, None] * outputs + column[None, :]
-            tl.store(workspace + at, acc, valid[:, None] & (column < outputs)[None, :])
-        else:
+            acc, last = joined(acc, workspace, arrivals, SPLITS, ROWS * PLACES, BLOCK_N, WIDE)
+        if last:
             finish(
                 acc, y, bias, row_bias, residual, out_moments, member, row, row_exists, at_row, place, valid, column,
-                outputs, space, place_tile, place_tiles, output_scale, OUTPUT_ACTIVATION, WIDE, ROWS, PLACES, BLOCK_N,
-                PER_GROUP,
+                outputs, out_height * out_width, place_tile, place_tiles, output_scale, OUTPUT_ACTIVATION, WIDE, ROWS,
+                PLACES, BLOCK_N, PER_GROUP,
             )  # fmt: skip
-
-
-@triton.jit
-def join_kernel(
-    workspace, bias, y, row_bias, residual, out_moments, first_row, rows, rows_per_member, outputs, out_height,
-    out_width, row_tiles, place_tiles, output_tiles,
-    output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr,
-):  # fmt: skip
-    """Add the splits of a tile in order, and finish it."""
-    member, _begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
-        first_row, rows_per_member, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
-    )
-    if first < end:
-        space = out_height * out_width
-        acc = tl.zeros([ROWS * PLACES, BLOCK_N], WIDE)
-        all_rows = tl.zeros([1, 1], tl.int64) + rows
-        mask = valid[:, None] & (column < outputs)[None, :]
-        at = (at_row * space + place)[:, None] * outputs + column[None, :]
-        for _split in range(SPLITS):
-            acc += tl.load(workspace + at, mask, other=0.0)
-            at += all_rows * space * outputs
-        finish(
-            acc, y, bias, row_bias, residual, out_moments, member, row, row_exists, at_row, place, valid, column,
-            outputs, space, place_tile, place_tiles, output_scale, OUTPUT_ACTIVATION, WIDE, ROWS, PLACES, BLOCK_N,
-            PER_GROUP,
-        )  # fmt: skip
 
 
 def conv2d(
@@ -121,6 +95,8 @@ def conv2d(
     skip: Tensor | None = None,
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
     into: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory.
@@ -153,39 +129,36 @@ def conv2d(
     per_member = rows // num_members
     most = rows if offsets is not None else per_member
     sources = (x.shape[1], skip_channels)
-    tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, num_groups > 0, tiling)
-    per_group = outputs // num_groups if num_groups else 1
-    joined = num_groups > 0 and tiles.block_n % per_group == 0 and not per_group & (per_group - 1)
+    per_group = outputs // num_groups if num_groups else 0
+    tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling)
+    with_moments = num_groups > 0 and tiles.block_n % per_group == 0 and not per_group & (per_group - 1)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
     steps = taps_h * taps_w * tiles.blocks(sources)
+    aligned = skip is None or x.shape[1] % 32 == 0
+    mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     bias, row_bias = (None if t is None else t.contiguous() for t in (bias, row_bias))
-    out_moments = found if joined else None
-    cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "PER_GROUP": per_group}
-    ending = {"output_scale": output_scale, "OUTPUT_ACTIVATION": output_activation, "SPLITS": tiles.splits}
+    out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):
         norm = Norm.prepare(
             x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members, skip, skip_moments, norm_groups
         )
-        workspace = None if tiles.splits == 1 else x.new_empty(tiles.splits * y.numel(), dtype=wide)
+        workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
-            x, skip, weight, bias, y, workspace, *norm.tensors, row_bias, residual, out_moments, first_row, rows,
-            per_member, channels, skip_channels, outputs, height, width, out_height, out_width, *stride, *padding,
-            row_tiles, place_tiles, output_tiles, steps, triton.cdiv(steps, tiles.splits), norm.per_group,
-            norm.per_norm, SPAN, *weight.stride(),
-            ACTIVATION=activation, SHARED=shared, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
+            x, skip, None if mask is None else mask.contiguous(), weight, bias, y, workspace, arrivals, *norm.tensors,
+            row_bias, residual, out_moments, first_row, per_member, channels, skip_channels, outputs, height, width,
+            out_height, out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            triton.cdiv(steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
+            mask_scale=mask_scale, MASK_WORDS=mask_words, MASK_BY_MEMBER=mask is not None and len(mask) != rows,
+            ACTIVATION=activation, output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, SHARED=shared,
+            SPLITS=tiles.splits, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
-            TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, **norm.constants, **cut, **ending,
+            TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **norm.constants,
         )  # fmt: skip
-        if workspace is not None:
-            join_kernel[(programs,)](
-                workspace, bias, y, row_bias, residual, out_moments, first_row, rows, per_member, outputs, out_height,
-                out_width, row_tiles, place_tiles, output_tiles, WIDE=wide_type, num_warps=tiles.num_warps, **cut,
-                **ending,
-            )  # fmt: skip
-    return y, group_moments(y, num_groups, found) if num_groups and not joined else found
+    return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

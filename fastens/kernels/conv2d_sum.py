@@ -13,23 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._conv2d import finish, place_of_tile, products, write_maps
+from fastens.kernels._conv2d import finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._members import on_device
 from fastens.kernels._rows import interpreting
-from fastens.kernels.conv2d import join_kernel
 from fastens.reference.group_moments import SPAN
 
 
 @triton.jit
 def conv2d_sum_kernel(
-    x, weight, bias, member_weights, y, workspace, maps, moments, norm_weight, norm_bias, scale, shift, members, rows,
-    channels, outputs, height, width, out_height, out_width, down, right, above, before, row_tiles, place_tiles,
-    output_tiles, steps, steps_per_split, per_group, per_norm, span, weight_k, weight_o, weight_c, weight_h, weight_w,
+    x, weight, bias, member_weights, y, workspace, arrivals, maps, moments, norm_weight, norm_bias, scale, shift,
+    members, rows, channels, outputs, height, width, out_height, out_width, down, right, above, before, row_tiles,
+    place_tiles, output_tiles, steps, steps_per_split, per_group, per_norm, span, weight_k, weight_o, weight_c,
+    weight_h, weight_w,
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
     zero, _, _, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -52,23 +52,23 @@ def conv2d_sum_kernel(
         member = zero + k
         begin = tl.maximum(first - k * steps, 0)
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, member, row + member * rows, row_exists,
-            at_row + member * rows, valid, place // out_width * down - above, place % out_width * right - before,
-            column, begin, tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width, weight_k, weight_o,
-            weight_c, weight_h, weight_w, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, None, at_row, member, row + member * rows,
+            row_exists, at_row + member * rows, valid, place // out_width * down - above,
+            place % out_width * right - before, column, begin, tl.minimum(last - k * steps, steps), channels, 0,
+            outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION, PRECISION,
+            WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
             acc += tl.load(bias + member * outputs + column, begins, other=0.0).to(WIDE)[None, :]
         total += acc * tl.load(member_weights + k)
-    space = out_height * out_width
+    arrived_last = True
     if SPLITS > 1:
-        at = ((split.to(tl.int64) * rows + at_row) * space + place)[:, None] * outputs + column[None, :]
-        tl.store(workspace + at, total, valid[:, None] & (column < outputs)[None, :])
-    else:
+        total, arrived_last = joined(total, workspace, arrivals, SPLITS, ROWS * PLACES, BLOCK_N, WIDE)
+    if arrived_last:
         finish(
-            total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, column, outputs, space,
-            place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1,
+            total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, column, outputs,
+            out_height * out_width, place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1,
         )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def conv2d_sum(
         return y
     wide = torch.promote_types(x.dtype, torch.float32)
     space, taps = out_height * out_width, taps_h * taps_w
-    tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, False, sums=num_members)
+    tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, 0, sums=num_members)
     row_tiles, place_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(space, tiles.places)
     output_tiles = triton.cdiv(outputs, tiles.block_n)
     programs = row_tiles * place_tiles * output_tiles
@@ -112,21 +112,15 @@ def conv2d_sum(
     with torch.cuda.device(x.device if x.is_cuda else -1):
         norm = Norm.prepare(x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members)
         maps, in_moments, _, *norm_maps = norm.tensors
-        workspace = None if tiles.splits == 1 else x.new_empty(tiles.splits * y.numel(), dtype=wide)
+        workspace, arrivals = tiles.meeting(programs, y)
         conv2d_sum_kernel[(programs, tiles.splits)](
             x, weight, None if bias is None else bias.contiguous(), on_device(tuple(member_weights), wide, x.device), y,
-            workspace, maps, in_moments, *norm_maps, num_members, rows, channels, outputs, height, width, out_height,
-            out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            workspace, arrivals, maps, in_moments, *norm_maps, num_members, rows, channels, outputs, height, width,
+            out_height, out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
             triton.cdiv(num_members * steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
             ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **cut,
         )  # fmt: skip
-        if workspace is not None:
-            join_kernel[(programs,)](
-                workspace, None, y, None, None, None, None, rows, rows, outputs, out_height, out_width, row_tiles,
-                place_tiles, output_tiles, output_scale=1.0, OUTPUT_ACTIVATION="none", WIDE=wide_type, PER_GROUP=1,
-                num_warps=tiles.num_warps, **cut,
-            )  # fmt: skip
     return y

@@ -59,8 +59,8 @@ _conv2d = Op(
     "conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, Tensor? offsets, "
     "Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? scale, Tensor? shift, "
     "str activation, Tensor? row_bias, Tensor? residual, float output_scale, str output_activation, "
-    "SymInt num_groups, bool shared, str tiling, Tensor? skip=None, Tensor? skip_moments=None, SymInt norm_groups=0) "
-    "-> (Tensor, Tensor)",
+    "SymInt num_groups, bool shared, str tiling, Tensor? skip=None, Tensor? skip_moments=None, SymInt norm_groups=0, "
+    "Tensor? mask=None, float mask_scale=1.0) -> (Tensor, Tensor)",
     reference.conv2d,
     {"triton": _fake},
 )
@@ -91,6 +91,8 @@ def conv2d(
     skip: Tensor | None = None,
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve each member's rows, with norm and activation before it and a residual block's additions behind it.
@@ -126,14 +128,17 @@ def conv2d(
         skip_moments: [R, G2, T, 2] of skip, of groups as large as those of ``moments``; with ``moments`` and ``skip``.
         norm_groups: groups of the norm of all C channels, of which one may be of both x and skip; 0 for as many as
             ``moments`` has.
+        mask: int32 [R, H, W, ceil(C / 32)], or [K, H, W, ceil(C / 32)] where a member's rows have one mask: dropout of
+            what is convolved, which keeps channel c where bit c % 32 of word c // 32 is set; none to keep all.
+        mask_scale: factor of what is kept, 1 / (1 - p).
         backend: the code that runs it.
 
     Returns:
         [R, O, H', W'], and its moments [R, num_groups, T', 2] or none.
 
     Raises:
-        ValueError: rows that cannot be dealt out to the members, shapes that do not fit, a norm, offsets or skip
-            beside ``shared``, parts of a norm without moments, or an unknown activation or backend.
+        ValueError: rows that cannot be dealt out to the members, shapes that do not fit, a norm, offsets, skip or
+            mask beside ``shared``, parts of a norm without moments, or an unknown activation or backend.
         RuntimeError: a backend asked for by name that cannot run here.
     """
     if x.ndim != 4 or weight.ndim != 5:
@@ -148,6 +153,7 @@ def conv2d(
     elif skip is not None:
         raise ValueError("conv2d: shared rows have no skip: shared is for a first layer; give cat([x, skip], 1) as x")
     check_channels(x, skip, channels)
+    check_mask(x, mask, num_members, channels, shared)
     height, width = output_size(x, weight, stride, padding)
     if min(height, width) < 1:
         raise ValueError(f"conv2d: x is {list(x.shape)}, smaller than the kernel {list(weight.shape[3:])}")
@@ -168,7 +174,7 @@ def conv2d(
     y, found = _conv2d.resolve(backend, tensors)(
         x, weight, bias, stride, padding, offsets, moments, norm_weight, norm_bias, eps, scale, shift, activation,
         row_bias, residual, output_scale, output_activation, num_groups, shared, tiling, skip, skip_moments,
-        norm_groups,
+        norm_groups, mask, mask_scale,
     )  # fmt: skip
     return y, found if num_groups else None
 
@@ -186,6 +192,17 @@ def check_channels(x: Tensor, skip: Tensor | None, channels: int) -> None:
         raise ValueError(f"conv2d: x and skip have {own} + {skip.shape[1]} channels, weight expects {channels}")
     if skip.dtype != x.dtype:
         raise ValueError(f"conv2d: skip is {skip.dtype}, expected {x.dtype}, as x")
+
+
+def check_mask(x: Tensor, mask: Tensor | None, num_members: int, channels: int, shared: bool) -> None:
+    """Raise unless mask has a bit for each element of these channels of x [R, _, H, W], of each row or member."""
+    if mask is None:
+        return
+    if shared:
+        raise ValueError("conv2d: shared rows have no mask: it is of rows that differ by member")
+    sizes = [[rows, *x.shape[2:], (channels + 31) // 32] for rows in (x.shape[0], num_members)]
+    if list(mask.shape) not in sizes or mask.dtype != torch.int32:
+        raise ValueError(f"conv2d: mask is {mask.dtype} {list(mask.shape)}, expected int32 {sizes[0]} or {sizes[1]}")
 
 
 def check_norm(

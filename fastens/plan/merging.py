@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from typing import Any
@@ -37,6 +38,7 @@ def merge(flow: Dataflow, inputs: list[Ref], constants: KeptTensors) -> None:
     fuse_elementwise(flow)
     skip_joins(flow)
     place_moments(flow)
+    part_vectors(flow)
     name_linear_layers(flow)
     tidy(flow)
     flow.index()
@@ -186,6 +188,37 @@ def _stacked(flow: Dataflow, group: list[Launch], constants: KeptTensors) -> Non
         flow.launches.remove(launch)
     first.args = (out, first.args[1], weight, bias, *first.args[4:])
     flow.index()
+
+
+def part_vectors(flow: Dataflow) -> None:
+    """Let a layer whose results are read in parts, as scale and shift are, be several, each with memory of its own."""
+    for launch in list(flow.launches):
+        plain = _is_linear(launch) and not any(launch.kwargs.get(name) for name in _BEHIND)
+        out: View = launch.args[0]
+        if not plain or flow.writer(out) is not launch or not out.is_dense() or out.size[2:] != (1, 1):
+            continue
+        reads = [(reader, view) for reader in flow.readers(out) for view in reader.reads() if view.where is out.where]
+        parts = sorted({(view.offset, view.size[-1]) for _, view in reads})
+        rows, channels = out.size[:2]
+        vectors = all((v.size[0], *v.stride) == (rows, channels, 1) and len(v.size) == 2 for _, v in reads)
+        apart = all(start + size <= other for (start, size), (other, _) in itertools.pairwise(parts))
+        if len(parts) < 2 or not vectors or not apart or flow.outputs in flow.readers(out):
+            continue
+        weight, bias = launch.args[2:4]
+        made: dict[tuple[int, int], View] = {}
+        at = flow.position(launch)
+        flow.launches.pop(at)
+        for start, size in parts:
+            new = View(flow.new_buffer(rows * size, flow.dtype(out)), 0, (rows, size, 1, 1), (size, 1, size, size))
+            stacks = weight[:, start : start + size], None if bias is None else bias[:, start : start + size]
+            flow.launches.insert(
+                at, Launch(launch.name, launch.function, (new, launch.args[1], *stacks, *launch.args[4:]),
+                           dict(launch.kwargs)),
+            )  # fmt: skip
+            made[start, size] = View(new.where, 0, (rows, size), (size, 1))
+        for reader, view in reads:
+            reader.replace(view, made[view.offset, view.size[1]])
+        flow.index()
 
 
 def name_linear_layers(flow: Dataflow) -> None:

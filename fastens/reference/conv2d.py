@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastens.reference._activation import activate
-from fastens.reference._rows import affine, modulate
+from fastens.reference._rows import affine, expand_rows, modulate
 from fastens.reference.conv import conv
 from fastens.reference.group_moments import counts, group_moments, normalized
 
@@ -35,10 +35,14 @@ def conv2d(
     skip: Tensor | None = None,
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Norm, activate, convolve, add, scale and activate; then moments. As in :func:`fastens.ops.conv2d.conv2d`."""
     x, moments = together(x, skip, moments, skip_moments, norm_groups)
     x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+    if mask is not None:
+        x = x * (keeps(mask, x, weight.shape[0], offsets) * mask_scale)
     if shared:
         x = x.repeat(weight.shape[0], 1, 1, 1)
     y = conv(x, weight, bias, stride, padding, (1, 1), False, (0, 0), 1, offsets)
@@ -49,6 +53,14 @@ def conv2d(
     y = activate(y if output_scale == 1 else y * output_scale, output_activation)
     wide = torch.promote_types(y.dtype, torch.float32)
     return y, group_moments(y, num_groups) if num_groups else y.new_empty(0, dtype=wide)
+
+
+def keeps(mask: Tensor, x: Tensor, num_members: int, offsets: Tensor | None) -> Tensor:
+    """Ones and zeros like x [R, C, H, W]: bit c % 32 of word c // 32 of a place's is of channel c."""
+    if mask.shape[0] != x.shape[0]:
+        mask = expand_rows(mask, x.shape[0], offsets)
+    bits = mask.unsqueeze(-1) >> torch.arange(32, dtype=mask.dtype, device=mask.device) & 1
+    return bits.flatten(-2)[..., : x.shape[1]].movedim(-1, 1).to(x.dtype)
 
 
 def together(

@@ -10,7 +10,6 @@ from tests.fold.test_plans import DRAWS, follow_the_members, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
-
 HALF = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of a network whose layers round to 8 or 11 bits
 
 

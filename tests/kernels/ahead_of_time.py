@@ -225,6 +225,12 @@ def convolutions(dtype, short):
         behind = (empty(5 * batch, 256), None, 1.0, "none", 32, False, "auto", skip, skip_moments, 32)
         call = (x, weight, empty(5, 256), (1, 1), (1, 1), None, *norm, *behind)
         yield f"conv2d skip {short} {size}x{size} B={batch}", lambda call=call: conv2d(*call)
+    x, weight = empty(5, 256, 32, 32).to(memory_format=torch.channels_last), empty(5, 256, 3, 3, 256).movedim(4, 2)
+    mask = torch.zeros(5, 32, 32, 8, dtype=torch.int32)
+    yield (
+        f"conv2d masked {short}",
+        lambda x=x, weight=weight: conv2d(x, weight, None, (1, 1), (1, 1), mask=mask, mask_scale=1.25),
+    )
     x, weight = empty(4, 3, 32, 32), empty(5, 256, 3, 3, 3)
     yield (
         f"conv2d first {short}",

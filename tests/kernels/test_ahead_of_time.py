@@ -39,7 +39,7 @@ def check_compiled(capability, *options):
     rows = json.loads(result.stdout)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
-        "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel",
+        "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
         "maps_kernel", "normalise_kernel", "join_moments_kernel", "pointwise_kernel", "concatenate_kernel",
         "attention_kernel",
     }  # fmt: skip

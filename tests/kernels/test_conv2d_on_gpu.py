@@ -35,6 +35,27 @@ def test_convolutions(name, dtype, split, monkeypatch):
         assert torch.equal(again, actual)
 
 
+def test_splits_of_graphs_and_launches_at_the_same_time_meet_each_their_own():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 256, 8, 8, device="cuda"), torch.randn(2, 128, 256, 3, 3, device="cuda")
+    expected, _ = conv2d(x, weight, None, (1, 1), (1, 1), backend="triton")
+    assert _conv2d_launch.tiles_for(x, 2, 1, 64, 128, (256,), 9, 0).splits > 1
+    graphs, results, streams = [], [], [torch.cuda.Stream() for _ in range(3)]
+    for _ in streams[1:]:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append([conv2d(x, weight, None, (1, 1), (1, 1), backend="triton")[0] for _ in range(8)])
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with torch.cuda.stream(streams[0]):
+            eager, _ = conv2d(x, weight, None, (1, 1), (1, 1), backend="triton")
+        for stream, graph in zip(streams[1:], graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in (eager, *results[0], *results[1]))
+
+
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_block_of_a_networks_size(dtype, size):

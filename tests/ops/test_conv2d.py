@@ -64,10 +64,10 @@ def block(num_members, rows, channels, outputs, size, taps=3, stride=1, padding=
     }
 
 
-def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offsets=None, **options):
+def plain(num_members, rows, channels, outputs, size, dtype=torch.float32, offsets=None, stride=1, **options):
     x = normal(rows, channels, *size, dtype=dtype)
     weight = normal(num_members, outputs, channels, 3, 3, dtype=dtype) / (3 * channels**0.5)
-    return (x, weight, None, (1, 1), (1, 1), offsets), options
+    return (x, weight, None, (stride, stride), (1, 1), offsets), options
 
 
 def straddling(num_members, rows, channels, outputs, parts, size, dtype=torch.float32, taps=3, offsets=None):
@@ -95,6 +95,14 @@ def beside(num_members, rows, channels, outputs, size, dtype=torch.float32, **op
     return (x[:, : channels[0]], *rest), {**options, "skip": x[:, channels[0] :]}
 
 
+def masked(call, rows=None):
+    """A call with a mask of each row, or of as many members, and bits beyond its channels."""
+    (x, weight, *rest), options = call
+    words = -(-weight.shape[2] // 32)
+    bits = torch.randint(-(2**31), 2**31, (rows or len(x), *x.shape[2:], words))
+    return (x, weight, *rest), {**options, "mask": bits.to(torch.int32), "mask_scale": 1 / 0.7}
+
+
 # name -> what is called for a dtype, and the kernels that have to run for it
 VARIANTS = {
     "block": (lambda d: block(3, 6, 20, 12, (5, 7), dtype=d, groups=(4, 3)), ["conv2d_kernel"]),
@@ -104,7 +112,7 @@ VARIANTS = {
     "block of several tiles": (lambda d: block(2, 2, 8, 20, (13, 11), dtype=d, groups=(2, 5)), ["conv2d_kernel"]),
     "block in split sums": (
         lambda d: block(1, 2, 72, 8, (3, 5), dtype=d, groups=(8, 2)),
-        ["conv2d_kernel", "join_kernel"],
+        ["conv2d_kernel in splits"],
     ),
     "1x1 with padding and stride": (
         lambda d: block(2, 2, 7, 5, (5, 6), taps=1, stride=2, padding=1, dtype=d, groups=(7, 5)),
@@ -138,9 +146,20 @@ VARIANTS = {
         lambda d: straddling(1, 2, (24, 12), 4, (1, 2), (3, 2), d),
         ["maps_kernel", "conv2d_kernel"],
     ),
+    "masked": (lambda d: masked(block(2, 4, 8, 6, (5, 7), dtype=d, groups=(4, 3))), ["conv2d_kernel"]),
+    "masked by member, nothing else": (lambda d: masked(plain(2, 4, 70, 6, (5, 3), d), 2), ["conv2d_kernel"]),
+    "masked, ragged, with stride": (
+        lambda d: masked(plain(3, 4, 33, 8, (4, 5), d, RAGGED, stride=2), 3),
+        ["conv2d_kernel"],
+    ),
+    "masked skip": (lambda d: masked(beside(2, 4, (96, 40), 5, (3, 4), d)), ["conv2d_kernel"]),
+    "masked skip of any channels": (
+        lambda d: masked(straddling(2, 2, (36, 33), 8, (3, 1), (3, 4), d), 2),
+        ["maps_kernel", "conv2d_kernel"],
+    ),
     "skip in split sums": (
         lambda d: straddling(1, 2, (64, 33), 8, (1, 1), (3, 5), d),
-        ["maps_kernel", "conv2d_kernel", "join_kernel"],
+        ["maps_kernel", "conv2d_kernel in splits"],
     ),
 }
 
@@ -152,7 +171,7 @@ class Recorder:
         self.kernel, self.launched, self.name = kernel, launched, name
 
     def __getitem__(self, grid):
-        self.launched.append(self.name)
+        self.launched.append(self.name + (" in splits" if grid[1:] > (1,) else ""))
         return self.kernel[grid]
 
 
@@ -165,7 +184,7 @@ def launched(monkeypatch, request):
         monkeypatch.setattr(_conv2d_launch, "MULTIPROCESSORS", 1)
     names = []
     for module in (_conv2d_launch, conv2d, conv2d_sum, group_moments):
-        for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "partial_kernel"):
+        for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "partial_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Recorder(getattr(module, name), names, name))
     return names
@@ -207,9 +226,46 @@ def test_sum_equals_reference(form, dtype, backend, launched):
     expected = conv2d_sum(*in_double(arguments), **in_double(options), backend="reference")
     poison(expected.to(dtype))
     actual = conv2d_sum(*arguments, **options, backend=backend)
-    assert launched == ["conv2d_sum_kernel", "join_kernel"][: 2 if form == "split" else 1]
+    assert launched == ["conv2d_sum_kernel" + (" in splits" if form == "split" else "")]
     assert actual.dtype == dtype
     assert relative_error(actual, expected) <= OP[dtype]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_sum"])
+def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    from fastens.kernels import _conv2d_launch
+
+    torch.manual_seed(0)
+    taken = []
+
+    def counters(tiles, y):
+        taken.append(torch.zeros(tiles, dtype=torch.int32))
+        return taken[-1]
+
+    monkeypatch.setattr(_conv2d_launch, "counters", counters)
+    x, weight = normal(2, 200, 3, 5), normal(2, 20, 200, 3, 3)
+
+    def run():
+        if op == "conv2d_sum":
+            return conv2d_sum(x, weight, None, [1.0, 2.0], (1, 1), (1, 1), backend=backend)
+        return conv2d(x, weight, None, (1, 1), (1, 1), num_groups=5, backend=backend)[0]
+
+    expected = run()
+    place = interpreter_builder.set_grid_idx
+    turned = []
+
+    def last_first(tile, split, *rest):
+        turned.append(interpreter_builder.grid_dim[1] - 1 - split)
+        place(tile, turned[-1], *rest)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_first)
+    assert torch.equal(run(), expected)
+    assert max(turned) > 2
+    assert len(taken) == 2
+    assert not any(t.any() for t in taken)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,6 +312,7 @@ def test_moments_hold_at_a_large_mean(backend):
 CALLS = {  # name that begins with an op's -> kernel's arguments in the order of its schema
     "conv2d": lambda: _by_schema(*block(2, 4, 8, 4, (3, 4))),
     "conv2d with skip": lambda: _by_schema(*straddling(2, 4, (12, 6), 4, (3, 2), (3, 4))),
+    "conv2d with mask": lambda: _by_schema(*masked(straddling(2, 4, (12, 6), 4, (3, 2), (3, 4)), 2)),
     "conv2d_sum": lambda: _sum_by_schema(),
     "group_moments": lambda: (normal(2, 6, 12, 13), 3),
 }
@@ -264,7 +321,7 @@ CALLS = {  # name that begins with an op's -> kernel's arguments in the order of
 def _by_schema(arguments, options):
     names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation", "row_bias", "residual",
              "output_scale", "output_activation", "num_groups")  # fmt: skip
-    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups") if name in options]
+    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups", "mask", "mask_scale") if name in options]
     return (*arguments, *(options[name] for name in names), False, "auto", *skip)
 
 
@@ -284,7 +341,9 @@ def test_opcheck_gradients_nan_and_empty_batch(name, backend):
     kernel = getattr(torch.ops.fastens, op.kernels[backend]).default
     arguments = CALLS[name]()
     assert set(torch.library.opcheck(kernel, arguments).values()) == {"SUCCESS"}
-    doubles = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in in_double(arguments)]
+    doubles = [
+        t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in in_double(arguments)
+    ]
     assert torch.autograd.gradcheck(kernel, doubles, fast_mode=True)
     x = arguments[0].clone()
     x[1, 2, 1, 1] = torch.nan
@@ -364,6 +423,8 @@ X, W = torch.zeros(4, 6, 5, 5), torch.zeros(2, 8, 6, 3, 3)
         ),
         (lambda: conv2d(X, W, moments=torch.zeros(4, 3, 1, 2), norm_groups=2), "norm_groups is 2, expected a divisor"),
         (lambda: conv2d(X, W, norm_groups=2), "norm_groups without moments"),
+        (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1)), r"mask is torch.float32 .*expected int32 \[4, 5, 5, 1\]"),
+        (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1).int(), shared=True), "shared rows have no mask"),
         (lambda: conv2d_sum(X, W, None, [1.0]), "1 member_weights, expected 2"),
         (lambda: group_moments(X, 4), "with 4 groups"),
     ],
