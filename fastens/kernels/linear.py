@@ -19,7 +19,7 @@ from fastens.kernels._rows import interpreting
 @triton.jit(do_not_specialize=VARYING)
 def linear_kernel(
     x, weight, bias, y, first_row, rows_per_member, outputs, inputs, row_tiles, output_tiles, per_row,
-    weight_k, weight_out, weight_in, x_stride, y_stride, members, samples, evaluation, key_low, key_high,
+    weight_k, weight_out, weight_in, bias_k, x_stride, y_stride, members, samples, evaluation, key_low, key_high,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKS: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
@@ -49,11 +49,12 @@ def linear_kernel(
                 (depth < inputs)[:, None] & (column < outputs)[None, :],
                 other=0.0,
             )
+            a = a.to(b.dtype)
             if WIDENED:
                 a, b = a.to(WIDE), b.to(WIDE)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
         if bias is not None:
-            acc += tl.load(bias + member.to(tl.int64) * outputs + column, column < outputs, other=0.0).to(WIDE)[None, :]
+            acc += tl.load(bias + member.to(tl.int64) * bias_k + column, column < outputs, other=0.0).to(WIDE)[None, :]
         acc = activated(acc, ACTIVATION)
         if MASKS != "none":
             vector = row[:, None]
@@ -84,10 +85,12 @@ def linear(
 ) -> Tensor:
     """Apply each member's layer; the arguments are those of ``fastens::linear``.
 
-    ``into`` is where the result is written, whose vectors are contiguous and equally far apart.
+    ``into`` is where the result is written, whose vectors are contiguous and equally far apart. An x of another dtype
+    than the weights is rounded to theirs as it is read.
     """
     num_members, outputs, inputs = weight.shape
-    y = x.new_empty(*x.shape[:-1], outputs) if into is None else into
+    dtype = weight.dtype
+    y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype) if into is None else into
     if y.numel() == 0:
         return y
     x, x_stride = strided_vectors(x, copy=True)
@@ -95,22 +98,25 @@ def linear(
     vectors = y.numel() // outputs
     per_member = vectors // num_members
     per_row = vectors // x.shape[0]
-    wide = x.dtype == torch.float64
-    block_m, block_n, block_k, num_warps, num_stages = tiles(per_member, outputs, x.dtype)
+    wide = dtype == torch.float64
+    block_m, block_n, block_k, num_warps, num_stages = tiles(per_member, outputs, dtype)
     if p:  # the words of the masks need registers that a tile of 128 columns does not leave
         block_n = min(block_n, 64)
     row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
     output_tiles = triton.cdiv(outputs, block_n)
+    if bias is not None and bias.stride(1) != 1:
+        bias = bias.contiguous()
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device(x.device if x.is_cuda else -1):
         linear_kernel[(num_members * row_tiles * output_tiles,)](
-            x, weight, None if bias is None else bias.contiguous(), y, first_row, per_member, outputs, inputs,
-            row_tiles, output_tiles, per_row, *weight.stride(), x_stride, y_stride,
+            x, weight, bias, y, first_row, per_member, outputs, inputs,
+            row_tiles, output_tiles, per_row, *weight.stride(), 0 if bias is None else bias.stride(0), x_stride,
+            y_stride,
             *of_rows(p, members, samples, x.device),
             **mask_settings(p, key, evaluation, samples is not None, outputs),
             ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=tl.float64 if wide else tl.float32,
-            WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
+            WIDENED=dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return y

@@ -12,7 +12,7 @@ from fastens.reference import linear_group as reference
 
 
 def _fake(x: Tensor, weights: list[Tensor], *_: object) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], weight.shape[1])) for weight in weights]
+    return [x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=weight.dtype) for weight in weights]
 
 
 _linear_group = Op(
@@ -37,7 +37,7 @@ def linear_group(
 
     Args:
         x: [R, ..., C], rows grouped by member, as many for each.
-        weights: N stacks [K, O_i, C]; they are not copied where they are contiguous.
+        weights: N stacks [K, O_i, C]; they are not copied where each member's is contiguous.
         biases: N stacks [K, O_i], or none for a layer without.
         activation: ``"none"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``, behind each layer.
         backend: the code that runs it.
@@ -74,10 +74,8 @@ def linear_group(
         return run(x, weights, given, biased, activation)
     for i, (out, weight) in enumerate(zip(into, weights, strict=True)):
         expected = (*x.shape[:-1], weight.shape[1])
-        if tuple(out.shape) != expected or out.dtype != x.dtype:
-            raise ValueError(
-                f"linear_group: into[{i}] is {out.dtype} {list(out.shape)}, expected {x.dtype} {list(expected)}"
-            )
+        if tuple(out.shape) != expected:
+            raise ValueError(f"linear_group: into[{i}] is {list(out.shape)}, expected {list(expected)}")
     direct = all(merged(out.shape[:-1], out.stride()[:-1]) is not None and out.stride(-1) == 1 for out in into)
     if fused and direct:
         from fastens.kernels.linear_group import linear_group as launch

@@ -185,14 +185,14 @@ def linear(
     offsets: Tensor | None = None,
 ) -> None:
     """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
-    tokens, places, stack = x.movedim(1, -1).to(weight.dtype), out.movedim(1, -1), weight.flatten(2)
+    tokens, places, stack = x.movedim(1, -1), out.movedim(1, -1), weight.flatten(2)
     members, outputs, inputs = stack.shape
     if not uses_triton(x, backend):
-        y = linear_op.linear(tokens, stack, bias, offsets, activation, backend=_named(x, backend))
-        places.copy_(y)
+        tokens = tokens.to(weight.dtype)
+        places.copy_(linear_op.linear(tokens, stack, bias, offsets, activation, backend=_named(x, backend)))
     elif offsets is None and tokens.shape[:-1].numel() > linear_op.FUSED_ROWS * members and inputs > LIBRARY_INPUTS:
         # products that arithmetic bounds are the library's; what is behind them is one pass
-        y = torch.bmm(tokens.reshape(members, -1, inputs), stack.transpose(1, 2))
+        y = torch.bmm(tokens.to(weight.dtype).reshape(members, -1, inputs), stack.transpose(1, 2))
         y = y.view(members, -1, *tokens.shape[1:-1], outputs)
         code = [(ACTIVATIONS[activation], 0, 0, 0.0)]
         if bias is not None:
@@ -217,11 +217,11 @@ def linear_group(
     backend: str,
 ) -> None:
     """Linear layers of the channels of the same images [R, C, H, W], and the activation behind them."""
-    into = [out.movedim(1, -1) for out in outs]
+    tokens, into = x.movedim(1, -1), [out.movedim(1, -1) for out in outs]
+    if not uses_triton(x, backend):
+        tokens = tokens.to(weights[0].dtype)
     stacks = [weight.flatten(2) for weight in weights]
-    group_op.linear_group(
-        x.movedim(1, -1).to(weights[0].dtype), stacks, biases, activation, backend=_named(x, backend), into=into
-    )
+    group_op.linear_group(tokens, stacks, biases, activation, backend=_named(x, backend), into=into)
 
 
 def layer_norm(

@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import fastens
+from fastens.fold import planned
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
 from fastens.program.steps import Opcode
+from tests.fold.test_plans import members_of
 from tests.ops.cases import needs_triton
 from tests.tolerances import OP, relative_error
 
@@ -123,6 +126,26 @@ def test_pooling_has_one_reference():
     run(out, "triton")
     torch.manual_seed(0)
     assert relative_error(out, F.avg_pool2d(last(6, 16, 4, 5).float(), 2)) <= OP[torch.float16]
+
+
+def test_a_whole_plan_has_no_hidden_kernels(monkeypatch):
+    """Of a transformer in float16: its launches, a copy of its input and one of its output."""
+    monkeypatch.setattr(planned.Plans, "_launched", True)
+    members, arguments = members_of("transformer", 2)
+    members = [member.half() for member in members]
+    x = arguments(2)[0][0].half()
+    ensemble = fastens.Ensemble(members, engine="fold", backend="triton")
+    with torch.no_grad():
+        expected = torch.stack([member.float()(x.float()) for member in members])
+        actual = ensemble.member_outputs(x)
+    ((plan, _),) = ensemble._engine.plans._plans.values()
+    assert {"attention", "linear", "linear group", "layer norm"} <= set(plan.kinds)
+    assert relative_error(actual, expected) <= 2 * OP[torch.float16]  # eight layers
+    with Kernels(monkeypatch) as kernels:
+        plan.run([x])
+    others = [name for name in kernels.names if not name.endswith("_kernel")]
+    assert others == ["copy_", "copy_"]
+    assert len(kernels.names) == sum(plan.kinds.values()) + 2
 
 
 def test_the_count_counts(monkeypatch):

@@ -55,6 +55,13 @@ def test_linear(dtype):
         assert y is into
         assert relative_error(into, expected) <= OP[dtype]
         assert untouched(wide, into.numel())
+    given = torch.randn(4, 8).half().float()  # rounded as it is read
+    stack, bias = normal(2, 12, 8, dtype=dtype), normal(2, 12, dtype=dtype)
+    parts = stack[:, 3:9], bias[:, 3:9]
+    expected = linear_op.linear(given.to(dtype).double(), *(t.double() for t in parts), backend="reference")
+    y = linear(given, *parts)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) <= OP[dtype]
     with pytest.raises(ValueError, match="expected contiguous vectors equally far apart"):
         linear(x, weight, bias, into=torch.empty(*x.shape[:-1], 2 * outputs)[..., ::2])
 
