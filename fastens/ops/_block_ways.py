@@ -22,7 +22,7 @@ from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
 from fastens.reference._activation import activate
-from fastens.reference.conv2d import prepared, together
+from fastens.reference.conv2d import keeps, prepared, together
 
 
 def key(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str:
@@ -52,7 +52,7 @@ def library(
     norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, activation: str,
     row_bias: Tensor | None, residual: Tensor | None, output_scale: float, output_activation: str, num_groups: int,
     skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0, *,
-    offsets: Tensor | None = None,
+    offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
     x, moments = together(x, skip, moments, skip_moments, norm_groups)
@@ -60,6 +60,8 @@ def library(
         x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
     else:
         x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+    if mask is not None:
+        x = x * (keeps(mask, x, weight.shape[0], offsets) * mask_scale)
     if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before

@@ -60,11 +60,13 @@ def conv2d(
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
     offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
 ) -> None:
     """A convolution with what is before and behind it, and moments of its result into ``found``.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
-    Rows that are dealt out by ``offsets`` run in our kernel, whatever measures best: the library would read them.
+    Rows that are dealt out by ``offsets`` or dropped by ``mask`` run in our kernel, whatever measures best.
     """
     if shared:
         _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
@@ -75,16 +77,16 @@ def conv2d(
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
         skip, skip_moments, norm_groups,
     )  # fmt: skip
-    if offsets is not None:
+    if offsets is not None or mask is not None:
         if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
             from fastens.kernels.conv2d import conv2d as launch
 
             launch(
-                *arguments[2:7], offsets, *arguments[8:20], False, "auto", skip, skip_moments, norm_groups,
-                into=(out, found),
+                *arguments[2:7], offsets, *arguments[8:20], False, "auto", skip, skip_moments, norm_groups, mask,
+                mask_scale, into=(out, found),
             )  # fmt: skip
         else:
-            library(*arguments, offsets=offsets)
+            library(*arguments, offsets=offsets, mask=mask, mask_scale=mask_scale)
         return
     way = "library"
     if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:

@@ -110,12 +110,21 @@ def _read_image(flow: Dataflow, launch: Launch, inputs: list[Ref]) -> None:
     view = View(where, offset, size, stride)
     if _is_input(view, inputs):
         view = _image_entered(view, inputs, dtype)
-    usable = launch.kwargs["offsets"] is None and view is not None and view.is_dense() and flow.dtype(view) == dtype
-    members = launch.args[2].shape[0]
+    usable = (
+        launch.kwargs["offsets"] is launch.kwargs["mask"] is None
+        and view is not None
+        and view.is_dense()
+        and flow.dtype(view) == dtype
+    )
+    weight, bias = launch.args[2:4]
+    if shared and weight.shape[0] == 1:  # of all rows: a member for each time that they are repeated
+        weight = weight.expand(x.size[0] // size[0], *weight.shape[1:])
+        bias = None if bias is None else bias.expand(len(weight), -1).contiguous()
+    members = weight.shape[0]
     whole = x.size[0] == size[0] * (members if shared else 1)
     plain = launch.kwargs["moments"] is None and launch.kwargs["activation"] == "none"
     if usable and whole and (plain or not shared):
-        launch.args = (launch.args[0], view, *launch.args[2:])
+        launch.args = (launch.args[0], view, weight, bias, *launch.args[4:])
         launch.kwargs["shared"] = shared
 
 

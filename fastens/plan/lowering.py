@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.plan import calls as run
@@ -58,8 +59,8 @@ class Launches:
         for step in emitter.steps:
             if type(step) not in lowered:
                 raise NotLowerable(f"a step of the kind {type(step).__name__.lower()} in launches")
-            if any(getattr(step, name, _NO_MASK) != _NO_MASK for name in ("mask_in", "mask_out")):
-                raise NotLowerable("dropout masks in launches")
+            if getattr(step, "mask_out", _NO_MASK) != _NO_MASK:
+                raise NotLowerable("dropout of a result in launches")
             lowered[type(step)](step)
 
     # Places
@@ -194,8 +195,40 @@ class Launches:
             "conv2d", run.conv2d, out, x, weight, bias, (step.stride_h, step.stride_w), (step.pad_top, step.pad_left),
             backend=self.backend, **(_NO_NORM | norm), activation=_ACTIVATIONS[step.act_in], row_bias=row_bias,
             residual=residual, output_scale=step.scale, output_activation=_ACTIVATIONS[step.act_out], shared=False,
-            skip=None,
+            skip=None, **self._mask(step, weight),
         )  # fmt: skip
+
+    def _mask(self, step: steps.Conv, weight: Tensor) -> dict[str, Any]:
+        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, ceil(C / 32)].
+
+        Raises:
+            NotLowerable: they are drawn anew in every call.
+        """
+        mask, channels = step.mask_in, weight.shape[2]
+        if mask == _NO_MASK:
+            return {"mask": None, "mask_scale": 1.0}
+        bits = mask.at.where  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(bits, Kept):
+            raise NotLowerable("dropout masks that are drawn in every call, in launches")
+        words = -(-channels // steps.LANES)
+        flat, each = bits.tensor.view(torch.int16), step.in_h * step.in_w * words
+        held = flat[: len(flat) // each * each].view(-1, step.in_h, step.in_w, words)
+        held = F.pad(held, (0, words % 2)).view(torch.int32)
+        key = ("mask", bits, tuple(held.shape))
+        if mask.members == NONE and mask.rows * len(held) != step.rows:
+            raise NotLowerable("dropout masks of other rows, in launches")
+        by_weights = weight.shape[0] == len(held) and mask.members == step.members
+        if mask.members == NONE and not by_weights:
+            key, held = (*key, mask.rows), held.repeat_interleave(mask.rows, 0)
+        kept: Tensor = self.emitter.constants.add(key, held).where.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        if mask.members == NONE or by_weights:
+            return {"mask": kept, "mask_scale": mask.scale}
+        size = (step.rows, *kept.shape[1:])
+        stride = kept.stride()
+        drawn = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
+        members = self.view(mask.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add("gather", run.gather, drawn, kept, members)
+        return {"mask": drawn, "mask_scale": mask.scale}
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
         kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]

@@ -85,8 +85,8 @@ def _name(image: View) -> Any:
 def _group_sizes(wanted: list[_Wanted], last: list[_Wanted]) -> dict[Any, int]:
     """Channels of a group by image: those of images that are normalised together are the same.
 
-    They are powers of two, which a convolution takes moments of as it writes, but for images that only a norm before the
-    ``last`` convolution reads: summed over the members, that takes the groups of its norm.
+    They are powers of two, which a convolution takes moments of as it writes, but where the norm is before the
+    ``last`` convolution: summed over the members, that takes the groups of its norm.
     """
     sizes = {_name(image): 0 for want in wanted for image in want.images}
     for want in wanted:

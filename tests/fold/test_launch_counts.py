@@ -167,3 +167,38 @@ def test_rows_that_are_dealt_out(backend, monkeypatch):
             assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
     assert len(ensemble.report().plans) == 1, ensemble.report().why_no_plan
     assert not plan_of(ensemble).sums
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 3, 3, padding=1)
+        self.norm, self.drop = nn.GroupNorm(4, 40), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.last(self.drop(F.silu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("rule", ["mean", "alternating"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_fixed_masks_are_part_of_the_convolution_behind(backend, rule):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    network, x = randomised(Dropping, 0), torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(4))
+    ours, loop = (
+        fastens.MCDropout(network, 3, rule, masks="fixed", seed=5, engine=engine, backend=name)
+        for engine, name in (("fold", backend), ("loop", "auto"))
+    )
+    with torch.no_grad(), ours.trajectory(4, 0), loop.trajectory(4, 0):
+        for factor in (1.0, 0.5):
+            assert relative_error(ours(factor * x), loop(factor * x)) < NETWORK[torch.float32]
+    masks = {"gather": 1} if rule == "alternating" else {}  # of each row's member
+    assert ours.report().plans == [{"conv2d": 2, **masks}], ours.report().why_no_plan
+
+
+def test_fresh_masks_run_the_modules():
+    network, x = randomised(Dropping, 0), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    ours = fastens.MCDropout(network, 2, masks="fresh", seed=5, engine="fold")
+    with torch.no_grad(), ours.trajectory(2, 0):
+        ours(x)
+    assert "in launches" in ours.report().why_no_plan
