@@ -62,7 +62,7 @@ def _enter(flow: Dataflow, copy: Launch, inputs: list[Ref]) -> None:
 
 def _original(flow: Dataflow, view: View, any_dtype: bool = False) -> View:
     """A view where it was copied from first."""
-    while is_copy(copy := flow.writer(view)):
+    while is_copy(copy := flow.writer(view)) and flow.is_settled(copy):  # pyright: ignore[reportArgumentType]
         source = copy.args[1][0]  # pyright: ignore[reportOptionalMemberAccess]
         moved = view.through(copy.args[0], source)  # pyright: ignore[reportOptionalMemberAccess]
         if moved is None or not (any_dtype or flow.dtype(source) == flow.dtype(view)):
@@ -90,7 +90,7 @@ def _read_image(flow: Dataflow, launch: Launch, inputs: list[Ref]) -> None:
     dtype = flow.dtype(x)
     offset, dims, where = x.offset, [[(n, s)] if n > 1 else [] for n, s in zip(x.size, x.stride, strict=True)], x.where
     changes = 0
-    while is_copy(copy := flow.writer(View(where, offset, (), ()))):
+    while is_copy(copy := flow.writer(View(where, offset, (), ()))) and flow.is_settled(copy):  # pyright: ignore[reportArgumentType]
         out, source = copy.args[0], copy.args[1][0]  # pyright: ignore[reportOptionalMemberAccess]
         flat = [pair for factors in dims for pair in factors]
         view = View(where, offset, tuple(n for n, _ in flat), tuple(s for _, s in flat))

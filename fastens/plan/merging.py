@@ -52,13 +52,8 @@ def _is_linear(launch: Launch) -> bool:
     _, _, weight, _, stride, padding = launch.args
     settings = launch.kwargs
     alone = weight.shape[3:].numel() == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    return (
-        alone
-        and settings["moments"] is None
-        and settings["activation"] == "none"
-        and settings["mask"] is None
-        and not settings["shared"]
-    )
+    nothing = settings["moments"] is settings["mask"] is settings["skip"] is None
+    return alone and nothing and settings["activation"] == "none" and not settings["shared"]
 
 
 # What is behind a convolution

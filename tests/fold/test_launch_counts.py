@@ -202,3 +202,44 @@ def test_fresh_masks_run_the_modules():
     with torch.no_grad(), ours.trajectory(2, 0):
         ours(x)
     assert "in launches" in ours.report().why_no_plan
+
+
+class Written(nn.Module):
+    """Copies an image, and then changes a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = self.first(x).clone()
+        before = x * 1.0
+        x[:, :2] = 0.0 * x[:, :2]
+        return self.last(before), before.clone(), x
+
+
+class Joining(nn.Module):
+    """A linear layer of two joined images, with nothing behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.both = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1) for _ in range(2)]), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        return torch.exp(self.both(torch.cat([part(x) for part in self.parts], 1)))
+
+
+@pytest.mark.parametrize("network", [Written, Joining])
+def test_what_is_written_twice_or_joined_keeps_its_values(network):
+    members = [randomised(network, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, engine="fold")
+    for seed in range(2):
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            outputs = ensemble.member_outputs(x)
+            single = not isinstance(outputs, tuple)
+            for k, member in enumerate(members):
+                pairs = zip([outputs] if single else outputs, [member(x)] if single else member(x), strict=True)
+                for ours, theirs in pairs:
+                    assert relative_error(ours[k], theirs) < NETWORK[torch.float32]
+    assert ensemble.report().plans, ensemble.report().why_no_plan
