@@ -51,21 +51,22 @@ def library(
     padding: tuple[int, int], size: tuple[int, int], moments: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, activation: str,
     row_bias: Tensor | None, residual: Tensor | None, output_scale: float, output_activation: str, num_groups: int,
-    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0,
+    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0, *,
+    offsets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
     x, moments = together(x, skip, moments, skip_moments, norm_groups)
     if moments is None or not x.is_cuda or activation not in ("none", "silu"):
-        x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+        x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
     else:
-        x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, None, scale, shift, activation)
+        x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, offsets, scale, shift, activation)
     if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before
             for n, s, taps, have, before in zip(size, stride, weight.shape[3:], x.shape[2:], padding, strict=True)
         )
         x, padding = F.pad(x, (padding[1], right, padding[0], below)), (0, 0)
-    y = conv(x, weight, bias, stride, padding)
+    y = conv(x, weight, bias, stride, padding, offsets=offsets)
     if row_bias is not None:
         y = y + row_bias[:, :, None, None]
     if residual is not None:

@@ -21,7 +21,7 @@ from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
 from fastens.ops import linear_group as group_op
-from fastens.ops._block_ways import CHOICE
+from fastens.ops._block_ways import CHOICE, library
 from fastens.ops._dispatch import missing_triton
 from fastens.ops._rows import is_dense
 from fastens.ops.pointwise import Instruction
@@ -59,10 +59,12 @@ def conv2d(
     skip: Tensor | None = None,
     skip_moments: Tensor | None = None,
     norm_groups: int = 0,
+    offsets: Tensor | None = None,
 ) -> None:
     """A convolution with what is before and behind it, and moments of its result into ``found``.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
+    Rows that are dealt out by ``offsets`` run in our kernel, whatever measures best: the library would read them.
     """
     if shared:
         _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
@@ -73,6 +75,17 @@ def conv2d(
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
         skip, skip_moments, norm_groups,
     )  # fmt: skip
+    if offsets is not None:
+        if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
+            from fastens.kernels.conv2d import conv2d as launch
+
+            launch(
+                *arguments[2:7], offsets, *arguments[8:20], False, "auto", skip, skip_moments, norm_groups,
+                into=(out, found),
+            )  # fmt: skip
+        else:
+            library(*arguments, offsets=offsets)
+        return
     way = "library"
     if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
@@ -157,18 +170,27 @@ def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, ba
     image = x if norm.get("skip") is None else torch.cat([x, norm["skip"]], 1)
     groups = norm.get("norm_groups") or sum(m.shape[1] for m in (moments, norm.get("skip_moments")) if m is not None)
     fused = activation if activation in ("none", "silu") else "none"
-    y = norm_op.group_norm(image, groups, weight, bias, eps, None, scale, shift, fused, backend=_named(x, backend))
+    offsets = norm.get("offsets")
+    y = norm_op.group_norm(image, groups, weight, bias, eps, offsets, scale, shift, fused, backend=_named(x, backend))
     out.copy_(y if fused == activation else activate(y, activation))
 
 
-def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> None:
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+    offsets: Tensor | None = None,
+) -> None:
     """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
     tokens, places, stack = x.movedim(1, -1), out.movedim(1, -1), weight.flatten(2)
     members, outputs, inputs = stack.shape
     if not uses_triton(x, backend):
-        y = linear_op.linear(tokens.to(weight.dtype), stack, bias, None, activation, backend=_named(x, backend))
-        places.copy_(y)
-    elif tokens.shape[:-1].numel() > linear_op.FUSED_ROWS * members and inputs > LIBRARY_INPUTS:
+        tokens = tokens.to(weight.dtype)
+        places.copy_(linear_op.linear(tokens, stack, bias, offsets, activation, backend=_named(x, backend)))
+    elif offsets is None and tokens.shape[:-1].numel() > linear_op.FUSED_ROWS * members and inputs > LIBRARY_INPUTS:
         # products that arithmetic bounds are the library's; what is behind them is one pass
         y = torch.bmm(tokens.to(weight.dtype).reshape(members, -1, inputs), stack.transpose(1, 2))
         y = y.view(members, -1, *tokens.shape[1:-1], outputs)
@@ -181,7 +203,7 @@ def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activati
         from fastens.kernels.linear import linear as launch
 
         direct = merged(places.shape[:-1], places.stride()[:-1]) is not None and 1 in (places.stride(-1), outputs)
-        y = launch(tokens, stack, bias, None, activation, into=places if direct else None)
+        y = launch(tokens, stack, bias, offsets, activation, into=places if direct else None)
         if not direct:
             places.copy_(y)
 
@@ -202,14 +224,27 @@ def linear_group(
     group_op.linear_group(tokens, stacks, biases, activation, backend=_named(x, backend), into=into)
 
 
-def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> None:
+def layer_norm(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+    offsets: Tensor | None = None,
+) -> None:
     """Layer norm of tokens [R, T, C], each contiguous."""
     if uses_triton(x, backend):
         from fastens.kernels.layer_norm import layer_norm as launch
 
-        launch(x, list(x.shape[-1:]), weight, bias, eps, into=out)
+        launch(x, list(x.shape[-1:]), weight, bias, eps, offsets, into=out)
     else:
-        out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, backend=_named(x, backend)))
+        out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, offsets, backend=_named(x, backend)))
+
+
+def gather(out: Tensor, table: Tensor, members: Tensor) -> None:
+    """The line [n] of each row's member in a table [K, n]."""
+    torch.index_select(table, 0, members, out=out)
 
 
 def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> None:

@@ -110,7 +110,7 @@ def _read_image(flow: Dataflow, launch: Launch, inputs: list[Ref]) -> None:
     view = View(where, offset, size, stride)
     if _is_input(view, inputs):
         view = _image_entered(view, inputs, dtype)
-    usable = view is not None and view.is_dense() and flow.dtype(view) == dtype
+    usable = launch.kwargs["offsets"] is None and view is not None and view.is_dense() and flow.dtype(view) == dtype
     members = launch.args[2].shape[0]
     whole = x.size[0] == size[0] * (members if shared else 1)
     plain = launch.kwargs["moments"] is None and launch.kwargs["activation"] == "none"

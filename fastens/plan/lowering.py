@@ -52,14 +52,12 @@ class Launches:
             steps.LayerNorm: self._layer_norm,
             steps.Attention: self._attention,
             Normalised: self._normalised,
+            steps.Gather: self._gather,
             Call: self._call,
         }
         for step in emitter.steps:
             if type(step) not in lowered:
                 raise NotLowerable(f"a step of the kind {type(step).__name__.lower()} in launches")
-            members = getattr(step, "members", NONE)
-            if members != NONE:
-                raise NotLowerable("rows that are dealt out anew in every call, in launches")
             if any(getattr(step, name, _NO_MASK) != _NO_MASK for name in ("mask_in", "mask_out")):
                 raise NotLowerable("dropout masks in launches")
             lowered[type(step)](step)
@@ -122,6 +120,19 @@ class Launches:
         self.list.append(launch)
         return launch
 
+    def _offsets(self, step: Any) -> View | None:
+        """Where each member's rows begin, [K+1], of a step whose rows are dealt out in every call.
+
+        Raises:
+            NotLowerable: the rows are parts of those that are dealt out.
+        """
+        if step.members == NONE:
+            return None
+        if step.rows_per_member != 1:
+            raise NotLowerable("parts of rows that are dealt out anew in every call, in launches")
+        number = len(self.inputs) - 2
+        return View(Slot.ARGUMENTS + number, 0, self.inputs[number].size, (1,))
+
     # Steps
 
     def _norm(self, step: steps.Norm) -> None:
@@ -139,6 +150,7 @@ class Launches:
             "moments": found.moments,
             "skip_moments": None,
             "norm_groups": 0,
+            "offsets": self._offsets(step),
             "norm_weight": self._stack(step.weight, channels),
             "norm_bias": self._stack(step.bias, channels),
             "eps": step.eps,
@@ -166,9 +178,10 @@ class Launches:
 
     def _conv(self, step: steps.Conv) -> None:
         out = self._image(step.out, step.out_h, step.out_w)
-        norm: dict[str, Any] = {}
+        norm: dict[str, Any] = {"offsets": self._offsets(step)}
         if step.table_scale != NONE:
-            x, norm = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
+            x, before = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
+            norm = before | norm
         else:
             x = self._source(step.sources, step.up, step.in_h, step.in_w)
         weight: Tensor = step.weight.where.tensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -207,7 +220,15 @@ class Launches:
         x = self.view(step.source, size, (step.source_row, step.source_token, 1))  # pyright: ignore[reportArgumentType]
         out = self.view(step.out, size, (step.out_row, step.out_token, 1))  # pyright: ignore[reportArgumentType]
         weight, bias = (self._stack(at, step.channels) for at in (step.weight, step.bias))
-        self.add("layer norm", run.layer_norm, out, x, weight, bias, step.eps, self.backend)
+        self.add("layer norm", run.layer_norm, out, x, weight, bias, step.eps, self.backend, self._offsets(step))
+
+    def _gather(self, step: steps.Gather) -> None:
+        size = (step.rows, step.count)
+        out = self.view(step.out, size, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        lines = (self.emitter.num_members, step.count)
+        table = self.view(step.table, lines, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        members = self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add("gather", run.gather, out, table, members)
 
     def _attention(self, step: steps.Attention) -> None:
         def heads(of: steps.Heads, tokens: int, width: int) -> View:

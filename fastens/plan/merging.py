@@ -195,7 +195,13 @@ def part_vectors(flow: Dataflow) -> None:
     for launch in list(flow.launches):
         plain = _is_linear(launch) and not any(launch.kwargs.get(name) for name in _BEHIND)
         out: View = launch.args[0]
-        if not plain or flow.writer(out) is not launch or not out.is_dense() or out.size[2:] != (1, 1):
+        if (
+            not plain
+            or launch.kwargs["offsets"] is not None
+            or flow.writer(out) is not launch
+            or not out.is_dense()
+            or out.size[2:] != (1, 1)
+        ):
             continue
         reads = [(reader, view) for reader in flow.readers(out) for view in reader.reads() if view.where is out.where]
         parts = sorted({(view.offset, view.size[-1]) for _, view in reads})
@@ -228,12 +234,16 @@ def name_linear_layers(flow: Dataflow) -> None:
         plain = _is_linear(launch) and not any(launch.kwargs.get(name) for name in _BEHIND)
         if plain and launch.kwargs["output_scale"] == 1 and flow.writer(launch.args[0]) is launch:
             out, x = launch.args[:2]
-            groups[x, launch.kwargs["output_activation"], out.size[2:]].append(launch)
-    for (x, activation, _), group in groups.items():
+            offsets = launch.kwargs["offsets"]
+            alone = None if offsets is None else out
+            groups[x, launch.kwargs["output_activation"], out.size[2:], alone].append(launch)
+    for (x, activation, _, _), group in groups.items():
         first, backend = group[0], group[0].kwargs["backend"]
         outs, weights, biases = ([launch.args[i] for launch in group] for i in (0, 2, 3))
         if len(group) == 1:
-            new = Launch("linear", run.linear, (outs[0], x, weights[0], biases[0], activation, backend))
+            new = Launch(
+                "linear", run.linear, (outs[0], x, weights[0], biases[0], activation, backend, first.kwargs["offsets"])
+            )
         else:
             new = Launch("linear group", run.linear_group, (outs, x, weights, biases, activation, backend))
         for launch in group[1:]:

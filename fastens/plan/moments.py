@@ -64,7 +64,9 @@ def place_moments(flow: Dataflow) -> None:
         for launch in flow.launches
         if launch.function is run.moments
     ]
-    sizes = _group_sizes(wanted)
+    ends = {id(flow.writer(view)) for view in flow.outputs.args[1]}
+    last = [want for want in wanted if any(id(reader) in ends for reader in flow.readers(want.launch.args[0]))]
+    sizes = _group_sizes(wanted, last)
     taken: dict[Any, View] = {}
     for want in wanted:
         parts = [_taken(flow, want, image, sizes, taken) for image in want.images]
@@ -80,9 +82,17 @@ def _name(image: View) -> Any:
     return image.where, image.offset, *image.size[:2], math.prod(image.size[2:])
 
 
-def _group_sizes(wanted: list[_Wanted]) -> dict[Any, int]:
-    """Channels of a group by image: those of images that are normalised together are the same."""
+def _group_sizes(wanted: list[_Wanted], last: list[_Wanted]) -> dict[Any, int]:
+    """Channels of a group by image: those of images that are normalised together are the same.
+
+    They are powers of two, which a convolution takes moments of as it writes, but for images that only a norm before the
+    ``last`` convolution reads: summed over the members, that takes the groups of its norm.
+    """
     sizes = {_name(image): 0 for want in wanted for image in want.images}
+    for want in wanted:
+        channels = want.channels // want.groups
+        size = channels if want in last else channels & -channels
+        sizes.update({_name(image): math.gcd(size, sizes[_name(image)]) for image in want.images})
     changed = True
     while changed:
         changed = False

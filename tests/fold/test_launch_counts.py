@@ -149,3 +149,21 @@ def test_the_kernels_of_all_parts(dtype):
     bound = (NETWORK | HALF)[dtype]
     assert relative_error(outputs, expected) < bound
     assert relative_error(mean, expected.mean(0)) < bound
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_rows_that_are_dealt_out(backend, monkeypatch):
+    """One plan for all draws, whatever member each row goes to."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    members = [randomised(lambda: Network(True, attention=True, skip=True), seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, "alternating", engine="fold", backend=backend)
+    x, t = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(3)), torch.rand(3)
+    with torch.no_grad():
+        stack = torch.stack([member(x, t) for member in members])
+        for drawn in (torch.tensor([0, 1, 0]), torch.tensor([1, 1, 1]), torch.tensor([1, 0, 0])):
+            monkeypatch.setattr(ensemble._draws, "members", lambda *_, drawn=drawn: drawn)
+            expected = stack[drawn, torch.arange(3)]
+            assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
+    assert len(ensemble.report().plans) == 1, ensemble.report().why_no_plan
+    assert not plan_of(ensemble).sums

@@ -150,17 +150,19 @@ def test_tricky_networks(kind):
     follow_the_members(kind, calls=4)
 
 
-@pytest.mark.parametrize("name", ["unet_2d", "transformer"])
-def test_drawn_rows_run_the_folded_modules(name, monkeypatch):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_drawn_rows(name, monkeypatch):
     members, arguments = members_of(name)
     ensemble = fastens.Ensemble(members, "alternating", engine="fold")
-    drawn = torch.tensor(DRAWS[0])
-    monkeypatch.setattr(ensemble._draws, "members", lambda *_: drawn)
     args, kwargs = arguments(4)
     with torch.no_grad():
-        output = tensor_of(ensemble(*args, **kwargs))
         stack = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
-    assert relative_error(output, stack[drawn, torch.arange(4)]) < NETWORK[torch.float32]
+        for draw in DRAWS:
+            drawn = torch.tensor(draw)
+            monkeypatch.setattr(ensemble._draws, "members", lambda *_, drawn=drawn: drawn)
+            output = tensor_of(ensemble(*args, **kwargs))
+            assert relative_error(output, stack[drawn, torch.arange(4)]) < NETWORK[torch.float32]
+    assert len(ensemble.report().plans) == 1, ensemble.report().why_no_plan
 
 
 def test_gradients_read_the_stacks():
