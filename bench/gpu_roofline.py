@@ -1,53 +1,44 @@
-"""The roofline of each network's convolutions: ``python -m bench.gpu_roofline DIR [BATCH...]``.
+"""Where the time of a score step goes, launch by launch: ``python -m bench.gpu_roofline DIR [BATCH...]``.
 
-Every different convolution of one score step of K = 5 members is measured in each way that takes it; the plot shows
-operations per second against operations per byte, below the same run's matrix products and copies. What is measured is
-kept in the table of choices, so that a run that was stopped goes on where it was.
+Every different launch of the plans of K = 5 members is measured alone, as a CUDA graph of its own, beside its floor at
+this run's matrix products and copies. The plot shows operations per second against operations per byte below that roof;
+``roofline.md`` says for each kind of launch what it takes and what it would at its floor, which explains a missed goal.
 """
 
+import functools
 import json
-import math
+import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-import fastens
-from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, _clock, copy_of, environment
+from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, _clock, copy_of, environment, graphed
 from bench.gpu_networks import NETWORKS, network
-from fastens.ops._choice import device_name
-from fastens.ops.conv import CHOICE
-from fastens.tune import calls_of, tune
+from bench.gpu_work import K, label, plan_of, work_of
 
-K = 5
+ROUNDS = 3 if REHEARSAL else 20
 
 
-def work_of(arguments):
-    """Operations of a convolution, and the bytes that it reads and writes at least."""
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = arguments[:9]
-    if transposed:
-        raise ValueError("work_of: a transposed convolution; the networks have none")
-    space = [
-        (n + 2 * p - d * (taps - 1) - 1) // s + 1
-        for n, taps, s, p, d in zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-    ]
-    outputs = x.shape[0] * weight.shape[1] * math.prod(space)
-    operations = 2 * outputs * (x.shape[1] // groups) * weight.shape[3:].numel()
-    elements = x.numel() + weight.numel() + (0 if bias is None else bias.numel()) + outputs
-    return operations, elements * x.element_size()
-
-
-def layers(name, batch):
-    """One row per different convolution of a network: its work, and the seconds of each way."""
-    members = [network(name, seed)[0] for seed in range(K)]
-    ensemble = fastens.Ensemble(members).eval()
-    calls = calls_of(ensemble, [batch])
-    device = ensemble.device
-    tune(calls, device)
-    for (op, key), (_, arguments) in calls.items():
-        entry = CHOICE.table.find(device_name(device), op, key)
-        operations, moved = work_of(arguments)
-        yield {"network": name, "batch": batch, "layer": key, "operations": operations, "bytes": moved, **entry}
+def launches(name, batch, limit):
+    """One row per different launch of a network's step: how many there are, their work, floor and seconds."""
+    members, size = zip(*(network(name, seed) for seed in range(K)), strict=True)
+    _ensemble, plan = plan_of(members, size[0], batch)
+    del members
+    labels = [label(launch) for launch in plan._launches]
+    numbers = Counter(labels)
+    for launch, text, (function, args, kwargs) in zip(plan._launches, labels, plan._bound.launches, strict=True):
+        if text not in numbers:
+            continue
+        work = work_of(launch)
+        with torch.no_grad():
+            run = graphed(functools.partial(function, *args, **kwargs))
+            seconds = statistics.median(_clock(run) for _ in range(ROUNDS))
+        yield {
+            "network": name, "batch": batch, "launch": text, "kind": launch.name, "number": numbers.pop(text),
+            "operations": work.operations, "bytes": work.bytes, "floor": work.floor(limit), "seconds": seconds,
+        }  # fmt: skip
 
 
 def limits():
@@ -61,27 +52,43 @@ def limits():
     return {"operations per second": 2 * n**3 / product, "bytes per second": moved / copied}
 
 
+def table(rows):
+    """For each network and batch size, what each kind of launch takes and what it would at its floor."""
+    lines = ["| network | B | launch | number | ms | floor, ms | of the floor |", "|---|---|---|---|---|---|---|"]
+    for name, batch in dict.fromkeys((row["network"], row["batch"]) for row in rows):
+        own = [row for row in rows if (row["network"], row["batch"]) == (name, batch)]
+        kinds = dict.fromkeys(row["kind"] for row in own)
+        for kind in [*kinds, "**all**"]:
+            part = [row for row in own if kind in (row["kind"], "**all**")]
+            number = sum(row["number"] for row in part)
+            seconds, least = (sum(row["number"] * row[key] for row in part) for key in ("seconds", "floor"))
+            ratio = seconds / least
+            lines.append(
+                f"| {name} | {batch} | {kind} | {number} | {1e3 * seconds:.3f} | {1e3 * least:.3f} | {ratio:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows, limit, path):
-    """Operations per second against operations per byte, a point per convolution and kind of way, and the roof."""
+    """Operations per second against operations per byte, a point per launch with products, and the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = sorted({row["network"] for row in rows})
+    names = list(dict.fromkeys(row["network"] for row in rows))
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), constrained_layout=True, squeeze=False)
     peak, bandwidth = limit["operations per second"], limit["bytes per second"]
     for axis, name in zip(axes[0], names, strict=True):
-        own = [row for row in rows if row["network"] == name and row["seconds"]]
-        for ours, colour in ((True, "tab:blue"), (False, "tab:orange")):
+        own = [row for row in rows if row["network"] == name and row["operations"]]
+        for batch in sorted({row["batch"] for row in own}):
             points = [
-                (row["operations"] / row["bytes"], row["operations"] / min(seconds))
+                (row["operations"] / row["bytes"], row["operations"] / row["seconds"])
                 for row in own
-                if (seconds := [s for way, s in row["seconds"].items() if way.startswith("triton") is ours])
+                if row["batch"] == batch
             ]
-            if points:
-                axis.scatter(*zip(*points, strict=True), s=14, c=colour, label="ours" if ours else "library")
-        low = min((row["operations"] / row["bytes"] for row in own), default=1.0)
+            axis.scatter(*zip(*points, strict=True), s=14, label=f"B={batch}")
+        low = min(row["operations"] / row["bytes"] for row in own)
         knee, far = peak / bandwidth, 1e4
         axis.plot([low, knee, max(far, knee)], [low * bandwidth, peak, peak], color="0.4", linewidth=1)
         axis.set(xscale="log", yscale="log", title=name, xlabel="operations per byte", ylabel="operations per second")
@@ -91,22 +98,26 @@ def plot(rows, limit, path):
 
 
 def main(folder, batches):
-    """Measure, write roofline.json and draw roofline.png."""
+    """Measure, write roofline.json and roofline.md, and draw roofline.png; what is measured is not measured again."""
     if not DEVICE:
         raise SystemExit("gpu_roofline needs a CUDA device, or FASTENS_BENCH_DEVICE=cpu to rehearse")
     folder.mkdir(parents=True, exist_ok=True)
-    limit = limits()
-    rows = [
-        row
-        for name in NETWORKS
-        for batch in batches
-        if not (name == "ffhq256" and batch > 16)
-        for row in layers(name, batch)
-    ]
-    content = {"limits": limit, "layers": rows, **environment()}
-    (folder / "roofline.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(rows, limit, folder / "roofline.png")
-    print(f"{len(rows)} convolutions: {folder / 'roofline.json'}, {folder / 'roofline.png'}")
+    where = environment()
+    kept = folder / "roofline.json"
+    content = json.loads(kept.read_text()) if kept.exists() else {}
+    if any(content.get(key) != where[key] for key in ("commit", "device")):
+        content = {"limits": limits(), "launches": [], **where}
+    rows = content["launches"]
+    for name in NETWORKS:
+        for batch in batches:
+            if (name == "ffhq256" and batch > 16) or any((r["network"], r["batch"]) == (name, batch) for r in rows):
+                continue
+            rows += launches(name, batch, content["limits"])
+            kept.write_text(json.dumps(content, indent=1) + "\n")
+            torch.cuda.empty_cache()
+    (folder / "roofline.md").write_text(table(rows))
+    plot(rows, content["limits"], folder / "roofline.png")
+    print(table(rows))
 
 
 if __name__ == "__main__":
