@@ -1,8 +1,8 @@
 """Whole runs of a sampler: DDIM, Euler and Heun, step by step, or on a GPU as a few recorded graphs.
 
 Every step is linear in the state x and in what the network predicts, so a schedule becomes a table of coefficients,
-once and in float64, and a step reads its row. Noise comes from counters: sample i is a function of the seed and i
-alone, and recorded steps draw what eager ones draw.
+once and in float64; a step reads its row, and is one kernel (:mod:`fastens.ops.sampler_step`). Noise comes from
+counters: sample i is a function of the seed and i alone, and recorded steps draw what eager ones draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from fastens import capture
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
-from fastens.reference.normal import normal
+from fastens.ops.normal import normal, number_on
+from fastens.ops.sampler_step import sampler_step
 
 METHODS = ("ddim", "euler", "heun")
 RECORDED_STEPS = 20  # steps in one graph, which is replayed with other coefficients
@@ -101,7 +102,7 @@ class Sampler:
                     x = recording(x, self._rows(first, recording.steps, x), numbers, seed, first)
                     first += recording.steps
             return x.clone()
-        seeds = _as_tensor(seed, device)
+        seeds = number_on(seed, device)
         with self._drawn(len(numbers), seed):
             for i in range(self.num_steps):
                 last = i == self.num_steps - 1
@@ -159,26 +160,18 @@ class Sampler:
         self, x: Tensor, table: Tensor, times: Tensor, numbers: Tensor, seed: Tensor, first: Tensor, last: bool
     ) -> Tensor:
         """Take as many steps as ``table`` has rows; ``last`` where the run ends with the last of them."""
-        steps, noise = len(table), table
-        if self.stochastic:
-            drawn = torch.arange(1, steps + 1, device=x.device) + first
-            offsets = drawn.repeat_interleave(len(x))
-            noise = normal(seed, offsets, numbers.repeat(steps), tuple(x.shape[1:])).to(x.dtype).view(steps, *x.shape)
+        draws = torch.arange(1, len(table) + 1, device=x.device) + first if self.stochastic else None
         for i, (row, at) in enumerate(zip(table, times, strict=True)):
-            ends = last and i == steps - 1
-            output = self._predict(x, at[0]).to(x.dtype)
+            ends = last and i == len(table) - 1
+            output = self._predict(x, at[0])
             if self.method == "heun" and not (ends and self._last_is_euler):
-                moved = row[0] * x + row[1] * output
-                second = self._predict(moved, at[1]).to(x.dtype)
-                x = row[2] * x + row[3] * output + row[4] * second
+                moved = sampler_step(x, output, row)
+                x = sampler_step(x, output, row, "corrected", second=self._predict(moved, at[1]))
                 continue
-            if self.clip is None:
-                x = row[0] * x + row[1] * output
-            else:
-                data = (row[3] * x + row[4] * output).clamp(*self.clip)
-                x = data if ends else row[0] * x + row[1] * data
-            if self.stochastic and not (ends and self.clip is not None):
-                x = x + row[2] * noise[i]
+            kind = "linear" if self.clip is None else "data" if ends else "clipped"
+            drawn = draws is not None and kind != "data"
+            noise = {"seed": seed, "offset": draws[i], "samples": numbers} if drawn else {}
+            x = sampler_step(x, output, row, kind, clip=self.clip or (), **noise)
         return x
 
     def _predict(self, x: Tensor, network_time: Tensor) -> Tensor:
@@ -214,20 +207,10 @@ class _Recording:
         self.table.copy_(rows[0])
         self.times.copy_(rows[1])
         self.numbers.copy_(numbers)
-        self.seed.fill_(_signed(seed))
+        self.seed.copy_(number_on(seed, self.seed.device))
         self.first.fill_(first)
         self.replay()
         return self.output
-
-
-def _signed(seed: int) -> int:
-    """The 64 bits of a seed as int64 holds them."""
-    seed &= 0xFFFFFFFFFFFFFFFF
-    return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _as_tensor(seed: int, device: torch.device) -> Tensor:
-    return torch.full((), _signed(seed), dtype=torch.int64, device=device)
 
 
 def _default_times(denoiser: Denoiser, steps: int) -> Tensor:

@@ -15,7 +15,7 @@ from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.ode import AugmentedFlow, integrate
 from fastens.evaluation.progress import Progress
 from fastens.evaluation.results import Parts, fingerprint
-from fastens.reference.normal import normal
+from fastens.ops.normal import normal
 
 DIVERGENCES = ("rademacher", "gaussian", "exact")
 DEQUANTISATIONS = ("uniform", "gaussian", "none")

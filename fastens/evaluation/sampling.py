@@ -15,7 +15,7 @@ from fastens.evaluation.ode import time_grid
 from fastens.evaluation.progress import Progress
 from fastens.evaluation.results import Parts, fingerprint
 from fastens.ops.draw_members import draw_members
-from fastens.reference.normal import normal
+from fastens.ops.normal import normal
 
 
 @torch.no_grad()

@@ -1,0 +1,41 @@
+"""Triton kernel of counter-based Gaussian noise, as defined in ``fastens/reference/normal.py``."""
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# Triton compiles these functions: pyright takes them for Python.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastens.kernels._normal import normal_at
+
+TILE = 512  # elements of a program
+
+
+@triton.jit
+def normal_kernel(y, seed, draws, samples, numel, draw_step, tiles, TILE: tl.constexpr):
+    """One tile of a sample."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // tiles
+    element = pid % tiles * TILE + tl.arange(0, TILE)
+    drawn = normal_at(element, tl.load(seed), tl.load(draws + row * draw_step), tl.load(samples + row))
+    tl.store(y + row * numel + element, drawn, element < numel)
+
+
+def normal(seed: Tensor, offset: Tensor, samples: Tensor, shape: Sequence[int]) -> Tensor:
+    """Draw; the arguments are those of ``fastens::normal``."""
+    y = torch.empty((len(samples), *shape), dtype=torch.float32, device=samples.device)
+    numel = math.prod(shape)
+    if y.numel() == 0:
+        return y
+    tiles = triton.cdiv(numel, TILE)
+    with torch.cuda.device(y.device if y.is_cuda else -1):
+        normal_kernel[(len(samples) * tiles,)](
+            y, seed, offset.contiguous(), samples.contiguous(), numel, int(offset.numel() > 1), tiles, TILE=TILE
+        )
+    return y
