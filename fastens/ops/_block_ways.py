@@ -1,4 +1,4 @@
-"""Ways of a convolution with what is before and behind it, as GPU plans run it: one kernel of ours, or the library.
+"""Ways of a convolution with what is before and behind it, as GPU plans run it: kernels of ours, or the library.
 
 Every way takes the same arguments, of which the first two say where result and moments are written (none for new
 memory), and returns the result. ``size`` is that of the result's space: how many zeros are below and to the right
@@ -17,10 +17,18 @@ from torch import Tensor
 from fastens.ops._choice import Choice, Way
 from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
+from fastens.ops._tma_ways import (
+    TILINGS,
+    Block,
+    pointers_apart,
+    refuses_block,
+    refuses_pass,
+    refuses_pointers_apart,
+    tma,
+)
 from fastens.ops.conv import conv
 from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
-from fastens.ops.group_norm import group_norm
 from fastens.reference._activation import activate
 from fastens.reference.conv2d import prepared, together
 
@@ -54,11 +62,15 @@ def library(
     skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0,
 ) -> Tensor:  # fmt: skip
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
-    x, moments = together(x, skip, moments, skip_moments, norm_groups)
-    if moments is None or not x.is_cuda or activation not in ("none", "silu"):
-        x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+    block = Block(
+        into, found, x, weight, bias, stride, padding, size, moments, norm_weight, norm_bias, eps, scale, shift,
+        activation, row_bias, residual, output_scale, output_activation, num_groups, skip, skip_moments, norm_groups,
+    )  # fmt: skip
+    if not block.begins_plain and refuses_pass(*block) is None:
+        x = block.prepared()
     else:
-        x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, None, scale, shift, activation)
+        x, moments = together(x, skip, moments, skip_moments, norm_groups)
+        x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
     if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before
@@ -128,5 +140,7 @@ CHOICE = Choice(
         "triton": Way(fused("auto"), refuses("auto")),
         "triton narrow": Way(fused("narrow"), refuses("narrow")),
         "triton wide": Way(fused("wide"), refuses("wide")),
+        "triton apart": Way(pointers_apart, refuses_pointers_apart),
+        **{tiling: Way(tma(tiling), refuses_block(tiling)) for tiling in TILINGS},
     },
 )
