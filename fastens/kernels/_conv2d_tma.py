@@ -84,14 +84,15 @@ class Tile:
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(size: int, height: int, width: int) -> Tile:
-    """The tile of so many places that overhangs an image least; the widest of several."""
+def tile_for(size: int, rows: int, height: int, width: int) -> Tile:
+    """The tile of so many places that overhangs a member's rows of images least; the widest of several."""
     best: tuple[int, int, int] | None = None
     for across in (1 << n for n in range(size.bit_length())):
         if across >= 2 * width:
             break
         down = min(size // across, triton.next_power_of_2(height))
-        covered = triton.cdiv(width, across) * across * triton.cdiv(height, down) * down
+        together = size // (across * down)
+        covered = (-(-rows // together) * together) * (-(-height // down) * down) * (-(-width // across) * across)
         best = min(best or (covered, -across, down), (covered, -across, down))
     assert best is not None
     across, down = -best[1], best[2]
@@ -156,12 +157,14 @@ def conv2d_tma(
         residual = residual.contiguous(memory_format=torch.channels_last)
     bias, row_bias = (None if t is None else t.contiguous() for t in (bias, row_bias))
     size, block_n, num_warps, num_stages = TILINGS[tiling]
+    if x.element_size() == 4:
+        num_warps = 8  # a warp of four would have more numbers of the epilogue than it has registers
     block_k = min(128 // x.element_size(), max(16, triton.next_power_of_2(channels)))
     pixels = (height, width)
     at_h, at_w = out_height, out_width
     if taps_h * taps_w == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and y.shape[2:] == x.shape[2:]:
         pixels, at_h, at_w = (1, height * width), 1, height * width  # a product of matrices: places in one line
-    tile = tile_for(size, at_h, at_w)
+    tile = tile_for(size, rows // num_members, at_h, at_w)
     per_group = outputs // num_groups if num_groups else 1
     with_moments = num_groups > 0 and tile.spans and block_n % per_group == 0 and not per_group & (per_group - 1)
     box = [tile.rows, tile.height, tile.width, block_k]

@@ -37,6 +37,19 @@ def prepared_kernel(
     mask = (place < space)[:, None] & exists[None, :]
     own = channels - skip_channels
     at = (row * space + place)[:, None]
+    if moments is not None:
+        # every tile of these channels writes the same numbers to the same place, and reads them behind its own barrier:
+        # kept in registers, they would be in every thread
+        rows = row + tl.arange(0, 1)
+        mean, factor, offset = norm_of_moments(
+            rows, rows >= 0, channel, exists, row // rows_per_member, moments, skip_moments, weight, bias, scale, shift,
+            channels, skip_channels, per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, WIDE,
+        )  # fmt: skip
+        to = maps + rows[:, None] * 3 * channels + channel[None, :]
+        tl.store(to, mean, exists[None, :])
+        tl.store(to + channels, factor, exists[None, :])
+        tl.store(to + 2 * channels, offset, exists[None, :])
+        tl.debug_barrier()
     value = tl.load(x + at * own + channel[None, :], mask & (channel < own)[None, :], other=0.0)
     if skip is not None:
         beyond = tl.load(
@@ -44,14 +57,7 @@ def prepared_kernel(
         )
         value = tl.where((channel < own)[None, :], value, beyond)
     value = value.to(WIDE)
-    if moments is not None:
-        rows = row + tl.arange(0, 1)
-        mean, factor, offset = norm_of_moments(
-            rows, rows >= 0, channel, exists, row // rows_per_member, moments, skip_moments, weight, bias, scale, shift,
-            channels, skip_channels, per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, WIDE,
-        )  # fmt: skip
-        value = (value - mean) * factor + offset
-    elif maps is not None:
+    if maps is not None:
         found = maps + row * 3 * channels + channel
         mean, factor = tl.load(found, exists, other=0.0), tl.load(found + channels, exists, other=0.0)
         offset = tl.load(found + 2 * channels, exists, other=0.0)

@@ -69,6 +69,8 @@ def refuses_conv_tma(tiling: str) -> Callable[..., str | None]:
     def why(c: Convolution) -> str | None:
         if c.offsets is not None:
             return "groups of unequal size"
-        return pointers(*c) or refuses_tma(tiling, c.x, c.weight, c.stride)
+        return pointers(*c) or refuses_tma(
+            tiling, c.x, c.weight, c.stride, output_size(c.x, c.weight, c.stride, c.padding)
+        )
 
     return why

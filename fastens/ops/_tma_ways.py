@@ -129,12 +129,14 @@ def refuses_block(tiling: str) -> Callable[..., str | None]:
         if c.into is not None and c.into.dtype != c.x.dtype:
             return "several dtypes"
         before = refuses_pass(*arguments)
-        return before or refuses_tma(tiling, c.x, c.weight, c.stride, c.begins_plain)
+        return before or refuses_tma(tiling, c.x, c.weight, c.stride, c.size, c.begins_plain)
 
     return why
 
 
-def refuses_tma(tiling: str, x: Tensor, weight: Tensor, stride: Sequence[int], loads_x: bool = True) -> str | None:
+def refuses_tma(
+    tiling: str, x: Tensor, weight: Tensor, stride: Sequence[int], size: Sequence[int], loads_x: bool = True
+) -> str | None:
     """Why the kernel of descriptors does not convolve this in this tiling, or none.
 
     Args:
@@ -142,6 +144,7 @@ def refuses_tma(tiling: str, x: Tensor, weight: Tensor, stride: Sequence[int], l
         x: [R, C, H, W]; with ``loads_x`` false only its size and dtype count, and channels are those of weight.
         weight: [K, O, C, h, w].
         stride: down and to the right.
+        size: of the result's space.
         loads_x: x itself is convolved.
     """
     why = missing_triton(x.device)
@@ -170,6 +173,9 @@ def refuses_tma(tiling: str, x: Tensor, weight: Tensor, stride: Sequence[int], l
         return "a stride of 2 over an odd height or width"
     if stride[0] == 2 and channels * itemsize % BOX:
         return f"a stride of 2 over channels of other than multiples of {BOX} bytes"
-    if tiling == "tma 128x256" and (itemsize == 4 or weight.shape[1] <= 128):
-        return "no more outputs than a narrower tile has, or more sums than there are registers"
+    if tiling == "tma 128x256":
+        if weight.shape[1] <= 128:
+            return "no more outputs than a narrower tile has"
+        if itemsize == 4 or size[0] * size[1] < 128:  # of several rows, a tile's moments and row bias take more
+            return "a tile of more sums than there are registers"
     return None

@@ -17,6 +17,7 @@ MAX_REGISTERS_OF_PRODUCTS = 255  # one block of 8 warps: a convolution's tile of
 MAX_STACK = 16  # bytes: sm_100 keeps one 8-byte temporary of a few kernels there; arrays and spills are larger
 MAX_SHARED = 99 * 1024  # bytes, what sm_86 and sm_89 give a block
 MAX_SHARED_OF_WIDE = 163 * 1024  # bytes: wide tiles are refused before sm_90, which gives a block more
+MAX_SHARED_OF_DESCRIPTORS = 227 * 1024  # bytes, what compute capabilities 9.0 and 10.0 give a block
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
 
@@ -35,10 +36,14 @@ def check_compiled(capability, *options):
     rows = json.loads(result.stdout)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
-        "linear_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "maps_kernel",
+        "linear_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "maps_kernel", "prepared_kernel",
+        *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
-        products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel")
+        products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel", "conv2d_tma_kernel")
+        if row["kernel"] == "conv2d_tma_kernel":
+            check_descriptors(row, capability)
+            continue
         assert row["registers"] <= (MAX_REGISTERS_OF_PRODUCTS if products else MAX_REGISTERS), row
         assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else MAX_STACK), row
         assert row["local"] == 0, row
@@ -48,3 +53,14 @@ def check_compiled(capability, *options):
     tensor_cores = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
     products = [row for row in rows if row["kernel"] in ("linear_kernel", "conv2d_kernel") and "bf16" in row["launch"]]
     assert {row["tensor cores"] for row in products if row["launch"].endswith(("M=512", "B=16"))} == {tensor_cores}
+
+
+def check_descriptors(row, capability):
+    """Both operands are loaded in bulk and read from shared memory, and nothing is spilled."""
+    assert row["registers"] <= MAX_REGISTERS_OF_PRODUCTS, row
+    assert row["stack"] <= (0 if capability == 90 else MAX_STACK_OF_PRODUCTS), row
+    assert row["local"] == 0, row
+    assert row["shared"] <= MAX_SHARED_OF_DESCRIPTORS, row
+    assert row["bulk loads"] > 0, row
+    assert row["matrix loads"] == 0, row
+    assert row["tensor cores"] == {90: "wgmma", 100: "tcgen05"}[capability], row
