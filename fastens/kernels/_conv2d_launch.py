@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,6 +80,20 @@ class Tiles:
     def blocks(self, sources: tuple[int, ...]) -> int:
         """How many blocks of channels x, and skip, are taken in."""
         return sum(-(-channels // self.block_k) for channels in sources)
+
+    def evenness(
+        self, x: Tensor, sources: tuple[int, ...], y: Tensor, weight: Tensor, stride: Sequence[int]
+    ) -> dict[str, Any]:
+        """What a kernel need not ask: whether blocks of channels are whole, and offsets within a tile of 32 bits."""
+        height, width = x.shape[2:]
+        lines = stride[0] * (self.places // y.shape[3] + 2) if self.rows == 1 else self.rows * height
+        _, weight_o, weight_c, _, _ = weight.stride()
+        farthest = max(lines * width * max(sources), self.block_n * weight_o + self.block_k * weight_c)
+        return {
+            "EVEN_K": all(channels % self.block_k == 0 for channels in sources),
+            "EVEN_N": y.shape[1] % self.block_n == 0,
+            "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
+        }
 
     def meeting(self, tiles: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Where the splits of so many tiles of y meet: memory for their parts, and counters; none without splits."""

@@ -29,10 +29,10 @@ def conv2d_sum_kernel(
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
-    zero, _, _, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
+    zero, _, first_row, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
         None, rows, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )
     split = tl.program_id(1)
@@ -52,11 +52,11 @@ def conv2d_sum_kernel(
         member = zero + k
         begin = tl.maximum(first - k * steps, 0)
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, None, at_row, member, row + member * rows,
-            row_exists, at_row + member * rows, valid, place // out_width * down - above,
-            place % out_width * right - before, column, begin, tl.minimum(last - k * steps, steps), channels, 0,
-            outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION, PRECISION,
-            WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight + member * weight_k, maps, None, at_row,
+            first_row + member * rows, first_row + member * rows, row_exists, place, valid, place_tile, column, begin,
+            tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width, out_width, down, right, above,
+            before, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H,
+            TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K, EVEN_N, OFFSET,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
@@ -122,5 +122,6 @@ def conv2d_sum(
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **cut,
+            **tiles.evenness(x, (channels,), y, weight, stride),
         )  # fmt: skip
     return y
