@@ -13,6 +13,7 @@ from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 
 LINE = 16  # bytes that addresses and strides in descriptors are multiples of
 BOX = 128  # bytes of channels that a box holds
+TILE = 128  # places, and output channels, of an ordinary tile
 TILINGS = ("tma 64x128", "tma 128x128", "tma 128x256")  # places by output channels
 
 
@@ -63,6 +64,13 @@ class Block(NamedTuple):
             return self.into
         shape = (self.x.shape[0], self.weight.shape[1], *self.size)
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+
+
+def fills_less_than(c: Block, multiprocessors: int) -> bool:
+    """Whether one ordinary tile for each multiprocessor holds all of the result."""
+    members = c.weight.shape[0]
+    places = -(-c.x.shape[0] // members) * c.size[0] * c.size[1]
+    return members * -(-places // TILE) * -(-c.weight.shape[1] // TILE) <= multiprocessors
 
 
 def refuses_pass(*arguments: object) -> str | None:

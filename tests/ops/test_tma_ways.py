@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastens.ops._block_ways import CHOICE
-from fastens.ops._tma_ways import TILINGS
+from fastens.ops._tma_ways import TILINGS, Block, fills_less_than
 from fastens.ops.conv2d import conv2d, output_size
 from fastens.ops.group_moments import group_moments
 from tests.ops.cases import needs_triton
@@ -158,3 +158,14 @@ def test_plain_convolutions_take_it_too(tiling):
     expected, _ = conv2d(*(t.double() for t in call[2:5]), *call[5:7], backend="reference")
     assert relative_error(conv.conv(*call[2:7], way=tiling), expected) <= OP[torch.float16]
     assert "unequal" in conv.CHOICE.ways[tiling].refuses(*plain[:-1], torch.tensor([0, 1, 4]))
+
+
+@pytest.mark.parametrize(("rows", "outputs", "tiles"), [(5, 256, 80), (10, 256, 160), (5, 130, 80), (5, 128, 40)])
+def test_tiles_are_counted(rows, outputs, tiles):
+    x, weight = torch.empty(rows, 8, 32, 32), torch.empty(5, outputs, 8, 3, 3)
+    call = Block(
+        None, None, x, weight, None, (1, 1), (1, 1), (32, 32), None, None, None, 0.0, None, None, "none", None, None,
+        1.0, "none", 0,
+    )  # fmt: skip
+    assert fills_less_than(call, tiles)
+    assert not fills_less_than(call, tiles - 1)
