@@ -115,9 +115,9 @@ def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
 
 def test_a_partial_step_takes_nothing_of_the_next_tap():
     """A step's channels beyond the last are zero in both operands: no infinity meets a zero there."""
-    call = list(block(torch.bfloat16, 1, 1, 24, 8, (5, 5), padding=0))
-    call[2] = call[2].abs() + 1
-    call[3][:, :, :, 0, 1] = torch.inf
+    call = Block(*block(torch.bfloat16, 1, 1, 24, 8, (5, 5), padding=0))
+    call.weight[:, :, :, 0, 1] = torch.inf
+    call = call._replace(x=call.x.abs() + 1)
     assert torch.equal(CHOICE.ways["tma 128x128"].run(*call), torch.full((1, 8, 3, 3), torch.inf, dtype=torch.bfloat16))
 
 
