@@ -101,6 +101,7 @@ def tile_for(size: int, rows: int, height: int, width: int) -> Tile:
     return Tile(size // (down * across), down, across, whole or (in_order and down * across == SPAN))
 
 
+ALIGNMENT = 16  # bytes, of what a descriptor begins at
 TILINGS = {  # rows of a product, its columns, warps, and stages
     "tma 64x128": (64, 128, 4, 4),
     "tma 128x128": (128, 128, 8, 4),
@@ -141,6 +142,8 @@ def conv2d_tma(
     Returns:
         [R, O, H', W'] with its channels last in memory, and its moments [R, num_groups, T, 2].
     """
+    # Choices are remembered by shape: what has one that was taken, and lies otherwise in memory, is copied.
+    x, weight = _in_boxes(x), _in_boxes(weight)
     num_members, outputs, channels, taps_h, taps_w = weight.shape
     rows, _, height, width = x.shape
     y, found = into or (None, None)
@@ -199,3 +202,9 @@ def _strides(lengths: list[int]) -> list[int]:
     for length in reversed(lengths[1:]):
         strides.insert(0, strides[0] * length)
     return strides
+
+
+def _in_boxes(t: Tensor) -> Tensor:
+    """Return t with its channels last in memory, and at an address that descriptors can have."""
+    last = t.movedim(-3, -1).contiguous()
+    return (last.clone() if last.data_ptr() % ALIGNMENT else last).movedim(-1, -3)

@@ -30,6 +30,7 @@ from fastens.ops._tma_ways import (
 from fastens.ops.conv import conv
 from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
+from fastens.ops.group_norm import group_norm
 from fastens.reference._activation import activate
 from fastens.reference.conv2d import prepared, together
 
@@ -71,7 +72,10 @@ def library(
         x = block.prepared()
     else:
         x, moments = together(x, skip, moments, skip_moments, norm_groups)
-        x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+        if moments is None or not x.is_cuda or activation not in ("none", "silu"):
+            x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+        else:  # an image whose space is innermost, and its statistics again
+            x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, None, scale, shift, activation)
     if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before

@@ -149,6 +149,16 @@ def test_why_descriptors_are_refused_is_said(monkeypatch):
     assert "without tensor descriptors" in why()
 
 
+def test_what_lies_otherwise_than_what_was_measured_is_copied():
+    """Choices are remembered by shape, so that a way may meet an image that it refuses."""
+    call = Block(*block(torch.float16, 2, 4, 16, 8, (4, 5)))
+    shifted = torch.empty(call.x.numel() + 1, dtype=call.x.dtype)[1:].view(4, 4, 5, 16).movedim(-1, 1)
+    otherwise = call._replace(x=shifted.copy_(call.x), weight=call.weight.contiguous())
+    way = CHOICE.ways["tma 128x128"]
+    assert way.refuses(*otherwise) is not None
+    assert torch.equal(way.run(*otherwise), way.run(*call))
+
+
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_plain_convolutions_take_it_too(tiling):
     from fastens.ops import conv
