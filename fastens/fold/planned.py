@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
 _DTYPES = {torch.float32, torch.bfloat16}
+_LAUNCHED_DTYPES = _DTYPES | {torch.float16}
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
 
 Leaves = list[Tensor]
@@ -172,7 +173,8 @@ class Plans:
             return None
         why = ""
         # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
-        other = {t.dtype for t in self._network.parameters() if t.is_floating_point()} - _DTYPES
+        other = {t.dtype for t in self._network.parameters() if t.is_floating_point()}
+        other -= _LAUNCHED_DTYPES if self.launched else _DTYPES
         if other:
             why = f"the network has {', '.join(map(str, other))}"
         else:

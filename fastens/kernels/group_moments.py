@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels.group_norm import SECTOR, channels_last, dense, partial_kernel
+from fastens.kernels._into import strided_images
+from fastens.kernels.group_norm import SECTOR, partial_kernel
 from fastens.reference import group_moments as reference
 from fastens.reference.group_moments import SPAN, counts
 
@@ -16,7 +17,6 @@ LARGEST = 32768  # elements of a tile; groups of more channels than fit with a s
 
 def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Tensor:
     """Take the moments; the arguments are those of ``fastens::group_moments``, ``into`` is where they are written."""
-    x = dense(x)
     rows, channels = x.shape[:2]
     space, per_group = x.shape[2:].numel(), channels // num_groups
     padded = triton.next_power_of_2(per_group)
@@ -30,15 +30,15 @@ def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Ten
         moments = torch.empty(rows, num_groups, spans, 2, dtype=wide, device=x.device)
     if moments.numel() == 0:
         return moments
-    last = channels_last(x)
+    x, strides = strided_images(x, copy=True)
     bundled = 1
-    if last and padded == per_group:  # neighbouring groups in one tile, as wide as memory transactions
+    if strides[1] == 1 and padded == per_group:  # neighbouring groups in one tile, as wide as memory transactions
         while bundled < num_groups and bundled * per_group * x.element_size() < 2 * SECTOR:
             bundled *= 2
     bundles = triton.cdiv(num_groups, bundled)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         partial_kernel[(rows * bundles * spans,)](
-            x, moments, channels, num_groups, space, *((1, channels) if last else (space, 1)), bundles,
+            x, moments, channels, num_groups, space, bundles, *strides,
             CG=per_group, NG=bundled, PADDED_CG=padded, SPAN=SPAN, SPANS=spans,
             WIDE=tl.float64 if wide == torch.float64 else tl.float32,
             num_warps=max(1, min(16, SPAN * bundled * padded // 1024)),

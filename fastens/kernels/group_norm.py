@@ -20,6 +20,8 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
+from fastens.kernels._into import strided_images
+from fastens.kernels._normalise import normalise as normalise  # of moments that are known: one concept, two files
 from fastens.kernels._rows import members_of_rows
 
 WHOLE = 16384  # elements of a tile that holds whole groups: 32 registers of each of 512 threads in float32
@@ -29,10 +31,10 @@ SECTOR = 32  # bytes that one memory transaction moves at least
 
 @triton.jit
 def tile_of(
-    sample, bundle, span, channels, space, stride_c, stride_s,
+    sample, bundle, span, channels, space, stride_r, stride_c, stride_s,
     CG: tl.constexpr, NG: tl.constexpr, PADDED_CG: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Channels [NG * PADDED_CG], which of them exist, and offsets within x and mask [NG * PADDED_CG, SPAN]."""
+    """Channels [NG * PADDED_CG], which of them exist, places [SPAN], and offsets within x and mask of both."""
     each = tl.arange(0, NG * PADDED_CG)
     if CG == PADDED_CG:
         channel = bundle * NG * CG + each
@@ -41,8 +43,8 @@ def tile_of(
         channel = bundle * CG + each
         exists = each < CG
     place = span * SPAN + tl.arange(0, SPAN)
-    offs = sample * channels * space + channel[:, None] * stride_c + place[None, :] * stride_s
-    return channel, exists, offs, exists[:, None] & (place < space)[None, :]
+    offs = sample * stride_r + channel[:, None] * stride_c + place[None, :] * stride_s
+    return channel, exists, place, offs, exists[:, None] & (place < space)[None, :]
 
 
 @triton.jit
@@ -88,14 +90,16 @@ def finished(
 
 @triton.jit
 def partial_kernel(
-    x, partial, channels, groups, space, stride_c, stride_s, bundles,
+    x, partial, channels, groups, space, bundles, stride_r, stride_c, stride_s,
     CG: tl.constexpr, NG: tl.constexpr, PADDED_CG: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """partial[r, g, span] = mean and sum of squared differences of one span of a group."""
     pid = tl.program_id(0).to(tl.int64)
     span, bundle, row = pid % SPANS, (pid // SPANS) % bundles, pid // SPANS // bundles
-    _, _, offs, mask = tile_of(row, bundle, span, channels, space, stride_c, stride_s, CG, NG, PADDED_CG, SPAN)
+    _, _, _, offs, mask = tile_of(
+        row, bundle, span, channels, space, stride_r, stride_c, stride_s, CG, NG, PADDED_CG, SPAN
+    )
     value = tl.load(x + offs, mask, other=0.0).to(WIDE)
     count = (tl.minimum(SPAN, space - span * SPAN) * CG).to(WIDE)
     mean, squares = moments(value, mask, count, NG, PADDED_CG)
@@ -107,8 +111,8 @@ def partial_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def group_norm_kernel(
-    x, y, partial, weight, bias, scale, shift, member_of_row, channels, groups, space, stride_c, stride_s, bundles,
-    rows_per_member, members, samples, evaluation, key_low, key_high,
+    x, y, partial, weight, bias, scale, shift, member_of_row, channels, groups, space, bundles, stride_r, stride_c,
+    stride_s, y_stride_r, y_stride_c, y_stride_s, rows_per_member, members, samples, evaluation, key_low, key_high,
     eps: tl.constexpr, CG: tl.constexpr, NG: tl.constexpr, PADDED_CG: tl.constexpr, SPAN: tl.constexpr,
     SPANS: tl.constexpr, PADDED_SPANS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
@@ -116,8 +120,8 @@ def group_norm_kernel(
     """One tile of the result; the moments are the tile's own, or joined from those of the group's spans."""
     pid = tl.program_id(0).to(tl.int64)
     span, bundle, row = pid % SPANS, (pid // SPANS) % bundles, pid // SPANS // bundles
-    channel, exists, offs, mask = tile_of(
-        row, bundle, span, channels, space, stride_c, stride_s, CG, NG, PADDED_CG, SPAN
+    channel, exists, place, offs, mask = tile_of(
+        row, bundle, span, channels, space, stride_r, stride_c, stride_s, CG, NG, PADDED_CG, SPAN
     )
     value = tl.load(x + offs, mask, other=0.0).to(WIDE)
     total = (space * CG).to(WIDE)
@@ -148,7 +152,8 @@ def group_norm_kernel(
             sample = tl.load(samples + row) + 1
         first = channel[:, None] * space + span * SPAN
         result *= mask_scale(first, drawn, sample, evaluation, key_low, key_high, SPAN, MASKS, THRESHOLD, SCALE, WIDE)
-    tl.store(y + offs, result.to(y.dtype.element_ty), mask)
+    to = row * y_stride_r + channel[:, None] * y_stride_c + place[None, :] * y_stride_s
+    tl.store(y + to, result.to(y.dtype.element_ty), mask)
 
 
 def group_norm(
@@ -166,15 +171,22 @@ def group_norm(
     p: float = 0.0,
     key: int = 0,
     evaluation: int = 0,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Normalise; the arguments are those of ``fastens::group_norm``. The result has the layout of x."""
-    x = dense(x)
-    y = torch.empty_like(x)
+    """Normalise; the arguments are those of ``fastens::group_norm``, ``into`` is where the result is written.
+
+    Where no place is given, the result has the layout of x, and is contiguous where that is not dense.
+    """
+    y = into
+    if y is None:
+        y = torch.empty_like(x) if x.is_contiguous() or channels_last(x) else x.new_empty(x.shape)
     if x.numel() == 0:
         return y
     rows, channels = x.shape[:2]
-    space = x[0, 0].numel()
-    stride_c, stride_s = (1, channels) if channels_last(x) else (space, 1)
+    space = x.shape[2:].numel()
+    x, strides = strided_images(x, copy=True)
+    y_strides = strided_images(y)[1]
+    stride_c = strides[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     groups, cg = num_groups, channels // num_groups
     padded = triton.next_power_of_2(cg)
@@ -200,7 +212,7 @@ def group_norm(
         "WIDE": tl.float64 if wide == torch.float64 else tl.float32,
         "num_warps": num_warps,
     }
-    sizes = (channels, groups, space, stride_c, stride_s, bundles)
+    sizes = (channels, groups, space, bundles, *strides)
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
     with torch.cuda.device(x.device if x.is_cuda else -1):
         partial = None
@@ -208,7 +220,7 @@ def group_norm(
             partial = torch.empty(rows, groups, spans, 2, dtype=wide, device=x.device)
             partial_kernel[grid](x, partial, *sizes, **shape)
         group_norm_kernel[grid](
-            x, y, partial, weight, bias, scale, shift, member_of_row, *sizes, max(1, rows // num_members),
+            x, y, partial, weight, bias, scale, shift, member_of_row, *sizes, *y_strides, max(1, rows // num_members),
             *of_rows(p, members, samples, x.device),
             **mask_settings(p, key, evaluation, samples is not None, math.gcd(space, span)),
             eps=eps, PADDED_SPANS=triton.next_power_of_2(spans), ACTIVATION=activation, **shape,

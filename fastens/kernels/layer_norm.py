@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
+from fastens.kernels._into import strided_rows
 from fastens.kernels._rows import members_of_rows
 
 TILE = 8192  # features that one program holds; longer vectors are read in parts, three times
@@ -41,7 +42,8 @@ def finished(
 
 @triton.jit(do_not_specialize=VARYING)
 def layer_norm_kernel(
-    x, y, weight, bias, scale, shift, member_of_row, vectors, per_row, rows_per_member, length,
+    x, y, weight, bias, scale, shift, member_of_row, vectors, per_row, rows_per_member, length, x_row, x_vector, y_row,
+    y_vector,
     members, samples, evaluation, key_low, key_high,
     eps: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
@@ -58,11 +60,13 @@ def layer_norm_kernel(
         if samples is not None:
             sample = tl.load(samples + row, vector < vectors, other=0) + 1
     before = (vector % per_row) * length  # elements of the row before this vector
+    x += row * x_row + vector % per_row * x_vector
+    y += row * y_row + vector % per_row * y_vector
     total = length.to(WIDE)
     if WHOLE:
         feature = tl.arange(0, BLOCK)[None, :]
         mask = (vector < vectors) & (feature < length)
-        value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+        value = tl.load(x + feature, mask, other=0.0).to(WIDE)
         mean = tl.sum(value, 1)[:, None] / total
         apart = tl.where(mask, value - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(apart * apart, 1)[:, None] / total + eps)
@@ -73,26 +77,26 @@ def layer_norm_kernel(
             result *= mask_scale(
                 before, drawn, sample, evaluation, key_low, key_high, BLOCK, MASKS, THRESHOLD, SCALE, WIDE
             )
-        tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
+        tl.store(y + feature, result.to(y.dtype.element_ty), mask)
     else:
         mean = tl.zeros([VECTORS, 1], WIDE)
         for start in range(0, length, BLOCK):
             feature = start + tl.arange(0, BLOCK)[None, :]
             mask = (vector < vectors) & (feature < length)
-            mean += tl.sum(tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE), 1)[:, None]
+            mean += tl.sum(tl.load(x + feature, mask, other=0.0).to(WIDE), 1)[:, None]
         mean = mean / total
         squares = tl.zeros([VECTORS, 1], WIDE)
         for start in range(0, length, BLOCK):
             feature = start + tl.arange(0, BLOCK)[None, :]
             mask = (vector < vectors) & (feature < length)
-            value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+            value = tl.load(x + feature, mask, other=0.0).to(WIDE)
             apart = tl.where(mask, value - mean, 0.0)
             squares += tl.sum(apart * apart, 1)[:, None]
         rstd = 1.0 / tl.sqrt(squares / total + eps)
         for start in range(0, length, BLOCK):
             feature = start + tl.arange(0, BLOCK)[None, :]
             mask = (vector < vectors) & (feature < length)
-            value = tl.load(x + vector * length + feature, mask, other=0.0).to(WIDE)
+            value = tl.load(x + feature, mask, other=0.0).to(WIDE)
             result = finished(
                 value, mean, rstd, feature, mask, weight, bias, scale, shift, member, row, length, ACTIVATION, WIDE
             )
@@ -101,7 +105,7 @@ def layer_norm_kernel(
                 result *= mask_scale(
                     first, drawn, sample, evaluation, key_low, key_high, BLOCK, MASKS, THRESHOLD, SCALE, WIDE
                 )
-            tl.store(y + vector * length + feature, result.to(y.dtype.element_ty), mask)
+            tl.store(y + feature, result.to(y.dtype.element_ty), mask)
 
 
 def layer_norm(
@@ -119,14 +123,20 @@ def layer_norm(
     p: float = 0.0,
     key: int = 0,
     evaluation: int = 0,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """Normalise; the arguments are those of ``fastens::layer_norm``. The result is contiguous."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    """Normalise; the arguments are those of ``fastens::layer_norm``.
+
+    ``into`` is where the result is written, whose vectors are contiguous and, within a row, equally far apart; without
+    it, the result is contiguous.
+    """
+    y = x.new_empty(x.shape) if into is None else into
     if x.numel() == 0:
         return y
     rows, length = x.shape[0], math.prod(normalized_shape)
     vectors = x.numel() // length
+    x, x_strides = strided_rows(x, len(normalized_shape), copy=True)
+    y_strides = strided_rows(y, len(normalized_shape))[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     block = min(TILE, triton.next_power_of_2(length))
     held = max(1, min(16, 2048 // block, triton.next_power_of_2(vectors)))
@@ -135,7 +145,7 @@ def layer_norm(
     with torch.cuda.device(x.device if x.is_cuda else -1):
         layer_norm_kernel[(triton.cdiv(vectors, held),)](
             x, y, weight, bias, scale, shift, members_of_rows(offsets, num_members, rows, x.device),
-            vectors, vectors // rows, max(1, rows // num_members), length,
+            vectors, max(1, vectors // rows), max(1, rows // num_members), length, *x_strides, *y_strides,
             *of_rows(p, members, samples, x.device),
             **mask_settings(p, key, evaluation, samples is not None, math.gcd(length, block)),
             eps=eps, VECTORS=held, BLOCK=block, WHOLE=length <= TILE, ACTIVATION=activation,

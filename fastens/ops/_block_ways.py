@@ -32,7 +32,7 @@ from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
 from fastens.reference._activation import activate
-from fastens.reference.conv2d import prepared, together
+from fastens.reference.conv2d import keeps, prepared, together
 
 
 def key(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str:
@@ -61,28 +61,31 @@ def library(
     padding: tuple[int, int], size: tuple[int, int], moments: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, activation: str,
     row_bias: Tensor | None, residual: Tensor | None, output_scale: float, output_activation: str, num_groups: int,
-    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0,
+    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0, *,
+    offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
     block = Block(
         into, found, x, weight, bias, stride, padding, size, moments, norm_weight, norm_bias, eps, scale, shift,
         activation, row_bias, residual, output_scale, output_activation, num_groups, skip, skip_moments, norm_groups,
     )  # fmt: skip
-    if not block.begins_plain and refuses_pass(*block) is None:
+    if offsets is None and not block.begins_plain and refuses_pass(*block) is None:
         x = block.prepared()
     else:
         x, moments = together(x, skip, moments, skip_moments, norm_groups)
         if moments is None or not x.is_cuda or activation not in ("none", "silu"):
-            x = prepared(x, moments, norm_weight, norm_bias, eps, None, scale, shift, activation)
+            x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
         else:  # an image whose space is innermost, and its statistics again
-            x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, None, scale, shift, activation)
+            x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+    if mask is not None:
+        x = x * (keeps(mask, x, weight.shape[0], offsets) * mask_scale)
     if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before
             for n, s, taps, have, before in zip(size, stride, weight.shape[3:], x.shape[2:], padding, strict=True)
         )
         x, padding = F.pad(x, (padding[1], right, padding[0], below)), (0, 0)
-    y = conv(x, weight, bias, stride, padding)
+    y = conv(x, weight, bias, stride, padding, offsets=offsets)
     if row_bias is not None:
         y = y + row_bias[:, :, None, None]
     if residual is not None:

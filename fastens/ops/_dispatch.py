@@ -18,7 +18,7 @@ from fastens import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Result = Tensor | tuple[Tensor, ...]
+Result = Tensor | tuple[Tensor, ...] | list[Tensor]
 LIBRARY = torch.library.Library("fastens", "FRAGMENT")
 
 
@@ -198,7 +198,9 @@ def _define_kernel(name: str, arguments: str, reference: Callable[..., Result], 
         ctx.are_tensors = [isinstance(x, Tensor) for x in leaves]
         ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
 
-    def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads_out: Any) -> tuple[Any, ...]:
+        if isinstance(grads_out[0], list):  # of an op that returns a list
+            (grads_out,) = grads_out
         tensors = iter(ctx.saved_tensors)
         with torch.enable_grad():
             # an alias of each, because one tensor may be several arguments
@@ -230,7 +232,10 @@ def _define_kernel(name: str, arguments: str, reference: Callable[..., Result], 
         calls = [op(*_selected(inputs, in_dims, i)) for i in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
-        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+        stacked = map(torch.stack, zip(*calls, strict=True))
+        if isinstance(calls[0], list):
+            return list(stacked), [0] * len(calls[0])
+        return tuple(stacked), (0,) * len(calls[0])
 
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import FLOATS, argument, call, lowers
+from fastens.plan.lower import argument, call, lowers
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
 from fastens.plan.values import Expression, Leaf, Scores, Stored
@@ -25,7 +25,7 @@ def attention(emitter: Emitter, node: Node) -> bool:
     named = {**dict(zip((a.name for a in node.func._schema.arguments), node.args, strict=False)), **node.kwargs}
     masked = any(named.get(name) is not None for name in ("attn_mask", "attn_bias")) or named.get("is_causal", False)
     out = node.outs[0]
-    if masked or any(len(r.size) != 4 or r.dtype not in FLOATS for r in (q, k, v, out)):
+    if masked or any(len(r.size) != 4 or r.dtype not in emitter.floats for r in (q, k, v, out)):
         return False
     if any(emitter.uses[other.storage] for other in node.outs[1:]) or not out.numel:
         return False
@@ -64,7 +64,7 @@ def product(emitter: Emitter, node: Node) -> bool:
         if argument(node, 3, "beta", 1) != 0 or len(node.args) != 3:
             return False
         scale = float(node.kwargs.get("alpha", 1))
-    if any(r.dtype not in FLOATS or emitter.constant(r) is not None or not r.numel for r in (a, b)):
+    if any(r.dtype not in emitter.floats or emitter.constant(r) is not None or not r.numel for r in (a, b)):
         return False
     for weights, values, turned in ((a, b, False), (_transposed(b), _transposed(a), True)):
         found = scores_of(emitter, weights)
@@ -125,7 +125,7 @@ def softmax(emitter: Emitter, node: Node) -> bool:
     found = scores_of(emitter, x)
     if found is None or found.softmax or dim % len(x.size) != len(x.size) - 1 or x.size[-1] != found.k.size[1]:
         return False
-    if not _in_line(out) or out.dtype not in FLOATS:
+    if not _in_line(out) or out.dtype not in emitter.floats:
         return False
     compute = lambda: call(emitter, node)  # noqa: E731
     emitter.values[out.storage] = dataclasses.replace(found, ref=out, softmax=True, compute=compute)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,23 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.kernels._into import merged
 from fastens.ops import conv2d_sum as sum_op
 from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
-from fastens.ops._block_ways import CHOICE
+from fastens.ops import linear_group as group_op
+from fastens.ops._block_ways import CHOICE, library
+from fastens.ops._dispatch import missing_triton
+from fastens.ops._rows import is_dense
+from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
+from fastens.reference.pointwise import unrounded
+
+ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
+LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
 
 
 def conv2d(
@@ -45,20 +55,65 @@ def conv2d(
     output_activation: str = "none",
     found: Tensor | None = None,
     num_groups: int = 0,
+    shared: bool = False,
+    skip: Tensor | None = None,
+    skip_moments: Tensor | None = None,
+    norm_groups: int = 0,
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
 ) -> None:
     """A convolution with what is before and behind it, and moments of its result into ``found``.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
+    Rows that are dealt out by ``offsets`` or dropped by ``mask`` run in our kernel, whatever measures best.
     """
+    if shared:
+        _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
+                       output_scale, output_activation)  # fmt: skip
+        return
     arguments = (
         out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
+        skip, skip_moments, norm_groups,
     )  # fmt: skip
+    if offsets is not None or mask is not None:
+        if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
+            from fastens.kernels.conv2d import conv2d as launch
+
+            launch(
+                *arguments[2:7], offsets, *arguments[8:20], False, "auto", skip, skip_moments, norm_groups, mask,
+                mask_scale, into=(out, found),
+            )  # fmt: skip
+        else:
+            library(*arguments, offsets=offsets, mask=mask, mask_scale=mask_scale)
+        return
     way = "library"
     if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
         way = CHOICE.choose((None, None, *arguments[2:]), x.device, "auto" if x.is_cuda else "triton")
     CHOICE.ways[way].run(*arguments)
+
+
+def _shared_conv2d(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
+    backend: str, found: Tensor | None, num_groups: int, row_bias: Tensor | None, residual: Tensor | None,
+    output_scale: float, output_activation: str,
+) -> None:  # fmt: skip
+    """A convolution of rows that all members share, which the kernel reads once; the library reads them repeated."""
+    if uses_triton(x, backend):
+        from fastens.kernels.conv2d import conv2d as launch
+
+        launch(
+            x, weight, bias, stride, padding, row_bias=row_bias, residual=residual, output_scale=output_scale,
+            output_activation=output_activation, num_groups=num_groups, shared=True, into=(out, found),
+        )  # fmt: skip
+        return
+    repeated = x.repeat(weight.shape[0], 1, 1, 1)
+    conv2d(
+        out, repeated, weight, bias, stride, padding, backend=backend, found=found, num_groups=num_groups,
+        row_bias=row_bias, residual=residual, output_scale=output_scale, output_activation=output_activation,
+    )  # fmt: skip
 
 
 def conv2d_sum(
@@ -98,40 +153,120 @@ def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
 
 
 def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, backend: str) -> None:
-    """Group norm and activation of an image; without a norm, the activation alone."""
+    """Group norm by known moments, and activation, of an image; without a norm, the activation alone.
+
+    ``norm`` holds the settings that a convolution takes: ``moments``, ``norm_weight``, ``norm_bias``, ``eps``,
+    ``scale``, ``shift``, and where there are two images, or finer moments, ``skip``, ``skip_moments``, ``norm_groups``.
+    """
     if not norm:
-        out.copy_(activate(x, activation))
+        pointwise(out, [x], [(ACTIVATIONS[activation], 0, 0, 0.0)], backend)
         return
+    norm = dict(norm)
+    arguments = [norm.pop(name) for name in ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift")]
+    if uses_triton(x, backend) and merged(out.shape[2:], out.stride()[2:]) is not None:
+        from fastens.kernels.group_norm import normalise
+
+        normalise(x, *arguments, activation, **norm, into=out)
+        return
+    moments, weight, bias, eps, scale, shift = arguments
+    image = x if norm.get("skip") is None else torch.cat([x, norm["skip"]], 1)
+    groups = norm.get("norm_groups") or sum(m.shape[1] for m in (moments, norm.get("skip_moments")) if m is not None)
     fused = activation if activation in ("none", "silu") else "none"
-    y = norm_op.group_norm(
-        x, norm["moments"].shape[1], norm["norm_weight"], norm["norm_bias"], norm["eps"], None, norm["scale"],
-        norm["shift"], fused, backend=_named(x, backend),
-    )  # fmt: skip
+    offsets = norm.get("offsets")
+    y = norm_op.group_norm(image, groups, weight, bias, eps, offsets, scale, shift, fused, backend=_named(x, backend))
     out.copy_(y if fused == activation else activate(y, activation))
 
 
-def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> None:
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    backend: str,
+    offsets: Tensor | None = None,
+) -> None:
     """A linear layer of the channels of images [R, C, H, W], and the activation behind it."""
-    tokens = x.movedim(1, -1).to(weight.dtype)
-    y = linear_op.linear(tokens, weight.flatten(2), bias, None, activation, backend=_named(x, backend))
-    out.copy_(y.movedim(-1, 1))
+    tokens, places, stack = x.movedim(1, -1), out.movedim(1, -1), weight.flatten(2)
+    members, outputs, inputs = stack.shape
+    if not uses_triton(x, backend):
+        tokens = tokens.to(weight.dtype)
+        places.copy_(linear_op.linear(tokens, stack, bias, offsets, activation, backend=_named(x, backend)))
+    elif offsets is None and tokens.shape[:-1].numel() > linear_op.FUSED_ROWS * members and inputs > LIBRARY_INPUTS:
+        # products that arithmetic bounds are the library's; what is behind them is one pass
+        y = torch.bmm(tokens.to(weight.dtype).reshape(members, -1, inputs), stack.transpose(1, 2))
+        y = y.view(members, -1, *tokens.shape[1:-1], outputs)
+        code = [(ACTIVATIONS[activation], 0, 0, 0.0)]
+        if bias is not None:
+            code = [(Opcode.ADD, 0, 1, 0.0), (ACTIVATIONS[activation], 2, 0, 0.0)]
+        operands = [y] if bias is None else [y, bias.view(members, *[1] * (y.ndim - 2), outputs)]
+        pointwise(places.unflatten(0, (members, -1)), operands, code, backend)
+    else:
+        from fastens.kernels.linear import linear as launch
+
+        direct = merged(places.shape[:-1], places.stride()[:-1]) is not None and 1 in (places.stride(-1), outputs)
+        y = launch(tokens, stack, bias, offsets, activation, into=places if direct else None)
+        if not direct:
+            places.copy_(y)
 
 
-def layer_norm(out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> None:
-    """Layer norm of tokens [R, T, C]."""
-    out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, backend=_named(x, backend)))
+def linear_group(
+    outs: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str,
+    backend: str,
+) -> None:
+    """Linear layers of the channels of the same images [R, C, H, W], and the activation behind them."""
+    tokens, into = x.movedim(1, -1), [out.movedim(1, -1) for out in outs]
+    if not uses_triton(x, backend):
+        tokens = tokens.to(weights[0].dtype)
+    stacks = [weight.flatten(2) for weight in weights]
+    group_op.linear_group(tokens, stacks, biases, activation, backend=_named(x, backend), into=into)
 
 
-def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Attention without mask, [R, heads, tokens, width]."""
+def layer_norm(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+    offsets: Tensor | None = None,
+) -> None:
+    """Layer norm of tokens [R, T, C], each contiguous."""
+    if uses_triton(x, backend):
+        from fastens.kernels.layer_norm import layer_norm as launch
+
+        launch(x, list(x.shape[-1:]), weight, bias, eps, offsets, into=out)
+    else:
+        out.copy_(layer_norm_op.layer_norm(x, x.shape[-1:], weight, bias, eps, offsets, backend=_named(x, backend)))
+
+
+def gather(out: Tensor, table: Tensor, members: Tensor) -> None:
+    """The line [n] of each row's member in a table [K, n]."""
+    torch.index_select(table, 0, members, out=out)
+
+
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> None:
+    """Attention without mask, [R, heads, tokens, width]; of float32 and larger heads by torch, which has no ``out``."""
+    if uses_triton(out, backend):
+        from fastens.kernels import _attention as kernel
+
+        if kernel.takes(q, v, out):
+            kernel.attention(q, k, v, scale, out)
+            return
     q, k, v = (x.to(out.dtype) for x in (q, k, v))
     out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
 
 
-def join(out: Tensor, images: Sequence[Tensor], up: int) -> None:
+def join(out: Tensor, images: Sequence[Tensor], up: int, backend: str = "auto") -> None:
     """Images [R, C, H, W] one after the other along the channels, each pixel ``up`` times in both directions."""
-    if up == 1:
-        torch.cat(list(images), 1, out=out)
+    if uses_triton(out, backend):
+        from fastens.kernels._join import join as launch
+
+        launch(images, up, out)
         return
     start = 0
     for image in images:
@@ -140,64 +275,55 @@ def join(out: Tensor, images: Sequence[Tensor], up: int) -> None:
         start += image.shape[1]
 
 
-UNARY: dict[Opcode, Callable[[Tensor], Tensor]] = {
-    Opcode.SILU: F.silu,
-    Opcode.GELU: F.gelu,
-    Opcode.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-    Opcode.SIGMOID: torch.sigmoid,
-    Opcode.TANH: torch.tanh,
-    Opcode.EXP: torch.exp,
-    Opcode.LOG: torch.log,
-    Opcode.SIN: torch.sin,
-    Opcode.COS: torch.cos,
-    Opcode.SQRT: torch.sqrt,
-    Opcode.SQUARE: torch.square,
-    Opcode.RELU: torch.relu,
-    Opcode.ABS: torch.abs,
-}
-BINARY: dict[Opcode, Callable[[Any, Any], Tensor]] = {
-    Opcode.ADD: torch.add,
-    Opcode.SUBTRACT: torch.sub,
-    Opcode.MULTIPLY: torch.mul,
-    Opcode.DIVIDE: torch.div,
-}
-NUMBERED: dict[Opcode, Callable[[Tensor, float], Tensor]] = {
-    Opcode.ADD_NUMBER: torch.add,
-    Opcode.MULTIPLY_NUMBER: torch.mul,
-    Opcode.NUMBER_MINUS: lambda x, number: number - x,
-    Opcode.NUMBER_OVER: lambda x, number: number / x,
-}
-
-
-def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[tuple[Opcode, int, int, float]]) -> None:
+def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[Instruction], backend: str = "auto") -> None:
     """A chain of elementwise instructions; the inputs are the first registers, each instruction writes the next one."""
-    registers = list(inputs)
-    if len(code) > 1:  # rounded once, at the end
-        registers = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in registers]
-    for opcode, a, b, number in code:
-        if opcode is Opcode.COPY:
-            registers.append(registers[a])
-        elif opcode in UNARY:
-            registers.append(UNARY[opcode](registers[a]))
-        elif opcode in BINARY:
-            registers.append(BINARY[opcode](registers[a], registers[b]))
-        else:
-            registers.append(NUMBERED[opcode](registers[a], number))
-    out.copy_(registers[-1])
+    opcodes, a, b, numbers = zip(*code, strict=True)
+    if uses_triton(out, backend):
+        from fastens.kernels.pointwise import pointwise as launch
+
+        launch(inputs, opcodes, a, b, numbers, out)
+    else:
+        out.copy_(unrounded(inputs, opcodes, a, b, numbers))
 
 
 def call(outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """An operation of torch; one that changes an argument changes a copy, since values are written once."""
     if function._schema.is_mutable:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    elif all(map(is_dense, outs)):
+        overload, names = _writing(function)
+        if overload is not None and len(names) == len(outs):
+            overload(*args, **kwargs, **dict(zip(names, outs, strict=True)))
+            return
     results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
 
 
+@functools.cache
+def _writing(function: Any) -> tuple[Any, tuple[str, ...]]:
+    """The overload that is told where to write, and the names of those arguments; none where there is none."""
+
+    def described(arguments: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in arguments if not a.is_out]
+
+    wanted = described(function._schema.arguments)
+    for name in function.overloadpacket.overloads():
+        overload = getattr(function.overloadpacket, name)
+        names = tuple(a.name for a in overload._schema.arguments if a.is_out)
+        if names and described(overload._schema.arguments) == wanted:
+            return overload, names
+    return None, ()
+
+
 def uses_triton(x: Tensor, backend: str) -> bool:
     """Whether a launch on this tensor is one of Triton's kernels."""
-    return backend == "triton" or (backend == "auto" and x.is_cuda)
+    return backend == "triton" or (backend == "auto" and x.is_cuda and _runs_triton(x.device))
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return missing_triton(device) is None
 
 
 def _named(x: Tensor, backend: str) -> str:

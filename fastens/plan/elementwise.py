@@ -8,7 +8,7 @@ from typing import Any
 
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import FLOATS, argument, lowers, pending, same_view
+from fastens.plan.lower import argument, lowers, pending, same_view
 from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, Ref
 from fastens.plan.values import (
@@ -52,7 +52,7 @@ def unary(emitter: Emitter, node: Node) -> bool:
     else:
         opcode = UNARY[name]
     activation = _IN_STEP.get(opcode)
-    if activation is not None and x.dtype in FLOATS:
+    if activation is not None and x.dtype in emitter.floats:
         before = pending(emitter, x)
         if before is not None and before.activation is Activation.NONE and relaid(before, out):
             before.activation = activation
@@ -92,7 +92,7 @@ def binary(emitter: Emitter, node: Node) -> bool:
         if whole and bool((one == 1).all()):  # as networks do to bring timesteps to the batch
             emitter.values[out.storage] = Expression(out, Leaf(ref))
             return True
-    if out.dtype not in FLOATS:
+    if out.dtype not in emitter.floats:
         return False
     if not isinstance(b, Ref):
         return _with_number(emitter, out, opcode, a, float(b))
@@ -141,7 +141,7 @@ def row_vector(emitter: Emitter, ref: Ref, out: Ref) -> tuple[At, int] | None:
 
     A constant may have one value per channel, [1, C, 1, 1].
     """
-    if len(out.size) != 4 or ref.size[1:] != (out.size[1], 1, 1) or ref.dtype not in FLOATS:
+    if len(out.size) != 4 or ref.size[1:] != (out.size[1], 1, 1) or ref.dtype not in emitter.floats:
         return None
     if ref.size[0] != out.size[0] and (ref.size[0] != 1 or emitter.constant(ref) is None):
         return None
@@ -163,7 +163,7 @@ def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
             before.row_vector = vector
             emitter.values[out.storage] = before
             return True
-    if before.residual is not None or other.size != out.size or other.dtype not in FLOATS:
+    if before.residual is not None or other.size != out.size or other.dtype not in emitter.floats:
         return False
     if x.storage == other.storage:
         return False
@@ -185,12 +185,12 @@ def scaled_and_shifted(emitter: Emitter, node: Node) -> bool:
     """Shift + x * factor: of a normalisation by row, as in EDM's blocks, or any other."""
     shift, x, factor = node.args[:3]
     out = node.outs[0]
-    if argument(node, 3, "value", 1) != 1 or out.dtype not in FLOATS:
+    if argument(node, 3, "value", 1) != 1 or out.dtype not in emitter.floats:
         return False
     by_row = row_vector(emitter, shift, out) is not None and emitter.uses[x.storage] == 1
     if by_row and _modulated(emitter, out, Opcode.MULTIPLY, x, factor):
         return _modulated(emitter, out, Opcode.ADD, out, shift)
-    if any(ref.dtype not in FLOATS for ref in (shift, x, factor)):
+    if any(ref.dtype not in emitter.floats for ref in (shift, x, factor)):
         return False
     scaled = Apply(Opcode.MULTIPLY, (Leaf(x), Leaf(factor)))
     emitter.values[out.storage] = Expression(out, Apply(Opcode.ADD, (Leaf(shift), scaled)))
@@ -228,7 +228,7 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
 
 def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
     """Keep an elementwise operation as an expression, joined with those that it is the only use of."""
-    if out.dtype not in FLOATS or any(ref.dtype not in FLOATS for ref in operands):
+    if out.dtype not in emitter.floats or any(ref.dtype not in emitter.floats for ref in operands):
         return False
     roots: list[Leaf | Apply] = []
     for ref in operands:
@@ -257,7 +257,7 @@ def _fits(root: Apply) -> bool:
 def silu_backward(emitter: Emitter, node: Node) -> bool:
     """``g s (1 + x (1 - s))`` with ``s = sigmoid(x)``."""
     gradient, x, out = *node.args[:2], node.outs[0]
-    if any(ref.dtype not in FLOATS for ref in (gradient, x, out)):
+    if any(ref.dtype not in emitter.floats for ref in (gradient, x, out)):
         return False
     share = Apply(Opcode.SIGMOID, (Leaf(x),))
     given = emitter.values.get(gradient.storage)  # a product is taken along
@@ -287,7 +287,7 @@ def power(emitter: Emitter, node: Node) -> bool:
 def copy(emitter: Emitter, node: Node) -> bool:
     """A copy in another layout or dtype."""
     x, out = node.args[0], node.outs[0]
-    if out.dtype not in FLOATS or x.dtype not in steps.DTYPES:
+    if out.dtype not in emitter.floats or not emitter.copies_from(x.dtype):
         return False
     if kept_scores(emitter, x, out, 1.0, partial(_copied, emitter, x, out)):
         return True
@@ -308,12 +308,12 @@ def repeat(emitter: Emitter, node: Node) -> bool:
     """Copies along the first dimension, of any dtype."""
     x, times = node.args[:2]
     out = node.outs[0]
-    if out.dtype not in steps.DTYPES or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
+    if not emitter.copies_from(out.dtype) or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
         return False
     at, stride, code = emitter.operand(x)
     size = address_unit(out.dtype)
     place = At(emitter.buffer(out.numel, out.dtype))
-    out_code = 0 if out.dtype in FLOATS else code
+    out_code = 0 if out.dtype in emitter.floats else code
     sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
     source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
     emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
@@ -325,7 +325,7 @@ def repeat(emitter: Emitter, node: Node) -> bool:
 def partial_copy(emitter: Emitter, node: Node) -> bool:
     """A copy into a part of a value, or in place of a whole one."""
     out, x = node.args[:2]
-    if x.dtype not in FLOATS or out.dtype not in FLOATS:
+    if x.dtype not in emitter.floats or out.dtype not in emitter.floats:
         return False
     if not same_view(out, node.outs[0]) or emitter.values.get(out.storage) is None:  # the whole: renamed
         emitter.values[node.outs[0].storage] = Expression(node.outs[0], Leaf(x))
@@ -340,7 +340,7 @@ def partial_copy(emitter: Emitter, node: Node) -> bool:
 def empty(emitter: Emitter, node: Node) -> bool:
     """Memory that is written later."""
     out = node.outs[0]
-    if out.dtype not in FLOATS:
+    if out.dtype not in emitter.floats:
         return False
     emitter.values[out.storage] = Stored(At(emitter.buffer(out.numel, out.dtype)))
     return True

@@ -63,10 +63,12 @@ class Emitter:
         steps: the steps and calls.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
+        floats: dtypes that steps compute in.
         typed: whether buffers hold the dtypes that were recorded, and torch reads inputs in place; see plan/typed.py.
         row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
 
+    floats: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     typed = False
 
     def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
@@ -138,7 +140,15 @@ class Emitter:
         value = self.values[ref.storage]
         assert isinstance(value, Stored)
         wide = value.element_size == 4 and isinstance(value.at.where, Buffer)
-        return at, ref.stride, 0 if wide else steps.DTYPES[ref.dtype]
+        return at, ref.stride, 0 if wide else self.code(ref.dtype)
+
+    def copies_from(self, dtype: torch.dtype) -> bool:
+        """Whether elementwise steps read a dtype."""
+        return dtype in steps.DTYPES
+
+    def code(self, dtype: torch.dtype) -> int:
+        """The number of a dtype in elementwise steps."""
+        return steps.DTYPES[dtype]
 
     def image(self, pixels: Pixels) -> Image:
         """Pixels in memory as an operand of a step."""

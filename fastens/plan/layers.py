@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import FLOATS, argument, image_pixels, lowers
+from fastens.plan.lower import argument, image_pixels, lowers
 from fastens.plan.memory import At
 from fastens.plan.record import Node, Ref
 from fastens.plan.transposed import by_phases
@@ -167,7 +167,7 @@ def _moments(emitter: Emitter, node: Node) -> bool:
     """
     x, weight, bias, _, channels, _, groups, eps = node.args
     normed, mean, rate = node.outs
-    if weight is not None or bias is not None or emitter.uses[normed.storage] or x.dtype not in FLOATS:
+    if weight is not None or bias is not None or emitter.uses[normed.storage] or x.dtype not in emitter.floats:
         return False
     pixels, runs = image_pixels(emitter, x, 1), emitter.runs(x.size[0], None)
     if pixels is None or runs is None:
@@ -275,7 +275,7 @@ def cat(emitter: Emitter, node: Node) -> bool:
     """Two images joined along the channels; anything else part by part."""
     parts, dim = node.args[0], argument(node, 1, "dim", 0)
     out = node.outs[0]
-    if out.dtype not in FLOATS or any(part.dtype != out.dtype for part in parts):
+    if out.dtype not in emitter.floats or any(part.dtype != out.dtype for part in parts):
         return False
     parts = [part for part in parts if part.numel]
     dim %= len(out.size)

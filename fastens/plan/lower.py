@@ -24,7 +24,6 @@ from fastens.program import steps
 
 Handler = Callable[[Emitter, Node], bool]
 HANDLERS: dict[str, Handler] = {}
-FLOATS = (torch.float32, torch.bfloat16)
 
 
 def lowers(*names: str) -> Callable[[Handler], Handler]:
@@ -82,7 +81,7 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
 
 def image_pixels(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels | None:
     """A tensor as images; one with the channels elsewhere is copied into that layout first."""
-    if ref.dtype not in FLOATS:
+    if ref.dtype not in emitter.floats:
         return None
     value = emitter.values.get(ref.storage)
     if isinstance(value, Expression):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastens.ops.dropout import dropout
 from fastens.plan.elementwise import relaid
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import FLOATS, image_pixels, lowers, pending
+from fastens.plan.lower import image_pixels, lowers, pending
 from fastens.plan.memory import At
 from fastens.plan.record import Node, NotLowerable, Ref
 from fastens.plan.values import Convolved, Dropped, Mask, Pixels, Runs, pixels_of
@@ -26,7 +26,7 @@ def drop(emitter: Emitter, node: Node) -> bool:
     out = node.outs[0]
     if len(node.args) > 6 and node.args[6] != "none":
         raise NotLowerable("an activation inside of a dropout")
-    if x.dtype not in FLOATS or not 2 <= len(x.size) <= 4 or not x.numel:
+    if x.dtype not in emitter.floats or not 2 <= len(x.size) <= 4 or not x.numel:
         if samples is None:
             return False
         raise NotLowerable(f"fresh masks of {list(x.size)}, {x.dtype}")

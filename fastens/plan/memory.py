@@ -15,8 +15,8 @@ ALIGNMENT = 64  # bytes: a cache line, and a vector
 
 
 def address_unit(dtype: torch.dtype) -> int:
-    """How many bytes one element takes in the addresses of the arena, where bfloat16 is held in float32."""
-    return 4 if dtype == torch.bfloat16 else dtype.itemsize
+    """How many bytes one element takes in the addresses of the arena, where half precision is held in float32."""
+    return 4 if dtype in (torch.bfloat16, torch.float16) else dtype.itemsize
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,6 +139,7 @@ class KeptTensors:
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[At, Tensor | None]] = {}
+        self._joined: dict[object, tuple[Tensor, list[Tensor]]] = {}
 
     def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
         """Keep a tensor, in its logical order, under a key; ``source`` is kept alive beside it."""
@@ -152,8 +153,16 @@ class KeptTensors:
             self._known[key] = (At(Kept(weight.detach())), weight)
         return self._known[key][0]
 
+    def joined(self, stacks: list[Tensor]) -> Tensor:
+        """Keep stacks [K, O_i, ...] of several layers as one [K, sum O_i, ...], which is a copy."""
+        key = tuple((stack.data_ptr(), stack.shape, stack.stride(), stack.dtype) for stack in stacks)
+        if key not in self._joined:
+            self._joined[key] = (torch.cat(stacks, 1), stacks)  # the parts live on, so that nothing takes their place
+        return self._joined[key][0]
+
     @property
     def num_bytes(self) -> int:
         """Memory of what had to be copied."""
+        copied = sum(tensor.nbytes for tensor, _ in self._joined.values())
         tensors = ((at.where.tensor, source) for at, source in self._known.values() if isinstance(at.where, Kept))
-        return sum(t.nbytes for t, s in tensors if s is None or t.data_ptr() != s.data_ptr())
+        return copied + sum(t.nbytes for t, s in tensors if s is None or t.data_ptr() != s.data_ptr())

@@ -63,8 +63,8 @@ def lower_all(emitter: Emitter) -> list[Ref]:
         lower(emitter, node)
     first_output = Slot.ARGUMENTS + len(recording.inputs)
     for i, ref in enumerate(outputs):
-        stride = _contiguous(ref.size)
-        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, steps.DTYPES[ref.dtype])
+        stride = contiguous(ref.size)
+        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, emitter.code(ref.dtype))
     return outputs
 
 
@@ -184,7 +184,8 @@ def _buffers(value: Any, into: list[Buffer]) -> None:
             _buffers(item, into)
 
 
-def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
     stride, step = [], 1
     for n in reversed(size):
         stride.append(step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from fastens.plan.emit import Emitter
 from fastens.plan.memory import At
 from fastens.plan.record import Ref
@@ -29,7 +31,16 @@ class Normalised(steps.Step):
 class TypedEmitter(Emitter):
     """See the module; ``constants`` is a :class:`fastens.plan.memory.KeptTensors`."""
 
+    floats = (torch.float32, torch.bfloat16, torch.float16)
     typed = True
+
+    def copies_from(self, dtype: torch.dtype) -> bool:
+        """Whether elementwise launches read a dtype."""
+        return dtype in steps.DTYPES or dtype in self.floats
+
+    def code(self, dtype: torch.dtype) -> int:
+        """Nothing: what is read says its dtype itself."""
+        return 0
 
     def is_wide(self, ref: Ref) -> bool:
         """Whether a value is held in the dtype that it was recorded in: always."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Protocol
 
 from fastens.plan.emit import Emitter
 from fastens.plan.record import Ref
@@ -45,18 +46,40 @@ def origin(emitter: Emitter, ref: Ref, scaled: bool = False) -> Origin:
             root, number = root.operands[0], root.number
         if not isinstance(root, Leaf) or root.ref.size != value.ref.size or not root.ref.dtype.is_floating_point:
             break
-        found = _followed(value.ref, root.ref, offset, dims)
+        found = followed(value.ref, root.ref, offset, dims)
         if found is None:
             break
-        offset, dims = found
+        offset, dims = found[0], [joined(factors) for factors in found[1]]
         storage, dtype, scale = root.ref.storage, root.ref.dtype, scale * number
     flat = [pair for factors in dims for pair in factors]
     size, stride = tuple(n for n, _ in flat), tuple(s for _, s in flat)
     return Origin(Ref(storage, offset, size, stride, dtype), dims, scale)
 
 
-def _followed(copy: Ref, source: Ref, offset: int, dims: list[Factors]) -> tuple[int, list[Factors]] | None:
-    """Offset and dimensions of a view of a copy in its source; none where a dimension does not follow the copy's."""
+class Layout(Protocol):
+    """Where elements are: offset, sizes and strides."""
+
+    @property
+    def offset(self) -> int:
+        """Of the first element."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of each dimension."""
+        ...
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Of each dimension, in elements."""
+        ...
+
+
+def followed(copy: Layout, source: Layout, offset: int, dims: list[Factors]) -> tuple[int, list[Factors]] | None:
+    """Offset and dimensions of a view of a copy in its source; none where a dimension does not follow the copy's.
+
+    The sizes of the factors of a dimension depend on the copy alone.
+    """
     # the copy's dimensions, outermost first: where they overlap, a position says not which element it is
     own = sorted((s, n, t) for n, s, t in zip(copy.size, copy.stride, source.stride, strict=True) if n > 1)[::-1]
     if any(inner[0] * inner[1] > outer[0] for outer, inner in itertools.pairwise(own)):
@@ -84,17 +107,18 @@ def _followed(copy: Ref, source: Ref, offset: int, dims: list[Factors]) -> tuple
                 moved.append((taken, jump * theirs))
                 reached[i] += (taken - 1) * jump
                 size, stride = size // taken, stride * taken
-        result.append(_joined(moved))
+        result.append(moved)
     if any(last >= n for last, (_, n, _) in zip(reached, own, strict=True)):
         return None
     return start, result
 
 
-def _joined(factors: Factors) -> Factors:
-    joined: Factors = []
+def joined(factors: Factors) -> Factors:
+    """Factors with those that lie in line as one."""
+    result: Factors = []
     for size, stride in factors:
-        if joined and joined[-1][0] * joined[-1][1] == stride:
-            joined[-1] = (joined[-1][0] * size, joined[-1][1])
+        if result and result[-1][0] * result[-1][1] == stride:
+            result[-1] = (result[-1][0] * size, result[-1][1])
         else:
-            joined.append((size, stride))
-    return joined
+            result.append((size, stride))
+    return result

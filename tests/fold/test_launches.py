@@ -10,6 +10,8 @@ from tests.fold.test_plans import DRAWS, follow_the_members, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
+HALF = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of a network whose layers round to 8 or 11 bits
+
 
 @pytest.fixture(autouse=True)
 def _launches(monkeypatch):
@@ -56,14 +58,15 @@ def plan_of(ensemble):
     return plan
 
 
-def test_a_residual_block_is_two_convolutions_and_at_most_one_kernel_for_moments():
+def test_a_residual_block_is_two_convolutions_and_nothing_between():
     ensemble, _ = launched_unet()
     (kinds,) = ensemble.report().plans
-    blocks, joins, shortcuts = 8, 4, 5  # blocks of the network, those that read a skip connection, those that project
-    embedding, ends, resampling = blocks + 1, 2, 2
-    assert kinds["conv2d"] == 2 * blocks + shortcuts + embedding + ends + resampling
-    assert kinds["moments"] == joins  # of joined images; every other norm finds its moments made
-    assert not {"group norm", "aten.silu.default", "aten.add.Tensor"} & set(kinds)
+    blocks, shortcuts, ends, resampling = 8, 5, 2, 2  # shortcuts: of blocks that change how many channels there are
+    assert kinds["conv2d"] == 2 * blocks + shortcuts + ends + resampling
+    assert kinds["linear group"] == 1  # the embedding, for all blocks
+    assert kinds["linear"] == 2
+    assert not {"moments", "group norm", "aten.silu.default", "aten.add.Tensor"} & set(kinds)
+    assert kinds.get("join", 0) <= 1  # of what is enlarged
     assert f"{kinds['conv2d']} conv2d" in str(ensemble.report())
     assert "plans run on" not in str(ensemble.report())
 
@@ -97,18 +100,19 @@ def test_other_ends_are_added_up(name):
     assert not plan_of(ensemble).sums or name == "edm_like"
 
 
-def test_bfloat16_networks_hold_bfloat16():
-    members = [member.bfloat16() for member in members_of("unet_2d", 2)[0]]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_half_precision_hold_it(dtype):
+    members = [member.to(dtype) for member in members_of("unet_2d", 2)[0]]
     ensemble = fastens.Ensemble(members)
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(7)
     with torch.no_grad():
-        outputs = ensemble.member_outputs(x.bfloat16(), t)
-        expected = torch.stack([member.float()(x.bfloat16().float(), t).sample for member in members])
+        outputs = ensemble.member_outputs(x.to(dtype), t)
+        expected = torch.stack([member.float()(x.to(dtype).float(), t).sample for member in members])
     assert ensemble.report().plans, ensemble.report().why_no_plan
-    assert outputs.dtype == torch.bfloat16
-    assert relative_error(outputs, expected) < 3e-2
+    assert outputs.dtype == dtype
+    assert relative_error(outputs, expected) < HALF[dtype]
     images = [launch.args[0] for launch in plan_of(ensemble)._launches if launch.name == "conv2d"]
-    assert {image.where.dtype for image in images} == {torch.bfloat16}
+    assert {image.where.dtype for image in images} == {dtype}
 
 
 def test_results_are_the_callers():
@@ -146,17 +150,19 @@ def test_tricky_networks(kind):
     follow_the_members(kind, calls=4)
 
 
-@pytest.mark.parametrize("name", ["unet_2d", "transformer"])
-def test_drawn_rows_run_the_folded_modules(name, monkeypatch):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_drawn_rows(name, monkeypatch):
     members, arguments = members_of(name)
     ensemble = fastens.Ensemble(members, "alternating", engine="fold")
-    drawn = torch.tensor(DRAWS[0])
-    monkeypatch.setattr(ensemble._draws, "members", lambda *_: drawn)
     args, kwargs = arguments(4)
     with torch.no_grad():
-        output = tensor_of(ensemble(*args, **kwargs))
         stack = torch.stack([tensor_of(member(*args, **kwargs)) for member in members])
-    assert relative_error(output, stack[drawn, torch.arange(4)]) < NETWORK[torch.float32]
+        for draw in DRAWS:
+            drawn = torch.tensor(draw)
+            monkeypatch.setattr(ensemble._draws, "members", lambda *_, drawn=drawn: drawn)
+            output = tensor_of(ensemble(*args, **kwargs))
+            assert relative_error(output, stack[drawn, torch.arange(4)]) < NETWORK[torch.float32]
+    assert len(ensemble.report().plans) == 1, ensemble.report().why_no_plan
 
 
 def test_gradients_read_the_stacks():
@@ -181,7 +187,7 @@ def test_a_recorded_step_holds_the_launches(monkeypatch):
         again = ensemble._evaluated(args, {}).sample
     assert recorded is not None
     assert len(bound) == 2
-    pointers = {x.data_ptr() for memory in (*bound, plan._bound) for x in memory.inputs}
+    pointers = {x.data_ptr() for memory in (*bound, plan._bound) for _, x in memory.inputs}
     assert len(pointers) == 3 * len(bound[0].inputs)
     with torch.no_grad():
         loop = torch.stack([member(*args).sample for member in ensemble.members]).mean(0)
@@ -200,11 +206,11 @@ def tiny_unet():
         norm_num_groups=4,
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
-        add_attention=False,
+        attention_head_dim=8,
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernels_themselves(dtype):
     pytest.importorskip("triton")
     members = [randomised(tiny_unet, seed) for seed in range(2)]
@@ -215,6 +221,6 @@ def test_the_kernels_themselves(dtype):
         outputs = ensemble.member_outputs(x, t)
         mean = ensemble(x, t).sample
     assert ensemble.report().plans, ensemble.report().why_no_plan
-    bound = NETWORK[torch.float32] if dtype == torch.float32 else 3e-2
+    bound = (NETWORK | HALF)[dtype]
     assert relative_error(outputs, expected) < bound
     assert relative_error(mean, expected.mean(0)) < bound

@@ -18,17 +18,22 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastens import rules
+from fastens.kernels._attention import attention
 from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
+from fastens.kernels._join import join
 from fastens.kernels._prepared import prepared
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
 from fastens.kernels.conv2d_sum import conv2d_sum
 from fastens.kernels.dropout import dropout
-from fastens.kernels.group_norm import group_norm
+from fastens.kernels.group_norm import group_norm, normalise
 from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
+from fastens.kernels.linear_group import linear_group
 from fastens.kernels.member_variance import member_variance
+from fastens.kernels.pointwise import pointwise
+from fastens.program.steps import Opcode
 
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -102,6 +107,17 @@ def launches():
             w, s = torch.empty(5, channels, dtype=dtype), torch.empty(5, channels, dtype=dtype)
             call = (x, 32, w, w, 1e-5, None, s, s, "silu")
             yield f"group_norm {layout} {short} C={channels} {size}x{size}", lambda call=call: group_norm(*call)
+        for own, skip, size in ((256, 0, 8), (256, 128, 32), (128, 0, 256)):
+            spans = -(-size * size // 128)
+            x, y = (torch.empty(5, c, size, size, dtype=dtype).to(memory_format=torch.channels_last) if c else None
+                    for c in (own, skip))  # fmt: skip
+            before, after = (torch.empty(5, c // 4, spans, 2) if c else None for c in (own, skip))
+            w, s = torch.empty(5, own + skip, dtype=dtype), torch.empty(5, own + skip, dtype=dtype)
+            call = {"skip": y, "skip_moments": after, "norm_groups": 32}
+            yield (
+                f"normalise {short} C={own}+{skip} {size}x{size}",
+                lambda x=x, m=before, w=w, s=s, call=call: normalise(x, m, w, w, 1e-5, s, s, "silu", **call),
+            )
         for length in (512, 768, 20000):
             x, w = torch.empty(10, 3, length, dtype=dtype), torch.empty(5, length, dtype=dtype)
             s = torch.empty(10, length, dtype=dtype)
@@ -111,6 +127,29 @@ def launches():
             x, w = torch.empty(5 * rows, 512, dtype=dtype), torch.empty(5, 1024, 512, dtype=dtype)
             call = (x, w, torch.empty(5, 1024, dtype=dtype), None, "silu")
             yield f"linear {short} M={rows}", lambda call=call: linear(*call)
+        for rows in (1, 4, 8, 16, 256):
+            x, sizes = torch.empty(5 * rows, 1024, dtype=dtype), (256, 512, 256) * 14
+            weights = [torch.empty(5, size, 1024, dtype=dtype) for size in sizes]
+            call = (x, weights, [torch.empty(5, size, dtype=dtype) for size in sizes[1:]], list(range(1, 42)))
+            yield f"linear_group {short} M={rows}", lambda call=call: linear_group(*call)
+        x = torch.empty(5, 256, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+        y, z = torch.empty(5, 256, 1, 1, dtype=dtype), torch.empty(5, 1, 32, 32, dtype=dtype)
+        chain = ([Opcode.MULTIPLY, Opcode.ADD, Opcode.SILU, Opcode.TANH, Opcode.GELU], [0, 3, 4, 5, 6], [1, 2, 0, 0, 0])
+        yield f"pointwise {short}", lambda call=([x, y, z], *chain, [0.0] * 5): pointwise(*call)
+        copy = ([Opcode.COPY], [0], [0], [0.0])
+        yield f"pointwise transposed {short}", lambda x=x, copy=copy: pointwise([x], *copy)
+        every = list(Opcode)
+        call = ([x, y, z], every, list(range(2, 2 + len(every))), [1] * len(every), [0.5] * len(every))
+        yield f"pointwise of all {short}", lambda call=call: pointwise(*call)
+        yield f"join {short}", lambda x=x: join([x, x], 1, torch.empty_like(torch.cat([x, x], 1)))
+        large = torch.empty(5, 256, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+        yield f"join enlarged {short}", lambda x=x, large=large: join([x], 2, large)
+        for rows, heads, tokens, width in ((5, 1, 256, 256), (320, 1, 256, 256), (20, 8, 256, 64), (20, 4, 77, 40)):
+            if dtype == torch.bfloat16:
+                q = torch.empty(rows, tokens, heads, 3 * width, dtype=dtype).movedim(2, 1)
+                out = torch.empty(rows, tokens, heads, width, dtype=dtype).movedim(2, 1)
+                call = (*q.split(width, 3), 0.1, out)
+                yield f"attention {short} R={rows} T={tokens} D={width}", lambda call=call: attention(*call)
         members = torch.arange(5)
         for channels, size, layout, samples in ((256, 32, "NHWC", None), (256, 9, "NHWC", members),
                                                 (256, 32, "NCHW", members), (3, 7, "NCHW", None)):  # fmt: skip
@@ -137,6 +176,9 @@ def launches():
     x = torch.empty(10, 64, 16, 16, dtype=torch.double)
     yield "group_norm f64", lambda: group_norm(x, 32)
     yield "layer_norm f64", lambda: layer_norm(x, [16])
+    every = list(Opcode)
+    chain = ([x], every, list(range(len(every))), [0] * len(every), [0.1] * len(every))
+    yield "pointwise f64", lambda: pointwise(*chain)
     yield "dropout f64", lambda: dropout(x, torch.arange(10), None, 0.5, 1, 0, "gelu")
     for dtype, short in ((torch.float32, "f32 in full precision"), (torch.double, "f64")):
         weight = torch.empty(5, 48, 3, 3, 64, dtype=dtype).movedim(4, 2)
@@ -238,10 +280,21 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "aggregate_update mean bf16",
     "group_norm NHWC bf16 C=128 128x128",
     "group_norm NCHW f32 C=256 32x32",
+    "normalise bf16 C=256+128 32x32",
+    "normalise f32 C=128+0 256x256",
     "layer_norm bf16 N=768",
     "linear f32 M=16",
     "linear bf16 M=512",
     "linear f64",
+    "linear_group bf16 M=1",
+    "linear_group bf16 M=4",
+    "linear_group bf16 M=256",
+    "linear_group f32 M=16",
+    "pointwise bf16",
+    "join bf16",
+    "attention bf16 R=5 T=256 D=256",
+    "attention bf16 R=320 T=256 D=256",
+    "pointwise of all f32",
     "dropout NHWC bf16 C=256 32x32",
     "group_norm dropped bf16",
     "linear dropped bf16 M=512",

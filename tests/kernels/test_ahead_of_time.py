@@ -14,10 +14,14 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 MAX_REGISTERS = 192  # 10 warps of a multiprocessor's 64 K registers; a warp of most kernels takes half of it
 MAX_REGISTERS_OF_PRODUCTS = 255  # one block of 8 warps: a convolution's tile of sums takes 64 of them, its input 32
+PRODUCTS = (
+    "conv2d_kernel", "conv2d_sum_kernel", "join_kernel", "linear_kernel", "linear_group_kernel", "attention_kernel"
+)  # fmt: skip
 MAX_STACK = 16  # bytes: sm_100 keeps one 8-byte temporary of a few kernels there; arrays and spills are larger
 MAX_SHARED = 99 * 1024  # bytes, what sm_86 and sm_89 give a block
 MAX_SHARED_OF_WIDE = 163 * 1024  # bytes: wide tiles are refused before sm_90, which gives a block more
 MAX_SHARED_OF_DESCRIPTORS = 227 * 1024  # bytes, what compute capabilities 9.0 and 10.0 give a block
+MAX_STACK_OF_WAVES = 48  # bytes: sine and cosine keep the words of 2/pi there, for the range of large arguments
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
 
@@ -36,16 +40,18 @@ def check_compiled(capability, *options):
     rows = json.loads(result.stdout)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
-        "linear_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel", "maps_kernel", "prepared_kernel",
-        *(["conv2d_tma_kernel"] if capability >= 90 else []),
+        "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
+        "maps_kernel", "normalise_kernel", "join_moments_kernel", "pointwise_kernel", "concatenate_kernel",
+        "attention_kernel", "prepared_kernel", *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
-        products = row["kernel"] in ("conv2d_kernel", "conv2d_sum_kernel", "conv2d_tma_kernel")
         if row["kernel"] == "conv2d_tma_kernel":
             check_descriptors(row, capability)
             continue
+        products = row["kernel"] in PRODUCTS
         assert row["registers"] <= (MAX_REGISTERS_OF_PRODUCTS if products else MAX_REGISTERS), row
-        assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else MAX_STACK), row
+        stack = MAX_STACK_OF_WAVES if row["kernel"] == "pointwise_kernel" else MAX_STACK
+        assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else stack), row
         assert row["local"] == 0, row
         assert row["shared"] <= (MAX_SHARED_OF_WIDE if " wide " in row["launch"] else MAX_SHARED), row
         if row["kernel"] in ("aggregate_kernel", "smallest_kernel"):

@@ -1,0 +1,286 @@
+"""From the steps of a recorded pass to launches: calls that each read and write views of memory laid out later."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastens.plan import calls as run
+from fastens.plan.emit import Call
+from fastens.plan.launch import Launch, View
+from fastens.plan.lower import constants_of
+from fastens.plan.memory import At, Buffer, Kept, address_unit
+from fastens.plan.record import NotLowerable, Ref, mapped
+from fastens.plan.typed import Normalised, TypedEmitter
+from fastens.program import steps
+from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Strided
+from fastens.reference.group_moments import counts
+
+_NO_MASK = steps.Mask()
+_NO_NORM = {"moments": None, "skip_moments": None, "norm_groups": 0}
+_ACTIVATIONS = {int(a): a.name.lower() for a in Activation}
+
+
+@dataclasses.dataclass
+class _Statistics:
+    """A group norm whose moments are known: the image that it normalises, its moments, and its step."""
+
+    image: View
+    moments: View
+    step: steps.Norm
+
+
+class Launches:
+    """The launches of the steps of an emitter, in order."""
+
+    def __init__(self, emitter: TypedEmitter, backend: str) -> None:
+        self.emitter = emitter
+        self.backend = backend
+        self.inputs = emitter.recording.inputs
+        self.list: list[Launch] = []
+        self._norms: dict[Any, _Statistics] = {}
+        self._joined: dict[Any, View] = {}
+        lowered: dict[type, Callable[[Any], None]] = {
+            steps.Conv: self._conv,
+            steps.Norm: self._norm,
+            steps.Pointwise: self._pointwise,
+            steps.LayerNorm: self._layer_norm,
+            steps.Attention: self._attention,
+            Normalised: self._normalised,
+            steps.Gather: self._gather,
+            Call: self._call,
+        }
+        for step in emitter.steps:
+            if type(step) not in lowered:
+                raise NotLowerable(f"a step of the kind {type(step).__name__.lower()} in launches")
+            if getattr(step, "mask_out", _NO_MASK) != _NO_MASK:
+                raise NotLowerable("dropout of a result in launches")
+            lowered[type(step)](step)
+
+    # Places
+
+    def view(self, at: At, size: tuple[int, ...], stride: tuple[int, ...]) -> View:
+        """Elements at a place."""
+        if isinstance(at.where, int) and at.where - Slot.ARGUMENTS < len(self.inputs):
+            unit = self.inputs[at.where - Slot.ARGUMENTS].dtype.itemsize
+        elif isinstance(at.where, Buffer):
+            unit = address_unit(at.where.dtype)
+        else:
+            unit = 4
+        return View(at.where, at.num_bytes // unit, size, stride)
+
+    def _image(self, image: Image, height: int, width: int) -> View:
+        """[R, C, H, W]."""
+        size = (image.rows, image.channels, height, width)
+        return self.view(image.at, size, (image.row, 1, image.y, image.x))  # pyright: ignore[reportArgumentType]
+
+    def _fresh(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> View:
+        """A buffer of its own for an image [R, C, H, W] with its channels last."""
+        _, channels, height, width = size
+        stride = (channels * height * width, 1, channels * width, channels)
+        return View(self.emitter.buffer(math.prod(size), dtype), 0, size, stride)
+
+    def _dtype(self, view: View) -> torch.dtype:
+        if isinstance(view.where, Buffer):
+            return view.where.dtype
+        if isinstance(view.where, Kept):
+            return view.where.tensor.dtype
+        return self.inputs[view.where - Slot.ARGUMENTS].dtype
+
+    def _source(self, sources: tuple[Image, Image], up: int, height: int, width: int) -> View:
+        """What a step reads as one image: enlarged or joined first where it is not."""
+        images = [self._image(s, height // up, width // up) for s in sources if s.channels]
+        if len(images) == 1 and up == 1:
+            return images[0]
+        key = (*images, up)
+        if key not in self._joined:
+            channels = sum(image.size[1] for image in images)
+            whole = self._fresh((images[0].size[0], channels, height, width), self._dtype(images[0]))
+            self.add("join", run.join, whole, images, up, backend=self.backend)
+            self._joined[key] = whole
+        return self._joined[key]
+
+    def _rows(self, at: Any, stride: int, rows: int, channels: int) -> View | None:
+        """[R, C] of a place, none where there is none."""
+        return None if at == NONE else self.view(at, (rows, channels), (stride, 1))
+
+    @staticmethod
+    def _stack(at: Any, channels: int) -> Tensor | None:
+        """[K, C] of a constant, without what it was filled up with."""
+        return None if at == NONE else at.where.tensor.flatten(1)[:, :channels].contiguous()
+
+    def add(self, name: str, function: Callable[..., None], *args: Any, **kwargs: Any) -> Launch:
+        """Append a launch."""
+        launch = Launch(name, function, args, kwargs)
+        self.list.append(launch)
+        return launch
+
+    def _offsets(self, step: Any) -> View | None:
+        """Where each member's rows begin, [K+1], of a step whose rows are dealt out in every call.
+
+        Raises:
+            NotLowerable: the rows are parts of those that are dealt out.
+        """
+        if step.members == NONE:
+            return None
+        if step.rows_per_member != 1:
+            raise NotLowerable("parts of rows that are dealt out anew in every call, in launches")
+        number = len(self.inputs) - 2
+        return View(Slot.ARGUMENTS + number, 0, self.inputs[number].size, (1,))
+
+    # Steps
+
+    def _norm(self, step: steps.Norm) -> None:
+        image = self._source(step.sources, 1, step.height, step.width)
+        spans = len(counts(step.height * step.width))
+        size, stride = (step.rows, step.groups, spans, 2), (step.groups * spans * 2, spans * 2, 2, 1)
+        moments = View(self.emitter.buffer(math.prod(size)), 0, size, stride)
+        self.add("moments", run.moments, moments, image, step.groups, self.backend)
+        self._norms[step.out_scale.where] = _Statistics(image, moments, step)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _settings(self, found: _Statistics) -> dict[str, Any]:
+        """The norm as a convolution applies it."""
+        step, channels = found.step, found.image.size[1]
+        return {
+            "moments": found.moments,
+            "skip_moments": None,
+            "norm_groups": 0,
+            "offsets": self._offsets(step),
+            "norm_weight": self._stack(step.weight, channels),
+            "norm_bias": self._stack(step.bias, channels),
+            "eps": step.eps,
+            "scale": self._rows(step.row_scale, step.row_scale_row, step.rows, channels),
+            "shift": self._rows(step.row_shift, step.row_shift_row, step.rows, channels),
+        }
+
+    def _normed(self, scale: Any, sources: tuple[Image, Image], up: int, height: int, width: int) -> tuple[Any, Any]:
+        """The image that is normalised, and the norm; a norm of what is enlarged is computed before."""
+        found = self._norms[scale.where]
+        if up == 1:
+            return self._source(sources, 1, height, width), self._settings(found)
+        rows, channels = found.image.size[:2]
+        small = self._fresh((rows, channels, height // up, width // up), self._dtype(found.image))
+        image = self._source(sources, 1, height // up, width // up)
+        self.add("group norm", run.group_norm, small, image, self._settings(found), "none", self.backend)
+        large = self._fresh((rows, channels, height, width), self._dtype(small))
+        self.add("join", run.join, large, [small], up, backend=self.backend)
+        return large, {}
+
+    def _normalised(self, step: Normalised) -> None:
+        out = self._image(step.out, step.height, step.width)
+        image, norm = self._normed(step.table_scale, step.sources, step.up, step.height, step.width)
+        self.add("group norm", run.group_norm, out, image, norm, _ACTIVATIONS[step.act_in], self.backend)
+
+    def _conv(self, step: steps.Conv) -> None:
+        out = self._image(step.out, step.out_h, step.out_w)
+        norm: dict[str, Any] = {"offsets": self._offsets(step)}
+        if step.table_scale != NONE:
+            x, before = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
+            norm = before | norm
+        else:
+            x = self._source(step.sources, step.up, step.in_h, step.in_w)
+        weight: Tensor = step.weight.where.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        bias = self._stack(step.bias, step.out_channels)
+        row_bias = self._rows(step.row_vector, step.row_vector_row, step.rows, step.out_channels)
+        residual = self._image(step.residual, step.out_h, step.out_w) if step.residual.channels else None
+        if x.size[0] != step.rows or (residual is not None and residual.size[0] != step.rows):
+            raise NotLowerable("rows that share an image, in launches")
+        self.add(
+            "conv2d", run.conv2d, out, x, weight, bias, (step.stride_h, step.stride_w), (step.pad_top, step.pad_left),
+            backend=self.backend, **(_NO_NORM | norm), activation=_ACTIVATIONS[step.act_in], row_bias=row_bias,
+            residual=residual, output_scale=step.scale, output_activation=_ACTIVATIONS[step.act_out], shared=False,
+            skip=None, **self._mask(step, weight),
+        )  # fmt: skip
+
+    def _mask(self, step: steps.Conv, weight: Tensor) -> dict[str, Any]:
+        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, ceil(C / 32)].
+
+        Raises:
+            NotLowerable: they are drawn anew in every call.
+        """
+        mask, channels = step.mask_in, weight.shape[2]
+        if mask == _NO_MASK:
+            return {"mask": None, "mask_scale": 1.0}
+        bits = mask.at.where  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(bits, Kept):
+            raise NotLowerable("dropout masks that are drawn in every call, in launches")
+        words = -(-channels // steps.LANES)
+        flat, each = bits.tensor.view(torch.int16), step.in_h * step.in_w * words
+        held = flat[: len(flat) // each * each].view(-1, step.in_h, step.in_w, words)
+        held = F.pad(held, (0, words % 2)).view(torch.int32)
+        key = ("mask", bits, tuple(held.shape))
+        if mask.members == NONE and mask.rows * len(held) != step.rows:
+            raise NotLowerable("dropout masks of other rows, in launches")
+        by_weights = weight.shape[0] == len(held) and mask.members == step.members
+        if mask.members == NONE and not by_weights:
+            key, held = (*key, mask.rows), held.repeat_interleave(mask.rows, 0)
+        kept: Tensor = self.emitter.constants.add(key, held).where.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        if mask.members == NONE or by_weights:
+            return {"mask": kept, "mask_scale": mask.scale}
+        size = (step.rows, *kept.shape[1:])
+        stride = kept.stride()
+        drawn = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
+        members = self.view(mask.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add("gather", run.gather, drawn, kept, members)
+        return {"mask": drawn, "mask_scale": mask.scale}
+
+    def _operand(self, operand: Strided, sizes: list[int]) -> View:
+        kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]
+        size, stride = zip(*kept, strict=True)  # without strides of 0 that mean nothing: libraries believe them
+        return self.view(operand.at, size, stride)  # pyright: ignore[reportArgumentType]
+
+    def _pointwise(self, step: steps.Pointwise) -> None:
+        code = []
+        for i in range(step.num_instructions):
+            word, number = step.instructions[2 * i : 2 * i + 2]
+            word = int(word)
+            code.append((Opcode(word & 0xFFFF), word >> 16 & 0xFFFF, word >> 32, float(number)))
+        inputs = [self._operand(x, step.sizes) for x in step.inputs[: step.num_inputs]]
+        self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code, backend=self.backend)
+        written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
+        self._joined = {
+            key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
+        }
+
+    def _layer_norm(self, step: steps.LayerNorm) -> None:
+        size = (step.rows, step.tokens, step.channels)
+        x = self.view(step.source, size, (step.source_row, step.source_token, 1))  # pyright: ignore[reportArgumentType]
+        out = self.view(step.out, size, (step.out_row, step.out_token, 1))  # pyright: ignore[reportArgumentType]
+        weight, bias = (self._stack(at, step.channels) for at in (step.weight, step.bias))
+        self.add("layer norm", run.layer_norm, out, x, weight, bias, step.eps, self.backend, self._offsets(step))
+
+    def _gather(self, step: steps.Gather) -> None:
+        size = (step.rows, step.count)
+        out = self.view(step.out, size, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        lines = (self.emitter.num_members, step.count)
+        table = self.view(step.table, lines, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        members = self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add("gather", run.gather, out, table, members)
+
+    def _attention(self, step: steps.Attention) -> None:
+        def heads(of: steps.Heads, tokens: int, width: int) -> View:
+            size = (step.rows, step.heads, tokens, width)
+            return self.view(of.at, size, (of.row, of.head, of.token, of.channel))  # pyright: ignore[reportArgumentType]
+
+        self.add(
+            "attention", run.attention, heads(step.out, step.queries, step.value_width),
+            heads(step.q, step.queries, step.width), heads(step.k, step.keys, step.width),
+            heads(step.v, step.keys, step.value_width), step.scale, backend=self.backend,
+        )  # fmt: skip
+
+    def _call(self, step: Call) -> None:
+        def seen(ref: Ref) -> View:
+            found = self.view(step.places[ref], ref.size, ref.stride)
+            if self._dtype(found) != ref.dtype:
+                raise NotLowerable(f"{step.func} of a value that is held in another dtype")
+            return found
+
+        args, kwargs = constants_of(self.emitter, (step.args, step.kwargs))
+        args, kwargs = mapped(Ref, seen, (args, kwargs))
+        self.add(str(step.func), run.call, [seen(out) for out in step.outs], step.func, args, kwargs)
