@@ -101,13 +101,16 @@ def norm_of_moments(
 
 @triton.jit
 def write_maps(
-    maps, row, row_exists, member, moments, skip_moments, weight, bias, scale, shift, channels, skip_channels,
-    per_group, per_norm, space, span,
+    maps, row, row_exists, member, begin, end, moments, skip_moments, weight, bias, scale, shift, channels,
+    skip_channels, per_group, per_norm, space, span,
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """maps[r, :, c] = mean, factor and offset of the norm before the convolution, for rows of one member."""
-    for start in range(0, channels, BLOCK):
+    """maps[r, :, c] = mean, factor and offset of the norm before the convolution, for rows of one member.
+
+    Channels from begin to end are written, and some behind them.
+    """
+    for start in range(begin, end, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         mean, factor, offset = norm_of_moments(
             row, row_exists, channel, channel < channels, member, moments, skip_moments, weight, bias, scale, shift,
@@ -118,6 +121,17 @@ def write_maps(
         tl.store(at, mean, known)
         tl.store(at + channels, factor, known)
         tl.store(at + 2 * channels, offset, known)
+
+
+@triton.jit
+def channels_of_steps(begin, end, channels, skip_channels, TAPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The first channel that steps begin to end take, of x and skip as one image, and the first behind."""
+    x_channels = channels - skip_channels
+    padded = tl.cdiv(x_channels, BLOCK_K) * BLOCK_K
+    begin, end = begin // TAPS * BLOCK_K, tl.cdiv(end, TAPS) * BLOCK_K
+    begin = tl.where(begin < padded, begin, begin - padded + x_channels)
+    end = tl.where(end < padded, end, end - padded + x_channels)
+    return begin, tl.minimum(end, channels)
 
 
 @triton.jit
@@ -133,8 +147,8 @@ def maps_kernel(
     if member_of_row is not None:
         member = tl.load(member_of_row + tl.program_id(0)).to(tl.int64)
     write_maps(
-        maps, row, row < rows, member, moments, skip_moments, weight, bias, scale, shift, channels, skip_channels,
-        per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
+        maps, row, row < rows, member, 0, channels, moments, skip_moments, weight, bias, scale, shift, channels,
+        skip_channels, per_group, per_norm, space, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
     )  # fmt: skip
 
 
