@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, compiled, contest, graphed, skip_if_measured
-from fastens.ops import conv
+from fastens.ops import _block_ways, conv
 from fastens.ops.conv2d import conv2d
 from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.group_moments import group_moments
@@ -88,6 +88,21 @@ def test_residual_block(batch, channels, size):
         )  # fmt: skip
         return y, after
 
+    def way(name, x=x):
+        run, moments = _block_ways.CHOICE.ways[name].run, before.new_empty(before.shape)
+        here = (None, (1, 1), (1, 1), tuple(x.shape[2:]))
+        inner = run(
+            None, moments, x, first, *here, before, *maps[:2], 1e-5, None, None, "silu", time, None, 1.0, "none", groups
+        )
+        return run(
+            None, torch.empty_like(moments), inner, second, *here, moments, *maps[2:], 1e-5, None, None, "silu", None,
+            x, 0.5**0.5, "none", groups,
+        )  # fmt: skip
+
+    def taken(name):
+        call = (None, None, x, first, None, (1, 1), (1, 1), tuple(x.shape[2:]), before, *maps[:2], 1e-5, None, None)
+        return _block_ways.CHOICE.ways[name].refuses(*call, "silu", time, None, 1.0, "none", groups) is None
+
     def chain(x, time, convolve, backend="auto"):
         y = group_norm(x, groups, *maps[:2], activation="silu", backend=backend)
         y = convolve(y, first) + time[:, :, None, None]
@@ -112,6 +127,10 @@ def test_residual_block(batch, channels, size):
                 "norm kernels and K cuDNN calls": lambda: graphed(lambda: chain(x, time, cudnn)),
                 "norm kernels and the measured way": lambda: graphed(lambda: chain(x, time, chosen)),
                 "Inductor": lambda: graphed(lambda: inductor(x, time)),
+                **{
+                    f"way {name}": lambda name=name: graphed(lambda: way(name))
+                    for name in filter(taken, _block_ways.CHOICE.ways)
+                },
             },
             in_float(x, time, first, second, maps, groups),
             TOLERANCE,

@@ -99,4 +99,7 @@ def _with_memory(x: Any, device: torch.device) -> Any:
     """Normal numbers in this shape and layout; what is no floating-point tensor (offsets) is what it was."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).normal_()
+    values = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).normal_()
+    if x.ndim == 4 and x.shape[-1] == 2:  # moments, it may be, whose sums of squares have no sign: a norm would be NaN
+        values[..., 1].abs_()
+    return values

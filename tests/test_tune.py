@@ -79,6 +79,18 @@ def test_an_interrupted_run_is_resumed(scaled):
     assert tune.tune(calls, CPU) == 0
 
 
+@torch.no_grad()
+def test_moments_are_those_of_some_image(scaled):
+    choice, _ = scaled
+    given = []
+    choice.ways["fast"] = Way(lambda x, offsets: given.append(x) or 2 * x)
+    with tune.observed() as calls:
+        choice.choose((torch.ones(4, 8, 3, 2), torch.tensor([0, 1])), CPU)
+    tune.tune(calls, CPU)
+    assert (given[0][..., 1] >= 0).all()  # sums of squares: of a negative one, a norm would be NaN in every way
+    assert (given[0][..., 0] < 0).any()
+
+
 def test_a_network_tells_its_convolutions():
     members = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)) for _ in range(2)]
     ensemble = fastens.Ensemble(members, backend="reference").eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastens.kernels._rows import members_of_rows
 from fastens.reference.group_moments import SPAN
 
 JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more are joined once, by a kernel before
-MAP_TILE = 1024  # moments that are joined at a time
+MAP_TILE = 2048  # moments that are joined at a time
 STEPS_PER_SPLIT = 4  # a split of a sum is at least as long
 MOST_SPLITS = 32
 JOINED_AFTER = 1 << 16  # bytes that a program loads while the last split waits for the memory that they meet in
@@ -37,9 +38,12 @@ class Norm:
     def prepare(
         cls, x: Tensor, moments: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
         shift: Tensor | None, eps: float, offsets: Tensor | None, num_members: int, skip: Tensor | None = None,
-        skip_moments: Tensor | None = None, norm_groups: int = 0,
+        skip_moments: Tensor | None = None, norm_groups: int = 0, together: int = 1,
     ) -> Norm:  # fmt: skip
-        """Hand the moments on, or where they are many of a group, join them first into a map per row and channel."""
+        """Hand the moments on, or where they are many of a group, join them first into a map per row and channel.
+
+        ``together`` rows are of one tile. The rest is as for :func:`fastens.ops.conv2d.conv2d`.
+        """
         if moments is None:
             return cls((None,) * 7, 1, 1, {"eps": eps, "SPANS": 1, "PARTS": 1, "PADDED_PARTS": 1, "BLOCK": 1})
         rows, x_channels, *space = x.shape
@@ -49,12 +53,14 @@ class Norm:
         per_group, per_norm = x_channels // groups, channels // (norm_groups or groups)
         parts = per_norm // per_group * spans
         padded = triton.next_power_of_2(parts)
-        block = max(1, min(128, triton.next_power_of_2(channels), MAP_TILE // padded))
+        by_tile = parts <= JOINED_PARTS
+        block = max(16, MAP_TILE // (padded * together)) if by_tile else max(1, MAP_TILE // padded)
+        block = min(512, triton.next_power_of_2(channels), block)
         constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": block}
         maps = moments.new_empty(rows, 3, channels)
         given = (moments, skip_moments, weight, bias, scale, shift)
         tensors = (maps, *(None if t is None else t.contiguous() for t in given))
-        if parts <= JOINED_PARTS:
+        if by_tile:
             return cls(tensors, per_group, per_norm, constants)
         maps_kernel[(rows,)](
             *tensors, members_of_rows(offsets, num_members, rows, x.device), rows, max(1, rows // num_members),
@@ -79,6 +85,20 @@ class Tiles:
     def blocks(self, sources: tuple[int, ...]) -> int:
         """How many blocks of channels x, and skip, are taken in."""
         return sum(-(-channels // self.block_k) for channels in sources)
+
+    def evenness(
+        self, x: Tensor, sources: tuple[int, ...], y: Tensor, weight: Tensor, stride: Sequence[int]
+    ) -> dict[str, Any]:
+        """What a kernel need not ask: whether blocks of channels are whole, and offsets within a tile of 32 bits."""
+        height, width = x.shape[2:]
+        lines = stride[0] * (self.places // y.shape[3] + 2) if self.rows == 1 else self.rows * height
+        _, weight_o, weight_c, _, _ = weight.stride()
+        farthest = max(lines * width * max(sources), self.block_n * weight_o + self.block_k * weight_c)
+        return {
+            "EVEN_K": all(channels % self.block_k == 0 for channels in sources),
+            "EVEN_N": y.shape[1] % self.block_n == 0,
+            "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
+        }
 
     def meeting(self, tiles: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Where the splits of so many tiles of y meet: memory for their parts, and counters; none without splits."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._conv2d import finish, joined, place_of_tile, products, write_maps
+from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
@@ -32,7 +32,8 @@ def conv2d_kernel(
     mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, MASK_BY_MEMBER: tl.constexpr, ACTIVATION: tl.constexpr,
     output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
     member, begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
@@ -40,25 +41,31 @@ def conv2d_kernel(
     )
     if first < end:
         split = tl.program_id(1)
-        x_row = at_row
+        x_first = first
         if SHARED:
-            x_row = at_row - begin
-        mask_row = x_row
+            x_first = first - begin
+        mask_row = at_row
         if MASK_BY_MEMBER:
             mask_row = tl.zeros_like(at_row) + member
+        begin_step = split * steps_per_split
+        end_step = tl.minimum(begin_step + steps_per_split, steps)
         if in_moments is not None:
             # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
+            begin_channel, end_channel = channels_of_steps(
+                begin_step, end_step, channels, skip_channels, TAPS_H * TAPS_W, BLOCK_K
+            )
             write_maps(
-                maps, row, row_exists, member, in_moments, skip_moments, norm_weight, norm_bias, scale, shift, channels,
-                skip_channels, per_group, per_norm, height * width, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
+                maps, row, row_exists, member, begin_channel, end_channel, in_moments, skip_moments, norm_weight,
+                norm_bias, scale, shift, channels, skip_channels, per_group, per_norm, height * width, span, eps, SPANS,
+                PARTS, PADDED_PARTS, BLOCK, WIDE,
             )  # fmt: skip
             tl.debug_barrier()
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight, maps, mask, mask_row, member, row, row_exists,
-            x_row, valid, place // out_width * down - above, place % out_width * right - before, column,
-            split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps), channels, skip_channels, outputs,
-            height, width, weight_k, weight_o, weight_c, weight_h, weight_w, mask_scale, MASK_WORDS, ACTIVATION,
-            PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight + member * weight_k, maps, mask, mask_row,
+            x_first, first, row_exists, place, valid, place_tile, column, begin_step, end_step, channels, skip_channels,
+            outputs, height, width, out_width, down, right, above, before, weight_o, weight_c, weight_h, weight_w,
+            mask_scale, MASK_WORDS, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K,
+            EVEN_N, OFFSET,
         )  # fmt: skip
         last = True
         if SPLITS > 1:
@@ -145,8 +152,9 @@ def conv2d(
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):
         norm = Norm.prepare(
-            x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members, skip, skip_moments, norm_groups
-        )
+            x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members, skip, skip_moments,
+            norm_groups, tiles.rows,
+        )  # fmt: skip
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
             x, skip, None if mask is None else mask.contiguous(), weight, bias, y, workspace, arrivals, *norm.tensors,
@@ -159,6 +167,6 @@ def conv2d(
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            **norm.constants,
+            **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._conv2d import finish, joined, place_of_tile, products, write_maps
+from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._members import on_device
 from fastens.kernels._rows import interpreting
@@ -29,34 +29,38 @@ def conv2d_sum_kernel(
     eps: tl.constexpr, SPANS: tl.constexpr, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
-    zero, _, _, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
+    zero, _, first_row, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
         None, rows, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )
-    split = tl.program_id(1)
-    first = split * steps_per_split
+    first = tl.program_id(1) * steps_per_split
     last = tl.minimum(first + steps_per_split, members * steps)
+    first_member, last_member = first // steps, tl.cdiv(last, steps)  # whose steps these are
     if moments is not None:
         # every tile of a row writes the same numbers to the same place, and reads them behind its own barrier
-        for k in range(members):
+        for k in range(first_member, last_member):
             member = zero + k
+            begin_channel, end_channel = channels_of_steps(
+                tl.maximum(first - k * steps, 0), tl.minimum(last - k * steps, steps), channels, 0, TAPS_H * TAPS_W,
+                BLOCK_K,
+            )  # fmt: skip
             write_maps(
-                maps, row + member * rows, row_exists, member, moments, None, norm_weight, norm_bias, scale, shift,
-                channels, 0, per_group, per_norm, height * width, span, eps, SPANS, PARTS, PADDED_PARTS, BLOCK, WIDE,
+                maps, row + member * rows, row_exists, member, begin_channel, end_channel, moments, None, norm_weight,
+                norm_bias, scale, shift, channels, 0, per_group, per_norm, height * width, span, eps, SPANS, PARTS,
+                PADDED_PARTS, BLOCK, WIDE,
             )  # fmt: skip
         tl.debug_barrier()
     total = tl.zeros([ROWS * PLACES, BLOCK_N], WIDE)
-    for k in range(members):
+    for k in range(first_member, last_member):
         member = zero + k
-        begin = tl.maximum(first - k * steps, 0)
         acc = products(
-            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight, maps, None, at_row, member, row + member * rows,
-            row_exists, at_row + member * rows, valid, place // out_width * down - above,
-            place % out_width * right - before, column, begin, tl.minimum(last - k * steps, steps), channels, 0,
-            outputs, height, width, weight_k, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION, PRECISION,
-            WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K,
+            tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight + member * weight_k, maps, None, at_row,
+            first_row + member * rows, first_row + member * rows, row_exists, place, valid, place_tile, column,
+            tl.maximum(first - k * steps, 0), tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width,
+            out_width, down, right, above, before, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION,
+            PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K, EVEN_N, OFFSET,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
@@ -110,7 +114,9 @@ def conv2d_sum(
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members)
+        norm = Norm.prepare(
+            x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members, together=tiles.rows
+        )
         maps, in_moments, _, *norm_maps = norm.tensors
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_sum_kernel[(programs, tiles.splits)](
@@ -122,5 +128,6 @@ def conv2d_sum(
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **cut,
+            **tiles.evenness(x, (channels,), y, weight, stride),
         )  # fmt: skip
     return y

@@ -137,9 +137,9 @@ class Choice:
         """Return the name of the way to take.
 
         In order: ``way`` where it names one, ``$FASTENS_CHOOSE`` where that way takes the arguments, the table, a
-        measurement, or where nothing is measured the rule. Where no choice can be made (a compiler or a transform at
-        work, a graph being recorded, a derivative wanted), it is the default, and where ``ruled`` is false in place of
-        the rule.
+        measurement, or the rule where nothing is measured: on other devices, and while a graph is recorded. Where no
+        choice can be made (a compiler or a transform at work, a derivative wanted), it is the default, and where
+        ``ruled`` is false in place of the rule.
 
         Raises:
             ValueError: ``way`` is unknown, or does not take these arguments.
@@ -166,7 +166,7 @@ class Choice:
         if known is None:
             entry = self.table.find(device_name(device), self.op, identity[1])
             if entry is None and not _can_measure():
-                return self.default
+                return (self.rule(*arguments) if ruled and _is_plain() else None) or self.default
             entry = entry or self.measure(arguments, device)
             # a shipped table may name a way that this installation lacks
             fits = entry["chosen"] in self.ways and self.ways[entry["chosen"]].refuses(*arguments) is None
@@ -227,14 +227,18 @@ def _forced(text: str) -> dict[str, str]:
     return {op.strip(): way.strip() for op, _, way in pairs}
 
 
-def _can_measure() -> bool:
-    """Whether timing makes sense now: real tensors, no derivative, no transform, no recording."""
+def _is_plain() -> bool:
+    """Whether real tensors are computed on now, without derivative or transform."""
     return (
         not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _can_measure() -> bool:
+    """Whether timing makes sense now: plain, and no graph is recorded."""
+    return _is_plain() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _disagreement(actual: Tensor, expected: Tensor) -> str | None:

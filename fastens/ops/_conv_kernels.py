@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastens.ops._conv_ways import Convolution, channels_last, of_convolution
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
+from fastens.ops._tma_ways import refuses_tma
 from fastens.ops.conv2d import conv2d, output_size
 
 WIDE_OUTPUTS = 128  # up to as many output channels, a wide tile is an ordinary one
@@ -44,5 +45,32 @@ def refuses(tiling: str) -> Callable[..., str | None]:
             if c.x.is_cuda and torch.cuda.get_device_capability(c.x.device)[0] < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
         return missing_triton(c.x.device)
+
+    return why
+
+
+def run_tma(tiling: str) -> Callable[..., Tensor]:
+    """The way that convolves by the kernel of tensor descriptors."""
+
+    @of_convolution
+    def way(c: Convolution) -> Tensor:
+        from fastens.kernels._conv2d_tma import conv2d_tma
+
+        return conv2d_tma(c.x, c.weight, c.bias, c.stride, c.padding, tiling=tiling)[0]  # pyright: ignore[reportArgumentType]
+
+    return way
+
+
+def refuses_conv_tma(tiling: str) -> Callable[..., str | None]:
+    """Why that kernel does not take a convolution in this tiling, or none."""
+    pointers = refuses("auto")
+
+    @of_convolution
+    def why(c: Convolution) -> str | None:
+        if c.offsets is not None:
+            return "groups of unequal size"
+        return pointers(*c) or refuses_tma(
+            tiling, c.x, c.weight, c.stride, output_size(c.x, c.weight, c.stride, c.padding)
+        )
 
     return why

@@ -9,6 +9,7 @@ from fastens.ops import _conv_kernels, _conv_ways
 from fastens.ops._choice import Choice, Way
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import check_rows, check_stack
+from fastens.ops._tma_ways import TILINGS
 from fastens.ops.conv2d import output_size
 from fastens.reference import conv as reference
 
@@ -46,6 +47,7 @@ CHOICE = Choice(
         "triton": Way(_conv_kernels.run("auto"), _conv_kernels.refuses("auto")),
         "triton narrow": Way(_conv_kernels.run("narrow"), _conv_kernels.refuses("narrow")),
         "triton wide": Way(_conv_kernels.run("wide"), _conv_kernels.refuses("wide")),
+        **{name: Way(_conv_kernels.run_tma(name), _conv_kernels.refuses_conv_tma(name)) for name in TILINGS},
     },
     rule=_conv_ways.rule,
 )

@@ -19,7 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from fastens import rules
 from fastens.kernels._attention import attention
+from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
 from fastens.kernels._join import join
+from fastens.kernels._prepared import prepared
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
@@ -67,6 +69,8 @@ def resources(kernel):
         "stack": stack,
         "local": local,
         "shared": kernel.metadata.shared,
+        "bulk loads": ptx.count("cp.async.bulk.tensor"),
+        "matrix loads": ptx.count("ldmatrix"),
         "widest load": max((int(n) * int(b) // 8 for n, b in re.findall(WIDE_LOAD, ptx)), default=0),
         "tensor cores": "wgmma"
         if "wgmma" in ptx
@@ -241,8 +245,32 @@ def convolutions(dtype, short):
         norm = (torch.empty(5 * batch, 32, 8, 2), *[empty(5, 256)] * 2, 1e-5, None, None, "silu")
         call = (x, weight, empty(5, 3), [0.2] * 5, (1, 1), (1, 1), *norm)
         yield f"conv2d_sum {short} B={batch}", lambda call=call: conv2d_sum(*call)
+    yield from descriptors(empty, short)
     point, mixing = empty(20, 384, 16, 16), empty(5, 256, 384, 1, 1)
     yield f"conv2d 1x1 {short}", lambda: conv2d(point, mixing, empty(5, 256))
+
+
+def descriptors(empty, short):
+    """Convolutions whose loads are tensor descriptors, with all that is behind one, and the pass before them."""
+    for batch, size, taps, stride in ((1, 32, 3, 1), (16, 8, 3, 1), (2, 16, 3, 2), (16, 16, 1, 1)):
+        x = empty(5 * batch, 256, size, size).to(memory_format=torch.channels_last)
+        weight, out = empty(5, 256, taps, taps, 256).movedim(4, 2), size // stride
+        residual = empty(5 * batch, 256, out, out).to(memory_format=torch.channels_last)
+        ending = (empty(5, 256), (stride,) * 2, (taps // 2,) * 2, empty(5 * batch, 256), residual, 0.7, "silu", 32)
+        for tiling in TILINGS:
+            if tiling == "tma 128x256" and (x.element_size() == 4 or size // stride == 8):
+                continue  # refused: more sums than there are registers
+            name = f"{tiling} {short} {taps}x{taps} {size}x{size}/{stride}"
+            call = (x, weight, *ending, tiling)
+            yield name, lambda call=call: conv2d_tma(*call)
+    for channels, beyond in ((256, 0), (256, 128)):
+        x, skip = (
+            empty(10, c, 32, 32).to(memory_format=torch.channels_last) if c else None for c in (channels, beyond)
+        )
+        moments = [torch.empty(10, c // 4, 8, 2) if c else None for c in (channels, beyond)]
+        own = [empty(10, channels + beyond)] * 2
+        call = (x, 5, skip, *moments, 32, *[empty(5, channels + beyond)] * 2, 1e-5, *own, "silu")
+        yield f"prepared {short} {channels} + {beyond}", lambda call=call: prepared(*call)
 
 
 SAMPLE = {  # every kernel once, the more demanding ones twice
@@ -274,6 +302,10 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "conv2d block bf16 C=128 256x256/1 B=1",
     "conv2d auto bf16 C=256 16x16/2 B=2",
     "conv2d_sum bf16 B=1",
+    "tma 128x128 bf16 3x3 32x32/1",
+    "tma 128x256 bf16 3x3 32x32/1",
+    "tma 128x128 f32 3x3 16x16/2",
+    "prepared bf16 256 + 0",
     "conv2d skip bf16 8x8 B=1",
 }
 
@@ -287,7 +319,7 @@ def main(capability, sample):
     )
     rows = []
     for name, launch in launches():
-        if (sample and name not in SAMPLE) or (" wide " in name and capability < 90):
+        if (sample and name not in SAMPLE) or (re.search("^tma| wide ", name) and capability < 90):
             continue
         compiled.clear()
         launch()

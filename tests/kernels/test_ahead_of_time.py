@@ -20,6 +20,7 @@ PRODUCTS = (
 MAX_STACK = 16  # bytes: sm_100 keeps one 8-byte temporary of a few kernels there; arrays and spills are larger
 MAX_SHARED = 99 * 1024  # bytes, what sm_86 and sm_89 give a block
 MAX_SHARED_OF_WIDE = 163 * 1024  # bytes: wide tiles are refused before sm_90, which gives a block more
+MAX_SHARED_OF_DESCRIPTORS = 227 * 1024  # bytes, what compute capabilities 9.0 and 10.0 give a block
 MAX_STACK_OF_WAVES = 48  # bytes: sine and cosine keep the words of 2/pi there, for the range of large arguments
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
@@ -41,9 +42,12 @@ def check_compiled(capability, *options):
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
         "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
         "maps_kernel", "normalise_kernel", "join_moments_kernel", "pointwise_kernel", "concatenate_kernel",
-        "attention_kernel",
+        "attention_kernel", "prepared_kernel", *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
+        if row["kernel"] == "conv2d_tma_kernel":
+            check_descriptors(row, capability)
+            continue
         products = row["kernel"] in PRODUCTS
         assert row["registers"] <= (MAX_REGISTERS_OF_PRODUCTS if products else MAX_REGISTERS), row
         stack = MAX_STACK_OF_WAVES if row["kernel"] == "pointwise_kernel" else MAX_STACK
@@ -55,3 +59,14 @@ def check_compiled(capability, *options):
     tensor_cores = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
     products = [row for row in rows if row["kernel"] in ("linear_kernel", "conv2d_kernel") and "bf16" in row["launch"]]
     assert {row["tensor cores"] for row in products if row["launch"].endswith(("M=512", "B=16"))} == {tensor_cores}
+
+
+def check_descriptors(row, capability):
+    """Both operands are loaded in bulk and read from shared memory, and nothing is spilled."""
+    assert row["registers"] <= MAX_REGISTERS_OF_PRODUCTS, row
+    assert row["stack"] <= (0 if capability == 90 else MAX_STACK_OF_PRODUCTS), row
+    assert row["local"] == 0, row
+    assert row["shared"] <= MAX_SHARED_OF_DESCRIPTORS, row
+    assert row["bulk loads"] > 0, row
+    assert row["matrix loads"] == 0, row
+    assert row["tensor cores"] == {90: "wgmma", 100: "tcgen05"}[capability], row

@@ -261,3 +261,21 @@ def test_the_environment_forces_a_whole_network(monkeypatch):
         monkeypatch.setenv("FASTENS_CHOOSE", "conv=grouped")
         assert relative_error(ens(x), expected) <= OP[torch.float32]
         assert [layer.backend for layer in ens.report().layers] == ["grouped"] * 2
+
+
+@torch.no_grad()
+def test_what_is_met_first_while_a_graph_is_recorded_follows_the_rule(tmp_path, monkeypatch):
+    add = choice(tmp_path / "choices.json")
+    add.rule = lambda x: "fast"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert add.choose((X,), CPU) == "fast"
+    assert add.choose((X,), CPU, ruled=False) == "slow"
+    with torch.enable_grad():
+        assert add.choose((X,), CPU) == "slow"
+    assert add.clock.timed == []
+    add.rule = lambda x: None
+    assert add.choose((X,), CPU) == "slow"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    add.rule = lambda x: "slow"
+    assert add.choose((X,), CPU) == "fast"  # measured, now that it can be
