@@ -272,6 +272,18 @@ def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
     assert not any(t.any() for t in taken)
 
 
+@pytest.mark.parametrize("per_group", [0, 1, 3, 8, 64, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_few_programs_hold_whole_groups_where_they_can(dtype, per_group):
+    launch = pytest.importorskip("fastens.kernels._conv2d_launch")
+    for rows, space, channels in ((1, 1, 3), (1, 64, 256), (2, 100, 512), (64, 16, 256)):
+        tiles = launch.tiles_for(torch.empty(0, dtype=dtype), 5, rows, space, 256, (channels, 40), 9, per_group)
+        programs = 5 * -(-rows // tiles.rows) * -(-space // tiles.places) * -(-256 // tiles.block_n)
+        assert tiles.splits == 1 or programs * tiles.splits <= launch.MULTIPROCESSORS
+        assert tiles.block_n >= (per_group if per_group in (1, 8) else 16)
+        assert per_group != 64 or dtype == torch.double or tiles.block_n in (64, 128)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_residual_block_is_two_calls(backend):
     torch.manual_seed(0)
