@@ -245,7 +245,7 @@ def products_of_source(
         tap_h, tap_w = tap // TAPS_W, tap % TAPS_W
         block = step // (TAPS_H * TAPS_W) * BLOCK_K
         at_h, at_w = top + tap_h, left + tap_w
-        inside = (at_h.to(tl.uint32) < height.to(tl.uint32)) & (at_w.to(tl.uint32) < width.to(tl.uint32))
+        inside = (at_h.to(tl.uint32) < tl.cast(height, tl.uint32)) & (at_w.to(tl.uint32) < tl.cast(width, tl.uint32))
         exists = block + of_block < own_channels
         if EVEN_K:
             exists = of_block >= 0

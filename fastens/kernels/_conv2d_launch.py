@@ -158,7 +158,9 @@ def _cut(
     splits = 1
     if tiles * -(-outputs // block_n) * 2 <= available and not wide:
         ways = {}
-        while block_n >= max(16, per_group):
+        in_tile = per_group <= block_n and not per_group & (per_group - 1)
+        fewest = max(16, per_group) if in_tile else 16
+        while block_n >= fewest:
             most = min(most_splits, available // (tiles * -(-outputs // block_n)), max(1, steps // STEPS_PER_SPLIT))
             for splits in range(1, most + 1):
                 each = -(-steps // splits)

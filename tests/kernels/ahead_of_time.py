@@ -229,6 +229,11 @@ def convolutions(dtype, short):
         behind = (empty(5 * batch, 256), None, 1.0, "none", 32, False, "auto", skip, skip_moments, 32)
         call = (x, weight, empty(5, 256), (1, 1), (1, 1), None, *norm, *behind)
         yield f"conv2d skip {short} {size}x{size} B={batch}", lambda call=call: conv2d(*call)
+    ones = empty(1, 1, 1, 1)  # all sizes that are compiled as constants because they are 1
+    norm = (torch.empty(1, 1, 1, 2), empty(1, 2), None, 1e-5, None, None, "silu")
+    behind = (None, None, 1.0, "none", 1, False, "auto", ones, torch.empty(1, 1, 1, 2), 1)
+    call = (ones, empty(1, 1, 2, 1, 1), None, (1, 1), (0, 0), None, *norm, *behind)
+    yield f"conv2d of ones {short}", lambda call=call: conv2d(*call)
     x, weight = empty(5, 256, 32, 32).to(memory_format=torch.channels_last), empty(5, 256, 3, 3, 256).movedim(4, 2)
     mask = torch.zeros(5, 32, 32, 8, dtype=torch.int32)
     yield (

@@ -7,7 +7,7 @@ from fastens.ops.conv2d import conv2d
 from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.group_moments import group_moments
 from tests.ops.cases import DTYPES
-from tests.ops.test_conv2d import VARIANTS, block, in_double
+from tests.ops.convolutions import VARIANTS, block, in_double
 from tests.tolerances import OP, relative_error
 
 _conv2d_launch = pytest.importorskip("fastens.kernels._conv2d_launch")
