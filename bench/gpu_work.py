@@ -67,6 +67,9 @@ def operations_of(launch):
     """Multiplications and additions of the products of a launch."""
     if launch.function in (calls.conv2d, calls.linear):
         return 2 * math.prod(size_of(launch.args[0])) * math.prod(size_of(launch.args[2])[2:])
+    if launch.function is calls.linear_group:
+        outs, _, stacks = launch.args[:3]
+        return sum(2 * math.prod(size_of(y)) * size_of(w)[2] for y, w in zip(outs, stacks, strict=True))
     if launch.function is calls.attention:
         out, q, k = launch.args[:3]
         rows, heads, queries, width = size_of(out)

@@ -32,7 +32,9 @@ from fastens.kernels.layer_norm import layer_norm
 from fastens.kernels.linear import linear
 from fastens.kernels.linear_group import linear_group
 from fastens.kernels.member_variance import member_variance
+from fastens.kernels.normal import normal
 from fastens.kernels.pointwise import pointwise
+from fastens.kernels.sampler_step import sampler_step
 from fastens.program.steps import Opcode
 
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
@@ -184,6 +186,12 @@ def launches():
         weight = torch.empty(5, 48, 3, 3, 64, dtype=dtype).movedim(4, 2)
         call = (x.to(dtype), weight, None, (1, 1), (1, 1))
         yield f"conv2d {short}", lambda call=call: in_full_precision(*call, num_groups=12)
+    numbers = (torch.tensor(1), torch.tensor(2), torch.arange(4))
+    yield "normal", lambda: normal(*numbers, shape[1:])
+    state, row = torch.empty(shape), torch.empty(5)
+    for dtype, short in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
+        call = (state, state.to(dtype), None, row, "clipped", -1.0, 1.0, *numbers)
+        yield f"sampler_step {short}", lambda call=call: sampler_step(*call)
     yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
 
 
@@ -307,6 +315,8 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "conv2d block bf16 C=128 256x256/1 B=1",
     "conv2d auto bf16 C=256 16x16/2 B=2",
     "conv2d_sum bf16 B=1",
+    "normal",
+    "sampler_step bf16",
     "tma 128x128 bf16 3x3 32x32/1",
     "tma 128x256 bf16 3x3 32x32/1",
     "tma 128x128 f32 3x3 16x16/2",

@@ -22,6 +22,7 @@ MAX_SHARED = 99 * 1024  # bytes, what sm_86 and sm_89 give a block
 MAX_SHARED_OF_WIDE = 163 * 1024  # bytes: wide tiles are refused before sm_90, which gives a block more
 MAX_SHARED_OF_DESCRIPTORS = 227 * 1024  # bytes, what compute capabilities 9.0 and 10.0 give a block
 MAX_STACK_OF_WAVES = 48  # bytes: sine and cosine keep the words of 2/pi there, for the range of large arguments
+WAVES = ("pointwise_kernel", "normal_kernel", "sampler_step_kernel")
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
 
@@ -42,7 +43,8 @@ def check_compiled(capability, *options):
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
         "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
         "maps_kernel", "normalise_kernel", "join_moments_kernel", "pointwise_kernel", "concatenate_kernel",
-        "attention_kernel", "prepared_kernel", *(["conv2d_tma_kernel"] if capability >= 90 else []),
+        "normal_kernel", "sampler_step_kernel", "attention_kernel", "prepared_kernel",
+        *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
         if row["kernel"] == "conv2d_tma_kernel":
@@ -50,7 +52,7 @@ def check_compiled(capability, *options):
             continue
         products = row["kernel"] in PRODUCTS
         assert row["registers"] <= (MAX_REGISTERS_OF_PRODUCTS if products else MAX_REGISTERS), row
-        stack = MAX_STACK_OF_WAVES if row["kernel"] == "pointwise_kernel" else MAX_STACK
+        stack = MAX_STACK_OF_WAVES if row["kernel"] in WAVES else MAX_STACK
         assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else stack), row
         assert row["local"] == 0, row
         assert row["shared"] <= (MAX_SHARED_OF_WIDE if " wide " in row["launch"] else MAX_SHARED), row
