@@ -23,7 +23,11 @@ limit=${PART_SECONDS:-570}
 export FASTENS_BENCH_OUT="$out" PYTHONUNBUFFERED=1 FASTENS_BENCH_SECONDS=$((limit * 3 / 4))
 export TORCHINDUCTOR_CACHE_DIR="$PWD/build/bench-cache/inductor" TRITON_CACHE_DIR="$PWD/build/bench-cache/triton"
 [ -z "$rehearse" ] || export FASTENS_BENCH_DEVICE=cpu TRITON_INTERPRET=1
-commit=$(git describe --always --dirty 2>/dev/null)
+commit=${FASTENS_BENCH_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
+if [ -z "$commit" ]; then  # a copy of the tree without its history
+  commit=tree-$(find bench csrc fastens tests -type f ! -name '*.pyc' ! -name '*.so' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)
+fi
+export FASTENS_BENCH_COMMIT="$commit"
 failed=0
 
 run() {  # run PART COMMAND...: its log in DIR; a failure is counted, and the rest goes on

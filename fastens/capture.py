@@ -19,7 +19,8 @@ def record_graph(run: Callable[[], Any], device: torch.device) -> tuple[Callable
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # a stream of this device: the default one is of the device that recorded first; other threads may be at work
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = run()
     return graph.replay, output
 

@@ -226,9 +226,11 @@ class FakeCuda:
         self.stream_now = before
 
     @contextmanager
-    def graph(self, graph):
-        self.log.append("capture begins")
-        yield
+    def graph(self, graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.log.append(f"capture begins on {stream.name}")
+        with self.stream(stream):
+            yield
         self.log.append("capture ends")
 
 
@@ -239,8 +241,8 @@ def test_a_graph_is_recorded_after_a_warm_up_beside_the_callers_stream(monkeypat
     )
     assert output == 5
     assert cuda.log == [
-        "side wait_stream main", *["run on side"] * capture.WARM_UP, "main wait_stream side", "capture begins",
-        "run on main", "capture ends",
+        "side wait_stream main", *["run on side"] * capture.WARM_UP, "main wait_stream side",
+        "capture begins on side", "run on side", "capture ends",
     ]  # fmt: skip
     replay()
     assert cuda.log[-1] == "graph replay"

@@ -40,6 +40,23 @@ def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
         gpu_table.keep(tmp_path, tmp_path / "results")
 
 
+def test_a_copy_of_the_tree_without_its_history_does_not_take_parts_for_done(tmp_path):
+    script = tmp_path / "tree" / "bench" / "gpu.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text((ROOT / "bench" / "gpu.sh").read_text())
+    environment = {**os.environ, "PYTHON": "true", "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    environment.pop("FASTENS_BENCH_COMMIT", None)
+    command = ["bash", script, "--rehearse", tmp_path / "out", "mask"]
+
+    def run():
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert run().startswith("ok      mask")
+    assert run().startswith("done    mask")
+    script.write_text(script.read_text() + "\n")
+    assert run().startswith("ok      mask")
+
+
 def test_every_part_is_listed_and_known():
     parts = gpu_sh("--list").stdout.split()
     assert {"G1", "G2", "G3", "G4", "G5", "G6", "G7_1", "G7_16", "sanitizer_memcheck", "sanitizer_racecheck"} <= set(

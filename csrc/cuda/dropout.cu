@@ -36,8 +36,8 @@ void launch(const DropJob& job, const Launch& launch) {
 // Rows first and channels last, with more than one of both channels and places.
 bool is_channels_last(const Tensor& x) {
   const int64_t dims = x.dim();
-  int64_t expected = x.size(1);
   if (dims < 3 || x.is_contiguous() || x.stride(1) != 1) return false;
+  int64_t expected = x.size(1);
   for (int64_t d = dims - 1; d > 1; --d) {
     if (x.size(d) != 1 && x.stride(d) != expected) return false;
     expected *= x.size(d);

@@ -25,7 +25,9 @@ Shapes = list[tuple[int, ...] | None]
 
 def tolerance_for(tensor: Tensor, network: nn.Module) -> float:
     """The tolerance for one output of a network, which computes no more exactly than its weights are."""
-    tf32 = tensor.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    # allow_tf32, the older name, raises where one of these was set
+    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    tf32 = tensor.is_cuda and "tf32" in precisions
     tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
     weights = (tolerances.get(parameter.dtype, 0.0) for parameter in network.parameters())
     return max(tolerances[tensor.dtype], *weights) if tensor.dtype in tolerances else 0.0

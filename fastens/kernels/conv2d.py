@@ -147,7 +147,7 @@ def conv2d(
     mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     bias, row_bias = (None if t is None else t.contiguous() for t in (bias, row_bias))
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):

@@ -41,7 +41,8 @@ def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], f
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may be at work
+        # a stream of this device; other threads may be at work
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             for _ in range(REPETITIONS):
                 run()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -86,15 +86,24 @@ def test_noise_does_not_choose(tmp_path):
     assert choice(tmp_path / "b", {"slow": 1e-3, "fast": 0.96e-3}).choose((X,), CPU) == "fast"
 
 
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+def too_large(x):
+    raise OutOfResources("shared memory")
+
+
 @torch.no_grad()
 def test_ways_that_fail_or_disagree_are_never_chosen(tmp_path):
     ways = {"slow": Way(slow), "wrong": Way(wrong), "broken": Way(broken), "odd": Way(fast, lambda x: "never")}
-    add = choice(tmp_path / "choices.json", **ways)
+    add = choice(tmp_path / "choices.json", **ways, large=Way(too_large))
     assert add.choose((X,), CPU) == "slow"
     failed = add.table.find("cpu", "add", "[6]")["failed"]
-    assert set(failed) == {"wrong", "broken"}
+    assert set(failed) == {"wrong", "broken", "large"}
     assert "relative error" in failed["wrong"]
     assert "no workspace" in failed["broken"]
+    assert failed["large"] == "OutOfResources: shared memory"
     bad = X.clone()
     bad[2] = torch.nan
     assert _choice._disagreement(fast(bad), slow(bad)) is None

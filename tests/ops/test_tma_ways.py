@@ -145,6 +145,12 @@ def test_why_descriptors_are_refused_is_said(monkeypatch):
     assert "nothing before" in why(tiling="triton apart")
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert "full precision" in why(dtype=torch.float32)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # allow_tf32 raises from here on
+    try:
+        assert "full precision" in why(dtype=torch.float32)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "descriptor" in name else name)
     assert "without tensor descriptors" in why()
 
