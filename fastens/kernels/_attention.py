@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._rows import interpreting
+from fastens.kernels._rows import interpreting, multiprocessors
 
 LARGEST = 256  # channels of a head
-MULTIPROCESSORS = 132  # of an H100 or H200: with fewer programs tiles are made narrower
 
 
 @triton.jit
@@ -88,7 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, into: Tensor) -> Te
     keys, value_width = v.shape[2:]
     block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (width, value_width))
     block_m = min(64, max(16, triton.next_power_of_2(queries)))
-    while block_m > 16 and rows * heads * triton.cdiv(queries, block_m) < MULTIPROCESSORS:
+    while block_m > 16 and rows * heads * triton.cdiv(queries, block_m) < multiprocessors(into.device):
         block_m //= 2
     block_n = min(32 if max(block_d, block_v) > 128 else 64, max(16, triton.next_power_of_2(keys)))
     tiles = triton.cdiv(queries, block_m)

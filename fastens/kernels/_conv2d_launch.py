@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastens.kernels._conv2d import maps_kernel
 from fastens.kernels._counters import counters
-from fastens.kernels._rows import members_of_rows
+from fastens.kernels._rows import members_of_rows, multiprocessors
 from fastens.reference.group_moments import SPAN
 
 JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more are joined once, by a kernel before
@@ -22,7 +22,6 @@ MAP_TILE = 2048  # moments that are joined at a time
 STEPS_PER_SPLIT = 4  # a split of a sum is at least as long
 MOST_SPLITS = 32
 JOINED_AFTER = 1 << 16  # bytes that a program loads while the last split waits for the memory that they meet in
-MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +127,9 @@ def tiles_for(
             both places and channels.
         sums: how many members are summed into one result.
     """
-    available = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS
     return _cut(
-        x.dtype.itemsize, available, MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps, per_group,
-        tiling, sums,
+        x.dtype.itemsize, multiprocessors(x.device), MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps,
+        per_group, tiling, sums,
     )  # fmt: skip
 
 

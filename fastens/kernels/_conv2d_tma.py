@@ -3,8 +3,7 @@
 y[r] = act((conv(x[r], W_k) + b_k + row_bias[r] + residual[r]) * output_scale) for the rows r of member k. For each tap
 of the kernel, a tile of x is one box of [R, H, W, C] (of [R, H/2, 2, W/2, 2 C] with a stride of two), which the memory
 accelerator fills with zeros where it overhangs: that is the convolution's padding. Both operands of the products lie
-in shared memory. What is before the convolution (a norm, an activation, a second image) is a pass of its own,
-:func:`fastens.kernels._prepared.prepared`.
+in shared memory. What is before the convolution (a norm, an activation, a second image) is a pass of its own.
 """
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # Triton compiles these functions: pyright takes them for Python.

@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
+
 
 def members_of_rows(offsets: Tensor | None, num_members: int, rows: int, device: torch.device) -> Tensor | None:
     """Return int32 [R], the member of each row; none for equal groups, where a kernel divides.
@@ -25,3 +27,10 @@ def members_of_rows(offsets: Tensor | None, num_members: int, rows: int, device:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time at least."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -35,84 +35,77 @@ from fastens.reference._activation import activate
 from fastens.reference.conv2d import keeps, prepared, together
 
 
-def key(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str:
+def key(*arguments: Any) -> str:
     """What the speed depends on but the device: shapes, dtype, and what is before and behind the convolution."""
-    bias, stride, padding, size, moments, _, _, _, scale, _, activation, row_bias, residual, _, last, groups = rest[:16]
-    skip, _, norm_groups = rest[16:] or (None, None, 0)
+    c = Block(*arguments)
+    norm = "" if c.moments is None else f"norm{c.norm_groups or c.moments.shape[1]}"
     parts = [
-        f"{str(x.dtype).removeprefix('torch.')} x{list(x.shape)} w{list(weight.shape)} s{list(stride)} "
-        f"p{list(padding)} y{list(size)}",
-        "" if bias is not None else "no bias",
-        "" if weight[0].is_contiguous() else "kernels channels_last",
-        "" if skip is None else f"skip{skip.shape[1]}",
-        "" if moments is None else f"norm{norm_groups or moments.shape[1]}" + ("" if scale is None else " by row"),
-        "" if activation == "none" else activation,
-        "" if row_bias is None else "row bias",
-        "" if residual is None else "residual",
-        "" if last == "none" else f"then {last}",
-        f"moments{groups}" if groups else "",
-        torch.backends.cudnn.conv.fp32_precision if x.dtype == torch.float32 else "",
+        f"{str(c.x.dtype).removeprefix('torch.')} x{list(c.x.shape)} w{list(c.weight.shape)} s{list(c.stride)} "
+        f"p{list(c.padding)} y{list(c.size)}",
+        "" if c.bias is not None else "no bias",
+        "" if c.weight[0].is_contiguous() else "kernels channels_last",
+        "" if c.skip is None else f"skip{c.skip.shape[1]}",
+        norm if not norm or c.scale is None else f"{norm} by row",
+        "" if c.activation == "none" else c.activation,
+        "" if c.row_bias is None else "row bias",
+        "" if c.residual is None else "residual",
+        "" if c.output_activation == "none" else f"then {c.output_activation}",
+        f"moments{c.num_groups}" if c.num_groups else "",
+        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",
     ]
     return " ".join(filter(None, parts))
 
 
 def library(
-    into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int],
-    padding: tuple[int, int], size: tuple[int, int], moments: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None, activation: str,
-    row_bias: Tensor | None, residual: Tensor | None, output_scale: float, output_activation: str, num_groups: int,
-    skip: Tensor | None = None, skip_moments: Tensor | None = None, norm_groups: int = 0, *,
-    offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0,
-) -> Tensor:  # fmt: skip
+    *arguments: Any, offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0
+) -> Tensor:
     """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
-    block = Block(
-        into, found, x, weight, bias, stride, padding, size, moments, norm_weight, norm_bias, eps, scale, shift,
-        activation, row_bias, residual, output_scale, output_activation, num_groups, skip, skip_moments, norm_groups,
-    )  # fmt: skip
-    if offsets is None and not block.begins_plain and refuses_pass(*block) is None:
-        x = block.prepared()
+    c = Block(*arguments)
+    if offsets is None and not c.begins_plain and refuses_pass(*c) is None:
+        x = c.prepared()
     else:
-        x, moments = together(x, skip, moments, skip_moments, norm_groups)
-        if moments is None or not x.is_cuda or activation not in ("none", "silu"):
-            x = prepared(x, moments, norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+        x, moments = together(c.x, c.skip, c.moments, c.skip_moments, c.norm_groups)
+        mapping = (c.norm_weight, c.norm_bias, c.eps, offsets, c.scale, c.shift, c.activation)
+        if moments is None or not x.is_cuda or c.activation not in ("none", "silu"):
+            x = prepared(x, moments, *mapping)
         else:  # an image whose space is innermost, and its statistics again
-            x = group_norm(x, moments.shape[1], norm_weight, norm_bias, eps, offsets, scale, shift, activation)
+            x = group_norm(x, moments.shape[1], *mapping)
     if mask is not None:
-        x = x * (keeps(mask, x, weight.shape[0], offsets) * mask_scale)
-    if output_size(x, weight, stride, padding) != tuple(size):  # other zeros below and to the right
+        x = x * (keeps(mask, x, c.weight.shape[0], offsets) * mask_scale)
+    padding = c.padding
+    if output_size(x, c.weight, c.stride, padding) != tuple(c.size):  # other zeros below and to the right
         below, right = (
             (n - 1) * s + taps - have - before
-            for n, s, taps, have, before in zip(size, stride, weight.shape[3:], x.shape[2:], padding, strict=True)
+            for n, s, taps, have, before in zip(c.size, c.stride, c.weight.shape[3:], x.shape[2:], padding, strict=True)
         )
         x, padding = F.pad(x, (padding[1], right, padding[0], below)), (0, 0)
-    y = conv(x, weight, bias, stride, padding, offsets=offsets)
-    if row_bias is not None:
-        y = y + row_bias[:, :, None, None]
-    if residual is not None:
-        y = y + residual
-    y = activate(y if output_scale == 1 else y * output_scale, output_activation)
-    y = y if into is None else into.copy_(y)
-    if num_groups:
-        taken = group_moments(y, num_groups)
-        if found is not None:
-            found.copy_(taken)
+    y = conv(x, c.weight, c.bias, c.stride, padding, offsets=offsets)
+    if c.row_bias is not None:
+        y = y + c.row_bias[:, :, None, None]
+    if c.residual is not None:
+        y = y + c.residual
+    y = activate(y if c.output_scale == 1 else y * c.output_scale, c.output_activation)
+    y = y if c.into is None else c.into.copy_(y)
+    if c.num_groups:
+        taken = group_moments(y, c.num_groups)
+        if c.found is not None:
+            c.found.copy_(taken)
     return y
 
 
 def fused(tiling: str) -> Callable[..., Tensor]:
     """All of it in one kernel of ours."""
 
-    def way(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def way(
+        *arguments: Any, offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0
+    ) -> Tensor:
         from fastens.kernels.conv2d import conv2d
 
-        bias, stride, padding, size, *others = rest[:16]
-        skip, skip_moments, norm_groups = rest[16:] or (None, None, 0)
-        if into is None:
-            shape = (x.shape[0], weight.shape[1], *size)
-            into = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        c = Block(*arguments)
         y, _ = conv2d(
-            x, weight, bias, stride, padding, None, *others, False, tiling, skip, skip_moments, norm_groups,
-            into=(into, found),
+            c.x, c.weight, c.bias, c.stride, c.padding, offsets, c.moments, c.norm_weight, c.norm_bias, c.eps, c.scale,
+            c.shift, c.activation, c.row_bias, c.residual, c.output_scale, c.output_activation, c.num_groups, False,
+            tiling, c.skip, c.skip_moments, c.norm_groups, mask, mask_scale, into=(c.result(), c.found),
         )  # fmt: skip
         return y
 
@@ -122,20 +115,21 @@ def fused(tiling: str) -> Callable[..., Tensor]:
 def refuses(tiling: str) -> Callable[..., str | None]:
     """Why the kernel does not take it in this tiling, or none."""
 
-    def why(into: Tensor | None, found: Tensor | None, x: Tensor, weight: Tensor, *rest: Any) -> str | None:
-        images = [image for image in (x, into, *rest[16:17]) if image is not None]
+    def why(*arguments: Any) -> str | None:
+        c = Block(*arguments)
+        images = [image for image in (c.x, c.into, c.skip) if image is not None]
         if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
             return "an image whose channels are not last in memory"
-        if x.dtype not in KERNEL_DTYPES or any(t.dtype != x.dtype for t in (*images, weight)):
+        if c.x.dtype not in KERNEL_DTYPES or any(t.dtype != c.x.dtype for t in (*images, c.weight)):
             return "a dtype that the kernel has not, or several"
-        if x.numel() == 0:
+        if c.x.numel() == 0:
             return "nothing to compute"
         if tiling == "wide":
-            if weight.shape[1] <= WIDE_OUTPUTS or x.dtype == torch.float64:
+            if c.weight.shape[1] <= WIDE_OUTPUTS or c.x.dtype == torch.float64:
                 return "no more outputs than an ordinary tile has"
-            if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+            if c.x.is_cuda and torch.cuda.get_device_capability(c.x.device)[0] < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
-        return missing_triton(x.device)
+        return missing_triton(c.x.device)
 
     return why
 

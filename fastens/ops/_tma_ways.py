@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
+from fastens.reference._activation import activate
 
 LINE = 16  # bytes that addresses and strides in descriptors are multiples of
 BOX = 128  # bytes of channels that a box holds
@@ -50,12 +51,17 @@ class Block(NamedTuple):
         return self.moments is None and self.activation == "none" and self.skip is None
 
     def prepared(self) -> Tensor:
-        """What is convolved, by a kernel of its own that takes the given moments."""
-        from fastens.kernels._prepared import prepared
+        """What is convolved, in memory of its own: normalised by the given moments, or joined and activated alone."""
+        if self.moments is None:
+            whole = self.x if self.skip is None else torch.cat([self.x, self.skip], 1)
+            return activate(whole.contiguous(memory_format=torch.channels_last), self.activation)
+        from fastens.kernels.group_norm import normalise
 
-        return prepared(
-            self.x, self.weight.shape[0], self.skip, self.moments, self.skip_moments, self.norm_groups,
-            self.norm_weight, self.norm_bias, self.eps, self.scale, self.shift, self.activation,
+        size = (self.x.shape[0], self.weight.shape[2], *self.x.shape[2:])
+        return normalise(
+            self.x, self.moments, self.norm_weight, self.norm_bias, self.eps, self.scale, self.shift, self.activation,
+            skip=self.skip, skip_moments=self.skip_moments, norm_groups=self.norm_groups,
+            into=torch.empty(size, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last),
         )  # fmt: skip
 
     def result(self) -> Tensor:

@@ -21,9 +21,10 @@ from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
 from fastens.ops import linear as linear_op
 from fastens.ops import linear_group as group_op
-from fastens.ops._block_ways import CHOICE, library
+from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
 from fastens.ops._rows import is_dense
+from fastens.ops._tma_ways import Block
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
@@ -72,27 +73,19 @@ def conv2d(
         _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
                        output_scale, output_activation)  # fmt: skip
         return
-    arguments = (
+    arguments = Block(
         out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
         norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
         skip, skip_moments, norm_groups,
     )  # fmt: skip
+    way, more = "library", {}
     if offsets is not None or mask is not None:
-        if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
-            from fastens.kernels.conv2d import conv2d as launch
-
-            launch(
-                *arguments[2:7], offsets, *arguments[8:20], False, "auto", skip, skip_moments, norm_groups, mask,
-                mask_scale, into=(out, found),
-            )  # fmt: skip
-        else:
-            library(*arguments, offsets=offsets, mask=mask, mask_scale=mask_scale)
-        return
-    way = "library"
+        more = {"offsets": offsets, "mask": mask, "mask_scale": mask_scale}
     if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
-        way = CHOICE.choose((None, None, *arguments[2:]), x.device, "auto" if x.is_cuda else "triton")
-    CHOICE.ways[way].run(*arguments)
+        measured = x.is_cuda and not more
+        way = CHOICE.choose(arguments._replace(into=None, found=None), x.device, "auto" if measured else "triton")
+    CHOICE.ways[way].run(*arguments, **more)
 
 
 def _shared_conv2d(

@@ -106,14 +106,7 @@ class LaunchPlan:
         whole = source.size == out.size and source.same_image(out) and self._dtypes == [flow.dtype(out)]
         space = zip(x.size[2:], weight.shape[3:], stride, padding, strict=True)
         symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
-        plain = (
-            settings["row_bias"]
-            is settings["residual"]
-            is settings["skip"]
-            is settings["offsets"]
-            is settings["mask"]
-            is None
-        )
+        plain = all(settings[name] is None for name in ("row_bias", "residual", "skip", "offsets", "mask"))
         plain = plain and not settings["shared"]
         plain = plain and settings["output_scale"] == 1 and settings["output_activation"] == "none"
         plain = plain and not settings["norm_groups"] and "found" not in settings

@@ -21,7 +21,6 @@ from fastens import rules
 from fastens.kernels._attention import attention
 from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
 from fastens.kernels._join import join
-from fastens.kernels._prepared import prepared
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
@@ -276,14 +275,6 @@ def descriptors(empty, short):
             name = f"{tiling} {short} {taps}x{taps} {size}x{size}/{stride}"
             call = (x, weight, *ending, tiling)
             yield name, lambda call=call: conv2d_tma(*call)
-    for channels, beyond in ((256, 0), (256, 128)):
-        x, skip = (
-            empty(10, c, 32, 32).to(memory_format=torch.channels_last) if c else None for c in (channels, beyond)
-        )
-        moments = [torch.empty(10, c // 4, 8, 2) if c else None for c in (channels, beyond)]
-        own = [empty(10, channels + beyond)] * 2
-        call = (x, 5, skip, *moments, 32, *[empty(5, channels + beyond)] * 2, 1e-5, *own, "silu")
-        yield f"prepared {short} {channels} + {beyond}", lambda call=call: prepared(*call)
 
 
 SAMPLE = {  # every kernel once, the more demanding ones twice
@@ -320,7 +311,6 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "tma 128x128 bf16 3x3 32x32/1",
     "tma 128x256 bf16 3x3 32x32/1",
     "tma 128x128 f32 3x3 16x16/2",
-    "prepared bf16 256 + 0",
     "conv2d skip bf16 8x8 B=1",
 }
 

@@ -33,10 +33,10 @@ class Recorder:
 @pytest.fixture
 def launched(monkeypatch, request):
     """The kernels that ran, by name, as on a GPU of one multiprocessor unless the test is of split sums."""
-    from fastens.kernels import _conv2d_launch, conv2d, conv2d_sum, group_moments
+    from fastens.kernels import _conv2d_launch, _rows, conv2d, conv2d_sum, group_moments
 
     if "split" not in request.node.name:
-        monkeypatch.setattr(_conv2d_launch, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr(_rows, "MULTIPROCESSORS", 1)
     names = []
     for module in (_conv2d_launch, conv2d, conv2d_sum, group_moments):
         for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "partial_kernel"):
@@ -130,7 +130,7 @@ def test_tiles_of_few_programs_hold_whole_groups_where_they_can(dtype, per_group
     for rows, space, channels in ((1, 1, 3), (1, 64, 256), (2, 100, 512), (64, 16, 256)):
         tiles = launch.tiles_for(torch.empty(0, dtype=dtype), 5, rows, space, 256, (channels, 40), 9, per_group)
         programs = 5 * -(-rows // tiles.rows) * -(-space // tiles.places) * -(-256 // tiles.block_n)
-        assert tiles.splits == 1 or programs * tiles.splits <= launch.MULTIPROCESSORS
+        assert tiles.splits == 1 or programs * tiles.splits <= launch.multiprocessors(torch.device("cpu"))
         assert tiles.block_n >= (per_group if per_group in (1, 8) else 16)
         assert per_group != 64 or dtype == torch.double or tiles.block_n in (64, 128)
 

@@ -4,45 +4,19 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fastens import _native
 from fastens.ops.run_program import available, run_program
 from fastens.program import steps
 from fastens.program.steps import Opcode, Strided
+from fastens.reference import pointwise as pointwise_reference
 from fastens.reference import run_program as reference
 from tests.ops.programs import Memory, assert_close, random
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(not available(), reason=f"no compiled library: {_native.status()}")
-UNARY = {
-    Opcode.COPY: lambda x: x,
-    Opcode.SILU: F.silu,
-    Opcode.GELU: F.gelu,
-    Opcode.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
-    Opcode.SIGMOID: torch.sigmoid,
-    Opcode.TANH: torch.tanh,
-    Opcode.EXP: torch.exp,
-    Opcode.LOG: torch.log,
-    Opcode.SIN: torch.sin,
-    Opcode.COS: torch.cos,
-    Opcode.SQRT: torch.sqrt,
-    Opcode.SQUARE: torch.square,
-    Opcode.RELU: torch.relu,
-    Opcode.ABS: torch.abs,
-}
-BINARY = {
-    Opcode.ADD: torch.add,
-    Opcode.SUBTRACT: torch.sub,
-    Opcode.MULTIPLY: torch.mul,
-    Opcode.DIVIDE: torch.div,
-}
-NUMBERED = {
-    Opcode.ADD_NUMBER: lambda x, number: x + number,
-    Opcode.MULTIPLY_NUMBER: lambda x, number: x * number,
-    Opcode.NUMBER_MINUS: lambda x, number: number - x,
-    Opcode.NUMBER_OVER: lambda x, number: number / x,
-}
+UNARY = {Opcode.COPY: lambda x: x, **pointwise_reference.UNARY}
+BINARY, NUMBERED = pointwise_reference.BINARY, pointwise_reference.NUMBERED
 EXTREME = torch.tensor(
     [
         *(
