@@ -179,7 +179,8 @@ class Plans:
             why = f"the network has {', '.join(map(str, other))}"
         else:
             try:
-                plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt, seen)
+                with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
+                    plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt, seen)
             except (NotRecordable, NotLowerable) as error:
                 why = str(error)
             except RuntimeError as error:  # the network wants a layout that a recording does not give it

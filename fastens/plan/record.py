@@ -280,7 +280,8 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
     recording = Recording(sketch)
     recording.inputs = [recording.ref(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
-    with _Operations(recording), _MemberOps(recording):
+    # in inference mode an operation that is made of others would come whole
+    with torch.inference_mode(False), torch.no_grad(), _Operations(recording), _MemberOps(recording):
         result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result
