@@ -7,22 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-WARM_UP = 3  # runs before a recording, in which libraries choose their algorithms and Triton compiles
-
-
-def record_graph(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Record ``run`` as a CUDA graph; return what replays it, and the outputs that a replay overwrites."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # a stream of this device: the default one is of the device that recorded first; other threads may be at work
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        output = run()
-    return graph.replay, output
+from fastens.ops._graph import record_graph
 
 
 class RecordedStep:

@@ -1,5 +1,6 @@
 """What an ensemble says of itself: engine and backend of each layer, and why."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,9 @@ class Report:
         why_no_plan: why the last signature without one has none; empty where none was refused.
         plan_bytes: memory of packed weights and arenas.
         target: the instruction set that plans run on; empty where they are launches.
+        ways: one per plan of launches: how many convolutions run in each way, as was measured.
+        graphs: plans' launches that are replayed as CUDA graphs.
+        why_no_graph: the error because of which a plan's launches are not.
     """
 
     engine: str
@@ -55,6 +59,9 @@ class Report:
     why_no_plan: str = ""
     plan_bytes: int = 0
     target: str = field(default_factory=target)
+    ways: list[dict[str, int]] = field(default_factory=list)
+    graphs: int = 0
+    why_no_graph: str = ""
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -65,8 +72,14 @@ class Report:
         """A table, one line per layer."""
         total = sum(layer.parameters for layer in self.layers) or 1
         lines = [f"engine {self.engine}, {self.num_members} members: {self.why}"]
-        for plan in self.plans:
-            lines.append(f"  plan: {', '.join(f'{count} {kind}' for kind, count in plan.items())}")
+        for plan, ways in itertools.zip_longest(self.plans, self.ways):
+            lines.append(f"  plan: {_counted(plan)}")
+            if ways:
+                lines.append(f"    convolutions by: {_counted(ways)}")
+        if self.graphs:
+            lines.append(f"  {self.graphs} CUDA graphs replay the launches of plans")
+        if self.why_no_graph:
+            lines.append(f"  launched from the host, since recording failed: {self.why_no_graph}")
         if self.plans:
             if self.target:
                 lines.append(f"  plans run on {describe_target(self.target)}")
@@ -80,6 +93,10 @@ class Report:
                 line += f"  {self.num_members} calls, {share:.0f} % of the parameters: {layer.why}"
             lines.append(line)
         return "\n".join(lines)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def backends() -> dict[str, str]:

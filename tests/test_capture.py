@@ -10,6 +10,7 @@ from torch import nn
 
 import fastens
 from fastens import capture
+from fastens.ops import _graph
 
 
 class Net(nn.Module):
@@ -241,7 +242,7 @@ def test_a_graph_is_recorded_after_a_warm_up_beside_the_callers_stream(monkeypat
     )
     assert output == 5
     assert cuda.log == [
-        "side wait_stream main", *["run on side"] * capture.WARM_UP, "main wait_stream side",
+        "side wait_stream main", *["run on side"] * _graph.WARM_UP, "main wait_stream side",
         "capture begins on side", "run on side", "capture ends",
     ]  # fmt: skip
     replay()

@@ -334,7 +334,7 @@ class FoldEngine:
         plans = self.plans
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
-        return Report(self.engine, self.num_members, self.why, *found, where)
+        return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches)
 
 
 def _joined(parts: list[tuple[list[Any], Any]]) -> tuple[list[Any], Any]:

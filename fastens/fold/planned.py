@@ -90,6 +90,15 @@ class Plans:
         """How many steps of each kind each plan has."""
         return [plan.kinds for plan, _ in self._plans.values()]
 
+    @property
+    def launches(self) -> tuple[list[dict[str, int]], int, str]:
+        """Of plans that are launches: the ways of their convolutions, how many graphs there are, why some are not."""
+        from fastens.plan.launches import LaunchPlan
+
+        plans = [plan for plan, _ in self._plans.values() if isinstance(plan, LaunchPlan)]
+        why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
+        return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
+
     def run(self, key: Any, inputs: Leaves) -> tuple[Leaves, Any] | None:
         """Run the plan of a signature.
 

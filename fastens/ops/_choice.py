@@ -156,22 +156,45 @@ class Choice:
         if self.observer is not None:
             self.observer(self, arguments)
             return self.default
-        forced = _forced(os.environ.get("FASTENS_CHOOSE", "")).get(self.op)
-        if forced in self.ways:
-            return forced if self.ways[forced].refuses(*arguments) is None else self.default
+        forced = self._forced_way(arguments)
+        if forced is not None:
+            return forced
         if device.type not in self.devices:
-            return (self.rule(*arguments) if ruled and _can_measure() else None) or self.default
-        identity = (device, self.key(*arguments))
-        known = self._known.get(identity)
-        if known is None:
-            entry = self.table.find(device_name(device), self.op, identity[1])
-            if entry is None and not _can_measure():
+            return (self.rule(*arguments) if ruled and can_measure() else None) or self.default
+        found = self._found(arguments, device)
+        if found is None:
+            if not can_measure():
                 return (self.rule(*arguments) if ruled and _is_plain() else None) or self.default
-            entry = entry or self.measure(arguments, device)
-            # a shipped table may name a way that this installation lacks
-            fits = entry["chosen"] in self.ways and self.ways[entry["chosen"]].refuses(*arguments) is None
-            known = self._known[identity] = entry["chosen"] if fits else self.default
+            found = self._keep(self.measure(arguments, device), arguments, device)
+        return found
+
+    def known(self, arguments: Sequence[Any], device: torch.device) -> str | None:
+        """The way that :meth:`choose` takes now, none where it would measure first."""
+        forced = self._forced_way(arguments)
+        if forced is None and device.type not in self.devices:
+            return self.rule(*arguments) or self.default
+        return forced or self._found(arguments, device)
+
+    def _forced_way(self, arguments: Sequence[Any]) -> str | None:
+        forced = _forced(os.environ.get("FASTENS_CHOOSE", "")).get(self.op)
+        if forced not in self.ways:
+            return None
+        return forced if self.ways[forced].refuses(*arguments) is None else self.default
+
+    def _found(self, arguments: Sequence[Any], device: torch.device) -> str | None:
+        """The way that was measured, none where there is no measurement."""
+        key = self.key(*arguments)
+        known = self._known.get((device, key))
+        if known is None:
+            entry = self.table.find(device_name(device), self.op, key)
+            known = None if entry is None else self._keep(entry, arguments, device)
         return known
+
+    def _keep(self, entry: Entry, arguments: Sequence[Any], device: torch.device) -> str:
+        # a shipped table may name a way that this installation lacks
+        fits = entry["chosen"] in self.ways and self.ways[entry["chosen"]].refuses(*arguments) is None
+        found = self._known[device, self.key(*arguments)] = entry["chosen"] if fits else self.default
+        return found
 
     def measure(self, arguments: Sequence[Any], device: torch.device) -> Entry:
         """Time every way that takes the arguments and agrees with the default; add the result to the table."""
@@ -236,7 +259,7 @@ def _is_plain() -> bool:
     )
 
 
-def _can_measure() -> bool:
+def can_measure() -> bool:
     """Whether timing makes sense now: plain, and no graph is recorded."""
     return _is_plain() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastens.ops._graph import record_graph
+
 REPETITIONS = 10
 
 
@@ -34,24 +36,19 @@ def _host_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def several() -> None:
+        for _ in range(REPETITIONS):
             run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # a stream of this device; other threads may be at work
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            for _ in range(REPETITIONS):
-                run()
+
+    replay, _ = record_graph(several, device, warm_up=1)
+    with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds() -> float:
         with torch.cuda.device(device):
-            graph.replay()  # wakes the device, and brings the weights as near as a second evaluation finds them
+            replay()  # wakes the device, and brings the weights as near as a second evaluation finds them
             start.record()
-            graph.replay()
+            replay()
             end.record()
             end.synchronize()
         return start.elapsed_time(end) / 1e3 / REPETITIONS

@@ -29,18 +29,18 @@ class Block(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     size: tuple[int, int]
-    moments: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    eps: float
-    scale: Tensor | None
-    shift: Tensor | None
-    activation: str
-    row_bias: Tensor | None
-    residual: Tensor | None
-    output_scale: float
-    output_activation: str
-    num_groups: int
+    moments: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    eps: float = 1e-5
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str = "none"
+    row_bias: Tensor | None = None
+    residual: Tensor | None = None
+    output_scale: float = 1.0
+    output_activation: str = "none"
+    num_groups: int = 0
     skip: Tensor | None = None
     skip_moments: Tensor | None = None
     norm_groups: int = 0

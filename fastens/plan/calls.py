@@ -43,70 +43,82 @@ def conv2d(
     padding: tuple[int, int],
     *,
     backend: str,
-    moments: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "none",
-    row_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 1.0,
-    output_activation: str = "none",
-    found: Tensor | None = None,
-    num_groups: int = 0,
     shared: bool = False,
-    skip: Tensor | None = None,
-    skip_moments: Tensor | None = None,
-    norm_groups: int = 0,
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     mask_scale: float = 1.0,
+    **settings: Any,
 ) -> None:
     """A convolution with what is before and behind it, and moments of its result into ``found``.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
-    Rows that are dealt out by ``offsets`` or dropped by ``mask`` run in our kernel, whatever measures best.
+    ``settings`` are the further fields of :class:`fastens.ops._tma_ways.Block`. Rows that are dealt out by ``offsets``
+    or dropped by ``mask`` run in our kernel, whatever measures best.
     """
     if shared:
-        _shared_conv2d(out, x, weight, bias, stride, padding, backend, found, num_groups, row_bias, residual,
-                       output_scale, output_activation)  # fmt: skip
+        _shared_conv2d(out, x, weight, bias, stride, padding, backend, settings)
         return
-    arguments = Block(
-        out, found, x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]), moments, norm_weight,
-        norm_bias, eps, scale, shift, activation, row_bias, residual, output_scale, output_activation, num_groups,
-        skip, skip_moments, norm_groups,
-    )  # fmt: skip
+    block = _block(out, x, weight, bias, stride, padding, settings)
     way, more = "library", {}
     if offsets is not None or mask is not None:
         more = {"offsets": offsets, "mask": mask, "mask_scale": mask_scale}
-    if uses_triton(x, backend) and CHOICE.ways["triton"].refuses(*arguments) is None:
+    if _ours(block, backend):
         # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
         measured = x.is_cuda and not more
-        way = CHOICE.choose(arguments._replace(into=None, found=None), x.device, "auto" if measured else "triton")
-    CHOICE.ways[way].run(*arguments, **more)
+        way = CHOICE.choose(block._replace(into=None, found=None), x.device, "auto" if measured else "triton")
+    CHOICE.ways[way].run(*block, **more)
+
+
+def conv2d_way(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    backend: str,
+    shared: bool = False,
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
+    **settings: Any,
+) -> str | None:
+    """The way that such a convolution takes, none where that is not measured yet; nothing runs."""
+    block = _block(out, x, weight, bias, stride, padding, settings)
+    if shared or not _ours(block, backend):
+        return "triton" if shared and uses_triton(x, backend) else "library"
+    if offsets is not None or mask is not None or not x.is_cuda:
+        return "triton"
+    return CHOICE.known(block._replace(into=None, found=None), x.device)
+
+
+def _block(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
+    settings: dict[str, Any],
+) -> Block:  # fmt: skip
+    return Block(out, settings.get("found"), x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]),
+                 **{name: value for name, value in settings.items() if name != "found"})  # fmt: skip
+
+
+def _ours(block: Block, backend: str) -> bool:
+    """Whether our kernel may run it."""
+    return uses_triton(block.x, backend) and CHOICE.ways["triton"].refuses(*block) is None
 
 
 def _shared_conv2d(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    backend: str, found: Tensor | None, num_groups: int, row_bias: Tensor | None, residual: Tensor | None,
-    output_scale: float, output_activation: str,
+    backend: str, settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """A convolution of rows that all members share, which the kernel reads once; the library reads them repeated."""
     if uses_triton(x, backend):
         from fastens.kernels.conv2d import conv2d as launch
 
-        launch(
-            x, weight, bias, stride, padding, row_bias=row_bias, residual=residual, output_scale=output_scale,
-            output_activation=output_activation, num_groups=num_groups, shared=True, into=(out, found),
-        )  # fmt: skip
+        behind = {name: value for name, value in settings.items() if name != "found"}
+        launch(x, weight, bias, stride, padding, **behind, shared=True, into=(out, settings.get("found")))
         return
     repeated = x.repeat(weight.shape[0], 1, 1, 1)
-    conv2d(
-        out, repeated, weight, bias, stride, padding, backend=backend, found=found, num_groups=num_groups,
-        row_bias=row_bias, residual=residual, output_scale=output_scale, output_activation=output_activation,
-    )  # fmt: skip
+    conv2d(out, repeated, weight, bias, stride, padding, backend=backend, **settings)
 
 
 def conv2d_sum(

@@ -26,6 +26,7 @@ from fastens.plan.memory import Buffer, Kept, KeptTensors, lay_out
 from fastens.plan.merging import merge
 from fastens.plan.plan import contiguous, lower_all
 from fastens.plan.record import Recording, mapped
+from fastens.plan.replay import Replays
 from fastens.plan.typed import TypedEmitter
 from fastens.program.steps import Slot
 
@@ -40,18 +41,26 @@ class _Bound:
     outputs: list[tuple[Tensor, torch.dtype]]
     launches: list[tuple[Callable[..., None], Any, Any]]
 
-    def run(self, given: list[Tensor], last: int | None, weights: list[float] | None) -> list[Tensor]:
-        """Run all launches; with weights, launch ``last`` sums over the members, and nothing copies its result."""
+    def read(self, given: list[Tensor]) -> None:
+        """Copy what the launches read of a call to where they read it."""
         for number, static in self.inputs:
             static.copy_(given[number], non_blocking=True)
+
+    def launch(self, last: int | None, weights: list[float] | None) -> list[Tensor]:
+        """Run all launches; with weights, launch ``last`` sums over the members, and its result is the only one."""
         if last is None or weights is None:
             for function, args, kwargs in self.launches:
                 function(*args, **kwargs)
-            return [torch.empty(x.shape, dtype=t, device=x.device).copy_(x) for x, t in self.outputs]
+            return [x for x, _ in self.outputs]
         for function, args, kwargs in (*self.launches[:last], *self.launches[last + 1 :]):
             function(*args, **kwargs)
         _, args, kwargs = self.launches[last]
         return [run.conv2d_sum(weights, *args[1:], **kwargs)]
+
+    def copies(self, results: list[Tensor]) -> list[Tensor]:
+        """The results in memory of their own, and of the dtypes of the pass."""
+        dtypes = [dtype for _, dtype in self.outputs]
+        return [torch.empty(x.shape, dtype=t, device=x.device).copy_(x) for x, t in zip(results, dtypes, strict=True)]
 
 
 class LaunchPlan:
@@ -90,11 +99,18 @@ class LaunchPlan:
         self._lock = threading.Lock()
         self._bound = self._bind()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self.replays = Replays(device)
 
     @property
     def kinds(self) -> dict[str, int]:
         """How many launches of each kind, and calls of torch by name."""
         return Counter(launch.name for launch in self._launches)
+
+    @property
+    def ways(self) -> dict[str, int]:
+        """How many convolutions run in each way, as far as the choices have been made."""
+        found = [run.conv2d_way(*args, **kwargs) for f, args, kwargs in self._bound.launches if f is run.conv2d]
+        return Counter(way or "not measured yet" for way in found)
 
     def _summable(self, flow: Dataflow) -> int | None:
         """The number of the convolution that makes the only output, where it may sum over the members."""
@@ -149,8 +165,8 @@ class LaunchPlan:
     def run(self, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor]:
         """Run the launches.
 
-        While a CUDA graph is recorded they are bound to memory of that graph's own, so that its replays may run beside
-        calls.
+        From the fifth run on a CUDA graph replays them. While a graph of the caller's is recorded they are bound to
+        memory of that graph's own, so that its replays may run beside calls.
 
         Args:
             inputs: tensors of the shapes, strides and dtypes of the recording, on any device.
@@ -161,11 +177,17 @@ class LaunchPlan:
         """
         last = None if weights is None else self._last
         if self._done is not None and torch.cuda.is_current_stream_capturing():
-            return self._bind().run(inputs, last, weights)
+            bound = self._bind()
+            bound.read(inputs)
+            results = bound.launch(last, weights)
+            return bound.copies(results) if last is None else results
         with self._lock:
             if self._done is not None:  # another stream may still use the memory
                 torch.cuda.current_stream(self._device).wait_event(self._done)
-            outputs = self._bound.run(inputs, last, weights)
+            self._bound.read(inputs)
+            kind = None if last is None or weights is None else tuple(weights)
+            results, kept = self.replays.run(kind, lambda: self._bound.launch(last, weights))
+            outputs = self._bound.copies(results) if kept or last is None else results
             if self._done is not None:
                 self._done.record(torch.cuda.current_stream(self._device))
             return outputs
