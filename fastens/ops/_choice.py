@@ -14,6 +14,8 @@ import functools
 import json
 import os
 import pathlib
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +167,10 @@ class Choice:
         if found is None:
             if not can_measure():
                 return (self.rule(*arguments) if ruled and _is_plain() else None) or self.default
+            _notice(device, self.table.path)
+            started = time.monotonic()
             found = self._keep(self.measure(arguments, device), arguments, device)
+            _spent[device] = _spent.get(device, 0.0) + time.monotonic() - started
         return found
 
     def known(self, arguments: Sequence[Any], device: torch.device) -> str | None:
@@ -214,8 +219,8 @@ class Choice:
                 failed[name] = why
         seconds: dict[str, list[float]] = {name: [] for name in clocks}
         for _ in range(ROUNDS if len(clocks) > 1 else 0):
-            for name, time in clocks.items():
-                seconds[name].append(time())
+            for name, once in clocks.items():
+                seconds[name].append(once())
         medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items() if values}
         best = min(medians, key=lambda name: medians[name], default=self.default)
         if self.default in medians and medians[best] > (1 - MARGIN) * medians[self.default]:
@@ -230,6 +235,27 @@ class Choice:
 
 
 CHOICES: dict[str, Choice] = {}
+
+
+def observed() -> bool:
+    """Whether calls are collected now, and must come to the choices."""
+    return any(choice.observer is not None for choice in CHOICES.values())
+
+
+NOTICE_AFTER = 5.0  # seconds of measuring, compilers included
+_spent: dict[torch.device, float] = {}
+_noticed: set[torch.device] = set()
+
+
+def _notice(device: torch.device, path: pathlib.Path) -> None:
+    """Say once why a first call takes so long."""
+    if _spent.get(device, 0.0) > NOTICE_AFTER and device not in _noticed:
+        _noticed.add(device)
+        warnings.warn(
+            f"fastens: measuring which kernels suit these shapes on {device_name(device)}; this is done once and kept "
+            f"in {path}. `fastens tune` does it ahead of use",
+            stacklevel=2,
+        )
 
 
 @functools.cache

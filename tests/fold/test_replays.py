@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastens
+from fastens import tune
 from fastens.fold import planned
 from fastens.ops import _graph
 from fastens.plan import replay
@@ -124,6 +125,22 @@ def test_nothing_is_recorded_where_it_is_not_wanted(log, monkeypatch):
     assert not log
     ensemble(*args)
     assert log == ["record", "replay"]
+
+
+@torch.no_grad()
+def test_calls_that_are_collected_for_tuning_are_launched(log):
+    ensemble, _, arguments = unet()
+    args, _ = arguments(2)
+    for _ in range(MANY):
+        ensemble(*args)
+    replayed, launched = len(log), []
+    plan = plan_of(ensemble)
+    launch = plan._bound.launch
+    plan._bound.launch = lambda *given: launched.append(given) or launch(*given)
+    with tune.observed():
+        ensemble(*args)
+    assert launched
+    assert len(log) == replayed
 
 
 @torch.no_grad()

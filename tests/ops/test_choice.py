@@ -288,3 +288,31 @@ def test_what_is_met_first_while_a_graph_is_recorded_follows_the_rule(tmp_path, 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     add.rule = lambda x: "slow"
     assert add.choose((X,), CPU) == "fast"  # measured, now that it can be
+
+
+@torch.no_grad()
+def test_long_measuring_is_announced_once(tmp_path, monkeypatch):
+    now = iter(range(0, 1000, 3))
+    monkeypatch.setattr(_choice.time, "monotonic", lambda: next(now))  # every measurement takes 3 seconds
+    monkeypatch.setattr(_choice, "_spent", {})
+    monkeypatch.setattr(_choice, "_noticed", set())
+    add = choice(tmp_path / "choices.json")
+    for n in (1, 2):
+        add.choose((X[:n],), CPU)
+    with pytest.warns(UserWarning, match=r"measuring which kernels .* kept in .*choices.json.*fastens tune"):
+        add.choose((X[:3],), CPU)
+    add.choose((X[:4],), CPU)
+
+
+@torch.no_grad()
+def test_what_is_known_is_told_without_measuring(tmp_path, monkeypatch):
+    add = choice(tmp_path / "choices.json")
+    assert add.known((X,), CPU) is None
+    assert not add.clock.timed
+    add.choose((X,), CPU)
+    assert add.known((X,), CPU) == "fast"
+    assert choice(tmp_path / "choices.json").known((X,), CPU) == "fast"  # from the file
+    monkeypatch.setenv("FASTENS_CHOOSE", "add=slow")
+    assert add.known((X,), CPU) == "slow"
+    monkeypatch.delenv("FASTENS_CHOOSE")
+    assert add.known((X,), torch.device("meta")) == "slow"  # nothing is measured there: the default
