@@ -69,6 +69,9 @@ def check_descriptors(row, capability):
     assert row["stack"] <= (0 if capability == 90 else MAX_STACK_OF_PRODUCTS), row
     assert row["local"] == 0, row
     assert row["shared"] <= MAX_SHARED_OF_DESCRIPTORS, row
+    if capability == 90 and row["launch"].startswith("tma 128x128 bf16"):  # two blocks on each multiprocessor
+        assert row["registers"] <= 65536 // (2 * 8 * 32), row
+        assert 2 * (row["shared"] + 1024) <= MAX_SHARED_OF_DESCRIPTORS + 1024, row
     assert row["bulk loads"] > 0, row
     assert row["matrix loads"] == 0, row
     assert row["tensor cores"] == {90: "wgmma", 100: "tcgen05"}[capability], row
