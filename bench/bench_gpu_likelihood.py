@@ -30,7 +30,7 @@ class Loop(nn.Module):
         self.calls = [compiled(member) for member in members]
 
     def forward(self, x, t):
-        return torch.stack([call(x, t, return_dict=False)[0] for call in self.calls]).mean(0)
+        return torch.stack([call(x, t) for call in self.calls]).mean(0)
 
 
 def test_likelihood():

@@ -36,7 +36,8 @@ def published(members, schedule, x, probe, tolerance=TOLERANCE, device="cpu"):
     probe = probe.to(device)
 
     def score_mean(y, t):
-        return torch.stack([member(y, t).sample for member in members]).mean(0)
+        outputs = [member(y, t) for member in members]
+        return torch.stack([getattr(output, "sample", output) for output in outputs]).mean(0)
 
     def factors(t):
         drift = float(schedule.drift(t))

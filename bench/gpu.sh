@@ -3,13 +3,15 @@
 # usage: bench/gpu.sh DIR [PART...]             results as JSON, logs and table.md in DIR; all parts by default
 #        bench/gpu.sh --rehearse DIR [PART...]  without a GPU: the same code on small sizes; its times mean nothing
 #        bench/gpu.sh --list                    the parts
-# A part takes less than PART_SECONDS (570) or is stopped. What is done is not done again: parts that passed leave
-# DIR/PART.done, questions that are measured their JSON, compilers their caches in build/bench-cache.
+# A part takes less than PART_SECONDS (570) or is stopped, and with SECONDS_IN_ALL the last is stopped by then. What is
+# done is not done again: parts that passed leave DIR/PART.done, questions that are measured their JSON, compilers their
+# caches in build/bench-cache. DIR/choices.json is what was measured of each way to compute an op, and what the wheel
+# ships once kept (python -m bench.gpu_table keep DIR). DIR/results.tar.gz holds all of DIR.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-parts=(environment build tests sanitizer_memcheck sanitizer_racecheck G4 G5 G6 mask
-  G1 G2 G3 ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G7_1 G7_16 G7_songunet_1 G7_songunet_16 profile
-  sanitizer_conv G4_ways blocks ends G8 G9 roofline)
+parts=(environment build G1 G2 G3 roofline tests G4 G8 G7_1 G7_16 G5 G6 sanitizer_conv sanitizer_tma sanitizer_racecheck
+  sanitizer_memcheck ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G4_ways blocks ends profile mask
+  G7_songunet_1 G7_songunet_16 G9)
 rehearse=
 case "${1:-}" in
   --list) printf '%s\n' "${parts[@]}"; exit ;;
@@ -20,7 +22,8 @@ shift
 [ $# -gt 0 ] && parts=("$@")
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 limit=${PART_SECONDS:-570}
-export FASTENS_BENCH_OUT="$out" PYTHONUNBUFFERED=1 FASTENS_BENCH_SECONDS=$((limit * 3 / 4))
+all=${SECONDS_IN_ALL:-1000000}
+export FASTENS_BENCH_OUT="$out" FASTENS_CACHE="$out" PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR="$PWD/build/bench-cache/inductor" TRITON_CACHE_DIR="$PWD/build/bench-cache/triton"
 [ -z "$rehearse" ] || export FASTENS_BENCH_DEVICE=cpu TRITON_INTERPRET=1
 commit=${FASTENS_BENCH_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
@@ -28,27 +31,26 @@ if [ -z "$commit" ]; then  # a copy of the tree without its history
   commit=tree-$(find bench csrc fastens tests -type f ! -name '*.pyc' ! -name '*.so' -print0 | sort -z | xargs -0 cat | sha256sum | cut -c1-12)
 fi
 export FASTENS_BENCH_COMMIT="$commit"
+cache=$PWD/build/bench-cache/tests  # what tests measure is of no use to anybody
 failed=0
 
 run() {  # run PART COMMAND...: its log in DIR; a failure is counted, and the rest goes on
   local part=$1 started=$SECONDS status=0
   shift
   if [ "$(cat "$out/$part.done" 2>/dev/null)" = "$commit" ]; then echo "done    $part"; return; fi
-  timeout "$limit" "$@" >"$out/$part.log" 2>&1 || status=$?
+  local left=$((all - SECONDS < limit ? all - SECONDS : limit))
+  if [ "$left" -lt 20 ]; then echo "left    $part: no time"; failed=1; return; fi
+  FASTENS_BENCH_SECONDS=$((left * 3 / 4)) timeout "$left" "$@" >"$out/$part.log" 2>&1 || status=$?
   case $status in
     0) echo "$commit" >"$out/$part.done"; echo "ok      $part ($((SECONDS - started)) s)" ;;
-    124) echo "STOPPED $part after $limit s: run it again"; failed=1 ;;
+    124) echo "STOPPED $part after $left s: run it again"; failed=1 ;;
     *) echo "FAILED  $part: $out/$part.log"; failed=1 ;;
   esac
 }
 bench() { run "$1" "$python" -m pytest -q -p no:cacheprovider "bench/$2.py" -k "$3"; }
-sanitize() {
-  run "sanitizer_$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
-    --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels/test_on_gpu.py -k "$2"
-}
-sanitize_convolutions() {
-  run sanitizer_conv env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    --target-processes all "$python" -m pytest -q -x -m gpu tests/kernels/test_conv2d_on_gpu.py -k "bfloat16 or size"
+sanitize() {  # sanitize PART TOOL FILE SELECTION
+  run "sanitizer_$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTENS_CACHE="$cache" compute-sanitizer --tool "$2" \
+    --error-exitcode 1 --target-processes all "$python" -m pytest -q -x -m gpu "tests/kernels/$3.py" -k "$4"
 }
 builds() { "$python" fastens/_build.py fastens/_lib build/cpu && "$python" fastens/_build.py --cuda fastens/_lib build/cuda; }
 export -f builds; export python
@@ -59,9 +61,11 @@ for part in "${parts[@]}"; do
       if [ -n "$rehearse" ]; then echo "left    $part: it needs a GPU"; continue; fi ;;&
     environment) run environment nvidia-smi ;;
     build) run build bash -c builds ;;
-    tests) run tests "$python" -m pytest -q -m gpu tests ;;
-    sanitizer_memcheck) sanitize memcheck "reductions and ([1-torch or [17-torch) or not reductions" ;;
-    sanitizer_racecheck) sanitize racecheck "reductions and [5-torch or member_ops or bits" ;;
+    tests) run tests env FASTENS_CACHE="$cache" "$python" -m pytest -q -m gpu tests ;;
+    sanitizer_memcheck) sanitize memcheck memcheck test_on_gpu "reductions and ([1-torch or [17-torch) or not reductions" ;;
+    sanitizer_racecheck) sanitize racecheck racecheck test_on_gpu "reductions and [5-torch or member_ops or bits" ;;
+    sanitizer_conv) sanitize conv memcheck test_conv2d_on_gpu "bfloat16 or size" ;;
+    sanitizer_tma) sanitize tma memcheck test_tma_on_gpu "bfloat16" ;;
     G4) bench G4 bench_gpu_ops test_conv ;;
     G5) bench G5 bench_gpu_ops test_group_norm ;;
     G6) bench G6 bench_gpu_ops test_aggregate ;;
@@ -73,7 +77,6 @@ for part in "${parts[@]}"; do
     G7_songunet_*) bench "$part" bench_gpu_dropout "songunet-${part##*_}]" ;;
     G7_*) bench "$part" bench_gpu_dropout "ddpmpp-${part##*_}]" ;;
     G9) bench G9 bench_gpu_likelihood test_ ;;
-    sanitizer_conv) sanitize_convolutions ;;
     G4_ways) bench G4_ways bench_gpu_conv test_ways ;;
     blocks) bench blocks bench_gpu_conv test_residual_block ;;
     ends) bench ends bench_gpu_conv layer ;;
@@ -84,4 +87,5 @@ for part in "${parts[@]}"; do
   esac
 done
 if "$python" -m bench.gpu_table table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
+(cd "$out" && tar -czf results.tar.gz --exclude results.tar.gz .)
 exit $failed

@@ -29,6 +29,8 @@ OUT = Path(os.environ.get("FASTENS_BENCH_OUT", "bench-out"))
 SECONDS = float(os.environ.get("FASTENS_BENCH_SECONDS", "420"))  # after that no further rival is prepared
 _STARTED = time.monotonic()
 _HEAD_START = 200_000  # cycles that the device sleeps, so that what is timed was launched before it begins
+ONE_TIMING = 2e-3  # seconds that a timing takes at least, of up to ten calls
+FEW_ROUNDS = 5  # of what is written before all rivals are there
 
 
 def graphed(run):
@@ -98,7 +100,11 @@ def within(context, run):
     return call
 
 
-def _clock(run):
+def clock(run, calls=1):
+    """Seconds of one call of several in a row, as a sampler makes them: the host's where it is slower than the device.
+
+    The first is launched while the device sleeps, so that a replay is not charged with its launch.
+    """
     if REHEARSAL:
         started = time.perf_counter()
         run()
@@ -106,10 +112,11 @@ def _clock(run):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START)
     start.record()
-    run()
+    for _ in range(calls):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def skip_if_measured(name):
@@ -124,15 +131,16 @@ def skip_if_measured(name):
 def contest(
     name, goal, shape, ours, rivals, expected, tolerance, wanted, beside=None, unlike=(), extra=None, rounds=30
 ):
-    """Time ours and each rival in interleaved rounds and write the result.
+    """Time ours and each rival in interleaved rounds and write the result, after each rival anew.
 
     Args:
         name: of the result's file.
         goal: "G1" and so on; empty for a question without goal.
         shape: shapes and dtype.
         ours: what is measured.
-        rivals: name -> function that prepares the rival and returns it. One that cannot run is recorded with its error.
-        expected: the reference's result; ours, or a rival that is further than ``tolerance`` from it, fails.
+        rivals: name -> function that prepares the rival and returns it. One that cannot run, or is further than
+            ``tolerance`` from the reference, is recorded with its error and has no speed.
+        expected: the reference's result; ours fails where it is further from it.
         tolerance: relative to the largest magnitude.
         wanted: ratio of the rival's time to ours that the goal asks for, by name.
         beside: further work that is timed and has no result to check, by name, such as a copy of as many bytes.
@@ -140,43 +148,58 @@ def contest(
         extra: kept with the result.
         rounds: how often everything is timed.
     """
-    contenders, failed, complete = {"ours": ours}, {}, True
+    rounds = 3 if REHEARSAL else rounds
+    scale = float(expected.double().abs().max())
+
+    def problem(rival, result):
+        if result.shape != expected.shape:
+            return f"gives {list(result.shape)}, expected {list(expected.shape)}"
+        error = float((result.double() - expected.double()).abs().max()) / scale
+        return "" if error <= tolerance or rival in unlike else f"{error:.1e} from the reference, so no speed counts"
+
+    why = problem("ours", ours())
+    assert not why, f"{name}: ours: {why}"
+    contenders, failed, late = {"ours": ours, **(beside or {})}, {}, []
+    row = {
+        "name": name, "goal": goal, "shape": shape, "wanted": {} if REHEARSAL else wanted, **(extra or {}),
+        **environment(),
+    }  # fmt: skip
+
+    def write(rounds, complete):
+        seconds = _interleaved(contenders, rounds)
+        OUT.mkdir(parents=True, exist_ok=True)
+        found = {"seconds": seconds, "failed": failed, "complete": complete}
+        (OUT / f"{name}.json").write_text(json.dumps({**row, **found}, indent=1) + "\n")
+
+    write(rounds, not rivals)
     for rival, make in rivals.items():
         if time.monotonic() - _STARTED > SECONDS:
-            failed[rival], complete = "not run: no time left; run the part again, compilers start warm then", False
+            failed[rival] = "not run: no time left; run the part again, compilers start warm then"
+            late.append(rival)
             continue
         try:
             run = make()
-            run()
-            contenders[rival] = run
+            why = problem(rival, run())
         except Exception as error:  # a rival that cannot run is a result
-            failed[rival] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    scale = float(expected.double().abs().max())
-    for rival, run in contenders.items():
-        result = run()
-        assert result.shape == expected.shape, f"{name}: {rival} gives {list(result.shape)}"
-        error = float((result.double() - expected.double()).abs().max()) / scale
-        if not error <= tolerance and rival not in unlike:
-            raise AssertionError(f"{name}: {rival} is {error:.1e} from the reference, so its speed means nothing")
-    contenders |= beside or {}
-    seconds = {rival: [] for rival in contenders}
-    for _ in range(3 if REHEARSAL else rounds):
-        for rival, run in contenders.items():
-            seconds[rival].append(_clock(run))
-    row = {
-        "name": name,
-        "goal": goal,
-        "shape": shape,
-        "seconds": {rival: np.percentile(values, (25, 50, 75)).tolist() for rival, values in seconds.items()},
-        "failed": failed,
-        "complete": complete,
-        "wanted": {} if REHEARSAL else wanted,
-        **(extra or {}),
-        **environment(),
-    }
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
-    assert complete, f"{name}: {', '.join(failed)} not run; run the part again"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        if why:
+            failed[rival] = why
+        else:
+            contenders[rival] = run
+        write(FEW_ROUNDS, False)
+    if rivals:
+        write(rounds, not late)
+    assert not late, f"{name}: {', '.join(late)} not run; run the part again"
+
+
+def _interleaved(contenders, rounds):
+    """Quartiles of the seconds of each contender, in rounds of all of them."""
+    calls = {name: max(1, min(10, round(ONE_TIMING / max(clock(run), 1e-9)))) for name, run in contenders.items()}
+    seconds = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            seconds[name].append(clock(run, calls[name]))
+    return {name: np.percentile(values, (25, 50, 75)).tolist() for name, values in seconds.items()}
 
 
 def commit():
@@ -193,7 +216,7 @@ def device():
 
 def environment():
     """Where a number was measured."""
-    packages = ("torch", "triton", "diffusers", "numpy")
+    packages = ("torch", "triton", "numpy")
     found = {
         "device": device(),
         "commit": commit(),

@@ -15,6 +15,7 @@ from bench.gpu_networks import NETWORKS, network
 
 K = 5
 CALLS = 3
+WARM_UP = 8  # calls, in which the plan is made and recorded
 LINES = 15
 
 
@@ -25,7 +26,7 @@ def profiled(name, batch):
     t = torch.full((batch,), 500, device=DEVICE)
     ensemble = fastens.Ensemble(members).eval()
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(WARM_UP):
             ensemble(x, t)
         with profile(activities=[ProfilerActivity.CPU, *([] if REHEARSAL else [ProfilerActivity.CUDA])]) as recorded:
             for _ in range(CALLS):

@@ -1,6 +1,6 @@
 """Where the time of a score step goes, launch by launch: ``python -m bench.gpu_roofline DIR [BATCH...]``.
 
-Every different launch of the plans of K = 5 members is measured alone, as a CUDA graph of its own, beside its floor at
+Every different launch of the plans of K = 5 members is measured alone, ten times in a CUDA graph, beside its floor at
 this run's matrix products and copies. The plot shows operations per second against operations per byte below that roof;
 ``roofline.md`` says for each kind of launch what it takes and what it would at its floor, which explains a missed goal.
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, _clock, copy_of, environment, graphed
+from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, clock, copy_of, environment
 from bench.gpu_networks import NETWORKS, network
 from bench.gpu_work import K, label, plan_of, work_of
+from fastens.ops._clock import clock as launch_clock
 
 ROUNDS = 3 if REHEARSAL else 20
 
@@ -33,8 +34,8 @@ def launches(name, batch, limit):
             continue
         work = work_of(launch)
         with torch.no_grad():
-            run = graphed(functools.partial(function, *args, **kwargs))
-            seconds = statistics.median(_clock(run) for _ in range(ROUNDS))
+            once = launch_clock(functools.partial(function, *args, **kwargs), torch.device(DEVICE))
+            seconds = statistics.median(once() for _ in range(ROUNDS))
         yield {
             "network": name, "batch": batch, "launch": text, "kind": launch.name, "number": numbers.pop(text),
             "operations": work.operations, "bytes": work.bytes, "floor": work.floor(limit), "seconds": seconds,
@@ -45,10 +46,10 @@ def limits():
     """Operations and bytes per second of this device, as a matrix product and a copy reach them."""
     n = 256 if REHEARSAL else 8192
     a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in "ab")
-    product = min(_clock(lambda: a @ b) for _ in range(10))
+    product = min(clock(lambda: a @ b) for _ in range(10))
     moved = 2**20 if REHEARSAL else 2**31
     copy = copy_of(moved)
-    copied = min(_clock(copy) for _ in range(10))
+    copied = min(clock(copy) for _ in range(10))
     return {"operations per second": 2 * n**3 / product, "bytes per second": moved / copied}
 
 

@@ -1,7 +1,7 @@
 """The GPU table: ``python -m bench.gpu_table table DIR`` prints that of a folder of results.
 
-``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, and writes the README's table from
-all that are kept.
+``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, writes the README's table from all
+that are kept, and makes the ways that were measured there those that the wheel ships for the device.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+MEASURED = ROOT / "fastens" / "ops" / "measured"
 BEGIN, END = "<!-- GPU table: python -m bench.gpu_table keep DIR -->", "<!-- end of GPU table -->"
 WHERE = ("device", "driver", "cuda", "cudnn", "torch", "triton", "commit")
 NOT_MEASURED = "No GPU has run the benchmarks yet, so there are no figures."
@@ -48,8 +49,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def keep(folder, results=RESULTS):
-    """Keep a folder of results as the latest of their device; a rehearsal is none."""
+def keep(folder, results=RESULTS, measured=MEASURED):
+    """Keep a folder of results, and the ways measured with them, as the latest of their device; a rehearsal is none."""
     rows = read(folder)
     devices = {row["device"] for row in rows}
     if len(devices) != 1 or any("rehearsal" in device for device in devices):
@@ -57,8 +58,15 @@ def keep(folder, results=RESULTS):
     incomplete = [row["name"] for row in rows if not row["complete"]]
     if incomplete:
         raise SystemExit(f"not complete: {', '.join(incomplete)}; run bench/gpu.sh {folder} again")
+    device = devices.pop()
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower())
+    choices = Path(folder) / "choices.json"
+    if choices.exists():
+        measured.mkdir(parents=True, exist_ok=True)
+        found = {device: json.loads(choices.read_text())[device]}
+        (measured / f"{name}.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{re.sub(r'[^a-z0-9]+', '-', devices.pop().lower())}.json"
+    path = results / f"{name}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n")
     return path
 

@@ -4,14 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastens
+from fastens.fold import planned
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no part of the package
 
-from bench import gpu_table  # noqa: E402
+from bench import gpu_contest, gpu_networks, gpu_table  # noqa: E402
+from bench.score_networks import NETWORKS, ScoreUNet  # noqa: E402
 
 
 def gpu_sh(*arguments):
@@ -27,6 +33,8 @@ def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
     assert "left    tests: it needs a GPU" in result.stdout
     assert "ok      mask" in result.stdout
     assert "one graph, K replays" in (tmp_path / "table.md").read_text()
+    with tarfile.open(tmp_path / "results.tar.gz") as packed:
+        assert {"./table.md", "./dropout_ddpmpp_1.json"} <= set(packed.getnames())
     row = json.loads((tmp_path / "dropout_ddpmpp_1.json").read_text())
     assert row["device"] == "cpu rehearsal: no speed"
     assert not row["failed"]
@@ -77,7 +85,10 @@ def test_results_are_kept_by_device_and_the_table_says_what_was_missed(tmp_path)
     (tmp_path / "step.json").write_text(json.dumps(results()))
     kept = tmp_path / "results"
     assert gpu_table.section(kept) == gpu_table.NOT_MEASURED
-    assert gpu_table.keep(tmp_path, kept).name == "nvidia-h200.json"
+    entry = {"conv2d": {"a shape": {"chosen": "triton"}}}
+    (tmp_path / "choices.json").write_text(json.dumps({"NVIDIA H200": entry, "another": {}}))
+    assert gpu_table.keep(tmp_path, kept, tmp_path / "measured").name == "nvidia-h200.json"
+    assert json.loads((tmp_path / "measured" / "nvidia-h200.json").read_text()) == {"NVIDIA H200": entry}
     table = gpu_table.section(kept)
     assert "device NVIDIA H200, torch 2.11, commit abc" in table
     assert "| G1 | K=5, B=1 | rival 1 | 2.000 | 4.000 | 2.00 | 2.5, missed |" in table
@@ -86,7 +97,7 @@ def test_results_are_kept_by_device_and_the_table_says_what_was_missed(tmp_path)
     assert "| rival 3 | | RuntimeError: a   b | | |" in table
     (tmp_path / "step.json").write_text(json.dumps(results(complete=False)))
     with pytest.raises(SystemExit, match="not complete: step"):
-        gpu_table.keep(tmp_path, kept)
+        gpu_table.keep(tmp_path, kept, tmp_path / "measured")
     with pytest.raises(SystemExit, match="holds no results"):
         gpu_table.read(kept / "none")
 
@@ -96,3 +107,62 @@ def test_the_readme_shows_the_results_that_are_kept():
     assert gpu_table.written(text, gpu_table.section()) == text, "run python -m bench.gpu_table keep DIR"
     with pytest.raises(SystemExit, match=r"has no .<!-- GPU table"):
         gpu_table.written("nothing", "table")
+
+
+def test_a_rival_that_fails_loses_only_its_own_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_contest, "REHEARSAL", True)
+    monkeypatch.setattr(gpu_contest, "OUT", tmp_path)
+    right, written = torch.ones(3), []
+
+    def slow_to_make():
+        written.append(json.loads((tmp_path / "step.json").read_text()))
+        return lambda: right
+
+    def does_not_run():
+        raise RuntimeError("no\nkernel")
+
+    rivals = {
+        "slow": slow_to_make, "wrong": lambda: lambda: 2 * right, "broken": does_not_run,
+        "short": lambda: lambda: right[:2], "random": lambda: lambda: 3 * right, "last": slow_to_make,
+    }  # fmt: skip
+    arguments = ("step", "G1", "B=1", lambda: right, rivals, right, 1e-3, {})
+    gpu_contest.contest(*arguments, beside={"copy": lambda: right.clone()}, unlike=["random"])
+    row = json.loads((tmp_path / "step.json").read_text())
+    assert row["complete"]
+    assert list(row["seconds"]) == ["ours", "copy", "slow", "random", "last"]
+    assert row["failed"] == {
+        "wrong": "1.0e+00 from the reference, so no speed counts", "broken": "RuntimeError: no kernel",
+        "short": "gives [2], expected [3]",
+    }  # fmt: skip
+    first, later = written
+    assert (list(first["seconds"]), first["complete"]) == (["ours", "copy"], False)
+    assert (list(later["seconds"]), later["complete"]) == (["ours", "copy", "slow", "random"], False)
+    with pytest.raises(AssertionError, match=r"step: ours: 1\.0e\+00 from the reference"):
+        gpu_contest.contest("step", "", "B=1", lambda: 2 * right, {}, right, 1e-3, {})
+    monkeypatch.setattr(gpu_contest, "SECONDS", 0)
+    with pytest.raises(AssertionError, match=r"step: slow, .* not run; run the part again"):
+        gpu_contest.contest(*arguments)
+    assert not json.loads((tmp_path / "step.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("songunet", 55.7), ("ddpmpp", 62), ("ffhq256", 93.6)])
+def test_networks_have_their_published_sizes(name, parameters):
+    with torch.device("meta"):
+        model = ScoreUNet(**NETWORKS[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=0.01)
+
+
+def test_networks_are_launches(monkeypatch):
+    monkeypatch.setattr(gpu_networks, "REHEARSAL", True)
+    monkeypatch.setattr(gpu_networks, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_networks, "DTYPE", torch.float32)
+    monkeypatch.setattr(planned.Plans, "_launched", True)
+    for name in NETWORKS:
+        members, (size, *_) = zip(*(gpu_networks.network(name, seed) for seed in range(2)), strict=True)
+        ensemble, x, t = fastens.Ensemble(members), torch.randn(1, 3, size, size), torch.tensor([0.5])
+        with torch.no_grad():
+            found, expected = ensemble(x, t), torch.stack([member(x, t) for member in members]).mean(0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        (kinds,) = ensemble.report().plans
+        torchs = {kind for kind in kinds if kind.startswith("aten")}
+        assert torchs <= {"aten.avg_pool2d.default"}, kinds
