@@ -30,7 +30,7 @@ SECONDS = float(os.environ.get("FASTENS_BENCH_SECONDS", "420"))  # after that no
 _STARTED = time.monotonic()
 _HEAD_START = 200_000  # cycles that the device sleeps, so that what is timed was launched before it begins
 ONE_TIMING = 2e-3  # seconds that a timing takes at least, of up to ten calls
-FEW_ROUNDS = 5  # of what is written before all rivals are there
+FEW_ROUNDS = 1 if REHEARSAL else 5  # of what is written before all rivals are there
 
 
 def graphed(run):

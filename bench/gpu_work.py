@@ -98,6 +98,8 @@ def plan_of(members, size, batch):
     x = torch.randn(batch, 3, size, size, device=ensemble.device).to(ensemble.dtype)
     with torch.no_grad():
         ensemble(x.contiguous(memory_format=torch.channels_last), torch.full((batch,), 500, device=x.device))
+    if not ensemble._engine.plans._plans:
+        raise RuntimeError(f"no plan: {ensemble.report().why_no_plan or ensemble.report().why}")
     ((plan, _),) = ensemble._engine.plans._plans.values()
     return ensemble, plan
 
@@ -130,12 +132,13 @@ def main(names):
 
     gpu_networks.REHEARSAL, gpu_networks.DEVICE, gpu_networks.DTYPE = False, "cpu", torch.float32
     Plans._launched = True
-    pages = []
-    for name in names:
+
+    def page(name):
         members, size = zip(*(gpu_networks.network(name, seed) for seed in range(K)), strict=True)
         _, plan = plan_of(members, size[0], 1)
-        pages.append(table(f"{name}, K={K}", plan._launches))
-    return "\n\n".join(pages) + "\n"
+        return table(f"{name}, K={K}", plan._launches)
+
+    return "\n\n".join(map(page, names)) + "\n"
 
 
 if __name__ == "__main__":
