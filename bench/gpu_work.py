@@ -5,6 +5,7 @@ once, and the time between two kernels of a graph; the largest of the three is i
 """
 
 import dataclasses
+import gc
 import math
 import sys
 from collections import defaultdict
@@ -134,6 +135,7 @@ def main(names):
     Plans._launched = True
 
     def page(name):
+        gc.collect()  # an ensemble has cycles
         members, size = zip(*(gpu_networks.network(name, seed) for seed in range(K)), strict=True)
         _, plan = plan_of(members, size[0], 1)
         return table(f"{name}, K={K}", plan._launches)
