@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastens import parameterisation, rules, schedules
 from fastens.fold.arguments import Arguments
+from fastens.kernels._graph import keep
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import stacked
 
@@ -133,7 +134,7 @@ def weights_at(rule: rules.NoiseDependentMean, log_snr: Tensor) -> Tensor:
     Returns:
         float64 [K, B].
     """
-    levels, weights = _tables(rule, log_snr.device)
+    levels, weights = keep(_tables(rule, log_snr.device))
     if len(levels) == 1:
         return weights[0].unsqueeze(1).expand(-1, len(log_snr))
     level = log_snr.to(torch.float64).clamp(levels[0], levels[-1])

@@ -1,13 +1,35 @@
 """Recorded steps: the evaluation of an ensemble as one CUDA graph per signature, with eager code where none fits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens.ops._graph import record_graph
+from fastens.kernels._graph import record_graph
+
+
+class Weights:
+    """The tensors that a recording reads at their addresses, kept alive, and how often each was changed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._versions = self._count()
+        self._places = [t.data_ptr() for t in self._tensors]
+
+    def _count(self) -> int:
+        return sum([0 if t.is_inference() else t._version for t in self._tensors])
+
+    def are_current(self) -> bool:
+        """Whether they are what they were, as far as torch counts changes."""
+        return self._count() == self._versions
+
+    def are(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are they, where they were and unchanged."""
+        found = list(tensors)
+        same = len(found) == len(self._tensors) and all(a is b for a, b in zip(found, self._tensors, strict=True))
+        return same and self.are_current() and [t.data_ptr() for t in found] == self._places
 
 
 class RecordedStep:
@@ -28,18 +50,14 @@ class RecordedStep:
         # CPU tensors, such as a scheduler's timesteps, become device memory: a graph cannot read them anew.
         self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
         static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
-        self.weights = list(weights)
-        self.versions = self._versions()
+        self.weights = Weights(weights)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self.device = device
         self.done = torch.cuda.Event() if device.type == "cuda" else None
 
-    def _versions(self) -> int:
-        return sum([0 if t.is_inference() else t._version for t in self.weights])
-
     def is_current(self) -> bool:
         """Whether the weights are those that were recorded, as far as torch counts changes."""
-        return self._versions() == self.versions
+        return self.weights.are_current()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
@@ -85,7 +103,7 @@ class Capturing(nn.Module):
         why = self._why_not_recorded()
         if why is not None:
             raise ValueError(f"capture: {why}")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # later calls write to what a recording keeps
             ensemble._evaluated(args, kwargs)  # checks fold against loop, which no recording can
             step = RecordedStep(
                 ensemble._evaluated,

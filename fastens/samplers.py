@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastens import capture
 from fastens.evaluation.denoiser import Denoiser
@@ -95,7 +95,7 @@ class Sampler:
         numbers = numbers.to(device)
         x = self.denoiser.schedule.prior_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
         recordings = self._recordings.get((len(numbers), *shape))
-        if recordings is not None:
+        if recordings is not None and all(recording.is_current(self.denoiser) for recording in recordings):
             first = 0
             for recording in recordings:
                 for _ in range(recording.replays):
@@ -112,7 +112,8 @@ class Sampler:
     def capture(self, batch_size: int, shape: Sequence[int]) -> None:
         """Record the run of so many samples of a shape as a few CUDA graphs; calls of that size replay them.
 
-        The recordings read the weights where they are; after replacing weights, or changing the rule, record again.
+        The recordings read the weights where they are. After a change of the weights, or of the rule, they are not
+        replayed any more: record again. After a change that torch does not count, such as by ``.data``, do so too.
 
         Raises:
             RuntimeError: the model is not on a CUDA device.
@@ -120,7 +121,8 @@ class Sampler:
         """
         if self.denoiser.device.type != "cuda":
             raise RuntimeError(f"capture: the model is on {self.denoiser.device}, expected a CUDA device")
-        self._record(batch_size, tuple(shape))
+        with torch.inference_mode(False), torch.no_grad():  # later calls write to what a recording keeps
+            self._record(batch_size, tuple(shape))
 
     @torch.no_grad()
     def _record(self, batch_size: int, shape: tuple[int, ...]) -> None:
@@ -198,8 +200,13 @@ class _Recording:
         def run() -> Tensor:
             return sampler._run(self.x, self.table, self.times, self.numbers, self.seed, self.first, last)
 
-        self.weights = [*sampler.denoiser.model.parameters(), *sampler.denoiser.model.buffers()]  # kept alive
+        self.weights = capture.Weights(_tensors_of(sampler.denoiser.model))
+        self.rule = sampler.denoiser.rule
         self.replay, self.output = capture.record_graph(run, device)
+
+    def is_current(self, denoiser: Denoiser) -> bool:
+        """Whether the model has the weights and the rule that were recorded."""
+        return self.rule == denoiser.rule and self.weights.are(_tensors_of(denoiser.model))
 
     def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor], numbers: Tensor, seed: int, first: int) -> Tensor:
         """Replay on the state ``x``; the result is the recording's own, until the next replay."""
@@ -211,6 +218,10 @@ class _Recording:
         self.first.fill_(first)
         self.replay()
         return self.output
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _default_times(denoiser: Denoiser, steps: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Recorded steps: what is replayed and what is not, with code that runs again in place of a CUDA graph."""
 
+import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +12,10 @@ from torch import nn
 
 import fastens
 from fastens import capture
-from fastens.ops import _graph
+from fastens.fold import planned
+from fastens.kernels import _graph
+from fastens.plan.record import mapped
+from tests.fold.test_plans import members_of
 
 
 class Net(nn.Module):
@@ -262,3 +267,54 @@ def test_a_step_waits_for_whoever_reads_its_last_result(monkeypatch):
     assert cuda.log == ["other wait_event event", "replay", "event record other"]
     assert torch.equal(step.inputs[0], 2 * X)
     assert result["sample"].data_ptr() != memory.data_ptr()
+
+
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch):
+    FakeCuda(monkeypatch)
+    references = []
+
+    def run():
+        tensor = torch.ones(3)  # as of a cache that will drop it
+        references.append(weakref.ref(tensor))
+        _graph.keep(tensor)
+        if len(references) == 3:  # a plan inside that records itself while the outer one warms up
+            inner.append(capture.record_graph(lambda: _graph.keep(torch.ones(2)), torch.device("cuda"), 0))
+
+    inner = []
+    replay, _ = capture.record_graph(run, torch.device("cuda"))
+    alive = [reference() is not None for reference in references]
+    assert alive == [False] * _graph.WARM_UP + [True]
+    assert len(inner) == 1
+    del replay
+    gc.collect()
+    assert references[-1]() is None
+    run()
+    assert references[-1]() is None  # outside of a recording nothing is kept
+
+
+@torch.no_grad()
+def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
+    monkeypatch.setattr(planned.Plans, "_launched", True)
+    members, arguments = members_of("unet_2d", 2)
+    ensemble = fastens.Ensemble(members, engine="fold")
+    args, _ = arguments(1)
+    ensemble(*args)
+    ((plan, _),) = ensemble._engine.plans._plans.values()
+    read = []
+    mapped(torch.Tensor, read.append, [(launch.args, launch.kwargs) for launch in plan._launches])
+    own = {id(p) for p in ensemble.parameters()}
+    constants = [weakref.ref(tensor) for tensor in read if id(tensor) not in own]
+    assert len(constants) > 20
+    del read
+    FakeCuda(monkeypatch)
+    plan._done = object()  # as on a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    replay, _ = capture.record_graph(lambda: ensemble._evaluated(args, {}), torch.device("cuda"), 0)
+    del plan
+    ensemble.refresh()
+    gc.collect()
+    assert all(reference() is not None for reference in constants)
+    del replay
+    gc.collect()
+    assert all(reference() is None for reference in constants)

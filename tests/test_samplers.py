@@ -192,6 +192,38 @@ def test_bad_input_is_named(call, message):
         call(Denoiser(ensemble(), SCHEDULES["vp"]))
 
 
+def in_place(model):
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+
+
+def moved(model):
+    for p in model.parameters():
+        p.data = 1.5 * p.data
+
+
+def other_rule(model):
+    model.rule = "median"
+
+
+@pytest.mark.parametrize("change", [in_place, moved, other_rule])
+def test_recordings_of_what_has_changed_are_not_replayed(change, replays):
+    model = ensemble()
+    sampler = Sampler(Denoiser(model, SCHEDULES["vp"]), steps=4)
+    sampler._record(2, (3,))
+    before = sampler(2, (3,))
+    count = len(replays)
+    assert count
+    change(model)
+    after = sampler(2, (3,))
+    assert len(replays) == count
+    assert torch.equal(after, Sampler(Denoiser(model, SCHEDULES["vp"]), steps=4)(2, (3,)))
+    assert not torch.equal(after, before)
+    sampler._record(2, (3,))
+    assert torch.equal(sampler(2, (3,)), after)
+    assert len(replays) > count
+
+
 def test_refusals():
     denoiser = Denoiser(ensemble(), SCHEDULES["vp"])
     with pytest.raises(RuntimeError, match="is on cpu, expected a CUDA device"):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel
 from fastens.plan.record import MaskInputs, Ref
 
@@ -228,7 +229,7 @@ class Masks:
         identity = (key, p, count, _wide(x), x.device)
         scale = self._kept.get(identity)
         if scale is not None:
-            return scale
+            return keep(scale)
         with torch.no_grad():
             ones = torch.ones(self.num_members, count, dtype=_wide(x), device=x.device)
             scale = dropout(ones, torch.arange(self.num_members, device=x.device), None, p, key)

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fastens.kernels._graph import keep
+
 UNROLLED = 16  # members that a kernel holds in registers and takes from a list of pointers
 
 
@@ -48,9 +50,13 @@ def pointers(members: list[Tensor]) -> tuple[tuple[Tensor, ...], int]:
     return (members[0],), step
 
 
-@functools.lru_cache(maxsize=256)
 def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return these numbers as a tensor on the device, copied there once."""
+    return keep(_on_device(values, dtype, device))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastens.ops._graph import record_graph
+from fastens.kernels._graph import record_graph
 
 REPETITIONS = 10
 

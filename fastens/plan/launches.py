@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.kernels._graph import keep
 from fastens.plan import attention, elementwise, layers
 from fastens.plan import calls as run
 from fastens.plan.dataflow import Dataflow
@@ -177,6 +178,7 @@ class LaunchPlan:
         """
         last = None if weights is None else self._last
         if self._done is not None and torch.cuda.is_current_stream_capturing():
+            keep(self._launches)  # they hold the constants; what is bound to them is memory of the graph
             bound = self._bind()
             bound.read(inputs)
             results = bound.launch(last, weights)

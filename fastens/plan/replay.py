@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from fastens.ops import _graph
+from fastens.kernels import _graph
 from fastens.ops._choice import can_measure, observed
 
 AFTER = 4  # runs without a graph; libraries have chosen their algorithms by then, and Triton has compiled

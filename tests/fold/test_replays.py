@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastens
 from fastens import tune
 from fastens.fold import planned
-from fastens.ops import _graph
+from fastens.kernels import _graph
 from fastens.plan import replay
 from tests.fold.test_launches import plan_of
 from tests.fold.test_plans import members_of
