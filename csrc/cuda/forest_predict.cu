@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -84,6 +85,26 @@ void combine(const ForestJob& job, Rule rule, cudaStream_t stream) {
   }
 }
 
+struct WeightsOfLaunch {
+  double values[256];
+};
+
+__global__ void set_weights_kernel(const WeightsOfLaunch weights, double* to, int64_t count) {
+  if (threadIdx.x < count) to[threadIdx.x] = weights.values[threadIdx.x];
+}
+
+// As arguments of kernels: a CUDA graph that is being recorded keeps those, and no memory of the host.
+void set_weights(double* to, const std::vector<double>& values, cudaStream_t stream) {
+  WeightsOfLaunch part;
+  const size_t most = std::size(part.values);
+  for (size_t begin = 0; begin < values.size(); begin += most) {
+    const size_t count = std::min(most, values.size() - begin);
+    std::copy_n(values.begin() + begin, count, part.values);
+    set_weights_kernel<<<1, static_cast<unsigned>(most), 0, stream>>>(part, to + begin, static_cast<int64_t>(count));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
 void find_leaves(const ForestJob& job, cudaStream_t stream) {
   find_leaves_kernel<<<blocks_for(job.num_trees * job.rows), kThreadsOfBlock, 0, stream>>>(job);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -143,6 +164,7 @@ Tensor forest_predict(Tensor x, std::vector<Tensor> trees, int64_t, int64_t, boo
   job.ranges = data_of<int64_t>(trees[8], x, ScalarType::Long, "ranges");
   job.base = data_of<double>(trees[9], x, ScalarType::Double, "base");
   job.num_trees = trees[0].size(0);
+  STD_TORCH_CHECK(job.num_trees > 0, "forest_predict: `trees` holds no tree");
   job.num_members = trees[8].size(0) - 1;
   job.outputs = trees[7].size(1);
   job.seed = seed;
@@ -171,8 +193,7 @@ Tensor forest_predict(Tensor x, std::vector<Tensor> trees, int64_t, int64_t, boo
     const int64_t count[] = {job.num_members};
     weights = torch::stable::new_empty(x, {count, 1}, ScalarType::Double);
     job.weights = static_cast<const double*>(weights->data_ptr());
-    STD_CUDA_CHECK(cudaMemcpyAsync(weights->data_ptr(), values.data(), values.size() * sizeof(double),
-                                   cudaMemcpyHostToDevice, stream));
+    set_weights(static_cast<double*>(weights->data_ptr()), values, stream);
   }
   if (kind == Rule::kGeometric) {
     lows = torch::stable::new_empty(x, {low_count, 1}, ScalarType::Double);

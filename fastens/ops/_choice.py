@@ -206,6 +206,7 @@ class Choice:
         expected = self.ways[self.default].run(*arguments)
         clocks: dict[str, Callable[[], float]] = {}
         failed: dict[str, str] = {}
+        lasting = True
         for name, way in self.ways.items():
             if way.refuses(*arguments) is not None:
                 continue
@@ -215,6 +216,7 @@ class Choice:
                     clocks[name] = self.clock(functools.partial(way.run, *arguments), device)
             except Exception as error:  # Triton's, such as OutOfResources, share no base with torch's
                 why = f"{type(error).__name__}: {error}"[:200]
+                lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
             if why is not None:
                 failed[name] = why
         seconds: dict[str, list[float]] = {name: [] for name in clocks}
@@ -226,7 +228,8 @@ class Choice:
         if self.default in medians and medians[best] > (1 - MARGIN) * medians[self.default]:
             best = self.default
         entry = {"chosen": best, "seconds": medians, "failed": failed, "torch": torch.__version__}
-        self.table.add(device_name(device), self.op, self.key(*arguments), entry)
+        if lasting:  # another process may have the memory that was lacking
+            self.table.add(device_name(device), self.op, self.key(*arguments), entry)
         return entry
 
     def forget(self) -> None:

@@ -316,3 +316,17 @@ def test_what_is_known_is_told_without_measuring(tmp_path, monkeypatch):
     assert add.known((X,), CPU) == "slow"
     monkeypatch.delenv("FASTENS_CHOOSE")
     assert add.known((X,), torch.device("meta")) == "slow"  # nothing is measured there: the default
+
+
+@torch.no_grad()
+def test_a_lack_of_memory_is_not_kept_for_others(tmp_path):
+    path = tmp_path / "choices.json"
+
+    def large(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    add = choice(path, {"slow": 2e-3}, slow=Way(slow), large=Way(large))
+    assert add.choose((X,), CPU) == "slow"
+    assert add.choose((X,), CPU) == "slow"
+    assert len(add.clock.timed) == 0  # one way was left, and the choice is known in this process
+    assert not path.exists()
