@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastens.kernels._into import merged
 from fastens.ops import conv2d_sum as sum_op
+from fastens.ops import dropout as dropout_op
 from fastens.ops import group_moments as moments_op
 from fastens.ops import group_norm as norm_op
 from fastens.ops import layer_norm as layer_norm_op
@@ -28,6 +29,7 @@ from fastens.ops._tma_ways import Block
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
+from fastens.reference.conv2d import keeps
 from fastens.reference.pointwise import unrounded
 
 ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
@@ -252,6 +254,38 @@ def layer_norm(
 def gather(out: Tensor, table: Tensor, members: Tensor) -> None:
     """The line [n] of each row's member in a table [K, n]."""
     torch.index_select(table, 0, members, out=out)
+
+
+def draw(
+    bits: Tensor, drawn: Tensor, which: int, members: Tensor | None, samples: Tensor, rows_per_member: int,
+    threshold: int, channels: int, steps: tuple[int, int], backend: str,
+) -> None:  # fmt: skip
+    """The bits of a fresh dropout mask, int32 [R, places, words]; see :func:`fastens.kernels._masks.draw_bits`."""
+    if uses_triton(bits, backend):
+        from fastens.kernels._masks import draw_bits
+
+        draw_bits(bits, drawn, which, members, samples, rows_per_member, threshold, channels, steps)
+        return
+    rows, places, words = bits.shape
+    if members is None:
+        members = torch.arange(rows, device=bits.device) // rows_per_member
+    ones = torch.ones(rows, places * channels, device=bits.device)
+    numbers = drawn.tolist()
+    kept = dropout_op.dropout(ones, members, samples, threshold / 2**32, numbers[1 + which], numbers[0]) > 0
+    kept = kept.as_strided((rows, places, channels), (places * channels, *steps))
+    parts = F.pad(kept.long(), (0, -channels % 32)).unflatten(-1, (words, 32))
+    bits.copy_((parts << torch.arange(32, device=bits.device)).sum(-1))
+
+
+def masked(out: Tensor, x: Tensor, bits: Tensor, scale: float, backend: str) -> None:
+    """An image under a dropout mask of each row, or of each member, int32 [R or K, H, W, words]."""
+    if uses_triton(out, backend):
+        from fastens.kernels._masks import apply_bits
+
+        apply_bits(x, bits, scale, out)
+        return
+    kept = keeps(bits.repeat_interleave(x.shape[0] // bits.shape[0], 0), x, 1, None)
+    out.copy_(x * (kept * scale))
 
 
 def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> None:

@@ -23,6 +23,8 @@ from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Strided
 from fastens.reference.group_moments import counts
 
 _NO_MASK = steps.Mask()
+_WORD = 32  # channels of a word of a mask
+_NOTHING_BEHIND = {"residual": None, "output_scale": 1.0, "output_activation": "none"}
 _NO_NORM = {"moments": None, "skip_moments": None, "norm_groups": 0}
 _ACTIVATIONS = {int(a): a.name.lower() for a in Activation}
 
@@ -46,6 +48,7 @@ class Launches:
         self.list: list[Launch] = []
         self._norms: dict[Any, _Statistics] = {}
         self._joined: dict[Any, View] = {}
+        self._bits: dict[Any, View] = {}  # of fresh masks
         lowered: dict[type, Callable[[Any], None]] = {
             steps.Conv: self._conv,
             steps.Norm: self._norm,
@@ -54,13 +57,13 @@ class Launches:
             steps.Attention: self._attention,
             Normalised: self._normalised,
             steps.Gather: self._gather,
+            steps.Draw: self._draw,
+            steps.Drop: self._drop,
             Call: self._call,
         }
         for step in emitter.steps:
             if type(step) not in lowered:
                 raise NotLowerable(f"a step of the kind {type(step).__name__.lower()} in launches")
-            if getattr(step, "mask_out", _NO_MASK) != _NO_MASK:
-                raise NotLowerable("dropout of a result in launches")
             lowered[type(step)](step)
 
     # Places
@@ -191,44 +194,109 @@ class Launches:
         residual = self._image(step.residual, step.out_h, step.out_w) if step.residual.channels else None
         if x.size[0] != step.rows or (residual is not None and residual.size[0] != step.rows):
             raise NotLowerable("rows that share an image, in launches")
+        behind = {
+            "residual": residual, "output_scale": step.scale, "output_activation": _ACTIVATIONS[step.act_out],
+        }  # fmt: skip
+        dropped = step.mask_out != _NO_MASK
+        result = self._fresh(out.size, self._dtype(out)) if dropped else out
         self.add(
-            "conv2d", run.conv2d, out, x, weight, bias, (step.stride_h, step.stride_w), (step.pad_top, step.pad_left),
-            backend=self.backend, **(_NO_NORM | norm), activation=_ACTIVATIONS[step.act_in], row_bias=row_bias,
-            residual=residual, output_scale=step.scale, output_activation=_ACTIVATIONS[step.act_out], shared=False,
-            skip=None, **self._mask(step, weight),
+            "conv2d", run.conv2d, result, x, weight, bias, (step.stride_h, step.stride_w),
+            (step.pad_top, step.pad_left), backend=self.backend, **(_NO_NORM | norm),
+            activation=_ACTIVATIONS[step.act_in], row_bias=row_bias, **(_NOTHING_BEHIND if dropped else behind),
+            shared=False, skip=None, **self._mask(step, weight),
         )  # fmt: skip
+        if dropped:
+            self._behind_mask(step, result, out, **behind)
+
+    def _behind_mask(
+        self, step: steps.Conv, result: View, out: View, residual: View | None, output_scale: float,
+        output_activation: str,
+    ) -> None:  # fmt: skip
+        """Drop elements of a convolution's result, and then what else is behind it."""
+        code: list[tuple[Opcode, int, int, float]] = []
+        inputs = [result] if residual is None else [result, residual]
+
+        def last() -> int:
+            return len(inputs) + len(code) - 1 if code else 0
+
+        if residual is not None:
+            code.append((Opcode.ADD, 0, 1, 0.0))
+        if output_scale != 1:
+            code.append((Opcode.MULTIPLY_NUMBER, last(), 0, output_scale))
+        if output_activation != "none":
+            code.append((run.ACTIVATIONS[output_activation], last(), 0, 0.0))
+        kept = self._fresh(out.size, self._dtype(out)) if code else out
+        bits = self._bits_of(step.mask_out, step.out_channels, step.out_h, step.out_w, step.rows)
+        self.add("masked", run.masked, kept, result, bits, step.mask_out.scale, self.backend)
+        if code:
+            inputs[0] = kept
+            self.add("pointwise", run.pointwise, out, inputs, code, backend=self.backend)
+
+    def _draw(self, step: steps.Draw) -> None:
+        size = (step.rows, step.pixels, -(-step.channels // _WORD))
+        stride = (size[1] * size[2], size[2], 1)
+        bits = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
+        number = step.evaluation.where - Slot.ARGUMENTS  # pyright: ignore[reportAttributeAccessIssue]
+        drawn = View(step.evaluation.where, 0, self.inputs[number].size, (1,))  # pyright: ignore[reportAttributeAccessIssue]
+        which = step.key.num_bytes // 8 - 1  # pyright: ignore[reportAttributeAccessIssue]
+        members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        samples = self.view(step.samples, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add(
+            "draw", run.draw, bits, drawn, which, members, samples, step.rows_per_member, step.threshold,
+            step.channels, (step.pixel_step, step.channel_step), self.backend,
+        )  # fmt: skip
+        self._bits[step.out.where] = bits  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _drop(self, step: steps.Drop) -> None:
+        out = self._image(step.out, step.height, step.width)
+        activation = _ACTIVATIONS[step.activation]
+        x, norm = self._source(step.sources, 1, step.height, step.width), {}
+        if step.table_scale != NONE:
+            x, norm = self._normed(step.table_scale, step.sources, 1, step.height, step.width)
+        if norm or activation != "none":
+            before = self._fresh(out.size, self._dtype(out))
+            self.add("group norm", run.group_norm, before, x, norm, activation, self.backend)
+            x = before
+        bits = self._bits_of(step.mask, out.size[1], step.height, step.width, step.rows)
+        self.add("masked", run.masked, out, x, bits, step.mask.scale, self.backend)
 
     def _mask(self, step: steps.Conv, weight: Tensor) -> dict[str, Any]:
-        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, ceil(C / 32)].
-
-        Raises:
-            NotLowerable: they are drawn anew in every call.
-        """
-        mask, channels = step.mask_in, weight.shape[2]
-        if mask == _NO_MASK:
+        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, ceil(C / 32)]."""
+        if step.mask_in == _NO_MASK:
             return {"mask": None, "mask_scale": 1.0}
-        bits = mask.at.where  # pyright: ignore[reportAttributeAccessIssue]
-        if not isinstance(bits, Kept):
-            raise NotLowerable("dropout masks that are drawn in every call, in launches")
-        words = -(-channels // steps.LANES)
-        flat, each = bits.tensor.view(torch.int16), step.in_h * step.in_w * words
-        held = flat[: len(flat) // each * each].view(-1, step.in_h, step.in_w, words)
-        held = F.pad(held, (0, words % 2)).view(torch.int32)
-        key = ("mask", bits, tuple(held.shape))
-        if mask.members == NONE and mask.rows * len(held) != step.rows:
+        by_weights = weight.shape[0] if step.mask_in.members == step.members else 0
+        bits = self._bits_of(step.mask_in, weight.shape[2], step.in_h, step.in_w, step.rows, by_weights)
+        return {"mask": bits, "mask_scale": step.mask_in.scale}
+
+    def _bits_of(
+        self, mask: steps.Mask, channels: int, height: int, width: int, rows: int, by_weights: int | None = None
+    ) -> View | Tensor:
+        """The bits of a mask, int32 [K or R, H, W, ceil(C / 32)]: of members where these are equal groups of rows.
+
+        ``by_weights`` is of a convolution: its weights' K where each row has its mask by them, none for other launches.
+        """
+        where, words = mask.at.where, -(-channels // _WORD)  # pyright: ignore[reportAttributeAccessIssue]
+        if where in self._bits:
+            size = (rows, height, width, words)
+            return View(self._bits[where].where, 0, size, (height * width * words, width * words, words, 1))
+        halves = -(-channels // steps.LANES)
+        flat, each = where.tensor.view(torch.int16), height * width * halves
+        held = flat[: len(flat) // each * each].view(-1, height, width, halves)
+        held = F.pad(held, (0, halves % 2)).view(torch.int32)
+        key = ("mask", where, tuple(held.shape))
+        if mask.members == NONE and mask.rows * len(held) != rows:
             raise NotLowerable("dropout masks of other rows, in launches")
-        by_weights = weight.shape[0] == len(held) and mask.members == step.members
-        if mask.members == NONE and not by_weights:
+        by_members = mask.members == NONE if by_weights is None else by_weights == len(held)
+        if mask.members == NONE and not by_members:
             key, held = (*key, mask.rows), held.repeat_interleave(mask.rows, 0)
         kept: Tensor = self.emitter.constants.add(key, held).where.tensor  # pyright: ignore[reportAttributeAccessIssue]
-        if mask.members == NONE or by_weights:
-            return {"mask": kept, "mask_scale": mask.scale}
-        size = (step.rows, *kept.shape[1:])
-        stride = kept.stride()
-        drawn = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
-        members = self.view(mask.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
-        self.add("gather", run.gather, drawn, kept, members)
-        return {"mask": drawn, "mask_scale": mask.scale}
+        if mask.members == NONE or by_members:
+            return kept
+        size, stride = (rows, *kept.shape[1:]), kept.stride()
+        gathered = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
+        members = self.view(mask.members, (rows,), (1,))  # pyright: ignore[reportArgumentType]
+        self.add("gather", run.gather, gathered, kept, members)
+        return gathered
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
         kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]

@@ -52,7 +52,7 @@ class TypedEmitter(Emitter):
 
     def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
         source = self.source(value.pixels)
-        if source.tables is None:
+        if source.tables is None or source.mask is not None:
             super()._copied(value, at)
             return
         p = value.pixels
