@@ -1,6 +1,6 @@
 """Triton kernels of dropout masks as bits: they are drawn for each row, and applied to an image.
 
-Bit c % 32 of word c // 32 of a place is whether channel c is kept there; what is drawn is :mod:`fastens.kernels._dropout`.
+Bit c % 32 of word c // 32 of a place is whether channel c is kept there, as :mod:`fastens.kernels._dropout` draws it.
 """
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
 # Triton compiles these functions: pyright takes them for Python.
@@ -24,7 +24,7 @@ def draw_bits_kernel(
     bits, drawn, which, members, samples, rows_per_member, places, channels, words, of_place, of_channel,
     ALONG: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, WORD: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """One word of PLACES places of a row; four elements that follow each other, ALONG places or channels, are drawn at once."""
+    """One word of PLACES places of a row; four elements, ALONG places or channels, are drawn at once."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(places, PLACES)
     word, tile = pid % words, pid // words % tiles

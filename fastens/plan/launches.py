@@ -153,7 +153,7 @@ class LaunchPlan:
             if isinstance(where, Buffer):
                 whole, start = arena.view(where.dtype), start + where.offset // where.dtype.itemsize
             elif isinstance(where, Kept):
-                whole = where.tensor
+                whole, start = where.tensor, start + where.tensor.storage_offset()
             else:
                 whole = slot(where)
             return whole.as_strided(view.size, view.stride, start)

@@ -115,8 +115,11 @@ class Launches:
 
     @staticmethod
     def _stack(at: Any, channels: int) -> Tensor | None:
-        """[K, C] of a constant, without what it was filled up with."""
-        return None if at == NONE else at.where.tensor.flatten(1)[:, :channels].contiguous()
+        """[K, C] of a constant, without what it was filled up with; [1, C] of one that all members share."""
+        if at == NONE:
+            return None
+        values: Tensor = at.where.tensor
+        return (values[None] if values.ndim == 1 else values.flatten(1))[:, :channels].contiguous()
 
     def add(self, name: str, function: Callable[..., None], *args: Any, **kwargs: Any) -> Launch:
         """Append a launch."""

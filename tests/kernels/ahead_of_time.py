@@ -21,6 +21,7 @@ from fastens import rules
 from fastens.kernels._attention import attention
 from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
 from fastens.kernels._join import join
+from fastens.kernels._masks import apply_bits, draw_bits
 from fastens.kernels.aggregate import aggregate
 from fastens.kernels.aggregate_update import aggregate_update
 from fastens.kernels.conv2d import conv2d
@@ -152,6 +153,14 @@ def launches():
                 call = (*q.split(width, 3), 0.1, out)
                 yield f"attention {short} R={rows} T={tokens} D={width}", lambda call=call: attention(*call)
         members = torch.arange(5)
+        drawn, samples = torch.zeros(3, dtype=torch.int64), torch.arange(10)
+        for name, places, steps in (("places", 1024, (1, 1024)), ("channels", 77, (256, 1)), ("odd", 49, (1, 49))):
+            bits = torch.empty(10, places, 8, dtype=torch.int32)
+            call = (bits, drawn, 1, None, samples, 2, 2**31, 256, steps)
+            yield f"draw_bits {name} {short}", lambda call=call: draw_bits(*call)
+        x, bits = torch.empty(10, 256, 8, 8, dtype=dtype), torch.empty(5, 8, 8, 8, dtype=torch.int32)
+        x = x.to(memory_format=torch.channels_last)
+        yield f"apply_bits {short}", lambda x=x, bits=bits: apply_bits(x, bits, 1.25, torch.empty_like(x))
         for channels, size, layout, samples in ((256, 32, "NHWC", None), (256, 9, "NHWC", members),
                                                 (256, 32, "NCHW", members), (3, 7, "NCHW", None)):  # fmt: skip
             form = torch.channels_last if layout == "NHWC" else torch.contiguous_format
@@ -299,6 +308,9 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "attention bf16 R=5 T=256 D=256",
     "attention bf16 R=320 T=256 D=256",
     "pointwise of all f32",
+    "draw_bits places bf16",
+    "draw_bits odd f32",
+    "apply_bits bf16",
     "dropout NHWC bf16 C=256 32x32",
     "group_norm dropped bf16",
     "linear dropped bf16 M=512",

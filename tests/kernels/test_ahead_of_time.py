@@ -43,8 +43,8 @@ def check_compiled(capability, *options):
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
         "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
         "maps_kernel", "normalise_kernel", "join_moments_kernel", "pointwise_kernel", "concatenate_kernel",
-        "normal_kernel", "sampler_step_kernel", "attention_kernel",
-        *(["conv2d_tma_kernel"] if capability >= 90 else []),
+        "normal_kernel", "sampler_step_kernel", "attention_kernel", "draw_bits_kernel",
+        "apply_bits_kernel", *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
         if row["kernel"] == "conv2d_tma_kernel":
