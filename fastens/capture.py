@@ -87,7 +87,8 @@ class Capturing(nn.Module):
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
-            ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat.
+            ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat:
+                such calls need no capture, since the launches of a plan replay as a graph by themselves.
         """
         ensemble: Any = self
         if ensemble.device.type != "cuda":

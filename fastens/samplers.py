@@ -117,7 +117,8 @@ class Sampler:
 
         Raises:
             RuntimeError: the model is not on a CUDA device.
-            ValueError: training mode, a rule that draws members or fresh dropout masks, which no recording draws anew.
+            ValueError: training mode, a rule that draws members or fresh dropout masks, which no recording draws anew:
+                such runs go step by step, and the launches of each step replay as a graph by themselves.
         """
         if self.denoiser.device.type != "cuda":
             raise RuntimeError(f"capture: the model is on {self.denoiser.device}, expected a CUDA device")
