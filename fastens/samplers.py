@@ -39,10 +39,12 @@ class Sampler:
         times: instead of it, the steps + 1 times of the schedule, from most noise to least.
         eta: of DDIM: 0 is deterministic, 1 ancestral.
         clip: of DDIM: what the predicted data is held in; the last step then ends in it. None to leave it.
+        to_data: of DDIM: the last step ends in the data that the network predicts, and not at a last time, whose noise
+            is left; ``times`` are then one per step, such as the ``timesteps`` of a scheduler of diffusers.
 
     Raises:
-        ValueError: an unknown method, too few steps or times, eta out of [0, 1], eta or clip for another method, or
-            coefficients that are not finite at a time.
+        ValueError: an unknown method, too few steps or times, eta out of [0, 1], eta, clip or to_data for another
+            method, or coefficients that are not finite at a time.
     """
 
     def __init__(
@@ -54,23 +56,26 @@ class Sampler:
         times: Sequence[float] | Tensor | None = None,
         eta: float = 0.0,
         clip: tuple[float, float] | None = None,
+        to_data: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown, expected one of {', '.join(map(repr, METHODS))}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta:g}, expected 0 to 1")
-        if method != "ddim" and (eta or clip is not None):
-            raise ValueError(f"eta and clip are of 'ddim'; {method!r} has neither")
+        if method != "ddim" and (eta or clip is not None or to_data):
+            raise ValueError(f"eta, clip and to_data are of 'ddim'; {method!r} has none of them")
         self.denoiser = denoiser
         self.method, self.clip, self.stochastic = method, clip, eta > 0
         grid = _default_times(denoiser, steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
+        if to_data and times is not None:
+            grid = torch.cat([grid, grid[-1:]])  # where the last step ends is no time
         if grid.ndim != 1 or len(grid) < 2:
-            raise ValueError(f"times is {list(grid.shape)}, expected at least two")
+            raise ValueError(f"times is {list(grid.shape)}, expected at least {'one' if to_data else 'two'}")
         self.num_steps = len(grid) - 1
-        table, self._network_times = _coefficients(denoiser, method, grid.cpu(), eta, clip is not None)
+        table, self._network_times = _coefficients(denoiser, method, grid.cpu(), eta, clip is not None, to_data)
         self._last_is_euler = method == "heun" and not bool(torch.isfinite(table[-1]).all())
         if self._last_is_euler:
-            table[-1] = _coefficients(denoiser, "euler", grid[-2:].cpu(), 0.0, False)[0][0]
+            table[-1] = _coefficients(denoiser, "euler", grid[-2:].cpu(), 0.0, False, False)[0][0]
         if not torch.isfinite(table).all():
             step = int((~torch.isfinite(table)).any(1).nonzero()[0])
             raise ValueError(f"the step from time {grid[step]:g} to {grid[step + 1]:g} has no finite coefficients")
@@ -234,7 +239,9 @@ def _default_times(denoiser: Denoiser, steps: int) -> Tensor:
     return torch.linspace(schedule.t_prior, schedule.t_data, steps + 1, dtype=torch.float64)
 
 
-def _coefficients(denoiser: Denoiser, method: str, grid: Tensor, eta: float, clipped: bool) -> tuple[Tensor, Tensor]:
+def _coefficients(
+    denoiser: Denoiser, method: str, grid: Tensor, eta: float, clipped: bool, to_data: bool
+) -> tuple[Tensor, Tensor]:
     """What each step multiplies, float64 [steps, 5], and the network's times [steps, stages].
 
     DDIM: x' = r0 x + r1 output + r2 noise; clipped: data = r3 x + r4 output, x' = r0 x + r1 data + r2 noise. Euler: x'
@@ -242,11 +249,11 @@ def _coefficients(denoiser: Denoiser, method: str, grid: Tensor, eta: float, cli
     """
     schedule = denoiser.schedule
     rows, times = [], []
-    for now, then in itertools.pairwise(grid):
+    for i, (now, then) in enumerate(itertools.pairwise(grid)):
         ends = (now, then) if method == "heun" else (now,)
         times.append(torch.stack([schedule.network_time(t).double() for t in ends]))
         if method == "ddim":
-            rows.append(_ddim(denoiser, now, then, eta, clipped))
+            rows.append(_ddim(denoiser, now, None if to_data and i == len(grid) - 2 else then, eta, clipped))
             continue
         span = float(then - now)
         of_x, of_output = _velocity(denoiser, now)
@@ -263,10 +270,11 @@ def _coefficients(denoiser: Denoiser, method: str, grid: Tensor, eta: float, cli
     return torch.tensor(rows, dtype=torch.float64), torch.stack(times)
 
 
-def _ddim(denoiser: Denoiser, now: Tensor, then: Tensor, eta: float, clipped: bool) -> list[float]:
+def _ddim(denoiser: Denoiser, now: Tensor, then: Tensor | None, eta: float, clipped: bool) -> list[float]:
+    """A row of the table; ``then`` is none for the data, without noise."""
     schedule = denoiser.schedule
     (alpha, sigma), (alpha_then, sigma_then) = (
-        (float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (now, then)
+        (1.0, 0.0) if t is None else (float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (now, then)
     )
     remaining = max(0.0, 1 - (alpha * sigma_then / (alpha_then * sigma)) ** 2)
     fresh = eta * sigma_then * remaining**0.5

@@ -180,7 +180,7 @@ def test_the_seed_may_be_a_tensor():
         (lambda d: Sampler(d, steps=0), "steps is 0"),
         (lambda d: Sampler(d, times=[1.0]), r"times is \[1\]"),
         (lambda d: Sampler(d, eta=2.0), "eta is 2"),
-        (lambda d: Sampler(d, "heun", eta=1.0), "eta and clip are of 'ddim'"),
+        (lambda d: Sampler(d, "heun", eta=1.0), "eta, clip and to_data are of 'ddim'"),
         (
             lambda d: Sampler(Denoiser(d.model, schedules.EDM(), "x0"), "euler", times=[0.0, 1.0]),
             "no finite coeff",

@@ -1,0 +1,149 @@
+"""Whole runs against the samplers of diffusers, on their own timesteps, and against published loops."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastens import samplers, schedules
+from fastens.evaluation import Denoiser
+from fastens.reference.normal import normal
+from fastens.samplers import Sampler
+from tests.tolerances import relative_error
+
+diffusers = pytest.importorskip("diffusers")
+
+SHAPE, SAMPLES, SEED = (3, 4, 4), 5, 11
+EXACT = 2e-5  # of runs in float32, whose coefficients diffusers computes in float32
+
+
+class Network(nn.Module):
+    """Smooth in x and in a time of 0 to 1000."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mix = nn.Parameter(torch.randn(3, 3, generator=generator) / 2)
+
+    def forward(self, x, t):
+        mixed = torch.einsum("oc,bchw->bohw", self.mix, x)
+        return 0.8 * x + (mixed + (t.reshape(-1, 1, 1, 1) / 300).to(x.dtype).cos()).tanh() / 3
+
+
+def start():
+    return normal(SEED, 0, torch.arange(SAMPLES), SHAPE)
+
+
+@torch.no_grad()
+def diffusers_run(scheduler, network, eta):
+    """The loop of diffusers' pipelines; its noise, where it draws some, is that of our steps."""
+    x = start() * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        options = {}
+        if isinstance(
+            scheduler, diffusers.DDIMScheduler
+        ):  # guided-diffusion's, and ours, find the noise in clipped data
+            options = {"eta": eta, "use_clipped_model_output": scheduler.config.clip_sample}
+        if eta:
+            options["variance_noise"] = normal(SEED, i + 1, torch.arange(SAMPLES), SHAPE)
+        output = network(scheduler.scale_model_input(x, t), t.expand(SAMPLES))
+        x = scheduler.step(output, t, x, **options).prev_sample
+    return x
+
+
+def denoiser_of(scheduler, network, prediction="epsilon"):
+    return Denoiser(network, schedules.Discrete(tuple(scheduler.alphas_cumprod.double().tolist())), prediction)
+
+
+# With timestep_spacing="linspace" each step of diffusers' DDIM ends where the next does not begin: no run of ours does.
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("epsilon", "epsilon"), ("sample", "x0"), ("v_prediction", "v")], ids=["epsilon", "x0", "v"]
+)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_on_the_timesteps_of_diffusers(spacing, theirs, ours, eta, clip):
+    scheduler = diffusers.DDIMScheduler(1000, timestep_spacing=spacing, prediction_type=theirs, clip_sample=clip)
+    scheduler.set_timesteps(20)
+    network, times = Network(), scheduler.timesteps
+    sampler = Sampler(
+        denoiser_of(scheduler, network, ours), times=times, eta=eta, clip=(-1.0, 1.0) if clip else None, to_data=True
+    )
+    assert sampler.num_steps == len(times)
+    assert relative_error(sampler(SAMPLES, SHAPE, SEED), diffusers_run(scheduler, network, eta)) <= EXACT
+
+
+def test_euler_of_diffusers_is_ddim_in_other_variables():
+    """diffusers' x is ours divided by alpha, its Euler steps in sigma / alpha are DDIM's without noise."""
+    scheduler = diffusers.EulerDiscreteScheduler(1000, timestep_spacing="leading")
+    scheduler.set_timesteps(20)
+    network = Network()
+    sampler = Sampler(denoiser_of(scheduler, network), times=scheduler.timesteps, to_data=True)
+    assert relative_error(sampler(SAMPLES, SHAPE, SEED), diffusers_run(scheduler, network, 0.0)) <= EXACT
+
+
+@torch.no_grad()
+def test_heun_is_that_of_edm_on_its_own_times():
+    """Karras et al., arXiv 2206.00364, algorithm 1 without churn, on the 18 noise levels of rho = 7."""
+    n, rho, low, high = 18, 7, 0.002, 80.0
+    levels = torch.arange(n, dtype=torch.float64) / (n - 1)
+    sigmas = (high ** (1 / rho) + levels * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    network = Network().double()
+    denoiser = Denoiser(network, schedules.EDM(low, high), "x0")
+    found = Sampler(denoiser, "heun", times=sigmas)(SAMPLES, SHAPE, SEED)
+    x = high * start().double()
+    for now, then in itertools.pairwise(sigmas):
+        d = (x - denoiser.predict(x, denoiser.schedule.network_time(now).expand(SAMPLES))) / now
+        moved = x + (then - now) * d
+        if then > 0:
+            second = (moved - denoiser.predict(moved, denoiser.schedule.network_time(then).expand(SAMPLES))) / then
+            moved = x + (then - now) * (d + second) / 2
+        x = moved
+    assert relative_error(found, x) <= 1e-10
+
+
+class Counted(TorchDispatchMode):
+    """Operations that compute, outside of the network and of the step's op; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.inside = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.inside and not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "per_step"),
+    [
+        ("ddim", {}, ["sampler_step"]), ("ddim", {"clip": (-1.0, 1.0)}, ["sampler_step"]),
+        ("ddim", {"eta": 1.0}, ["arange", "add", "sampler_step"]), ("euler", {}, ["sampler_step"]),
+        ("heun", {}, ["sampler_step", "sampler_step"]),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_step_is_one_kernel_beside_the_network(method, options, per_step, monkeypatch):
+    network, counted, step = Network(), Counted(), samplers.sampler_step
+
+    def named(*args, **kwargs):
+        counted.names.append("sampler_step")
+        counted.inside = True  # the reference, which a GPU does not run, is made of many
+        result = step(*args, **kwargs)
+        counted.inside = False
+        return result
+
+    monkeypatch.setattr(samplers, "sampler_step", named)
+    network.register_forward_pre_hook(lambda *_: setattr(counted, "inside", True))
+    network.register_forward_hook(lambda *_: setattr(counted, "inside", False))
+    sampler = Sampler(Denoiser(network, schedules.VP()), method, steps=6, **options)
+    x = start()
+    given = (*sampler._rows(0, 4, x), torch.arange(SAMPLES), torch.tensor(SEED), torch.tensor(0), False)
+    with counted:
+        sampler._run(x, *given)
+    steps, before = per_step[-1:] * (4 * per_step.count("sampler_step")), per_step[: -per_step.count("sampler_step")]
+    assert counted.names == [*before, *steps]
