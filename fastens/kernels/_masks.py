@@ -7,6 +7,10 @@ Bit c % 32 of word c // 32 of a place is whether channel c is kept there, as :mo
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,19 +20,35 @@ from fastens.kernels._dropout import mask_scale
 
 WORD = 32  # channels of a word
 PLACES = 32  # of a program that draws
+TOGETHER = 64  # masks of one launch: a pointer and five numbers each, of the 4096 bytes that a launch may hand over
 TILE = 1024  # elements of a program that applies bits
 
 
-@triton.jit(do_not_specialize=["which"])
+@triton.jit
 def draw_bits_kernel(
-    bits, drawn, which, members, samples, rows_per_member, places, channels, words, of_place, of_channel,
-    ALONG: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, WORD: tl.constexpr, PLACES: tl.constexpr,
+    bits, drawn, keys, places_of, channels_of, steps_of, first_programs, members, samples, rows_per_member, programs,
+    MASKS_DRAWN: tl.constexpr, ALONG: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, WORD: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
-    """One word of PLACES places of a row; four elements, ALONG places or channels, are drawn at once."""
+    """One word of PLACES places of a row of one mask; four elements, ALONG places or channels, are drawn at once.
+
+    Each row has ``programs`` programs, those of one mask after the other; ``steps_of`` is how far a mask's lines are
+    apart in the numbers of elements.
+    """
     pid = tl.program_id(0)
-    tiles = tl.cdiv(places, PLACES)
-    word, tile = pid % words, pid // words % tiles
-    row = (pid // words // tiles).to(tl.int64)
+    row, own = (pid // programs).to(tl.int64), pid % programs
+    to, which, first = bits[0], keys[0] + own * 0, own * 0
+    places, channels, step = places_of[0] + own * 0, channels_of[0] + own * 0, steps_of[0] + row * 0
+    for i in tl.static_range(1, MASKS_DRAWN):
+        here = own >= first_programs[i]
+        to = tl.where(here, bits[i], to)
+        which = tl.where(here, keys[i], which)
+        first = tl.where(here, first_programs[i], first)
+        places = tl.where(here, places_of[i], places)
+        channels = tl.where(here, channels_of[i], channels)
+        step = tl.where(here, steps_of[i], step)
+    words = tl.cdiv(channels, WORD)
+    word, tile = (own - first) % words, (own - first) // words
     member = row // rows_per_member
     if members is not None:
         member = tl.load(members + row)
@@ -38,59 +58,60 @@ def draw_bits_kernel(
     place = tile * PLACES + tl.arange(0, PLACES)
     of_word = tl.arange(0, WORD)
     if ALONG == "places":
-        first = (word * WORD + of_word)[:, None].to(tl.int64) * of_channel + tile * PLACES
+        line = (word * WORD + of_word)[:, None].to(tl.int64) * step + tile * PLACES
         kept = mask_scale(
-            first, member, sample, evaluation, key_low, key_high, PLACES, MASKS, THRESHOLD, 1.0, tl.float32
-        )  # fmt: skip
+            line, member, sample, evaluation, key_low, key_high, PLACES, MASKS, THRESHOLD, 1.0, tl.float32
+        )
         value = tl.sum((kept > 0).to(tl.int32) << of_word[:, None], 0)
     else:
-        first = place[:, None].to(tl.int64) * of_place + word * WORD
-        kept = mask_scale(
-            first, member, sample, evaluation, key_low, key_high, WORD, MASKS, THRESHOLD, 1.0, tl.float32
-        )  # fmt: skip
+        line = place[:, None].to(tl.int64) * step + word * WORD
+        kept = mask_scale(line, member, sample, evaluation, key_low, key_high, WORD, MASKS, THRESHOLD, 1.0, tl.float32)
         value = tl.sum((kept > 0).to(tl.int32) << of_word[None, :], 1)
-    tl.store(bits + (row * places + place) * words + word, value, place < places)
+    tl.store(to + (row * places + place) * words + word, value, place < places)
 
 
 def draw_bits(
-    bits: Tensor,
+    bits: Sequence[Tensor],
     drawn: Tensor,
-    which: int,
+    keys: Sequence[int],
     members: Tensor | None,
     samples: Tensor,
     rows_per_member: int,
     threshold: int,
-    channels: int,
-    steps: tuple[int, int],
-) -> Tensor:
-    """Draw the bits of what dropout keeps.
+    channels: Sequence[int],
+    steps: Sequence[tuple[int, int]],
+) -> None:
+    """Draw the bits of what dropouts of the same rows keep, as few launches.
 
     Args:
-        bits: int32 [R, places, words], contiguous, written.
+        bits: of each dropout int32 [R, places, words], contiguous, written.
         drawn: int64 [1 + n] on the device, the evaluation's number and the keys of all dropouts.
-        which: whose key it is.
+        keys: which of them is each dropout's.
         members: int64 [R]; none for ``row // rows_per_member``.
         samples: int64 [R].
         rows_per_member: where there are no members.
         threshold: an element is dropped whose 32 random bits are below it.
-        channels: C.
-        steps: the number of an element in its row is place * steps[0] + channel * steps[1]; one of them is 1.
-
-    Returns:
-        ``bits``.
+        channels: C of each dropout.
+        steps: of each dropout, the number of an element in its row is place * step[0] + channel * step[1]; one is 1.
     """
-    rows, places, words = bits.shape
-    if bits.numel() == 0:
-        return bits
-    along = "places" if steps[0] == 1 else "channels"
-    line = steps[1] if along == "places" else steps[0]  # every line begins at a multiple of it
-    with torch.cuda.device(bits.device if bits.is_cuda else -1):
-        draw_bits_kernel[(rows * triton.cdiv(places, PLACES) * words,)](
-            bits, drawn, which, members, samples, rows_per_member, places, channels, words, *steps, ALONG=along,
-            MASKS="blocks" if line % 4 == 0 else "elements", THRESHOLD=min(threshold, 2**32 - 1), WORD=WORD,
-            PLACES=PLACES, num_warps=1,
-        )  # fmt: skip
-    return bits
+    alike: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, (own, (of_place, of_channel)) in enumerate(zip(bits, steps, strict=True)):
+        along, line = ("places", of_channel) if of_place == 1 else ("channels", of_place)
+        if own.numel():
+            alike[along, "blocks" if line % 4 == 0 else "elements"].append(i)  # lines begin at multiples of it
+    for (along, kind), numbers in alike.items():
+        for start in range(0, len(numbers), TOGETHER):
+            some = numbers[start : start + TOGETHER]
+            counts = [triton.cdiv(bits[i].shape[1], PLACES) * bits[i].shape[2] for i in some]
+            firsts = [0, *itertools.accumulate(counts)]
+            with torch.cuda.device(drawn.device if drawn.is_cuda else -1):
+                draw_bits_kernel[(bits[some[0]].shape[0] * firsts[-1],)](
+                    tuple(bits[i] for i in some), drawn, tuple(keys[i] for i in some),
+                    tuple(bits[i].shape[1] for i in some), tuple(channels[i] for i in some),
+                    tuple(steps[i][1] if along == "places" else steps[i][0] for i in some), tuple(firsts[:-1]),
+                    members, samples, rows_per_member, firsts[-1], MASKS_DRAWN=len(some), ALONG=along, MASKS=kind,
+                    THRESHOLD=min(threshold, 2**32 - 1), WORD=WORD, PLACES=PLACES, num_warps=1,
+                )  # fmt: skip
 
 
 @triton.jit

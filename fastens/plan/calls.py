@@ -257,24 +257,25 @@ def gather(out: Tensor, table: Tensor, members: Tensor) -> None:
 
 
 def draw(
-    bits: Tensor, drawn: Tensor, which: int, members: Tensor | None, samples: Tensor, rows_per_member: int,
-    threshold: int, channels: int, steps: tuple[int, int], backend: str,
+    bits: Sequence[Tensor], drawn: Tensor, keys: Sequence[int], members: Tensor | None, samples: Tensor,
+    rows_per_member: int, threshold: int, channels: Sequence[int], steps: Sequence[tuple[int, int]], backend: str,
 ) -> None:  # fmt: skip
-    """The bits of a fresh dropout mask, int32 [R, places, words]; see :func:`fastens.kernels._masks.draw_bits`."""
-    if uses_triton(bits, backend):
+    """The bits of fresh dropout masks, each int32 [R, places, words]; see :func:`fastens.kernels._masks.draw_bits`."""
+    if uses_triton(drawn, backend):
         from fastens.kernels._masks import draw_bits
 
-        draw_bits(bits, drawn, which, members, samples, rows_per_member, threshold, channels, steps)
+        draw_bits(bits, drawn, keys, members, samples, rows_per_member, threshold, channels, steps)
         return
-    rows, places, words = bits.shape
-    if members is None:
-        members = torch.arange(rows, device=bits.device) // rows_per_member
-    ones = torch.ones(rows, places * channels, device=bits.device)
     numbers = drawn.tolist()
-    kept = dropout_op.dropout(ones, members, samples, threshold / 2**32, numbers[1 + which], numbers[0]) > 0
-    kept = kept.as_strided((rows, places, channels), (places * channels, *steps))
-    parts = F.pad(kept.long(), (0, -channels % 32)).unflatten(-1, (words, 32))
-    bits.copy_((parts << torch.arange(32, device=bits.device)).sum(-1))
+    for own, key, count, step in zip(bits, keys, channels, steps, strict=True):
+        rows, places, words = own.shape
+        if members is None:
+            members = torch.arange(rows, device=own.device) // rows_per_member
+        ones = torch.ones(rows, places * count, device=own.device)
+        kept = dropout_op.dropout(ones, members, samples, threshold / 2**32, numbers[1 + key], numbers[0]) > 0
+        kept = kept.as_strided((rows, places, count), (places * count, *step))
+        parts = F.pad(kept.long(), (0, -count % 32)).unflatten(-1, (words, 32))
+        own.copy_((parts << torch.arange(32, device=own.device)).sum(-1))
 
 
 def masked(out: Tensor, x: Tensor, bits: Tensor, scale: float, backend: str) -> None:

@@ -245,8 +245,8 @@ class Launches:
         members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
         samples = self.view(step.samples, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
         self.add(
-            "draw", run.draw, bits, drawn, which, members, samples, step.rows_per_member, step.threshold,
-            step.channels, (step.pixel_step, step.channel_step), self.backend,
+            "draw", run.draw, [bits], drawn, [which], members, samples, step.rows_per_member, step.threshold,
+            [step.channels], [(step.pixel_step, step.channel_step)], self.backend,
         )  # fmt: skip
         self._bits[step.out.where] = bits  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -19,6 +19,7 @@ from fastens.plan.record import Ref
 from fastens.plan.views import joined
 from fastens.program.steps import Opcode
 
+_MOST_DRAWN = 64 * 2**20  # bytes of masks that are held at a time so that one launch draws them
 _BEHIND = ("row_bias", "residual", "found")
 
 
@@ -40,6 +41,7 @@ def merge(flow: Dataflow, inputs: list[Ref], constants: KeptTensors) -> None:
     place_moments(flow)
     part_vectors(flow)
     name_linear_layers(flow)
+    draw_together(flow)
     tidy(flow)
     flow.index()
     flow.remove_unread()
@@ -250,3 +252,23 @@ def name_linear_layers(flow: Dataflow) -> None:
         for launch in group[1:]:
             flow.launches.remove(launch)
         flow.swap(first, new)
+
+
+def draw_together(flow: Dataflow) -> None:
+    """Let one launch draw the masks of all dropouts, which depend on inputs of the pass alone."""
+    groups: dict[Any, list[Launch]] = defaultdict(list)
+    for launch in flow.launches:
+        if launch.function is run.draw:
+            _, drawn, _, *rows, threshold, _, _, backend = launch.args
+            groups[drawn, *rows, threshold, backend].append(launch)
+    for group in groups.values():
+        held = sum(bits.where.num_bytes for launch in group for bits in launch.args[0])
+        if len(group) == 1 or held > _MOST_DRAWN:
+            continue
+        first, *others = group
+        bits, keys, channels, steps = ([x for launch in group for x in launch.args[i]] for i in (0, 2, 7, 8))
+        _, drawn, _, *rows, threshold, _, _, backend = first.args
+        first.args = (bits, drawn, keys, *rows, threshold, channels, steps, backend)
+        for launch in others:
+            flow.launches.remove(launch)
+        flow.index()

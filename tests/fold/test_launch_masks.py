@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastens.fold import planned
-from fastens.plan import calls
+from fastens.plan import calls, merging
 from fastens.reference.dropout import dropout
 from tests.fold.test_plan_masks import (  # noqa: F401  (they are collected here too)
+    DROPPING_UNET,
     Called,
     same_as_the_loop,
     test_drawn_rules_under_masks,
@@ -34,6 +35,15 @@ def test_layers_that_are_functions_are_launches(masks):
     assert {name for name in plan if name.startswith("aten.")} <= {"aten.mean.dim"}
 
 
+@pytest.mark.parametrize("most", [merging._MOST_DRAWN, 0])
+def test_one_launch_draws_all_masks_that_memory_holds(most, monkeypatch):
+    monkeypatch.setattr(merging, "_MOST_DRAWN", most)
+    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 6, 7, 8])
+    report = same_as_the_loop(randomised(*DROPPING_UNET), "fresh", [((x, t), {}), ((0.5 * x, t), {})], p=0.3)
+    (plan,) = report.plans
+    assert plan["draw"] == (1 if most else 12)
+
+
 def expected_keeps(rows, places, channels, steps, members, samples, p, key, evaluation):
     ones = torch.ones(rows, places * channels)
     kept = dropout(ones, members, samples, p, key, evaluation) > 0
@@ -57,8 +67,8 @@ def test_bits_are_those_of_dropout(shape, by_member, backend):
     bits = torch.full((rows, places, -(-channels // 32)), -1, dtype=torch.int32)
     for p in (0.3, 1.0):
         threshold = round(p * 2**32)
-        given = (members if by_member else None, samples, 2, threshold, channels, steps)
-        calls.draw(bits, drawn, 1, *given, backend)
+        given = (members if by_member else None, samples, 2, threshold, [channels], [steps])
+        calls.draw([bits], drawn, [1], *given, backend)
         expected = expected_keeps(*shape, members, samples, p, int(drawn[2]), int(drawn[0]))
         found = unpacked(bits, channels)
         if p == 1:  # 2^32 is no threshold of 32 bits: what is kept by one chance in 2^32 is multiplied by a scale of 0
@@ -66,6 +76,22 @@ def test_bits_are_those_of_dropout(shape, by_member, backend):
         else:
             assert torch.equal(found, expected)
             assert 0.4 < found.float().mean() < 0.95
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_masks_of_one_launch_are_those_of_several(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    shapes = [(4, *shape[1:]) for shape in SHAPES]
+    drawn = torch.tensor([3, *(7**i - 2**50 for i in range(len(shapes)))])
+    samples, members = torch.arange(4) + 5, torch.arange(4) // 2
+    bits = [torch.full((4, places, -(-channels // 32)), -1, dtype=torch.int32) for _, places, channels, _ in shapes]
+    _, _, channels, steps = zip(*shapes, strict=True)
+    keys = list(range(len(shapes)))[::-1]
+    calls.draw(bits, drawn, keys, None, samples, 2, round(0.4 * 2**32), channels, steps, backend)
+    for own, key, shape in zip(bits, keys, shapes, strict=True):
+        expected = expected_keeps(*shape, members, samples, 0.4, int(drawn[1 + key]), 3)
+        assert torch.equal(unpacked(own, shape[2]), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -156,7 +156,7 @@ def launches():
         drawn, samples = torch.zeros(3, dtype=torch.int64), torch.arange(10)
         for name, places, steps in (("places", 1024, (1, 1024)), ("channels", 77, (256, 1)), ("odd", 49, (1, 49))):
             bits = torch.empty(10, places, 8, dtype=torch.int32)
-            call = (bits, drawn, 1, None, samples, 2, 2**31, 256, steps)
+            call = ([bits] * 33, drawn, range(33), None, samples, 2, 2**31, [256] * 33, [steps] * 33)
             yield f"draw_bits {name} {short}", lambda call=call: draw_bits(*call)
         x, bits = torch.empty(10, 256, 8, 8, dtype=dtype), torch.empty(5, 8, 8, 8, dtype=torch.int32)
         x = x.to(memory_format=torch.channels_last)
