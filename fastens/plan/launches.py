@@ -100,7 +100,7 @@ class LaunchPlan:
         self._lock = threading.Lock()
         self._bound = self._bind()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self.replays = Replays(device)
+        self.replays = Replays(device, self.num_bytes)
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -14,17 +14,23 @@ from fastens.ops._choice import can_measure, observed
 
 AFTER = 4  # runs without a graph; libraries have chosen their algorithms by then, and Triton has compiled
 MOST = 4  # graphs of one plan: under other factors of the members the last layer is another launch
+MOST_BYTES = 2**29  # of a plan's arena: larger batches keep the device busy, and a graph's memory is its own
 _MOST_KINDS = 64  # whose runs are counted
 
 
 class Replays:
     """The graphs of one plan. Set ``FASTENS_GRAPHS=0`` to launch every kernel from the host instead.
 
+    Args:
+        device: of the launches.
+        num_bytes: of the plan's arena.
+
     Attributes:
         why_not: the error because of which there will be none, empty where there was none.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._wanted = device.type == "cuda" and num_bytes <= MOST_BYTES
         self._device = device
         self._runs: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[Callable[[], None], list[Tensor]]] = {}
@@ -43,7 +49,7 @@ class Replays:
         Returns:
             What ``launch`` returned, and whether the next run overwrites it.
         """
-        if self._device.type != "cuda" or observed() or os.environ.get("FASTENS_GRAPHS") == "0":
+        if not self._wanted or observed() or os.environ.get("FASTENS_GRAPHS") == "0":
             return launch(), False
         found = self._graphs.get(kind)
         if found is None:

@@ -40,7 +40,7 @@ def log(monkeypatch):
     monkeypatch.setattr(planned.Plans, "_launched", True)
     monkeypatch.setattr(_graph, "record_graph", record)
     replays = replay.Replays.__init__
-    monkeypatch.setattr(replay.Replays, "__init__", lambda self, device: replays(self, torch.device("cuda")))
+    monkeypatch.setattr(replay.Replays, "__init__", lambda self, _, size: replays(self, torch.device("cuda"), size))
     return events
 
 
@@ -145,6 +145,17 @@ def test_calls_that_are_collected_for_tuning_are_launched(log):
         ensemble(*args)
     assert launched
     assert len(log) == replayed
+
+
+@torch.no_grad()
+def test_large_batches_are_launched(log, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_BYTES", 1000)
+    ensemble, _, arguments = unet()
+    args, _ = arguments(2)
+    for _ in range(MANY):
+        ensemble(*args)
+    assert plan_of(ensemble).num_bytes > 1000
+    assert not log
 
 
 @torch.no_grad()

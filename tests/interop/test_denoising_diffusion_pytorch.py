@@ -1,5 +1,7 @@
 """denoising-diffusion-pytorch's own diffusion classes, which clamp what the model returns in place."""
 
+import copy
+
 import pytest
 import torch
 
@@ -19,16 +21,29 @@ def unet(**options):
 
 @pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("steps", [4, 20], ids=["ddim", "ddpm"])
-def test_sampling(self_condition, steps):
+def test_sampling(self_condition, steps, monkeypatch):
+    """Held to the members in float64: where a step is fed its last result, rounding grows, the loop's own as ours."""
     members = [randomised(lambda: unet(self_condition=self_condition), seed) for seed in range(2)]
-    samples = []
-    for model in (fastens.Ensemble(members), Looped(members)):
+    ensemble, randn, randn_like = fastens.Ensemble(members), torch.randn, torch.randn_like
+
+    def sampled(model):
         diffusion = lucid.GaussianDiffusion(
             model, image_size=8, timesteps=20, sampling_timesteps=steps, objective="pred_x0"
         )
         torch.manual_seed(0)
-        samples.append(diffusion.sample(batch_size=2))
-    assert relative_error(*samples) < 1e-4
+        return diffusion.to(torch.get_default_dtype()).sample(batch_size=2)
+
+    ours = sampled(ensemble)  # in inference mode
+    assert ensemble.report().plans, ensemble.report().why_no_plan
+    wide = Looped([copy.deepcopy(member).double() for member in members])
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: randn(*a, **{**k, "dtype": torch.float32}).double())
+    monkeypatch.setattr(torch, "randn_like", lambda x: randn_like(x.float()).double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        exact = sampled(wide)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(ours, exact) < 1e-4
 
 
 def test_clamping_in_place_reaches_no_buffer_of_ours():
