@@ -192,7 +192,8 @@ class Launches:
         else:
             x = self._source(step.sources, step.up, step.in_h, step.in_w)
         weight: Tensor = step.weight.where.tensor  # pyright: ignore[reportAttributeAccessIssue]
-        bias = self._stack(step.bias, step.out_channels)
+        bias = _of_each(self._stack(step.bias, step.out_channels), len(weight))
+        norm |= {name: _of_each(norm[name], len(weight)) for name in ("norm_weight", "norm_bias") if name in norm}
         row_bias = self._rows(step.row_vector, step.row_vector_row, step.rows, step.out_channels)
         residual = self._image(step.residual, step.out_h, step.out_w) if step.residual.channels else None
         if x.size[0] != step.rows or (residual is not None and residual.size[0] != step.rows):
@@ -355,3 +356,8 @@ class Launches:
         args, kwargs = constants_of(self.emitter, (step.args, step.kwargs))
         args, kwargs = mapped(Ref, seen, (args, kwargs))
         self.add(str(step.func), run.call, [seen(out) for out in step.outs], step.func, args, kwargs)
+
+
+def _of_each(values: Tensor | None, num_members: int) -> Tensor | None:
+    """[K, C] of what all members may share, as [1, C]."""
+    return None if values is None else values.expand(num_members, -1).contiguous()

@@ -236,3 +236,29 @@ def test_what_is_written_twice_or_joined_keeps_its_values(network):
                 for ours, theirs in pairs:
                     assert relative_error(ours[k], theirs) < NETWORK[torch.float32]
     assert ensemble.report().plans, ensemble.report().why_no_plan
+
+
+class SharedNorm(nn.Module):
+    """A norm whose scale is the same in all members, before a convolution of each member's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.register_buffer("scale", torch.linspace(0.5, 2, 8))
+
+    def forward(self, x):
+        return self.last(F.silu(F.group_norm(self.first(x), 2, self.scale, self.scale)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_norm_that_all_members_share_is_read_by_each(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    members, x = [randomised(SharedNorm, k) for k in range(3)], torch.randn(2, 3, 5, 5)
+    for member in members:
+        member.scale.copy_(torch.linspace(0.5, 2, 8))
+    ensemble = fastens.Ensemble(members, backend=backend)
+    with torch.no_grad():
+        found, expected = ensemble(x), torch.stack([member(x) for member in members]).mean(0)
+    assert relative_error(found, expected) < NETWORK[torch.float32]
+    assert ensemble.report().plans, ensemble.report().why_no_plan
