@@ -102,7 +102,8 @@ def tile_for(size: int, rows: int, height: int, width: int) -> Tile:
 
 ALIGNMENT = 16  # bytes, of what a descriptor begins at
 # Rows of a product, its columns, warps, and stages. In 16 bits two blocks of all but the last, whose stages fill the
-# shared memory, fit a multiprocessor: the end of one tile, which waits for memory, is beside the products of another.
+# shared memory, fit a multiprocessor where a tile is of one image (the ends of several take 212 registers): the end of
+# one tile, which waits for memory, is beside the products of another.
 TILINGS = {
     "tma 64x128": (64, 128, 4, 4),
     "tma 128x128": (128, 128, 8, 3),
