@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 
 import pytest
 import torch
@@ -41,6 +42,25 @@ def launching():
         yield
     finally:
         del os.environ["FASTENS_GRAPHS"]
+
+
+def seconds_of(call):
+    """Of one call, and all that it has the device do."""
+    started = time.perf_counter()
+    call()
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_of(call):
+    """GiB of memory that are held at most meanwhile."""
+    if REHEARSAL:
+        call()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def mean(outputs):
@@ -99,10 +119,9 @@ def test_step(name, batch):
         flops = flops_per_image(members[0], x, t)
         expected = in_float32(members, x, t).mean(0)
         ensemble = fastens.Ensemble(members).eval()
-        for _ in range(CALLS):  # the plan is made and replays itself then
-            ensemble(x, t)
-        if not REHEARSAL:
-            ensemble.capture(x, t)
+        first = seconds_of(lambda: ensemble(x, t))
+        peak = peak_of(lambda: [ensemble(x, t) for _ in range(CALLS)])  # the plan replays itself then
+        capture = 0.0 if REHEARSAL else seconds_of(lambda: ensemble.capture(x, t))
         parameters = sum(p.numel() for p in members[0].parameters())
         contest(
             title,
@@ -118,5 +137,11 @@ def test_step(name, batch):
                 "ours, launched from the host": within(launching, lambda: ensemble._evaluated((x, t), {})),
             },
             unlike=[ONE],
-            extra={"flops": K * batch * flops, "report": str(ensemble.report())},
+            extra={
+                "flops": K * batch * flops,
+                "report": str(ensemble.report()),
+                "first call, s": first,
+                "capture, s": capture,
+                "peak, GiB": peak,
+            },
         )

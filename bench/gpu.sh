@@ -87,5 +87,5 @@ for part in "${parts[@]}"; do
   esac
 done
 if "$python" -m bench.gpu_table table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
-(cd "$out" && tar -czf results.tar.gz --exclude results.tar.gz .)
+packed=$(mktemp) && tar -czf "$packed" -C "$out" --exclude ./results.tar.gz . && mv "$packed" "$out/results.tar.gz"
 exit $failed

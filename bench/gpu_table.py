@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ROOT / "fastens" / "ops" / "measured"
 BEGIN, END = "<!-- GPU table: python -m bench.gpu_table keep DIR -->", "<!-- end of GPU table -->"
+ONCE = ("first call, s", "capture, s", "peak, GiB")
 WHERE = ("device", "driver", "cuda", "cudnn", "torch", "triton", "commit")
 NOT_MEASURED = "No GPU has run the benchmarks yet, so there are no figures."
 
@@ -45,6 +46,9 @@ def table(rows):
             lines.append(f"{head} {rival} | {1e3 * ours:.3f} | {1e3 * theirs:.3f} | {theirs / ours:.2f} | {verdict} |")
         if "flops" in row:
             lines.append(f"{head} | {1e3 * ours:.3f} | | | {row['flops'] / ours / 1e12:.1f} TFLOP/s |")
+        once = [f"{name.partition(',')[0]} {row[name]:.2f} {name.rpartition(' ')[2]}" for name in ONCE if name in row]
+        if once:
+            lines.append(f"{head} {'; '.join(once)} | | | | |")
         lines += [f"{head} {rival} | | {why.replace('|', ' ')} | | |" for rival, why in row["failed"].items()]
     return "\n".join(lines)
 

@@ -78,7 +78,7 @@ def results(**more):
         "name": "step", "goal": "G1", "shape": "K=5, B=1", "device": "NVIDIA H200", "commit": "abc", "torch": "2.11",
         "seconds": {"ours": [1e-3, 2e-3, 3e-3], "rival 1": [1e-3, 4e-3, 5e-3], "copy": [1e-3, 1e-3, 1e-3]},
         "failed": {"rival 3": "RuntimeError: a | b"}, "wanted": {"rival 1": 2.5, "copy": 0.5}, "complete": True,
-        "flops": 4e9, **more,
+        "flops": 4e9, "first call, s": 2.5, "capture, s": 0.25, "peak, GiB": 1.5, **more,
     }  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def test_results_are_kept_by_device_and_the_table_says_what_was_missed(tmp_path)
     assert "| G1 | K=5, B=1 | rival 1 | 2.000 | 4.000 | 2.00 | 2.5, missed |" in table
     assert "| copy | 2.000 | 1.000 | 0.50 | 0.5 |" in table
     assert "2.0 TFLOP/s" in table
+    assert "| first call 2.50 s; capture 0.25 s; peak 1.50 GiB |" in table
     assert "| rival 3 | | RuntimeError: a   b | | |" in table
     (tmp_path / "step.json").write_text(json.dumps(results(complete=False)))
     with pytest.raises(SystemExit, match="not complete: step"):
