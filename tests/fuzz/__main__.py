@@ -51,6 +51,7 @@ class Tally:
         self.unplanned: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.invalid: Counter[str] = Counter()
+        self.magnified: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.features: Counter[str] = Counter()
         self.broken: list[int] = []
@@ -64,6 +65,8 @@ class Tally:
         self.looped.update(set(outcome.why_looped))
         self.refused.update(outcome.refused)
         self.invalid.update(outcome.invalid)
+        if outcome.magnified:
+            self.magnified[f"in {outcome.magnified.step}"] += 1
         if not outcome.planned:
             self.unplanned[outcome.why_no_plan or "no reason given"] += 1
         if outcome.fault:
@@ -82,6 +85,7 @@ class Tally:
             ("why not planned", self.unplanned),
             ("refused, as may be", self.refused),
             ("the loop itself raised", self.invalid),
+            ("rounding that the network magnifies, no fault", self.magnified),
             ("faults", self.faults),
             ("features in networks with faults", self.features),
         ):

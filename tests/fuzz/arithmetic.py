@@ -26,7 +26,7 @@ class ScalarParameters(Block):
 
     def forward(self, h: Tensor) -> Tensor:
         y = h * self.gain.exp() + F.softplus(self.slope)
-        return torch.lerp(h, torch.sin(y), torch.sigmoid(self.slope))
+        return torch.lerp(h, torch.sin(y).to(h.dtype), torch.sigmoid(self.slope).to(h.dtype))
 
 
 @feature("vector", "sequence", weight=3)
@@ -49,7 +49,7 @@ class RawMatrix(Block):
         if self.how == "gain":
             return F.linear(h, (self.w / self.w.square().mean(1, keepdim=True).sqrt()).to(h.dtype))
         if self.how == "tensordot":
-            return torch.tensordot(h, self.w, dims=([-1], [0]))
+            return torch.tensordot(h, self.w.to(h.dtype), dims=([-1], [0]))
         return h @ torch.outer(self.b, self.w[0])
 
 
@@ -279,7 +279,7 @@ class Elementwise(Block):
         if self.how == "hypot":
             return torch.hypot(h, p)
         if self.how == "div":
-            return h / (1 + p.square()) - h // 8
+            return h / (1 + p.square()) - 2 / (h.square() + 1)
         if self.how == "logsumexp":
             return h - torch.logsumexp(h * p, dim, keepdim=True)
         out = torch.empty_like(h)

@@ -216,6 +216,7 @@ def functional(run: Run, draw: Random) -> None:
 def converted(run: Run, draw: Random) -> None:
     """To the other precision."""
     run.dtype = torch.float32 if run.dtype == torch.float64 else torch.float64
+    run.coarsest = torch.float32
     to = draw.choice(["method", "to"])
     convert = {torch.float32: nn.Module.float, torch.float64: nn.Module.double}[run.dtype]
     again(run, draw, lambda: run.each(lambda m: convert(m) if to == "method" else m.to(run.dtype)), before=False)

@@ -159,15 +159,29 @@ class Member(nn.Module):
             emb = emb + self.labels(context)
         elif self.context == "pooled" and context is not None:
             emb = emb + self.pooled(context)
+        elif self.context == "tokens" and context is not None:
+            emb = emb + context.mean(1)
         elif self.context == "mask" and context is not None:
             x = x * context.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         h = self.inward(x)
+        if self.time.kind != "none":
+            h = h + (emb if h.ndim == 2 else emb.reshape(len(emb), *self.spread(h)))
+        if flip == 2:
+            h = h.flip(-1)
+        if gain != 1.0:
+            h = h * gain
         given = {"emb": emb, "t": t.to(x.dtype), "context": context, "flip": flip, "gain": gain}
         for block, residual in zip(self.blocks, self.residual, strict=True):
             y = block(*[h if name == "h" else given[name] for name in block.takes])
             h = 0.7 * (h + y) if residual else y
         y = self.outward(h) * self.scale
         return self._returned(y.transpose(0, 1) if self.batch_second else y)
+
+    def spread(self, h: Tensor) -> tuple[int, ...]:
+        """The shape of a row of values per channel that meets a hidden state."""
+        channels_first = isinstance(self.inward, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ones = (1,) * (h.ndim - 2)
+        return (h.shape[1], *ones) if channels_first else (*ones, h.shape[-1])
 
     def _times(self, t: Any, x: Tensor) -> Tensor:
         if not torch.is_tensor(t):

@@ -38,6 +38,7 @@ class Fault:
     outcome: str  # wrong or raised
     step: str
     why: str
+    size: float = float("inf")
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Outcome:
     why_looped: list[str] = field(default_factory=list)
     why_no_plan: str = ""
     warned: bool = False
+    magnified: Fault | None = None  # a difference of roundings, which the network magnifies for the loop as well
 
 
 class Stop(BaseException):
@@ -63,13 +65,14 @@ class Stop(BaseException):
 class Run:
     """The state of a case while its steps are taken."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, make: Callable[..., Any] = fastens.Ensemble) -> None:
         self.case, self.spec, self.outcome = case, case.network, Outcome(case)
         self.dtype, self.training, self.rule = self.spec.torch_dtype, self.spec.training, "mean"
+        self.coarsest = self.dtype  # that weights and state have gone through
         self.members = members_of(self.spec)
         self.step, self.allowed = "construction", case.engine == "fold"
         self.ensemble: Any = None
-        self.attempt(lambda: fastens.Ensemble(members_of(self.spec), engine=case.engine), self._adopt)
+        self.attempt(lambda: make(members_of(self.spec), engine=case.engine), self._adopt)
         self.allowed = False
 
     def _adopt(self, ensemble: Any) -> None:
@@ -108,7 +111,7 @@ class Run:
             then(call())
             return True
         except Mismatch as error:
-            self.outcome.fault = Fault("wrong", self.step, str(error))
+            self.outcome.fault = Fault("wrong", self.step, str(error), error.size)
         except Exception as error:
             if self.allowed and isinstance(error, ValueError | RuntimeError | TypeError | NotImplementedError):
                 self.outcome.refused.append(f"{self.step}: {brief(error)}")
@@ -178,7 +181,7 @@ class Run:
     def _rounded(self, expected: list[Any]) -> torch.dtype:
         if torch.is_autocast_enabled("cpu") and self.dtype == torch.float32:
             return torch.bfloat16
-        return self.dtype
+        return self.coarsest
 
     # Afterwards
 
@@ -197,14 +200,16 @@ class Run:
         out.why_no_plan = "" if out.planned else general(report.why_no_plan)
 
 
-def take(case: Case, steps: dict[str, Callable[[Run, Random], None]]) -> Outcome:
+def take(
+    case: Case, steps: dict[str, Callable[[Run, Random], None]], make: Callable[..., Any] = fastens.Ensemble
+) -> Outcome:
     """Run a case to its end or to its first fault."""
     torch.manual_seed(case.network.seed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         try:
             run = Run.__new__(Run)
-            run.__init__(case)
+            run.__init__(case, make)
         except Stop:
             return run.outcome
         try:

@@ -177,7 +177,8 @@ def gradients(run: Run, draw: Random) -> None:
             return _gradients(loss, mine, list(run.ensemble.parameters()))
 
         # A rule that picks is not smooth, so rounding may pick another member for a gradient.
-        relative = (10 if run.rule != "median" or run.dtype == torch.float64 else 1e9) * oracle.tolerance(run.dtype)
+        smooth = run.rule != "median" or run.coarsest == torch.float64
+        relative = (10 if smooth else 1e9) * oracle.tolerance(run.coarsest)
         run.attempt(evaluate, lambda found: oracle.check(found, theirs_of, relative))
 
 
@@ -193,15 +194,16 @@ def _projected(answer: Any, generator: torch.Generator) -> tuple[Tensor, int]:
 def _gradients(loss: Tensor, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     """The input's gradient, and two numbers that do not depend on how the members' weights are held."""
     trained = [p for p in parameters if p.requires_grad]
-    found = (
-        torch.autograd.grad(loss, [x, *trained], allow_unused=True)
-        if loss.requires_grad
-        else [None] * (1 + len(trained))
-    )
-    pairs = [(p.detach().double(), g.double()) for p, g in zip(trained, found[1:], strict=True) if g is not None]
+    for p in trained:
+        p.grad = None
+    if loss.requires_grad:
+        loss.backward()
+    pairs = [(p.detach().double(), p.grad.double()) for p in trained if p.grad is not None]
+    for p in trained:
+        p.grad = None
     along = sum(((g * p).sum() for p, g in pairs), torch.zeros((), dtype=torch.float64))
     size = sum((g.square().sum() for _, g in pairs), torch.zeros((), dtype=torch.float64)).sqrt()
-    return [torch.zeros_like(x) if found[0] is None else found[0], torch.stack([along, size])]
+    return [torch.zeros_like(x) if x.grad is None else x.grad, torch.stack([along, size])]
 
 
 @step(1)
@@ -210,7 +212,7 @@ def drawn(run: Run, draw: Random) -> None:
     if run.random or run.stateful:
         return
     rule, before, spec = draw.choice(["alternating", "mixture"]), run.rule, run.spec
-    rows, dim, relative = spec.rows, int(spec.batch_second), oracle.tolerance(run.dtype)
+    rows, dim, relative = spec.rows, int(spec.batch_second), oracle.tolerance(run.coarsest)
     repeats = draw.choice([1, 1, 2])
     run.attempt(lambda: setattr(run.ensemble, "rule", rule))
     run.allowed = run.allowed or run.mixing or spec.batch_second or not _carries_rows(spec)

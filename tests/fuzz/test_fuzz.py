@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.fuzz.cases import draw_case, read_case, run_case
+from tests.fuzz import plain
+from tests.fuzz.cases import SMALL, draw_case, read_case, run_case
 from tests.fuzz.shrink import shrunk, source
 
 GROUPS, EACH = 20, 10
@@ -24,3 +25,27 @@ def test_the_ensemble_answers_as_the_loop(group):
 def test_a_printed_case_is_the_case(seed):
     case = draw_case(seed)
     assert read_case(source(case)) == case
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_loop_itself_has_no_fault(seed):
+    """With another rounding too, so that no fault is one of the suite or of its tolerances."""
+    for make in (plain.PlainLoop, plain.Rounded):
+        fault = run_case(draw_case(seed), make).fault
+        assert fault is None or (make is plain.Rounded and fault.size < SMALL)
+
+
+PLANTED = (
+    plain.MemberZeroForAll,
+    plain.StaleWeights,
+    plain.StaleTimes,
+    plain.RowsApart,
+    plain.KeepsWhatItReturns,
+    plain.Unflagged,
+)
+
+
+@pytest.mark.parametrize("make", PLANTED, ids=lambda make: make.__name__)
+def test_a_planted_fault_is_found(make):
+    faults = (run_case(draw_case(seed), make).fault for seed in range(200))
+    assert any(fault is not None and fault.outcome == "wrong" for fault in faults)
