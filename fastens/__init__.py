@@ -7,6 +7,7 @@ from fastens._version import __version__
 from fastens.checkpoints import load_members
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
+from fastens.fold.arguments import PerMember
 from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
@@ -17,6 +18,7 @@ __all__ = [
     "Ensemble",
     "Forest",
     "MCDropout",
+    "PerMember",
     "__version__",
     "aggregate",
     "backends",

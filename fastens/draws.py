@@ -1,8 +1,11 @@
 """Which trajectory and evaluation an ensemble is in, which rows are one sample, and the members drawn for them."""
 
+import contextvars
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,19 @@ class Evaluation:
     num_samples: int
 
 
+@dataclass
+class _Trajectory:
+    """A run of a sampler in one context: a thread, or a task."""
+
+    seed: int
+    batch_size: int
+    evaluations: int = 0
+
+
+# By ensemble; of a context, so that no thread or task is in the trajectory of another.
+_TRAJECTORIES: contextvars.ContextVar[dict[int, _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
+
+
 class Draws:
     """The random state of one ensemble.
 
@@ -37,25 +53,28 @@ class Draws:
 
     def __init__(self, num_members: int) -> None:
         self.num_members = num_members
-        self._seed: int | None = None
-        self._batch_size = 0
-        self._evaluations = 0
         self._evaluations_outside = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Draws, (self.num_members,)
 
     @contextmanager
     def trajectory(self, batch_size: int, generator: torch.Generator | int | None) -> Iterator[None]:
         """Scope of one trajectory; see :meth:`fastens.Ensemble.trajectory`."""
-        if self._seed is not None:
+        if self._trajectory() is not None:
             raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
-        self._seed = generator if isinstance(generator, int) else seed_from(generator)
-        self._batch_size = batch_size
-        self._evaluations = 0
+        seed = generator if isinstance(generator, int) else seed_from(generator)
+        token = _TRAJECTORIES.set({**_TRAJECTORIES.get(), id(self): _Trajectory(seed, batch_size)})
         try:
             yield
         finally:
-            self._seed = None
+            _TRAJECTORIES.reset(token)
+
+    def _trajectory(self) -> "_Trajectory | None":
+        return _TRAJECTORIES.get().get(id(self))
 
     def begin(self, x: Tensor) -> Evaluation:
         """Start an evaluation of the batch ``x`` [B, ...].
@@ -63,16 +82,18 @@ class Draws:
         Raises:
             ValueError: a batch that is not a multiple of the trajectory's.
         """
-        batch = x.shape[0]
-        if self._seed is None:
-            self._evaluations_outside += 1
-            return Evaluation(None, self._evaluations_outside, batch // _repetitions(x))
-        if batch % self._batch_size:
+        batch, current = x.shape[0], self._trajectory()
+        if current is None:
+            with self._lock:
+                self._evaluations_outside += 1
+                number = self._evaluations_outside
+            return Evaluation(None, number, batch // _repetitions(x))
+        if batch % current.batch_size:
             raise ValueError(
-                f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {self._batch_size}"
+                f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {current.batch_size}"
             )
-        self._evaluations += 1
-        return Evaluation(self._seed, self._evaluations, self._batch_size)
+        current.evaluations += 1
+        return Evaluation(current.seed, current.evaluations, current.batch_size)
 
     def members(self, rule: rules.Rule, evaluation: Evaluation, batch: int) -> Tensor:
         """The member of each row under a random rule, int64 [B] on the CPU.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from inspect import ismethod
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,11 +18,14 @@ from fastens import parameterisation, rules, schedules
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
+from fastens.fold.alike import reaches_back
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
-from fastens.fold.engine import FoldEngine
+from fastens.fold.engine import FoldEngine, call
 from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
+from fastens.fold.tensor import MemberTensor
 from fastens.ops._dispatch import check_backend
+from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
 from fastens.report import Report
@@ -111,12 +113,12 @@ class Ensemble(Capturing):
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         try:
-            self._adopt(*stack_members(members))  # pyright: ignore[reportArgumentType]
+            self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
             self._adopt_modules(members, str(error))
-        self.train(first.training)
+        self.training = first.training
 
     # Construction
 
@@ -128,8 +130,10 @@ class Ensemble(Capturing):
         state["_recorded"] = {}  # signature of a call -> its recording
         self.rule = rule
 
-    def _adopt(self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
-        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings)
+    def _adopt(
+        self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
+    ) -> None:
+        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings, originals)
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
@@ -137,6 +141,9 @@ class Ensemble(Capturing):
     def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
         modules = []
         for member in members:
+            if reaches_back(member) is not None:  # a copy would run on the weights of the member itself
+                modules.append(member)
+                continue
             tensors = {
                 name: nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
                 for name, t in tensors_of(member).items()
@@ -201,10 +208,18 @@ class Ensemble(Capturing):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
+        arguments = self._arguments(args, kwargs)
         if self._engine is not None:
-            return self._engine.evaluate(Arguments(args, kwargs), self.training)
-        outputs = [member(*args, **kwargs) for member in self.network.children()]
-        return columns(outputs)
+            return self._engine.evaluate(arguments, self.training)
+        return columns([self._call_module(k, arguments) for k in range(self.num_members)])
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        return Arguments(args, kwargs, self.num_members)
+
+    def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
+        """What member k returns, where members are modules of their own."""
+        args, kwargs = arguments.of_member(k)
+        return call(self.network[k], method, args, kwargs)
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
@@ -222,15 +237,18 @@ class Ensemble(Capturing):
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
-        arguments = Arguments(args, kwargs)
-        members = self._draws.members(self.rule, self._begin(arguments.batch), arguments.batch_size)
+        arguments = self._arguments(args, kwargs)
+        evaluation = self._begin(arguments)
+        members = self._draws.members(self.rule, evaluation, arguments.batch_size)
         if self._engine is not None:
-            return self._engine.evaluate_drawn(arguments, members, self.training)
-        networks = list(self.network.children())
-        return run_drawn(lambda k, _, a, kw: networks[k](*a, **kw), arguments, members)
+            return self._engine.evaluate_drawn(arguments, members)
+        return run_drawn(self._call_module, arguments, members)
 
-    def _begin(self, x: Tensor) -> Evaluation:
-        return self._draws.begin(x)
+    def _begin(self, arguments: Arguments) -> Evaluation:
+        evaluation = self._draws.begin(arguments.batch)
+        arguments.evaluation = evaluation.seed, evaluation.number
+        arguments.num_samples = evaluation.num_samples
+        return evaluation
 
     def trajectory(
         self, batch_size: int, generator: torch.Generator | int | None = None
@@ -294,7 +312,7 @@ class Ensemble(Capturing):
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
-        return 0.0 if self._engine is None else self._engine.verify(Arguments(args, kwargs))
+        return 0.0 if self._engine is None else self._engine.verify(self._arguments(args, kwargs))
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""
@@ -329,8 +347,6 @@ class Ensemble(Capturing):
     def train(self, mode: bool = True) -> "Ensemble":
         """Set the mode of the members, as for one of them."""
         super().train(mode)
-        if self.__dict__.get("_engine") is not None:
-            self._engine.skeleton.train(mode)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -341,15 +357,19 @@ class Ensemble(Capturing):
             network = self.__dict__.get("_modules", {}).get("network")
             if network is None or name.startswith("__"):
                 raise
-        member = network[0] if isinstance(network, nn.ModuleList) and self.__dict__["_engine"] is None else network
+        looped = self.__dict__["_engine"] is None
+        member = network[0] if looped else network
         try:
             value = getattr(member, name)
-            # forward_with_cond_scale and its like call forward: the ensemble's
-            return MethodType(value.__func__, self) if name.startswith("forward_") and ismethod(value) else value
         except AttributeError:
             raise AttributeError(
                 f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
             ) from None
+        if isinstance(value, MemberTensor):
+            return value.stack
+        if ismethod(value) and value.__self__ is member:
+            return functools.partial(call_method, self, name)
+        return value
 
     # Copies and files
 
@@ -374,6 +394,45 @@ class Ensemble(Capturing):
         from fastens.checkpoints import load_ensemble
 
         return load_ensemble(directory, factory, **options)
+
+
+def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of the members that the ensemble has not: combined by the rule, or a setting for all of them.
+
+    A method that is called with tensors is evaluated for all members, and what differs between them is combined as the
+    results of ``forward`` are. One that is not is called on every member, to set what it sets.
+    """
+    engine = ensemble._engine
+    leaves = pytree.tree_leaves((args, kwargs))
+    if name.startswith("forward_"):  # forward_with_cond_scale and its like call forward: the ensemble's
+        member = ensemble.network[0] if engine is None else ensemble.network
+        return getattr(type(member), name)(ensemble, *args, **kwargs)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if engine is None:
+            first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network]
+            return first
+        result = getattr(ensemble.network, name)(*args, **kwargs)
+        ensemble.refresh()
+        return ensemble if result is ensemble.network else result
+    if ensemble.rule.random:
+        raise ValueError(
+            f"{name}: rule {ensemble.rule.name!r} draws members for calls of forward only; set another rule for it"
+        )
+    arguments = ensemble._arguments(args, kwargs)
+    if engine is None:
+        outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
+    else:
+        outputs = engine.evaluate(arguments, ensemble.training, name)
+    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, scores))
+
+
+def alike_or_combined(ensemble: Ensemble, scores: Any) -> Tensor:
+    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations."""
+    first = scores[0]
+    if all(torch.equal(first, other) for other in scores[1:]):
+        return first.clone()
+    rule = ensemble.rule
+    return aggregate(scores, "mean" if rule.needs_noise_level else rule, backend=ensemble._settings["backend"])
 
 
 class _Members(Sequence[nn.Module]):

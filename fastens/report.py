@@ -17,8 +17,7 @@ class LayerReport:
     Attributes:
         path: its path in the member.
         layer: its class in the member.
-        how: ``folded`` (registered), ``raw`` (its own code, a value per row), ``shared`` (equal in all members) or
-            ``looped``.
+        how: ``folded``, ``shared`` (equal in all members) or ``looped``.
         backend: the code that runs it.
         why: the reason where it is looped.
         parameters: parameters of one member in it, children included where it is looped.
@@ -49,6 +48,7 @@ class Report:
         ways: one per plan of launches: how many convolutions run in each way, as was measured.
         graphs: plans' launches that are replayed as CUDA graphs.
         why_no_graph: the error because of which a plan's launches are not.
+        slices: functions that ran member by member in the last pass that was checked, because they have no rule.
     """
 
     engine: str
@@ -62,6 +62,7 @@ class Report:
     ways: list[dict[str, int]] = field(default_factory=list)
     graphs: int = 0
     why_no_graph: str = ""
+    slices: dict[str, int] = field(default_factory=dict)
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -86,6 +87,8 @@ class Report:
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
         if self.why_no_plan:
             lines.append(f"  not planned: {self.why_no_plan}")
+        if self.slices:
+            lines.append(f"  member by member: {_counted(self.slices)}")
         for layer in self.layers:
             line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"
             if layer.how == "looped":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import MemberArguments
+from fastens.fold.arguments import member_arguments
 from fastens.outputs import columns, plain, stacked
 
 _MIXING = tuple(
@@ -40,12 +40,11 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: the first tensor has not one group of rows per member.
     """
-    arguments = MemberArguments(ensemble.num_members, args, kwargs)
+    arguments = member_arguments(ensemble.num_members, args, kwargs)
     if ensemble._engine is not None:
         leaves = ensemble._engine.evaluate(arguments, ensemble.training)
     else:
-        calls = ((member, *arguments.of_member(k)) for k, member in enumerate(ensemble.network.children()))
-        leaves = columns([member(*own, **named) for member, own, named in calls])
+        leaves = columns([ensemble._call_module(k, arguments) for k in range(ensemble.num_members)])
     return plain(ensemble._combine(leaves, stacked))
 
 

@@ -1,10 +1,7 @@
-"""The fold: a member's network with the members in its batch, layer by layer.
+"""The fold: a member's own network, evaluated once with the member as a hidden dimension of every tensor.
 
-``rows`` says which member a row belongs to, ``member_tensor`` is a parameter that has one value per member,
-``registry`` maps a layer to its member-batched counterpart (one file per layer family), ``looped`` runs a module
-member by member, ``members`` reads and compares them, and ``network`` puts it all together.
+``tensor`` is a tensor with one value per member, ``dispatch`` is what a torch function does to it, ``rules`` does so by
+families of functions. ``alike`` compares members, ``members`` stacks them, ``tables`` holds the stacks where a module
+keeps its tensors. ``engine`` evaluates: ``first`` holds a first call against the members, ``planned`` keeps recorded
+passes, ``drawn`` gives each row its own member, ``compiled`` is the pass inside ``torch.compile``.
 """
-
-from fastens.fold import attention, conv, embedding, linear, norm, parametrization, recurrent
-
-__all__ = ["attention", "conv", "embedding", "linear", "norm", "parametrization", "recurrent"]

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
+from fastens.fold.leaves import Leaves
+from fastens.fold.network import state_kept
+from fastens.fold.tensor import NotFoldable, all_members
 from fastens.plan.record import NotRecordable, record
 from fastens.plan.tangents import along
 
@@ -28,55 +31,55 @@ def outputs_along(
         The members' first output and its derivative, each [K, B, ...]; none where no plan gives both (another device
         than the CPU, training mode, an operation whose derivative is not known): there, differentiate by autograd.
     """
-    arguments = Arguments(args, kwargs)
+    arguments = Arguments(args, kwargs, engine.num_members)
     key = ("along", *arguments.plan_key(), tangent.stride())
-    rows = engine.num_members * arguments.batch_size
-    plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine._can_plan(arguments, rows)
-    if not plannable or engine.plans.refused(key):
+    plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine.can_plan(arguments)
+    fresh = engine.masks is not None and engine.masks.fresh
+    if not plannable or fresh or arguments.own or engine.plans.refused(key):
         return None
     found = engine.plans.run(key, [*arguments.tensors, tangent])
     if found is None:
         found = _made(engine, arguments, tangent, key)
-    if found is None:
-        return None
-    value, moved = (engine._unfolded(leaf, arguments.batch_size) for leaf in found[0])
-    return value, moved
+    return None if found is None else (found[0], found[1])
 
 
-def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -> tuple[list[Tensor], Any] | None:
+def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -> list[Any] | None:
     """Make the plan of a signature, and run it; none where there can be no plan."""
-    arguments = arguments.excluding(engine._established(arguments, engine.network.training)[0])
+    engine.evaluate(arguments, engine.network.training)  # held against the members where it was not yet
     number = next(i for i, x in enumerate(arguments.tensors) if x is arguments.batch)
     rows = engine.num_members * arguments.batch_size
-    held = engine.cap.holds_recording(engine._key(arguments, engine.network.training), 3 * rows)
-    if engine.engine == "loop" or not held:
+    if engine.engine == "loop" or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
         return None
+    hidden = all_members(engine.num_members)
+    whole, _ = engine.recordable(arguments, hidden)
 
-    def whole(tensors: list[Tensor]) -> Any:
-        return engine._pass(arguments.with_tensors(tensors), None, None)
-
-    def member(tensors: list[Tensor]) -> Any:
+    def member(tensors: list[Tensor]) -> list[Tensor]:
         """The first member's output, and its derivative seen along a fixed direction, by going backward."""
         with torch.enable_grad():
             inner = [x.detach() for x in tensors[:-1]]
             inner[number].requires_grad_()
-            output = pytree.tree_leaves(engine._call(0, *arguments.with_tensors(inner).of_member(0)))[0]
+            output = pytree.tree_leaves(engine.call_member(0, arguments.with_tensors(inner)))[0]
             (gradient,) = torch.autograd.grad(output, inner[number], _direction(output))
-        return output.detach(), _seen(gradient, tensors[-1])
+        return [output.detach(), _seen(gradient, tensors[-1])]
 
     def seen(leaves: list[Tensor]) -> list[Tensor]:
         return [leaves[0], _seen(leaves[1], _direction(leaves[1]))]
 
     try:
-        recording, _ = record(lambda: whole(arguments.tensors), arguments.tensors)
-    except (NotRecordable, RuntimeError) as error:
+        with state_kept(engine.network):
+            recording, (_, leaves) = record(lambda: whole(arguments.tensors), arguments.tensors)
+    except (NotRecordable, NotFoldable, RuntimeError) as error:
         engine.plans.refuse(key, str(error))
         return None
+    if leaves.kinds[:1] != ("rows",):
+        return None
+    both = Leaves(("rows", "rows"), (None, None), leaves.spec, leaves.size)
 
-    def beside(tensors: list[Tensor]) -> Any:
-        return along(recording, tensors[:-1], tensors[-1], number)
+    def beside(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
+        return list(along(recording, tensors[:-1], tensors[-1], number)), both
 
-    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen)
+    masks = engine.mask_pass(hidden, arguments)
+    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen, masks=masks)
 
 
 def _seen(moved: Tensor, direction: Tensor) -> Tensor:

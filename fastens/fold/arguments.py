@@ -1,66 +1,120 @@
-"""Which of the caller's tensors carry the batch, and how they are repeated or selected for the fold."""
+"""The arguments of one call: what all members see, what each has of its own, and which carry the batch's rows."""
+
+from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.dispatch import Fold
+from fastens.fold.tensor import MemberTensor
 
-class Arguments:
-    """The arguments of one call, flattened, with the leaves that carry the batch marked.
 
-    The batch is dimension 0 of the first tensor of at least two dimensions (else one); every tensor with as many
-    entries in dimension 0 carries it, except those whose position is in ``excluded``.
+_PLAIN = int | float | str | torch.dtype | torch.device | None
 
-    Attributes:
-        leaves: the arguments' leaves.
-        batched: positions of the leaves that carry the batch.
-        batch_size: B.
+
+def _in_memory(x: Tensor) -> bool:
+    """Whether a tensor's elements are where its strides say, as they are."""
+    return x.layout is torch.strided and not (x._is_zerotensor() or x.is_conj() or x.is_neg())
+
+
+def separate(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, each in memory of its own: one that shares another's is copied."""
+    seen: set[int] = set()
+    apart = []
+    for x in tensors:
+        storage = x.untyped_storage()._cdata
+        apart.append(torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) if storage in seen else x)
+        seen.add(storage)
+    return apart
+
+
+class PerMember:
+    """An argument of which every member has its own: ``ens(x, t, fastens.PerMember([c_0, ..., c_K-1]))``.
+
+    Args:
+        values: K tensors of one shape, or K numbers, which a member gets as tensors of no dimension.
+
+    Raises:
+        ValueError: no values, or tensors of different shapes.
+        TypeError: values that are neither tensors nor numbers.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()) -> None:
-        self._given = args, kwargs
-        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        shaped = [(i, x) for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > 0]
-        primary = next(((i, x) for i, x in shaped if x.ndim > 1), shaped[0] if shaped else None)
-        if primary is None:
-            raise TypeError("an ensemble needs at least one tensor argument that carries the batch in dimension 0")
-        self.primary = primary[0]
-        self.batch_size: int = primary[1].shape[0]
-        self.batched = [i for i, x in shaped if x.shape[0] == self.batch_size and i not in excluded]
+    def __init__(self, values: Sequence[Tensor | float]) -> None:
+        values = list(values)
+        if not values:
+            raise ValueError("PerMember has no values, expected one for each member")
+        if not all(isinstance(v, Tensor | int | float) for v in values):
+            kinds = sorted({type(v).__name__ for v in values})
+            raise TypeError(f"PerMember takes tensors or numbers, got {', '.join(kinds)}")
+        tensors = [v if isinstance(v, Tensor) else torch.tensor(v) for v in values]
+        if len({x.shape for x in tensors}) > 1:
+            raise ValueError(f"PerMember: the values are of shapes {[list(x.shape) for x in tensors]}, expected one")
+        self.stack = torch.stack(tensors)
 
-    def excluding(self, excluded: frozenset[int]) -> "Arguments":
-        """The same call, where the leaves at these positions only look like the batch."""
-        return Arguments(*self._given, excluded) if excluded else self
+    def __len__(self) -> int:
+        return len(self.stack)
+
+
+class Arguments:
+    """The arguments of one call, flattened.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        num_members: K, to check :class:`PerMember` against.
+
+    Attributes:
+        leaves: the arguments' leaves; of a :class:`PerMember` its stack [K, ...].
+        own: positions of leaves that are stacks with one entry for each member.
+        rows_at: positions of leaves that carry the batch in dimension 0, as far as their size tells.
+        evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
+        num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
+        samples: int64 [B], the sample of each row, where rows were selected; else none.
+
+    Raises:
+        ValueError: a :class:`PerMember` of another number of values than K.
+    """
+
+    evaluation: tuple[int | None, int] = (None, 0)
+    num_samples: int = 0
+    samples: Tensor | None = None
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
+        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
+        for i in self.own:
+            if num_members is not None and len(self.leaves[i]) != num_members:
+                raise ValueError(f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members")
+            self.leaves[i] = self.leaves[i].stack
+        self._find_rows()
+
+    def _find_rows(self) -> None:
+        shaped = [(i, self._shape(i)) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        shaped = [(i, shape) for i, shape in shaped if shape]
+        primary = next((i for i, shape in shaped if len(shape) > 1), shaped[0][0] if shaped else None)
+        self._primary = primary
+        size = None if primary is None else self._shape(primary)[0]
+        self.rows_at = frozenset(i for i, shape in shaped if shape[0] == size)
+
+    def _shape(self, i: int) -> torch.Size:
+        """The shape that a member sees."""
+        return self.leaves[i].shape[1:] if i in self.own else self.leaves[i].shape
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """The leaves that are tensors."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+    def primary(self) -> int:
+        """The position of the tensor that shows the batch: the first of at least two dimensions, else of one.
 
-    def with_tensors(self, tensors: list[Tensor]) -> "Arguments":
-        """The same arguments with other tensors in the place of theirs."""
-        other = copy.copy(self)
-        replacements = iter(tensors)
-        other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        return other
-
-    def plan_key(self) -> tuple[Any, ...]:
-        """What tells one recorded pass from another: all of a call but the values of its tensors."""
-
-        def key(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return leaf.shape, leaf.stride(), leaf.dtype
-            return type(leaf), leaf
-
-        return (*map(key, self.leaves), self._spec)
-
-    def plain(self) -> bool:
-        """Whether :meth:`plan_key` says everything: leaves are tensors, numbers, names or dtypes."""
-        return all(isinstance(leaf, Tensor | int | float | str | torch.dtype | None) for leaf in self.leaves)
+        Raises:
+            TypeError: there is none.
+        """
+        if self._primary is None:
+            raise TypeError("an ensemble needs at least one tensor argument that carries the batch in dimension 0")
+        return self._primary
 
     @property
     def batch(self) -> Tensor:
@@ -68,48 +122,119 @@ class Arguments:
         return self.leaves[self.primary]
 
     @property
-    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a network is called with."""
-        return pytree.tree_unflatten(self.leaves, self._spec)
+    def batch_size(self) -> int:
+        """B, 1 where nothing shows it."""
+        return 1 if self._primary is None else self._shape(self._primary)[0]
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Arguments":
-        """The arguments with ``function`` applied to each tensor that carries the batch."""
+    def excluding(self, positions: frozenset[int]) -> Arguments:
+        """The same call, where the leaves at these positions only look like the batch."""
+        if not positions:
+            return self
         other = copy.copy(self)
-        other.leaves = list(self.leaves)
-        for i in self.batched:
-            other.leaves[i] = function(other.leaves[i])
+        other.rows_at = self.rows_at - positions
         return other
 
-    def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a folded pass: the batch once per member, [K*B, ...], member-major."""
-        return self.mapped(lambda x: x.repeat(num_members, *(1,) * (x.ndim - 1))).call
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
-    def selected(self, index: Tensor) -> "Arguments":
-        """The arguments for the samples ``index``, int64 [n]."""
-        return self.mapped(lambda x: x.index_select(0, index.to(x.device)))
+    def with_tensors(self, tensors: list[Tensor]) -> Arguments:
+        """The same arguments with other tensors in the place of theirs."""
+        other = copy.copy(self)
+        replacements = iter(tensors)
+        other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return other
 
-    def fold_rows(self, start: int, stop: int) -> Tensor:
-        """The samples of rows ``start`` to ``stop`` of a folded pass, as :meth:`selected` takes them."""
-        return torch.arange(start, stop) % self.batch_size
+    def _with_leaves(self, leaves: list[Any]) -> Any:
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a network is called with."""
+        return self._with_leaves(self.leaves)
+
+    # What one pass, one member, or some rows get
+
+    def bound(self, fold: Fold) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a pass of all its members."""
+        hidden = fold.hidden
+
+        def leaf(i: int, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if i in self.own:
+                return MemberTensor(hidden.entries(x), hidden)
+            return MemberTensor(x, None) if fold.wrapped else x
+
+        return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
+
+    def bound_rows(self, fold: Fold) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a pass whose hidden dimension is the rows: a logical batch of one for each."""
+
+        def leaf(i: int, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if i in self.rows_at:
+                return MemberTensor(x.unsqueeze(1), fold.hidden)
+            return MemberTensor(x, None) if fold.wrapped else x
+
+        return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of member k alone: the same for all."""
-        return self.call
+        """The arguments of member k alone."""
+        if not self.own:
+            return self.call
+        return self._with_leaves([x[k] if i in self.own else x for i, x in enumerate(self.leaves)])
+
+    def selected(self, index: Tensor) -> Arguments:
+        """The arguments for the samples ``index``, int64 [n]."""
+        other = copy.copy(self)
+        other.leaves = list(self.leaves)
+        for i in self.rows_at:
+            x = self.leaves[i]
+            other.leaves[i] = x.index_select(1 if i in self.own else 0, index.to(x.device))
+        samples = index % max(self.num_samples, 1) if self.num_samples else index
+        other.samples = samples if self.samples is None else self.samples.index_select(0, index)
+        return other
+
+    def copied(self) -> Arguments:
+        """The same call on copies of the tensors, for a network that writes to its arguments."""
+        return self.with_tensors([x.clone() for x in self.tensors])
+
+    # What tells calls apart
+
+    def plan_key(self) -> tuple[Any, ...]:
+        """What tells one recorded pass from another: all of a call but the values of its tensors."""
+        def key(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.shape, leaf.stride(), leaf.dtype
+            return type(leaf), leaf
+
+        return (*map(key, self.leaves), self._spec, self.own)
+
+    def plain(self) -> bool:
+        """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
+        return all(
+            _in_memory(leaf) if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN) for leaf in self.leaves
+        )
 
     def signature(self) -> tuple[Any, ...]:
-        """What tells one kind of call from another: structure, shapes, dtypes, and switches by value."""
+        """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
 
         def key(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.dtype, leaf.device.type
-            if leaf is None or isinstance(leaf, bool | str) or (isinstance(leaf, float) and leaf in (0.0, 1.0)):
-                return leaf  # a probability of 0 or 1, such as of dropping a label, is a switch too
-            return type(leaf)
+            try:
+                hash(leaf)
+            except TypeError:
+                return type(leaf)
+            return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
 
-        return (*map(key, self.leaves), self._spec)
+        return (*map(key, self.leaves), self._spec, self.own)
 
 
-class MemberArguments(Arguments):
+def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """The arguments of a call that gives each member rows of its own.
 
     The first tensor of at least two dimensions is [K, B, ...], and so is every tensor whose first two dimensions are
@@ -119,79 +244,17 @@ class MemberArguments(Arguments):
         num_members: K.
         args: positional arguments.
         kwargs: keyword arguments.
-        excluded: positions of leaves that only look like [B, ...].
 
     Raises:
         ValueError: the first tensor has not one group of rows per member.
     """
-
-    def __init__(
-        self, num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any], excluded: frozenset[int] = frozenset()
-    ) -> None:
-        self._num_members = num_members
-        self._given = args, kwargs
-        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        shapes = {i: x.shape for i, x in enumerate(self.leaves) if isinstance(x, Tensor)}
-        primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
-        if primary is None or shapes[primary][0] != num_members:
-            found = "no tensor of two dimensions" if primary is None else f"{list(shapes[primary])}"
-            raise ValueError(
-                f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}"
-            )
-        self.primary = primary
-        self.batch_size: int = shapes[primary][1]
-        own = [i for i, shape in shapes.items() if shape[:2] == (num_members, self.batch_size)]
-        common = [i for i, shape in shapes.items() if shape[:1] == (self.batch_size,) and i not in {*own, *excluded}]
-        self.batched = sorted([*own, *common])
-        for i in own:
-            self.leaves[i] = self.leaves[i].flatten(0, 1)
-        for i in common:
-            self.leaves[i] = self.leaves[i].repeat(num_members, *(1,) * (len(shapes[i]) - 1))
-
-    def excluding(self, excluded: frozenset[int]) -> Arguments:
-        """The same call, where the leaves at these positions only look like [B, ...]."""
-        return MemberArguments(self._num_members, *self._given, excluded) if excluded else self
-
-    def repeated(self, num_members: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a folded pass, [K*B, ...], member-major."""
-        return self.call
-
-    def fold_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a folded pass."""
-        return torch.arange(start, stop)
-
-    def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of member k alone: its own rows."""
-        return self.mapped(lambda x: x.narrow(0, k * self.batch_size, self.batch_size)).call
-
-    def signature(self) -> tuple[Any, ...]:
-        """As for other calls, and which leaves carry rows."""
-        return ("members", *self.batched, *super().signature())
-
-
-def establish_excluded(
-    run_member: Callable[[tuple[Any, ...], dict[str, Any]], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> frozenset[int] | None:
-    """Find tensors that only happen to be as long as the batch.
-
-    A member is run on the batch and on the batch twice over; the arguments that carry the batch are those that have
-    to be doubled for the result to double.
-
-    Returns:
-        Positions of the leaves to leave alone, or none where no choice explains the member.
-    """
-    everything = Arguments(args, kwargs)
-    once = [x for x in pytree.tree_leaves(run_member(args, kwargs)) if isinstance(x, Tensor)]
-    candidates = [i for i in everything.batched if i != everything.primary]
-    for excluded in [frozenset({i}) for i in candidates] + [frozenset(candidates)]:
-        doubled = Arguments(args, kwargs, excluded).repeated(2)
-        try:
-            twice = [x for x in pytree.tree_leaves(run_member(*doubled)) if isinstance(x, Tensor)]
-        except Exception:
-            continue
-        if len(once) == len(twice) and all(
-            a.ndim == 0 or (b.shape[0] == 2 * a.shape[0] and torch.allclose(b, torch.cat([a, a]), 1e-3, 1e-4))
-            for a, b in zip(once, twice, strict=True)
-        ):
-            return excluded
-    return None
+    arguments = Arguments(args, kwargs, num_members)
+    shapes = {i: x.shape for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own}
+    primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
+    if primary is None or shapes[primary][0] != num_members:
+        found = "no tensor of two dimensions" if primary is None else f"{list(shapes[primary])}"
+        raise ValueError(f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}")
+    first = shapes[primary][:2]
+    arguments.own |= {i for i, shape in shapes.items() if shape[:2] == first}
+    arguments._find_rows()
+    return arguments

@@ -1,15 +1,21 @@
-"""Passes in which each sample goes to one member only: rows grouped by member, at the cost of one member."""
+"""Calls in which each sample goes to one member only: the hidden dimension is the rows, at the price of one member."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.member_tensor import MemberTensor
-from fastens.fold.rows import NotFoldable
+from fastens.fold.leaves import Leaves
+from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable
+
+if TYPE_CHECKING:
+    from fastens.fold.engine import FoldEngine
 
 
 def grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
@@ -25,65 +31,168 @@ def another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.arange(last + 2) > k) * total, torch.full_like(row_members, k)
 
 
-def joined(parts: list[Any], order: Tensor) -> Any:
-    """Outputs of parts of the samples, put together in the samples' own order."""
-    flat = [pytree.tree_flatten(part) for part in parts]
+def reordered(output: Any, order: Tensor) -> Any:
+    """An output whose rows are in an order of samples, in the samples' own."""
     inverse = torch.argsort(order)
 
-    def join(column: tuple[Any, ...]) -> Any:
-        if any(isinstance(leaf, MemberTensor) for leaf in column):
-            raise NotFoldable("an output without batch has no member of its own; use engine='loop'")
-        if not isinstance(column[0], Tensor):
-            return column[0]
-        whole = column[0] if len(column) == 1 else torch.cat(column)
-        return whole.index_select(0, inverse.to(whole.device))
+    def one(leaf: Any) -> Any:
+        return leaf.index_select(0, inverse.to(leaf.device)) if isinstance(leaf, Tensor) else leaf
 
-    return pytree.tree_unflatten([join(c) for c in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1])
+    return pytree.tree_map(one, output)
 
 
-def run_drawn(
-    call: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any], arguments: Arguments, members: Tensor
-) -> Any:
-    """Run each drawn member on its samples, one member after the other.
+def run_drawn(call: Callable[[int, Arguments], Any], arguments: Arguments, members: Tensor) -> Any:
+    """Evaluate the drawn members on the whole batch, one after the other, and take each sample from its own.
+
+    Right for any member whose outputs carry the samples in dimension 0, also where it mixes them.
 
     Args:
-        call: runs member k on the samples ``index``, int64 [n], whose arguments it is given.
+        call: runs member k on arguments.
         arguments: of the whole batch.
         members: int64 [B] on the CPU.
 
-    Returns:
-        What a member returns for the whole batch.
+    Raises:
+        ValueError: an output does not carry the samples.
     """
-    if not len(members):
-        return call(0, members, *arguments.selected(members).call)
-    order, offsets = grouped(members, int(members.max()) + 1)
-    parts = [
-        call(k, order[start:stop], *arguments.selected(order[start:stop]).call)
-        for k, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
-        if start < stop
-    ]
-    return joined(parts, order)
+    drawn = sorted(set(members.tolist())) or [0]
+    outputs = [pytree.tree_flatten(call(k, arguments)) for k in drawn]
+    place = {k: i for i, k in enumerate(drawn)}
+    which = torch.tensor([place[k] for k in members.tolist()], dtype=torch.int64)
+
+    def join(column: tuple[Any, ...]) -> Any:
+        first = column[0]
+        if not isinstance(first, Tensor):
+            return first
+        if first.ndim == 0 or first.shape[0] != len(members):
+            raise ValueError(
+                f"a rule that draws one member per sample needs outputs with the {len(members)} samples in dimension "
+                f"0, got {list(first.shape)}"
+            )
+        rows = torch.arange(len(members), device=first.device)
+        return torch.stack(column)[which.to(first.device), rows]
+
+    leaves = [join(c) for c in zip(*(leaves for leaves, _ in outputs), strict=True)]
+    return pytree.tree_unflatten(leaves, outputs[0][1])
 
 
-def fold_drawn(
-    run: Callable[[Tensor, Tensor], Any],
-    num_members: int,
-    passes: Callable[[Callable[[int, int], Any]], list[Any]],
-    members: Tensor,
-) -> Any:
-    """Run the samples grouped by member through the folded network.
+class DrawnCall:
+    """One call in which each sample has its member.
 
     Args:
-        run: a folded pass over the samples ``index``, int64 [n], grouped by ``offsets``, int64 [K+1].
-        num_members: K.
-        passes: evaluates all B rows, by as many passes over rows ``start`` to ``stop`` as the memory asks for.
+        engine: of the members.
+        arguments: of the whole batch.
         members: int64 [B] on the CPU.
+    """
 
-    Returns:
-        What a member returns for the whole batch.
+    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor) -> None:
+        self._engine = engine
+        self._arguments = arguments
+        self._members = members
+
+    def run(self) -> Any:
+        """What a member returns for the whole batch, each sample by its own member."""
+        engine, arguments, members = self._engine, self._arguments, self._members
+        eager = not torch.compiler.is_compiling()
+        if engine.engine == "loop" or not len(members):
+            return self._looped()
+        excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
+        if excluded is None:
+            return self._looped()  # members mix the samples
+        arguments = arguments.excluding(excluded)
+        order, offsets = grouped(members, engine.num_members)
+        dealt = arguments.selected(order)
+        row_members = members.index_select(0, order)
+        if eager and engine.can_plan(dealt) and not engine.stateful:
+            planned = self._planned(dealt, order, offsets, row_members)
+            if planned is not None:
+                return planned
+        try:
+            return self._folded(dealt, order, offsets, row_members)
+        except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        result = self._looped()
+        engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
+        return result
+
+    def _looped(self) -> Any:
+        return run_drawn(self._engine.call_member, self._arguments, self._members)
+
+    def _folded(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
+        engine = self._engine
+
+        def some(start: int, stop: int) -> Any:
+            hidden = Hidden(
+                stop - start,
+                engine.num_members,
+                offsets=offsets.clamp(start, stop) - start,
+                row_members=row_members[start:stop].to(_device(dealt)),
+            )
+            given = dealt if stop - start == len(order) else dealt.selected(torch.arange(start, stop))
+            output = engine.run(engine.new_pass(hidden, given), given, rows=True)
+            return pytree.tree_map(lambda x: without_hidden(x, hidden), output)
+
+        key = ("drawn", dealt.signature(), engine.network.training, torch.is_grad_enabled())
+        if torch.compiler.is_compiling():
+            return reordered(some(0, len(order)), order)
+        parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, len(order), some)]
+        columns = zip(*(leaves for leaves, _ in parts), strict=True)
+        leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+        return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
+
+    def _planned(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
+        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
+        engine = self._engine
+        plan_key = ("drawn", dealt.plan_key(), dealt.rows_at)
+        hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
+        inputs = [*engine.plan_inputs(dealt, hidden), offsets, row_members]
+        found = engine.plans.run(plan_key, inputs)
+        if found is None:
+            key = ("drawn", dealt.signature(), engine.network.training, False)
+            if engine.plans.refused(plan_key) or not engine.cap.holds_recording(key, len(order)):
+                return None
+            whole, member = engine.recordable(dealt, hidden)
+            with torch.no_grad(), suppress_out_of_memory():
+                leaves = pytree.tree_leaves(self._looped())
+                expected = [[x.index_select(0, order.to(x.device)) for x in leaves if isinstance(x, Tensor)]]
+                masks = engine.mask_pass(hidden, dealt)
+                found = engine.plans.make(plan_key, whole, member, inputs, expected, dealt=True, masks=masks)
+        if found is None:
+            return None
+        *leaves, spec = found
+        return reordered(pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec), order)
+
+
+def recorded_rows(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
+    """The tensors that a plan of a pass over rows is to write, [R, ...], and what they are."""
+    leaves, spec = pytree.tree_flatten(output)
+    tensors = [without_hidden(x, hidden) for x in leaves if isinstance(x, Tensor)]
+    kinds = tuple("entries" if isinstance(x, Tensor) else "value" for x in leaves)
+    values = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+    if not all(isinstance(x, int | float | str | None) for x in values):
+        raise NotFoldable("an output that is neither a tensor nor a number")
+    return tensors, Leaves(kinds, values, spec, hidden.size)
+
+
+def without_hidden(leaf: Any, hidden: Hidden) -> Any:
+    """A leaf of a pass over rows as [R, ...]: its logical batch of one goes.
 
     Raises:
-        NotFoldable: an output that does not carry the batch.
+        NotFoldable: it does not carry the batch.
     """
-    order, offsets = grouped(members, num_members)
-    return joined(passes(lambda start, stop: run(order[start:stop], offsets.clamp(start, stop) - start)), order)
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, MemberTensor) and leaf.hidden is not None:
+        stack = leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
+        if stack.ndim > 1 and stack.shape[1] == 1:
+            return stack.flatten(0, 1)
+        raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the samples in dimension 0")
+    value = leaf.stack if isinstance(leaf, MemberTensor) else leaf
+    if value.ndim and value.shape[0] == 1:
+        return value.expand(hidden.size, *value.shape[1:])
+    raise NotFoldable(f"an output of shape {list(value.shape)} does not carry the samples in dimension 0")
+
+
+def _device(arguments: Arguments) -> torch.device:
+    return arguments.batch.device

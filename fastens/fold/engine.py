@@ -1,42 +1,63 @@
-"""Evaluating all members of one structure: the folded pass, the loop it is checked against, and the choice."""
+"""Evaluating all members of one structure: the pass with the member as a hidden dimension, plans, and the loop."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import warnings
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
-from fastens.fold.drawn import fold_drawn, grouped, joined, run_drawn
-from fastens.fold.first import Established, FirstPass, established_by_sketch
-from fastens.fold.looped import call_member, member_tensors
-from fastens.fold.member_tensor import MemberTensor
+from fastens.fold.compiled import compiled_pass
+from fastens.fold.dispatch import Fold
+from fastens.fold.drawn import DrawnCall, recorded_rows
+from fastens.fold.first import FirstPass
+from fastens.fold.leaves import Leaves, recorded
+from fastens.fold.masks import MaskPass, Masks
 from fastens.fold.members import replaced, tensors_of
-from fastens.fold.memory_cap import MemoryCap, suppress_out_of_memory
-from fastens.fold.network import build_network, layer_reports
+from fastens.fold.memory_cap import MemoryCap, is_out_of_memory, suppress_out_of_memory
+from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
 from fastens.fold.planned import Plans
-from fastens.fold.rows import NotFoldable, Rows
+from fastens.fold.rows import RowsOfMembers
+from fastens.fold.tables import tables_of, view_of_member
+from fastens.fold.tensor import Hidden, MemberTensor, all_members
 from fastens.ops.run_program import target
 from fastens.report import Report
 
-_MOST_DEALT = 64  # signatures of drawn calls
+_CURRENT: contextvars.ContextVar[Fold | None] = contextvars.ContextVar("fastens.fold", default=None)
+
+
+def current_fold() -> Fold | None:
+    """The pass in progress in this context."""
+    return _CURRENT.get()
 
 
 class FoldEngine:
     """K members of one structure.
 
+    Nothing of a call is kept here: what a pass needs travels with it, so that any number of threads may call.
+
+    Args:
+        skeleton: one member's structure, parameters and buffers on the meta device.
+        stacks: its tensors [K, ...] by name.
+        shared: the names of those that are held once.
+        num_members: K.
+        settings: of the ensemble.
+        originals: the members that were handed in, against which the first call is held; none where they are gone.
+        masks: of members that are dropout masks on one set of weights.
+
     Attributes:
         network: the folded network, which owns the stacks.
-        skeleton: one member's structure without weights, on which the loop calls each member.
-        shared: names of the tensors that are equal in all members and held once.
         engine: ``fold`` or ``loop``.
-        sums: whether :meth:`evaluate_sum` may stand for :meth:`evaluate`; not where a call begins with more than that.
+        masks: of members that are dropout masks on one set of weights; else none.
+        sums: whether :meth:`evaluate_sum` may stand for :meth:`evaluate`; not where an evaluation begins with masks.
     """
-
-    sums = True
 
     def __init__(
         self,
@@ -45,286 +66,316 @@ class FoldEngine:
         shared: frozenset[str],
         num_members: int,
         settings: dict[str, Any],
+        originals: Any = None,
+        masks: Masks | None = None,
     ) -> None:
-        self.rows = Rows(num_members, settings["backend"] == "reference")
-        self.skeleton = skeleton
-        self.shared = shared
         self.num_members = num_members
+        self.masks = masks
+        self.sums = masks is None
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
-        self.network = build_network(skeleton, stacks, shared, self.rows)
+        self.network = build_network(skeleton, stacks, shared, num_members)
         self.plans = Plans(self.network, num_members, self.backend)
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
-        self.why = "asked for" if settings["engine"] != "auto" else "members agree in structure and parameter shapes"
-        # signature, and whether it takes several passes -> leaves that only look like the batch
-        self._checked: dict[Any, frozenset[int]] = {}
-        time_first = (
-            path or type(m).__name__ for path, m in skeleton.named_modules() if getattr(m, "batch_first", True) is False
-        )
-        self._time_first = next(time_first, None)
-        self._called = False  # apart from _checked, whose keys torch 2.11 cannot trace
-        self._dealt: dict[Any, frozenset[int]] = {}  # the same, by the plan of a drawn call
-        self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
+        self.checked: set[Any] = set()
+        self.slices: dict[str, int] = {}  # functions without a rule, of the last checked pass
+        self.originals = None if originals is None else Originals(originals, self.network)
+        self.wrapped = False  # whether common tensors become member-valued in place
+        self.copies_inputs = False  # whether the network writes to its arguments
+        self.stateful = False  # whether a pass changes the network's own Python state
+        self.rows = RowsOfMembers()
+        self._views: list[nn.Module] | None = None
+        if masks is not None:
+            masks.bind(self.network)
+        if self.engine == "loop":
+            self._unshare_buffers()
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """One member's structure as it is now, without weights."""
+        return skeleton_of(self.network)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the tensors that all members share."""
+        return shared_names(self.network)
 
     def member(self, k: int) -> nn.Module:
         """A module with a copy of member k's weights."""
+        skeleton, view = self.skeleton, tensors_of(self.views[k])
 
-        def copied(name: str, like: Tensor, value: Tensor) -> Tensor:
-            clone = value.detach().clone()
+        def copied(name: str, like: Tensor) -> Tensor:
+            clone = view[name].detach().clone()
             return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
 
-        values = member_tensors(self.network, k)
-        return replaced(self.skeleton, {n: copied(n, t, values[n]) for n, t in tensors_of(self.skeleton).items()})
+        return replaced(skeleton, {name: copied(name, t) for name, t in tensors_of(skeleton).items()})
 
     def refresh(self) -> None:
-        """Forget which signatures were checked, what they need of memory, and the plans with their packed weights."""
-        self._checked.clear()
-        self._dealt.clear()
+        """Forget which signatures were checked, what they need of memory, the plans, and copies of Python state."""
+        for _, _, table in tables_of(self.network):
+            table.forget()
+        self.checked.clear()
+        self.rows.clear()
+        if self.masks is not None:
+            self.masks.bind(self.network)
         self.cap.clear()
         self.plans.clear()
+        self._views = None
+        self.originals = None
 
-    # Passes
+    # Members one by one
 
-    def evaluate(self, arguments: Arguments, training: bool) -> list[Any]:
-        """Run all members; return the leaves of their outputs, [K, B, ...] or a list of K, and the structure last.
+    @property
+    def views(self) -> list[nn.Module]:
+        """Every member as a module of its own, whose tensors are parts of the stacks."""
+        views = self._views
+        if views is None:
+            views = self._views = [view_of_member(self.network, k) for k in range(self.num_members)]
+        for view in views:
+            for module, original in zip(view.modules(), self.network.modules(), strict=True):
+                if module.training is not original.training:
+                    module.training = original.training
+        return views
+
+    def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
+        """What member k returns, by its own Python."""
+        return self.call_module(self.views[k], k, arguments, method)
+
+    def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+        """What a module that is member k returns."""
+        if self.masks is None:
+            args, kwargs = arguments.of_member(k)
+            return call(module, method, args, kwargs)
+        hidden = Hidden(1, self.num_members, k)
+        output = self.run(self.new_pass(hidden, arguments), arguments, method)
+        return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
+
+    def loop(self, arguments: Arguments, method: str = "forward") -> list[Any]:
+        """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
+        outputs = []
+        for k in range(self.num_members):
+            given = arguments.copied() if self.copies_inputs else arguments
+            outputs.append(pytree.tree_flatten(self.call_member(k, given, method)))
+        return _columns(outputs)
+
+    def give_up(self, why: str) -> None:
+        """Take the loop from now on, and say why."""
+        self.engine, self.why = "loop", why
+        self._unshare_buffers()
+        self._views = None
+        self.plans.clear()
+        warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
+
+    def _unshare_buffers(self) -> None:
+        """Give each member its own of every buffer, which its own code may write."""
+        for _, module, table in tables_of(self.network):
+            if table is module._buffers:
+                for name in list(table.common):
+                    if dict.__getitem__(table, name) is not None:
+                        table.unshared(name)
+
+    # All members at once
+
+    def evaluate(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
+        """Run all members; return the leaves of their outputs, [K, ...] or a list of K, and the structure last.
 
         Args:
-            arguments: of the call; members share their rows or have their own.
+            arguments: of the call.
             training: the mode of the ensemble.
+            method: what is called.
         """
+        if torch.compiler.is_compiling():
+            return compiled_pass(self, arguments, method)
         if self.engine == "loop":
-            return self._loop(arguments)
-        eager = not torch.compiler.is_compiling() and not _capturing()
-        rows = self.num_members * arguments.batch_size
-        plannable = type(arguments) is Arguments and self._can_plan(arguments, rows)
-        planned = self.plans.run(arguments.plan_key(), self._inputs(arguments)) if plannable else None
-        plannable = plannable and eager  # a graph that is being recorded holds a plan that was made before
-        key = None
-        if planned is None:
-            key = self._key(arguments, training) if eager else None
-            excluded, planned = self._established(arguments, training, plannable)
+            return self.loop(arguments, method)
+        eager = not _capturing()
+        plannable = method == "forward" and self.can_plan(arguments)
+        if plannable:
+            planned = self.plans.run(arguments.plan_key(), self.plan_inputs(arguments))
+            if planned is not None:
+                return planned
+        if not eager:
+            return self.fold(arguments, None, method)
+        key = (method, arguments.signature(), training, torch.is_grad_enabled(), self.wrapped)
+        if key not in self.checked:
+            found = FirstPass(self, arguments, key, plannable, method).run()
+            if found is not None:
+                return found
             if self.engine == "loop":
-                return self._loop(arguments)
-            arguments = arguments.excluding(excluded)
-            if plannable and planned is None:
-                planned = self._planned(arguments, key)
-        if planned is None:
-            return self._fold(arguments, key)
-        leaves, spec = planned
-        return [*(self._unfolded(leaf, arguments.batch_size) for leaf in leaves), spec]
+                return self.loop(arguments, method)
+        elif plannable:
+            planned = self.planned(arguments, key)
+            if planned is not None:
+                return planned
+        return self._fold_or_loop(arguments, key, method)
 
-    def _inputs(self, arguments: Arguments, order: Tensor | None = None) -> list[Tensor]:
-        """What a plan is run on: the tensors of a call, whose samples are in this order where rows are dealt out."""
-        return arguments.tensors
+    def _fold_or_loop(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
+        try:
+            return self.fold(arguments, key, method)
+        except Exception as error:  # the members decide whether it is their own error
+            if is_out_of_memory(error) or isinstance(error, NothingDropped):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        result = self.loop(arguments, method)
+        self.give_up(f"the fold failed where they do not: {why}")
+        return result
+
+    def evaluate_drawn(self, arguments: Arguments, members: Tensor) -> Any:
+        """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
+        return DrawnCall(self, arguments, members).run()
+
+    def can_plan(self, arguments: Arguments) -> bool:
+        """Whether a call may run as a plan."""
+        rows = self.num_members * arguments.batch_size
+        whole = self.cap.asked is None or rows <= self.cap.asked
+        return whole and not self.wrapped and arguments.plain() and self.plans.can_plan(arguments.tensors)
+
+    def plan_inputs(self, arguments: Arguments, hidden: Hidden | None = None) -> list[Tensor]:
+        """What a plan is run on: the tensors of a call, and what fresh masks depend on."""
+        if self.masks is None or not self.masks.fresh:
+            return arguments.tensors
+        masks = self.mask_pass(hidden or all_members(self.num_members), arguments)
+        assert masks is not None
+        assert masks.samples is not None
+        return [*arguments.tensors, masks.drawn(), masks.samples]
+
+    def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
+        """The dropout masks of a pass, none where members are no masks."""
+        if self.masks is None:
+            return None
+        members, of_rows = self.masks.layout(hidden, arguments)
+        seed, number = arguments.evaluation
+        return MaskPass(self.masks, members, of_rows if samples is None else samples, seed, number)
 
     def evaluate_sum(self, arguments: Arguments, weights: list[float]) -> tuple[Tensor, Any] | None:
         """The members' only output, summed with K factors as the last layer computes it, [B, ...], and its structure.
 
         None where no plan of this call does that: then evaluate, and add.
         """
-        rows = self.num_members * arguments.batch_size
-        if self.engine == "loop" or not self._can_plan(arguments, rows):
+        if self.engine == "loop" or not self.can_plan(arguments):
             return None
-        return self.plans.run_sum(arguments.plan_key(), self._inputs(arguments), weights)
+        return self.plans.run_sum(arguments.plan_key(), self.plan_inputs(arguments), weights)
 
-    @staticmethod
-    def _key(arguments: Arguments, training: bool) -> tuple[Any, ...]:
-        return arguments.signature(), training, torch.is_grad_enabled()
-
-    def _can_plan(self, arguments: Arguments, rows: int) -> bool:
-        whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
-
-    def _planned(
-        self,
-        arguments: Arguments,
-        key: Any,
-        expected: list[list[Tensor]] | None = None,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> tuple[list[Tensor], Any] | None:
+    def planned(self, arguments: Arguments, key: Any, expected: list[list[Tensor]] | None = None) -> list[Any] | None:
         """Make the plan of a signature, where the memory holds a recording, and run it.
 
         Args:
             arguments: of the call.
             key: the signature.
             expected: the members' own outputs; none where the fold was held against them already.
-            around: makes what the pass is recorded in.
         """
 
-        def whole(tensors: list[Tensor]) -> Any:
-            with around():
-                return self._pass(arguments.with_tensors(tensors), None, None)
-
-        def member(tensors: list[Tensor]) -> Any:
-            return self._call(0, *arguments.with_tensors(tensors).of_member(0))
-
+        hidden = all_members(self.num_members)
+        whole, member = self.recordable(arguments, hidden)
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
             return None
         with suppress_out_of_memory():
-            return self.plans.make(arguments.plan_key(), whole, member, self._inputs(arguments), expected)
+            masks, inputs = self.mask_pass(hidden, arguments), self.plan_inputs(arguments)
+            return self.plans.make(arguments.plan_key(), whole, member, inputs, expected, masks=masks)
         return None
 
-    def evaluate_drawn(self, arguments: Arguments, members: Tensor, training: bool) -> Any:
-        """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        eager = not torch.compiler.is_compiling() and not _capturing()
-        plannable = eager and self.engine == "fold" and len(members) > 0 and self._can_plan(arguments, len(members))
-        plan_key = ("drawn", arguments.plan_key()) if plannable else None
-        excluded = self._dealt.get(plan_key)
-        if excluded is None:
-            several = plannable and self.num_members > 1
-            planned = self._first_drawn(arguments, members, plan_key, training) if several else None
-            if planned is not None:
-                return planned
-            excluded = self._established(arguments, training)[0] if self.engine == "fold" else frozenset()
-        arguments = arguments.excluding(excluded)
-        if self.engine == "loop":
-            return run_drawn(self._call_some, arguments, members)
-        if plannable:
-            planned = self._planned_drawn(arguments, members, plan_key, training)
-            if planned is not None:
-                self._dealt = {} if len(self._dealt) > _MOST_DEALT else self._dealt
-                self._dealt[plan_key] = excluded
-                return planned
-        key = self._key(arguments, training) if eager else None
+    def recordable(self, arguments: Arguments, hidden: Hidden) -> tuple[Any, Any]:
+        """A pass, and the first member's call, as functions of the tensors of a plan."""
+        count, fresh = len(arguments.tensors), self.masks is not None and self.masks.fresh
 
-        def passes(run: Callable[[int, int], Any]) -> list[Any]:
-            return self.cap.run(key, len(members), run, self._kept_together(len(members)))
+        def given(tensors: list[Tensor]) -> Arguments:
+            other = arguments.with_tensors(tensors[:count])
+            if fresh:
+                other.evaluation = (arguments.evaluation[0], int(tensors[count][0]))
+            return other
 
-        return fold_drawn(
-            lambda index, offsets: self._pass(arguments, index, offsets), self.num_members, passes, members
+        def whole(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
+            samples = tensors[count + 1] if fresh else None
+            own = hidden if hidden.offsets is None else dataclasses.replace(
+                hidden, offsets=tensors[-2], row_members=tensors[-1]
+            )
+            fold = self.new_pass(own, given(tensors), recording=True, samples=samples)
+            if hidden.offsets is None:
+                return recorded(self.run(fold, given(tensors)), own)
+            return recorded_rows(self.run(fold, given(tensors), rows=True), own)
+
+        def member(tensors: list[Tensor]) -> list[Tensor]:
+            k = 0 if hidden.offsets is None else int(tensors[-1][0])
+            output = self.call_member(k, given(tensors))
+            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+        return whole, member
+
+    def new_pass(
+        self, hidden: Hidden, arguments: Arguments, recording: bool = False, samples: Tensor | None = None
+    ) -> Fold:
+        """A pass over a hidden dimension; fresh masks may have the samples of its rows from a plan's inputs."""
+        inputs = () if self.copies_inputs or recording else tuple(arguments.tensors)
+        return Fold(
+            hidden,
+            wrapped=self.wrapped,
+            recording=recording,
+            inputs=inputs,
+            masks=self.mask_pass(hidden, arguments, samples),
+            reference=self.backend == "reference",
         )
 
-    def _first_drawn(self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool) -> Any:
-        """Plan a drawn call without a pass of all members, where the plan gives what the drawn ones do; else none."""
-        rows, key = self.num_members * arguments.batch_size, self._key(arguments, training)
-        if not self.cap.holds_recording(key, rows):
-            return None
-        with torch.no_grad(), suppress_out_of_memory():
-            found = established_by_sketch(self, arguments)
-            planned = self._planned_drawn(arguments, members, plan_key, training, sketched=True) if found else None
-            if planned is not None:
-                self._called = True
-                self._dealt[plan_key] = frozenset()
-            return planned
-        return None
+    def run(self, fold: Fold, arguments: Arguments, method: str = "forward", rows: bool = False) -> Any:
+        """Run the network's own code in a pass; return what it returns, of wrappers."""
+        args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
+        token = _CURRENT.set(fold)
+        try:
+            with fold:
+                output = call(self.network, method, args, kwargs)
+        finally:
+            _CURRENT.reset(token)
+        if fold.masks is not None and not fold.masks.applied and arguments.batch_size:
+            calls = sum(fold.masks.calls.values())
+            raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
+        return output
 
-    def _planned_drawn(
-        self, arguments: Arguments, members: Tensor, plan_key: Any, training: bool, sketched: bool = False
-    ) -> Any:
-        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan.
+    def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
+        """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
+        members, batch = self.num_members, max(1, arguments.batch_size)
+        given = arguments.copied() if self.copies_inputs else arguments
 
-        A new plan is ``sketched``, and held against the drawn members, where the fold was not held against them.
-        """
-        order, offsets = grouped(members, self.num_members)
-        dealt = arguments.selected(order)
-        inputs = [*self._inputs(dealt, order), offsets, members.index_select(0, order)]
+        def of_members(start: int, stop: int) -> list[Any]:
+            first, last = start // batch, stop // batch
+            return self._one_pass(given, all_members(members) if last - first == members else Hidden(last - first, members, first), method)
 
-        def whole(tensors: list[Tensor]) -> Any:
-            return self._dealt_pass(dealt.with_tensors(tensors[:-2]), *tensors[-2:])
+        def by_rows() -> list[Any]:
+            parts = [self._by_rows(given, key, k, method) for k in range(members)]
+            return _joined(parts)
 
-        def member(tensors: list[Tensor]) -> Any:
-            return self._call(int(tensors[-1][0]), *dealt.with_tensors(tensors[:-2]).call)
+        if torch.compiler.is_compiling():
+            return self._one_pass(given, all_members(members), method)
+        parted = self.cap.rows(key, members * batch) < batch and self.rows.independent(self, arguments, method)
+        if parted:
+            return by_rows()
+        try:
+            return _joined(self.cap.run(key, members * batch, of_members, batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or batch == 1 or not self.rows.independent(self, arguments, method):
+                raise
+        self.cap.halve(key, batch)
+        return by_rows()
 
-        found = self.plans.run(plan_key, inputs)
-        if found is None and self.cap.holds_recording(self._key(arguments, training), len(members)):
-            with suppress_out_of_memory():
-                expected = None
-                if sketched:
-                    leaves = pytree.tree_leaves(run_drawn(self._call_some, arguments, members))
-                    expected = [[x.index_select(0, order) for x in leaves if isinstance(x, Tensor)]]
-                found = self.plans.make(plan_key, whole, member, inputs, expected, dealt=True)
-        if found is None:
-            return None
-        leaves, spec = found
-        return joined([pytree.tree_unflatten(leaves, spec)], order)
+    def _by_rows(self, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
+        """One member, some of its rows at a time."""
+        hidden = Hidden(1, self.num_members, k)
 
-    def _established(self, arguments: Arguments, training: bool, plannable: bool = False) -> Established:
-        """The leaves that only look like the batch, from the first eager pass of this signature.
+        def some(start: int, stop: int) -> list[Any]:
+            return self._one_pass(self.rows.part(self, arguments, start, stop), hidden, method)
 
-        Where a plan is wanted and can be made without a folded pass, its outputs too.
-        """
-        if torch.compiler.is_compiling() or _capturing():
-            if self._time_first and not self._called and self.num_members > 1:
-                raise RuntimeError(
-                    f"{self._time_first!r} takes time before batch, and where the batch is in the layers around it is "
-                    "found in the first call. Call the ensemble once before it is compiled, exported or captured"
-                )
-            return frozenset(), None
-        key, total = self._key(arguments, training), self.num_members * arguments.batch_size
-        found = self._checked.get((key, self.cap.rows(key, total) < total))
-        if found is None:
-            found, planned = self._first(arguments, key, plannable)
-            self._called = True
-            if planned is not None:  # the fold itself was not held against the loop, and is where a plan cannot serve
-                return found, planned
-            self._checked[key, self.cap.rows(key, total) < total] = found
-        return found, None
+        return _joined(self.cap.run(key, arguments.batch_size, some, 1), dim=1)
 
-    def _first(self, arguments: Arguments, key: Any, plannable: bool) -> Established:
-        return FirstPass(self, arguments, key, plannable).run()
-
-    def _call(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return call_member(self.skeleton, member_tensors(self.network, k), args, kwargs)
-
-    def _call_some(self, k: int, index: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run member k on the samples ``index`` of a drawn call."""
-        return self._call(k, args, kwargs)
-
-    def _loop(self, arguments: Arguments) -> list[Any]:
-        flat = [pytree.tree_flatten(self._call(k, *arguments.of_member(k))) for k in range(self.num_members)]
-        return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
-
-    def _pass(self, arguments: Arguments, index: Tensor | None, offsets: Tensor | None) -> Any:
-        """One folded pass: all samples for every member, or the samples ``index`` dealt out by ``offsets``."""
-        if index is None:
-            args, kwargs = arguments.repeated(self.num_members)
-            self.rows.set(self.num_members * arguments.batch_size)
-        else:
-            args, kwargs = arguments.selected(index).call
-            self.rows.set(len(index), offsets)
-        return self.network(*args, **kwargs)
-
-    def _dealt_pass(self, arguments: Arguments, offsets: Tensor, row_members: Tensor) -> Any:
-        """A folded pass over rows in the order of their members, without a shape that depends on whose they are."""
-        args, kwargs = arguments.call
-        self.rows.set(len(row_members), offsets, row_members)
-        return self.network(*args, **kwargs)
-
-    def _fold(self, arguments: Arguments, key: Any = None) -> list[Any]:
-        members, batch = self.num_members, arguments.batch_size
-
-        def run(start: int, stop: int) -> tuple[list[Any], Any]:
-            if stop - start == members * batch:
-                return pytree.tree_flatten(self._pass(arguments, None, None))
-            offsets = (torch.arange(members + 1) * batch).clamp(start, stop) - start
-            return pytree.tree_flatten(self._pass(arguments, arguments.fold_rows(start, stop), offsets))
-
-        leaves, spec = _joined(self.cap.run(key, members * batch, run, self._kept_together(batch)))
-        return [*(self._unfolded(leaf, batch) for leaf in leaves), spec]
-
-    def _kept_together(self, batch: int) -> int:
-        """How many rows must not be parted: those of one member where statistics are taken over them."""
-        taken = any(norm.training or norm.stack("running_mean") is None for norm in self._batch_norms)
-        return max(1, batch) if taken else 1
-
-    def _unfolded(self, leaf: Any, batch: int) -> Any:
-        if isinstance(leaf, MemberTensor):
-            return leaf.stack
-        if not isinstance(leaf, Tensor):
-            return [leaf] * self.num_members
-        if leaf.ndim == 0 or leaf.shape[0] != self.num_members * batch:
-            raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the batch in dimension 0")
-        return leaf.unflatten(0, (self.num_members, batch))
+    def _one_pass(self, arguments: Arguments, hidden: Hidden, method: str) -> list[Any]:
+        fold = self.new_pass(hidden, arguments)
+        leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
+        self.slices = dict(fold.slices)
+        return [*(unwrapped(x, hidden) for x in leaves), spec]
 
     def verify(self, arguments: Arguments) -> float:
-        """The largest relative error of a folded pass against the loop."""
+        """The largest relative error of a pass of all members against the loop."""
         with torch.no_grad():
-            engine, self.engine = self.engine, "fold"
-            try:
-                *folded, _ = self.evaluate(arguments, self.network.training)
-            finally:
-                self.engine = engine
-            *looped, _ = self._loop(arguments)
+            *folded, _ = self.evaluate(arguments, self.network.training) if self.engine == "fold" else self.fold(arguments)
+            *looped, _ = self.loop(arguments)
         pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
         return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
 
@@ -334,17 +385,93 @@ class FoldEngine:
         plans = self.plans
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
-        return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches)
+        return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)
 
 
-def _joined(parts: list[tuple[list[Any], Any]]) -> tuple[list[Any], Any]:
-    """The leaves of several passes, one after the other in the batch, and their structure."""
-    (first, spec), *others = parts
-    if not others:
-        return first, spec
-    columns = zip(*(leaves for leaves, _ in parts), strict=True)
-    return [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], spec
+class NothingDropped(ValueError):
+    """MC Dropout of a network without dropout; the message says what it applied."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"MC Dropout: the network applied {found}, so all members would be the same; networks are often built with "
+            "p = 0 or leave dropout out in evaluation: pass p=0.1, or wrap a network that calls dropout"
+        )
+
+
+class Originals:
+    """The members that were handed in, kept until the first call was held against them.
+
+    They are an oracle while neither they nor the stacks were changed since: same weights, same modes, same place.
+    """
+
+    def __init__(self, members: Any, network: nn.Module) -> None:
+        self._members = members
+        self._network = network
+        self._counts = self._count()
+
+    def _modules(self) -> list[nn.Module]:
+        listed = isinstance(self._members, list | tuple | nn.ModuleList)
+        return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
+
+    def _count(self) -> tuple[int, int]:
+        theirs = sum(_version(t) for m in self._modules() for t in tensors_of(m).values())
+        return theirs, sum(_version(t) for t in tensors_of(self._network).values())
+
+    def usable(self, training: Any) -> bool:
+        """Whether they still are what the stacks were made of, in the mode that the network is in."""
+        if self._count() != self._counts:
+            return False
+        ours = [m.training for m in self._network.modules()]
+        device = next((t.device for t in tensors_of(self._network).values()), None)
+        for member in self._modules():
+            theirs = next((t.device for t in tensors_of(member).values()), None)
+            if [m.training for m in member.modules()] != ours or theirs != device:
+                return False
+        return True
+
+    def member(self, k: int) -> nn.Module:
+        """Member k, read from its file where it came from one."""
+        return self._members[k]
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a network; ``forward`` with its hooks."""
+    return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
+
+
+def unwrapped(leaf: Any, hidden: Hidden) -> Any:
+    """A leaf of a pass's output: [N, ...] where it is a tensor, else N times the same."""
+    if isinstance(leaf, MemberTensor):
+        if leaf.hidden is None:
+            return leaf.stack.expand(hidden.size, *leaf.stack.shape)
+        return leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
+    if isinstance(leaf, Tensor):
+        return leaf.expand(hidden.size, *leaf.shape)
+    return [leaf] * hidden.size
+
+
+def _columns(outputs: list[tuple[list[Any], Any]]) -> list[Any]:
+    if any(spec != outputs[0][1] for _, spec in outputs):
+        raise TypeError("members return outputs of different structure, which no rule combines")
+    return [*(list(column) for column in zip(*(leaves for leaves, _ in outputs), strict=True)), outputs[0][1]]
+
+
+def _joined(parts: list[list[Any]], dim: int = 0) -> list[Any]:
+    """The leaves of several passes as those of one: over some members each, or (dim 1) over some rows of one."""
+    if len(parts) == 1:
+        return parts[0]
+    *_, spec = parts[0]
+    columns = zip(*(part[:-1] for part in parts), strict=True)
+    return [
+        *(torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p] for c in columns),
+        spec,
+    ]
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+

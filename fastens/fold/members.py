@@ -1,4 +1,4 @@
-"""Reading members: their skeleton, their tensors stacked, and where two of them differ."""
+"""Reading members: their structure, and their tensors stacked."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.registry import is_registered
+from fastens.fold.alike import first_difference, reaches_back, tensors_of
+
+__all__ = ["DifferentMembers", "check_members", "in_format", "make_skeleton", "replaced", "stack_members", "tensors_of"]
 
 
 class DifferentMembers(ValueError):
     """Members whose structure or parameter shapes differ, so that only the loop can run them."""
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each tied tensor once under its first name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
@@ -35,49 +32,6 @@ def make_skeleton(member: nn.Module) -> nn.Module:
         return nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
 
     return replaced(member, {name: empty(tensor) for name, tensor in tensors_of(member).items()})
-
-
-def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if name == "training" or name.startswith("_"):
-            continue
-        if value is None or isinstance(value, bool | int | float | str | tuple | torch.dtype | Tensor):
-            yield name, value
-
-
-def _class_names(module: nn.Module) -> list[tuple[str, str]]:
-    # Names, not identity: parametrizations give every module a class of its own.
-    return [(parent.__module__, parent.__qualname__) for parent in type(module).__mro__]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
-    return type(a) is type(b) and a == b
-
-
-def first_difference(first: nn.Module, other: nn.Module) -> str | None:
-    """Where two members differ in class, settings or parameter shapes, or none: ``path: this against that``."""
-    ours, theirs = dict(first.named_modules()), dict(other.named_modules())
-    for path in [*ours, *theirs]:
-        if path not in ours or path not in theirs:
-            return f"{path}: present in one and absent in the other"
-        a, b = ours[path], theirs[path]
-        if _class_names(a) != _class_names(b):
-            return f"{path or 'the root'}: {type(a).__name__} against {type(b).__name__}"
-        there = dict(_settings(b))
-        for name, value in _settings(a):
-            if not _same(value, there.get(name)):
-                return f"{f'{path}.' if path else ''}{name}: {value!r} against {there.get(name)!r}"
-    a_tensors, b_tensors = tensors_of(first), tensors_of(other)
-    for name in [*a_tensors, *b_tensors]:
-        if name not in a_tensors or name not in b_tensors:
-            return f"{name}: present in one and absent (or tied) in the other"
-        if a_tensors[name].shape != b_tensors[name].shape:
-            return f"{name}: shape {list(a_tensors[name].shape)} against {list(b_tensors[name].shape)}"
-    return None
-
-
 def check_members(members: Any) -> None:
     """Raise unless ``members`` is a sequence of at least one module, or of at least one path.
 
@@ -130,18 +84,22 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
         members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
 
     Returns:
-        The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors, which
-        are the fixed ones of modules that are not registered, equal in all members.
+        The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
+        that are one tensor in all members, and those that are equal in all of them and are not trained.
 
     Raises:
-        DifferentMembers: structure, settings or shapes differ; names the first difference.
+        DifferentMembers: members differ in anything but the values of their tensors; names the first difference.
         ValueError: dtypes or devices differ.
     """
     num_members = len(members)
     first = members[0]
+    back = reaches_back(first)
+    if back is not None:
+        raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
     skeleton = make_skeleton(first)
     tensors = tensors_of(first)
-    fixed = _fixed(first, tensors)
+    identical = set(tensors)
+    equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     stacks: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stack = _empty_stack(num_members, tensor)
@@ -155,13 +113,32 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
         others = tensors_of(member)
         check_placement(tensors, others, k)
         for name, tensor in others.items():
-            stacks[name].data[k].copy_(tensor.detach())
-            if name in fixed and not torch.equal(tensor, tensors[name]):
-                fixed.discard(name)
-    for name in fixed:
-        shared = stacks[name].data[0].clone()
-        stacks[name] = nn.Parameter(shared, False) if isinstance(stacks[name], nn.Parameter) else shared
-    return skeleton, stacks, frozenset(fixed)
+            if tensor is not tensors[name]:
+                identical.discard(name)
+                if name in equal and not _same_values(tensor, tensors[name]):
+                    equal.discard(name)
+            with torch.no_grad():
+                stacks[name].data[k].copy_(tensor.detach())
+    if num_members == 1:
+        identical = set()
+    shared = identical | equal
+    for name in shared:
+        one = stacks[name].data[0].clone()
+        trained = tensors[name].requires_grad
+        stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
+    return skeleton, stacks, frozenset(shared)
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _statistics(member: nn.Module) -> Iterator[str]:
+    """The buffers that normalisations write in training: each member's own, also while they are equal."""
+    for path, module in member.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, _ in module.named_buffers(recurse=False):
+                yield f"{path}.{name}" if path else name
 
 
 def _empty_stack(num_members: int, tensor: Tensor) -> Tensor:
@@ -178,12 +155,3 @@ def in_format(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
         return stack.contiguous()
     ndim = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
     return stack.movedim(2, -1).contiguous().movedim(-1, 2) if stack.ndim - 1 == ndim else stack
-
-
-def _fixed(member: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
-    modules = dict(member.named_modules())
-    return {
-        name
-        for name, tensor in tensors.items()
-        if not tensor.requires_grad and not is_registered(modules[name.rpartition(".")[0]])
-    }

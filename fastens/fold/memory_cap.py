@@ -208,14 +208,19 @@ class MemoryCap:
                 start = stop
                 continue
             except (RuntimeError, MemoryError) as error:
-                if stop - start <= whole or whole > 1 or not is_out_of_memory(error):
+                if stop - start <= whole or not is_out_of_memory(error):
                     raise
             # past the handler, which kept the tensors of the failed pass alive
-            self._found[key] = rows = (stop - start) // 2
-            self._tell(f"a pass of {stop - start} rows ran out of memory, so one takes {rows}")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.halve(key, stop - start)
+            rows = max(whole, self._found[key] // whole * whole)
         return parts
+
+    def halve(self, key: Hashable, failed: int) -> None:
+        """Take half as many rows from now on as a pass that ran out of memory had."""
+        self._found[key] = failed // 2
+        self._tell(f"a pass of {failed} rows ran out of memory, so one takes {failed // 2}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _tell(self, what: str) -> None:
         if not self._told:

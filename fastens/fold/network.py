@@ -1,50 +1,128 @@
-"""The folded network: a member's structure with stacked tensors and folded layers in place of its own."""
+"""The folded network: a member's own modules and code, whose tables hold the stacks."""
 
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.members import replaced, tensors_of
-from fastens.fold.registry import FoldedModule, RawModule, folded_class_of
-from fastens.fold.rows import Rows
+from fastens.fold.alike import tensors_of
+from fastens.fold.members import replaced
+from fastens.fold.registry import fold_registered
+from fastens.fold.tables import Stacks
+from fastens.fold.tensor import MemberTensor, all_members
 from fastens.report import LayerReport
 
 
-def build_network(skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], rows: Rows) -> nn.Module:
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def build_network(skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int) -> nn.Module:
     """Fold a network.
 
     Args:
         skeleton: the member's structure, parameters and buffers on the meta device.
         stacks: its tensors [K, ...] by name, which become the folded network's parameters and buffers.
         shared: the names of those that are not stacked.
-        rows: the object in which the ensemble says which rows a pass has.
+        num_members: K.
 
     Returns:
-        A module of the member's structure that takes the folded batch; every module in it that owns tensors has
-        taken a class that is also its own, see :func:`folded_class_of`.
+        A module of the member's structure and classes; its own code sees one member's shapes.
     """
-    network = replaced(skeleton, stacks)
-    originals = dict(skeleton.named_modules(remove_duplicate=False))
-    by_identity = {id(tensor): name for name, tensor in tensors_of(network).items()}
-    for path, module in network.named_modules():
-        owned = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        if owned:
-            fold_in_place(module, path, originals[path], rows)
-            module.__dict__["shared"] = frozenset(name for name, t in owned if by_identity[id(t)] in shared)
+    hidden = all_members(num_members)
+    seen = {name: t if name in shared else MemberTensor(t, hidden) for name, t in stacks.items()}
+    network = replaced(skeleton, seen)
+    common = {id(t) for name, t in stacks.items() if name in shared}
+    for module in network.modules():
+        for name in ("_parameters", "_buffers"):
+            found = [(n, t.stack if isinstance(t, MemberTensor) else t) for n, t in module.__dict__[name].items()]
+            module.__dict__[name] = Stacks(found, num_members, [n for n, t in found if id(t) in common])
+    fold_registered(network)
     return network
 
 
-def fold_in_place(module: Any, path: str, skeleton: nn.Module, rows: Rows) -> None:
-    """Give a module its folded class, keeping its identity, so that every reference to it holds."""
-    names = tuple(name for names in (module._parameters, module._buffers) for name in names)
-    module.__class__ = folded_class_of(type(module), names)
-    # Past nn.Module.__setattr__, which would register the skeleton as a child.
-    module.__dict__.update(rows=rows, path=path, skeleton=[skeleton])
+def skeleton_of(network: nn.Module) -> nn.Module:
+    """One member's structure as it is now, with parameters and buffers on the meta device."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, stack in table.items():
+                if stack is not None and id(stack) not in memo:
+                    one = stack if not isinstance(table, Stacks) or name in table.common else stack[0]
+                    shell = one.detach().to("meta", copy=True)
+                    shell = nn.Parameter(shell, stack.requires_grad) if isinstance(stack, nn.Parameter) else shell
+                    memo[id(stack)] = shell
+                    if isinstance(table, Stacks):
+                        memo[id(table[name])] = shell
+    skeleton = copy.deepcopy(network, memo)
+    for module in skeleton.modules():
+        for name in ("_parameters", "_buffers"):
+            module.__dict__[name] = dict(module.__dict__[name].items())
+        module.__dict__.pop("_folded", None)
+    return skeleton
 
 
-def folded_modules(network: nn.Module) -> dict[str, FoldedModule]:
-    """The modules of a folded network that own tensors, by path."""
-    return {path: module for path, module in network.named_modules() if isinstance(module, FoldedModule)}
+def shared_names(network: nn.Module) -> frozenset[str]:
+    """The names of the tensors that all members share."""
+    common: set[int] = set()
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            if isinstance(table, Stacks):
+                common.update(id(t) for name, t in table.items() if name in table.common)
+    return frozenset(name for name, t in tensors_of(network).items() if id(t) in common)
+
+
+@contextmanager
+def state_kept(network: nn.Module) -> Iterator[set[str]]:
+    """Undo what a pass does to the Python state of a network; yields the names of the attributes that it changed."""
+    changed: set[str] = set()
+    saved = [(path, module, _snapshot(module)) for path, module in network.named_modules()]
+    buffers = [(b, b._version, None) for b in network.buffers() if not isinstance(b, MemberTensor)]
+    try:
+        yield changed
+    finally:
+        for path, module, before in saved:
+            now = vars(module)
+            for name in [n for n in now if n not in before and n not in _TABLES]:
+                changed.add(f"{path}.{name}" if path else name)
+                del now[name]
+            for name, (value, content) in before.items():
+                if now.get(name, changed) is not value:
+                    changed.add(f"{path}.{name}" if path else name)
+                    now[name] = value
+                if content is not None and not _same_content(value, content):
+                    changed.add(f"{path}.{name}" if path else name)
+                    _restore(value, content)
+        for buffer, version, _ in buffers:
+            if not buffer.is_inference() and buffer._version != version:
+                changed.add("a buffer")
+
+
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
+        for name, value in vars(module).items()
+        if name not in _TABLES
+    }
+
+
+def _same_content(value: Any, content: Any) -> bool:
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        return all(name in value and value[name] is item for name, item in content.items())
+    return value == content if isinstance(value, set) else all(a is b for a, b in zip(value, content, strict=True))
+
+
+def _restore(value: Any, content: Any) -> None:
+    if isinstance(value, list):
+        value[:] = content
+    else:
+        value.clear()
+        value.update(content)
 
 
 def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) -> list[LayerReport]:
@@ -56,21 +134,12 @@ def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) ->
         why_loop: why the whole network is looped, none where it is folded.
     """
     layers: list[LayerReport] = []
-    within = None
-    for path, module in folded_modules(network).items():
-        if within is not None and path.startswith(within):
+    for path, module in network.named_modules():
+        owned = [(n, t, n in table.common) for table in (module._parameters, module._buffers)
+                 if isinstance(table, Stacks) for n, t in table.items() if t is not None]  # fmt: skip
+        if not owned:
             continue
-        names = [*module._parameters, *module._buffers]
-        owned = [module.stack(name) for name in names]
-        if why_loop is not None or module.looped is not None:
-            how, why = "looped", module.looped or why_loop or ""
-            within = f"{path}." if path else ""
-        elif isinstance(module, RawModule):
-            how, why = ("shared" if module.shared == set(names) else "raw"), ""
-        else:
-            how, why = "folded", ""
-        counted = list(module.parameters()) if how == "looped" else [t for t in owned if t is not None]
-        number = sum(t.numel() for t in counted) // (1 if how == "shared" else num_members)
-        layer = next(each for each in type(module).__mro__ if not issubclass(each, FoldedModule)).__name__
-        layers.append(LayerReport(path, layer, how, "torch" if how == "looped" else module.run_by, why, number))
+        how = "looped" if why_loop is not None else "shared" if all(common for _, _, common in owned) else "folded"
+        number = sum(t.numel() // (1 if common else num_members) for _, t, common in owned)
+        layers.append(LayerReport(path, type(module).__name__, how, "torch" if how == "looped" else "", why_loop or "", number))
     return layers

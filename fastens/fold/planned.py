@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens.fold.arguments import separate
 from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.leaves import Leaves
 from fastens.fold.drawn import another_draw
 from fastens.fold.memory_cap import is_out_of_memory
+from fastens.fold.network import state_kept
+from fastens.fold.tensor import NotFoldable
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
 from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record
@@ -28,20 +31,27 @@ _DTYPES = {torch.float32, torch.bfloat16}
 _LAUNCHED_DTYPES = _DTYPES | {torch.float16}
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
 
-Leaves = list[Tensor]
+Tensors = list[Tensor]
 
 
 class PlannedMasks(Protocol):
-    """What a plan of a network under dropout masks asks of them."""
+    """What a plan of a network under dropout masks asks of the masks of a pass."""
 
-    fresh: bool
+    @property
+    def fresh(self) -> bool:
+        """Whether they depend on the evaluation."""
+        ...
 
     def inputs_of(self, drawn: Ref | None) -> MaskInputs:
         """What the recorded pass drew, where ``drawn`` is the input that fresh masks depend on."""
         ...
 
-    def another(self) -> Tensor:
-        """Go on to another evaluation; return what its fresh masks depend on."""
+    def next_evaluation(self) -> PlannedMasks:
+        """The masks of the evaluation after this one."""
+        ...
+
+    def drawn(self) -> Tensor:
+        """What fresh masks depend on."""
         ...
 
 
@@ -49,8 +59,7 @@ class Plans:
     """The programs of one folded network, by signature of the call.
 
     Attributes:
-        masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
-            tensors of the call, and then the sample of each row.
+        known: signatures whose pass was held against the members once.
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
@@ -61,13 +70,13 @@ class Plans:
         self._backend = backend
         self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._num_members = num_members
-        self.masks: PlannedMasks | None = None
         self.clear()
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
         self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
-        self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Any]] = OrderedDict()
+        self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Leaves]] = OrderedDict()
+        self.known: set[Any] = set()
         self._refused: set[Any] = set()
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
         self._kept = KeptTensors()
@@ -99,7 +108,7 @@ class Plans:
         why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
         return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
 
-    def run(self, key: Any, inputs: Leaves) -> tuple[Leaves, Any] | None:
+    def run(self, key: Any, inputs: Tensors) -> list[Any] | None:
         """Run the plan of a signature.
 
         Args:
@@ -107,12 +116,13 @@ class Plans:
             inputs: the tensors of the call.
 
         Returns:
-            The leaves of the folded output [K*B, ...] in memory of their own and their structure, or none without plan.
+            The leaves of the members' outputs in memory of their own, [K, ...] or K times the same, and their structure
+            last; none without plan.
         """
         found = self._current(key)
-        return None if found is None else (found[0].run(inputs), found[1])
+        return None if found is None else found[1].whole(found[0].run(separate(inputs)))
 
-    def _current(self, key: Any) -> tuple[Plan | LaunchPlan, Any] | None:
+    def _current(self, key: Any) -> tuple[Plan | LaunchPlan, Leaves] | None:
         """The plan of a signature while it is true: no hook wants to be called, and the weights are as they were."""
         found = self._plans.get(key)
         return None if found is None or any(self._hooks) or self._state() != self._weights else found
@@ -122,7 +132,7 @@ class Plans:
         """Whether plans are launches, as on a GPU, and not programs."""
         return self._launched or self._device.type != "cpu"
 
-    def run_sum(self, key: Any, inputs: Leaves, weights: list[float]) -> tuple[Tensor, Any] | None:
+    def run_sum(self, key: Any, inputs: Tensors, weights: list[float]) -> tuple[Tensor, Any] | None:
         """Run the plan of a signature so that its only output is summed over the members, where it ends so.
 
         Args:
@@ -134,7 +144,9 @@ class Plans:
             The sum [B, ...] and the structure of the output, or none without such a plan.
         """
         found = self._current(key)
-        return None if found is None or not found[0].sums else (found[0].run(inputs, weights)[0], found[1])
+        if found is None or not found[0].sums or found[1].kinds != ("rows",):
+            return None
+        return found[0].run(separate(inputs), weights)[0], found[1].spec
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
@@ -148,31 +160,35 @@ class Plans:
     def make(
         self,
         key: Any,
-        whole: Callable[[Leaves], Any],
-        member: Callable[[Leaves], Any],
-        inputs: Leaves,
-        expected: list[Leaves] | None = None,
+        whole: Callable[[Tensors], tuple[Tensors, Leaves]],
+        member: Callable[[Tensors], Tensors],
+        inputs: Tensors,
+        expected: list[Tensors] | None = None,
+        *,
         dealt: bool = False,
-        seen: Callable[[Leaves], Leaves] = list,
-    ) -> tuple[Leaves, Any] | None:
-        """Record a folded pass and run its plan, so that the first result of a signature is no other than the next.
+        seen: Callable[[Tensors], Tensors] = list,
+        masks: PlannedMasks | None = None,
+    ) -> list[Any] | None:
+        """Record a pass and run its plan, so that the first result of a signature is no other than the next.
 
         The plan is checked against what the members gave, or else against the recorded pass, and on other inputs
-        against the first member: a value that was taken from the recorded ones would show there.
+        against the first member.
 
         Args:
             key: the signature.
-            whole: the folded pass as a function of the tensors of the call.
-            member: the first member likewise.
+            whole: the pass as a function of the tensors of the call; see :func:`fastens.fold.leaves.recorded`.
+            member: the first member likewise, its tensors alone.
             inputs: the tensors of the call.
             expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
                 signature for which that fails is not refused.
             dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
                 and the member of each row, and ``member`` runs the one that all rows belong to.
             seen: what of the plan's outputs is compared with the member's.
+            masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
+                tensors of the call, and then the sample of each row.
 
         Returns:
-            The leaves of the folded output of the plan and their structure, or none where there is no plan.
+            As :meth:`run`, or none where there is no plan.
         """
         if self._state() != self._weights:
             self.clear()
@@ -180,6 +196,7 @@ class Plans:
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or any(self._hooks):  # hooks want to be called
             return None
+        inputs = separate(inputs)
         why = ""
         # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
         other = {t.dtype for t in self._network.parameters() if t.is_floating_point()}
@@ -189,8 +206,8 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    plan, spec, outputs = self._checked(whole, member, inputs, expected, dealt, seen)
-            except (NotRecordable, NotLowerable) as error:
+                    plan, leaves, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks)
+            except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
             except RuntimeError as error:  # the network wants a layout that a recording does not give it
                 if is_out_of_memory(error):
@@ -201,50 +218,54 @@ class Plans:
                     raise
                 why = f"{type(error).__name__} while launching: {error}"
             else:
-                self._plans[key] = (plan, spec)
+                self._plans[key] = (plan, leaves)
+                self.known.add(key)
                 if len(self._plans) > _MOST_PLANS:
                     self._plans.popitem(last=False)
-                return outputs, spec
-        if expected is None:
-            self.refuse(key, why)
+                return leaves.whole(outputs)
+        self.refuse(key, why)
         return None
 
     def _checked(
         self,
-        whole: Callable[[Leaves], Any],
-        member: Callable[[Leaves], Any],
-        inputs: Leaves,
-        expected: list[Leaves] | None,
+        whole: Callable[[Tensors], tuple[Tensors, Leaves]],
+        member: Callable[[Tensors], Tensors],
+        inputs: Tensors,
+        expected: list[Tensors] | None,
         dealt: bool,
-        seen: Callable[[Leaves], Leaves],
-    ) -> tuple[Plan | LaunchPlan, Any, Leaves]:
-        recording, result = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+        seen: Callable[[Tensors], Tensors],
+        masks: PlannedMasks | None,
+    ) -> tuple[Plan | LaunchPlan, Leaves, Tensors]:
+        with state_kept(self._network) as changed:
+            recording, (tensors, leaves) = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+        if changed:
+            raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
         recording.row_members = recording.inputs[-1] if dealt else None
         drawn = -4 if dealt else -2  # before the samples of the rows
-        if self.masks is not None:
-            recording.masks = self.masks.inputs_of(recording.inputs[drawn] if self.masks.fresh else None)
-        leaves, spec = pytree.tree_flatten(result)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            raise NotRecordable("an output is no tensor of the batch")
+        if masks is not None:
+            recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
         plan = self._lowered(recording)
         outputs = plan.run(inputs)
+
+        def entry(given: Tensors, k: int) -> Tensors:
+            return given if dealt else [x[k] for x in leaves.whole(given)[:-1] if isinstance(x, Tensor)]
+
         if expected is None:
-            self._check(outputs, leaves)
+            self._check(outputs, tensors)
         else:
             for k, theirs in enumerate(expected):
-                self._check([x.chunk(len(expected))[k] for x in outputs], theirs)
+                self._check(entry(outputs, k), theirs)
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
-        if self.masks is not None and self.masks.fresh:
-            others[drawn] = self.masks.another()
-        if plan.sums:
+        if masks is not None and masks.fresh:
+            others[drawn] = masks.next_evaluation().drawn()
+        if plan.sums and leaves.kinds == ("rows",):
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
-        own = [x for x in pytree.tree_leaves(member(others)) if isinstance(x, Tensor)]
-        self._check([x[: len(y)] for x, y in zip(seen(plan.run(others)), own, strict=True)], own)
-        return plan, spec, outputs
+        self._check(seen(entry(plan.run(others), 0)), member(others))
+        return plan, leaves, outputs
 
     def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package
@@ -256,7 +277,7 @@ class Plans:
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
-    def can_plan(self, arguments: Leaves) -> bool:
+    def can_plan(self, arguments: Tensors) -> bool:
         """Whether a call may run as a plan: in evaluation mode, without derivatives, where its code is there."""
         if torch.is_grad_enabled() or self._network.training or torch.compiler.is_compiling():
             return False
@@ -268,7 +289,7 @@ class Plans:
         on_cpu = all(x.device.type == "cpu" for x in arguments)
         return on_cpu and self._backend in ("auto", "native") and run_program.available()
 
-    def _check(self, ours: Leaves, theirs: Leaves) -> None:
+    def _check(self, ours: Tensors, theirs: Tensors) -> None:
         if len(ours) != len(theirs):
             raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
         for a, b in zip(ours, theirs, strict=True):

@@ -1,23 +1,23 @@
-"""Which folded layer stands for which layer, and what every folded layer does around its op."""
+"""Layers that are not made of torch functions, taught to the fold by a folded counterpart."""
 
-from functools import cache
+from __future__ import annotations
+
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastens.fold.looped import run_looped
-from fastens.fold.member_tensor import MemberTensor
-from fastens.fold.memory_cap import is_out_of_memory
-from fastens.fold.rows import NotFoldable, Rows
+from fastens.fold.dispatch import Fold, plain
+from fastens.fold.tables import Stacks
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
-_REGISTRY: dict[type[nn.Module], type["FoldedLayer"]] = {}
+_REGISTRY: dict[type[nn.Module], type[FoldedLayer]] = {}
 
 
-def register_layer(layer_class: type[nn.Module], folded_class: type["FoldedLayer"]) -> None:
-    """Teach the fold a layer: modules of exactly ``layer_class`` become ``folded_class``.
+def register_layer(layer_class: type[nn.Module], folded_class: type[FoldedLayer]) -> None:
+    """Teach the fold a layer whose own code is not made of torch functions; layers that are need no entry.
 
-    Subclasses do not match their base, since their forward may differ; register them by name where it does not.
+    Modules of exactly ``layer_class`` are then evaluated by ``folded_class``, in ensembles made afterwards. Subclasses
+    do not match their base, since their forward may differ; register them by name where it does not.
 
     Args:
         layer_class: a module class that owns parameters or buffers.
@@ -31,33 +31,32 @@ def register_layer(layer_class: type[nn.Module], folded_class: type["FoldedLayer
     if not (isinstance(folded_class, type) and issubclass(folded_class, FoldedLayer)):
         raise TypeError(f"register_layer: {folded_class!r} is not a subclass of fastens.fold.registry.FoldedLayer")
     _REGISTRY[layer_class] = folded_class
-    folded_class_of.cache_clear()
 
 
-class FoldedModule(nn.Module):
-    """A module of the folded network that owns tensors: stacks [K, ...] under the names of the member's tensors.
+class FoldedLayer:
+    """A registered layer of all members: implement :meth:`fold_forward`, and ``register_layer`` it.
 
-    Its own code and that of its neighbours read a stacked tensor as a :class:`MemberTensor`; :meth:`stack` gives the
-    stack itself. The module keeps the attributes of the member's layer.
+    Attributes of the member's layer are read through to it; :meth:`stack` gives its tensors.
     """
 
-    rows: Rows
-    path: str
-    skeleton: list[nn.Module]  # in a list, so that it is not registered as a child
-    shared: frozenset[str] = frozenset()
-    looped: str | None = None
-    batch_dim: int | None = 0
-    layout: Any = None
-    run_by: str = "reference"  # the code that runs it, as the report says
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self._fold: Fold | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "layer":
+            raise AttributeError(name)
+        return getattr(self.layer, name)
 
     def stack(self, name: str) -> Tensor | None:
         """The stack [K, ...] of one of the layer's tensors, none where the layer has none."""
-        tensor = self._parameters.get(name)
-        return self._buffers.get(name) if tensor is None else tensor
-
-
-class FoldedLayer(FoldedModule):
-    """A registered layer: implement :meth:`fold_forward`, and ``register_layer`` it."""
+        for table in (self.layer._parameters, self.layer._buffers):
+            if name in table:
+                tensor = dict.__getitem__(table, name)
+                if tensor is None or not isinstance(table, Stacks) or name not in table.common:
+                    return tensor
+                return tensor.expand(table.num_members, *tensor.shape)
+        return None
 
     def fold_forward(self, x: Any, offsets: Tensor | None, /, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the layer for rows grouped by member.
@@ -72,78 +71,37 @@ class FoldedLayer(FoldedModule):
             The layer's output, [R, ...].
 
         Raises:
-            NotFoldable: this configuration of the layer has no member-batched form; it is looped.
+            NotFoldable: this configuration of the layer has no member-batched form.
         """
         raise NotImplementedError
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Bring the rows to dimension 0, evaluate, and put them back."""
-        if self.looped is not None:
-            return run_looped(self, (x, *args), kwargs)
-        try:
-            return self._batched(x, *args, **kwargs)
-        except NotFoldable as error:
-            self.looped = str(error)
-            return run_looped(self, (x, *args), kwargs)
 
-    def _batched(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, MemberTensor):
-            return MemberTensor(self.fold_forward(x.stack, None, *args, **kwargs), self.rows)
-        if self.rows.num_members == 1:
-            return self.fold_forward(x, None, *args, **kwargs)
-        dim = self.batch_dim
-        if dim is None or not self._carries_rows(x, dim):  # the same input for all: each member's answer to it
-            shared = x.expand(self.rows.num_members, *x.shape)
-            return MemberTensor(self.fold_forward(shared, None, *args, **kwargs), self.rows)
-        if dim == 0:
-            return self.fold_forward(x, self.rows.scaled_offsets(x.shape[0]), *args, **kwargs)
-        moved = x.movedim(dim, 0)
-        return self.fold_forward(moved, self.rows.scaled_offsets(moved.shape[0]), *args, **kwargs).movedim(0, dim)
+class _Forward:
+    """Stands for the forward of a registered layer in a folded network."""
 
-    def _carries_rows(self, x: Tensor, dim: int) -> bool:
-        total = self.rows.total
-        return x.ndim > dim and (x.shape[dim] == 0 if total == 0 else x.shape[dim] % total == 0)
+    def __init__(self, layer: nn.Module, folded_class: type[FoldedLayer]) -> None:
+        self.layer = layer
+        self.folded_class = folded_class
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        from fastens.fold.engine import current_fold
+
+        fold = current_fold()
+        if fold is None:
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        rest = [plain(a) for a in (*args, *kwargs.values())]
+        if fold.hidden.num_members != fold.hidden.size and fold.hidden.offsets is None or any(map(member_valued, rest)):
+            raise NotFoldable(f"the registered layer {type(self.layer).__name__} takes one member-valued argument of all members")
+        offsets = fold.hidden.scaled_offsets(x.shape[0])
+        out = self.folded_class(self.layer).fold_forward(
+            fold.rows(x), offsets, *map(plain, args), **{n: plain(v) for n, v in kwargs.items()}
+        )
+        return fold.unrows(out) if not isinstance(out, MemberTensor) else out
 
 
-class RawModule(FoldedModule):
-    """A module that is not registered: its own forward on the folded batch, its parameters as member tensors."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the member's own forward; loop the module where that has no member-batched form."""
-        if self.looped is not None:
-            return run_looped(self, args, kwargs)
-        if not self.rows.probing or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        try:
-            return super().forward(*args, **kwargs)
-        except Exception as error:  # whatever it is, the loop decides whether it is the member's own error
-            if is_out_of_memory(error):
-                raise
-            self.looped = f"{type(error).__name__}: {error}" if not isinstance(error, NotFoldable) else str(error)
-            return run_looped(self, args, kwargs)
-
-
-def _reader(name: str) -> property:
-    def read(self: FoldedModule) -> Any:
-        tensor = self.stack(name)
-        if tensor is None or name in self.shared:
-            return tensor
-        return tensor[0] if self.rows.num_members == 1 else MemberTensor(tensor, self.rows)
-
-    return property(read)
-
-
-@cache
-def folded_class_of(layer_class: type[nn.Module], names: tuple[str, ...]) -> type[FoldedModule]:
-    """The class that a module of ``layer_class`` with tensors ``names`` takes in the folded network.
-
-    It also derives from ``layer_class``, so that ``isinstance`` and the layer's own methods keep working.
-    """
-    folded = _REGISTRY.get(layer_class, RawModule)
-    readers = {name: _reader(name) for name in names}
-    return type(f"Folded{layer_class.__name__}", (folded, layer_class), readers)  # pyright: ignore[reportReturnType]
-
-
-def is_registered(layer: nn.Module) -> bool:
-    """Whether exactly the class of ``layer`` has a folded counterpart."""
-    return type(layer) in _REGISTRY
+def fold_registered(network: nn.Module) -> None:
+    """Let the registered layers of a folded network be evaluated by their counterparts."""
+    for module in network.modules():
+        folded_class = _REGISTRY.get(type(module))
+        if folded_class is not None:
+            module.__dict__["forward"] = _Forward(module, folded_class)

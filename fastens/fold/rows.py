@@ -1,58 +1,112 @@
-"""Which member each row of a folded batch belongs to."""
+"""Which arguments of a call carry rows that are evaluated each by itself: established by evidence from a member."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.reference._rows import expand_rows
+from fastens.fold.arguments import Arguments
+from fastens.fold.check import buffers_kept, relative_error, tolerance_for
+from fastens.fold.network import state_kept
+
+if TYPE_CHECKING:
+    from fastens.fold.engine import FoldEngine
+
+_MOST = 256  # signatures
 
 
-class NotFoldable(Exception):
-    """The fold has no way to run this for all members at once; the module it happened in is looped instead."""
+class RowsOfMembers:
+    """What a member's answers to some of its rows say about the arguments, by kind of call."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, frozenset[int] | None] = {}
+
+    def clear(self) -> None:
+        """Forget what was established."""
+        self._found.clear()
+
+    def independent(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
+        """Whether every row of a call is evaluated by itself."""
+        return self.excluded(engine, arguments, method) is not None
+
+    def excluded(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> frozenset[int] | None:
+        """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
+        key = (method, arguments.signature(), engine.network.training)
+        if key not in self._found:
+            found = _established(engine, arguments, method)
+            if len(self._found) > _MOST:
+                self._found.clear()
+            self._found[key] = found
+        return self._found[key]
+
+    def part(self, engine: FoldEngine, arguments: Arguments, start: int, stop: int) -> Arguments:
+        """The arguments of some rows of a call whose rows are independent."""
+        excluded = self.excluded(engine, arguments) or frozenset()
+        return arguments.excluding(excluded).selected(torch.arange(start, stop))
 
 
-class Rows:
-    """The rows of the pass in progress, shared by every folded module of one ensemble.
+def _established(engine: FoldEngine, arguments: Arguments, method: str) -> frozenset[int] | None:
+    """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ."""
+    batch = arguments.batch_size
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(engine.network):
+        drawn = _drawn(arguments)
 
-    Attributes:
-        num_members: K.
-        total: R, the rows in this pass.
-        offsets: int64 [K+1], the first row of each member's group and R; none for K groups of R / K rows.
-        row_members: int64 [R], the member of each row where a plan is recorded for any offsets; else none.
-        reference: whether torch's operations are to be taken instead of kernels for the CPU.
-        probing: whether this pass is the first of its kind, in which modules that fail are looped.
-    """
+        def answer(given: Arguments) -> list[Tensor]:
+            view = engine.views[0]
+            with state_kept(view):
+                output = engine.call_member(0, given, method)
+            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
-    def __init__(self, num_members: int, reference: bool = False) -> None:
-        self.num_members = num_members
-        self.reference = reference
-        self.total = num_members
-        self.offsets: Tensor | None = None
-        self.row_members: Tensor | None = None
-        self.probing = False
+        whole = answer(drawn)
+        if not all(x.ndim and x.shape[0] == batch for x in whole):
+            return None
+        if batch <= 1:
+            return frozenset()
+        if any(relative_error(a, b) > 0 for a, b in zip(answer(drawn), whole, strict=True)):
+            return frozenset()  # random in this mode, so that only sizes tell
+        rows = sorted({0, batch - 1})
+        for excluded in _hypotheses(arguments):
+            if _explains(engine, drawn.excluding(excluded), whole, rows, answer):
+                return excluded
+    return None
 
-    def set(self, total: int, offsets: Tensor | None = None, row_members: Tensor | None = None) -> None:
-        """Start a pass over ``total`` rows."""
-        self.total = total
-        self.offsets = offsets
-        self.row_members = row_members
 
-    def carries_batch(self, x: Tensor) -> bool:
-        """Whether dimension 0 of ``x`` can hold the rows: R of them, or R times as many tokens."""
-        return x.ndim > 0 and (x.shape[0] == 0 if self.total == 0 else x.shape[0] % self.total == 0)
+def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
+    others = sorted(arguments.rows_at - {arguments.primary})
+    yield frozenset()
+    if others:
+        yield from (frozenset({i}) for i in others)
+        if len(others) > 1:
+            yield frozenset(others)
 
-    def scaled_offsets(self, num_rows: int) -> Tensor | None:
-        """The group offsets of a tensor with ``num_rows`` rows, a multiple of R when tokens were flattened into it."""
-        if self.offsets is None or num_rows == self.total:
-            return self.offsets
-        return self.offsets * (num_rows // self.total)
 
-    def expand(self, stack: Tensor, num_rows: int) -> Tensor:
-        """Give every row its member's entry: ``stack`` [K, ...] -> [num_rows, ...]."""
-        if self.row_members is not None:  # by operations whose shapes do not depend on the offsets
-            times = num_rows // self.total
-            return stack.index_select(0, self.row_members if times == 1 else self.row_members.repeat_interleave(times))
-        return expand_rows(stack, num_rows, self.scaled_offsets(num_rows))
+def _explains(engine: FoldEngine, given: Arguments, whole: list[Tensor], rows: list[int], answer: Any) -> bool:
+    for row in rows:
+        try:
+            part = answer(given.selected(torch.tensor([row])))
+        except Exception:  # a form that the member does not take
+            return False
+        if len(part) != len(whole):
+            return False
+        for a, b in zip(part, whole, strict=True):
+            if not relative_error(a, b[row : row + 1]) <= 10 * tolerance_for(b, engine.network):
+                return False
+    return True
 
-    def members(self, num_rows: int, device: torch.device) -> Tensor:
-        """The member of each row, int64 [num_rows]."""
-        return self.expand(torch.arange(self.num_members, device=device), num_rows)
+
+def _drawn(arguments: Arguments) -> Arguments:
+    """The same call on other numbers, of the size that they have, so that no row is by chance like another."""
+
+    def draw(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or not x.numel():
+            return x
+        wide = x.detach().double()
+        spread = wide.abs().mean().clamp(min=1e-3) if bool(torch.isfinite(wide).all()) else wide.new_ones(())
+        return (wide.nan_to_num() + 0.1 * spread * torch.randn(x.shape, dtype=torch.float64, device=x.device)).to(x.dtype)
+
+    return arguments.with_tensors([draw(x) for x in arguments.tensors])

@@ -19,7 +19,7 @@ class EDMEnsemble(Ensemble):
     """
 
     def _members_levels(self, name: str) -> list[Any]:
-        members = list(self.network.children()) if self._engine is None else [self._engine.skeleton]
+        members = list(self.network.children()) if self._engine is None else [self._engine.network]
         return [getattr(member, name) for member in members]
 
     @property

@@ -43,7 +43,7 @@ class CompVisEnsemble(Ensemble):
         return self(*args, **kwargs)
 
     def _check_members(self) -> None:
-        member = self._engine.skeleton if self._engine is not None else next(self.network.children())
+        member = self._engine.network if self._engine is not None else next(self.network.children())
         if not isinstance(member, CompVis):
             raise TypeError(
                 f"members are {type(member).__name__}, whose network is apply_model and not their forward; wrap each: "

@@ -128,6 +128,7 @@ class Recording:
         self.row_members: Ref | None = None
         self.masks: MaskInputs | None = None
         self._made: set[int] = set()  # storages that depend on the inputs
+        self._first: dict[int, int] = {}  # where an input begins in its storage
         self._keep: list[Any] = []
 
     def ref(self, x: Tensor) -> Ref:
@@ -136,7 +137,7 @@ class Recording:
         if key not in self.tensors:
             self.tensors[key] = x
             self._keep.append(x.untyped_storage())
-        return Ref(key, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x.dtype)
+        return Ref(key, x.storage_offset() - self._first.get(key, 0), tuple(x.shape), tuple(x.stride()), x.dtype)
 
     def result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation, computed or sketched."""
@@ -152,6 +153,11 @@ class Recording:
         return torch.empty(0, dtype=ref.dtype, device=base.device).set_(
             base.untyped_storage(), ref.offset, ref.size, ref.stride
         )
+
+    def input(self, x: Tensor) -> Ref:
+        """What a tensor of the call is; a plan gets it by its first element, wherever that is in its storage."""
+        self._first[x.untyped_storage()._cdata] = x.storage_offset()
+        return self.ref(x)
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Keep an operation that depends on the inputs, unless it only makes views.
@@ -247,11 +253,7 @@ class _MemberOps(TorchFunctionMode):
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
-            other = next((t for t in types if not issubclass(t, Tensor)), None)
-            if other is None:
-                return func(*args, **kwargs)
-            with self:  # what stands for several tensors calls member-batched ops of its own
-                return other.__torch_function__(func, types, args, kwargs)
+            return func(*args, **kwargs)
         with _disable_current_modes():
             convolved = func is torch.ops.fastens.conv.default
             result = self.recording.result(func, args, kwargs)
@@ -278,7 +280,7 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
         NotRecordable: see :class:`Recording`.
     """
     recording = Recording(sketch)
-    recording.inputs = [recording.ref(x) for x in inputs]
+    recording.inputs = [recording.input(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
     # in inference mode an operation that is made of others would come whole
     with torch.inference_mode(False), torch.no_grad(), _Operations(recording), _MemberOps(recording):

@@ -1,0 +1,312 @@
+"""Whether members are alike: equal in everything but the values of their parameters and buffers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Where a checkpoint came from, which changes nothing that its network computes.
+_PROVENANCE = {"_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
+_TABLES = {"_parameters", "_buffers", "_modules"}
+_LOCKS = tuple({type(__import__("threading").Lock()), type(__import__("threading").RLock())})
+_VALUES = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, torch.dtype, torch.device,
+           torch.layout, torch.memory_format, torch.Size, np.generic, types.BuiltinFunctionType, types.ModuleType)  # fmt: skip
+_CLASS_NAMES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tied tensor once under its first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def first_difference(first: nn.Module, other: nn.Module) -> str | None:
+    """Where two members differ in anything but the values of parameters and buffers: ``path: this against that``."""
+    return _Comparison(first, other).difference
+
+
+class _Comparison:
+    """A walk over two members side by side."""
+
+    def __init__(self, first: nn.Module, other: nn.Module) -> None:
+        self._names = tuple({id(t): name for name, t in tensors_of(m).items()} for m in (first, other))
+        self._seen: set[tuple[int, int]] = set()
+        self._kept: list[Any] = []  # what ids stand for
+        self.difference = self._modules(first, other) or self._of_tensors(first, other)
+
+    @staticmethod
+    def _of_tensors(first: nn.Module, other: nn.Module) -> str | None:
+        a, b = tensors_of(first), tensors_of(other)
+        for name in [*a, *b]:
+            if name not in a or name not in b:
+                return f"{name}: present in one and absent (or tied) in the other"
+            if a[name].shape != b[name].shape:
+                return f"{name}: shape {list(a[name].shape)} against {list(b[name].shape)}"
+            if isinstance(a[name], nn.Parameter) != isinstance(b[name], nn.Parameter):
+                return f"{name}: a parameter in one and a buffer in the other"
+        return None
+
+    def _modules(self, first: nn.Module, other: nn.Module) -> str | None:
+        ours, theirs = dict(first.named_modules()), dict(other.named_modules())
+        for path in [*ours, *theirs]:
+            if path not in ours or path not in theirs:
+                return f"{path}: present in one and absent in the other"
+        for path in ours:
+            found = self._module(ours[path], theirs[path], path)
+            if found is not None:
+                return found
+        return None
+
+    def _module(self, a: nn.Module, b: nn.Module, path: str) -> str | None:
+        found = self._classes(type(a), type(b), path or "the root")
+        if found is not None:
+            return found
+        prefix = f"{path}." if path else ""
+        for table in _TABLES - {"_modules"}:
+            mine, yours = a.__dict__[table], b.__dict__[table]
+            if [(n, t is None) for n, t in mine.items()] != [(n, t is None) for n, t in yours.items()]:
+                return f"{prefix}{table[1:]}: {list(mine)} against {list(yours)}"
+        return self._attributes(vars(a), vars(b), prefix, _TABLES)
+
+    def _attributes(self, a: dict[str, Any], b: dict[str, Any], prefix: str, skipped: set[str]) -> str | None:
+        for name in [*a, *b]:
+            if name in skipped or name in _PROVENANCE:
+                continue
+            if name not in a or name not in b:
+                return f"{prefix}{name}: present in one and absent in the other"
+            mine, yours = a[name], b[name]
+            if isinstance(mine, dict) and isinstance(yours, dict) and "_hooks" in name:  # keyed by a running number
+                mine, yours = list(mine.values()), list(yours.values())
+            found = self._same(mine, yours, f"{prefix}{name}")
+            if found is not None:
+                return found
+        return None
+
+    def _same(self, a: Any, b: Any, path: str) -> str | None:
+        """None where two values are alike; what cannot be compared counts as different."""
+        if a is b:
+            return None
+        if type(a) is not type(b):
+            if not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
+                return f"{path}: {_shown(a)} against {_shown(b)}"
+        if (id(a), id(b)) in self._seen:
+            return None
+        self._seen.add((id(a), id(b)))
+        self._kept.append((a, b))
+        different = f"{path}: {_shown(a)} against {_shown(b)}"
+        if isinstance(a, nn.Module):
+            return self._modules_elsewhere(a, b, path)
+        if isinstance(a, Tensor):
+            names = [self._names[i].get(id(x)) for i, x in enumerate((a, b))]
+            if names[0] is not None or names[1] is not None:
+                return None if names[0] == names[1] else different
+            if a.layout is not b.layout or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+                return different
+            return None if _equal(a, b) else f"{path}: tensors of different values"
+        if isinstance(a, enum.Enum):
+            return different
+        if isinstance(a, _VALUES):
+            return None if a == b or (a != a and b != b) else different
+        if isinstance(a, np.ndarray):
+            same = a.dtype == b.dtype and a.shape == b.shape and _equal_arrays(a, b)
+            return None if same else f"{path}: arrays of different values"
+        return self._container(a, b, path, different)
+
+    def _container(self, a: Any, b: Any, path: str, different: str) -> str | None:
+        if isinstance(a, dict):
+            if list(a) != list(b):
+                return f"{path}: keys {list(a)} against {list(b)}"
+            for key in a:
+                if key not in _PROVENANCE:
+                    found = self._same(a[key], b[key], f"{path}[{key!r}]")
+                    if found is not None:
+                        return found
+            return self._own_attributes(a, b, path)
+        if isinstance(a, list | tuple | collections.deque):
+            if len(a) != len(b):
+                return different
+            found = (self._same(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+            return next((each for each in found if each is not None), None) or self._own_attributes(a, b, path)
+        if isinstance(a, set | frozenset):
+            return None if a == b else different
+        if isinstance(a, types.FunctionType):
+            return self._functions(a, b, path)
+        if isinstance(a, types.MethodType):
+            return self._same(a.__func__, b.__func__, path) or self._same(a.__self__, b.__self__, f"{path}.__self__")
+        if isinstance(a, functools.partial):
+            parts = ((a.func, b.func), (a.args, b.args), (a.keywords, b.keywords))
+            return next((d for x, y in parts if (d := self._same(x, y, path)) is not None), None)
+        if isinstance(a, type):
+            return self._classes(a, b, path)
+        if isinstance(a, weakref.ref):
+            return self._same(a(), b(), path)
+        if isinstance(a, property):
+            parts = ((a.fget, b.fget), (a.fset, b.fset), (a.fdel, b.fdel))
+            return next((d for x, y in parts if (d := self._same(x, y, path)) is not None), None)
+        if isinstance(a, staticmethod | classmethod):
+            return self._same(a.__func__, b.__func__, path)
+        if isinstance(a, types.CellType):
+            return self._same(_content(a), _content(b), path)
+        if isinstance(a, _LOCKS) or type(a) is object:
+            return None
+        return self._objects(a, b, path, different)
+
+    def _objects(self, a: Any, b: Any, path: str, different: str) -> str | None:
+        """Objects by their attributes, or by their own equality where they have none to look at."""
+        if isinstance(a, torch.Generator):
+            return f"{path}: random generators cannot be compared"
+        slots = [n for c in type(a).__mro__ for n in _slots(c)]
+        if hasattr(a, "__dict__") or slots:
+            mine = {**getattr(a, "__dict__", {}), **{n: getattr(a, n) for n in slots if hasattr(a, n)}}
+            yours = {**getattr(b, "__dict__", {}), **{n: getattr(b, n) for n in slots if hasattr(b, n)}}
+            found = self._attributes(mine, yours, f"{path}.", set())
+            if found is not None or mine or dataclasses.is_dataclass(a):
+                return found
+        if type(a).__eq__ is not object.__eq__:
+            return None if bool(a == b) else different
+        heap = type(a).__flags__ & (1 << 9)  # made by a class statement: no state but its attributes
+        return None if heap and type(a).__module__ != "builtins" else f"{path}: {_shown(a)} cannot be compared"
+
+    def _own_attributes(self, a: Any, b: Any, path: str) -> str | None:
+        return self._attributes(vars(a), vars(b), f"{path}.", set()) if hasattr(a, "__dict__") else None
+
+    def _modules_elsewhere(self, a: nn.Module, b: nn.Module, path: str) -> str | None:
+        """Modules that an attribute refers to: a part of the member, or one that is not registered."""
+        found = self._module(a, b, path)
+        if found is not None:
+            return found
+        for name, t in tensors_of(a).items():
+            other = tensors_of(b).get(name)
+            known = id(t) in self._names[0]
+            if other is None or (not known and (t.shape != other.shape or not _equal(t, other))):
+                return f"{path}.{name}: a module that is not registered has other values"
+        return None
+
+    def _functions(self, a: types.FunctionType, b: types.FunctionType, path: str) -> str | None:
+        if a.__code__ != b.__code__:
+            return f"{path}: function {a.__qualname__} against {b.__qualname__}"
+        parts = (
+            (a.__defaults__, b.__defaults__), (a.__kwdefaults__, b.__kwdefaults__),
+            (a.__closure__, b.__closure__), (vars(a), vars(b)),
+        )  # fmt: skip
+        return next((d for x, y in parts if (d := self._same(x, y, path)) is not None), None)
+
+    def _classes(self, a: type, b: type, path: str) -> str | None:
+        """One class, or classes made anew for each instance by the same code, as parametrizations do."""
+        if a is b or (id(a), id(b)) in self._seen:
+            return None
+        different = f"{path}: {a.__qualname__} against {b.__qualname__}"
+        if (a.__module__, a.__qualname__) != (b.__module__, b.__qualname__) or len(a.__bases__) != len(b.__bases__):
+            return different
+        self._seen.add((id(a), id(b)))
+        for x, y in zip(a.__bases__, b.__bases__, strict=True):
+            if (found := self._classes(x, y, path)) is not None:
+                return found
+        mine, yours = ({n: v for n, v in vars(c).items() if n not in _CLASS_NAMES} for c in (a, b))
+        return self._attributes(mine, yours, f"{path}: class {a.__qualname__}.", {"__slotnames__", "__firstlineno__"})
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(n for n in names if n not in ("__dict__", "__weakref__"))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point() or a.is_complex():
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    return torch.equal(a, b)
+
+
+def _equal_arrays(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def reaches_back(member: nn.Module) -> str | None:
+    """A function of a member that reaches a module or tensor by a closure, which a copy of the member would share.
+
+    Returns:
+        The name of the function, none where a copy of the member is on its own.
+    """
+    own = {id(m) for m in member.modules()} | {id(t) for t in tensors_of(member).values()}
+    seen: set[int] = set()
+    for path, module in member.named_modules():
+        for name, value in _reachable(module):
+            for function in _functions_in(value, seen):
+                if any(_holds(cell, own) for cell in (*(function.__closure__ or ()), *_defaults(function))):
+                    return f"{f'{path}.' if path else ''}{name}"
+    return None
+
+
+def _reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name not in _TABLES:
+            yield name, value
+    for kind in type(module).__mro__:
+        if "<locals>" in kind.__qualname__:
+            yield from ((name, value) for name, value in vars(kind).items())
+
+
+def _functions_in(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
+    """The functions that a value is made of."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, types.FunctionType):
+        yield value
+        for cell in value.__closure__ or ():
+            yield from _functions_in(_content(cell), seen)
+    elif isinstance(value, types.MethodType | staticmethod | classmethod):
+        yield from _functions_in(value.__func__, seen)
+    elif isinstance(value, functools.partial):
+        yield from _functions_in(value.func, seen)
+    elif isinstance(value, property):
+        for part in (value.fget, value.fset):
+            yield from _functions_in(part, seen)
+    elif isinstance(value, dict):
+        for item in list(value.values()):
+            yield from _functions_in(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _functions_in(item, seen)
+
+
+def _defaults(function: types.FunctionType) -> list[Any]:
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
+    """Whether a value is, or has among its items, a module or tensor of the member."""
+    value = _content(value) if isinstance(value, types.CellType) else value
+    if id(value) in own:
+        return True
+    if not depth:
+        return False
+    if isinstance(value, dict):
+        return any(_holds(item, own, depth - 1) for item in value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds(item, own, depth - 1) for item in value)
+    if isinstance(value, types.MethodType):
+        return _holds(value.__self__, own, depth - 1)
+    return False

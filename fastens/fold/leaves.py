@@ -1,0 +1,71 @@
+"""The outputs of a recorded pass: its tensors as a plan writes them, and what makes the members' outputs of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.fold.tensor import Hidden, MemberTensor
+from fastens.plan.record import NotRecordable
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """What each leaf of an output is.
+
+    Attributes:
+        kinds: of each leaf: ``rows`` [N * B, ...] with the hidden dimension folded into the first, ``entries`` [N],
+            ``common`` without it, or ``value`` for what is no tensor.
+        values: of the leaves that are no tensors, else none.
+        spec: how the leaves are nested.
+        size: N.
+    """
+
+    kinds: tuple[str, ...]
+    values: tuple[Any, ...]
+    spec: Any
+    size: int
+
+    def whole(self, tensors: list[Tensor]) -> list[Any]:
+        """The leaves [N, ...] of the members' outputs, or N times the same, and the structure last."""
+        given = iter(tensors)
+        leaves: list[Any] = []
+        for kind, value in zip(self.kinds, self.values, strict=True):
+            if kind == "value":
+                leaves.append([value] * self.size)
+                continue
+            x = next(given)
+            if kind == "rows":
+                x = x.unflatten(0, (self.size, x.shape[0] // self.size))
+            elif kind == "common":
+                x = x.expand(self.size, *x.shape)
+            leaves.append(x)
+        return [*leaves, self.spec]
+
+
+def recorded(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
+    """The tensors that a plan of a pass is to write, and what they are.
+
+    Raises:
+        NotRecordable: a leaf whose values may change from call to call, and is no tensor.
+    """
+    leaves, spec = pytree.tree_flatten(output)
+    tensors: list[Tensor] = []
+    kinds, values = [], []
+    for leaf in leaves:
+        values.append(None if isinstance(leaf, Tensor) else leaf)
+        if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, int | float | str | None):
+                raise NotRecordable(f"an output is a {type(leaf).__name__}")
+            kinds.append("value")
+        elif isinstance(leaf, MemberTensor) and leaf.hidden is not None:
+            stack = leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
+            kinds.append("rows" if stack.ndim > 1 else "entries")
+            tensors.append(stack.flatten(0, 1) if stack.ndim > 1 else stack)
+        else:
+            kinds.append("common")
+            tensors.append(leaf.stack if isinstance(leaf, MemberTensor) else leaf)
+    return tensors, Leaves(tuple(kinds), tuple(values), spec, hidden.size)

@@ -1,0 +1,83 @@
+"""Convolutions: member-batched where the kernels differ, one of all rows where they are common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastens.fold.dispatch import Fold, plain, rule
+from fastens.fold.tensor import member_valued
+from fastens.ops.conv import CHOICE, conv
+
+
+def _numbers(value: int | Sequence[int], space: int) -> tuple[int, ...]:
+    return (value,) * space if isinstance(value, int) else tuple(value) * (space if len(value) == 1 else 1)
+
+
+def _convolve(
+    fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: Any, arguments: tuple[Any, ...]
+) -> Any:
+    """``arguments`` are those of :func:`fastens.ops.conv.conv` from stride to groups."""
+    if input.ndim == space + 1:  # without batch
+        out = _convolve(fold, func, space, fold.again(Tensor.unsqueeze, input, 0), weight, bias, arguments)
+        return fold.again(Tensor.squeeze, out, 0)
+    if input.ndim != space + 2 or weight.ndim != space + 2:
+        return NotImplemented
+    rows = fold.rows(input)
+    if not member_valued(weight) and not member_valued(bias):
+        weights, biases, offsets = plain(weight)[None], None if bias is None else plain(bias)[None], None
+    else:
+        weights, biases = fold.weights(weight), fold.weights(bias)
+        if biases is not None and biases.shape[0] != weights.shape[0]:
+            weights, biases = fold.entries(weight), fold.entries(bias)
+        offsets = fold.hidden.scaled_offsets(input.shape[0]) if fold.hidden.offsets is not None else None
+        if offsets is not None and weights.shape[0] != fold.hidden.num_members:
+            offsets = None
+    whole = (rows, weights, biases, *arguments, offsets)
+    way = CHOICE.choose(whole, rows.device, ruled=not fold.reference)
+    y = conv(*whole, way=way)
+    if not fold.recording and rows.is_contiguous() and not rows.is_cuda:
+        y = y.contiguous()
+    return fold.unrows(y)
+
+
+def _plain(space: int) -> Any:
+    def convolution(
+        fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        dilation: Any = 1, groups: int = 1,
+    ) -> Any:  # fmt: skip
+        strides, dilations = _numbers(stride, space), _numbers(dilation, space)
+        if isinstance(padding, str):
+            if padding == "valid":
+                padding = 0
+            else:
+                total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+                if any(t % 2 for t in total):
+                    sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+                    input, padding = fold.again(F.pad, input, sides), 0
+                else:
+                    padding = [t // 2 for t in total]
+        rest = (strides, _numbers(padding, space), dilations, False, (0,) * space, groups)
+        return _convolve(fold, func, space, input, weight, bias, rest)
+
+    return convolution
+
+
+def _transposed(space: int) -> Any:
+    def convolution(
+        fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+        output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> Any:  # fmt: skip
+        numbers = [_numbers(value, space) for value in (stride, padding, dilation)]
+        return _convolve(
+            fold, func, space, input, weight, bias, (*numbers, True, _numbers(output_padding, space), groups)
+        )
+
+    return convolution
+
+
+for _space in (1, 2, 3):
+    rule(*{getattr(F, f"conv{_space}d"), getattr(torch, f"conv{_space}d")})(_plain(_space))
+    rule(*{getattr(F, f"conv_transpose{_space}d"), getattr(torch, f"conv_transpose{_space}d")})(_transposed(_space))

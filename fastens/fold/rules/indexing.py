@@ -1,0 +1,123 @@
+"""Reading and writing parts of a tensor by index."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.fold.dispatch import Fold, named, plain, rule
+from fastens.fold.rules.shape import behind
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+
+
+def _basic(index: Any) -> bool:
+    return index is None or index is Ellipsis or (isinstance(index, int | slice | torch.SymInt) and not isinstance(index, bool))
+
+
+def _indices(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _one_tensor(indices: tuple[Any, ...]) -> Any:
+    """The only index that is a tensor, among full or partial slices; none for other forms."""
+    tensors = [i for i in indices if isinstance(i, Tensor)]
+    rest = [i for i in indices if not isinstance(i, Tensor)]
+    sliced = all(i is Ellipsis or isinstance(i, slice) for i in rest)
+    return tensors[0] if len(tensors) == 1 and sliced and tensors[0].dtype != torch.uint8 else None
+
+
+@rule(*named("__getitem__"))
+def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
+    """``x[index]``: slices are views, one tensor of numbers is a lookup in each entry."""
+    indices = _indices(index)
+    if any(isinstance(i, slice) and any(isinstance(e, Tensor) for e in (i.start, i.stop, i.step)) for i in indices):
+        return NotImplemented
+    if all(map(_basic, indices)):
+        _check_bounds(x, indices)
+        return fold.wrap(fold.stack(x)[(slice(None), *indices)], x.alias)
+    numbers = _one_tensor(indices)
+    if numbers is None:
+        return NotImplemented
+    if not member_valued(numbers):
+        own = tuple(plain(i) if isinstance(i, Tensor) else i for i in indices)
+        return fold.wrap(fold.stack(x)[(slice(None), *own)])
+    if len(indices) > 1 or numbers.dtype == torch.bool:
+        return NotImplemented
+    chosen = fold.stack(numbers)
+    members = torch.arange(len(chosen), device=chosen.device).view(-1, *(1,) * numbers.ndim)
+    return fold.wrap(fold.entries(x)[members, chosen])
+
+
+def _check_bounds(x: Any, indices: tuple[Any, ...]) -> None:
+    """Raise the member's own error where it takes more dimensions than there are."""
+    if sum(isinstance(i, int | slice) for i in indices) > x.ndim:
+        raise IndexError(f"too many indices for tensor of dimension {x.ndim}")
+
+
+@rule(*named("__setitem__"))
+def setitem(fold: Fold, func: Any, x: Any, index: Any, value: Any) -> Any:
+    """``x[index] = value``."""
+    indices = _indices(index)
+    if not all(map(_basic, indices)) and (_one_tensor(indices) is None or any(map(member_valued, indices))):
+        return NotImplemented
+    own = (slice(None), *(plain(i) if isinstance(i, Tensor) else i for i in indices))
+    stack = fold.stack(x)
+    if not isinstance(value, Tensor):
+        stack[own] = value
+        return None
+    ndim = stack[own].ndim - 1
+    if not member_valued(value):
+        stack[own] = plain(value)
+        return None
+    found = fold.stack(value)
+    if found.ndim - 1 > ndim:  # leading dimensions of one
+        found = found.reshape(len(found), *value.shape[value.ndim - ndim :])
+    stack[own] = found[(slice(None), *(None,) * (ndim + 1 - found.ndim))]
+    return None
+
+
+@rule(*named("gather scatter scatter_ scatter_add scatter_add_ take_along_dim index_add index_add_ index_copy index_copy_ index_fill index_fill_"))
+def scattered(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Reading and writing along a dimension by numbers."""
+    name = func.__name__
+    if name == "take_along_dim":
+        index, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if dim is None:
+            return NotImplemented
+        return fold.wrap(func(fold.entries(x), fold.entries(index), dim=behind(dim, x.ndim)))
+    if kwargs or not args or not isinstance(args[0], int):
+        return NotImplemented
+    dim, index, *rest = args
+    if name.startswith("index_"):
+        if member_valued(index) or any(isinstance(r, Tensor) and r.ndim == 0 for r in rest):
+            return NotImplemented
+        own = [fold.entries(r) if isinstance(r, Tensor) else r for r in rest]
+        target = fold.stack(x) if name.endswith("_") else fold.entries(x)
+        found = func(target, behind(dim, x.ndim), plain(index), *own)
+    else:
+        if x.ndim != index.ndim or not x.ndim:
+            return NotImplemented
+        own = [fold.entries(r) if isinstance(r, Tensor) else r for r in rest]
+        target = fold.stack(x) if name.endswith("_") else fold.entries(x)
+        found = func(target, behind(dim, x.ndim), fold.entries(index), *own)
+    return x if name.endswith("_") else fold.wrap(found)
+
+
+@rule(*named("unfold_window"), Tensor.unfold)
+def windows(fold: Fold, func: Any, x: Any, dimension: int, size: int, step: int) -> Any:
+    """Windows along a dimension, as views."""
+    return fold.wrap(fold.stack(x).unfold(behind(dimension, x.ndim), size, step), x.alias)
+
+
+@rule(*named("meshgrid"))
+def meshgrid(fold: Fold, func: Any, *tensors: Any, **kwargs: Any) -> Any:
+    """Entry by entry."""
+    return NotImplemented
+
+
+def refuse(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Masks select other elements in each member."""
+    raise NotFoldable("the shape of a result depends on a member's values")
+
+
+rule(*named("nonzero argwhere masked_select unique unique_consecutive"))(refuse)

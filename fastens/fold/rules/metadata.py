@@ -1,0 +1,92 @@
+"""What Python asks of a tensor beside its values, and the questions that have no one answer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.fold.dispatch import READS, Fold, named, plain, rule
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+
+_ATTRIBUTES = """
+    device dtype is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr is_vulkan
+    is_xla is_xpu itemsize layout name names nbytes ndim requires_grad retains_grad shape grad_fn _version output_nr
+    is_ipu is_maia is_mtia volatile
+"""
+_METHODS = """
+    size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous is_signed stride
+    storage_offset get_device is_tensor is_storage is_inference is_conj is_neg is_same_size is_set_to has_names
+    is_pinned is_shared is_coalesced dim_order result_type can_cast __len__ __hash__ __repr__ __format__ _is_view
+    is_nonzero_ broadcast_tensors_shape _is_zerotensor
+"""
+_READS = """
+    item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__ is_nonzero equal allclose __contains__
+    data_ptr untyped_storage storage _typed_storage __iter_values__ __dlpack__ to_dlpack __reduce_ex__ share_memory_
+    register_hook backward retain_grad set_ resize_ resize_as_ as_subclass pin_memory _make_subclass
+"""
+READS.update(named(_READS))
+
+
+def _getters(names: str) -> list[Any]:
+    found = (getattr(Tensor, name, None) for name in names.split())
+    return [getter.__get__ for getter in found if hasattr(getter, "__get__") and not callable(getter)]
+
+
+@rule(*named(_METHODS), *_getters(_ATTRIBUTES))
+def metadata(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The answer of one member, which is that of all."""
+
+    def one(x: Any) -> Any:
+        if not member_valued(x):
+            return plain(x)
+        stack = fold.stack(x)
+        return stack[0] if len(stack) else stack.new_empty(stack.shape[1:])
+
+    return func(*map(one, args), **kwargs)
+
+
+@rule(Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
+    """The stack without its derivatives, in the same memory."""
+    return fold.wrap(fold.stack(x).data)
+
+
+@rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportAttributeAccessIssue]
+def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
+    """Replace what the stack holds."""
+    if not member_valued(x):
+        raise NotFoldable("a tensor that is the same for all members takes member-valued data")
+    func(fold.stack(x), fold.entries(value) if isinstance(value, Tensor) else value)
+
+
+@rule(Tensor.grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def grad(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor | None:
+    """The gradient of the stack."""
+    found = fold.stack(x).grad
+    return None if found is None else fold.wrap(found)
+
+
+@rule(torch.autograd.grad)
+def autograd_grad(
+    fold: Fold, func: Any, outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Derivatives inside a network, as of an energy: of all members at once, or one by one of a common input."""
+    outs, ins = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, inputs))
+    seeds = [None] * len(outs) if grad_outputs is None else grad_outputs
+    seeds = [seeds] if isinstance(seeds, Tensor) else list(seeds)
+    seeds = [
+        None if seed is None and x.numel() != 1 else torch.ones_like(fold.entries(x)) if seed is None else fold.entries(seed)
+        for x, seed in zip(outs, seeds, strict=True)
+    ]
+    outs = [fold.entries(x) for x in outs]
+    if all(map(member_valued, ins)):
+        found = func(outs, [fold.stack(x) for x in ins], seeds, *args, **kwargs)
+        return tuple(None if x is None else fold.wrap(x) for x in found)
+    if any(map(member_valued, ins)):
+        raise NotFoldable("derivatives by common and by member-valued tensors together")
+    kwargs["retain_graph"] = True
+    columns = [
+        func([x[n] for x in outs], [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs)
+        for n in range(fold.hidden.size)
+    ]
+    return tuple(None if c[0] is None else fold.wrap(torch.stack(c)) for c in zip(*columns, strict=True))

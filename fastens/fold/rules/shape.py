@@ -1,0 +1,228 @@
+"""Functions that move dimensions, cut and join: the same behind the hidden dimension."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastens.fold.dispatch import Fold, named, plain, rule
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+
+
+def behind(dim: int, ndim: int) -> int:
+    """A member's dimension as one of the stack's.
+
+    Raises:
+        IndexError: a member has no such dimension.
+    """
+    least = max(ndim, 1)
+    if not -least <= dim < least:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-least}, {least - 1}], but got {dim})")
+    return dim % least + 1
+
+
+def _sizes(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(given[0]) if len(given) == 1 and not isinstance(given[0], int | torch.SymInt) else given
+
+
+@rule(*named("view reshape view_as reshape_as"))
+def reshape(fold: Fold, func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
+    """Another shape, or another dtype, of the same elements."""
+    if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
+        return fold.wrap(func(fold.stack(x), *shape, **kwargs)) if x.ndim else NotImplemented
+    shape = (kwargs["shape"],) if "shape" in kwargs else (kwargs["size"],) if "size" in kwargs else shape
+    if isinstance(shape[0], Tensor):
+        shape = (shape[0].shape,)
+    sizes = _sizes(shape)
+    if not member_valued(x):
+        return fold.common(plain(x).reshape(sizes))
+    if sizes.count(-1) == 1:
+        known = 1
+        for n in sizes:
+            known *= n if n != -1 else 1
+        if known:
+            sizes = tuple(x.numel() // known if n == -1 else n for n in sizes)
+    product = 1
+    for n in sizes:
+        product *= n
+    if product != x.numel():
+        raise RuntimeError(f"shape '{list(sizes)}' is invalid for input of size {x.numel()}")
+    stack = fold.stack(x)
+    if fold.recording and sizes and x.ndim and sizes[0] == x.shape[0]:  # in the form that plans know
+        return fold.unrows(fold.rows(x).reshape(-1 if sizes[0] else 0, *sizes[1:])) if sizes[0] else NotImplemented
+    out = stack.reshape(len(stack), *sizes)
+    copied = out.untyped_storage()._cdata != stack.untyped_storage()._cdata
+    views = getattr(func, "__name__", "").startswith("view")  # where a member's own tensor would have been seen
+    return fold.wrap(out, x.alias if not copied else fold.recording or not views)
+
+
+@rule(*named("flatten unflatten"), torch.unflatten)
+def flattened(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Dimensions merged or split; by shape, which is what they do."""
+    shell = torch.empty(x.shape, device="meta")
+    return reshape(fold, Tensor.reshape, x, tuple(func(shell, *args, **kwargs).shape))
+
+
+@rule(*named("permute"))
+def permute(fold: Fold, func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
+    """Dimensions in another order."""
+    dims = _sizes((kwargs["dims"],) if "dims" in kwargs else dims)
+    return fold.wrap(fold.stack(x).permute(0, *(behind(d, x.ndim) for d in dims)), x.alias)
+
+
+@rule(*named("transpose swapaxes swapdims movedim moveaxis"))
+def moved(fold: Fold, func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
+    """Dimensions exchanged or moved."""
+    if not x.ndim:
+        return NotImplemented
+
+    def shift(dim: Any) -> Any:
+        return behind(dim, x.ndim) if isinstance(dim, int) else [behind(d, x.ndim) for d in dim]
+
+    named_dims = {name: shift(value) for name, value in kwargs.items()}
+    return fold.wrap(func(fold.stack(x), *map(shift, dims), **named_dims), x.alias)
+
+
+@rule(*named("t"), *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), *named("adjoint"))
+def turned(fold: Fold, func: Any, x: Any) -> Any:
+    """The last two dimensions exchanged; all of them reversed by ``T``."""
+    name = getattr(getattr(func, "__self__", None), "__name__", "")
+    stack = fold.stack(x)
+    if name == "T" or getattr(func, "__name__", "") == "t":
+        return fold.wrap(stack.permute(0, *range(stack.ndim - 1, 0, -1)), x.alias)
+    if name in ("mT", "mH"):
+        return fold.wrap(func(stack), x.alias)
+    return fold.wrap(stack.mH, x.alias) if x.ndim == 2 else NotImplemented
+
+
+@rule(*named("unsqueeze"))
+def unsqueeze(fold: Fold, func: Any, x: Any, dim: int) -> Any:
+    """A dimension of one more."""
+    return fold.wrap(fold.stack(x).unsqueeze(behind(dim, x.ndim + 1)), x.alias)
+
+
+@rule(*named("squeeze"))
+def squeeze(fold: Fold, func: Any, x: Any, dim: Any = None) -> Any:
+    """Without dimensions of one."""
+    dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    ones = [behind(d, x.ndim) for d in dims if x.ndim and x.shape[d] == 1]
+    return fold.wrap(fold.stack(x).squeeze(ones) if ones else fold.stack(x).view_as(fold.stack(x)), x.alias)
+
+
+@rule(*named("expand expand_as broadcast_to"))
+def expand(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
+    """Dimensions of one seen several times, and new ones in front."""
+    sizes = (kwargs["size"],) if "size" in kwargs else sizes
+    sizes = (sizes[0].shape,) if isinstance(sizes[0], Tensor) else sizes
+    sizes = _sizes(sizes)
+    if not member_valued(x):
+        return fold.common(plain(x).expand(sizes))
+    stack = fold.stack(x)
+    stack = stack[(slice(None), *(None,) * (len(sizes) - x.ndim))]
+    return fold.wrap(stack.expand(len(stack), *sizes), x.alias)
+
+
+@rule(*named("repeat tile"))
+def repeat(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
+    """Copies side by side."""
+    sizes = _sizes(next(iter(kwargs.values())) if kwargs else sizes)
+    if not member_valued(x):
+        return NotImplemented
+    stack, sizes = fold.stack(x), (1,) * (x.ndim - len(sizes)) + tuple(sizes)
+    stack = stack[(slice(None), *(None,) * (len(sizes) - x.ndim))]
+    return fold.wrap(stack.repeat(1, *sizes))
+
+
+@rule(*named("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit"))
+def cut(fold: Fold, func: Any, x: Any, sections: Any, dim: int = 0, **kwargs: Any) -> Any:
+    """Parts along a dimension."""
+    if getattr(func, "__name__", "") in ("hsplit", "vsplit", "dsplit") or isinstance(sections, Tensor):
+        return NotImplemented
+    stack, dim = fold.stack(x), behind(dim, x.ndim)
+    parts = stack.split(sections, dim) if "split" in func.__name__ and "tensor" not in func.__name__ else (
+        func(stack, sections, dim)
+    )
+    return type(parts)(fold.wrap(part, x.alias) for part in parts)
+
+
+@rule(*named("unbind"), Tensor.__iter__)
+def unbind(fold: Fold, func: Any, x: Any, dim: int = 0) -> Any:
+    """Every entry along a dimension."""
+    parts = tuple(fold.wrap(part, x.alias) for part in fold.stack(x).unbind(behind(dim, x.ndim)))
+    return iter(parts) if func is Tensor.__iter__ else parts
+
+
+@rule(*named("select narrow diagonal flip roll index_select repeat_interleave movedim_"))
+def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Functions of one dimension, or of some, that are given by number."""
+    name = func.__name__
+    if name in ("select", "narrow"):
+        if any(isinstance(a, Tensor) for a in args):
+            return NotImplemented
+        bound = dict(zip(("dim", "a", "b"), args, strict=False)) if not kwargs else None
+        if bound is None:
+            return NotImplemented
+        dim, *rest = args
+        if name == "select" and not -x.shape[dim] <= rest[0] < x.shape[dim]:
+            raise IndexError(f"index {rest[0]} is out of bounds for dimension {dim} of size {x.shape[dim]}")
+        return fold.wrap(func(fold.stack(x), behind(dim, x.ndim), *rest), x.alias)
+    if name == "flip":
+        dims = _sizes((kwargs["dims"],) if kwargs else args)
+        return fold.wrap(func(fold.stack(x), [behind(d, x.ndim) for d in dims]))
+    if name == "index_select" and not kwargs and member_valued(x) and not member_valued(args[1]):
+        index = args[1].stack if isinstance(args[1], MemberTensor) else args[1]
+        return fold.wrap(func(fold.stack(x), behind(args[0], x.ndim), index))
+    if name == "repeat_interleave" and args and isinstance(args[0], int) and member_valued(x):
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        return NotImplemented if dim is None else fold.wrap(func(fold.stack(x), args[0], dim=behind(dim, x.ndim)))
+    return NotImplemented
+
+
+def _dim_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return kwargs.get("dim", kwargs.get("axis", args[0] if args else 0))
+
+
+@rule(*named("cat concat concatenate"))
+def cat(fold: Fold, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """Joined along a dimension; common tensors are seen by every member."""
+    ndim = max(x.ndim for x in tensors)
+    dim = behind(_dim_of(args, kwargs), ndim)
+    empty = [x.ndim == 1 and not x.numel() and ndim > 1 for x in tensors]  # torch skips them, whatever their shape
+    kept = [x for x, skipped in zip(tensors, empty, strict=True) if not skipped]
+    if fold.recording and dim > 1 and ndim > 1:
+        return fold.unrows(torch.cat([fold.rows(x) for x in kept], dim - 1))
+    return fold.wrap(torch.cat([fold.entries(x) for x in kept], dim))
+
+
+@rule(*named("stack"))
+def stack(fold: Fold, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """Joined along a new dimension."""
+    dim = behind(_dim_of(args, kwargs), tensors[0].ndim + 1)
+    if fold.recording and dim > 1:
+        return fold.unrows(torch.stack([fold.rows(x) for x in tensors], dim - 1))
+    return fold.wrap(torch.stack([fold.entries(x) for x in tensors], dim))
+
+
+@rule(*named("unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_"))
+def in_place(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same tensor with other dimensions."""
+    x.become(fold.again(getattr(Tensor, func.__name__[:-1]), x, *args, **kwargs).stack, x.hidden)
+    return x
+
+
+@rule(F.pad, torch._C._nn.pad, torch.constant_pad_nd)
+def pad(fold: Fold, func: Any, x: Any, pad: Any, *args: Any, **kwargs: Any) -> Any:
+    """Padding of the last dimensions."""
+    mode = kwargs.get("mode", args[0] if args and isinstance(args[0], str) else "constant")
+    if x.ndim < 2 or len(pad) // 2 >= x.ndim:
+        if mode != "constant":
+            return NotImplemented
+        return fold.wrap(func(fold.stack(x), pad, *args, **kwargs))
+    return fold.unrows(func(fold.rows(x), pad, *args, **kwargs))
+
+
+@rule(*named("as_strided as_strided_ as_strided_copy as_strided_scatter"))
+def strided(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Windows on memory, whose layout is not a member's own."""
+    raise NotFoldable(f"{func.__name__} looks at memory, which holds all members")

@@ -1,0 +1,175 @@
+"""Where a module of the folded network keeps its tensors: stacks to whoever lists them, one member's to its own code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import MemberTensor, all_members
+
+
+class Stacks(dict[str, Any]):
+    """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
+
+    Listed (optimizers, state dicts, ``to``) it has the stacks [K, ...]; read by name, as ``module.weight`` does, a
+    :class:`MemberTensor`. A tensor that all members share is the same to both.
+
+    Args:
+        tensors: stacks and shared tensors by name.
+        num_members: K.
+        common: names of the shared ones.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str]) -> None:
+        super().__init__(tensors)
+        self.num_members = num_members
+        self.common = set(common)
+        self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
+        self._seen: dict[str, MemberTensor] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Stacks, (list(super().items()), self.num_members, self.common)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
+        items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
+        return Stacks(items, self.num_members, self.common)
+
+    def __getitem__(self, name: str) -> Any:
+        tensor = super().__getitem__(name)
+        if tensor is None or name in self.common:
+            return tensor
+        seen = self._seen.get(name)
+        if seen is None or seen.stack is not tensor:
+            seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
+        return seen
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
+        if isinstance(value, MemberTensor):
+            if value.hidden is None:
+                self.common.add(name)
+            else:
+                self.common.discard(name)
+            value = value.stack
+        elif isinstance(value, Tensor):
+            ndim = self._ndim.get(name)
+            if ndim is None or value.ndim == ndim:
+                self.common.add(name)
+            elif value.ndim == ndim + 1 and value.shape[0] == self.num_members:
+                self.common.discard(name)
+            else:
+                raise ValueError(
+                    f"{name} is {list(value.shape)}, expected the {self.num_members} members' values in front, "
+                    f"[{self.num_members}, ...] of {ndim + 1} dimensions, or one for all of {ndim}"
+                )
+        super().__setitem__(name, value)
+
+    def forget(self) -> None:
+        """Look at the stacks anew, which may have been moved or converted."""
+        self._seen.clear()
+
+    def unshared(self, name: str) -> None:
+        """Give each member a value of its own of a tensor that they share."""
+        tensor = super().__getitem__(name)
+        with torch.no_grad():
+            stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
+        stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+        self.common.discard(name)
+        super().__setitem__(name, stack)
+
+
+class OfMember(dict[str, Any]):
+    """One member's parameters or buffers, read from the stacks whenever they are read.
+
+    Args:
+        source: the stacks.
+        k: the member.
+    """
+
+    def __init__(self, source: Stacks, k: int) -> None:
+        super().__init__(dict.fromkeys(source))
+        self.source, self.k = source, k
+
+    def _read(self, name: str) -> Any:
+        tensor = dict.__getitem__(self.source, name)
+        return tensor if tensor is None or name in self.source.common else tensor[self.k]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read(name) if name in self.source else super().__getitem__(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Write a member's new value to its place in the stack."""
+        if name in self.source and isinstance(value, Tensor):
+            if name in self.source.common:
+                self.source.unshared(name)
+            with torch.no_grad():
+                self._read(name).copy_(value)
+        else:
+            super().__setitem__(name, value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a name."""
+        return self[name] if name in self else default
+
+    def items(self) -> Any:
+        """Names and values."""
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        """Values."""
+        return [self[name] for name in self]
+
+
+def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
+    """Every table of a folded network, with the path of its module and the module."""
+    return [
+        (path, module, table)
+        for path, module in network.named_modules()
+        for table in (module._parameters, module._buffers)
+        if isinstance(table, Stacks)
+    ]
+
+
+def view_of_member(network: nn.Module, k: int) -> nn.Module:
+    """Member k as a module of its own, whose tensors are parts of the stacks and whose Python state is a copy."""
+    memo: dict[int, Any] = {}
+    for _, _, table in tables_of(network):
+        for name, stack in table.items():
+            if stack is not None:
+                own = stack if name in table.common else stack[k]
+                memo[id(stack)] = own
+                memo[id(table[name])] = own
+    view = copy.deepcopy(network, memo)
+    for module, original in zip(view.modules(), network.modules(), strict=True):
+        for name in ("_parameters", "_buffers"):
+            table = original.__dict__[name]
+            if isinstance(table, Stacks):
+                module.__dict__[name] = OfMember(table, k)
+        for name, hooks in vars(original).items():
+            if name.endswith("_hooks") or "_hooks_" in name:
+                module.__dict__[name] = hooks  # hooks run in fold and loop alike
+        if isinstance(module, nn.RNNBase):
+            module.__dict__["_flat_weights"] = _FlatWeights(module)
+    return view
+
+
+class _FlatWeights(list[Any]):
+    """The weights of a recurrent layer in the order of its kernels, read anew."""
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        self._module = [module]
+
+    def __iter__(self) -> Any:
+        (module,) = self._module
+        return iter([module._parameters[name] for name in module._flat_weights_names])
+
+    def __len__(self) -> int:
+        return len(self._module[0]._flat_weights_names)
+
+    def __getitem__(self, i: Any) -> Any:
+        return list(self)[i]

@@ -1,0 +1,185 @@
+"""The member as a hidden dimension: tensors that have one value per member and look like one member's.
+
+A network's own code sees a :class:`MemberTensor` with the shape that one member sees. Behind it is a stack with the
+hidden dimension in front: the members, or, where each row has a member of its own, the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotFoldable(Exception):
+    """The fold has no one answer for all members; the network is looped instead. The message says what and why."""
+
+
+class ReadsValues(NotFoldable):
+    """Python read the values of a tensor that has one value per member."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hidden:
+    """The hidden dimension of one pass.
+
+    Attributes:
+        size: its length: members in this pass, or rows.
+        num_members: K, of the ensemble.
+        first: the first member of a pass over some of them.
+        offsets: of rows grouped by member, int64 [K+1], the first row of each member's group and R; else none.
+        row_members: likewise, int64 [R], the member of each row.
+    """
+
+    size: int
+    num_members: int
+    first: int = 0
+    offsets: Tensor | None = None
+    row_members: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all members, each once."""
+        return self.offsets is None and self.size == self.num_members
+
+    def scaled_offsets(self, per_entry: int) -> Tensor | None:
+        """The group offsets where every row was made of ``per_entry`` rows."""
+        return self.offsets if self.offsets is None or per_entry == 1 else self.offsets * per_entry
+
+    def entries(self, stack: Tensor) -> Tensor:
+        """A stack of all members [K, ...] as one entry for each of this dimension, [size, ...]."""
+        if self.whole:
+            return stack
+        if self.row_members is None:
+            return stack.narrow(0, self.first, self.size)
+        return stack.index_select(0, self.row_members)
+
+    def weights(self, stack: Tensor) -> Tensor:
+        """A stack of all members [K, ...] as the member-batched ops take it beside :meth:`scaled_offsets`."""
+        return stack if self.whole or self.row_members is not None else stack.narrow(0, self.first, self.size)
+
+
+@functools.cache
+def all_members(num_members: int) -> Hidden:
+    """The hidden dimension of parameters and of an ordinary pass: the members."""
+    return Hidden(num_members, num_members)
+
+
+class MemberTensor(Tensor):
+    """One tensor per member, of the shape that a member sees; or one for all, while a pass is recorded.
+
+    Attributes:
+        stack: [N, *shape] with the hidden dimension in front; [*shape] for a common value.
+        hidden: what the hidden dimension is; none for a common value.
+        alias: whether writing to it reaches what a member's would; not where a view had to be copied.
+    """
+
+    stack: Tensor
+    hidden: Hidden | None
+    alias: bool
+
+    @staticmethod
+    def __new__(cls, stack: Tensor, hidden: Hidden | None, alias: bool = True) -> MemberTensor:
+        """Wrap a stack."""
+        with torch._C.DisableTorchFunction():
+            shape, dtype, device = stack.shape, stack.dtype, stack.device
+            shape = shape if hidden is None else torch.Size(shape[1:])
+            wrapper = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+                cls, shape, dtype=dtype, device=device, requires_grad=stack.requires_grad
+            )
+        wrapper.stack, wrapper.hidden, wrapper.alias = stack, hidden, alias
+        wrapper._known = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
+        return wrapper
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def become(self, stack: Tensor, hidden: Hidden | None) -> None:
+        """Take other values, as an operation in place gives a tensor others."""
+        self.stack, self.hidden = stack, hidden
+        shape = stack.shape if hidden is None else torch.Size(stack.shape[1:])
+        self._known = shape, stack.dtype, stack.device
+
+    @property
+    def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The shape that a member sees."""
+        return self._known[0]
+
+    @property
+    def ndim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How many dimensions a member sees."""
+        return len(self._known[0])
+
+    @property
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The dtype of every member's tensor."""
+        return self._known[1]
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the stack is."""
+        return self._known[2]
+
+    @property
+    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether gradients reach the stack."""
+        return self.stack.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.stack.requires_grad_(value)
+
+    def size(self, dim: int | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The shape that a member sees, or one of its entries."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """How many dimensions a member sees."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """How many elements a member sees."""
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError("len() of a 0-d tensor")
+        return self.shape[0]
+
+    def __repr__(self, **_: Any) -> str:
+        kind = "common" if self.hidden is None else f"{self.hidden.size} values of"
+        return f"MemberTensor({kind} {list(self.shape)}, {self.dtype})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return MemberTensor, (self.stack, self.hidden, self.alias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemberTensor:
+        copied = MemberTensor(self.stack.detach().clone(), self.hidden, self.alias)
+        memo[id(self)] = copied
+        return copied
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Outside a pass, as in a checkpoint's second run: evaluate for all members, as inside one."""
+        from fastens.fold.dispatch import Fold, dispatch
+
+        return dispatch(Fold.of(args, kwargs or {}), func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Below Python, from scripted functions and ``autograd.Function``: entry by entry, and without derivatives."""
+        from fastens.fold.dispatch import Fold, below_autograd
+
+        return below_autograd(Fold.of(args, kwargs or {}), func, args, kwargs or {})
+
+
+def member_valued(x: Any) -> bool:
+    """Whether a value differs between members."""
+    return type(x) is MemberTensor and x.hidden is not None
