@@ -1,0 +1,183 @@
+"""The plain loop over members, the rules written anew, and how an answer is held against them.
+
+It shares no code with the package: members are rebuilt from their specification, and every change is applied to each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+# Relative to the largest magnitude expected: the same operations in another order.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}
+# The geometric mean takes the logarithm of a shift of 1e-6, which magnifies rounding.
+GEOMETRIC = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.5}
+FLOOR = 1e-3  # an answer smaller than this has lost its digits to cancellation
+
+
+class Mismatch(AssertionError):
+    """An answer that is not the loop's; ``size`` is how far it is off, relative to the largest magnitude."""
+
+    def __init__(self, why: str, size: float = float("inf")) -> None:
+        super().__init__(why)
+        self.size = size
+
+
+def is_score(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def combined(outputs: list[Any], combine: Callable[[Tensor], Tensor]) -> Any:
+    """What K outputs become when every score among their leaves is combined; other leaves are member 0's."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    leaves = [combine(torch.stack(column)) if is_score(column[0]) else column[0] for column in columns]
+    return pytree.tree_unflatten(leaves, flat[0][1])
+
+
+def mean(scores: Tensor) -> Tensor:
+    return scores.sum(0) / len(scores)
+
+
+def total(scores: Tensor) -> Tensor:
+    return scores.sum(0)
+
+
+def median(scores: Tensor) -> Tensor:
+    ordered = torch.sort(scores, 0)[0]
+    k = len(scores)
+    return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
+
+
+def geometric(scores: Tensor) -> Tensor:
+    wide = scores.double()
+    lowest = wide.transpose(0, 1).flatten(1).min(1).values.reshape(1, -1, *[1] * (scores.ndim - 2))
+    shift = lowest.abs() + 1e-6
+    return (torch.log(wide + shift).mean(0).exp() - shift[0]).to(scores.dtype)
+
+
+def dominant(scores: Tensor) -> Tensor:
+    result = scores[0]
+    for other in scores[1:]:
+        result = torch.where(other.abs() > result.abs(), other, result)
+    return result
+
+
+def max_abs(scores: Tensor) -> Tensor:
+    return scores.abs().max(0).values
+
+
+def variance(scores: Tensor) -> Tensor:
+    return (scores - scores.mean(0)).square().mean(0)
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": mean,
+    "sum": total,
+    "median": median,
+    "geometric": geometric,
+    "dominant": dominant,
+    "max_abs": max_abs,
+}
+
+
+def tolerance(dtype: torch.dtype, rule: str = "mean") -> float:
+    return (GEOMETRIC if rule == "geometric" else TOLERANCE)[dtype]
+
+
+def check(actual: Any, expected: Any, relative: float, outputs: list[Any] | None = None) -> None:
+    """Raise Mismatch unless structures, shapes and dtypes are equal and values as near as rounding leaves them.
+
+    Args:
+        actual: the answer.
+        expected: the loop's.
+        relative: the largest difference, relative to the largest magnitude.
+        outputs: of the members, where the rule picks one of them: a pick among near ties is as good.
+    """
+    got, wanted = pytree.tree_flatten(actual), pytree.tree_flatten(expected)
+    if got[1] != wanted[1]:
+        raise Mismatch(f"structure {got[1]}, expected {wanted[1]}")
+    columns = list(zip(*map(pytree.tree_leaves, outputs), strict=True)) if outputs else [None] * len(got[0])
+    for i, (a, e, members) in enumerate(zip(got[0], wanted[0], columns, strict=True)):
+        _check_leaf(f"leaf {i}", a, e, relative, members)
+
+
+def _check_leaf(name: str, a: Any, e: Any, relative: float, members: Any) -> None:
+    if not isinstance(e, Tensor):
+        if a is not e and a != e:
+            raise Mismatch(f"{name}: {a!r}, expected {e!r}")
+        return
+    if not isinstance(a, Tensor) or a.shape != e.shape or a.dtype != e.dtype:
+        said = f"{a.dtype} {list(a.shape)}" if isinstance(a, Tensor) else repr(a)
+        raise Mismatch(f"{name}: {said}, expected {e.dtype} {list(e.shape)}")
+    if e.numel() == 0:
+        return
+    a, e = a.detach().double(), e.detach().double()
+    if torch.equal(a.nan_to_num(1e30), e.nan_to_num(1e30)):
+        return
+    finite = e.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        raise Mismatch(
+            f"{name}: {int((a.isfinite() != finite).sum())} of {e.numel()} elements are not finite as expected"
+        )
+    difference = torch.where(finite, a - e, 0.0).abs()
+    allowed = relative * max(float(torch.where(finite, e, 0.0).abs().max()), FLOOR)
+    if members is not None:
+        for member in members:
+            value = member.detach().double()
+            near = value.abs() >= e.abs() - allowed
+            difference = torch.where(near, torch.minimum(difference, (a - value).abs()), difference)
+    if float(difference.max()) > allowed:
+        worst = float(difference.max()) / allowed * relative
+        share = float((difference > allowed).double().mean())
+        why = f"{name}: off by {worst:.2g} of the largest magnitude, in {100 * share:.0f} % of the elements"
+        raise Mismatch(why, worst)
+
+
+def check_drawn(actual: Any, candidates: list[list[Any]], dim: int, relative: float) -> list[set[int]]:
+    """Raise Mismatch unless every row is some member's; return the members that each row may be of.
+
+    Args:
+        actual: the answer of a rule that draws members.
+        candidates: of each member, outputs any of which a row may be taken from: of the batch, or of the row alone.
+        dim: where rows are.
+        relative: as for :func:`check`.
+    """
+    found: list[set[int]] = []
+    for leaf, *options in zip(
+        pytree.tree_leaves(actual), *(map(pytree.tree_leaves, (zip_outputs(c) for c in candidates))), strict=True
+    ):
+        if not is_score(leaf):
+            continue
+        rows = leaf.shape[dim]
+        found = found or [set(range(len(candidates))) for _ in range(rows)]
+        for row in range(rows):
+            found[row] &= {k for k, option in enumerate(options) if _is_row(leaf, option, dim, row, relative)}
+            if not found[row]:
+                raise Mismatch(f"row {row} is no member's")
+    return found
+
+
+class Options:
+    """One leaf of several outputs of a member."""
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = values
+
+
+def zip_outputs(outputs: list[Any]) -> Any:
+    leaves = [pytree.tree_leaves(output) for output in outputs]
+    return [Options(column) for column in zip(*leaves, strict=True)]
+
+
+def _is_row(leaf: Tensor, options: Options, dim: int, row: int, relative: float) -> bool:
+    got = leaf.detach().select(dim, row).double()
+    for value in options.values:
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
+            continue
+        allowed = relative * max(float(value.detach().abs().max()), FLOOR)
+        if float((got - value.detach().select(dim, row).double()).abs().max()) <= allowed:
+            return True
+    return False

@@ -1,0 +1,288 @@
+"""Random sequences of calls: other inputs, shapes, forms, aliasing, rules, modes, gradients and threads."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from tests.fuzz import oracle
+from tests.fuzz.inputs import Form, batch, copied
+from tests.fuzz.networks import Network
+from tests.fuzz.oracle import Mismatch
+from tests.fuzz.run import Run, spoil
+
+STEPS: dict[str, Callable[[Run, Random], None]] = {}
+SHARES: dict[str, float] = {}
+
+
+def step(weight: float) -> Callable[[Callable[[Run, Random], None]], Callable[[Run, Random], None]]:
+    """Register a step; its name is the function's."""
+
+    def register(function: Callable[[Run, Random], None]) -> Callable[[Run, Random], None]:
+        assert function.__name__ not in STEPS
+        STEPS[function.__name__], SHARES[function.__name__] = function, weight
+        return function
+
+    return register
+
+
+def draw_steps(seed: int) -> tuple[tuple[str, int], ...]:
+    """Draw a sequence."""
+    draw = Random(f"steps {seed}")
+    names = draw.choices(list(STEPS), list(SHARES.values()), k=draw.randrange(3, 9))
+    return tuple((name, draw.randrange(10_000)) for name in names)
+
+
+@step(4)
+def sample(run: Run, draw: Random) -> None:
+    """Three calls of one signature on other inputs, as a sampler makes them."""
+    with torch.no_grad():
+        for _ in range(3):
+            run.call(run.make(draw, Form(run.spec.rows)))
+
+
+@step(3)
+def other_forms(run: Run, draw: Random) -> None:
+    """Calls in other forms: layouts, times, flags, contexts by keyword or left out."""
+    with torch.no_grad():
+        form = run.form(draw)
+        for _ in range(2):
+            run.call(run.make(draw, form))
+        run.call(run.make(draw))
+
+
+@step(2)
+def other_batches(run: Run, draw: Random) -> None:
+    """Other numbers of rows, then the first again."""
+    with torch.no_grad():
+        for rows in (draw.choice([1, 2, 3, 5, run.spec.members, run.spec.members * run.spec.rows]), run.spec.rows):
+            run.call(run.make(draw, run.form(draw, rows)))
+
+
+@step(1)
+def numbers(run: Run, draw: Random) -> None:
+    """Times that are other Python numbers at every call."""
+    with torch.no_grad():
+        for _ in range(5):
+            run.call(run.make(draw, Form(run.spec.rows, time="number")))
+
+
+@step(1)
+def members_apart(run: Run, draw: Random) -> None:
+    with torch.no_grad():
+        call = run.make(draw)
+        run.call(call, "members")
+        run.call(call)
+
+
+@step(1)
+def with_variance(run: Run, draw: Random) -> None:
+    with torch.no_grad():
+        run.call(run.make(draw), "variance")
+
+
+@step(1)
+def rules(run: Run, draw: Random) -> None:
+    """Another rule, set on the ensemble, for this and later calls."""
+    run.rule = draw.choice(list(oracle.RULES))
+    run.attempt(lambda: setattr(run.ensemble, "rule", run.rule))
+    with torch.no_grad():
+        for _ in range(2):
+            run.call(run.make(draw))
+
+
+@step(1.5)
+def aliased(run: Run, draw: Random) -> None:
+    """One tensor as two arguments, then two; halves of one tensor; a tensor of zeros without memory."""
+    rows, spec = run.spec.rows, run.spec
+    first, second = run.make(draw, Form(rows)), run.make(draw, Form(rows))
+    generator = torch.Generator().manual_seed(draw.randrange(2**30))
+    dim = int(spec.batch_second)
+    x, y = batch(spec, rows, generator, run.dtype), batch(spec, rows, generator, run.dtype)
+    a, b = torch.cat([x, y], dim).chunk(2, dim)
+    with torch.no_grad():
+        if spec.context == "same":
+            run.call(((x, first[0][1], x), {}))
+            run.call(((x, first[0][1], y), {}))
+            run.call(((a, first[0][1], b), {}))
+            run.call(((b, first[0][1], a), {}))
+        else:
+            run.call(((a, *first[0][1:]), {}))
+            run.call(((b, *second[0][1:]), {}))
+        zeros = torch._efficientzerotensor(x.shape, dtype=x.dtype) if draw.random() < 0.2 else torch.zeros_like(x)
+        run.call(((zeros, *second[0][1:]), {}))
+
+
+@step(1)
+def same_memory(run: Run, draw: Random) -> None:
+    """One buffer for the input of all calls, overwritten between them."""
+    x, *rest = run.make(draw, Form(run.spec.rows))[0]
+    with torch.no_grad():
+        for _ in range(3):
+            run.call(((x, *rest), {}))
+            x.mul_(-0.5).add_(0.25)
+
+
+@step(1)
+def inference(run: Run, draw: Random) -> None:
+    with torch.inference_mode():
+        run.call(run.make(draw))
+        run.call(run.make(draw))
+
+
+@step(1)
+def autocast(run: Run, draw: Random) -> None:
+    """Under bfloat16 autocast, and outside it again."""
+    with torch.no_grad():
+        form = run.form(draw)
+        if not run.spec.tagged("coarse", True):
+            with torch.autocast("cpu", torch.bfloat16):
+                run.call(run.make(draw, form))
+                run.call(run.make(draw, form))
+        run.call(run.make(draw, form))
+
+
+@step(1)
+def enabled(run: Run, draw: Random) -> None:
+    """Gradients enabled and none asked for."""
+    with torch.enable_grad():
+        run.call(run.make(draw))
+
+
+@step(2)
+def gradients(run: Run, draw: Random) -> None:
+    """Gradients with respect to the input and to the weights, each summed over members."""
+    if run.rule not in ("mean", "sum", "median") or run.random:
+        return
+    call = run.make(draw, replace(run.form(draw), layout="plain"))
+    theirs = copied(call)
+    x, mine = theirs[0][0].requires_grad_(), call[0][0].requires_grad_()
+    direction = torch.Generator().manual_seed(draw.randrange(2**30))
+    with torch.enable_grad():
+        expected = run.loop(lambda member: member(*theirs[0], **theirs[1]))
+        wanted = oracle.combined(expected, oracle.RULES[run.rule])
+        loss, seed = _projected(wanted, direction)
+        theirs_of = run.own(lambda: _gradients(loss, x, [p for m in run.members for p in m.parameters()]))
+        run.outcome.calls += 1
+
+        def evaluate() -> Any:
+            answer = run.ensemble(*call[0], **call[1])
+            run.compare(answer, expected)
+            loss, _ = _projected(answer, torch.Generator().manual_seed(seed))
+            return _gradients(loss, mine, list(run.ensemble.parameters()))
+
+        # A rule that picks is not smooth, so rounding may pick another member for a gradient.
+        smooth = run.rule != "median" or run.coarsest == torch.float64
+        relative = (10 if smooth else 1e9) * oracle.tolerance(run.coarsest)
+        run.attempt(evaluate, lambda found: oracle.check(found, theirs_of, relative))
+
+
+def _projected(answer: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+    """A random linear function of an answer's scores."""
+    total, seed = torch.zeros(()), generator.initial_seed()
+    for leaf in pytree.tree_leaves(answer):
+        if oracle.is_score(leaf):
+            total = total + (leaf * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)).sum()
+    return total, seed
+
+
+def _gradients(loss: Tensor, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """The input's gradient, and two numbers that do not depend on how the members' weights are held."""
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
+        p.grad = None
+    if loss.requires_grad:
+        loss.backward()
+    pairs = [(p.detach().double(), p.grad.double()) for p in trained if p.grad is not None]
+    for p in trained:
+        p.grad = None
+    along = sum(((g * p).sum() for p, g in pairs), torch.zeros((), dtype=torch.float64))
+    size = sum((g.square().sum() for _, g in pairs), torch.zeros((), dtype=torch.float64)).sqrt()
+    return [torch.zeros_like(x) if x.grad is None else x.grad, torch.stack([along, size])]
+
+
+@step(1)
+def drawn(run: Run, draw: Random) -> None:
+    """Rules that draw one member a row: every row is some member's, the same through a trajectory under ``mixture``."""
+    if run.random or run.stateful:
+        return
+    rule, before, spec = draw.choice(["alternating", "mixture"]), run.rule, run.spec
+    rows, dim, relative = spec.rows, int(spec.batch_second), oracle.tolerance(run.coarsest)
+    repeats = draw.choice([1, 1, 2])
+    run.attempt(lambda: setattr(run.ensemble, "rule", rule))
+    run.allowed = run.allowed or run.mixing or spec.batch_second or not _carries_rows(spec)
+    seen: list[set[int]] = []
+    with torch.no_grad():
+        scope = run.ensemble.trajectory(rows, draw.randrange(1000))
+
+        def evaluate() -> None:
+            with scope:
+                for _ in range(3):
+                    call = run.make(draw, replace(run.form(draw, rows * repeats), layout="plain"))
+                    candidates = [[output] for output in run.loop(_answering(copied(call)))]
+                    run.outcome.calls += 1
+                    found = oracle.check_drawn(run.ensemble(*call[0], **call[1]), candidates, dim, relative)
+                    if rule == "mixture":
+                        for row, members in enumerate(found):
+                            if row % rows == len(seen) and row < rows:
+                                seen.append(members)
+                            seen[row % rows] &= members
+                            if not seen[row % rows]:
+                                raise Mismatch(f"row {row} changed its member within a trajectory")
+
+        run.attempt(evaluate)
+        run.attempt(lambda: setattr(run.ensemble, "rule", before))
+        run.call(run.make(draw))
+
+
+def _carries_rows(spec: Network) -> bool:
+    """Whether every score of the output has a row for each row of the input."""
+    return spec.output not in ("ids",)
+
+
+@step(1)
+def threads(run: Run, draw: Random) -> None:
+    """Two to eight threads that call at once, each on inputs of its own."""
+    if run.random or run.stateful:
+        return
+    count, each = draw.choice([2, 4, 8]), 3
+    grad = draw.random() < 0.3
+    calls = [[run.make(draw) for _ in range(each)] for _ in range(count)]
+    with torch.set_grad_enabled(grad):
+        expected = [[run.loop(_answering(copied(call))) for call in some] for some in calls]
+    errors: list[BaseException] = []
+    start = threading.Barrier(count)
+
+    def work(i: int) -> None:
+        try:
+            start.wait()
+            with torch.set_grad_enabled(grad):
+                for call, outputs in zip(calls[i], expected[i], strict=True):
+                    answer = run.ensemble(*call[0], **call[1])
+                    run.compare(answer, outputs)
+                    if not grad:
+                        spoil(answer)
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    run.outcome.calls += count * each
+
+    def settle() -> None:
+        if errors:
+            raise errors[0]
+
+    run.attempt(settle)
+
+
+def _answering(call: Any) -> Callable[[Any], Any]:
+    return lambda member: member(*call[0], **call[1])
