@@ -27,6 +27,10 @@ RANDOM: dict[Any, Rule] = {}  # functions that draw, also where nothing among th
 class NeedsWrappers(NotFoldable):
     """A tensor that was the same for all members received member-valued numbers: it must be a wrapper from birth."""
 
+    def __init__(self, written: Tensor) -> None:
+        super().__init__("a tensor that is the same for all members receives member-valued numbers")
+        self.written = written
+
 
 class WritesInput(NotFoldable):
     """The network writes to an argument of the call, which is the caller's."""
