@@ -114,7 +114,8 @@ class Ensemble(Capturing):
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         try:
-            self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
+            with torch.inference_mode(False):  # stacks that autograd and version counters know
+                self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
@@ -351,6 +352,18 @@ class Ensemble(Capturing):
         """Set the mode of the members, as for one of them."""
         super().train(mode)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of all members where it is theirs and not the ensemble's."""
+        network = self.__dict__.get("_modules", {}).get("network")
+        own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        looped = not own and self.__dict__["_engine"] is None
+        members = [] if own else list(network) if looped else [network]
+        if members and all(hasattr(member, name) for member in members):
+            for member in members:
+                setattr(member, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Look like a member: attributes that the ensemble has not are the members'."""
