@@ -31,9 +31,11 @@ class PackedForest {
  public:
   PackedForest(const Array<int64_t>& offsets, const Array<int32_t>& feature, const Array<double>& threshold,
                const Array<int32_t>& left, const Array<int32_t>& right, const Array<uint8_t>& default_left,
-               const Array<double>& values, int64_t num_features, bool double_inputs, bool allow_nan)
+               const Array<double>& values, int64_t num_features, bool double_inputs, bool allow_nan,
+               bool allow_inf)
       : layout_(trees(offsets, feature, threshold, left, right, default_left, values, num_features), double_inputs),
-        allow_nan_(allow_nan) {}
+        allow_nan_(allow_nan),
+        allow_inf_(allow_inf) {}
 
   py::array_t<double> predict(const py::array& x, const std::string& rule, const std::string& option,
                               const std::vector<double>& values, int64_t seed, int64_t offset,
@@ -121,7 +123,7 @@ class PackedForest {
 
   // Infinities, and NaN where the forest takes none, are errors that name the first of them.
   void refuse(const Rows& rows, int64_t n, int seen) const {
-    const bool infinities = (seen & kInfinity) && !layout_.double_inputs, nans = (seen & kNaN) && !allow_nan_;
+    const bool infinities = (seen & kInfinity) && !allow_inf_, nans = (seen & kNaN) && !allow_nan_;
     if (!infinities && !nans) return;
     for (int64_t row = 0; row < n; ++row) {
       for (int64_t f = 0; f < layout_.num_features; ++f) {
@@ -140,7 +142,7 @@ class PackedForest {
   }
 
   Layout layout_;
-  bool allow_nan_;
+  bool allow_nan_, allow_inf_;
 };
 
 }  // namespace
@@ -153,7 +155,7 @@ PYBIND11_MODULE(_forest, m) {
       .def(py::init<const py::array_t<int64_t, py::array::c_style>&, const py::array_t<int32_t, py::array::c_style>&,
                     const py::array_t<double, py::array::c_style>&, const py::array_t<int32_t, py::array::c_style>&,
                     const py::array_t<int32_t, py::array::c_style>&, const py::array_t<uint8_t, py::array::c_style>&,
-                    const py::array_t<double, py::array::c_style>&, int64_t, bool, bool>())
+                    const py::array_t<double, py::array::c_style>&, int64_t, bool, bool, bool>())
       .def("predict", &PackedForest::predict)
       .def("members", &PackedForest::members)
       .def("describe", &PackedForest::describe);

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import threading
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,14 +12,14 @@ import numpy.typing as npt
 import torch
 
 from fastens import _native, rules
-from fastens.files import whole
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.forest_predict import forest_predict, number_of
 from fastens.reference.forest import Trees, combine
 from fastens.reference.forest import predict_members as reference_members
+from fastens.tabular import forest_file
+from fastens.tabular.inputs import Inputs
 
-FORMAT = "fastens forest 1"
 CHUNK = 1 << 22  # member outputs that are held at a time where members are not single trees
 LARGEST_LEAF = 1e300  # beyond it, and for NaN, the fused kernels do not serve
 
@@ -37,7 +35,8 @@ class Forest:
         ranges: [K + 1], member k is the sum of trees [ranges[k], ranges[k + 1]); by default every tree is a member.
         base: [K, p], added to each member's sum; by default nothing.
         double_inputs: thresholds are compared with float64 values (LightGBM), otherwise with values rounded to float32.
-        allow_nan: whether NaN is a missing value, or an error.
+        inputs: how tables are read, and whether NaN is a missing value; by default arrays of numbers, where it is.
+        allow_inf: whether infinities, after rounding to float32, are values, or an error.
         single_output: results are [n] instead of [n, 1].
         dtype: of the results, float64 or float32.
 
@@ -53,8 +52,9 @@ class Forest:
         *,
         ranges: npt.ArrayLike | None = None,
         base: npt.ArrayLike | None = None,
+        inputs: Inputs | None = None,
         double_inputs: bool = False,
-        allow_nan: bool = True,
+        allow_inf: bool = False,
         single_output: bool = False,
         dtype: npt.DTypeLike = np.float64,
     ) -> None:
@@ -70,7 +70,10 @@ class Forest:
         self.num_members = len(self._ranges) - 1
         shape = (self.num_members, self.num_outputs)
         self._base = np.zeros(shape) if base is None else np.array(base, np.float64).reshape(shape)
-        self._double_inputs, self._allow_nan = double_inputs, allow_nan
+        self._inputs = Inputs(trees.num_features) if inputs is None else inputs
+        if self._inputs.num_features != trees.num_features:
+            raise ValueError(f"`inputs` has {self._inputs.num_features} features, the trees {trees.num_features}")
+        self._double_inputs, self._allow_inf = double_inputs, allow_inf or double_inputs
         self._single_output, self._dtype = single_output, np.dtype(dtype)
         if self._dtype not in (np.float64, np.float32):
             raise ValueError(f"`dtype`: expected float64 or float32, got {dtype}")
@@ -81,6 +84,7 @@ class Forest:
         self._fused = np.array_equal(self._ranges, whole) and not self._base.any() and bool(largest <= LARGEST_LEAF)
         self._plain = self._dtype == np.float64 and not single_output
         self._input = np.dtype(np.float64 if double_inputs else np.float32)
+        self._takes = (self._inputs.allow_nan, self._allow_inf)
         self._lock = threading.Lock()
         self._packed: Any = None
         self._number: int | None = None
@@ -241,42 +245,20 @@ class Forest:
 
     def save(self, file: str | os.PathLike[str] | BinaryIO) -> None:
         """Write the forest to one file; :meth:`load` reads it without executing anything in it."""
-        header = {
-            "format": FORMAT,
-            "num_features": self.num_features,
-            "double_inputs": self._double_inputs,
-            "allow_nan": self._allow_nan,
-            "single_output": self._single_output,
-            "dtype": self._dtype.name,
-        }
-        names = ("offsets", "feature", "threshold", "left", "right", "default_left", "values")
-        arrays = {name: getattr(self.trees, name) for name in names} | {"ranges": self._ranges, "base": self._base}
-        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        if isinstance(file, str | os.PathLike):
-            with whole(Path(file)) as (partial,), partial.open("wb") as stream:
-                np.savez(stream, header=text, **arrays)
-        else:
-            np.savez(file, header=text, **arrays)
+        about = {"double_inputs": self._double_inputs, "allow_inf": self._allow_inf}
+        about |= {"single_output": self._single_output, "dtype": self._dtype.name}
+        forest_file.write(file, self.trees, self._ranges, self._base, self._inputs, about)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str] | BinaryIO) -> Forest:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: not such a file, or arrays that are no trees.
+            ValueError: not such a file, a damaged one, or arrays that are no trees.
             OSError: the file cannot be read.
         """
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in arrays.files}
-            header = json.loads(fields.pop("header").tobytes())
-            if header.pop("format") != FORMAT:
-                raise ValueError("another format")
-            ranges, base = fields.pop("ranges"), fields.pop("base")
-            trees = Trees(**fields, num_features=header.pop("num_features"))
-            return cls(trees, ranges=ranges, base=base, **header)
-        except (KeyError, TypeError, ValueError, EOFError, AttributeError) as error:
-            raise ValueError(f"{file} is no forest of fastens: {error}") from error
+        with forest_file.reading(file) as fields:
+            return cls(**fields)
 
     def __getstate__(self) -> bytes:
         stream = io.BytesIO()
@@ -293,10 +275,7 @@ class Forest:
     def _rows(self, X: npt.ArrayLike) -> npt.NDArray:
         """X as the kernels read it: float32 or float64 [n, num_features], without a copy where it is that."""
         if type(X) is not np.ndarray or X.dtype not in _READ_IN_PLACE or not X.flags.aligned:
-            if hasattr(X, "toarray"):
-                raise TypeError("`X` is sparse; pass X.toarray()")
-            given = np.asarray(X)
-            X = np.ascontiguousarray(given, np.float64 if given.dtype == np.float64 else self._input)
+            X = np.require(self._inputs.rows(X), requirements="A")
         if X.ndim != 2 or X.shape[1] != self.num_features:
             raise ValueError(
                 f"`X` is {list(X.shape)}, expected [n, {self.num_features}]: rows, then the forest's features"
@@ -318,7 +297,7 @@ class Forest:
             if self._packed is None:
                 t = self.trees
                 arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
-                self._packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, self._allow_nan)
+                self._packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, *self._takes)
         return self._packed
 
     def _members(self, rows: npt.NDArray, packed: Any) -> npt.NDArray:
@@ -352,10 +331,10 @@ class Forest:
             rows = rows.astype(self._input, copy=False)
         for bad, what in (
             (
-                np.isnan(rows) & (not self._allow_nan),
+                np.isnan(rows) & (not self._inputs.allow_nan),
                 "is NaN, but this forest has no missing-value support; impute it first",
             ),
-            (np.isinf(rows) & (not self._double_inputs), "is infinite or too large for float32"),
+            (np.isinf(rows) & (not self._allow_inf), "is infinite or too large for float32"),
         ):
             if bad.any():
                 row, feature = np.argwhere(bad)[0]
