@@ -31,8 +31,7 @@ class PackedForest {
  public:
   PackedForest(const Array<int64_t>& offsets, const Array<int32_t>& feature, const Array<double>& threshold,
                const Array<int32_t>& left, const Array<int32_t>& right, const Array<uint8_t>& default_left,
-               const Array<double>& values, int64_t num_features, bool double_inputs, bool allow_nan,
-               bool allow_inf)
+               const Array<double>& values, int64_t num_features, bool double_inputs, bool allow_nan, bool allow_inf)
       : layout_(trees(offsets, feature, threshold, left, right, default_left, values, num_features), double_inputs),
         allow_nan_(allow_nan),
         allow_inf_(allow_inf) {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import threading
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -85,7 +86,6 @@ class Forest:
         self._plain = self._dtype == np.float64 and not single_output
         self._input = np.dtype(np.float64 if double_inputs else np.float32)
         self._takes = (self._inputs.allow_nan, self._allow_inf)
-        self._lock = threading.Lock()
         self._packed: Any = None
         self._number: int | None = None
         self._tensors: dict[torch.device, list[torch.Tensor]] = {}
@@ -215,11 +215,10 @@ class Forest:
 
     def _on(self, device: torch.device) -> tuple[list[torch.Tensor], int, int]:
         """The trees as tensors on a device, the forest's number in the op, and its depth; kept."""
-        if device not in self._tensors:
-            with self._lock:
-                arrays = (*self.trees.as_tensors(), np.array(self._ranges), self._base)
-                self._number = number_of(self) if self._number is None else self._number
-                self._tensors[device] = [torch.from_numpy(array).to(device) for array in arrays]
+        if device not in self._tensors:  # threads that come at once each make them; a lock would survive a fork locked
+            arrays = (*self.trees.as_tensors(), np.array(self._ranges), self._base)
+            self._number = number_of(self) if self._number is None else self._number
+            self._tensors[device] = [torch.from_numpy(array).to(device) for array in arrays]
         assert self._number is not None
         return self._tensors[device], self._number, self.trees.depth
 
@@ -293,12 +292,11 @@ class Forest:
             raise RuntimeError(f"backend 'native' is not available: {_native.forest_status()}")
         if module is None or backend == "reference":
             return None
-        with self._lock:
-            if self._packed is None:
-                t = self.trees
-                arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
-                self._packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, *self._takes)
-        return self._packed
+        t = self.trees
+        arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
+        packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, *self._takes)
+        self._packed = packed
+        return packed
 
     def _members(self, rows: npt.NDArray, packed: Any) -> npt.NDArray:
         if packed is None:
@@ -315,10 +313,11 @@ class Forest:
         parts = []
         for start in range(0, len(rows), max(1, chunk)):
             members = self._members(rows[start : start + chunk], packed)
-            if packed is not None and isinstance(rule, rules.Median | rules.Dominant | rules.MaxAbs):
-                parts.append(aggregate(torch.from_numpy(members), rule).numpy())
-            else:
-                parts.append(combine(members, rule, seed, offset))
+            with _threads_of_this_process():
+                if packed is not None and isinstance(rule, rules.Median | rules.Dominant | rules.MaxAbs):
+                    parts.append(aggregate(torch.from_numpy(members), rule).numpy())
+                else:
+                    parts.append(combine(members, rule, seed, offset))
         return np.concatenate(parts) if parts else np.zeros((0, self.num_outputs))
 
     def _finished(self, out: npt.NDArray) -> npt.NDArray:
@@ -342,4 +341,19 @@ class Forest:
         return rows
 
 
+_PROCESS = os.getpid()
 _READ_IN_PLACE = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@contextlib.contextmanager
+def _threads_of_this_process() -> Iterator[None]:
+    """One thread for torch in a forked process: those of OpenMP stayed behind, and it would wait for them forever."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PROCESS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
