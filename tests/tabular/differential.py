@@ -7,14 +7,16 @@ scikit-learn and LightGBM; XGBoost adds its leaves in float32, so that its sums 
 
 import argparse
 import collections
+import itertools
 import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 
+from fastens.tabular.drop_in import _packed, accelerate
 from tests.tabular.containers import contained, values
-from tests.tabular.models import LIBRARIES, choice
+from tests.tabular.models import LIBRARIES, choice, of_forest_diffusion
 
 TABLES = 5  # of a model
 REMEDIES = ("pass", "convert", "call", "expected")
@@ -82,6 +84,24 @@ def run(seed, number, only=None):
             yield draw, library, container, compared(library, models, forest, predict, table)
 
 
+def run_forest_diffusion(seed, number):
+    """The same of models of ForestDiffusion, beside the package's prediction of every label, level and column."""
+    for draw in range(number):
+        rng = np.random.default_rng([seed, draw, 1])
+        model = of_forest_diffusion(rng)
+        fast = accelerate(model)
+        for label, levels in enumerate(model.regr):
+            for level, models in enumerate(levels):
+                for column, of_column in enumerate(models) if isinstance(models, list) else [(None, models)]:
+                    rows = rng.normal(size=(20, model.c))
+                    if model.model == "xgboost":
+                        rows[rng.random(rows.shape) < 0.1] = np.nan
+                    call = {"X": rows, "i": level, "j": label, "k": column, "dmat": model.n_batch > 0}
+                    forest, library = _packed(of_column), type(of_column).__module__.partition(".")[0]
+                    expected, actual = (answer(lambda m=m, call=call: m.predict_over_c(**call)) for m in (model, fast))
+                    yield draw, library, "ForestDiffusion", verdict(library, forest, expected, actual)
+
+
 def compared(library, models, forest, predict, table):
     """The verdict on one table: of the prediction, or of several members' where there are several models."""
     expected = [answer(lambda model=model: predict(model, table)) for model in models]
@@ -98,10 +118,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--draws", type=int, default=1000, help="tables, five of each model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", type=int, default=20, help="of ForestDiffusion")
     parser.add_argument("--only", type=int, help="one model, again")
     options = parser.parse_args()
     counts, different, refused = collections.Counter(), 0, collections.Counter()
-    for draw, library, container, outcome in run(options.seed, -(-options.draws // TABLES), options.only):
+    drawn = run(options.seed, -(-options.draws // TABLES), options.only)
+    for draw, library, container, outcome in itertools.chain(drawn, run_forest_diffusion(options.seed, options.models)):
         known = outcome in ("same", "both refuse", "refused", "no model")
         counts[library, outcome if known else "different"] += 1
         refused[library, container] += outcome == "refused"

@@ -145,3 +145,24 @@ def of_lightgbm(rng):
 
 
 LIBRARIES = {"sklearn": of_sklearn, "xgboost": of_xgboost, "lightgbm": of_lightgbm}
+
+
+def of_forest_diffusion(rng):
+    """A fitted ``ForestDiffusionModel`` of few levels, small trees, and any of its learners."""
+    from ForestDiffusion.diffusion_with_trees_class import ForestDiffusionModel
+
+    learner = choice(rng, ["random_forest", "xgboost", "xgboost", "lgbm"])
+    missing = learner != "random_forest" and rng.random() < 0.3
+    x = rng.normal(size=(40, int(rng.integers(2, 5)))) * 10.0 ** rng.integers(-2, 3)
+    x[rng.random(x.shape) < 0.15 * missing] = np.nan
+    options = {
+        "model": learner,
+        "n_t": 3,
+        "n_estimators": int(rng.integers(2, 8)),
+        "max_depth": int(rng.integers(2, 6)),
+    }
+    options |= {"diffusion_type": choice(rng, ["vp", "flow"]), "duplicate_K": 3, "n_jobs": 1}
+    options |= {"p_in_one": learner != "lgbm" and not missing and rng.random() < 0.6}
+    options |= {"n_batch": int(learner == "xgboost" and rng.integers(2))}
+    labels = rng.integers(0, 2, 40) if rng.random() < 0.5 else None
+    return ForestDiffusionModel(x, label_y=labels, **options)

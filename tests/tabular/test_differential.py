@@ -17,6 +17,13 @@ def test_a_packed_forest_answers_as_its_library_does(seed):
     assert sum(draw[-1] == "same" for draw in outcomes) >= len(outcomes) / 3
 
 
+def test_models_of_forest_diffusion_answer_as_the_package_does():
+    pytest.importorskip("ForestDiffusion.diffusion_with_trees_class", exc_type=ImportError)
+    outcomes = list(differential.run_forest_diffusion(0, 5))
+    assert {outcome for *_, outcome in outcomes} == {"same"}
+    assert len(outcomes) > 20
+
+
 def test_what_differs_is_seen(monkeypatch):
     """The suite beside a reader that loses what tells LightGBM's zeros and XGBoost's missing entries apart."""
     monkeypatch.setattr(
