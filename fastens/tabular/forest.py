@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -20,6 +22,7 @@ from fastens.reference.forest import Trees, combine
 from fastens.reference.forest import predict_members as reference_members
 from fastens.tabular import forest_file
 from fastens.tabular.inputs import Inputs
+from fastens.tabular.packed import PackedForest
 
 CHUNK = 1 << 22  # member outputs that are held at a time where members are not single trees
 LARGEST_LEAF = 1e300  # beyond it, and for NaN, the fused kernels do not serve
@@ -287,14 +290,15 @@ class Forest:
             return self._packed
         if backend not in ("auto", "native", "reference"):
             raise ValueError(f"`backend`: expected 'auto', 'native' or 'reference', got {backend!r}")
-        module = _native.forest()
-        if module is None and backend == "native":
-            raise RuntimeError(f"backend 'native' is not available: {_native.forest_status()}")
-        if module is None or backend == "reference":
+        if backend == "reference":
             return None
-        t = self.trees
-        arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
-        packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, *self._takes)
+        library = _native.functions()
+        if library is None:
+            if backend == "native":
+                raise RuntimeError(f"backend 'native' is not available: {_native.status()}")
+            _warn_of_the_reference()
+            return None
+        packed = PackedForest(library, self.trees, self._double_inputs, *self._takes)
         self._packed = packed
         return packed
 
@@ -339,6 +343,15 @@ class Forest:
                 row, feature = np.argwhere(bad)[0]
                 raise ValueError(f"X[{row}, {feature}] {what}")
         return rows
+
+
+@functools.cache
+def _warn_of_the_reference() -> None:
+    """Once: it is slower than the source library itself."""
+    warnings.warn(
+        f"forests are evaluated tree by tree, by NumPy, some hundred times slower than natively: {_native.status()}",
+        stacklevel=5,
+    )
 
 
 _PROCESS = os.getpid()

@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastens import _native, rules
 from fastens.ops._scores import seed_from
 from fastens.reference.aggregate import aggregate
 from fastens.reference.forest import Trees, combine
+from fastens.tabular.forest import _warn_of_the_reference
 from fastens.tabular.inputs import Inputs
 from fastens.tabular.sklearn import float32_at_most
 from tests.tabular.forests import DATA, data, fitted, rows, stacked
@@ -24,8 +26,8 @@ RULES += ["median", rules.Median("lower"), "dominant", "max_abs", "alternating"]
 
 
 def needs_module():
-    if _native.forest() is None:
-        pytest.skip(_native.forest_status())
+    if _native.functions() is None:
+        pytest.skip(_native.status())
 
 
 def force(forest, instruction_set, x, rule="mean"):
@@ -322,10 +324,17 @@ def test_errors_say_what_to_do():
         forest.predict(rows(), backend="cuda")
 
 
-def test_a_missing_module_is_an_error_only_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(_native, "_forest", lambda: (None, "no compiler"))
+def test_a_missing_library_is_loud_and_an_error_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_native, "functions", lambda: None)
+    monkeypatch.setattr(_native, "status", lambda: "no compiler")
+    _warn_of_the_reference.cache_clear()
     forest = fastens.Forest.from_sklearn(fitted())
-    assert close(forest.predict(rows()), fitted().predict(rows()))
+    with pytest.warns(UserWarning, match="tree by tree.*no compiler"):
+        assert close(forest.predict(rows()), fitted().predict(rows()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        forest.predict(rows())
+        forest.predict(rows(), backend="reference")
     with pytest.raises(RuntimeError, match="no compiler"):
         forest.predict(rows(), backend="native")
 
