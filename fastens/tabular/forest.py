@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastens.reference.forest import predict_members as reference_members
 from fastens.tabular import forest_file
 from fastens.tabular.inputs import Inputs
 from fastens.tabular.packed import PackedForest
+from fastens.tabular.probe import hold_against
 
 CHUNK = 1 << 22  # member outputs that are held at a time where members are not single trees
 LARGEST_LEAF = 1e300  # beyond it, and for NaN, the fused kernels do not serve
@@ -93,17 +95,31 @@ class Forest:
         self._number: int | None = None
         self._tensors: dict[torch.device, list[torch.Tensor]] = {}
 
+    @property
+    def double_inputs(self) -> bool:
+        """Whether thresholds are compared with float64 values, otherwise with values rounded to float32."""
+        return self._double_inputs
+
+    @property
+    def allow_nan(self) -> bool:
+        """Whether NaN is a missing value, or an error."""
+        return self._inputs.allow_nan
+
     @classmethod
     def from_sklearn(cls, forest: Any) -> Forest:
         """Pack a fitted ``RandomForestRegressor`` or ``ExtraTreesRegressor``; each tree is a member.
 
         Raises:
-            TypeError: another estimator.
+            TypeError: another estimator, or one that predicts by code of its own.
+            ValueError: it predicts otherwise than its trees.
             sklearn.exceptions.NotFittedError: it is not fitted.
         """
         from fastens.tabular.sklearn import read_forest
 
-        return cls(**read_forest(forest))
+        packed = cls(**read_forest(forest))
+        alone: Any = copy.copy(forest).set_params(n_jobs=1, verbose=0)
+        hold_against(packed, [alone.predict])
+        return packed
 
     @classmethod
     def from_xgboost(cls, models: Any) -> Forest:
@@ -115,13 +131,15 @@ class Forest:
                 trees are the members.
 
         Raises:
-            TypeError: not XGBoost models.
-            ValueError: categorical splits, vector leaves, DART, linear boosters, an objective with a link function, or
-                models that disagree in features or outputs.
+            TypeError: not XGBoost models, or ones that predict by code of their own.
+            ValueError: categorical features, vector leaves, linear boosters, an objective with a link function, models
+                that disagree in features or outputs, or one that predicts otherwise than its trees.
         """
-        from fastens.tabular.xgboost import read_boosters
+        from fastens.tabular.xgboost import predictions, read_boosters
 
-        return cls(**read_boosters(models))
+        packed = cls(**read_boosters(models))
+        hold_against(packed, predictions(models))
+        return packed
 
     @classmethod
     def from_lightgbm(cls, models: Any) -> Forest:
@@ -132,13 +150,15 @@ class Forest:
                 ``boosting="rf"`` has its trees as members.
 
         Raises:
-            TypeError: not LightGBM models.
-            ValueError: categorical splits, linear trees, zero as missing value, an objective with a link function, or
-                models that disagree in features.
+            TypeError: not LightGBM models, or ones that predict by code of their own.
+            ValueError: categorical splits, linear trees, zero as missing value, an objective with a link function,
+                models that disagree in features, or one that predicts otherwise than its trees.
         """
         from fastens.tabular.lightgbm import read_boosters
 
-        return cls(**read_boosters(models))
+        packed = cls(**read_boosters(models))
+        hold_against(packed, [model.predict for model in (models if isinstance(models, Sequence) else [models])])
+        return packed
 
     def predict(
         self,
@@ -151,7 +171,8 @@ class Forest:
         """Combine the members' predictions by a rule.
 
         Args:
-            X: [n, num_features]; float32 and float64 arrays of any strides are read in place.
+            X: [n, num_features]; float32 and float64 arrays of any strides are read in place, everything else as the
+                source library reads it.
             rule: name, alias or value of :mod:`fastens.rules`.
             generator: draws the members of "alternating", one per row; torch's global one by default.
             backend: "native", "reference" (the per-tree loop) or "auto".
@@ -160,9 +181,10 @@ class Forest:
             [n, p], or [n] where the source's ``predict`` gives that.
 
         Raises:
-            ValueError: another number of features; infinities; NaN where the forest has no missing-value support; a
-                rule that needs a trajectory.
-            RuntimeError: ``backend="native"`` without the compiled module.
+            ValueError: other features, or values that the source's ``predict`` does not take; a rule that needs a
+                trajectory.
+            TypeError: a container that is not read as the source library reads it; the message says what to pass.
+            RuntimeError: ``backend="native"`` without the compiled library.
         """
         value = self._checked_rule(rule)
         rows = self._rows(X)
@@ -286,7 +308,7 @@ class Forest:
 
     def _native(self, backend: str) -> Any:
         """The packed forest, or None for the reference."""
-        if self._packed is not None and backend != "reference":
+        if self._packed is not None and (backend == "auto" or backend == "native"):
             return self._packed
         if backend not in ("auto", "native", "reference"):
             raise ValueError(f"`backend`: expected 'auto', 'native' or 'reference', got {backend!r}")

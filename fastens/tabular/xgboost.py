@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,12 @@ def read_boosters(models: Any) -> dict[str, Any]:
         "single_output": first.num_outputs == 1,
         "dtype": np.float32,
     }
+
+
+def predictions(models: Any) -> list[Callable]:
+    """The models' own predictions of arrays."""
+    held = models if isinstance(models, Sequence) else [models]
+    return [getattr(model, "inplace_predict", None) or model.predict for model in held]
 
 
 _OF_MODELS = ("predict", "get_booster", "best_iteration", "_get_iteration_range", "_can_use_inplace_predict")

@@ -57,6 +57,8 @@ def verdict(library, forest, expected, actual):
     if isinstance(actual, Exception):
         helpful = isinstance(actual, ValueError | TypeError) and any(word in str(actual) for word in REMEDIES)
         return "refused" if helpful else f"raises {actual!r:.300} where the library answers"
+    if not actual.size and not expected.size:
+        return "same"  # XGBoost gives no row of several outputs in another shape
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"{actual.dtype} {actual.shape}, expected {expected.dtype} {expected.shape}"
     if library == "xgboost":

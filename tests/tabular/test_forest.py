@@ -328,13 +328,12 @@ def test_a_missing_library_is_loud_and_an_error_where_it_is_asked_for(monkeypatc
     monkeypatch.setattr(_native, "functions", lambda: None)
     monkeypatch.setattr(_native, "status", lambda: "no compiler")
     _warn_of_the_reference.cache_clear()
-    forest = fastens.Forest.from_sklearn(fitted())
     with pytest.warns(UserWarning, match="tree by tree.*no compiler"):
-        assert close(forest.predict(rows()), fitted().predict(rows()))
+        forest = fastens.Forest.from_sklearn(fitted())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        forest.predict(rows())
-        forest.predict(rows(), backend="reference")
+        assert close(forest.predict(rows()), fitted().predict(rows()))
+        assert close(forest.predict(rows(), backend="reference"), fitted().predict(rows()))
     with pytest.raises(RuntimeError, match="no compiler"):
         forest.predict(rows(), backend="native")
 

@@ -1,5 +1,5 @@
-// What fastens/tabular/packed.py calls by ctypes: a packed forest over NumPy arrays, without copies. Through the
-// dispatcher one row would take twice as long.
+// What fastens/tabular/packed.py calls by ctypes: a packed forest over NumPy arrays, without copies. By the dispatcher,
+// and tensors made of the arrays, a call of one row would take some 3 us more than the 5 that it takes.
 #include <cmath>
 #include <new>
 #include <stdexcept>
