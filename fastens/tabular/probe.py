@@ -28,9 +28,7 @@ def hold_against(forest: Forest, sources: Sequence[Predict]) -> None:
     """
     rows = _rows_at_thresholds(forest)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter(
-            "ignore"
-        )  # of names that these rows have not, and of what is said at the first prediction
+        warnings.simplefilter("ignore")  # of names, which these rows have not
         expected = [np.asarray(source(rows)).reshape(ROWS, -1) for source in sources]
     actual = forest.predict_members(rows) if len(sources) > 1 else [forest.predict(rows).reshape(ROWS, -1)]
     trees = forest.trees
