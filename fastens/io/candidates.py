@@ -270,6 +270,7 @@ def _find_extras(contents: Contents, wanted: Wanted, found: list[Candidate]) -> 
             if entry.keys in keys
             and names[:depth] == candidate.prefix
             and entry.path not in candidate.covers
+            and names[depth:] not in wanted.by_components  # of another set, wrapped otherwise
             and not any(len(other.prefix) > depth for other in owners[entry.path])
             and not (entry.tensor.numel() == 1 and names[-1] in BOOKKEEPING)
             and kind_of(names[depth:-1]) not in (EMA, UNCLEAR)

@@ -21,6 +21,7 @@ import torch
 # Records that hold settings. What is here is not imported, only allowed to be present: a file that also names functions
 # to call (os.system, ...) is one that somebody made to harm.
 _RECORDS = (
+    "_codecs.encode",
     "argparse.Namespace",
     "collections.Counter",
     "collections.defaultdict",
@@ -135,8 +136,8 @@ def read(path: Path, trusted: bool) -> Any:
         return _run(path)
     if not named:
         raise ValueError(
-            f"checkpoint {path} cannot be read, it may be truncated, or it is a pickle that can execute code "
-            f"({refused.args[0].splitlines()[0] if refused.args else refused})"
+            f"checkpoint {path} cannot be read, it may be truncated; expected safetensors or a torch file, and it "
+            "neither is one nor a pickle that would execute code"
         ) from refused
     raise NotRun(refusal(path, code))
 
