@@ -51,8 +51,10 @@ def make(where: Path, name: Any, config: Any) -> nn.Module:
         raise ValueError(f"{where}: the configuration of {name} is a {type(config).__name__}, expected a dictionary")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{where} describes quantised weights; load it with diffusers, and dequantise it first")
+    # What a model noted as left at its defaults would be taken from the defaults of today, whatever the file says.
+    said = {key: value for key, value in config.items() if key != "_use_default_values"}
     try:
-        return model_class.from_config(dict(config))
+        return model_class.from_config(said)
     except Exception as error:  # values that the constructor did not expect raise anything there
         raise ValueError(f"{where} describes no {name}: {type(error).__name__}: {error}") from error
 
