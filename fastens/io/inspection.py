@@ -15,7 +15,7 @@ from fastens.io import containers, described, folders, torch_files
 from fastens.io.choice import NoFit, Wish, choose
 from fastens.io.contents import Contents, components
 from fastens.io.members import Factory
-from fastens.io.names import EMA, UNCLEAR, UNSAID, WRAPPERS, decay_in, kind_of
+from fastens.io.names import EMA, UNCLEAR, UNSAID, decay_in, kind_of, unwrapped, words
 
 # Names of modules and dictionaries that hold a network, and say nothing else of it.
 _HOLDERS = frozenset(
@@ -68,20 +68,18 @@ def groups(contents: Contents) -> list[Group]:
     """A file's tensors by the place that they are in."""
     found: dict[tuple[str, ...], Group] = {}
     for entry in contents.entries:
-        names = entry.name.split(".")
+        names = list(unwrapped(entry.name.split("."))) or [entry.name]
         depth = 0
-        while depth < len(names) - 1 and (
-            names[depth] in WRAPPERS or names[depth] in _HOLDERS or kind_of(names[depth : depth + 1]) != UNSAID
-        ):
+        while depth < len(names) - 1 and (names[depth] in _HOLDERS or kind_of(names[depth : depth + 1]) != UNSAID):
             depth += 1
-        place = (*entry.keys, *names[:depth])
+        glued = len(names) == depth + 1 and kind_of(words(names[-1])[:1]) == EMA and entry.tensor.numel() > 1
+        place = (*entry.keys, *names[:depth], *([f"{words(names[-1])[0]}_*"] if glued else []))
         group = found.get(place)
         if group is None:
-            kind = kind_of((*components(entry)[: len(components(entry)) - len(names)], *names[:depth]))
-            if ".".join(entry.keys) in contents.averaged:
-                kind = EMA
+            kind = EMA if ".".join(entry.keys) in contents.averaged else kind_of(place)
             group = found[place] = Group(".".join(place), kind, _decay(contents, place, kind), {})
-        group.tensors[".".join(names[depth:])] = entry.tensor
+        name = ".".join(names[depth:])
+        group.tensors[name if name not in group.tensors else entry.path] = entry.tensor
     for unnamed in contents.lists:
         tensors = {f"[{i}]": tensor for i, tensor in enumerate(unnamed.tensors)}
         kind = kind_of(components(unnamed))
