@@ -31,10 +31,12 @@ _CONFIG = "config.json"
 class Checkpoints(Sequence[nn.Module]):
     """Members in files, each read when it is asked for, so that one at a time is in memory."""
 
-    def __init__(self, paths: Sequence[Path], factory: Factory | None, wish: Wish, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[Path], factory: Factory | None, wishes: Sequence[Wish], allow_pickle: bool = False
+    ) -> None:
         self.paths = list(paths)
         self._factory = factory
-        self._wish = wish
+        self._wishes = list(wishes)
         self._allow_pickle = allow_pickle
         self._made: WeakSet[nn.Module] = WeakSet()
 
@@ -44,7 +46,7 @@ class Checkpoints(Sequence[nn.Module]):
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
-        member = load_member(self.paths[k], self._factory and self._make, self._wish, self._allow_pickle)
+        member = load_member(self.paths[k], self._factory and self._make, self._wishes[k], self._allow_pickle)
         self._made.add(member)
         return member
 
@@ -63,7 +65,7 @@ def load_members(
     factory: Factory | None = None,
     ema: bool = True,
     *,
-    key: str | None = None,
+    key: str | Sequence[str] | None = None,
     prefix: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
@@ -80,7 +82,8 @@ def load_members(
         paths: files and folders, or patterns (``runs/*/ema.pt``), whose matches are members in natural order.
         factory: makes a member without its weights; needed where the checkpoint does not describe its network.
         ema: take the exponential moving average of the weights where a checkpoint holds both.
-        key: full name of the dictionary in a file, or of the model in a folder, that holds the weights.
+        key: full name of the dictionary in a file, or of the model in a folder, that holds the weights; or one for
+            each member, as of the averages of several lengths in one file.
         prefix: what stands in front of the network's names in that dictionary (``model.diffusion_model``).
         variant: of the files in a diffusers folder (``fp16``, ``ema``, ``non_ema``).
         allow_pickle: also read pickles, which can run any code: only for files whose authors you trust.
@@ -108,7 +111,10 @@ def load_members(
             raise ValueError(
                 f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network"
             )
-    return Checkpoints(found, factory, Wish(ema, key, prefix, variant), allow_pickle)
+    keys = [key] * len(found) if key is None or isinstance(key, str) else list(key)
+    if len(keys) != len(found):
+        raise ValueError(f"key names {len(keys)} dictionaries for {len(found)} checkpoints, expected one for each")
+    return Checkpoints(found, factory, [Wish(ema, each, prefix, variant) for each in keys], allow_pickle)
 
 
 def _matches(paths: Sequence[str | Path]) -> list[Path]:

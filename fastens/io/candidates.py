@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.io.contents import Contents, Entry, components
-from fastens.io.names import BOOKKEEPING, EMA, UNCLEAR, decay_in, kind_of, split, unwrapped
+from fastens.io.names import BOOKKEEPING, EMA, STATE, UNCLEAR, decay_in, kind_of, split, unwrapped
 
 _SEPARATORS = ("", "_", "-", "/", "__")  # instead of dots: buffers' names have none (latent-diffusion's LitEma)
 
@@ -23,12 +23,13 @@ class Candidate:
         path: full name of what it is, as ``key=`` takes it.
         prefix: the names in front of the network's own, without wrappers'.
         inner: those of them that are inside a flat dictionary, as ``prefix=`` takes them.
-        kind: RAW, EMA, UNCLEAR or UNSAID of :mod:`fastens.io.names`.
+        kind: RAW, EMA, UNCLEAR, UNSAID or STATE of :mod:`fastens.io.names`.
         tensors: by the network's names.
         missing: the network's names that it has not.
         decay: of the average, where the file says it.
         problem: why these weights are not the network's; empty where they are.
         module: the network itself, where a pickle held one.
+        named: whether its tensors have names; a list without them is no network's weights unless it is said to be.
         covers: full names of the tensors that it is made of.
     """
 
@@ -42,6 +43,7 @@ class Candidate:
     problem: str = ""
     module: nn.Module | None = None
     covers: frozenset[str] = frozenset()
+    named: bool = True
 
     def describe(self) -> str:
         """One line: where, what, how much."""
@@ -62,7 +64,8 @@ class Wanted:
         if not self.state:
             raise ValueError("the network has no weights to load; expected parameters or buffers")
         self.parameters = [(name, p) for name, p in network.named_parameters()]
-        trainable = {id(p) for _, p in self.parameters if p.requires_grad}
+        # A factory that freezes all of the network for inference says nothing of what was trained.
+        trainable = {id(p) for _, p in self.parameters if p.requires_grad} or {id(p) for _, p in self.parameters}
         self.trainable = {name for name, tensor in self.state.items() if id(tensor) in trainable}
         canonical = {name: unwrapped(name.split(".")) for name in self.state}
         self.wrapped = len(set(canonical.values())) == len(canonical) and all(canonical.values())
@@ -235,7 +238,7 @@ def _lists(contents: Contents, wanted: Wanted) -> Iterator[Candidate]:
         known, missing = wanted.complete({n: t for n, t in tensors.items() if n in wanted.state})
         covers = frozenset((unnamed.path,))
         kind = kind_of(prefix)
-        yield Candidate(unnamed.path, prefix, (), kind, known, missing, problem=problem, covers=covers)
+        yield Candidate(unnamed.path, prefix, (), kind, known, missing, problem=problem, covers=covers, named=False)
 
 
 def _decay(contents: Contents, candidate: Candidate) -> float | None:
@@ -273,7 +276,7 @@ def _find_extras(contents: Contents, wanted: Wanted, found: list[Candidate]) -> 
             and names[depth:] not in wanted.by_components  # of another set, wrapped otherwise
             and not any(len(other.prefix) > depth for other in owners[entry.path])
             and not (entry.tensor.numel() == 1 and names[-1] in BOOKKEEPING)
-            and kind_of(names[depth:-1]) not in (EMA, UNCLEAR)
+            and kind_of(names[depth:-1]) not in (EMA, UNCLEAR, STATE)
         ]
         if extra:
             candidate.problem = f"the network has no {', '.join(sorted(extra)[:3])}{', ...' if len(extra) > 3 else ''}"

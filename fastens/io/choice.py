@@ -9,9 +9,25 @@ from torch import Tensor, nn
 
 from fastens.io.candidates import Candidate, Wanted, candidates, same
 from fastens.io.contents import Contents, Entry, Unnamed, components
-from fastens.io.names import EMA, RAW, UNCLEAR, UNSAID, kind_of, unwrapped
+from fastens.io.names import EMA, RAW, STATE, UNCLEAR, UNSAID, kind_of, unwrapped
 
+_HINT = "; it looks like an optimiser's state, take the model's file"
 _SETTLE = "say which by key= (a dictionary in the file) or prefix= (the beginning of the names)"
+
+
+# Records of settings, in which there are no weights, whatever they are called.
+_SETTINGS = (
+    "omegaconf.",
+    "pathlib.",
+    "datetime.",
+    "typing.",
+    "functools.",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "pytorch_lightning.",
+    "lightning.",
+)
 
 
 class NoFit(ValueError):
@@ -78,7 +94,7 @@ def choose(contents: Contents, network: nn.Module, wish: Wish, described: str) -
     fitting = _distinct([c for c in found if _fits(c, wanted)])
     averages = [c for c in fitting if c.kind == EMA]
     unclear = [c for c in fitting if c.kind == UNCLEAR]
-    plain = [c for c in fitting if c.kind in (RAW, UNSAID)]
+    plain = [c for c in fitting if c.kind in (RAW, UNSAID) and c.named]
     if wish.ema:
         candidate = _average(contents, wish, averages, unclear, plain, found)
     elif not plain and (averages or unclear) and not wish.explicit:
@@ -99,7 +115,7 @@ def check_not_empty(contents: Contents) -> None:
     """Raise ValueError where a file holds no weights at all, and say what it holds."""
     if not contents.empty:
         return
-    hint = "; it looks like an optimiser's state, take the model's file" if "param_groups" in contents.keys else ""
+    hint = _HINT if "param_groups" in contents.keys else ""
     records = f"; it has records that were not made: {sorted(contents.opaque.items())[:3]}" if contents.opaque else ""
     what = (
         f"holds a {contents.root}, which is no dictionary of tensors"
@@ -198,10 +214,10 @@ def _not_understood(contents: Contents, fitting: list[Candidate], found: list[Ca
         names = components(item)
         deep = isinstance(item, Entry) and len(names) > 1
         place = _first_average(names[:-1] if deep else names)
-        if place:
+        if place and kind_of(names[:-1]) != STATE:
             groups.setdefault(place, []).append(item.path)
     for path, described in contents.opaque.items():
-        if _first_average(path.split(".")):
+        if _first_average(path.split(".")) and not described.startswith(_SETTINGS):
             groups.setdefault(path, []).append(path)
             why[path] = f"a {described}, which was not made"
     lines = []
@@ -222,8 +238,11 @@ def _with_rest(contents: Contents, candidate: Candidate, everything: list[Candid
     """Add to an average of parameters the buffers and frozen parameters from the weights beside it."""
     if not candidate.missing:
         return Chosen(candidate, candidate.tensors, [])
-    beside = [c for c in everything if c.kind in (RAW, UNSAID) and not c.problem and not c.missing]
-    rests = _distinct([dataclasses.replace(c, tensors={n: c.tensors[n] for n in candidate.missing}) for c in beside])
+    beside = [c for c in everything if c.kind in (RAW, UNSAID) and c.named and not c.problem and not c.missing]
+    lacking = [name for name in wanted.state if name not in candidate.tensors]
+    rests = _distinct(
+        [dataclasses.replace(c, tensors={n: c.tensors[n] for n in lacking if n in c.tensors}) for c in beside]
+    )
     if len(rests) > 1:
         raise ValueError(
             f"checkpoint {contents.source}: {candidate.describe()} lacks {candidate.missing[:3]}, and {listed(rests)} "
@@ -249,7 +268,7 @@ def _no_fit(
         whole = [c for c in everything if _fits(c, wanted)]
         there = listed(whole) if whole else f"names such as {[item.path for item in _items(contents)[:4]]}"
         return f"checkpoint {contents.source} has no weights of the network at {named}; it has {there}"
-    lead = f"checkpoint {contents.source} {described}"
+    lead = f"checkpoint {contents.source} {described}{_HINT if 'param_groups' in contents.keys else ''}"
     if not found:
         return f"{lead}: none of its names is one of the network's, expected {list(wanted.state)[:3]}, it has " + str(
             [item.path for item in _items(contents)[:4]]

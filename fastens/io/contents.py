@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastens.io.names import is_optimiser, split
+from fastens.io.names import split
 
 _DEEPEST, _MOST = 40, 2_000_000
 
@@ -104,8 +104,7 @@ class Contents:
         elif isinstance(value, dict):
             for key, inner in list(value.items()):
                 named = str(key) if isinstance(key, str | int | float) else type(key).__name__
-                if not (keys == () and is_optimiser(named) and isinstance(inner, dict | list)):
-                    self._walk(inner, (*keys, named), [*above, id(value)], seen)
+                self._walk(inner, (*keys, named), [*above, id(value)], seen)
         elif isinstance(value, list | tuple):
             if value and all(isinstance(inner, Tensor) for inner in value) and keys:
                 self.lists.append(Unnamed(keys, [inner.detach() for inner in value]))

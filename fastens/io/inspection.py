@@ -15,7 +15,7 @@ from fastens.io import containers, described, folders, torch_files
 from fastens.io.choice import NoFit, Wish, choose
 from fastens.io.contents import Contents, components
 from fastens.io.members import Factory
-from fastens.io.names import EMA, UNCLEAR, UNSAID, decay_in, kind_of, unwrapped, words
+from fastens.io.names import EMA, STATE, UNCLEAR, UNSAID, decay_in, kind_of, unwrapped, words
 
 # Names of modules and dictionaries that hold a network, and say nothing else of it.
 _HOLDERS = frozenset(
@@ -135,9 +135,12 @@ def report(path: Path, wish: Wish, factory: Factory | None = None, names: bool =
             yield f"not read: {error}"
             return
     yield f"{contents.kind} of {len(contents.entries) + sum(len(u.tensors) for u in contents.lists)} tensors"
-    there = groups(contents)
-    for group in there:
+    every = groups(contents)
+    there = [group for group in every if group.kind != STATE]
+    for group in every if names else there:
         yield from group.lines(names)
+    if len(there) < len(every) and not names:
+        yield f"({sum(len(group.tensors) for group in every if group.kind == STATE)} tensors of an optimiser's state)"
     for place, what in contents.opaque.items():
         yield f"{place}: a {what}, which was not made"
     for ema in (True, False):

@@ -14,7 +14,7 @@ from fastens.io.contents import Contents, Entry
 from fastens.io.names import EMA, UNCLEAR, kind_of, unwrapped
 
 Factory = Callable[[], nn.Module]
-_KEPT = ("ema", "G_ema", "ema_model", "model_ema"), ("net", "model", "G", "network")  # names in snapshots
+_NETWORKS = ("net", "model", "G", "network", "unet", "denoiser")  # names in snapshots
 
 
 def load_member(path: Path, factory: Factory | None, wish: Wish, trusted: bool) -> nn.Module:
@@ -78,6 +78,7 @@ def _diffusers_factory(folder: Path) -> Factory:
 def _held(contents: Contents, wish: Wish) -> nn.Module:
     """The network that a pickle holds: the average or the other one."""
     networks = contents.networks
+    averages = {path for path in networks if kind_of(path.split(".")) in (EMA, UNCLEAR)}
     if wish.key is not None:
         networks = {path: network for path, network in networks.items() if path == wish.key}
     if not networks:
@@ -86,11 +87,10 @@ def _held(contents: Contents, wish: Wish) -> nn.Module:
             f"checkpoint {contents.source} holds no network{f' at key={wish.key!r}' if wish.key else ''}, neither "
             "itself nor under 'ema' or 'net'; pass factory=, a function that makes it"
         )
-    if len(networks) == 1:
+    if wish.key is not None or (len(networks) == 1 and (wish.ema or not averages)):
         return next(iter(networks.values()))
-    wanted = [path for path in networks if (kind_of(path.split(".")) in (EMA, UNCLEAR)) == wish.ema]
-    named = [name for name in _KEPT[not wish.ema] if name in wanted]
-    chosen = wanted if len(wanted) == 1 else named[:1]
+    plain = [path for path in networks if path.rpartition(".")[2] in _NETWORKS]  # no pipelines of augmentation
+    chosen = sorted(averages) if wish.ema and averages else plain
     if len(chosen) != 1:
         raise ValueError(f"checkpoint {contents.source} holds the networks {sorted(networks)}; say which by key=")
     return networks[chosen[0]]

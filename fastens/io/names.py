@@ -18,13 +18,16 @@ WRAPPERS = frozenset(
 _AVERAGES = frozenset(("ema", "emas", "avg", "average", "averages", "averaged", "averaging", "polyak", "swa", "shadow"))
 _RAW = frozenset(("online", "raw"))  # ema-pytorch keeps its online model beside the average
 _NOT = frozenset(("no", "non", "not", "without", "noema", "nonema"))
-_OPTIMISERS = frozenset(("optimizer", "optimiser", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers"))
+_OPTIMISERS = frozenset(("optimizer", "optimiser", "optimizers", "optimisers", "optim", "optims"))
+# Whole names: momentum_encoder is a network.
+_STATES = frozenset("opt exp_avg exp_avg_sq momentum momentum_buffer scaler scheduler grad grads gradients".split())
+_WORDS = frozenset(("schema", "cinema", "edema", "emission", "email", "emanate"))  # that end or begin with "ema"
 # Scalars that averages and wrappers keep beside the weights.
 BOOKKEEPING = frozenset(
     ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step", "epoch", "global_step")
 )
 
-RAW, EMA, UNCLEAR, UNSAID = "raw", "EMA", "EMA-like", "unsaid"
+RAW, EMA, UNCLEAR, UNSAID, STATE = "raw", "EMA", "EMA-like", "unsaid", "optimiser's state"
 
 
 def words(component: str) -> list[str]:
@@ -37,24 +40,21 @@ def kind_of(prefix: Iterable[str]) -> str:
     """What the names in front of a network's own say of its weights.
 
     Returns:
-        ``RAW`` or ``EMA``, by the last name that says either; ``UNCLEAR`` for a name with "ema" inside a word;
-        ``UNSAID`` where no name says anything.
+        ``STATE`` for what an optimiser keeps, which has the weights' names and shapes; ``RAW`` or ``EMA``, by the last
+        name that says either; ``UNCLEAR`` where a word only begins or ends with "ema"; ``UNSAID`` where none does.
     """
     kind = UNSAID
     for component in prefix:
         found = words(component)
+        if _OPTIMISERS.intersection(found) or component.lower() in _STATES:
+            return STATE
         if _RAW.intersection(found) or (_NOT.intersection(found) and any("ema" in word for word in found)):
             kind = RAW
         elif _AVERAGES.intersection(found):
             kind = EMA
-        elif any("ema" in word for word in found):
+        elif any(word.startswith("ema") or word.endswith("ema") for word in set(found) - _WORDS):
             kind = UNCLEAR
     return kind
-
-
-def is_optimiser(component: str) -> bool:
-    """Whether a dictionary of this name holds the state of an optimiser, a schedule or a gradient scaler."""
-    return bool(_OPTIMISERS.intersection(words(component)))
 
 
 def split(key: str) -> list[str]:

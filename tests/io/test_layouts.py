@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -120,6 +121,56 @@ def test_what_looks_like_an_average_and_is_not_understood_is_named(name, pair, t
     with pytest.raises(ValueError, match=r"look like averages.*ema"):
         load(content, tmp_path / "a.pt")
     assert_same(load(content, tmp_path / "a.pt", ema=False), pair[1])
+
+
+@pytest.mark.parametrize("keys", [("optimizer", "exp_avg"), ("train", "optim", "exp_avg"), ("grads",), ("opt", "ema")])
+def test_what_an_optimiser_keeps_is_no_set_of_weights(keys, pair, tmp_path):
+    content = state(pair[0])
+    for key in reversed(keys):
+        content = {key: content}
+    for ema in (True, False):
+        assert_same(load({"model": state(pair[1]), **content}, tmp_path / "a.pt", ema=ema), pair[1])
+    with pytest.raises(ValueError, match="does not fit"):
+        load(content, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("beside", ["momentum_model", "velocity_net", "teacher", "semantic_net", "best", "pretrained"])
+@pytest.mark.parametrize("ema", [True, False])
+def test_other_networks_are_not_passed_over(beside, ema, pair, tmp_path):
+    with pytest.raises(ValueError, match=rf"2 sets of weights that fit.*{beside}"):
+        load({"model": state(pair[1]), beside: state(pair[0])}, tmp_path / "a.pt", ema=ema)
+
+
+def test_a_frozen_factory_does_not_make_a_part_of_an_average_whole(pair, tmp_path):
+    content = {"model": state(pair[1]), "ema": {"inp.weight": pair[0].inp.weight.detach()}}
+    with pytest.raises(ValueError, match="look like averages"):
+        load(content, tmp_path / "a.pt", lambda: Net().requires_grad_(False))
+    assert_same(
+        load(BOTH["diffusers' EMAModel"](*pair), tmp_path / "a.pt", lambda: Net().requires_grad_(False)), pair[0]
+    )
+
+
+def test_lists_without_names_are_weights_where_they_are_averages(pair, tmp_path):
+    content = {"model": state(pair[1]), "updates": shadow(pair[0], trainable=False)}
+    assert_same(load(content, tmp_path / "a.pt"), pair[1])
+
+
+def test_snapshots_without_a_factory(pair, tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"ema": pair[0], "augment_pipe": nn.Linear(2, 2), "loss_fn": None}))
+    assert_same(fastens.load_members([path], allow_pickle=True)[0], pair[0])
+    with pytest.raises(ValueError, match=r"holds the networks \['augment_pipe', 'ema'\]; say which by key="):
+        fastens.load_members([path], ema=False, allow_pickle=True)[0]
+    assert isinstance(fastens.load_members([path], key="augment_pipe", allow_pickle=True)[0], nn.Linear)
+
+
+def test_a_key_for_each_member(pair, tmp_path):
+    torch.save({"ema": {"stds": [0.05, 0.1], "emas": [state(net) for net in pair]}}, tmp_path / "a.pt")
+    members = fastens.load_members([tmp_path / "a.pt"] * 2, Net, key=["ema.emas.[0]", "ema.emas.[1]"])
+    for member, net in zip(members, pair, strict=True):
+        assert_same(member, net)
+    with pytest.raises(ValueError, match="key names 2 dictionaries for 1 checkpoints"):
+        fastens.load_members([tmp_path / "a.pt"], Net, key=["a", "b"])
 
 
 def test_averages_alone(pair, tmp_path):
