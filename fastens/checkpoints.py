@@ -219,14 +219,15 @@ def load_ensemble(
         raise ValueError(f"checkpoint {directory} has no {_CONFIG}, so it is no saved ensemble")
     config = _checked(file, containers.read_json(file))
     num_members, settings = config["num_members"], config["settings"]
-    if factory is not None:
-        member = factory()
-    elif config.get("member_config") is not None:
-        name = config["member_class"].rpartition(":")[2]
-        member = described.make(file, name, config["member_config"])
-    else:
+    if factory is None and config.get("member_config") is None:
         raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
     stacks = containers.read_safetensors(directory / _STACKS)
+    if factory is not None:
+        member = factory()
+    else:
+        name = config["member_class"].rpartition(":")[2]
+        numbers = sum(stack.numel() for stack in stacks.values())
+        member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
     kind = MCDropout if "masks" in settings else Ensemble  # masks have one set of weights
@@ -274,14 +275,18 @@ def _shown(value: Any) -> str:
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     masks = {name: saved[name] for name in ("masks", "p", "seed") if name in saved}
-    options: dict[str, Any] = {name: None for name in inspect.signature(check_settings).parameters}
+    known = inspect.signature(check_settings).parameters
+    options = {name: None if each.default is each.empty else each.default for name, each in known.items()}
+    unknown = sorted(saved.keys() - options.keys() - masks.keys())
+    if unknown:
+        raise ValueError(f"settings has {unknown[:3]}, expected {', '.join(options)}")
     options.update({name: value for name, value in saved.items() if name not in masks})
     if options["schedule"] is not None:
         options["schedule"] = schedules.from_dict(options["schedule"])
     max_fold = options["max_fold"]
     if max_fold is not None and (not isinstance(max_fold, int) or isinstance(max_fold, bool)):
         raise ValueError(f"max_fold is {_shown(max_fold)}, expected a number of rows")
-    settings = check_settings(**options)  # an unknown name is a TypeError
+    settings = check_settings(**options)
     if masks:
         _check_masks(**masks)
     return {**settings, **masks}

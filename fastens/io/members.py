@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,8 +37,9 @@ def load_member(path: Path, factory: Factory | None, wish: Wish, trusted: bool) 
         path, wish = folders.model_folder(path, wish)
     elif wish.variant is not None:
         raise ValueError(f"variant={wish.variant!r} chooses among the files of a folder, and {path} is a file")
-    make = factory or (_diffusers_factory(path) if folder else None)
+    config = _config(path) if folder and factory is None else {}
     contents = folders.read(path, wish, trusted) if folder else containers.read(path, trusted)
+    make = factory or (_diffusers_factory(path, config, contents) if folder else None)
     if make is None:
         return _held(contents, wish).eval()
     network = _made(make)
@@ -64,7 +66,7 @@ def _made(make: Factory) -> nn.Module:
     return network
 
 
-def _diffusers_factory(folder: Path) -> Factory:
+def _config(folder: Path) -> dict[str, Any]:
     file = folder / folders.CONFIG
     if not file.is_file():
         raise ValueError(
@@ -72,7 +74,13 @@ def _diffusers_factory(folder: Path) -> Factory:
             "the network"
         )
     config = containers.read_json(file)
-    return lambda: described.make(file, config.get("_class_name"), config)
+    described.diffusers_class(file, config.get("_class_name"))
+    return config
+
+
+def _diffusers_factory(folder: Path, config: dict[str, Any], contents: Contents) -> Factory:
+    numbers = sum(entry.tensor.numel() for entry in contents.entries)
+    return lambda: described.make(folder / folders.CONFIG, config.get("_class_name"), config, numbers)
 
 
 def _held(contents: Contents, wish: Wish) -> nn.Module:

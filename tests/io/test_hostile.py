@@ -305,6 +305,7 @@ BAD_MEMBERS = [
     {"down_block_types": ["NoSuchBlock", "DownBlock2D"]},
     {"act_fn": 3},
     {"norm_num_groups": 0},
+    {"block_out_channels": [2**17, 2**17]},
     {"quantization_config": {"quant_method": "bitsandbytes"}},
 ]
 

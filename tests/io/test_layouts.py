@@ -1,6 +1,7 @@
 """Which weights of a file are taken: in every layout of training code the average, or the weights beside it."""
 
 import argparse
+import copy
 import itertools
 import pickle
 
@@ -143,11 +144,10 @@ def test_other_networks_are_not_passed_over(beside, ema, pair, tmp_path):
 
 def test_a_frozen_factory_does_not_make_a_part_of_an_average_whole(pair, tmp_path):
     content = {"model": state(pair[1]), "ema": {"inp.weight": pair[0].inp.weight.detach()}}
+    factory = lambda: Net().requires_grad_(False)  # noqa: E731
     with pytest.raises(ValueError, match="look like averages"):
-        load(content, tmp_path / "a.pt", lambda: Net().requires_grad_(False))
-    assert_same(
-        load(BOTH["diffusers' EMAModel"](*pair), tmp_path / "a.pt", lambda: Net().requires_grad_(False)), pair[0]
-    )
+        load(content, tmp_path / "a.pt", factory)
+    assert_same(load(BOTH["diffusers' EMAModel"](*pair), tmp_path / "a.pt", factory), pair[0])
 
 
 def test_lists_without_names_are_weights_where_they_are_averages(pair, tmp_path):
@@ -303,3 +303,44 @@ def test_a_factory_that_returns_one_network_makes_members_of_their_own(pair, tmp
     members = list(fastens.load_members([tmp_path / "0.pt", tmp_path / "1.pt"], lambda: one))
     assert_same(members[0], pair[0])
     assert_same(members[1], pair[1])
+
+
+def average_by_a_library(kind, net, steps=3):
+    """An average of ``net`` under some updates by the library itself: what it saves, and its network."""
+    if kind == "torch":
+        average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+        step, network = lambda: average.update_parameters(net), average.module
+    elif kind == "ema-pytorch":
+        average = pytest.importorskip("ema_pytorch").EMA(net, beta=0.9, update_after_step=0, update_every=1)
+        step, network = average.update, average.ema_model
+    else:
+        average = pytest.importorskip("diffusers.training_utils").EMAModel(net.parameters())
+        step, network = lambda: average.step(net.parameters()), copy.deepcopy(net)
+    for k in range(steps):
+        with torch.no_grad():
+            for p in net.parameters():
+                p += 0.1 * (k + 1)
+        step()
+    if kind == "diffusers":
+        average.copy_to(network.parameters())
+    return average.state_dict(), network
+
+
+@pytest.mark.parametrize("kind", ["torch", "ema-pytorch", "diffusers"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_averages_as_the_libraries_themselves_save_them(kind, beside, tmp_path):
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))
+    saved, expected = average_by_a_library(kind, net)
+    content = {"model": net.state_dict(), "ema": saved} if beside else saved
+    factory = lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))  # noqa: E731
+    assert not torch.equal(expected[0].weight, net[0].weight)
+    assert_same(load(content, tmp_path / "a.pt", factory), expected)
+    if beside:
+        assert_same(load(content, tmp_path / "a.pt", factory, ema=False), net)
+
+
+def test_a_file_is_what_its_first_bytes_say(pair, tmp_path):
+    save_file(state(pair[0]), tmp_path / "a.ckpt")
+    torch.save(state(pair[0]), tmp_path / "a.pkl")
+    for name in ("a.ckpt", "a.pkl"):
+        assert_same(fastens.load_members([tmp_path / name], Net)[0], pair[0])
