@@ -285,13 +285,13 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
     directory = Path(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
-    schedule = ensemble._settings["schedule"]
+    prediction = ensemble._settings["prediction"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
         "shared": sorted(ensemble._engine.shared),
-        "settings": {**ensemble._settings, "schedule": schedule and schedule.to_dict()},
+        "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
@@ -352,8 +352,10 @@ def load_ensemble(
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     settings = {"aggregate_in": None, **config["settings"]}
-    schedule = settings.get("schedule")
-    settings["schedule"] = schedules.from_dict(schedule) if schedule else None
+    said = schedules.prediction_from_dict(settings.get("prediction"))
+    schedule = settings.get("schedule")  # apart from the prediction in older files
+    said = said.filled(schedule=schedules.from_dict(schedule) if schedule else None)
+    settings.update(prediction=said, schedule=said.schedule)
     content = (skeleton, wanted, shared)
     return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, content, False, kind)
 

@@ -33,8 +33,9 @@ class EDMEnsemble(Ensemble):
         return min(self._members_levels("sigma_max"))
 
     @property
-    def _noise_schedule(self) -> schedules.Schedule:
-        return super()._noise_schedule or schedules.EDM()  # their time is sigma, whatever they were trained with
+    def _prediction(self) -> schedules.Prediction:
+        # Their time is sigma and they give the data, whatever they were trained with.
+        return super()._prediction.filled(kind="x0", schedule=schedules.EDM())
 
     def _check_members(self) -> None:
         if self._engine is not None:
