@@ -5,12 +5,21 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+    VQDiffusionScheduler,
+)
 from torch import nn
 
 import fastens
+import fastens.demo
 from fastens import schedules
 from fastens.evaluation import Denoiser, sample
 from fastens.parameterisation import convert
@@ -174,8 +183,6 @@ def test_sources_that_contradict_each_other_are_named():
             members(6), prediction=Prediction(variances=False), schedule=DDPMScheduler(variance_type="learned")
         )
     with pytest.raises(ValueError, match="VQDiffusionScheduler"):
-        from diffusers import VQDiffusionScheduler
-
         fastens.Ensemble(members(), schedule=VQDiffusionScheduler(num_vec_classes=8))
     with pytest.raises(TypeError, match="prediction is a int"):
         fastens.Ensemble(members(), prediction=3)
@@ -241,7 +248,7 @@ def test_a_denoiser_says_what_its_ensemble_says():
     assert Denoiser(fastens.Ensemble(members()), STEPS).prediction.kind == "epsilon"
     assert Denoiser(members()[0], DDIMScheduler(prediction_type="sample")).prediction.kind == "x0"
     for wrong in ({"prediction": "epsilon"}, {"schedule": schedules.VP()}):
-        with pytest.raises(ValueError, match="by the denoiser's arguments, but .* by the ensemble"):
+        with pytest.raises(ValueError, match=r"by the denoiser's arguments, but .* by the ensemble"):
             Denoiser(ensemble, **wrong)
     with pytest.raises(ValueError, match="expected the noise schedule"):
         Denoiser(members()[0])
@@ -284,3 +291,80 @@ def test_a_preconditioned_network_is_sampled_as_its_denoiser(method):
         for denoiser in (Denoiser(known, schedule, "x0"), Denoiser(wrapped, scheduler))
     )
     assert relative_error(inner, outer) < 1e-4
+
+
+# What members and folders say
+
+
+def test_the_parameterization_of_a_compvis_model_is_read():
+    from fastens.interop.k_diffusion import CompVis
+
+    class Latent(Network):
+        parameterization = "v"
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("alphas_cumprod", torch.linspace(0.99, 0.01, 10))
+
+        def apply_model(self, x, t, cond):
+            return self(x, t)
+
+    networks = [CompVis(Latent()) for _ in range(2)]
+    assert Denoiser(fastens.Ensemble(networks), STEPS).prediction.kind == "v"
+    with pytest.raises(ValueError, match="'epsilon' by prediction=, but 'v' by parameterization 'v'"):
+        fastens.Ensemble(networks, prediction="epsilon")
+
+
+def test_edm_networks_give_the_data():
+    class Precond(Network):
+        sigma_min, sigma_max = 0.0, float("inf")
+
+        def round_sigma(self, sigma):
+            return sigma
+
+    said = Denoiser(fastens.Ensemble([Precond() for _ in range(2)])).prediction
+    assert said == Prediction("x0", schedules.EDM())
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), DDIMScheduler(prediction_type="v_prediction")], ids=repr)
+def test_the_evaluation_reads_a_folders_scheduler_as_its_own_class(scheduler, tmp_path):
+    from fastens.evaluation.subjects import from_files
+
+    folders = fastens.demo.member_paths("digits")[:2]
+    torch_data = tmp_path / "data.npy"
+    np.save(torch_data, np.zeros((4, 1, 8, 8), np.float32))
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    subject = from_files(folders, torch_data, tmp_path / "scheduler", None, 17, None)
+    assert subject.prediction == schedules.prediction_of(scheduler)
+    with pytest.raises(ValueError, match="by prediction=, but"):
+        from_files(folders, torch_data, tmp_path / "scheduler", "x0", 17, None)
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="expected a scheduler"):
+        from_files(folders, torch_data, tmp_path / "scheduler", None, 17, None)
+
+
+def test_flow_networks_whose_pipelines_change_time_or_sign_are_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from fastens.interop.diffusers import check_flow_network
+
+    said = schedules.prediction_of(FlowMatchEulerDiscreteScheduler())
+    check_flow_network("SD3Transformer2DModel", said)
+    check_flow_network("UNet2DConditionModel", said)
+    check_flow_network("FluxTransformer2DModel", Prediction("flow", schedules.Flow()))
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel.*schedule=fastens.schedules.Flow"):
+        check_flow_network("FluxTransformer2DModel", said)
+    tiny = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32,), "attention_head_dim": 8,
+            "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 8}  # fmt: skip
+
+    class Renamed(UNet2DModel):
+        pass
+
+    Renamed.__name__ = "FluxLike"
+    networks = [Renamed(**tiny) for _ in range(2)]
+    options = {"schedule": FlowMatchEulerDiscreteScheduler()}
+    fastens.Ensemble(networks, "geometric", **options)  # no conversion, no time to be read
+    with pytest.raises(ValueError, match="FluxLike"):
+        fastens.Ensemble(networks, "geometric", aggregate_in="x0", **options)
+    fastens.Ensemble(networks, "geometric", aggregate_in="x0", prediction="flow", schedule=schedules.Flow())

@@ -62,7 +62,7 @@ def sample(
             "eta in [0, 1]"
         )
     settings = dict(steps=steps, eta=eta, clip=clip, batch_size=batch_size, seed=seed, shape=shape)
-    identity = dict(rule=denoiser.rule.to_dict(), schedule=denoiser.schedule.to_dict(), settings=settings)
+    identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
     parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)
     batches = []

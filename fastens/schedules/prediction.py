@@ -31,6 +31,7 @@ class Prediction:
             said, all are. Networks for inpainting and super-resolution take an image beside the noise.
         variances: whether the second half of the output's channels are variances, which every rule averages; not said,
             they are where the output has twice as many channels as x and else its shape.
+        source: the scheduler that the schedule was read from, if it was; not a part of the value.
 
     Raises:
         ValueError: an unknown kind or scaling, one without the sigma_data that it needs, or no such channels.
@@ -43,6 +44,7 @@ class Prediction:
     input_scaling: str | None = None
     noisy_channels: tuple[int, int] | None = None
     variances: bool | None = None
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the fields, and keep a number of channels as a range."""
@@ -89,8 +91,8 @@ class Prediction:
         Raises:
             ValueError: they contradict each other; the message names the field and both values.
         """
-        said = {}
-        for field in dataclasses.fields(self):
+        said: dict[str, Any] = {"source": other.source if self.schedule is None else self.source}
+        for field in _fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)
             same = agree(a, b) if isinstance(a, Schedule) and isinstance(b, Schedule) else a == b
             if a is not None and b is not None and not same:
@@ -103,12 +105,17 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that were said as JSON-able values."""
-        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        said = {f.name: getattr(self, f.name) for f in _fields(self) if getattr(self, f.name) is not None}
         if self.schedule is not None:
             said["schedule"] = self.schedule.to_dict()
         if self.noisy_channels is not None:
             said["noisy_channels"] = list(self.noisy_channels)
         return said
+
+
+def _fields(prediction: Prediction) -> list[dataclasses.Field[Any]]:
+    """Those that are part of the value."""
+    return [field for field in dataclasses.fields(prediction) if field.compare]
 
 
 def prediction_from_dict(data: Mapping[str, Any] | str | None) -> Prediction:

@@ -7,6 +7,7 @@ each against its ``step``.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -97,7 +98,10 @@ def prediction_of(scheduler: Any) -> Prediction:
             contradicts itself.
     """
     name = _known_name(scheduler)
-    config = scheduler.config
+    return dataclasses.replace(_read(name, scheduler, scheduler.config), source=type(scheduler).__name__)
+
+
+def _read(name: str, scheduler: Any, config: Any) -> Prediction:
     if name in _PRECONDITIONED:
         return _preconditioned(name, config)
     if name == "ScoreSdeVeScheduler":
