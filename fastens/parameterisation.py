@@ -150,7 +150,7 @@ def resolve(
     if not isinstance(prediction, str | Prediction | None):
         raise TypeError(f"prediction is a {type(prediction).__name__}, expected a name or a Prediction")
     given = prediction if isinstance(prediction, Prediction) else Prediction(prediction)
-    found = given.with_(read(schedule), "prediction=", "schedule=" if _plain(schedule) else described(schedule))
+    found = given.with_(read(schedule), "prediction=", source_of(schedule))
     if aggregate_in is not None and aggregate_in != found.kind:
         check_kind("aggregate_in", aggregate_in, PREDICTIONS)
         if found.kind is None:
@@ -160,7 +160,13 @@ def resolve(
                 f"aggregate_in={aggregate_in!r} with prediction={found.kind!r} needs schedule=, the noise schedule "
                 "that the members were trained with: one of fastens.schedules, or the diffusers scheduler"
             )
+        found.check_said()
     return found, aggregate_in, found.schedule
+
+
+def source_of(schedule: Any) -> str:
+    """A schedule or scheduler as messages name it."""
+    return f"schedule={read(schedule).source or ''}" if _plain(schedule) else described(schedule)
 
 
 def _plain(schedule: Any) -> bool:
@@ -175,7 +181,7 @@ def read(schedule: Any) -> Prediction:
         TypeError: it is neither.
     """
     if _plain(schedule):
-        return Prediction(schedule=schedule)
+        return getattr(schedule, "said", None) or Prediction(schedule=schedule)
     if not hasattr(schedule, "config"):
         raise TypeError(
             f"schedule is a {type(schedule).__name__}, expected one of fastens.schedules, or a diffusers scheduler as "

@@ -255,7 +255,25 @@ def test_a_denoiser_says_what_its_ensemble_says():
     with pytest.raises(ValueError, match="with x alone"):
         Denoiser(members()[0], STEPS, Prediction("v", noisy_channels=2))
     with pytest.raises(ValueError, match="expected its shape"):
-        Denoiser(members(4)[0], STEPS).predicted(batch(), torch.tensor(400))
+        Denoiser(members(4)[0], STEPS).at(batch(), torch.tensor(400))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(prediction_type="v_prediction"), EDMEulerScheduler()], ids=repr)
+def test_what_a_scheduler_says_goes_with_the_schedule_that_is_read_from_it(scheduler):
+    schedule = schedules.from_scheduler(scheduler)
+    for given in (schedule, copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert Denoiser(members()[0], given).prediction == schedules.prediction_of(scheduler)
+        assert given == schedules.from_dict(schedule.to_dict())
+    with pytest.raises(ValueError, match="'epsilon' by prediction=, but"):
+        Denoiser(members()[0], schedule, "epsilon")
+
+
+def test_the_schedule_alone_of_a_preconditioned_network_is_too_little():
+    schedule = schedules.EDM(log_time=True)
+    with pytest.raises(ValueError, match="kind is not said"):
+        Denoiser(members()[0], schedule)
+    with pytest.raises(ValueError, match="input_scaling is not said"):
+        fastens.Ensemble(members(), prediction="epsilon", aggregate_in="x0", schedule=schedule)
 
 
 class Preconditioned(nn.Module):

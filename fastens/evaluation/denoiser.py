@@ -14,7 +14,6 @@ from fastens.ensemble import Ensemble
 from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Prediction, Schedule, per_sample
-from fastens.schedules.schedulers import described
 
 
 class Denoiser:
@@ -44,12 +43,12 @@ class Denoiser:
         conditioning: Mapping[str, Any] | None = None,
     ) -> None:
         given = prediction if isinstance(prediction, Prediction) else Prediction(prediction)
-        source = "schedule=" if schedule is None or isinstance(schedule, Schedule) else described(schedule)
-        found = given.with_(parameterisation.read(schedule), "prediction=", source)
+        found = given.with_(parameterisation.read(schedule), "prediction=", parameterisation.source_of(schedule))
         if isinstance(model, Ensemble):
             found = found.with_(model._prediction, "the denoiser's arguments", "the ensemble")
         if found.schedule is None:
             raise ValueError("schedule: expected the noise schedule that the model was trained under, got none")
+        found.check_said()
         if found.noisy_channels is not None:
             raise ValueError(
                 f"noisy_channels is {found.noisy_channels}, but a denoiser calls model(x, t) with x alone; wrap the "
@@ -86,7 +85,7 @@ class Denoiser:
             output = self.model.member_outputs(self._input(x, t), self._network_time(x, t), **self.conditioning)
             output = output[0] if isinstance(output, tuple | list) else output
             return self._predicted(output, x)
-        return self.predicted(x, t).unsqueeze(0)
+        return self.at(x, t).unsqueeze(0)
 
     def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
         """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
@@ -117,7 +116,7 @@ class Denoiser:
 
     def epsilon(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise that the model, or the ensemble by its rule, finds in ``x`` [B, ...]."""
-        return self.to_epsilon(self.predicted(x, t), x, t)
+        return self.to_epsilon(self.at(x, t), x, t)
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
         """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
@@ -168,7 +167,7 @@ class Denoiser:
         factor = parameterisation.input_factor(self.prediction, t)
         return x if factor is None else (x * per_sample(factor, x)).to(x.dtype)
 
-    def predicted(self, x: Tensor, t: Tensor) -> Tensor:
+    def at(self, x: Tensor, t: Tensor) -> Tensor:
         """What the model, or the ensemble by its rule, predicts of ``x`` [B, ...] at a time, or one per sample [B]."""
         return self._called(x, self._input(x, t), self._network_time(x, t))
 

@@ -120,7 +120,7 @@ def _trajectory(
 def _predicted(denoiser: Denoiser, x: Tensor, t: Tensor, rows: Tensor, step: int, seed: int) -> Tensor:
     rule: rules.Rule = denoiser.rule
     if not rule.random:
-        return denoiser.predicted(x, t)
+        return denoiser.at(x, t)
     offset = 0 if rule.per_trajectory else step + 1
     member = draw_members(seed, offset, denoiser.num_members, int(rows[-1]) + 1)[rows].to(x.device)
     return denoiser.outputs(x, t)[member, torch.arange(len(x), device=x.device)]

@@ -60,11 +60,13 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
 def from_scheduler(scheduler: Any) -> Schedule:
     """Return the schedule that a diffusers scheduler was configured with: of what the network takes as its input.
 
-    What the network predicts, and how its input is scaled, is in :func:`prediction_of`.
+    What the network predicts, and how its input is scaled, is in :func:`prediction_of`, and goes with this schedule to
+    the ensembles and denoisers that it is given to.
 
     Raises:
         ValueError: a scheduler whose process is none of those here, or whose config contradicts itself.
     """
-    schedule = prediction_of(scheduler).schedule
-    assert schedule is not None
-    return schedule
+    said = prediction_of(scheduler)
+    assert said.schedule is not None
+    object.__setattr__(said.schedule, "said", said)
+    return said.schedule

@@ -76,6 +76,17 @@ class Prediction:
                 )
             object.__setattr__(self, "noisy_channels", channels)
 
+    def check_said(self) -> None:
+        """Raise ValueError where the schedule is of networks inside EDM's preconditioning and no more is said."""
+        inside = getattr(self.schedule, "log_time", False) or getattr(self.schedule, "atan_time", False)
+        if inside and (self.kind is None or self.input_scaling is None):
+            missing = "kind" if self.kind is None else "input_scaling"
+            raise ValueError(
+                f"{missing} is not said, and {self.schedule} is of networks inside EDM's preconditioning, which give "
+                "neither noise nor data; pass the diffusers scheduler itself as schedule=, or prediction="
+                "fastens.schedules.Prediction('edm', sigma_data=..., input_scaling='unit_variance')"
+            )
+
     def filled(self, **said: Any) -> Prediction:
         """The same, with fields that were not said taken from ``said``."""
         return dataclasses.replace(self, **{name: v for name, v in said.items() if getattr(self, name) is None})
