@@ -227,20 +227,23 @@ def predicted_channels(prediction: Prediction, x: Tensor, shape: torch.Size) -> 
         shape: of the output of one member, [B, C', ...].
 
     Raises:
-        ValueError: variances were said, and the output has no halves.
+        ValueError: variances were said, and the output is not twice the noisy channels, else of the input's shape.
     """
+    full = shape[1] if len(shape) > 1 else 1
     if prediction.variances is False or (prediction.variances is None and len(shape) < 2):
-        return shape[1] if len(shape) > 1 else 1
-    if prediction.variances:
-        if len(shape) < 2 or shape[1] % 2:
-            raise ValueError(
-                f"the output is {list(shape)}, expected an even number of channels, of which the second half are "
-                "variances; a network without them takes variances=False"
-            )
-        return shape[1] // 2
-    start, stop = prediction.noisy_channels or (0, x.shape[1] if x.ndim > 1 else 0)
-    doubled = x.ndim == len(shape) and shape[1] == 2 * (stop - start) and shape[2:] == x.shape[2:]
-    return shape[1] // 2 if doubled else shape[1]
+        return full
+    alike = x.ndim == len(shape) > 1 and shape[2:] == x.shape[2:]
+    noisy = prediction.noisy_channels
+    if prediction.variances is None:
+        start, stop = noisy or (0, x.shape[1] if x.ndim > 1 else 0)
+        return full // 2 if alike and full == 2 * (stop - start) else full
+    if not alike or full % 2 or (noisy is not None and full != 2 * (noisy[1] - noisy[0])) or full > 2 * x.shape[1]:
+        expected = "twice as many channels as are noisy" if noisy is None else f"{2 * (noisy[1] - noisy[0])} channels"
+        raise ValueError(
+            f"the output is {list(shape)} for an input {list(x.shape)}, expected {expected}, of which the second half "
+            "are variances, and else the input's shape; a network without variances takes variances=False"
+        )
+    return full // 2
 
 
 def path_input(prediction: Prediction, x: Tensor, t: Any, channels: int) -> Tensor:

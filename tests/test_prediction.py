@@ -138,6 +138,15 @@ def test_twice_the_channels_are_variances_unless_said_otherwise(make, said):
     assert relative_error(found, wanted) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("given", "out", "said"), [(3, 3, {}), (3, 8, {}), (6, 6, {"noisy_channels": 2})], ids=["odd", "too many", "others"]
+)
+def test_variances_that_are_not_there_are_an_error(given, out, said):
+    ensemble = fastens.Ensemble(members(out, given), "dominant", prediction=Prediction(variances=True, **said))
+    with pytest.raises(ValueError, match="takes variances=False"):
+        ensemble(batch(given), 400)
+
+
 def test_an_output_that_is_no_prediction_is_an_error_where_it_would_be_converted():
     class Two(Network):
         def forward(self, x, t):
@@ -382,7 +391,10 @@ def test_flow_networks_whose_pipelines_change_time_or_sign_are_refused():
     Renamed.__name__ = "FluxLike"
     networks = [Renamed(**tiny) for _ in range(2)]
     options = {"schedule": FlowMatchEulerDiscreteScheduler()}
-    fastens.Ensemble(networks, "geometric", **options)  # no conversion, no time to be read
+    plain = fastens.Ensemble(networks, "geometric", **options)  # no conversion, no time to be read
+    plain.rule = fastens.rules.NoiseDependentMean(((0.5, 0.5),), (0.0,))
+    with pytest.raises(ValueError, match="FluxLike"):
+        plain(torch.zeros(1, 3, 8, 8), 400)
     with pytest.raises(ValueError, match="FluxLike"):
         fastens.Ensemble(networks, "geometric", aggregate_in="x0", **options)
     fastens.Ensemble(networks, "geometric", aggregate_in="x0", prediction="flow", schedule=schedules.Flow())

@@ -27,6 +27,14 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
 
     def _check_members(self) -> None:
         super()._check_members()
+        self._check_times()
+
+    def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_times()  # the rule may be another one by now
+        return super()._aggregation(args, kwargs)
+
+    def _check_times(self) -> None:
+        """Raise where the schedule is to be read at the network's times, and what those are is not known."""
         said, target = self._prediction, self._settings["aggregate_in"]
         if target not in (None, said.kind) or self.rule.needs_noise_level:
             member = next(self.network.children()) if self._engine is None else self._engine.skeleton
