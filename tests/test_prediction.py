@@ -212,8 +212,7 @@ def test_it_is_a_value(said, tmp_path):
     assert schedules.prediction_from_dict(json.loads(json.dumps(said.to_dict()))) == said
     assert pickle.loads(pickle.dumps(said)) == said
     assert hash(copy.deepcopy(said)) == hash(said)
-    networks = members()
-    fastens.Ensemble(networks, "median", prediction=said).save_pretrained(tmp_path)
+    fastens.Ensemble(members(), "median", prediction=said).save_pretrained(tmp_path)
     assert fastens.Ensemble.from_pretrained(tmp_path, Network)._prediction == said
 
 
@@ -351,6 +350,8 @@ def test_edm_networks_give_the_data():
 
     said = Denoiser(fastens.Ensemble([Precond() for _ in range(2)])).prediction
     assert said == Prediction("x0", schedules.EDM())
+    with pytest.raises(ValueError, match="'epsilon' by prediction=, but 'x0' by EDM's networks"):
+        fastens.Ensemble([Precond() for _ in range(2)], prediction="epsilon")
 
 
 @pytest.mark.parametrize("scheduler", [EDMEulerScheduler(), DDIMScheduler(prediction_type="v_prediction")], ids=repr)
@@ -358,17 +359,16 @@ def test_the_evaluation_reads_a_folders_scheduler_as_its_own_class(scheduler, tm
     from fastens.evaluation.subjects import from_files
 
     folders = fastens.demo.member_paths("digits")[:2]
-    torch_data = tmp_path / "data.npy"
-    np.save(torch_data, np.zeros((4, 1, 8, 8), np.float32))
+    np.save(data := tmp_path / "data.npy", np.zeros((4, 1, 8, 8), np.float32))
     scheduler.save_pretrained(tmp_path / "scheduler")
-    subject = from_files(folders, torch_data, tmp_path / "scheduler", None, 17, None)
+    subject = from_files(folders, data, tmp_path / "scheduler", None, 17, None)
     assert subject.prediction == schedules.prediction_of(scheduler)
     with pytest.raises(ValueError, match="by prediction=, but"):
-        from_files(folders, torch_data, tmp_path / "scheduler", "x0", 17, None)
+        from_files(folders, data, tmp_path / "scheduler", "x0", 17, None)
     config = tmp_path / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="expected a scheduler"):
-        from_files(folders, torch_data, tmp_path / "scheduler", None, 17, None)
+        from_files(folders, data, tmp_path / "scheduler", None, 17, None)
 
 
 def test_flow_networks_whose_pipelines_change_time_or_sign_are_refused():

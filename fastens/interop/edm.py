@@ -35,9 +35,11 @@ class EDMEnsemble(Ensemble):
     @property
     def _prediction(self) -> schedules.Prediction:
         # Their time is sigma and they give the data, whatever they were trained with.
-        return super()._prediction.filled(kind="x0", schedule=schedules.EDM())
+        gives = schedules.Prediction("x0")
+        return super()._prediction.with_(gives, "prediction=", "EDM's networks").filled(schedule=schedules.EDM())
 
     def _check_members(self) -> None:
+        _ = self._prediction  # raises where the members contradict what was said
         if self._engine is not None:
             return
         first, *others = self.network.children()
