@@ -156,13 +156,13 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
     directory = Path(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
-    schedule = ensemble._settings["schedule"]
+    prediction = ensemble._settings["prediction"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
         "shared": sorted(ensemble._engine.shared),
-        "settings": {**ensemble._settings, "schedule": schedule and schedule.to_dict()},
+        "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
@@ -281,6 +281,7 @@ def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"settings has {unknown[:3]}, expected {', '.join(options)}")
     options.update({name: value for name, value in saved.items() if name not in masks})
+    options["prediction"] = schedules.prediction_from_dict(options["prediction"])
     if options["schedule"] is not None:
         options["schedule"] = schedules.from_dict(options["schedule"])
     max_fold = options["max_fold"]
