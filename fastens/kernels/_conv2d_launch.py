@@ -82,8 +82,8 @@ class Tiles:
     splits: int
 
     def blocks(self, sources: tuple[int, ...]) -> int:
-        """How many blocks of channels x, and skip, are taken in."""
-        return sum(-(-channels // self.block_k) for channels in sources)
+        """How many blocks of channels x, and skip, are taken in; an empty one where there are no channels."""
+        return max(1, sum(-(-channels // self.block_k) for channels in sources))
 
     def evenness(
         self, x: Tensor, sources: tuple[int, ...], y: Tensor, weight: Tensor, stride: Sequence[int]
@@ -94,7 +94,7 @@ class Tiles:
         _, weight_o, weight_c, _, _ = weight.stride()
         farthest = max(lines * width * max(sources), self.block_n * weight_o + self.block_k * weight_c)
         return {
-            "EVEN_K": all(channels % self.block_k == 0 for channels in sources),
+            "EVEN_K": any(sources) and all(channels % self.block_k == 0 for channels in sources),
             "EVEN_N": y.shape[1] % self.block_n == 0,
             "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
         }

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastens.kernels._conv2d import finish
+from fastens.kernels._conv2d import finish, has_whole_groups
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
 from fastens.reference.group_moments import SPAN, counts
@@ -45,6 +45,7 @@ def conv2d_tma_kernel(
     # The sums are transposed: the compiler leaves the left operand in shared memory only where it is loaded as it is,
     # and the right one, here the box of x, where it is reshaped too.
     acc = tl.zeros([BLOCK_N, ROWS * PLACES], tl.float32)
+    tl.assume(steps > 0)  # the products of a loop that may be empty are not in flight
     for step in range(steps):
         tap = step % (TAPS_H * TAPS_W)
         channel = step // (TAPS_H * TAPS_W) * BLOCK_K
@@ -66,7 +67,7 @@ def conv2d_tma_kernel(
     valid = (at_row < end) & (at_h < out_height) & (at_w < out_width)
     finish(
         acc.T, y, bias, row_bias, residual, moments, member.to(tl.int64), row, row < end, at_row,
-        at_h * out_width + at_w, valid, first_column + tl.arange(0, BLOCK_N), outputs, out_height * out_width,
+        at_h * out_width + at_w, valid, first_column, outputs, out_height * out_width,
         place_tile, tiles_down * tiles_across, output_scale, OUTPUT_ACTIVATION, tl.float32, ROWS, PLACES, BLOCK_N,
         PER_GROUP,
     )  # fmt: skip
@@ -171,7 +172,7 @@ def conv2d_tma(
         pixels, at_h, at_w = (1, height * width), 1, height * width  # a product of matrices: places in one line
     tile = tile_for(size, rows // num_members, at_h, at_w)
     per_group = outputs // num_groups if num_groups else 1
-    with_moments = num_groups > 0 and tile.spans and block_n % per_group == 0 and not per_group & (per_group - 1)
+    with_moments = num_groups > 0 and tile.spans and has_whole_groups(block_n, per_group)
     box = [tile.rows, tile.height, tile.width, block_k]
     if stride[0] == 1:
         lengths = [rows, *pixels, channels]
