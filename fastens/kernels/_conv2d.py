@@ -326,12 +326,12 @@ def finish_part(
         tl.store(moments + to + 1, scatter, found)
 
 
-PART = tl.constexpr(128)  # output channels that are finished at a time: the registers hold a part twice, in two orders
+PART = 64  # output channels that are finished at a time: the registers hold a part twice, in two orders
 
 
-def has_whole_groups(block_n: int, per_group: int) -> bool:
+def has_whole_groups(block_n: int, per_group: int, part: int = PART) -> bool:
     """Whether each part of block_n output channels is of whole groups of per_group, whose moments it takes itself."""
-    return min(block_n, PART.value) % per_group == 0 and not per_group & (per_group - 1)
+    return min(block_n, part) % per_group == 0 and not per_group & (per_group - 1)
 
 
 @triton.jit
@@ -339,16 +339,16 @@ def finish(
     acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, first_column, outputs,
     space, span_index, spans,
     output_scale: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
-    BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Finish the sums acc [ROWS * PLACES, BLOCK_N], whose channels begin with first_column, as :func:`finish_part`."""
+    """Finish the sums acc [ROWS * PLACES, BLOCK_N], from channel first_column on, PART channels at a time."""
     if BLOCK_N > PART:
         halves = tl.split(tl.permute(tl.reshape(acc, [ROWS * PLACES, 2, BLOCK_N // 2]), [0, 2, 1]))
         for i in tl.static_range(2):
             finish(
                 halves[i], y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid,
                 first_column + i * (BLOCK_N // 2), outputs, space, span_index, spans, output_scale, ACTIVATION, WIDE,
-                ROWS, PLACES, BLOCK_N // 2, PER_GROUP,
+                ROWS, PLACES, BLOCK_N // 2, PER_GROUP, PART,
             )  # fmt: skip
     else:
         finish_part(

@@ -31,7 +31,7 @@ def conv2d_tma_kernel(
     before, row_tiles, tiles_down, tiles_across, output_tiles, steps,
     output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr,
     STRIDE: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
+    TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result: ROWS rows, TILE_H by TILE_W places of each, BLOCK_N channels."""
     PLACES: tl.constexpr = TILE_H * TILE_W
@@ -69,7 +69,7 @@ def conv2d_tma_kernel(
         acc.T, y, bias, row_bias, residual, moments, member.to(tl.int64), row, row < end, at_row,
         at_h * out_width + at_w, valid, first_column, outputs, out_height * out_width,
         place_tile, tiles_down * tiles_across, output_scale, OUTPUT_ACTIVATION, tl.float32, ROWS, PLACES, BLOCK_N,
-        PER_GROUP,
+        PER_GROUP, PART,
     )  # fmt: skip
 
 
@@ -172,7 +172,8 @@ def conv2d_tma(
         pixels, at_h, at_w = (1, height * width), 1, height * width  # a product of matrices: places in one line
     tile = tile_for(size, rows // num_members, at_h, at_w)
     per_group = outputs // num_groups if num_groups else 1
-    with_moments = num_groups > 0 and tile.spans and has_whole_groups(block_n, per_group)
+    part = 16 * num_warps  # channels of which each warp holds as many, so that no number changes warps to halve a tile
+    with_moments = num_groups > 0 and tile.spans and has_whole_groups(block_n, per_group, part)
     box = [tile.rows, tile.height, tile.width, block_k]
     if stride[0] == 1:
         lengths = [rows, *pixels, channels]
@@ -194,7 +195,8 @@ def conv2d_tma(
             output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, PRECISION="tf32" if tf32 else "ieee",
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             STRIDE=stride[0], TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tile.rows, TILE_H=tile.height, TILE_W=tile.width,
-            BLOCK_N=block_n, BLOCK_K=block_k, PER_GROUP=per_group, num_warps=num_warps, num_stages=num_stages,
+            BLOCK_N=block_n, BLOCK_K=block_k, PER_GROUP=per_group, PART=part, num_warps=num_warps,
+            num_stages=num_stages,
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found
 

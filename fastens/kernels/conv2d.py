@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._conv2d import (
+    PART,
     channels_of_steps,
     finish,
     has_whole_groups,
@@ -41,7 +42,7 @@ def conv2d_kernel(
     output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
     member, begin, first, end, row, row_exists, at_row, place, valid, first_column, place_tile = place_of_tile(
@@ -82,7 +83,7 @@ def conv2d_kernel(
             finish(
                 acc, y, bias, row_bias, residual, out_moments, member, row, row_exists, at_row, place, valid,
                 first_column, outputs, out_height * out_width, place_tile, place_tiles, output_scale,
-                OUTPUT_ACTIVATION, WIDE, ROWS, PLACES, BLOCK_N, PER_GROUP,
+                OUTPUT_ACTIVATION, WIDE, ROWS, PLACES, BLOCK_N, PER_GROUP, PART,
             )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def conv2d(
             SPLITS=tiles.splits, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
+            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=PART, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

@@ -73,7 +73,7 @@ def conv2d_sum_kernel(
     if arrived_last:
         finish(
             total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, first_column, outputs,
-            out_height * out_width, place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1,
+            out_height * out_width, place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1, BLOCK_N,
         )  # fmt: skip
 
 
