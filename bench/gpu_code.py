@@ -6,7 +6,6 @@ the text of ``ptxas -v`` and of ``nvdisasm``, both of Triton's wheel, so that no
 
 import contextlib
 import dataclasses
-import math
 import re
 import subprocess
 import tempfile
@@ -49,14 +48,15 @@ class Target:
 
 @contextlib.contextmanager
 def compiling(capability=90):
-    """Within it every launch compiles instead; yields a list to which (kernel's name, programs, binary) are added."""
+    """Within it every launch compiles instead; yields a list to which (name, grid, constants, binary) are added."""
     if interpreting():
         raise RuntimeError("kernels are compiled in a process without TRITON_INTERPRET, and it is set")
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
         binary = run(self, *arguments, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, math.prod(grid) if isinstance(grid, tuple) else None, binary))
+        constants = {name: value for name, value in options.items() if isinstance(value, int | str)}
+        compiled.append((self.fn.__name__, grid if isinstance(grid, tuple) else (), constants, binary))
         return binary
 
     with (
@@ -92,7 +92,8 @@ class Code:
     """A kernel's machine code: resources, ptxas's complaint if it has one, loop, widths of access to global memory."""
 
     kernel: str
-    programs: int | None
+    grid: tuple[int, ...]
+    constants: dict[str, int | str]
     warps: int
     registers: int
     spilled: int
@@ -121,7 +122,7 @@ class Code:
         )
 
 
-def read(kernel, programs, binary):
+def read(kernel, grid, constants, binary):
     """The :class:`Code` of a compiled kernel; ptxas runs again, since Triton keeps no message of it."""
     architecture = "sm_90a" if binary.metadata.target.arch == 90 else f"sm_{binary.metadata.target.arch}a"
     newer = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in compiler_text() else []
@@ -135,7 +136,7 @@ def read(kernel, programs, binary):
     complaints = [line for line in log.splitlines() if re.search(r"\(C\d+\)|warning", line)]
     names = [name for name, _ in instructions]
     return Code(
-        kernel, programs, binary.metadata.num_warps, int(re.search(r"Used (\d+) registers", log)[1]),
+        kernel, grid, constants, binary.metadata.num_warps, int(re.search(r"Used (\d+) registers", log)[1]),
         sum(map(int, re.findall(r"(\d+) bytes spill stores", log))), binary.metadata.shared, "\n".join(complaints),
         len(instructions), loops, dict(Counter(width(name) for name in names if name.startswith("STG"))),
         dict(Counter(width(name) for name in names if name.startswith(("LDG.", "LDGSTS")))),

@@ -13,6 +13,7 @@ import torch
 
 from bench.gpu_code import Code, Loop, compiling, read
 from bench.gpu_launches import K, convolutions
+from fastens.ops import _sum_ways
 from fastens.ops._block_ways import CHOICE
 
 KEPT = Path("build/gpu-code")
@@ -32,11 +33,10 @@ def launched(conv, batch, dtype):
         if name != "library" and way.refuses(*block) is None:
             calls[name] = lambda way=way: way.run(*block)
     if conv.summed:
-        from fastens.kernels.conv2d_sum import conv2d_sum
-
         norm = (block.moments, block.norm_weight, block.norm_bias, block.eps, block.scale, block.shift)
         call = (block.x, block.weight, block.bias, MEAN, block.stride, block.padding, *norm, block.activation)
-        calls = {"sum": lambda: conv2d_sum(*call)}
+        ways = _sum_ways.CHOICE.ways.items()
+        calls = {f"sum {name}": lambda way=way: way.run(*call) for name, way in ways if way.refuses(*call) is None}
     return calls
 
 
@@ -52,13 +52,13 @@ def codes(conv, batch, dtype, ways=None):
     return found
 
 
-def kept(kernel, programs, binary):
+def kept(kernel, grid, constants, binary):
     """As :func:`bench.gpu_code.read`, once per kernel."""
     file = KEPT / f"{binary.hash}.json"
     if file.exists():
         content = json.loads(file.read_text())
     else:
-        content = dataclasses.asdict(read(kernel, programs, binary))
+        content = dataclasses.asdict(read(kernel, grid, constants, binary))
         KEPT.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content))
     content["loops"] = tuple(
@@ -69,7 +69,7 @@ def kept(kernel, programs, binary):
         for loop in content["loops"]
     )  # fmt: skip
     widths = {name: {int(k): v for k, v in content[name].items()} for name in ("stores", "loads")}
-    return dataclasses.replace(Code(**content | widths), programs=programs)
+    return dataclasses.replace(Code(**content | widths), grid=grid, constants=constants)
 
 
 def main():

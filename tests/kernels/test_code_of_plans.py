@@ -10,7 +10,7 @@ import pytest
 
 from tests.kernels.test_ahead_of_time import MAX_REGISTERS_OF_PRODUCTS, MAX_SHARED_OF_DESCRIPTORS, needs_triton
 
-SAMPLE = ("songunet", "256", "--sample", "9", "--ways", "triton", "triton wide", "tma 128x128", "tma 128x256", "sum")
+SAMPLE = ("songunet", "256", "--sample", "9", "--ways", "triton", "triton wide", "tma 128x128", "tma 128x256")
 OF_PRODUCTS = ("conv2d_kernel", "conv2d_tma_kernel", "conv2d_sum_kernel")
 BESIDE = {"tma 64x128": 2, "tma 128x128": 2, "tma 128x256": 1}  # blocks of a multiprocessor, at 16 bits
 
@@ -79,7 +79,7 @@ def test_a_loop_that_drains_its_products_is_seen(monkeypatch, in_flight):
     assert [name for name, _ in instructions][-1] == "STG.E.128"
     (loop,) = loops
     assert (loop.products, loop.waits, loop.instructions) == (((128, 16),), (in_flight,), 5)
-    code = Code("k", 1, 8, 128, 0, 98304, "", 6, loops, {}, {})
+    code = Code("k", (1,), {}, 8, 128, 0, 98304, "", 6, loops, {}, {})
     assert code.in_flight is bool(in_flight)
     assert code.blocks == 2
     assert [width(name) for name in ("STG.E.128", "STG.E.U16", "STG.E", "LDGSTS.E.BYPASS.128")] == [16, 2, 4, 16]
