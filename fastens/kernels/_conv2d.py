@@ -243,8 +243,8 @@ def products(
                 value = (value - mean) * factor + offset
             value = activated_on_load(value, ACTIVATION)
             if mask is not None:  # by a product: what is no number stays it
-                place = (mask_row * height + at_h) * width + at_w
-                bits = kept(mask, place, inside, channel + of_block, channel // 32, tl.cdiv(channels, 32), MASK_WORDS)
+                word = (mask_row * height + at_h) * width + at_w
+                bits = kept(mask, word, inside, channel + of_block, channel // 32, tl.cdiv(channels, 32), MASK_WORDS)
                 value *= bits.to(WIDE) * mask_scale
             a = tl.where(found, value, 0.0).to(a.dtype)  # padding is zero behind the norm
         at = weight_corner + tl.cast(channel, tl.int64) * weight_c + tap_h * weight_h + tap_w * weight_w

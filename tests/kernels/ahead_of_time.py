@@ -324,6 +324,7 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "tma 128x256 bf16 3x3 32x32/1",
     "tma 128x128 f32 3x3 16x16/2",
     "conv2d skip bf16 8x8 B=1",
+    "conv2d masked bf16",
 }
 
 
