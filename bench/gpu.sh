@@ -40,8 +40,9 @@ fi
 export FASTENS_BENCH_COMMIT="$commit"
 cache=$PWD/build/bench-cache/tests  # what tests measure is of no use to anybody
 failed=0
-packed=${FASTENS_PACKED:-$out/results.tar.gz}
 [ -f "$out/results.tar.gz" ] && tar -xzf "$out/results.tar.gz" -C "$out" --skip-old-files
+[ -d build/bench-cache ] || rm -f "$out"/{prepared,library,forest}.done  # another machine, which has none of them
+packed=${FASTENS_PACKED:-$out/results.tar.gz}
 
 pack() {  # whole or not at all
   local partial
