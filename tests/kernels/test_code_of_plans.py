@@ -86,3 +86,28 @@ def test_a_loop_that_drains_its_products_is_seen(monkeypatch, in_flight):
     assert code.in_flight is bool(in_flight)
     assert code.blocks == 2
     assert [width(name) for name in ("STG.E.128", "STG.E.U16", "STG.E", "LDGSTS.E.BYPASS.128")] == [16, 2, 4, 16]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_model_counts_steps_waves_and_what_is_drained(monkeypatch):
+    """A convolution whose products alone count, by hand: 36 steps of 512 cycles, in as many waves as there are."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from bench import gpu_model
+    from bench.gpu_code import Code, Loop
+    from bench.gpu_launches import Convolution
+
+    monkeypatch.setattr(gpu_model, "START", 0)
+    conv = Convolution(256, 256, 3, 32, 32, padding=1)
+    size = {"ROWS": 1, "PLACES": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+
+    def products(blocks, splits=1, waits=(1,)):
+        loop = Loop(0, {}, ((128, 16),) * 4, waits, ())
+        code = Code("conv2d_kernel", (blocks, splits), size, 8, 128, 0, 98304, "", 0, (loop,), {}, {})
+        return gpu_model.time_of_kernel(conv, code, gpu_model.work_of_convolution(conv, 1)).products
+
+    cycle = 1 / gpu_model.CLOCK
+    assert products(132) == pytest.approx(36 * 512 * cycle)
+    assert products(133) == pytest.approx(2 * 36 * 512 * cycle)  # one multiprocessor has two, and is waited for
+    assert products(44, splits=3) == pytest.approx(12 * 512 * cycle)
+    assert products(132, waits=(0,)) == pytest.approx(36 * (512 + gpu_model.DRAIN) * cycle)
+    assert gpu_model.work_of_convolution(conv, 1).operations == 2 * 5 * 32 * 32 * 256 * 256 * 9
