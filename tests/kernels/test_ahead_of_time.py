@@ -23,7 +23,6 @@ MAX_SHARED_OF_WIDE = 163 * 1024  # bytes: wide tiles are refused before sm_90, w
 MAX_SHARED_OF_DESCRIPTORS = 227 * 1024  # bytes, what compute capabilities 9.0 and 10.0 give a block
 MAX_STACK_OF_WAVES = 56  # bytes: sine and cosine each keep seven words of 2/pi there, for the range of large arguments
 WAVES = ("pointwise_kernel", "normal_kernel", "sampler_step_kernel")
-MAX_LOCAL = 16  # bytes: sm_100 keeps that of a split sum of float32 where a stack would be
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
 
@@ -68,7 +67,7 @@ def check_descriptors(row, capability):
     """Both operands are loaded in bulk and read from shared memory, and nothing is spilled."""
     assert row["registers"] <= MAX_REGISTERS_OF_PRODUCTS, row
     assert row["stack"] <= (0 if capability == 90 else MAX_STACK_OF_PRODUCTS), row
-    assert row["local"] <= (0 if capability == 90 else MAX_LOCAL), row
+    assert row["local"] == 0, row
     assert row["shared"] <= MAX_SHARED_OF_DESCRIPTORS, row
     of_one_image = row["launch"].endswith(("32x32/1", "16x16/1"))  # whose results are 128 places or more
     if capability == 90 and of_one_image and row["launch"].startswith("tma 128x128 bf16"):  # two on a multiprocessor
