@@ -39,6 +39,15 @@ def tanh(x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def divided(x, y, WIDE: tl.constexpr):
+    """x / y rounded to nearest, as torch has it: Triton's own division of float32 is an approximation."""
+    if tl.float32 == WIDE:
+        x, y = tl.broadcast(x, y)
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
 def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr):
     """Instruction WHICH on its operands."""
     OPCODE: tl.constexpr = CODE[WHICH]
@@ -50,7 +59,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "MULTIPLY":
         x = x * y
     elif OPCODE == "DIVIDE":
-        x = x / y
+        x = divided(x, y, WIDE)
     elif OPCODE == "ADD_NUMBER":
         x = x + tl.full([1, 1], NUMBER, WIDE)
     elif OPCODE == "MULTIPLY_NUMBER":
@@ -58,7 +67,9 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "NUMBER_MINUS":
         x = tl.full([1, 1], NUMBER, WIDE) - x
     elif OPCODE == "NUMBER_OVER":
-        x = tl.full([1, 1], NUMBER, WIDE) / x
+        x = divided(tl.full([1, 1], NUMBER, WIDE), x, WIDE)
+    elif OPCODE == "DIVIDE_NUMBER":
+        x = divided(x, tl.full([1, 1], NUMBER, WIDE), WIDE)
     elif OPCODE == "SILU":
         x = activated(x, "silu")
     elif OPCODE == "GELU":
@@ -78,7 +89,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "COS":
         x = tl.cos(x)
     elif OPCODE == "SQRT":
-        x = tl.sqrt(x)
+        x = tl.sqrt_rn(x) if tl.float32 == WIDE else tl.sqrt(x)
     elif OPCODE == "SQUARE":
         x = x * x
     elif OPCODE == "RELU":
