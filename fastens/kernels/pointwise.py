@@ -40,7 +40,7 @@ def tanh(x, WIDE: tl.constexpr):
 
 @triton.jit
 def divided(x, y, WIDE: tl.constexpr):
-    """x / y rounded to nearest, as torch has it: Triton's own division of float32 is an approximation."""
+    """The quotient rounded to nearest, as torch has it: Triton's own division of float32 is an approximation."""
     if tl.float32 == WIDE:
         x, y = tl.broadcast(x, y)
         return tl.div_rn(x, y)
@@ -191,6 +191,7 @@ def pointwise(
             COPIES=set(names) == {"COPY"}, LONG=outer_size + outer_block > SHORT, OUTER=outer_block, INNER=inner_block,
             WIDE=tl.float64 if any(x.dtype == torch.float64 for x in inputs) else tl.float32,
             num_warps=max(1, outer_block * inner_block // 256),
+            enable_fp_fusion=False,  # a product and a sum round one after the other, as in the network
         )  # fmt: skip
     return out
 

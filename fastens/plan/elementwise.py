@@ -7,6 +7,8 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
+
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import argument, lowers, pending, same_view
@@ -52,6 +54,8 @@ def unary(emitter: Emitter, node: Node) -> bool:
         opcode = Opcode.GELU_TANH if argument(node, 1, "approximate", "none") == "tanh" else Opcode.GELU
     else:
         opcode = UNARY[name]
+    if opcode is Opcode.LOG and not emitter.typed and out.dtype == torch.float32:
+        return False  # torch's own: embeddings multiply log(sigma) by 100 to 1000, and with it what its last bit is off
     activation = _IN_STEP.get(opcode)
     if activation is not None and x.dtype in emitter.floats:
         before = pending(emitter, x)

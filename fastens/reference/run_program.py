@@ -205,7 +205,7 @@ _INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
     Opcode.ADD_NUMBER: lambda a, b, number: a + number,
     Opcode.MULTIPLY_NUMBER: lambda a, b, number: a * number,
     Opcode.NUMBER_MINUS: lambda a, b, number: number - a,
-    Opcode.NUMBER_OVER: lambda a, b, number: number / a,
+    Opcode.NUMBER_OVER: lambda a, b, number: torch.full_like(a, number) / a,
     Opcode.SILU: lambda a, b, number: F.silu(a),
     Opcode.GELU: lambda a, b, number: F.gelu(a.double()),  # in float32, torch has NaN for inf
     Opcode.GELU_TANH: lambda a, b, number: F.gelu(a, approximate="tanh"),
