@@ -39,6 +39,20 @@ def tanh(x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def exponential(x, WIDE: tl.constexpr):
+    """2**n exp(x - n log 2): Triton's own takes x / log 2 in float32, and is off by as many units as that is large."""
+    if tl.float32 != WIDE:
+        return tl.exp(x)
+    clipped = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))
+    n = tl.floor(tl.where(clipped == clipped, clipped, 0.0) * 1.44269504 + 0.5)  # 0 for NaN, which is no integer
+    rest = (clipped - n * 0.693359375) + n * 2.12194440e-4
+    whole = n.to(tl.int32)
+    half = whole >> 1  # 2**n in two factors, since n reaches 128 and -150
+    scale = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.exp(rest) * scale * ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def divided(x, y, WIDE: tl.constexpr):
     """The quotient rounded to nearest, as torch has it: Triton's own division of float32 is an approximation."""
     if tl.float32 == WIDE:
@@ -81,7 +95,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "TANH":
         x = tanh(x, WIDE)
     elif OPCODE == "EXP":
-        x = tl.exp(x)
+        x = exponential(x, WIDE)
     elif OPCODE == "LOG":
         x = tl.log(x)
     elif OPCODE == "SIN":
