@@ -213,11 +213,15 @@ struct Finish {
 FASTENS_INLINE Finish finish_of(const Conv& step, const Slots& slots, int64_t member, int64_t row) {
   const float *const bias = slots.at(step.bias), *const row_vector = slots.at(step.row_vector);
   return {bias ? bias + member * step.bias_member : nullptr,
-          row_vector ? row_vector + row * step.row_vector_row : nullptr, static_cast<float>(step.mask_out.scale),
-          static_cast<float>(step.scale), static_cast<float>(step.divisor), static_cast<Activation>(step.act_out)};
+          row_vector ? row_vector + row * step.row_vector_row : nullptr,
+          static_cast<float>(step.mask_out.scale),
+          static_cast<float>(step.scale),
+          static_cast<float>(step.divisor),
+          static_cast<Activation>(step.act_out)};
 }
 
-// Bias, row vector, mask, residual, scale, divisor and activation of a register of channels from c, of which `left` exist.
+// Bias, row vector, mask, residual, scale, divisor and activation of a register of channels from c, of which `left`
+// exist.
 FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const uint16_t* words,
                            const float* residual, float* out) {
   if (how.bias) v += load(how.bias + c);
