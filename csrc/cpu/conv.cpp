@@ -180,7 +180,7 @@ Tensor conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int
   step.weight_member = padded * in.channels * taps;
   step.bias = bias ? place(kBias) : -1;
   step.bias_member = padded;
-  step.scale = 1;
+  step.scale = step.divisor = 1;
   step.out = {place(kOutput), result.row(), result.width * outputs, outputs, outputs, result.rows};
   const int64_t num_threads = torch::stable::get_num_threads();
   cut(step, num_threads);

@@ -39,6 +39,29 @@ def tanh(x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def exponential(x, WIDE: tl.constexpr):
+    """2**n exp(x - n log 2): Triton's own takes x / log 2 in float32, and is off by as many units as that is large."""
+    if tl.float32 != WIDE:
+        return tl.exp(x)
+    clipped = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))
+    n = tl.floor(tl.where(clipped == clipped, clipped, 0.0) * 1.44269504 + 0.5)  # 0 for NaN, which is no integer
+    rest = (clipped - n * 0.693359375) + n * 2.12194440e-4
+    whole = n.to(tl.int32)
+    half = whole >> 1  # 2**n in two factors, since n reaches 128 and -150
+    scale = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.exp(rest) * scale * ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def divided(x, y, WIDE: tl.constexpr):
+    """The quotient rounded to nearest, as torch has it: Triton's own division of float32 is an approximation."""
+    if tl.float32 == WIDE:
+        x, y = tl.broadcast(x, y)
+        return tl.div_rn(x, y)
+    return x / y
+
+
+@triton.jit
 def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr):
     """Instruction WHICH on its operands."""
     OPCODE: tl.constexpr = CODE[WHICH]
@@ -50,7 +73,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "MULTIPLY":
         x = x * y
     elif OPCODE == "DIVIDE":
-        x = x / y
+        x = divided(x, y, WIDE)
     elif OPCODE == "ADD_NUMBER":
         x = x + tl.full([1, 1], NUMBER, WIDE)
     elif OPCODE == "MULTIPLY_NUMBER":
@@ -58,7 +81,9 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "NUMBER_MINUS":
         x = tl.full([1, 1], NUMBER, WIDE) - x
     elif OPCODE == "NUMBER_OVER":
-        x = tl.full([1, 1], NUMBER, WIDE) / x
+        x = divided(tl.full([1, 1], NUMBER, WIDE), x, WIDE)
+    elif OPCODE == "DIVIDE_NUMBER":
+        x = divided(x, tl.full([1, 1], NUMBER, WIDE), WIDE)
     elif OPCODE == "SILU":
         x = activated(x, "silu")
     elif OPCODE == "GELU":
@@ -70,7 +95,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "TANH":
         x = tanh(x, WIDE)
     elif OPCODE == "EXP":
-        x = tl.exp(x)
+        x = exponential(x, WIDE)
     elif OPCODE == "LOG":
         x = tl.log(x)
     elif OPCODE == "SIN":
@@ -78,7 +103,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     elif OPCODE == "COS":
         x = tl.cos(x)
     elif OPCODE == "SQRT":
-        x = tl.sqrt(x)
+        x = tl.sqrt_rn(x) if tl.float32 == WIDE else tl.sqrt(x)
     elif OPCODE == "SQUARE":
         x = x * x
     elif OPCODE == "RELU":
@@ -180,6 +205,7 @@ def pointwise(
             COPIES=set(names) == {"COPY"}, LONG=outer_size + outer_block > SHORT, OUTER=outer_block, INNER=inner_block,
             WIDE=tl.float64 if any(x.dtype == torch.float64 for x in inputs) else tl.float32,
             num_warps=max(1, outer_block * inner_block // 256),
+            enable_fp_fusion=False,  # a product and a sum round one after the other, as in the network
         )  # fmt: skip
     return out
 

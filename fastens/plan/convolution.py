@@ -80,6 +80,7 @@ def convolution(emitter: Emitter, value: Convolved, at: At) -> None:
             or_none(value.runs.members),
             mask_step(source.mask),
             mask_step(value.mask),
+            float(value.divisor),
             tasks=tiling.tasks,
         )
     )

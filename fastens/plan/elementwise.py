@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
+
+import torch
 
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
@@ -51,6 +54,8 @@ def unary(emitter: Emitter, node: Node) -> bool:
         opcode = Opcode.GELU_TANH if argument(node, 1, "approximate", "none") == "tanh" else Opcode.GELU
     else:
         opcode = UNARY[name]
+    if opcode is Opcode.LOG and not emitter.typed and out.dtype == torch.float32:
+        return False  # torch's own: embeddings multiply log(sigma) by 100 to 1000, and with it what its last bit is off
     activation = _IN_STEP.get(opcode)
     if activation is not None and x.dtype in emitter.floats:
         before = pending(emitter, x)
@@ -110,26 +115,38 @@ def binary(emitter: Emitter, node: Node) -> bool:
 def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: float) -> bool:
     if opcode is Opcode.SUBTRACT:
         opcode, number = Opcode.ADD, -number
-    if opcode is Opcode.DIVIDE:
-        if number == 0:
-            return False
+    if opcode is Opcode.ADD:
+        return express(emitter, out, Opcode.ADD_NUMBER, (x,), number)
+    if opcode is Opcode.DIVIDE and has_exact_reciprocal(number):
         opcode, number = Opcode.MULTIPLY, 1 / number
-    if opcode is Opcode.MULTIPLY:
-        ordinary = partial(express, emitter, out, Opcode.MULTIPLY_NUMBER, (x,), number)
-        if kept_scores(emitter, x, out, number, ordinary):
+    divides = opcode is Opcode.DIVIDE
+    numbered = Opcode.DIVIDE_NUMBER if divides else Opcode.MULTIPLY_NUMBER
+    # the one place where the reciprocal stands for a division: in an exponent of softmax, whose own error is larger;
+    # what reads the scores otherwise gets them divided
+    factor = 1 / number if divides and number else number
+    ordinary = partial(express, emitter, out, numbered, (x,), number)
+    if number and kept_scores(emitter, x, out, factor, ordinary):
+        return True
+    if not divides and number == 1.0 and x.size == out.size and x.stride == out.stride:
+        value = emitter.values.get(x.storage)
+        if value is not None and emitter.uses[x.storage] == 1 and x.offset == 0 and _moved(value, x, out):
+            emitter.values[out.storage] = value
             return True
-        if number == 1.0 and x.size == out.size and x.stride == out.stride:
-            value = emitter.values.get(x.storage)
-            if value is not None and emitter.uses[x.storage] == 1 and x.offset == 0 and _moved(value, x, out):
-                emitter.values[out.storage] = value
-                return True
-        before = pending(emitter, x)
-        if before is not None and before.activation is Activation.NONE and relaid(before, out):
-            before.scale *= number
-            emitter.values[out.storage] = before
-            return True
-    numbered = Opcode.ADD_NUMBER if opcode is Opcode.ADD else Opcode.MULTIPLY_NUMBER
+    before = pending(emitter, x)
+    free = before is not None and before.activation is Activation.NONE and not before.scaled
+    if divides and emitter.typed:  # launches of convolutions only multiply
+        free = False
+    if before is not None and free and relaid(before, out):
+        before.scale, before.divisor = (1.0, number) if divides else (number, 1.0)
+        emitter.values[out.storage] = before
+        return True
     return express(emitter, out, numbered, (x,), number)
+
+
+def has_exact_reciprocal(number: float) -> bool:
+    """Whether ``x / number`` and ``x * (1 / number)`` are one in float32 for every x: of powers of two."""
+    mantissa, exponent = math.frexp(number)
+    return abs(mantissa) == 0.5 and abs(exponent - 1) <= 126
 
 
 def _moved(value: Any, x: Ref, out: Ref) -> bool:
@@ -155,7 +172,7 @@ def row_vector(emitter: Emitter, ref: Ref, out: Ref) -> tuple[At, int] | None:
 
 def _added(emitter: Emitter, out: Ref, x: Ref, other: Ref) -> bool:
     before = pending(emitter, x)
-    if before is None or before.scale != 1.0 or before.activation is not Activation.NONE or x.size != out.size:
+    if before is None or before.scaled or before.activation is not Activation.NONE or x.size != out.size:
         return False
     if before.row_vector is None and before.residual is None and before.mask is None:
         vector = row_vector(emitter, other, out)

@@ -87,7 +87,7 @@ class LaunchPlan:
         slots = {Slot.ARGUMENTS + i: ref.dtype for i, ref in enumerate((*self._inputs, *results))}
         first = Slot.ARGUMENTS + len(self._inputs)
         outputs = [View(first + i, 0, ref.size, contiguous(ref.size)) for i, ref in enumerate(results)]
-        flow = Dataflow(Launches(emitter, backend).list, outputs, slots, emitter.buffer)
+        flow = Dataflow(Launches(emitter, device, backend).list, outputs, slots, emitter.buffer)
         merge(flow, self._inputs, constants)
         self._launches, self._outputs = flow.launches, flow.outputs.args[1]
         self._slots = {view.where: (view.size, dtype) for view, dtype in zip(outputs, self._dtypes, strict=True)}

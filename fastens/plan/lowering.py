@@ -41,8 +41,9 @@ class _Statistics:
 class Launches:
     """The launches of the steps of an emitter, in order."""
 
-    def __init__(self, emitter: TypedEmitter, backend: str) -> None:
+    def __init__(self, emitter: TypedEmitter, device: torch.device, backend: str) -> None:
         self.emitter = emitter
+        self.device = device
         self.backend = backend
         self.inputs = emitter.recording.inputs
         self.list: list[Launch] = []
@@ -312,13 +313,20 @@ class Launches:
         for i in range(step.num_instructions):
             word, number = step.instructions[2 * i : 2 * i + 2]
             word = int(word)
-            code.append((Opcode(word & 0xFFFF), word >> 16 & 0xFFFF, word >> 32, float(number)))
+            opcode, number = self._as_torch(Opcode(word & 0xFFFF), float(number))
+            code.append((opcode, word >> 16 & 0xFFFF, word >> 32, number))
         inputs = [self._operand(x, step.sizes) for x in step.inputs[: step.num_inputs]]
         self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code, backend=self.backend)
         written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
         self._joined = {
             key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
         }
+
+    def _as_torch(self, opcode: Opcode, number: float) -> tuple[Opcode, float]:
+        """On CUDA torch itself multiplies by a reciprocal where it divides by a number: by that which it takes."""
+        if opcode is not Opcode.DIVIDE_NUMBER or self.device.type != "cuda":
+            return opcode, number
+        return Opcode.MULTIPLY_NUMBER, (torch.ones((), device=self.device) / number).item()
 
     def _layer_norm(self, step: steps.LayerNorm) -> None:
         size = (step.rows, step.tokens, step.channels)

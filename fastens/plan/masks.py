@@ -54,7 +54,7 @@ def drop(emitter: Emitter, node: Node) -> bool:
 
 def _is_linear(before: Convolved) -> bool:
     """Whether nothing was taken into a convolution that comes behind a mask."""
-    nothing = before.mask is None and before.residual is None and before.scale == 1.0
+    nothing = before.mask is None and before.residual is None and not before.scaled
     return nothing and before.activation is steps.Activation.NONE
 
 

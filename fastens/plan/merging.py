@@ -82,7 +82,8 @@ def _added(flow: Dataflow, launch: Launch) -> None:
         settings, result = before.kwargs, before.args[0]
         free = settings["output_activation"] == "none" and "found" not in settings and flow.is_settled(before)
         if added:
-            free = free and settings["residual"] is None and settings["output_scale"] == 1
+            free = free and settings["residual"] is None
+        free = free and settings["output_scale"] == 1  # two numbers as their product would round once, not twice
         if not free or not _covers(inputs[i], result) or flow.writer(out) is None:
             continue
         if any(flow.dtype(view) != flow.dtype(result) for view in (out, *inputs)):
@@ -92,7 +93,7 @@ def _added(flow: Dataflow, launch: Launch) -> None:
         if new is None or not new.is_dense() or (added and (residual is None or not residual.is_dense())):
             continue
         before.args = (new, *before.args[1:])
-        settings["output_scale"] *= factor
+        settings["output_scale"] = factor
         settings["residual"] = residual if added else settings["residual"]
         flow.launches.remove(before)
         flow.swap(launch, before)

@@ -182,7 +182,13 @@ class Convolved:
     mask: Mask | None = None  # before the residual is added
     residual: Pixels | None = None
     scale: float = 1.0
+    divisor: float = 1.0
     activation: Activation = Activation.NONE
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a number follows already: two as their product would round once where the network rounds twice."""
+        return self.scale != 1.0 or self.divisor != 1.0
 
 
 @dataclasses.dataclass(frozen=True)

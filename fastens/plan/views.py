@@ -36,14 +36,18 @@ def origin(emitter: Emitter, ref: Ref, scaled: bool = False) -> Origin:
     Args:
         emitter: knows which those are.
         ref: the view.
-        scaled: follow multiplications by a number too.
+        scaled: follow multiplications and divisions by a number too; only for what goes into softmax, since the scale
+            is the product of factors and reciprocals, rounded once.
     """
     dims: list[Factors] = [[(n, s)] if n > 1 else [] for n, s in zip(ref.size, ref.stride, strict=True)]
     storage, offset, dtype, scale = ref.storage, ref.offset, ref.dtype, 1.0
     while isinstance(value := emitter.values.get(storage), Expression):
         root, number = value.root, 1.0
-        if scaled and isinstance(root, Apply) and root.opcode is Opcode.MULTIPLY_NUMBER:
-            root, number = root.operands[0], root.number
+        if scaled and isinstance(root, Apply) and root.opcode in (Opcode.MULTIPLY_NUMBER, Opcode.DIVIDE_NUMBER):
+            number = 1 / root.number if root.opcode is Opcode.DIVIDE_NUMBER and root.number else root.number
+            if not number:
+                break
+            root = root.operands[0]
         if not isinstance(root, Leaf) or root.ref.size != value.ref.size or not root.ref.dtype.is_floating_point:
             break
         found = followed(value.ref, root.ref, offset, dims)

@@ -68,6 +68,7 @@ class Opcode(enum.IntEnum):
     SQUARE = 19
     RELU = 20
     ABS = 21
+    DIVIDE_NUMBER = 22
 
 
 def address(slot: int, num_bytes: int) -> int:
@@ -188,6 +189,7 @@ class Conv(Step):
     members: int = NONE
     mask_in: Mask = dataclasses.field(default_factory=Mask)
     mask_out: Mask = dataclasses.field(default_factory=Mask)
+    divisor: float = 1.0  # of what is multiplied by `scale`
 
 
 @dataclasses.dataclass

@@ -35,8 +35,9 @@ BINARY: dict[Opcode, Callable[[Any, Any], Tensor]] = {
 NUMBERED: dict[Opcode, Callable[[Tensor, float], Tensor]] = {
     Opcode.ADD_NUMBER: torch.add,
     Opcode.MULTIPLY_NUMBER: torch.mul,
+    Opcode.DIVIDE_NUMBER: torch.div,
     Opcode.NUMBER_MINUS: lambda x, number: number - x,
-    Opcode.NUMBER_OVER: lambda x, number: number / x,
+    Opcode.NUMBER_OVER: lambda x, number: torch.full_like(x, number) / x,  # torch has a reciprocal and a product
 }
 
 

@@ -140,7 +140,7 @@ def _conv(step: steps.Conv, memory: _Memory) -> None:
     y = y * memory.scale(step.mask_out, step.rows, step.out_channels, step.out_h, step.out_w)
     if step.residual.at >= 0:
         y = y + memory.image(step.residual, step.rows, step.out_h, step.out_w)
-    y = _activated(y * step.scale, step.act_out)
+    y = _activated(y * step.scale / step.divisor, step.act_out)
     out, size = step.out, (step.rows, step.out_h, step.out_w, step.out_channels)
     memory.view(out.at, size, (out.row, out.y, out.x, 1)).copy_(y.permute(0, 2, 3, 1))
 
@@ -205,7 +205,7 @@ _INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
     Opcode.ADD_NUMBER: lambda a, b, number: a + number,
     Opcode.MULTIPLY_NUMBER: lambda a, b, number: a * number,
     Opcode.NUMBER_MINUS: lambda a, b, number: number - a,
-    Opcode.NUMBER_OVER: lambda a, b, number: number / a,
+    Opcode.NUMBER_OVER: lambda a, b, number: torch.full_like(a, number) / a,
     Opcode.SILU: lambda a, b, number: F.silu(a),
     Opcode.GELU: lambda a, b, number: F.gelu(a.double()),  # in float32, torch has NaN for inf
     Opcode.GELU_TANH: lambda a, b, number: F.gelu(a, approximate="tanh"),
@@ -219,6 +219,7 @@ _INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
     Opcode.SQUARE: lambda a, b, number: a.square(),
     Opcode.RELU: lambda a, b, number: a.relu(),
     Opcode.ABS: lambda a, b, number: a.abs(),
+    Opcode.DIVIDE_NUMBER: lambda a, b, number: a / number,
 }
 
 

@@ -36,6 +36,7 @@ from fastens.kernels.normal import normal
 from fastens.kernels.pointwise import pointwise
 from fastens.kernels.sampler_step import sampler_step
 from fastens.program.steps import Opcode
+from fastens.reference.pointwise import BINARY, NUMBERED
 
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
@@ -74,6 +75,7 @@ def resources(kernel):
         "shared": kernel.metadata.shared,
         "bulk loads": ptx.count("cp.async.bulk.tensor"),
         "matrix loads": ptx[: max(map(ptx.rfind, PRODUCTS))].count("ldmatrix"),  # behind the products parts are joined
+        "inexact": sorted(set(re.findall(r"\b(?:fma|div\.full|\w+\.approx)[\w.]*", ptx))),
         "widest load": max((int(n) * int(b) // 8 for n, b in re.findall(WIDE_LOAD, ptx)), default=0),
         "tensor cores": "wgmma"
         if "wgmma" in ptx
@@ -190,6 +192,9 @@ def launches():
     every = list(Opcode)
     chain = ([x], every, list(range(len(every))), [0] * len(every), [0.1] * len(every))
     yield "pointwise f64", lambda: pointwise(*chain)
+    codes = [*BINARY, *NUMBERED, Opcode.SQRT, Opcode.SQUARE]
+    arithmetic = ([torch.empty(shape)] * 2, codes, list(range(1, 1 + len(codes))), [0] * len(codes), [0.1] * len(codes))
+    yield "pointwise arithmetic", lambda: pointwise(*arithmetic)
     yield "dropout f64", lambda: dropout(x, torch.arange(10), None, 0.5, 1, 0, "gelu")
     for dtype, short in ((torch.float32, "f32 in full precision"), (torch.double, "f64")):
         weight = torch.empty(5, 48, 3, 3, 64, dtype=dtype).movedim(4, 2)
@@ -309,6 +314,7 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "attention bf16 R=5 T=256 D=256",
     "attention bf16 R=320 T=256 D=256",
     "pointwise of all f32",
+    "pointwise arithmetic",
     "draw_bits places bf16",
     "draw_bits odd f32",
     "apply_bits bf16",

@@ -56,6 +56,8 @@ def check_compiled(capability, *options):
         assert row["stack"] <= (MAX_STACK_OF_PRODUCTS if products and capability != 90 else stack), row
         assert row["local"] == 0, row
         assert row["shared"] <= (MAX_SHARED_OF_WIDE if " wide " in row["launch"] else MAX_SHARED), row
+        if row["launch"] == "pointwise arithmetic":
+            assert row["inexact"] == [], row
         if row["kernel"] in ("aggregate_kernel", "smallest_kernel"):
             assert row["widest load"] == 16, row
     tensor_cores = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]

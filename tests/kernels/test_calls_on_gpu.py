@@ -75,6 +75,19 @@ def test_every_instruction(opcode, dtype):
     assert relative_error(actual.cpu(), in_double([x, y], code)) <= OP[dtype]
 
 
+@pytest.mark.parametrize("divisor", [3, 7, 10, 999, 1000, 0.1, 2**0.5])
+def test_divisions_are_those_of_torch_on_this_device(divisor):
+    """Of tensors to the nearest; by a number with the reciprocal that torch multiplies by, as launches take it."""
+    x = torch.arange(1000.0, device=DEVICE)
+    factor = (torch.ones((), device=DEVICE) / divisor).item()
+    by_number = pointwise([x], [(Opcode.MULTIPLY_NUMBER, 0, 0, factor)], backend="triton")
+    assert torch.equal(by_number, x / divisor)
+    y = torch.full_like(x, divisor)
+    assert torch.equal(pointwise([x, y], [(Opcode.DIVIDE, 0, 1, 0.0)], backend="triton"), x / y)
+    fused = pointwise([x, y], [(Opcode.MULTIPLY, 0, 1, 0.0), (Opcode.ADD, 2, 0, 0.0)], backend="triton")
+    assert torch.equal(fused, x * y + x)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_chains_in_any_layout(dtype):
     torch.manual_seed(0)

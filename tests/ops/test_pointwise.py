@@ -87,6 +87,31 @@ def test_chains_round_once(dtype, backend):
     assert relative_error(pointwise([x], tiny, backend=backend), torch.ones(1)) <= max(OP[dtype], 2e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arithmetic_is_that_of_ieee(backend):
+    """To the bit, of numbers of every magnitude."""
+    bits = torch.randint(-(2**31), 2**31, (2, 2000), generator=torch.Generator().manual_seed(0))
+    x, y = bits.int().view(torch.float32)
+    for opcode in (*BINARY, *NUMBERED):
+        actual = pointwise((x, y), [(opcode, 0, 1, 1000.0)], backend=backend)
+        expected = BINARY[opcode](x, y) if opcode in BINARY else NUMBERED[opcode](x, 1000.0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if backend != "reference":  # torch's own roots are off by a unit
+        roots = pointwise((x.abs(),), [(Opcode.SQRT, 0, 0, 0.0)], backend=backend)
+        torch.testing.assert_close(roots, x.abs().double().sqrt().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_exponents_keep_their_digits(backend):
+    x = torch.linspace(-87, 88.7, 10001)
+    exact = x.double().exp()
+    actual = pointwise((x,), [(Opcode.EXP, 0, 0, 0.0)], backend=backend)
+    assert ((actual.double() - exact).abs() / exact).max() <= 2.4e-7  # two units in the last place
+    edge = torch.tensor([-1e30, -104.0, -103.0, -88.0, 88.7228, 88.73, 100.0, 1e30, torch.nan, torch.inf, -torch.inf])
+    actual = pointwise((edge,), [(Opcode.EXP, 0, 0, 0.0)], backend=backend)
+    torch.testing.assert_close(actual, edge.exp(), rtol=3e-7, atol=3e-45, equal_nan=True)
+
+
 def layouts(x):
     """The same numbers [R, C, H, W] in other places."""
     yield x

@@ -46,6 +46,7 @@ class Case:
     row_vector: bool = False
     residual: bool = False
     scale: float = 1.0
+    divisor: float = 1.0
     act_out: Activation = Activation.NONE
     row_chunk: int = 3
     band: int = 100
@@ -103,7 +104,7 @@ def check(**changes):
         y = y * kept
     if case.residual:
         y = y + residual.double()
-    expected = ACTIVATIONS[case.act_out](y * case.scale)
+    expected = ACTIVATIONS[case.act_out](y * case.scale / case.divisor)
 
     padded = -(-case.out_channels // steps.LANES) * steps.LANES
     blocks = -(-padded // (case.vectors * steps.LANES))
@@ -152,6 +153,7 @@ def check(**changes):
         steps.NONE if case.given is None else memory.put_members(case.given),
         mask_in,
         mask_out,
+        case.divisor,
         tasks=tasks,
     )
     # a value that was computed in another order may round to the next bfloat16

@@ -112,6 +112,30 @@ def test_nan_and_infinities_in_arithmetic():
         assert_close(chain([(opcode, 0, 1, 0.0)], a, b), function(a, b))
 
 
+@pytest.mark.parametrize("opcode", [*BINARY, *NUMBERED, Opcode.SQRT, Opcode.SQUARE], ids=lambda opcode: opcode.name)
+def test_arithmetic_is_that_of_ieee(opcode):
+    """To the bit: sums, products, quotients and roots of float32 are rounded once, of vectors and of what is left."""
+    bits = torch.randint(-(2**31), 2**31, (3, 1007), generator=torch.Generator().manual_seed(0))
+    a, b = bits[:2].int().view(torch.float32)  # of every magnitude, the smallest and NaN included
+    for x, y in ((a, b), (a.abs().sqrt(), b.abs().sqrt()), (torch.arange(1007.0), torch.arange(1007.0).flip(0))):
+        for number in (1000.0, 999.0, 10.0, 7.0, 3.0, 0.1, -1e-3, 3e-39, 1e38, 0.0, math.inf):
+            actual = chain([(opcode, 0, 1, number)], x, y)
+            if opcode in (Opcode.SQRT, Opcode.SQUARE):
+                expected = UNARY[opcode](x.double()).float()  # which is torch's own of one by one
+            else:
+                expected = BINARY[opcode](x, y) if opcode in BINARY else NUMBERED[opcode](x, number)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("opcode", [Opcode.EXP, Opcode.LOG, Opcode.SIN, Opcode.COS], ids=lambda opcode: opcode.name)
+def test_what_embeds_a_time_is_within_two_units_of_torch(opcode):
+    ranges = {Opcode.EXP: (-87.3, 88.7), Opcode.LOG: (2e-3, 80)}
+    x = torch.cat([spread(*ranges.get(opcode, (-1e4, 1e4))), torch.arange(1.0, 88), torch.linspace(1e-3, 1, 1000)])
+    actual, torchs = chain([(opcode, 0, 0, 0.0)], x), UNARY[opcode](x)
+    away = (actual.view(torch.int32).long() - torchs.view(torch.int32).long()).abs()
+    assert away.max() <= 2
+
+
 def spread(low, high, n=200_003):
     return torch.linspace(low, high, n, dtype=torch.float64).float()
 

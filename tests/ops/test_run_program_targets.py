@@ -57,6 +57,7 @@ def test_convolutions(on_target, kernel, vectors):
             row_vector=True,
             residual=True,
             scale=0.7,
+            divisor=3.0,
             act_out=Activation.SILU,
             band=4,
             num_threads=2,
@@ -132,6 +133,10 @@ def test_chains_and_dtypes(on_target):
     pointwise.test_six_dimensions_broadcast_into_a_slice(7)
     pointwise.test_tanh_keeps_its_relative_error()
     pointwise.test_exponential_is_within_two_units_in_the_last_place()
+    for opcode in (*pointwise.BINARY, *pointwise.NUMBERED, Opcode.SQRT, Opcode.SQUARE):
+        pointwise.test_arithmetic_is_that_of_ieee(opcode)
+    for opcode in (Opcode.EXP, Opcode.LOG, Opcode.SIN, Opcode.COS):
+        pointwise.test_what_embeds_a_time_is_within_two_units_of_torch(opcode)
     for source in steps.DTYPES:
         for other in steps.DTYPES:
             pointwise.test_dtypes(source, other, 3)

@@ -206,18 +206,22 @@ FASTENS_INLINE void sum_block([[maybe_unused]] const Conv& step, const ConvTask&
 // What is done to the sums of a row's pixels before they are stored.
 struct Finish {
   const float *bias, *added;
-  float mask_scale, scale;
+  float mask_scale, scale, divisor;
   Activation activation;
 };
 
 FASTENS_INLINE Finish finish_of(const Conv& step, const Slots& slots, int64_t member, int64_t row) {
   const float *const bias = slots.at(step.bias), *const row_vector = slots.at(step.row_vector);
   return {bias ? bias + member * step.bias_member : nullptr,
-          row_vector ? row_vector + row * step.row_vector_row : nullptr, static_cast<float>(step.mask_out.scale),
-          static_cast<float>(step.scale), static_cast<Activation>(step.act_out)};
+          row_vector ? row_vector + row * step.row_vector_row : nullptr,
+          static_cast<float>(step.mask_out.scale),
+          static_cast<float>(step.scale),
+          static_cast<float>(step.divisor),
+          static_cast<Activation>(step.act_out)};
 }
 
-// Bias, row vector, mask, residual, scale and activation of a register of channels from c, of which `left` exist.
+// Bias, row vector, mask, residual, scale, divisor and activation of a register of channels from c, of which `left`
+// exist.
 FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left, const uint16_t* words,
                            const float* residual, float* out) {
   if (how.bias) v += load(how.bias + c);
@@ -225,6 +229,7 @@ FASTENS_INLINE void finish(const Finish& how, Vector v, int64_t c, int64_t left,
   if (words) v = masked(v, words, c, how.mask_scale);
   if (residual) v += load_some(residual + c, left);
   if (how.scale != 1.0f) v *= how.scale;
+  if (how.divisor != 1.0f) v /= how.divisor;  // a product with 1 / divisor has another last bit
   store_some(out + c, activated(v, how.activation), left);
 }
 

@@ -26,6 +26,7 @@ enum class Opcode : int64_t {
   kSquare,
   kRelu,
   kAbs,
+  kDivideNumber,
 };
 
 template <class T>
@@ -141,6 +142,9 @@ FASTENS_INLINE void instruct(Opcode opcode, const float* a, const float* b, floa
       break;
     case Opcode::kMultiplyNumber:
       for (int64_t i = 0; i < n; ++i) out[i] = a[i] * number;
+      break;
+    case Opcode::kDivideNumber:  // not a product with 1 / number, whose last bit differs
+      for (int64_t i = 0; i < n; ++i) out[i] = a[i] / number;
       break;
     case Opcode::kNumberMinus:
       for (int64_t i = 0; i < n; ++i) out[i] = number - a[i];

@@ -61,7 +61,7 @@ struct Mask {
 
 // A convolution, or a linear layer as one of 1x1 over tokens:
 // out = act_out(((conv(act_in(x * table_scale + table_shift) * mask_in) + bias + row_vector) * mask_out + residual) *
-//               scale).
+//               scale / divisor).
 struct Conv {
   Header header;
   int64_t rows, rows_per_member;
@@ -88,6 +88,7 @@ struct Conv {
   int64_t bfloat16;  // products of bfloat16 values, summed in float32
   Address members;   // see member_of, as below
   Mask mask_in, mask_out;
+  double divisor;
   int64_t tile;  // of a step of kind kWinograd: the output is computed in squares of so many pixels a side
 };
 
