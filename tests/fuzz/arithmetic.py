@@ -158,7 +158,7 @@ class ViewsWritten(Block):
         self.how = draw.choice(["chunk", "view", "select", "masked", "fill", "transpose", "unbind"])
 
     def forward(self, h: Tensor) -> Tensor:
-        y = h.clone()
+        y = h.clone(memory_format=torch.contiguous_format)
         p = self.per_channel(self.p, h)
         if self.how == "chunk":
             half = y.shape[self.channel_dim] // 2  # autograd refuses writes to the results of chunk

@@ -47,7 +47,7 @@ def laid_out(x: Tensor, layout: str, dim: int) -> Tensor:
         return wide[..., ::2]
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "expanded":
+    if layout == "expanded" and x.shape[dim]:
         return x.narrow(dim, 0, 1).expand_as(x)
     if layout == "chunk":
         return torch.cat([x, x + 1], dim).chunk(2, dim)[0]
@@ -80,15 +80,16 @@ def make_call(spec: Network, form: Form, seed: int, dtype: torch.dtype) -> Call:
 
 
 def _time(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    count = max(form.rows, 1)  # an empty batch has a time, too
     if spec.time in INTEGER:
-        t = torch.randint(0, LEVELS - 1, (form.rows,), generator=generator)
+        t = torch.randint(0, LEVELS - 1, (count,), generator=generator)
     else:
-        t = torch.rand(form.rows, generator=generator, dtype=torch.float64).to(dtype)
+        t = torch.rand(count, generator=generator, dtype=torch.float64).to(dtype)
     if form.time == "common":
         return t[0].clone()
     if form.time == "number":
         return t[0].item()
-    return t[:1].expand(form.rows) if form.time == "expanded" else t
+    return t[:1].expand(form.rows) if form.time == "expanded" else t[: form.rows]
 
 
 def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import types
 from collections.abc import Iterator
 from random import Random
@@ -11,7 +12,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+import fastens
 from tests.fuzz import oracle
+
+
+def own(arguments: Any, k: int) -> Any:
+    """Member k's of the arguments that every member has of its own."""
+    return pytree.tree_map(lambda a: a.stack[k] if isinstance(a, fastens.PerMember) else a, arguments)
 
 
 class PlainLoop(nn.Module):
@@ -23,15 +30,15 @@ class PlainLoop(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(members)
         self.train(members[0].training)
-        self.__dict__["drawn"] = None
+        self.__dict__["drawn"] = {}
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return [network(*args, **kwargs) for network in self.networks]
+        return [network(*own(args, k), **own(kwargs, k)) for k, network in enumerate(self.networks)]
 
     def combine(self, outputs: list[Any], batch: Any) -> Any:
         if self.rule in oracle.RULES:
             return oracle.combined(outputs, oracle.RULES[self.rule])
-        draw, size, dim, kept = self.drawn
+        draw, size, dim, kept = self.drawn.get(threading.get_ident())
         rows = batch.shape[dim]
         if self.rule == "alternating" or not kept:
             kept[:] = [draw.randrange(len(outputs)) for _ in range(size)]
@@ -55,7 +62,7 @@ class PlainLoop(nn.Module):
     @contextlib.contextmanager
     def trajectory(self, batch_size: int, generator: int) -> Iterator[None]:
         dim = int(self.networks[0].batch_second)
-        self.__dict__["drawn"] = (Random(generator), batch_size, dim, [])
+        self.drawn[threading.get_ident()] = (Random(generator), batch_size, dim, [])
         yield
 
     def velocity(self, *args: Any) -> Any:
@@ -73,6 +80,17 @@ class PlainLoop(nn.Module):
 
     def report(self) -> Any:
         return types.SimpleNamespace(engine="loop", looped=[], plans=[], why="it is one", why_no_plan="it is a loop")
+
+    @property
+    def members(self) -> nn.ModuleList:
+        return self.networks
+
+    def save_pretrained(self, folder: str) -> None:
+        torch.save(self, f"{folder}/loop.pt")
+
+    @classmethod
+    def from_pretrained(cls, folder: str, factory: Any) -> Any:
+        return torch.load(f"{folder}/loop.pt", weights_only=False)
 
     def refresh(self) -> None:
         """Nothing is kept."""

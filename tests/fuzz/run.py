@@ -50,7 +50,7 @@ class Outcome:
     fault: Fault | None = None
     refused: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)  # calls that the loop itself cannot answer
-    folded: str = "unknown"  # wholly, partly or looped
+    folded: str = "unknown"  # wholly, partly, looped, or asked: looped since the case says so
     planned: bool = False
     why_looped: list[str] = field(default_factory=list)
     why_no_plan: str = ""
@@ -59,7 +59,11 @@ class Outcome:
 
 
 class Stop(BaseException):
-    """The sequence ends here: a fault, or the loop itself raised and later calls mean nothing."""
+    """The sequence ends here: a fault, or a change that the members themselves do not take."""
+
+
+class Skip(BaseException):
+    """The step ends here: the loop itself raises."""
 
 
 class Run:
@@ -120,17 +124,17 @@ class Run:
         raise Stop
 
     def loop(self, answer: Callable[[Any], Any]) -> list[Any]:
-        """What each member answers; where one raises, the sequence ends."""
-        return self.own(lambda: [answer(member) for member in self.members])
+        """What each member answers; where one raises, the step ends, and so do networks that remember their calls."""
+        return self.own(lambda: [answer(member) for member in self.members], Stop if self.stateful else Skip)
 
-    def own(self, work: Callable[[], Any]) -> Any:
-        """The oracle's part of a step; where it raises, a loop could not do it, and the sequence ends."""
+    def own(self, work: Callable[[], Any], then: type[BaseException] = Stop) -> Any:
+        """The oracle's part of a step; where it raises, a loop could not do it."""
         try:
             with quiet():
                 return work()
         except Exception as error:
             self.outcome.invalid.append(f"{self.step}: {brief(error)} at {place(error)}")
-            raise Stop from None
+            raise then from None
 
     def call(self, call: Call, how: str = "call") -> None:
         """Evaluate one call, as an aggregate, as outputs of the members, or with their variance."""
@@ -190,7 +194,9 @@ class Run:
         report = self.ensemble.report()
         looped = list(report.looped)
         out = self.outcome
-        if report.engine == "loop" or any(not layer.path for layer in looped):
+        if self.case.engine == "loop":
+            out.folded = "asked"
+        elif report.engine == "loop" or any(not layer.path for layer in looped):
             out.folded, out.why_looped = "looped", [general(report.why)] + [general(x.why) for x in looped[:1]]
         elif out.folded != "looped" and looped:
             out.folded, out.why_looped = "partly", [general(layer.why) for layer in looped]
@@ -216,7 +222,8 @@ def take(
             for name, seed in (("sample", 1), *case.steps):
                 run.step = name
                 run.allowed = run.spec.tagged("refusable", True)
-                steps[name](run, Random(f"step {name} {seed}"))
+                with contextlib.suppress(Skip):
+                    steps[name](run, Random(f"step {name} {seed}"))
                 run.allowed = False
                 if name == "sample":
                     run.report()

@@ -105,13 +105,13 @@ class SameState(Stateful):
         self.keep(draw.choice(CONTAINERS), draw.choice([0.5, 2.0, 1.25]))
 
 
-@feature(weight=0.5, differs=True)
+@feature(weight=0.5, differs=True, own_python=True)
 class OwnState(Stateful):
     def build(self, draw: Random, sizes: Sizes) -> None:
         self.keep(draw.choice(CONTAINERS), sizes.own.choice([0.25, 0.5, 0.75, 1.25, 1.5, 2.0]))
 
 
-@feature(weight=0.3, differs=True)
+@feature(weight=0.3, differs=True, own_python=True)
 class OwnForward(Block):
     def build(self, draw: Random, sizes: Sizes) -> None:
         self.linear = nn.Linear(sizes.width, sizes.width)
