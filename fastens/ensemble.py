@@ -20,6 +20,7 @@ from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
 from fastens.fold.alike import reaches_back
 from fastens.fold.arguments import Arguments
+from fastens.fold.compiled import compiled_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
 from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
@@ -208,6 +209,8 @@ class Ensemble(Capturing):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
+        if torch.compiler.is_dynamo_compiling() and self._engine is not None and self._engine.engine == "fold":
+            return compiled_pass(self._engine, args, kwargs)
         arguments = self._arguments(args, kwargs)
         if self._engine is not None:
             return self._engine.evaluate(arguments, self.training)

@@ -51,7 +51,7 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     if engine.engine == "loop" or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
         return None
     hidden = all_members(engine.num_members)
-    whole, _ = engine.recordable(arguments, hidden)
+    whole, _ = engine.recordable(arguments, hidden, differentiated=True)
 
     def member(tensors: list[Tensor]) -> list[Tensor]:
         """The first member's output, and its derivative seen along a fixed direction, by going backward."""

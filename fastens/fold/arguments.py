@@ -13,7 +13,6 @@ from torch import Tensor
 from fastens.fold.dispatch import Fold
 from fastens.fold.tensor import MemberTensor
 
-
 _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 
@@ -165,7 +164,7 @@ class Arguments:
                 return x
             if i in self.own:
                 return MemberTensor(hidden.entries(x), hidden)
-            return MemberTensor(x, None) if fold.wrapped else x
+            return fold.common(x)
 
         return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
 
@@ -177,7 +176,7 @@ class Arguments:
                 return x
             if i in self.rows_at:
                 return MemberTensor(x.unsqueeze(1), fold.hidden)
-            return MemberTensor(x, None) if fold.wrapped else x
+            return fold.common(x)
 
         return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
 

@@ -1,15 +1,86 @@
-"""A pass of all members inside ``torch.compile``: one node, traced through as the physical operations that it does."""
+"""A pass of all members inside ``torch.compile``: one node, traced through as the physical operations that it does.
+
+Dynamo does not look into the pass. Its tracing runs the pass on fake tensors, the stacks among them, so that gradients
+reach the stacks and dynamic shapes stay dynamic; how the outputs are nested comes out of that run.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
 
+_ENGINES: weakref.WeakValueDictionary[int, FoldEngine] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+_STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("stacks", default=None)
 
-def compiled_pass(engine: FoldEngine, arguments: Arguments, method: str) -> list[Any]:
-    """Placeholder."""
-    return engine.fold(arguments, None, method)
+
+@dataclasses.dataclass
+class Traced:
+    """How the outputs of a traced pass are nested: their structure, and the leaves that are no tensors, else none."""
+
+    spec: Any
+    values: tuple[Any, ...]
+
+
+def standing_in(tensor: Tensor) -> Tensor:
+    """What a trace has in the place of a stack; the stack itself outside one."""
+    found = _STANDING_IN.get()
+    return tensor if found is None else found.get(id(tensor), tensor)
+
+
+def tracing() -> bool:
+    """Whether stacks have stand-ins in this context."""
+    return _STANDING_IN.get() is not None
+
+
+@contextmanager
+def _with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None]:
+    token = _STANDING_IN.set({id(t): own for t, own in zip(engine.tensors, given, strict=True)})
+    try:
+        yield
+    finally:
+        _STANDING_IN.reset(token)
+
+
+def number_of(engine: FoldEngine) -> int:
+    """A number by which a compiled graph finds the engine."""
+    number = next(_NUMBERS)
+    _ENGINES[number] = engine
+    return number
+
+
+def _node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> Any:
+    engine = _ENGINES[number]
+    arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
+    with _with_stacks(engine, tuple(stacks)):
+        *leaves, spec = engine.fold(arguments, None, method)
+    traced = Traced(spec, tuple(None if isinstance(x, Tensor) else x[0] for x in leaves))
+    if engine.traced != traced:
+        engine.traced = traced
+    return tuple(x for x in leaves if isinstance(x, Tensor))
+
+
+_node = torch._dynamo.allow_in_graph(_node)
+
+
+def compiled_pass(engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward") -> list[Any]:
+    """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last."""
+    tensors = list(_node(engine.number, method, args, kwargs, engine.tensors))
+    traced = engine.traced  # of the trace that has just run
+    leaves = []
+    for value in traced.values:
+        leaves.append(tensors.pop(0) if value is None and tensors else [value] * engine.num_members)
+    return [*leaves, traced.spec]

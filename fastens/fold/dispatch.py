@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types as python_types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,16 +14,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued
+from fastens.plan.record import in_progress
 
 Rule = Callable[..., Any]  # of (fold, func, *args, **kwargs); NotImplemented for a form that it does not take
 
 RULES: dict[Any, Rule] = {}
 READS: set[Any] = set()  # functions that give Python the values of a tensor
+AS_STEPS: dict[Any, Rule] = {}  # of common values while a pass is recorded: our ops, which plans know better than torch's
 RANDOM: dict[Any, Rule] = {}  # functions that draw, also where nothing among the arguments is a member's
 
 
 class NeedsWrappers(NotFoldable):
     """A tensor that was the same for all members received member-valued numbers: it must be a wrapper from birth."""
+
+    def __init__(self, written: Tensor) -> None:
+        super().__init__("a tensor that is the same for all members receives member-valued numbers")
+        self.written = written
 
 
 class WritesInput(NotFoldable):
@@ -36,7 +43,7 @@ class Fold(TorchFunctionMode):
         hidden: the hidden dimension of values made in this pass.
         wrapped: let common values be wrappers too, so that they can become member-valued in place.
         recording: a pass whose values are not those of the call: reads are refused, and layouts are those of plans.
-        inputs: tensors of the caller, which are not written to.
+        inputs: tensors of the call, which are not written to.
         masks: of an ensemble of dropout masks.
         reference: take torch's operations instead of kernels for the CPU.
 
@@ -63,7 +70,11 @@ class Fold(TorchFunctionMode):
         self.reference = reference
         self.slices: Counter[str] = Counter()
         self.reads = ""
-        self.input_storages = {x.untyped_storage()._cdata for x in inputs if x.layout is torch.strided}
+        self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
+        self.inputs = inputs
+        self.input_storages = set() if recording else {
+            x.untyped_storage()._cdata for x in inputs if x.layout is torch.strided
+        }
 
     @staticmethod
     def of(args: Any, kwargs: Any) -> Fold:
@@ -80,11 +91,24 @@ class Fold(TorchFunctionMode):
 
     def common(self, value: Any) -> Any:
         """A value that is the same for all members."""
-        if not self.wrapped:
-            return value
-        return pytree.tree_map_only(
-            Tensor, lambda x: x if isinstance(x, MemberTensor) else MemberTensor(x, None), value
-        )
+        return pytree.tree_map_only(Tensor, self._wrapped, value) if self.wrapped else value
+
+    def _wrapped(self, x: Tensor) -> MemberTensor:
+        if isinstance(x, MemberTensor):
+            return x
+        wrapper = MemberTensor(x, None)
+        self.knows(wrapper)
+        return wrapper
+
+    def knows(self, wrapper: MemberTensor) -> None:
+        """Remember in which memory a common value is."""
+        if wrapper.stack.layout is torch.strided:
+            self._sharing.setdefault(wrapper.stack.untyped_storage()._cdata, []).append(weakref.ref(wrapper))
+
+    def sharing(self, storage: int) -> list[MemberTensor]:
+        """The wrappers of common values in one memory."""
+        found = (ref() for ref in self._sharing.get(storage, ()))
+        return [w for w in found if w is not None and w.hidden is None and w.stack.untyped_storage()._cdata == storage]
 
     def stack(self, x: MemberTensor) -> Tensor:
         """The entries of a member-valued tensor in this pass, [N, ...]."""
@@ -114,13 +138,17 @@ class Fold(TorchFunctionMode):
     def rows(self, x: Tensor) -> Tensor:
         """A tensor of at least one dimension with the hidden dimension folded into the first, [N * B, ...]."""
         if member_valued(x):
+            if x.flat is not None and x.hidden is self.hidden:
+                return x.flat
             return self.stack(x).flatten(0, 1)
         x = plain(x)
         return x.repeat(self.hidden.size, *(1,) * (x.ndim - 1))
 
     def unrows(self, y: Tensor) -> MemberTensor:
         """The inverse of :meth:`rows`."""
-        return self.wrap(y.unflatten(0, (self.hidden.size, y.shape[0] // self.hidden.size)))
+        found = self.wrap(y.unflatten(0, (self.hidden.size, y.shape[0] // self.hidden.size)))
+        found.flat = y
+        return found
 
     def again(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate another function in this pass, for rules that are made of several."""
@@ -216,6 +244,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
     if not members:
+        if fold.recording and func in AS_STEPS:
+            return AS_STEPS[func](fold, func, *args, **kwargs)
         return _run_common(fold, func, args, kwargs, wrappers)
     if torch.is_grad_enabled():
         _check_derivatives((args, kwargs))
@@ -226,7 +256,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if writes_to(func, args):
         target = args[0]
         if not member_valued(target):
-            promote(fold, target)
+            promote(fold, target, next(x for x in leaves_of((args, kwargs)) if member_valued(x)))
         elif not target.alias:
             raise NotFoldable(f"{_name(func)} writes to a view that had to be copied")
     found = RULES.get(func)
@@ -254,7 +284,7 @@ def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -
     """Run a function whose arguments are the same for all members once, as it is."""
     if func in READS and wrappers | _has_tensor(args):
         if fold.recording:
-            raise ReadsValues(f"{_name(func)} reads a value in {calling_line()}")
+            raise ReadsValues(f"{_name(func)} reads values of the input in {calling_line()}")
         fold.reads = fold.reads or f"{_name(func)} in {calling_line()}"
     if not wrappers and not fold.wrapped and not fold.input_storages:
         return func(*args, **kwargs)
@@ -266,6 +296,8 @@ def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -
     if wrappers:
         original, (args, kwargs) = args, (mapped(plain, args), mapped(plain, kwargs))
         if writes and isinstance(original[0], MemberTensor):
+            if fold.recording:
+                args = (_depending(fold, original[0], (args[1:], kwargs)), *args[1:])
             result = func(*args, **kwargs)
             if isinstance(result, Tensor):
                 original[0].become(args[0], None)
@@ -275,23 +307,63 @@ def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -
     return fold.common(result) if fold.wrapped else result
 
 
+def _depending(fold: Fold, target: MemberTensor, sources: Any) -> Tensor:
+    """What a recording writes to in place of a constant, which it must not change: memory that depends on the call."""
+    value, recording = target.stack, in_progress()
+    if recording is None or recording.depends(value):
+        return value
+    source = next((x for x in leaves_of(sources) if isinstance(x, Tensor) and recording.depends(x)), None)
+    if source is None:
+        return value
+    if value._base is not None or _is_shared(fold, value, [target]):
+        raise NotFoldable("a tensor that others share memory with is written to")
+    made = source.new_empty(value.shape, dtype=value.dtype)
+    made.copy_(value)
+    target.become(made, None)
+    fold.knows(target)
+    return made
+
+
+def _is_shared(fold: Fold, value: Tensor, wrappers: list[MemberTensor]) -> bool:
+    """Whether another tensor sees the memory of one: beside wrappers, its storage's Python object, and a recording."""
+    known = {id(w.stack) for w in wrappers} | ({id(value._base)} if value._base is not None else set())
+    storage = value.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > len(known) + 1 + fold.recording
+
+
 def _has_tensor(args: Any) -> bool:
     return any(isinstance(x, Tensor) for x in leaves_of(args))
 
 
-def promote(fold: Fold, target: Any) -> None:
-    """Let a common tensor become member-valued, so that member-valued numbers can be written to it."""
+def promote(fold: Fold, target: Any, source: Any = None) -> None:
+    """Let a common tensor become member-valued, so that member-valued numbers can be written to it.
+
+    Args:
+        fold: the pass.
+        target: the tensor.
+        source: what is written; a recording must see that the tensor depends on it.
+    """
     if not isinstance(target, Tensor):
         return
     if type(target) is not MemberTensor:
-        raise NeedsWrappers("a tensor that is the same for all members receives member-valued numbers", target)
+        raise NeedsWrappers(target)
     value = target.stack
     storage = value.untyped_storage()
     if storage._cdata in fold.input_storages:
         raise WritesInput("member-valued numbers are written to an argument of the call")
-    if torch._C._storage_Use_Count(storage._cdata) > 2 or value._base is not None:
+    wrappers = fold.sharing(storage._cdata)
+    if any(w.stack.dtype != value.dtype for w in wrappers) or _is_shared(fold, value, wrappers):
         raise NotFoldable("a tensor that others share memory with receives member-valued numbers")
-    target.become(value.expand(fold.hidden.size, *value.shape).clone(), fold.hidden)
+    size, count = fold.hidden.size, storage.nbytes() // value.element_size()
+    flat = value.as_strided((count,), (1,), 0)
+    if fold.recording and source is not None:
+        whole = fold.stack(source).new_empty(size * count, dtype=value.dtype)
+        whole.copy_(flat.repeat(size))
+    else:
+        whole = flat.repeat(size)
+    for w in wrappers:  # all that see the memory see the members' from now on
+        strides = (count, *w.stack.stride())
+        w.become(whole.as_strided((size, *w.stack.shape), strides, w.stack.storage_offset()), fold.hidden)
 
 
 def _check_derivatives(tree: Any) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
-from fastens.fold.compiled import compiled_pass
+from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold
 from fastens.fold.drawn import DrawnCall, recorded_rows
 from fastens.fold.first import FirstPass
-from fastens.fold.leaves import Leaves, recorded
+from fastens.fold.leaves import Leaves, recorded, unwrapped
+from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory, suppress_out_of_memory
@@ -26,7 +27,7 @@ from fastens.fold.network import build_network, layer_reports, shared_names, ske
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.tables import tables_of, view_of_member
-from fastens.fold.tensor import Hidden, MemberTensor, all_members
+from fastens.fold.tensor import Hidden, all_members
 from fastens.ops.run_program import target
 from fastens.report import Report
 
@@ -81,11 +82,14 @@ class FoldEngine:
         self.checked: set[Any] = set()
         self.slices: dict[str, int] = {}  # functions without a rule, of the last checked pass
         self.originals = None if originals is None else Originals(originals, self.network)
-        self.wrapped = False  # whether common tensors become member-valued in place
+        self.wrapped = masks is not None  # whether common tensors become member-valued in place
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
         self._views: list[nn.Module] | None = None
+        self.number = number_of(self)
+        self.traced: Any = None
+        self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
         if masks is not None:
             masks.bind(self.network)
         if self.engine == "loop":
@@ -102,7 +106,12 @@ class FoldEngine:
         return shared_names(self.network)
 
     def member(self, k: int) -> nn.Module:
-        """A module with a copy of member k's weights."""
+        """A module with a copy of member k's weights; one that always applies member k's masks."""
+        if self.masks is not None:
+            return MaskedMember(self._copy(0), self.masks, k)
+        return self._copy(k)
+
+    def _copy(self, k: int) -> nn.Module:
         skeleton, view = self.skeleton, tensors_of(self.views[k])
 
         def copied(name: str, like: Tensor) -> Tensor:
@@ -115,6 +124,7 @@ class FoldEngine:
         """Forget which signatures were checked, what they need of memory, the plans, and copies of Python state."""
         for _, _, table in tables_of(self.network):
             table.forget()
+        self.tensors = list(tensors_of(self.network).values())
         self.checked.clear()
         self.rows.clear()
         if self.masks is not None:
@@ -185,10 +195,10 @@ class FoldEngine:
             training: the mode of the ensemble.
             method: what is called.
         """
-        if torch.compiler.is_compiling():
-            return compiled_pass(self, arguments, method)
         if self.engine == "loop":
             return self.loop(arguments, method)
+        if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
+            return self.fold(arguments, None, method)
         eager = not _capturing()
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
@@ -229,7 +239,7 @@ class FoldEngine:
         """Whether a call may run as a plan."""
         rows = self.num_members * arguments.batch_size
         whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and not self.wrapped and arguments.plain() and self.plans.can_plan(arguments.tensors)
+        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
 
     def plan_inputs(self, arguments: Arguments, hidden: Hidden | None = None) -> list[Tensor]:
         """What a plan is run on: the tensors of a call, and what fresh masks depend on."""
@@ -265,7 +275,6 @@ class FoldEngine:
             key: the signature.
             expected: the members' own outputs; none where the fold was held against them already.
         """
-
         hidden = all_members(self.num_members)
         whole, member = self.recordable(arguments, hidden)
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
@@ -275,13 +284,13 @@ class FoldEngine:
             return self.plans.make(arguments.plan_key(), whole, member, inputs, expected, masks=masks)
         return None
 
-    def recordable(self, arguments: Arguments, hidden: Hidden) -> tuple[Any, Any]:
-        """A pass, and the first member's call, as functions of the tensors of a plan."""
+    def recordable(self, arguments: Arguments, hidden: Hidden, differentiated: bool = False) -> tuple[Any, Any]:
+        """A pass, and the first member's call, as functions of the tensors of a plan, or of its derivative."""
         count, fresh = len(arguments.tensors), self.masks is not None and self.masks.fresh
 
-        def given(tensors: list[Tensor]) -> Arguments:
+        def given(tensors: list[Tensor], anew: bool = False) -> Arguments:
             other = arguments.with_tensors(tensors[:count])
-            if fresh:
+            if fresh and anew:
                 other.evaluation = (arguments.evaluation[0], int(tensors[count][0]))
             return other
 
@@ -291,13 +300,15 @@ class FoldEngine:
                 hidden, offsets=tensors[-2], row_members=tensors[-1]
             )
             fold = self.new_pass(own, given(tensors), recording=True, samples=samples)
+            if differentiated and fold.masks is not None:
+                fold.masks.as_factors = True
             if hidden.offsets is None:
                 return recorded(self.run(fold, given(tensors)), own)
             return recorded_rows(self.run(fold, given(tensors), rows=True), own)
 
         def member(tensors: list[Tensor]) -> list[Tensor]:
             k = 0 if hidden.offsets is None else int(tensors[-1][0])
-            output = self.call_member(k, given(tensors))
+            output = self.call_member(k, given(tensors, anew=True))
             return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
         return whole, member
@@ -306,7 +317,7 @@ class FoldEngine:
         self, hidden: Hidden, arguments: Arguments, recording: bool = False, samples: Tensor | None = None
     ) -> Fold:
         """A pass over a hidden dimension; fresh masks may have the samples of its rows from a plan's inputs."""
-        inputs = () if self.copies_inputs or recording else tuple(arguments.tensors)
+        inputs = () if self.copies_inputs and not recording else tuple(arguments.tensors)
         return Fold(
             hidden,
             wrapped=self.wrapped,
@@ -343,7 +354,7 @@ class FoldEngine:
             parts = [self._by_rows(given, key, k, method) for k in range(members)]
             return _joined(parts)
 
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tracing():
             return self._one_pass(given, all_members(members), method)
         parted = self.cap.rows(key, members * batch) < batch and self.rows.independent(self, arguments, method)
         if parted:
@@ -413,11 +424,11 @@ class Originals:
         listed = isinstance(self._members, list | tuple | nn.ModuleList)
         return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
 
-    def _count(self) -> tuple[int, int]:
-        theirs = sum(_version(t) for m in self._modules() for t in tensors_of(m).values())
-        return theirs, sum(_version(t) for t in tensors_of(self._network).values())
+    def _count(self) -> tuple[Any, Any]:
+        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
+        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
 
-    def usable(self, training: Any) -> bool:
+    def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
         if self._count() != self._counts:
             return False
@@ -434,24 +445,14 @@ class Originals:
         return self._members[k]
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes where a tensor is written to, moved or converted."""
+    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
     return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
-
-
-def unwrapped(leaf: Any, hidden: Hidden) -> Any:
-    """A leaf of a pass's output: [N, ...] where it is a tensor, else N times the same."""
-    if isinstance(leaf, MemberTensor):
-        if leaf.hidden is None:
-            return leaf.stack.expand(hidden.size, *leaf.stack.shape)
-        return leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
-    if isinstance(leaf, Tensor):
-        return leaf.expand(hidden.size, *leaf.shape)
-    return [leaf] * hidden.size
 
 
 def _columns(outputs: list[tuple[list[Any], Any]]) -> list[Any]:

@@ -68,7 +68,7 @@ class FirstPass:
     def _run_members(self) -> None:
         """Run the members one by one: what each gives, and the memory of the second."""
         engine, originals = self._engine, self._engine.originals
-        own = originals is not None and originals.usable(engine.network.training)
+        own = originals is not None and originals.usable()
         around: AbstractContextManager[None] = nullcontext()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
@@ -128,10 +128,7 @@ class FirstPass:
 
     def _unshare(self, error: NeedsWrappers) -> bool:
         """Give each member its own of the buffer that a pass wrote to; return whether it was one."""
-        written = error.args[1] if len(error.args) > 1 else None
-        if not isinstance(written, Tensor):
-            return False
-        storage = written.untyped_storage()._cdata
+        storage = error.written.untyped_storage()._cdata
         for _, _, table in tables_of(self._engine.network):
             for name, tensor in list(table.items()):
                 if tensor is not None and name in table.common and tensor.untyped_storage()._cdata == storage:

@@ -69,3 +69,14 @@ def recorded(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
             kinds.append("common")
             tensors.append(leaf.stack if isinstance(leaf, MemberTensor) else leaf)
     return tensors, Leaves(tuple(kinds), tuple(values), spec, hidden.size)
+
+
+def unwrapped(leaf: Any, hidden: Hidden) -> Any:
+    """A leaf of a pass's output: [N, ...] where it is a tensor, else N times the same."""
+    if isinstance(leaf, MemberTensor):
+        if leaf.hidden is None:
+            return leaf.stack.expand(hidden.size, *leaf.stack.shape)
+        return leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
+    if isinstance(leaf, Tensor):
+        return leaf.expand(hidden.size, *leaf.shape)
+    return [leaf] * hidden.size

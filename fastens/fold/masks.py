@@ -139,6 +139,7 @@ class MaskPass:
         applied: dropouts with p > 0 so far.
         calls: dropouts so far, by path.
         functions: the functions that are masked.
+        as_factors: let fixed masks be factors in a recording, whose derivative is known, and not one operation.
     """
 
     functions = FUNCTIONS
@@ -150,6 +151,7 @@ class MaskPass:
         self.members = members
         self.samples = samples if masks.fresh else None
         self.evaluation = (seed, evaluation) if masks.fresh else (None, 0)
+        self.as_factors = False
         self.applied = 0
         self.calls: dict[str, int] = defaultdict(int)
 
@@ -230,7 +232,7 @@ class MaskPass:
     def _of_rows(self, fold: Fold, x: Tensor, p: float, key: int, features: bool) -> Tensor:
         members, samples, rows = self.members, self.samples, len(self.members)
         number = self.evaluation[1]
-        if fold.recording and not features:
+        if fold.recording and not features and not self.as_factors:
             return _recorded(x, rows, members, samples, p, key, number)
         per_row = x.shape[0] // rows  # above 1 where tokens or frames were flattened into the rows
         aligned = (x.shape[1], *(1,) * (x.ndim - 2)) if features else x.shape[1:]

@@ -16,7 +16,7 @@ from fastens.fold.tables import Stacks
 from fastens.fold.tensor import MemberTensor, all_members
 from fastens.report import LayerReport
 
-
+_REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -61,7 +61,6 @@ def skeleton_of(network: nn.Module) -> nn.Module:
     for module in skeleton.modules():
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())
-        module.__dict__.pop("_folded", None)
     return skeleton
 
 
@@ -86,7 +85,7 @@ def state_kept(network: nn.Module) -> Iterator[set[str]]:
     finally:
         for path, module, before in saved:
             now = vars(module)
-            for name in [n for n in now if n not in before and n not in _TABLES]:
+            for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
                 changed.add(f"{path}.{name}" if path else name)
                 del now[name]
             for name, (value, content) in before.items():
@@ -102,10 +101,11 @@ def state_kept(network: nn.Module) -> Iterator[set[str]]:
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    skipped = (*_TABLES, *(_REREAD if isinstance(module, nn.RNNBase) else ()))
     return {
         name: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
         for name, value in vars(module).items()
-        if name not in _TABLES
+        if name not in skipped
     }
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastens.fold.arguments import separate
 from fastens.fold.check import relative_error, tolerance_for
-from fastens.fold.leaves import Leaves
 from fastens.fold.drawn import another_draw
+from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
 from fastens.fold.tensor import NotFoldable

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastens.fold.compiled import standing_in
 from fastens.fold.dispatch import Fold, plain
 from fastens.fold.tables import Stacks
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
@@ -53,6 +54,7 @@ class FoldedLayer:
         for table in (self.layer._parameters, self.layer._buffers):
             if name in table:
                 tensor = dict.__getitem__(table, name)
+                tensor = None if tensor is None else standing_in(tensor)
                 if tensor is None or not isinstance(table, Stacks) or name not in table.common:
                     return tensor
                 return tensor.expand(table.num_members, *tensor.shape)
@@ -90,7 +92,7 @@ class _Forward:
         if fold is None:
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
         rest = [plain(a) for a in (*args, *kwargs.values())]
-        if fold.hidden.num_members != fold.hidden.size and fold.hidden.offsets is None or any(map(member_valued, rest)):
+        if (fold.hidden.num_members != fold.hidden.size and fold.hidden.offsets is None) or any(map(member_valued, rest)):
             raise NotFoldable(f"the registered layer {type(self.layer).__name__} takes one member-valued argument of all members")
         offsets = fold.hidden.scaled_offsets(x.shape[0])
         out = self.folded_class(self.layer).fold_forward(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members
 
 
@@ -40,7 +41,12 @@ class Stacks(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
-        if tensor is None or name in self.common:
+        if tensor is None:
+            return None
+        if tracing():
+            own = standing_in(tensor)
+            return own if name in self.common else MemberTensor(own, all_members(self.num_members))
+        if name in self.common:
             return tensor
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
@@ -152,24 +158,4 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
         for name, hooks in vars(original).items():
             if name.endswith("_hooks") or "_hooks_" in name:
                 module.__dict__[name] = hooks  # hooks run in fold and loop alike
-        if isinstance(module, nn.RNNBase):
-            module.__dict__["_flat_weights"] = _FlatWeights(module)
     return view
-
-
-class _FlatWeights(list[Any]):
-    """The weights of a recurrent layer in the order of its kernels, read anew."""
-
-    def __init__(self, module: nn.RNNBase) -> None:
-        super().__init__()
-        self._module = [module]
-
-    def __iter__(self) -> Any:
-        (module,) = self._module
-        return iter([module._parameters[name] for name in module._flat_weights_names])
-
-    def __len__(self) -> int:
-        return len(self._module[0]._flat_weights_names)
-
-    def __getitem__(self, i: Any) -> Any:
-        return list(self)[i]

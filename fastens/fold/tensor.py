@@ -75,11 +75,13 @@ class MemberTensor(Tensor):
         stack: [N, *shape] with the hidden dimension in front; [*shape] for a common value.
         hidden: what the hidden dimension is; none for a common value.
         alias: whether writing to it reaches what a member's would; not where a view had to be copied.
+        flat: the stack with the hidden dimension folded into the first, where it was made so.
     """
 
     stack: Tensor
     hidden: Hidden | None
     alias: bool
+    flat: Tensor | None
 
     @staticmethod
     def __new__(cls, stack: Tensor, hidden: Hidden | None, alias: bool = True) -> MemberTensor:
@@ -90,7 +92,7 @@ class MemberTensor(Tensor):
             wrapper = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
                 cls, shape, dtype=dtype, device=device, requires_grad=stack.requires_grad
             )
-        wrapper.stack, wrapper.hidden, wrapper.alias = stack, hidden, alias
+        wrapper.stack, wrapper.hidden, wrapper.alias, wrapper.flat = stack, hidden, alias, None
         wrapper._known = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
         return wrapper
 
@@ -99,7 +101,7 @@ class MemberTensor(Tensor):
 
     def become(self, stack: Tensor, hidden: Hidden | None) -> None:
         """Take other values, as an operation in place gives a tensor others."""
-        self.stack, self.hidden = stack, hidden
+        self.stack, self.hidden, self.flat = stack, hidden, None
         shape = stack.shape if hidden is None else torch.Size(stack.shape[1:])
         self._known = shape, stack.dtype, stack.device
 

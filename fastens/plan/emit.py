@@ -96,10 +96,10 @@ class Emitter:
         self.buffers.append(made)
         return made
 
-    def runs(self, num_rows: int, offsets: Ref | None) -> Runs | None:
-        """Whose parameters ``num_rows`` rows take; none where they are dealt out in a way that was recorded."""
+    def runs(self, num_rows: int, offsets: Ref | None, members: int) -> Runs | None:
+        """Whose of ``members`` parameters ``num_rows`` rows take; none where that was recorded."""
         if offsets is None:
-            return Runs(max(1, num_rows // self.num_members))
+            return Runs(max(1, num_rows // members))
         if self.row_members is None:
             return None
         at, total = self.row_members

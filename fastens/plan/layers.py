@@ -36,7 +36,7 @@ def conv(emitter: Emitter, node: Node) -> bool:
     values = None if bias is None else emitter.constant(bias)
     if stack is None or not x.numel or groups != 1 or set(dilation) != {1} or (bias is not None and values is None):
         return False
-    runs = emitter.runs(x.size[0], argument(node, 9, "offsets"))
+    runs = emitter.runs(x.size[0], argument(node, 9, "offsets"), len(stack))
     return _convolved(emitter, node, stack, values, ("conv", weight, bias), stride, padding, runs, transposed)
 
 
@@ -109,7 +109,7 @@ def linear(emitter: Emitter, node: Node) -> bool:
     extra = argument(node, 4, "activation", "none") != "none" or argument(node, 5, "members") is not None
     if stack is None or not x.numel or extra:
         return False
-    runs = emitter.runs(x.size[0], argument(node, 3, "offsets"))
+    runs = emitter.runs(x.size[0], argument(node, 3, "offsets"), len(stack))
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
     if pixels is None or out is None:
         return False
@@ -133,7 +133,7 @@ def group_norm(emitter: Emitter, node: Node) -> bool:
     if not x.numel or _more_than_affine(node):
         return False
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    runs = emitter.runs(x.size[0], argument(node, 5, "offsets"))
+    runs = emitter.runs(x.size[0], argument(node, 5, "offsets"), _members(weight, bias))
     return _normed(emitter, node, groups, weight, bias, float(argument(node, 4, "eps", 1e-5)), runs)
 
 
@@ -169,7 +169,7 @@ def _moments(emitter: Emitter, node: Node) -> bool:
     normed, mean, rate = node.outs
     if weight is not None or bias is not None or emitter.uses[normed.storage] or x.dtype not in emitter.floats:
         return False
-    pixels, runs = image_pixels(emitter, x, 1), emitter.runs(x.size[0], None)
+    pixels, runs = image_pixels(emitter, x, 1), emitter.runs(x.size[0], None, 1)
     if pixels is None or runs is None:
         return False
     scale, shift = emitter.tables(Normed(pixels, pixels, groups, float(eps), runs, None, None))
@@ -185,6 +185,11 @@ def _moments(emitter: Emitter, node: Node) -> bool:
         emitter.pointwise([1, 1, 1, 1, x.size[0], groups], out, inputs, instructions)
         emitter.values[storage] = Stored(place)
     return True
+
+
+def _members(*parameters: Ref | None) -> int:
+    """How many members have parameters of their own: those of a norm, which may have none."""
+    return next((ref.size[0] for ref in parameters if ref is not None), 1)
 
 
 def _more_than_affine(node: Node) -> bool:
@@ -204,7 +209,7 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
     if not whole and (weight is not None or bias is not None or any(emitter.uses[o.storage] for o in node.outs[1:])):
         return False
     pixels, out = image_pixels(emitter, x, -1), pixels_of(node.outs[0], -1)
-    runs = emitter.runs(x.size[0], argument(node, 5, "offsets") if whole else None)
+    runs = emitter.runs(x.size[0], argument(node, 5, "offsets") if whole else None, _members(weight, bias))
     if pixels is None or out is None or pixels.step is None or out.step is None or runs is None:
         return False
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]

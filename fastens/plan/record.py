@@ -6,6 +6,7 @@ the values of its input, or that draws random numbers, is not recorded.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -154,6 +155,10 @@ class Recording:
             base.untyped_storage(), ref.offset, ref.size, ref.stride
         )
 
+    def depends(self, x: Tensor) -> bool:
+        """Whether a tensor depends on the inputs."""
+        return x.untyped_storage()._cdata in self._made
+
     def input(self, x: Tensor) -> Ref:
         """What a tensor of the call is; a plan gets it by its first element, wherever that is in its storage."""
         self._first[x.untyped_storage()._cdata] = x.storage_offset()
@@ -265,6 +270,14 @@ class _MemberOps(TorchFunctionMode):
         return result
 
 
+_IN_PROGRESS: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("recording", default=None)
+
+
+def in_progress() -> Recording | None:
+    """The recording that is made in this context."""
+    return _IN_PROGRESS.get()
+
+
 def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None = None) -> tuple[Recording, Any]:
     """Run a pass and record it.
 
@@ -283,7 +296,11 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
     recording.inputs = [recording.input(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
     # in inference mode an operation that is made of others would come whole
-    with torch.inference_mode(False), torch.no_grad(), _Operations(recording), _MemberOps(recording):
-        result = run()
+    token = _IN_PROGRESS.set(recording)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _Operations(recording), _MemberOps(recording):
+            result = run()
+    finally:
+        _IN_PROGRESS.reset(token)
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result

@@ -1,4 +1,4 @@
-"""Recurrent layers step by step for all members at once, and where they are looped instead."""
+"""Recurrent layers step by step for all members at once, and where they run member by member instead."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastens
-from fastens.fold.recurrent import MOST_STEPS
+from fastens.fold.rules.recurrent import MOST_STEPS
 from tests.tolerances import NETWORK, relative_error
 
 K = 3
@@ -60,7 +60,7 @@ def test_gradients_are_the_members(name):
     members = members_of(kind, batch_first=True, **settings)
     ensemble, x = fastens.Ensemble(members, engine="fold"), torch.randn(2, 4, 5)
     ensemble.member_outputs(x).square().sum().backward()
-    assert [layer.path for layer in ensemble.report().looped] == ["layer"]
+    assert list(ensemble.report().slices) == [kind.__name__.lower() if kind is not nn.RNN else f"rnn_{settings.get('nonlinearity', 'tanh')}"]
     gradients = dict(ensemble.network.named_parameters())
     for k, member in enumerate(members):
         member(x).square().sum().backward()
@@ -68,11 +68,10 @@ def test_gradients_are_the_members(name):
             assert relative_error(gradients[path].grad[k], parameter.grad) <= NETWORK[torch.float32]
 
 
-def test_long_sequences_are_looped():
+def test_long_sequences_run_member_by_member():
     members = members_of(nn.GRU, batch_first=True)
     ensemble, x = fastens.Ensemble(members, engine="fold"), torch.randn(2, MOST_STEPS + 1, 5)
     with torch.no_grad():
         outputs, expected = ensemble.member_outputs(x), torch.stack([member(x) for member in members])
     assert relative_error(outputs, expected) <= NETWORK[torch.float32]
-    (layer,) = ensemble.report().looped
-    assert str(MOST_STEPS) in layer.how or str(MOST_STEPS) in str(layer)
+    assert ensemble.report().slices == {"gru": 1}

@@ -26,6 +26,9 @@ def _convolve(
     if input.ndim != space + 2 or weight.ndim != space + 2:
         return NotImplemented
     rows = fold.rows(input)
+    if arguments[3] and not member_valued(weight) and not member_valued(bias):
+        stride, padding, dilation, _, output_padding, groups = arguments
+        return fold.unrows(func(rows, plain(weight), plain(bias), stride, padding, output_padding, groups, dilation))
     if not member_valued(weight) and not member_valued(bias):
         weights, biases, offsets = plain(weight)[None], None if bias is None else plain(bias)[None], None
     else:

@@ -38,7 +38,7 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in _TAKES_OTHER and len(args) > 1 and isinstance(args[1], Tensor):
         return _converted(fold, func, args, kwargs)
     tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-    if func in _UNLIKE and (len(tensors) == 1 or member_valued(tensors[-1]) and func in _FILLS):
+    if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
     writes = writes_to(func, args)
     ndim = max(x.ndim for x in tensors)
@@ -104,6 +104,8 @@ def _aligned_rows(fold: Fold, kept: Any, tensors: list[Tensor]) -> Any:
             if x.ndim < ndim or x.shape[0] == 1:
                 return x
             return x.repeat(fold.hidden.size, *(1,) * (ndim - 1))
+        if x.ndim == ndim and x.shape[0] == lead:
+            return fold.rows(x)
         stack = fold.stack(x)  # pyright: ignore[reportArgumentType]
         missing = ndim + 1 - stack.ndim
         stack = stack if not missing else stack[(slice(None), *(None,) * missing)]

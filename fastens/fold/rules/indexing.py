@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, plain, rule
 from fastens.fold.rules.shape import behind
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.tensor import NotFoldable, member_valued
 
 
 def _basic(index: Any) -> bool:

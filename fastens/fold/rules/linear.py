@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, plain, rule
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.tensor import member_valued
 from fastens.ops.linear import linear
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, plain, promote, rule
+from fastens.fold.dispatch import AS_STEPS, Fold, named, plain, promote, rule
 from fastens.fold.tensor import member_valued
 from fastens.ops.batch_norm import batch_norm
 from fastens.ops.group_norm import group_norm
@@ -38,7 +38,12 @@ def group(fold: Fold, func: Any, input: Any, num_groups: int, weight: Any = None
     if not any(map(member_valued, (weight, bias))) and not fold.recording:
         return fold.unrows(F.group_norm(fold.rows(input), num_groups, plain(weight), plain(bias), eps))
     (scale, shift), offsets = _parameters(fold, input, weight, bias)
+    if not any(map(member_valued, (input, weight, bias))):
+        return fold.common(group_norm(plain(input), num_groups, scale, shift, eps))
     return fold.unrows(group_norm(fold.rows(input), num_groups, scale, shift, eps, offsets))
+
+
+AS_STEPS.update(dict.fromkeys((F.group_norm, torch.group_norm), group))
 
 
 @rule(F.layer_norm, torch.layer_norm)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.fold.dispatch import RANDOM, Fold, entry_by_entry, mapped, named, plain, promote

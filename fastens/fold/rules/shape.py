@@ -226,3 +226,11 @@ def pad(fold: Fold, func: Any, x: Any, pad: Any, *args: Any, **kwargs: Any) -> A
 def strided(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Windows on memory, whose layout is not a member's own."""
     raise NotFoldable(f"{func.__name__} looks at memory, which holds all members")
+
+
+@rule(*named("new_zeros new_ones new_empty new_full new_tensor"))
+def new(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A tensor of the same dtype and device, which depends on nothing that differs between members."""
+    if any(member_valued(a) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    return fold.common(func(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs))

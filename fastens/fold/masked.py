@@ -1,0 +1,39 @@
+"""One member of an MC Dropout ensemble as a module of its own."""
+
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import nn
+
+from fastens.fold.arguments import Arguments
+from fastens.fold.dispatch import Fold
+from fastens.fold.leaves import unwrapped
+from fastens.fold.masks import MaskPass, Masks
+from fastens.fold.tensor import Hidden
+
+
+class MaskedMember(nn.Module):
+    """A network that always applies the masks of one member.
+
+    Args:
+        network: the network, with weights of its own.
+        masks: of the ensemble.
+        k: the member.
+    """
+
+    def __init__(self, network: nn.Module, masks: Masks, k: int) -> None:
+        super().__init__()
+        self.network = network
+        self.member = k
+        self.masks = Masks(masks.num_members, masks.seed, masks.fresh, masks.p)
+        self.masks.bind(network)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network with the member's masks."""
+        arguments, hidden = Arguments(args, kwargs), Hidden(1, self.masks.num_members, self.member)
+        masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
+        fold = Fold(hidden, wrapped=True, inputs=tuple(arguments.tensors), masks=masks)
+        bound, named = arguments.bound(fold)
+        with fold:
+            output = self.network(*bound, **named)
+        return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
