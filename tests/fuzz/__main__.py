@@ -34,12 +34,12 @@ SAID = {
 }
 
 
-def work(pipe: Connection, shrinks: bool, only: str | None) -> None:
+def work(pipe: Connection, shrinks: bool, only: str | None, length: int | None) -> None:
     """Run the seeds that come through a pipe, and send each one's outcome back."""
     torch.set_num_threads(1)
     while (seed := pipe.recv()) is not None:
         try:
-            outcome = run_case(filtered(draw_case(seed), only))
+            outcome = run_case(filtered(draw_case(seed, length), only))
             small = source(shrunk(outcome.case, run_case, 60)) if shrinks and outcome.fault else ""
             pipe.send((seed, outcome, small, ""))
         except Exception:
@@ -115,7 +115,7 @@ class Tally:
         return "\n".join(lines)
 
 
-def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None = None) -> Tally:
+def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None, length: int | None) -> Tally:
     """Run seeds in processes of their own, so that a crash or a hang is one fault."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     tally, waiting = Tally(), list(reversed(seeds))
@@ -123,7 +123,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, shrinks, only), daemon=True)
+        process = context.Process(target=work, args=(theirs, shrinks, only, length), daemon=True)
         process.start()
         theirs.close()
         give(ours, process)
@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument(
         "--limit", type=float, default=180.0, help="seconds that a network may take, shrinking included"
     )
+    parser.add_argument("--length", type=int, help="steps of each sequence, instead of three to eight")
     parser.add_argument("--steps", help="only these steps of a sequence, by name, with commas; -name: all but this one")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they are")
     parser.add_argument("--case", help="run one case, as printed, and shrink it")
@@ -201,7 +202,7 @@ def main() -> int:
         return int(outcome.fault is not None)
     began = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.networks))
-    tally = run(seeds, options.jobs, not options.no_shrink, options.limit, options.steps)
+    tally = run(seeds, options.jobs, not options.no_shrink, options.limit, options.steps, options.length)
     print(f"\nseeds {options.seed} to {options.seed + options.networks - 1}, {time.monotonic() - began:.0f} s\n{tally}")
     return int(tally.shares["wrong"] + tally.shares["raised"] + tally.shares["crashed"] > 0 or bool(tally.broken))
 

@@ -14,10 +14,10 @@ from tests.fuzz.sequences import STEPS, draw_steps
 SMALL = 0.02
 
 
-def draw_case(seed: int) -> Case:
-    """The case of a seed."""
+def draw_case(seed: int, length: int | None = None) -> Case:
+    """The case of a seed, of so many steps or of a drawn number."""
     engine = Random(f"engine {seed}").choices(["auto", "loop", "fold"], [92, 5, 3])[0]
-    return Case(draw_network(seed), draw_steps(seed), engine)
+    return Case(draw_network(seed), draw_steps(seed, length), engine)
 
 
 def run_case(case: Case, make: Callable[..., Any] = fastens.Ensemble) -> Outcome:

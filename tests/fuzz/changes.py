@@ -7,6 +7,8 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 import torch.utils._pytree as pytree
 from torch import nn
 
@@ -160,7 +162,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @step(2.5)
 def optimizer(run: Run, draw: Random) -> None:
     """Two steps of training, between calls of one signature."""
-    if run.random:
+    if run.random or not any(p.requires_grad for p in run.members[0].parameters()):
         return
     name = draw.choice(list(OPTIMIZERS))
     run.step += f" ({name})"
@@ -310,6 +312,55 @@ def duplicated(run: Run, draw: Random) -> None:
     run.attempt(lambda: how(run.ensemble), run._adopt)
     with torch.no_grad():
         run.call(run.make(draw))
+
+
+@step(0.5)
+def frozen(run: Run, draw: Random) -> None:
+    """Parameters that need no gradient, called with gradients enabled."""
+    needed = draw.random() < 0.3
+
+    def change(module: nn.Module) -> None:
+        for name, p in module.named_parameters():
+            if "trunk" not in name:  # which never needs one
+                p.requires_grad_(needed)
+
+    run.each(change)
+    with torch.enable_grad():
+        for _ in range(2):
+            run.call(run.make(draw, Form(run.spec.rows)))
+
+
+@step(0.4)
+def formatted(run: Run, draw: Random) -> None:
+    """Kernels of images in another memory format."""
+    if run.spec.frame == "image":
+        again(run, draw, lambda: run.each(lambda module: module.to(memory_format=torch.channels_last)))
+
+
+class Halved(nn.Module):
+    """A parametrization that means the same on a stack of members."""
+
+    def forward(self, weight: Any) -> Any:
+        return 0.5 * weight
+
+
+@step(0.4)
+def parametrized(run: Run, draw: Random) -> None:
+    """A parametrization or a pruned weight, put on a layer; it may be refused."""
+    how = draw.choice(["parametrization", "pruning"])
+
+    def change(module: nn.Module) -> None:
+        for _, layer in named(list(module.named_modules()), "outward"):  # pyright: ignore[reportArgumentType]
+            if how == "parametrization":
+                nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+            else:
+                nn.utils.prune.identity(layer, "weight")
+
+    run.allowed = True
+    run.each(change)
+    with torch.no_grad():
+        run.call(run.make(draw, Form(run.spec.rows)))
+    again(run, draw, lambda: run.each(lambda m: ROUTES["in_place"](m, 0.75)))
 
 
 def again(run: Run, draw: Random, change: Callable[[], Any], before: bool = True) -> None:

@@ -16,6 +16,11 @@ from tests.fuzz.sequences import step
 Checked = list[tuple[Call, list[list[Any]]]]
 
 
+def ambiguous(run: Run) -> bool:
+    """Whether arguments and outputs leave open which of them carry rows, so that an error may say so."""
+    return run.spec.batch_second or run.spec.output == "ids" or run.spec.context == "bank"
+
+
 def prepared(run: Run, draw: Random, count: int, rows: int) -> Checked:
     """Calls, and what each member answers to them."""
     calls = []
@@ -52,7 +57,7 @@ def drawn(run: Run, draw: Random) -> None:
     seed = draw.randrange(1000)
     with torch.no_grad():
         calls = prepared(run, draw, 3, rows * draw.choice([1, 1, 2]))
-    run.allowed = run.allowed or run.mixing or run.spec.batch_second or run.spec.output == "ids"
+    run.allowed = run.allowed or run.mixing or ambiguous(run)
 
     def twice() -> None:
         run.ensemble.rule = rule
@@ -74,7 +79,7 @@ def drawn_in_threads(run: Run, draw: Random) -> None:
     rule, before, rows, count = draw.choice(["alternating", "mixture"]), run.rule, run.spec.rows, draw.choice([2, 4])
     with torch.no_grad():
         calls = [prepared(run, draw, 3, rows) for _ in range(count)]
-    run.allowed = run.allowed or run.mixing or run.spec.batch_second or run.spec.output == "ids"
+    run.allowed = run.allowed or run.mixing or ambiguous(run)
     errors: list[BaseException] = []
     answers: dict[int, list[Any]] = {}
     start = threading.Barrier(count)

@@ -92,7 +92,10 @@ def _time(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dt
     return t[:1].expand(form.rows) if form.time == "expanded" else t[: form.rows]
 
 
-def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:
+def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
     if spec.context == "none" or form.context == "absent":
         return None
     if spec.context == "same":
@@ -101,8 +104,13 @@ def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch
         return torch.randint(0, LEVELS, (form.rows,), generator=generator)
     if spec.context == "mask":
         return torch.rand(form.rows, generator=generator) > 0.3
-    shape = (form.rows, 3, spec.width) if spec.context == "tokens" else (form.rows, spec.width)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if spec.context == "pair":
+        return noise(form.rows, spec.width), noise(form.rows, spec.width)
+    if spec.context == "named":
+        return {"text": noise(form.rows, spec.width), "size": noise(form.rows, 2)}
+    if spec.context == "bank":  # the same for all rows, and perhaps as many entries as rows
+        return noise(spec.rows, spec.width)
+    return noise(form.rows, 3, spec.width) if spec.context == "tokens" else noise(form.rows, spec.width)
 
 
 def draw_form(spec: Network, draw: Random, rows: int | None = None) -> Form:

@@ -219,7 +219,7 @@ def take(
         except Stop:
             return run.outcome
         try:
-            for name, seed in (("sample", 1), *case.steps):
+            for name, seed in case.steps:
                 run.step = name
                 run.allowed = run.spec.tagged("refusable", True)
                 with contextlib.suppress(Skip):

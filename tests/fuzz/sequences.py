@@ -29,10 +29,15 @@ def step(weight: float) -> Callable[[Callable[[Run, Random], None]], Callable[[R
     return register
 
 
-def draw_steps(seed: int) -> tuple[tuple[str, int], ...]:
-    """Draw a sequence."""
+FIRST = ("threads", "gradients", "numbers", "autocast", "inference", "drawn", "functional", "degenerate", "enabled")
+
+
+def draw_steps(seed: int, length: int | None = None) -> tuple[tuple[str, int], ...]:
+    """Draw a sequence, of so many steps; most begin as a sampler does, and some with what is rarely a first call."""
     draw = Random(f"steps {seed}")
-    names = draw.choices(list(STEPS), list(SHARES.values()), k=draw.randrange(3, 9))
+    first = [draw.choice(FIRST)] if draw.random() < 0.3 else []
+    count = draw.randrange(3, 9) if length is None else length
+    names = [*first, "sample", *draw.choices(list(STEPS), list(SHARES.values()), k=count)]
     return tuple((name, draw.randrange(10_000)) for name in names)
 
 
@@ -202,6 +207,21 @@ def _gradients(loss: Tensor, x: Tensor, parameters: list[Tensor]) -> list[Tensor
     along = sum(((g * p).sum() for p, g in pairs), torch.zeros((), dtype=torch.float64))
     size = sum((g.square().sum() for _, g in pairs), torch.zeros((), dtype=torch.float64)).sqrt()
     return [torch.zeros_like(x) if x.grad is None else x.grad, torch.stack([along, size])]
+
+
+@step(0.5)
+def degenerate(run: Run, draw: Random) -> None:
+    """Zeros, and rows that are all the same, which show nothing of how rows and members meet."""
+    spec, form = run.spec, Form(run.spec.rows)
+    with torch.no_grad():
+        call = run.make(draw, form)
+        run.call(pytree.tree_map(torch.zeros_like, call))
+        run.call(run.make(draw, replace(form, layout="expanded", time="common")))
+        run.call(run.make(draw, form))
+        if spec.context != "none":
+            (x, t, *context), _ = run.make(draw, form)
+            run.call(((x, t, *pytree.tree_map(torch.zeros_like, context)), {}))
+            run.call(((x, t, *context), {}))
 
 
 @step(0.3)

@@ -12,6 +12,7 @@ import fastens
 from fastens.training import training_step
 from tests.fuzz import oracle
 from tests.fuzz.changes import OPTIMIZERS, again
+from tests.fuzz.draws import ambiguous
 from tests.fuzz.inputs import Form, copied
 from tests.fuzz.networks import build
 from tests.fuzz.oracle import Mismatch
@@ -62,7 +63,7 @@ def assigned(run: Run, draw: Random) -> None:
     rows, dim, count = run.spec.rows, int(run.spec.batch_second), run.spec.members
     to = torch.tensor([draw.randrange(count) for _ in range(rows)])
     call = run.make(draw, Form(rows))
-    run.allowed = run.allowed or run.mixing or run.spec.batch_second
+    run.allowed = run.allowed or run.mixing or ambiguous(run)
 
     def evaluate() -> Any:
         with run.ensemble.assigned(to):
@@ -84,12 +85,14 @@ def assigned(run: Run, draw: Random) -> None:
 def trained(run: Run, draw: Random) -> None:
     """A step of training, each member on a batch of its own, between calls of one signature."""
     spec = run.spec
-    if run.random or spec.output != "tensor" or spec.batch_second or not isinstance(run.ensemble, fastens.Ensemble):
+    if run.random or spec.output != "tensor" or ambiguous(run) or not isinstance(run.ensemble, fastens.Ensemble):
+        return
+    if not any(p.requires_grad for p in run.members[0].parameters()):
         return
     name = draw.choice(list(OPTIMIZERS))
     run.step += f" ({name})"
     calls = [run.make(draw, Form(spec.rows)) for _ in run.members]
-    together = [torch.stack([call[0][i] for call in calls]) for i in range(len(calls[0][0]))]
+    together = pytree.tree_map(lambda *own: torch.stack(own), *[call[0] for call in calls])
 
     def one(member: nn.Module, args: Any) -> None:
         made = OPTIMIZERS[name]([p for p in member.parameters() if p.requires_grad])
