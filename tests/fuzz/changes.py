@@ -15,7 +15,7 @@ from torch import nn
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Form, copied
 from tests.fuzz.networks import named
-from tests.fuzz.run import Run
+from tests.fuzz.run import Run, Skip
 from tests.fuzz.sequences import step
 
 Route = Callable[[nn.Module, float], Any]
@@ -306,9 +306,10 @@ def method(run: Run, draw: Random) -> None:
 @step(0.7)
 def duplicated(run: Run, draw: Random) -> None:
     """A deep copy, or what pickling gives back, in the ensemble's place."""
-    if any(FEATURE in {"OwnState", "SameState", "OwnForward"} for FEATURE, _ in run.spec.blocks):
-        return  # closures do not pickle
+    if any(name == "OwnForward" for name, _ in run.spec.blocks):
+        return  # a copy of its closure is no copy
     how = copy.deepcopy if draw.random() < 0.6 else lambda e: pickle.loads(pickle.dumps(e))
+    run.own(lambda: [how(member) for member in run.members], Skip)
     run.attempt(lambda: how(run.ensemble), run._adopt)
     with torch.no_grad():
         run.call(run.make(draw))

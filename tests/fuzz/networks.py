@@ -198,7 +198,7 @@ class Member(nn.Module):
 
     def _returned(self, y: Tensor) -> Any:
         if self.output == "tuple":
-            return y, 2 * y[:, :1]
+            return y, 2 * y
         if self.output == "dict":
             return {"sample": y, "scale": y.square()}
         if self.output == "none":

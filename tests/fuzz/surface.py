@@ -144,6 +144,7 @@ def dropout(run: Run, draw: Random) -> None:
         return
     if any(name == "RandomDraws" for name, _ in spec.blocks):
         return
+    run.allowed = True  # where the rows of a dropout are not to be found
     options = {"num_members": spec.members, "p": 0.3, "seed": draw.randrange(100)}
     model = run.members[0]
     relative = 10 * oracle.tolerance(run.coarsest)
