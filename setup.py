@@ -32,7 +32,7 @@ def build_libraries(package: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         cause = result.stderr.strip()[-2000:]
-        print(f"fastens: installing without native libraries, or without the forest's: {cause}", file=sys.stderr)
+        print(f"fastens: installing without native libraries: {cause}", file=sys.stderr)
 
 
 class BuildWithLibraries(build_py):
@@ -68,7 +68,7 @@ class PlatformWheel(bdist_wheel):
         return sorted((Path(self.get_finalized_command("build").build_lib) / "fastens" / "_lib").glob("*.so"))
 
     def get_tag(self) -> tuple[str, str, str]:
-        """``py3-none``: the ops use no Python header; a Python that has no forest module in it takes the reference."""
+        """``py3-none``: the libraries use no header of Python."""
         tag = super().get_tag()
         if self.root_is_pure:
             return tag

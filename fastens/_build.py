@@ -2,8 +2,8 @@
 
 The module imports neither :mod:`fastens` nor, before a function is called, :mod:`torch`, so a build script can load
 it by path: ``python fastens/_build.py [--cuda] OUT_DIR [WORK_DIR]``. The CPU and the CUDA library use the libtorch
-stable ABI only: one build serves torch 2.11 onward and every Python. The CUDA library is built without a GPU and
-without CUDA's torch. The forest is a pybind11 module, one per Python version.
+stable ABI and no header of Python: one build serves torch 2.11 onward and every Python. The CUDA library is built
+without a GPU and without CUDA's torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 LIBRARY_NAME = "libfastens_cpu.so"
-FOREST_NAME = f"_forest{sysconfig.get_config_var('EXT_SUFFIX')}"
 # The forest's kernels are compiled once per instruction set and chosen at run time; no fused additions.
 INSTRUCTION_SETS = {
     "kernels_baseline": ["-ffp-contract=off"],
@@ -63,11 +61,6 @@ def sources(device: str = "cpu") -> list[pathlib.Path]:
     return sorted((source_root() / device).rglob("*.cu" if device == "cuda" else "*.cpp"))
 
 
-def forest_sources() -> list[pathlib.Path]:
-    """Return every C++ source of the forest module, sorted."""
-    return sorted((source_root() / "forest").glob("*.cpp"))
-
-
 def headers() -> list[pathlib.Path]:
     """Return every header the sources may include, sorted."""
     return sorted(source_root().glob("**/*.h"))
@@ -77,7 +70,7 @@ def fingerprint() -> str:
     """Return 16 hex digits that change with the sources, the headers and the flags: the key of a cached build."""
     flags = [*compile_flags(), *cuda_flags(), *link_flags(), str(INSTRUCTION_SETS), platform.machine()]
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in [*sources(), *sources("cuda"), *forest_sources(), *headers()]:
+    for path in [*sources(), *sources("cuda"), *headers()]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -212,20 +205,6 @@ def build(
     return _build(name, text, out_dir, verbose, work_dir)
 
 
-def build_forest(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
-    """Compile ``csrc/forest/*.cpp`` into ``out_dir / FOREST_NAME``, for this Python, and return that path.
-
-    Args:
-        out_dir: folder of the module; made where it does not exist.
-        verbose: print every command.
-        work_dir: folder that keeps the objects, which makes the next build incremental; by default a temporary one.
-
-    Raises:
-        BuildError: as :func:`build_cpu`; also no pybind11.
-    """
-    return _build(FOREST_NAME, forest_ninja_file, out_dir, verbose, work_dir)
-
-
 def _build(
     name: str, text: Callable[[], str], out_dir: pathlib.Path, verbose: bool, work_dir: pathlib.Path | None
 ) -> pathlib.Path:
@@ -252,35 +231,12 @@ def _build(
     return library
 
 
-def forest_ninja_file() -> str:
-    """Return the text of the forest's ``build.ninja``.
-
-    Raises:
-        BuildError: as :func:`ninja_file`; also no pybind11.
-    """
-    try:
-        import pybind11
-    except ImportError:
-        raise ToolMissing("building the forest needs pybind11: `pip install pybind11`") from None
-    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 or name == "kernels_baseline"}
-    return ninja_file(FOREST_NAME, source_root() / "forest", includes, sets)
-
-
-def ninja_file(
-    name: str,
-    folder: pathlib.Path,
-    includes: Sequence[str] = (),
-    flags: Mapping[str, Sequence[str]] | None = None,
-) -> str:
+def ninja_file(name: str, folder: pathlib.Path) -> str:
     """Return the text of ``build.ninja``: one object per source, one link.
 
     Args:
         name: file name of the library.
         folder: every C++ source under it is compiled.
-        includes: folders of headers, which come before torch's.
-        flags: further flags of a source, by its stem.
 
     Raises:
         BuildError: no compiler, no torch or no sources.
@@ -292,8 +248,9 @@ def ninja_file(
     sources = sorted(folder.rglob("*.cpp"))
     if not sources:
         raise BuildError(f"no sources of {name} in {folder}")
-    # torch 2.11 carries a pybind11 that refuses TORCH_TARGET_VERSION: the build environment's comes first.
-    system = [f"-isystem {_quoted(path)}" for path in [*includes, *include_paths()]]
+    system = [f"-isystem {_quoted(path)}" for path in include_paths()]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 or name == "kernels_baseline"}
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
     lines = [
         "ninja_required_version = 1.3",
@@ -309,7 +266,7 @@ def ninja_file(
     ]
     objects = {f"{'-'.join(path.relative_to(folder).with_suffix('').parts)}.o": path for path in sources}
     for target, source in objects.items():
-        own = " ".join((flags or {}).get(source.stem, ()))
+        own = " ".join(sets.get(source.stem, ()))
         lines += [f"build {target}: compile {_escaped(source)}", f"  own = {own}"]
     return "\n".join([*lines, f"build {name}: link {' '.join(objects)}", f"default {name}", ""])
 
@@ -369,8 +326,6 @@ if __name__ == "__main__":
         sys.exit("usage: python fastens/_build.py [--cuda] OUT_DIR [WORK_DIR]")
     try:
         print(build(device, folders[0], True, *folders[1:]))
-        if device == "cpu":
-            print(build_forest(folders[0], True, *(path.with_name("forest") for path in folders[1:])))
     except ToolMissing as error:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_BUILD_HERE)

@@ -1,4 +1,4 @@
-"""The only place that loads the compiled libraries: the ops on the CPU and on CUDA, and the forest.
+"""The only place that loads the compiled libraries, of the CPU and of CUDA.
 
 A prebuilt library is looked for in the package, then in the user's cache (where :func:`build` puts one if the package
 folder is not writable). Nothing is compiled at import: where no library is found, the reference kernels serve and the
@@ -9,20 +9,21 @@ has CUDA: its undefined symbols are those of torch's own CUDA library.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
-import importlib.machinery
-import importlib.util
 import os
 import pathlib
 import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 
 from fastens import _build
 
 PACKAGE_DIR = pathlib.Path(__file__).resolve().parent / "_lib"
+
+
+_loaded: dict[str, pathlib.Path] = {}
 
 
 def cache_dir() -> pathlib.Path:
@@ -45,14 +46,10 @@ def status(device: str = "cpu") -> str:
     return _load(device) or "available"
 
 
-def forest() -> ModuleType | None:
-    """Return the compiled forest module, or None where it is not available."""
-    return _forest()[0]
-
-
-def forest_status() -> str:
-    """Return "available", or why the forest module is not."""
-    return _forest()[1] or "available"
+@functools.cache
+def functions() -> ctypes.PyDLL | None:
+    """Return the CPU library's C functions, for what works on NumPy arrays, or None where it is not available."""
+    return ctypes.PyDLL(str(_loaded["cpu"])) if load() else None
 
 
 @functools.cache
@@ -75,11 +72,6 @@ def build(out_dir: pathlib.Path | None = None, verbose: bool = False, device: st
     return _build.build(device, _out_dir() if out_dir is None else out_dir, verbose)
 
 
-def build_forest(out_dir: pathlib.Path | None = None, verbose: bool = False) -> pathlib.Path:
-    """Compile the forest module and return its path; as :func:`build`."""
-    return _build.build_forest(_out_dir() if out_dir is None else out_dir, verbose)
-
-
 def _out_dir() -> pathlib.Path:
     return PACKAGE_DIR if os.access(PACKAGE_DIR.parent, os.W_OK) else cache_dir()
 
@@ -89,24 +81,12 @@ def _load(device: str = "cpu") -> str | None:
     """Load the first library of a device type that loads; return None, or the causes."""
     if device == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
-    return _first(_build.LIBRARY_NAMES[device], torch.ops.load_library, device)
 
+    def load_library(path: pathlib.Path) -> None:
+        torch.ops.load_library(path)
+        _loaded[device] = path
 
-@functools.cache
-def _forest() -> tuple[ModuleType | None, str | None]:
-    """Load the first forest module that loads; return it, and the causes where there is none."""
-    modules: list[ModuleType] = []
-
-    def load_module(path: pathlib.Path) -> None:
-        loader = importlib.machinery.ExtensionFileLoader("fastens._forest", str(path))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        modules.append(module)
-
-    causes = _first(_build.FOREST_NAME, load_module)
-    return (modules[0] if modules else None), causes
+    return _first(_build.LIBRARY_NAMES[device], load_library, device)
 
 
 def _first(name: str, load_library: Callable[[pathlib.Path], object], device: str = "cpu") -> str | None:
@@ -138,4 +118,3 @@ if __name__ == "__main__":
         print(build(verbose=True, device="cuda"))
     else:
         print(build(verbose=True))
-        print(build_forest(verbose=True))

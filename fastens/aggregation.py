@@ -1,6 +1,7 @@
 """How the scores of one call become one: in which parameterisation, with variances apart, at which noise level."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def aggregation(
     Raises:
         ValueError: the rule or a conversion needs the noise level, and no argument is a time.
     """
-    source, target = settings["prediction"], settings["aggregate_in"]
+    prediction, target = settings["prediction"].filled(schedule=schedule), settings["aggregate_in"]
     linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
     if linear and not rule.needs_noise_level:
         return lambda scores: aggregate(scores, rule, backend=settings["backend"])
@@ -46,27 +47,60 @@ def aggregation(
     if linear:
         time = parameterisation.time_of(forward, arguments, args, kwargs)
         return noise_dependent(rule, schedule, time, arguments.batch_size)
+    x = parameterisation.noisy_input(forward, arguments, args, kwargs)
 
     def combined(scores: Any) -> Tensor:
         return aggregate(scores, rule, backend=settings["backend"])
 
     def whole(scores: Any) -> Tensor:
-        x, variances = arguments.batch, None
-        if parameterisation.predicts_variances(x, scores[0][None]):
-            channels = x.shape[1]
+        shape = scores[0].shape
+        channels, variances = parameterisation.predicted_channels(prediction, x, shape), None
+        if len(shape) > 1 and channels < shape[1]:
+            if prediction.variances is None:
+                _warn_of_variances(rule, shape, x.shape)
             variances = aggregate([score[:, channels:] for score in scores], "mean", backend=settings["backend"])
             scores = [score[:, :channels] for score in scores]
-        if target in (None, source) or scores[0].shape != x.shape:
+        if target in (None, prediction.kind):
             out = combined(scores)
         else:
-            assert schedule is not None
-            t = schedule.time(parameterisation.time_of(forward, arguments, args, kwargs))
-            stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
-            moved = parameterisation.convert(stack, x, t, schedule, source, target)
-            out = parameterisation.convert(combined(moved), x, t, schedule, target, source)
+            time = parameterisation.time_of(forward, arguments, args, kwargs)
+            out = _converted(combined, scores, prediction, target, x, time)
         return out if variances is None else torch.cat([out, variances], 1)
 
     return whole
+
+
+def _converted(
+    combined: Combine, scores: Any, prediction: schedules.Prediction, target: str, x: Tensor, time: Any
+) -> Tensor:
+    """The rule applied in another parameterisation: converted, combined and converted back."""
+    schedule, kind, deviation = prediction.schedule, prediction.kind, prediction.sigma_data
+    assert schedule is not None
+    assert kind is not None
+    t = schedule.time(time)
+    if t.numel() not in (1, len(x)):
+        raise ValueError(f"the time is {list(t.shape)}, expected one number, or one per sample, [{len(x)}]")
+    shape = scores[0].shape
+    noisy = parameterisation.path_input(prediction, x, t, shape[1] if len(shape) > 1 else 1)
+    if noisy.shape != shape:
+        raise ValueError(
+            f"the rule is applied in {target!r}, and the output is {list(shape)}, expected the shape of the noisy "
+            f"input, {list(noisy.shape)}; leave aggregate_in out, or let the members return their prediction alone"
+        )
+    stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
+    moved = parameterisation.convert(stack, noisy, t, schedule, kind, target, deviation)
+    return parameterisation.convert(combined(moved), noisy, t, schedule, target, kind, deviation)
+
+
+def _warn_of_variances(rule: rules.Rule, shape: torch.Size, given: torch.Size) -> None:
+    """Say once what is supposed of an output of twice the channels, and how to say it oneself."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"fastens: the output is {list(shape[1:])} for an input {list(given[1:])}: its second half is taken for "
+            f"variances, which are averaged, and rule {rule.name!r} is applied to the first; "
+            "prediction=fastens.schedules.Prediction(variances=True) says so, variances=False that all are predictions",
+            stacklevel=2,
+        )
 
 
 def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

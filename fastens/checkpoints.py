@@ -1,273 +1,144 @@
 """Members from files, and ensembles to and from files. Nothing here executes code from a checkpoint."""
 
+import copy
+import glob
+import inspect
 import json
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.dropout import MCDropout
-from fastens.ensemble import Ensemble, rebuild
+from fastens.ensemble import Ensemble, check_settings, rebuild
 from fastens.files import whole
 from fastens.fold.members import make_skeleton, tensors_of
+from fastens.io import containers, described
+from fastens.io.choice import Wish
+from fastens.io.members import Factory, load_member
+from fastens.io.torch_files import refusal
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _STACKS = "ensemble.safetensors"
 _CONFIG = "config.json"
-# Under which names training code keeps the averaged weights and the weights: score_sde, k-diffusion, torchcfm,
-# denoising-diffusion-pytorch, EDM and many a script.
-_EMA_KEYS = ("ema", "ema_state_dict", "model_ema", "ema_model")
-_STATE_KEYS = ("state_dict", "model", "model_state_dict", "net_model", "net")
-
-Factory = Callable[[], nn.Module]
 
 
 class Checkpoints(Sequence[nn.Module]):
     """Members in files, each read when it is asked for, so that one at a time is in memory."""
 
     def __init__(
-        self, paths: Sequence[str | Path], factory: Factory | None, ema: bool, allow_pickle: bool = False
+        self, paths: Sequence[Path], factory: Factory | None, wishes: Sequence[Wish], allow_pickle: bool = False
     ) -> None:
-        self._paths = [Path(path) for path in paths]
+        self.paths = list(paths)
         self._factory = factory
-        self._ema = ema
+        self._wishes = list(wishes)
         self._allow_pickle = allow_pickle
+        self._made: WeakSet[nn.Module] = WeakSet()
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
-        return _load_member(self._paths[k], self._factory, self._ema, self._allow_pickle)
+        member = load_member(self.paths[k], self._factory and self._make, self._wishes[k], self._allow_pickle)
+        self._made.add(member)
+        return member
+
+    def _make(self) -> nn.Module:
+        assert self._factory is not None
+        network = self._factory()
+        # A factory that returns one network again and again must not change the members made of it before.
+        return copy.deepcopy(network) if network in self._made else network
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[k] for k in range(len(self)))
 
 
 def load_members(
-    paths: Sequence[str | Path], factory: Factory | None = None, ema: bool = True, *, allow_pickle: bool = False
+    paths: Sequence[str | Path] | str,
+    factory: Factory | None = None,
+    ema: bool = True,
+    *,
+    key: str | Sequence[str] | None = None,
+    prefix: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
 ) -> Checkpoints:
-    """Name the checkpoints of K members; they are read one at a time, when an ensemble takes them.
+    """Name the checkpoints of K members; they are read one at a time, when an ensemble takes them, and infer.
+
+    A file is read as what its first bytes say (safetensors, shards by their index, torch files, pickles), a folder as
+    a diffusers model, a pipeline or a state of accelerate. Wherever the network's names occur in it, with its shapes
+    and behind any prefix, wrappers' names left out, is a candidate. Names in front that say "ema", "averaged",
+    "shadow", ... make it an average. Where one candidate is of the kind that ``ema`` asks for, it is taken; where
+    several are, or a name like "ema" is not understood, the error lists them. ``fastens inspect FILE`` shows them.
 
     Args:
-        paths: diffusers folders, or files: safetensors, or torch files that hold tensors only (a state dict as
-            guided-diffusion writes it, or one among other things: score_sde, k-diffusion, torchcfm,
-            denoising-diffusion-pytorch), or pickled networks (EDM).
-        factory: makes a member without its weights; needed for files of weights.
-        ema: take the exponential moving average of the weights where a file holds both.
+        paths: files and folders, or patterns (``runs/*/ema.pt``), whose matches are members in natural order.
+        factory: makes a member without its weights; needed where the checkpoint does not describe its network.
+        ema: take the exponential moving average of the weights where a checkpoint holds both.
+        key: full name of the dictionary in a file, or of the model in a folder, that holds the weights; or one for
+            each member, as of the averages of several lengths in one file.
+        prefix: what stands in front of the network's names in that dictionary (``model.diffusion_model``).
+        variant: of the files in a diffusers folder (``fp16``, ``ema``, ``non_ema``).
         allow_pickle: also read pickles, which can run any code: only for files whose authors you trust.
 
     Returns:
-        A lazy sequence of modules.
+        A lazy sequence of modules in evaluation mode.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: no paths; a file without a factory; when read: a truncated checkpoint, one of another architecture,
-            or one that would have to execute code.
+        FileNotFoundError: a path that does not exist, a pattern without matches.
+        TypeError: one path that is no pattern.
+        ValueError: no paths, one named twice by patterns; a file without a factory; when read: a damaged checkpoint,
+            one of another architecture, one that would have to execute code, or one with several candidates.
     """
-    if isinstance(paths, str | Path):
+    if isinstance(paths, Path) or (isinstance(paths, str) and not glob.has_magic(paths)):
         raise TypeError(f"paths is one path, expected a sequence of them: load_members([{str(paths)!r}])")
-    if len(paths) == 0:
+    found = _matches([paths] if isinstance(paths, str) else paths)
+    if not found:
         raise ValueError("paths is empty, expected at least one checkpoint")
-    for path in map(Path, paths):
+    for path in found:
         if not path.exists():
             raise FileNotFoundError(f"checkpoint {path} does not exist")
-        pickled = path.suffix in (".pkl", ".pickle")
-        if pickled and not allow_pickle:
-            raise ValueError(_refusal(path))
-        if path.is_file() and not pickled and factory is None:
+        if containers.is_pickle(path) and not allow_pickle:
+            raise ValueError(refusal(path, []))
+        if path.is_file() and not allow_pickle and factory is None:
             raise ValueError(
                 f"checkpoint {path} is a file of weights; pass factory=, a function that makes the network"
             )
-    return Checkpoints(paths, factory, ema, allow_pickle)
+    keys = [key] * len(found) if key is None or isinstance(key, str) else list(key)
+    if len(keys) != len(found):
+        raise ValueError(f"key names {len(keys)} dictionaries for {len(found)} checkpoints, expected one for each")
+    return Checkpoints(found, factory, [Wish(ema, each, prefix, variant) for each in keys], allow_pickle)
 
 
-def _refusal(path: Path) -> str:
-    return (
-        f"checkpoint {path} is a pickle, which can execute code when it is read; if you trust it, pass "
-        "allow_pickle=True to load_members, or load it yourself and save its weights with "
-        "safetensors.torch.save_file(model.state_dict(), ...) or model.save_pretrained(...)"
-    )
-
-
-def _load_member(path: Path, factory: Factory | None, ema: bool, allow_pickle: bool) -> nn.Module:
-    if path.is_dir():
-        return _load_diffusers(path)
-    if path.suffix in (".pkl", ".pickle"):
-        return _load_pickle(path, ema)
-    assert factory is not None
-    if path.suffix == ".safetensors":
-        state: Any = _read_safetensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-        except pickle.UnpicklingError as error:
-            raise ValueError(_refusal(path)) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
-    member = factory()
-    weights, shadow = _find_weights(path, state, ema)
-    try:
-        member.load_state_dict(_without_prefix(weights, member))
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} does not fit the network that factory makes: {error}") from error
-    if shadow is not None:
-        _apply_shadow(path, member, shadow)
-    return member
-
-
-def _load_pickle(path: Path, ema: bool) -> nn.Module:
-    """The network in an EDM snapshot, ``{"ema": network, ...}``; the code that made it must be importable."""
-    with path.open("rb") as file:
-        content = pickle.load(file)
-    if isinstance(content, dict):
-        keys = ("ema", "G_ema", "net") if ema else ("net", "ema", "G_ema")
-        content = next((content[key] for key in keys if isinstance(content.get(key), nn.Module)), content)
-    if not isinstance(content, nn.Module):
-        raise ValueError(f"checkpoint {path} holds no network, neither itself nor under 'ema' or 'net'")
-    return content.eval()
-
-
-def _find_weights(path: Path, state: Any, ema: bool) -> tuple[dict[str, Tensor], list[Tensor] | None]:
-    """The state dict in a torch file; and score_sde's averaged parameters, which are a list without names."""
-
-    def tensors(value: Any) -> dict[str, Tensor] | None:
-        if not isinstance(value, dict) or not value:
-            return None
-        found = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        return found if len(found) == len(value) else None
-
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(state).__name__}, which is no dictionary of tensors")
-    shadow = None
-    for key in _EMA_KEYS if ema else ():
-        value = state.get(key)
-        if isinstance(value, dict) and isinstance(value.get("shadow_params"), list):
-            shadow = value["shadow_params"]
-            break
-        weights = tensors(value)
-        if weights is not None:
-            return weights, None
-    for key in _STATE_KEYS:
-        weights = tensors(state.get(key))
-        if weights is not None:
-            return weights, shadow
-    weights = tensors(state)
-    if weights is None:
-        hint = "; it looks like an optimiser's state, take the model's file" if "param_groups" in state else ""
-        raise ValueError(
-            f"checkpoint {path} holds no dictionary of tensors, nor one under {_EMA_KEYS + _STATE_KEYS}; it has "
-            f"{sorted(map(str, state))[:8]}{hint}"
-        )
-    return weights, None
-
-
-def _without_prefix(weights: dict[str, Tensor], member: nn.Module) -> dict[str, Tensor]:
-    """The weights under the member's names, where wrappers (DataParallel, a diffusion class, EMA) put names before.
-
-    Of several prefixes that hold the whole member, one with "ema" is taken, as ema-pytorch keeps both copies.
-    """
-    names = list(member.state_dict())
-    if not names or names[0] in weights:
-        return weights
-    prefixes = [name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}")]
-    complete = [prefix for prefix in prefixes if all(prefix + name in weights for name in names)]
-    if not complete:
-        return weights
-    prefix = next((prefix for prefix in complete if "ema" in prefix), complete[0])
-    return {name: weights[prefix + name] for name in names}
-
-
-def _apply_shadow(path: Path, member: nn.Module, shadow: list[Tensor]) -> None:
-    """Copy averaged parameters over the member's trainable ones, in their order, as score_sde's ``copy_to`` does."""
-    trainable = [(name, p) for name, p in member.named_parameters() if p.requires_grad]
-    if len(shadow) != len(trainable):
-        raise ValueError(
-            f"checkpoint {path} has {len(shadow)} averaged parameters, but the network that factory makes has "
-            f"{len(trainable)} trainable ones"
-        )
-    for (name, parameter), average in zip(trainable, shadow, strict=True):
-        if parameter.shape != average.shape:
-            raise ValueError(
-                f"checkpoint {path}: the averaged parameter in the place of {name} is {list(average.shape)}, expected "
-                f"{list(parameter.shape)}"
-            )
-        parameter.data.copy_(average)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path.parent} has no {path.name}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / _CONFIG).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint {directory} has no {_CONFIG}, so it is no diffusers folder") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"checkpoint {directory / _CONFIG} cannot be read: {error}") from error
-
-
-def _diffusers_class(directory: Path, config: dict[str, Any]) -> Any:
-    name = config.get("_class_name")
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f"{directory} is a diffusers folder: pip install 'fastens[diffusers]'") from error
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if found is None:
-        raise ValueError(
-            f"{directory / _CONFIG} names the class {name!r}, which diffusers {diffusers.__version__} has not"
-        )
+def _matches(paths: Sequence[str | Path]) -> list[Path]:
+    """Paths, each pattern replaced by what it matches, snapshot 2 before snapshot 10."""
+    found: list[Path] = []
+    matched: set[Path] = set()
+    for path in paths:
+        if not glob.has_magic(str(path)) or Path(path).exists():
+            found.append(Path(path))
+            continue
+        new = sorted(map(Path, glob.glob(str(path), recursive=True)), key=_natural)
+        if not new:
+            raise FileNotFoundError(f"no checkpoint matches {str(path)!r}")
+        matched.update(new)
+        found += new
+    twice = sorted(str(path) for path in matched if found.count(path) > 1)
+    if twice:
+        raise ValueError(f"checkpoint {twice[0]} is named twice, by a pattern and beside it; each member counts once")
     return found
 
 
-def _load_diffusers(directory: Path) -> nn.Module:
-    model_class = _diffusers_class(directory, _read_config(directory))
-    weights = list(directory.glob("*.safetensors"))
-    if not weights:
-        if list(directory.glob("*.bin")):
-            raise ValueError(_refusal(next(directory.glob("*.bin"))))
-        raise ValueError(f"checkpoint {directory} has no weights, expected {_WEIGHTS}")
-    for file in weights:
-        _check_safetensors(file)
-    described = f"does not fit the {model_class.__name__} that its {_CONFIG} describes"
-    try:
-        member, info = model_class.from_pretrained(
-            directory, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, local_files_only=True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {directory} {described}, is it of another architecture? {error}") from error
-    if info["missing_keys"] or info["unexpected_keys"] or info.get("mismatched_keys"):
-        missing, unexpected = sorted(info["missing_keys"])[:3], sorted(info["unexpected_keys"])[:3]
-        raise ValueError(
-            f"checkpoint {directory} {described}, is it of another architecture? missing {missing}, "
-            f"unexpected {unexpected}"
-        )
-    return member
-
-
-def _check_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: {error}") from error
+def _natural(path: Path) -> list[tuple[bool, Any]]:
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
+    return [(True, float(part)) if i % 2 else (False, part) for i, part in enumerate(parts)]
 
 
 def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
@@ -285,22 +156,38 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
     directory = Path(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
     skeleton = ensemble._engine.skeleton
-    schedule = ensemble._settings["schedule"]
+    prediction = ensemble._settings["prediction"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
         "shared": sorted(ensemble._engine.shared),
-        "settings": {**ensemble._settings, "schedule": schedule and schedule.to_dict()},
+        "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
-        "member_config": dict(skeleton.config) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
+        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
     try:
         with whole(directory / _STACKS, directory / _CONFIG) as (stacks, described):
             save_file(tensors, stacks)
-            described.write_text(json.dumps(config, indent=2, default=str) + "\n")
+            described.write_text(json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise OSError(f"the folder {directory} cannot be written: {error}; choose another") from error
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A configuration that JSON keeps as it is; none where it would not, and loading needs a factory."""
+    try:
+        return json.loads(json.dumps(config, default=_as_json))
+    except TypeError:
+        return None
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"a {type(value).__name__} has no form in JSON")
 
 
 def load_ensemble(
@@ -327,42 +214,106 @@ def load_ensemble(
     wanted_dtype = torch_dtype or dtype
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no folder")
-    config = _read_config(directory)
-    missing = [key for key in ("num_members", "rule", "shared", "settings", "member_class") if key not in config]
-    if "num_members" in missing:
-        raise ValueError(f"{directory / _CONFIG} describes no ensemble; for single members use load_members([...])")
-    if missing:
-        raise ValueError(f"{directory / _CONFIG} lacks {', '.join(missing)}: save the ensemble again")
+    file = directory / _CONFIG
+    if not file.is_file():
+        raise ValueError(f"checkpoint {directory} has no {_CONFIG}, so it is no saved ensemble")
+    config = _checked(file, containers.read_json(file))
+    num_members, settings = config["num_members"], config["settings"]
+    if factory is None and config.get("member_config") is None:
+        raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
+    stacks = containers.read_safetensors(directory / _STACKS)
     if factory is not None:
         member = factory()
-    elif config.get("member_config") is not None:
-        name = config["member_class"].rpartition(":")[2]
-        member = _diffusers_class(directory, {"_class_name": name}).from_config(config["member_config"])
     else:
-        raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
-    stacks = _read_safetensors(directory / _STACKS)
+        name = config["member_class"].rpartition(":")[2]
+        numbers = sum(stack.numel() for stack in stacks.values())
+        member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
-    kind = MCDropout if "masks" in config["settings"] else Ensemble  # masks have one set of weights
-    _check_fit(directory, skeleton, stacks, shared, config["num_members"] if kind is Ensemble else 1)
+    kind = MCDropout if "masks" in settings else Ensemble  # masks have one set of weights
+    _check_fit(directory, skeleton, stacks, shared, num_members if kind is Ensemble else 1)
     wanted: dict[str, Tensor] = {}
     for name, like in tensors_of(skeleton).items():
         stack = stacks[name]
         if wanted_dtype is not None and stack.is_floating_point():
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
-    settings = {"aggregate_in": None, **config["settings"]}
-    schedule = settings.get("schedule")
-    settings["schedule"] = schedules.from_dict(schedule) if schedule else None
     content = (skeleton, wanted, shared)
-    return rebuild(config["num_members"], rules.from_dict(config["rule"]), settings, content, False, kind)
+    return rebuild(num_members, config["rule"], settings, content, False, kind)
+
+
+def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a saved ensemble, held to what its constructor would accept.
+
+    Raises:
+        ValueError: a value is missing, of another type, or one that no ensemble has.
+    """
+    wanted = {"num_members": int, "rule": dict, "shared": list, "settings": dict, "member_class": str}
+    missing = [key for key in wanted if key not in config]
+    if "num_members" in missing:
+        raise ValueError(f"{file} describes no ensemble; for single members use load_members([...])")
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: save the ensemble again")
+    for key, kind in wanted.items():
+        if not isinstance(config[key], kind) or isinstance(config[key], bool):
+            raise ValueError(f"{file}: {key} is {_shown(config[key])}, expected {kind.__name__}")
+    if config["num_members"] < 1:
+        raise ValueError(f"{file}: num_members is {config['num_members']}, expected at least one")
+    if not all(isinstance(name, str) for name in config["shared"]):
+        raise ValueError(f"{file}: shared is {_shown(config['shared'])}, expected names of tensors")
+    try:
+        rule = rules.from_dict(config["rule"])
+        return {**config, "rule": rule, "settings": _settings(config["settings"])}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{file} describes no ensemble: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _settings(saved: dict[str, Any]) -> dict[str, Any]:
+    masks = {name: saved[name] for name in ("masks", "p", "seed") if name in saved}
+    known = inspect.signature(check_settings).parameters
+    options = {name: None if each.default is each.empty else each.default for name, each in known.items()}
+    unknown = sorted(saved.keys() - options.keys() - masks.keys())
+    if unknown:
+        raise ValueError(f"settings has {unknown[:3]}, expected {', '.join(options)}")
+    options.update({name: value for name, value in saved.items() if name not in masks})
+    options["prediction"] = schedules.prediction_from_dict(options["prediction"])
+    if options["schedule"] is not None:
+        options["schedule"] = schedules.from_dict(options["schedule"])
+    max_fold = options["max_fold"]
+    if max_fold is not None and (not isinstance(max_fold, int) or isinstance(max_fold, bool)):
+        raise ValueError(f"max_fold is {_shown(max_fold)}, expected a number of rows")
+    settings = check_settings(**options)
+    if masks:
+        _check_masks(**masks)
+    return {**settings, **masks}
+
+
+def _check_masks(masks: Any, p: Any, seed: Any) -> None:
+    """Raise ValueError unless these are settings of :class:`fastens.MCDropout`."""
+    if masks not in ("fixed", "fresh"):
+        raise ValueError(f"masks {_shown(masks)} is unknown, expected 'fixed' or 'fresh'")
+    if p is not None and not (isinstance(p, float) and 0 < p < 1):
+        raise ValueError(f"p is {_shown(p)}, expected a probability above 0 and below 1, or none")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed is {_shown(seed)}, expected an integer")
 
 
 def _check_fit(
     directory: Path, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int
 ) -> None:
-    for name, like in tensors_of(skeleton).items():
+    expected = tensors_of(skeleton)
+    for name, like in expected.items():
         shape = tuple(like.shape) if name in shared else (num_members, *like.shape)
         found = tuple(stacks[name].shape) if name in stacks else None
         if found != shape:
             raise ValueError(f"{directory / _STACKS}: {name} is {found}, the member needs {shape}")
+        if like.is_floating_point() != stacks[name].is_floating_point():
+            raise ValueError(f"{directory / _STACKS}: {name} is {stacks[name].dtype}, the member needs {like.dtype}")
+    unknown = sorted((shared | stacks.keys()) - expected.keys())
+    if unknown:
+        raise ValueError(f"{directory / _STACKS}: the member has no {', '.join(unknown[:3])}")

@@ -1,12 +1,15 @@
-"""The command line: ``fastens demo``, ``info``, ``sample``, ``evaluate``, ``tune`` and ``bench``."""
+"""The command line: ``fastens demo``, ``info``, ``inspect``, ``sample``, ``evaluate``, ``tune`` and ``bench``."""
 
 import argparse
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from fastens.files import whole, write_json, write_whole
 
@@ -52,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what is installed, and what runs the ops here")
     info.set_defaults(run=_info)
+    inspect = commands.add_parser("inspect", help="what is in a checkpoint, and which weights of it would be taken")
+    inspect.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="files or folders; none is run")
+    inspect.add_argument("--key", help="full name of the dictionary, or of a folder's model, with the weights")
+    inspect.add_argument("--prefix", help="what stands in front of the network's names")
+    inspect.add_argument("--variant", help="of the files in a diffusers folder: fp16, ema, non_ema, ...")
+    inspect.add_argument("--factory", metavar="MODULE:FUNCTION", help="makes the network that the weights are for")
+    inspect.add_argument("--names", action="store_true", help="list every tensor with its shape")
+    inspect.set_defaults(run=_inspect)
     demo = commands.add_parser("demo", help="sample digits with the shipped ensemble by every rule")
     demo.add_argument("--out", type=Path, default=Path("fastens-demo"), help="folder of picture and figures")
     demo.add_argument("--samples", type=_positive, default=100, help="images per rule")
@@ -119,6 +130,28 @@ def _plans() -> str:
     except RuntimeError as error:  # of C++: what it says comes behind the place in the source
         name = "FASTENS_CPU_TARGET"
         return f"none; {name}{str(error).partition(name)[2].splitlines()[0]}"
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from fastens.io.choice import Wish
+    from fastens.io.inspection import report
+
+    factory = None if options.factory is None else _imported(options.factory)
+    for path in options.checkpoints:
+        for line in report(path, Wish(True, options.key, options.prefix, options.variant), factory, options.names):
+            print(line)
+
+
+def _imported(name: str) -> Callable[[], Any]:
+    """The function of ``module:function``; modules of the current folder are found too."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return attrgetter(function)(import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--factory {name}: {error}; expected MODULE:FUNCTION, as in models:make_unet") from error
+    finally:
+        sys.path.remove("")
 
 
 def _demo(options: argparse.Namespace) -> None:

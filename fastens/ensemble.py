@@ -41,7 +41,7 @@ ATTRIBUTES = {
 
 
 def check_settings(
-    engine: str, backend: str, max_fold: int | None, prediction: str | None, aggregate_in: str | None, schedule: Any
+    engine: str, backend: str, max_fold: int | None, prediction: Any, aggregate_in: str | None, schedule: Any
 ) -> dict[str, Any]:
     """The keyword arguments of an ensemble as its settings.
 
@@ -53,12 +53,12 @@ def check_settings(
     check_backend(backend)
     if max_fold is not None and max_fold < 1:
         raise ValueError(f"max_fold is {max_fold}, expected at least one row")
-    prediction, aggregate_in, schedule = parameterisation.resolve(prediction, aggregate_in, schedule)
+    found, aggregate_in, schedule = parameterisation.resolve(prediction, aggregate_in, schedule)
     return {
         "engine": engine,
         "backend": backend,
         "max_fold": max_fold,
-        "prediction": prediction,
+        "prediction": found,
         "aggregate_in": aggregate_in,
         "schedule": schedule,
     }
@@ -78,17 +78,18 @@ class Ensemble(Capturing):
             them one by one, ``"auto"`` folds where it can and says when it cannot.
         backend: the code that runs the ops: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``.
         max_fold: the most rows (members times batch) in one pass, to bound memory; none for no bound.
-        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``; none to take
-            it from a scheduler.
-        aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``. Networks that
-            predict variances too (2C channels for C) have the rule applied to the first C and their variances averaged.
+        prediction: what the members predict: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"``, ``"flow"``, or a
+            :class:`fastens.schedules.Prediction`, which says more (noisy channels, variances, preconditioning); none to
+            take it from a scheduler. Of an output [B, 2C, ...] for [B, C, ...] the second half is averaged under every
+            rule, as variances, with a warning where ``variances`` is not said.
+        aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``.
         schedule: the noise schedule of such a conversion, or of a rule that depends on the noise level: one of
             :mod:`fastens.schedules`, or a diffusers scheduler.
 
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
             engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, a rule
-            that lacks a schedule, or a scheduler that contradicts ``prediction``.
+            that lacks a schedule, a scheduler that contradicts ``prediction`` or is refused.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
@@ -100,7 +101,7 @@ class Ensemble(Capturing):
         engine: str = "auto",
         backend: str = "auto",
         max_fold: int | None = None,
-        prediction: str | None = None,
+        prediction: str | schedules.Prediction | None = None,
         aggregate_in: str | None = None,
         schedule: Any = None,
     ) -> None:
@@ -114,7 +115,8 @@ class Ensemble(Capturing):
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         try:
-            self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
+            with torch.inference_mode(False):  # stacks that autograd and version counters know
+                self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
@@ -230,9 +232,14 @@ class Ensemble(Capturing):
         return aggregation(self.rule, self._settings, self._noise_schedule, forward, args, kwargs)
 
     @property
+    def _prediction(self) -> schedules.Prediction:
+        """What the members' outputs mean, as far as it was said."""
+        return self._settings["prediction"]
+
+    @property
     def _noise_schedule(self) -> schedules.Schedule | None:
         """By which the time among the arguments becomes a noise level; none where nobody said it."""
-        return self._settings["schedule"]
+        return self._prediction.schedule
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
@@ -351,6 +358,18 @@ class Ensemble(Capturing):
         """Set the mode of the members, as for one of them."""
         super().train(mode)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of all members where it is theirs and not the ensemble's."""
+        network = self.__dict__.get("_modules", {}).get("network")
+        own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        looped = not own and self.__dict__["_engine"] is None
+        members = [] if own else list(network) if looped else [network]
+        if members and all(hasattr(member, name) for member in members):
+            for member in members:
+                setattr(member, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Look like a member: attributes that the ensemble has not are the members'."""

@@ -109,7 +109,6 @@ def backends() -> dict[str, str]:
     return {
         "reference": "available",
         "native": _native.status(),
-        "native forest": _native.forest_status(),
         "native (CUDA)": _native.status("cuda"),
         "triton": triton or "available",
     }

@@ -8,7 +8,6 @@ counters: sample i is a function of the seed and i alone, and recorded steps dra
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,11 @@ from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
 from fastens.ops.normal import normal, number_on
 from fastens.ops.sampler_step import sampler_step
+from fastens.schedules.schedulers import ddim_steps, described, prediction_of
 
 METHODS = ("ddim", "euler", "heun")
+_End = Tensor | tuple[float, float]  # a time, or alpha and sigma themselves
+_DATA: _End = (1.0, 0.0)
 RECORDED_STEPS = 20  # steps in one graph, which is replayed with other coefficients
 
 
@@ -36,15 +38,19 @@ class Sampler:
         denoiser: the model, its schedule and what it predicts.
         method: one of METHODS.
         steps: of the default grid of times, even, or in the logarithm of sigma for EDM.
-        times: instead of it, the steps + 1 times of the schedule, from most noise to least.
+        times: instead of it, the steps + 1 times of the schedule, from most noise to least; or, for DDIM, a DDIM
+            scheduler of diffusers after its ``set_timesteps``, whose own steps are then taken: they may end where the
+            next does not begin (linspace, trailing that does not divide), or short of the data (set_alpha_to_one).
         eta: of DDIM: 0 is deterministic, 1 ancestral.
-        clip: of DDIM: what the predicted data is held in; the last step then ends in it. None to leave it.
+        clip: of DDIM: what the predicted data is held in, before the noise is found in it (in diffusers' pipelines:
+            ``use_clipped_model_output``); the last step then ends in it. None to leave it.
         to_data: of DDIM: the last step ends in the data that the network predicts, and not at a last time, whose noise
-            is left; ``times`` are then one per step, such as the ``timesteps`` of a scheduler of diffusers.
+            is left; ``times`` are then one per step, each of which ends where the next begins.
 
     Raises:
-        ValueError: an unknown method, too few steps or times, eta out of [0, 1], eta, clip or to_data for another
-            method, or coefficients that are not finite at a time.
+        ValueError: an unknown method, too few steps or times, eta out of [0, 1], eta, clip, to_data or a scheduler for
+            another method, a scheduler that contradicts the denoiser or clips otherwise, or coefficients that are not
+            finite at a time.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class Sampler:
         method: str = "ddim",
         *,
         steps: int = 50,
-        times: Sequence[float] | Tensor | None = None,
+        times: Any = None,
         eta: float = 0.0,
         clip: tuple[float, float] | None = None,
         to_data: bool = False,
@@ -66,19 +72,24 @@ class Sampler:
             raise ValueError(f"eta, clip and to_data are of 'ddim'; {method!r} has none of them")
         self.denoiser = denoiser
         self.method, self.clip, self.stochastic = method, clip, eta > 0
-        grid = _default_times(denoiser, steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
-        if to_data and times is not None:
-            grid = torch.cat([grid, grid[-1:]])  # where the last step ends is no time
-        if grid.ndim != 1 or len(grid) < 2:
-            raise ValueError(f"times is {list(grid.shape)}, expected at least {'one' if to_data else 'two'}")
-        self.num_steps = len(grid) - 1
-        table, self._network_times = _coefficients(denoiser, method, grid.cpu(), eta, clip is not None, to_data)
+        if hasattr(times, "set_timesteps"):
+            _check_scheduler(times, denoiser, method, clip, to_data)
+            grid, ends = _steps_of(times)
+        else:
+            grid, ends = _grid(denoiser, steps, times, to_data)
+        self.num_steps = len(ends)
+        self._ends_in_data = times is None or isinstance(ends[-1], Tensor) or ends[-1][1] == 0
+        table, self._network_times = _coefficients(denoiser, method, grid, ends, eta, clip is not None)
         self._last_is_euler = method == "heun" and not bool(torch.isfinite(table[-1]).all())
         if self._last_is_euler:
-            table[-1] = _coefficients(denoiser, "euler", grid[-2:].cpu(), 0.0, False, False)[0][0]
+            table[-1] = _coefficients(denoiser, "euler", grid[-1:], ends[-1:], 0.0, False)[0][0]
         if not torch.isfinite(table).all():
             step = int((~torch.isfinite(table)).any(1).nonzero()[0])
-            raise ValueError(f"the step from time {grid[step]:g} to {grid[step + 1]:g} has no finite coefficients")
+            raise ValueError(
+                f"step {step}, from time {grid[step]:g}, has no finite coefficients for prediction "
+                f"{denoiser.prediction.kind!r}: the schedule has no data or no noise there; begin elsewhere (times=); "
+                "v, x0 and flow are finite without data"
+            )
         self._table = table
         self._moved: dict[Any, tuple[Tensor, ...]] = {}
         self._recordings: dict[Any, list[_Recording]] = {}
@@ -176,7 +187,7 @@ class Sampler:
                 moved = sampler_step(x, output, row)
                 x = sampler_step(x, output, row, "corrected", second=self._predict(moved, at[1]))
                 continue
-            kind = "linear" if self.clip is None else "data" if ends else "clipped"
+            kind = "linear" if self.clip is None else "data" if ends and self._ends_in_data else "clipped"
             drawn = draws is not None and kind != "data"
             noise = {"seed": seed, "offset": draws[i], "samples": numbers} if drawn else {}
             x = sampler_step(x, output, row, kind, clip=self.clip or (), **noise)
@@ -239,8 +250,46 @@ def _default_times(denoiser: Denoiser, steps: int) -> Tensor:
     return torch.linspace(schedule.t_prior, schedule.t_data, steps + 1, dtype=torch.float64)
 
 
+def _grid(denoiser: Denoiser, steps: int, times: Any, to_data: bool) -> tuple[Tensor, list[_End]]:
+    """The times that steps begin at, [n], and the n ends of them: each is where the next begins."""
+    grid = _default_times(denoiser, steps) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
+    if grid.ndim != 1 or len(grid) < (1 if to_data and times is not None else 2):
+        raise ValueError(f"times is {list(grid.shape)}, expected at least {'one' if to_data else 'two'}")
+    if not to_data:
+        return grid[:-1], list(grid[1:])
+    return (grid, [*grid[1:], _DATA]) if times is not None else (grid[:-1], [*grid[1:-1], _DATA])
+
+
+def _steps_of(scheduler: Any) -> tuple[Tensor, list[_End]]:
+    """The same of a DDIM scheduler, which says alpha and sigma where a step ends."""
+    grid, kept = ddim_steps(scheduler)
+    return grid, [(float(alpha), float(sigma)) for alpha, sigma in zip(kept.sqrt(), (1 - kept).sqrt(), strict=True)]
+
+
+def _check_scheduler(scheduler: Any, denoiser: Denoiser, method: str, clip: Any, to_data: bool) -> None:
+    """Raise unless the sampler takes the scheduler's steps when it takes its times."""
+    if method != "ddim" or to_data:
+        raise ValueError(
+            "times is a scheduler, which is of 'ddim' and says itself how its last step ends, without to_data"
+        )
+    denoiser.prediction.with_(prediction_of(scheduler), "the denoiser", described(scheduler))
+    config = scheduler.config
+    if config.get("thresholding"):
+        raise ValueError(
+            "the scheduler thresholds the data (thresholding=True), which no method here does; set it to False"
+        )
+    bound = config.get("clip_sample_range", 1.0)
+    clips = config.get("clip_sample") and not type(scheduler).__name__.startswith("CogVideoX")  # those never do
+    wanted = (-bound, bound) if clips else None
+    if clip != wanted:
+        raise ValueError(
+            f"clip is {clip}, but the scheduler's clip_sample={bool(wanted)} says {wanted}: pass clip={wanted} (the "
+            "noise is then found in clipped data, as with use_clipped_model_output=True), or a scheduler that agrees"
+        )
+
+
 def _coefficients(
-    denoiser: Denoiser, method: str, grid: Tensor, eta: float, clipped: bool, to_data: bool
+    denoiser: Denoiser, method: str, grid: Tensor, ends: Sequence[_End], eta: float, clipped: bool
 ) -> tuple[Tensor, Tensor]:
     """What each step multiplies, float64 [steps, 5], and the network's times [steps, stages].
 
@@ -249,17 +298,20 @@ def _coefficients(
     """
     schedule = denoiser.schedule
     rows, times = [], []
-    for i, (now, then) in enumerate(itertools.pairwise(grid)):
-        ends = (now, then) if method == "heun" else (now,)
-        times.append(torch.stack([schedule.network_time(t).double() for t in ends]))
+    for now, end in zip(grid, ends, strict=True):
         if method == "ddim":
-            rows.append(_ddim(denoiser, now, None if to_data and i == len(grid) - 2 else then, eta, clipped))
+            times.append(schedule.network_time(now).double().reshape(1))
+            then = end if isinstance(end, tuple) else (float(schedule.alpha(end)), float(schedule.sigma(end)))
+            rows.append(_ddim(denoiser, now, then, eta, clipped))
             continue
-        span = float(then - now)
-        of_x, of_output = _velocity(denoiser, now)
+        assert isinstance(end, Tensor)
+        stages = (now, end) if method == "heun" else (now,)
+        times.append(torch.stack([schedule.network_time(t).double() for t in stages]))
+        span = float(end - now)
+        of_x, of_output = denoiser.factors("flow", now)  # the velocity of the probability flow
         row = [1 + span * of_x, span * of_output, 0.0, 0.0, 0.0]
         if method == "heun":
-            x_then, output_then = _velocity(denoiser, then)
+            x_then, output_then = denoiser.factors("flow", end)
             half = span / 2
             row[2:] = [
                 1 + half * (of_x + x_then * row[0]),
@@ -270,19 +322,19 @@ def _coefficients(
     return torch.tensor(rows, dtype=torch.float64), torch.stack(times)
 
 
-def _ddim(denoiser: Denoiser, now: Tensor, then: Tensor | None, eta: float, clipped: bool) -> list[float]:
-    """A row of the table; ``then`` is none for the data, without noise."""
-    schedule = denoiser.schedule
-    (alpha, sigma), (alpha_then, sigma_then) = (
-        (1.0, 0.0) if t is None else (float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (now, then)
-    )
-    remaining = max(0.0, 1 - (alpha * sigma_then / (alpha_then * sigma)) ** 2)
+def _ddim(denoiser: Denoiser, now: Tensor, then: tuple[float, float], eta: float, clipped: bool) -> list[float]:
+    """A row of the table, for a step to alpha and sigma ``then``."""
+    alpha, sigma = float(denoiser.schedule.alpha(now)), float(denoiser.schedule.sigma(now))
+    alpha_then, sigma_then = then
+    if sigma == 0:
+        return [float("nan")] * 5
+    remaining = max(0.0, 1 - (alpha * sigma_then / (alpha_then * sigma)) ** 2) if alpha_then else 0.0
     fresh = eta * sigma_then * remaining**0.5
     kept = max(0.0, sigma_then**2 - fresh**2) ** 0.5
-    noise_of_x, noise_of_output = _noise_found(denoiser, now)
-    data_of_x, data_of_output = (1 - sigma * noise_of_x) / alpha, -sigma * noise_of_output / alpha
+    data_of_x, data_of_output = denoiser.factors("x0", now)
     if clipped:
         return [kept / sigma, alpha_then - kept * alpha / sigma, fresh, data_of_x, data_of_output]
+    noise_of_x, noise_of_output = denoiser.factors("epsilon", now)
     return [
         alpha_then * data_of_x + kept * noise_of_x,
         alpha_then * data_of_output + kept * noise_of_output,
@@ -290,17 +342,3 @@ def _ddim(denoiser: Denoiser, now: Tensor, then: Tensor | None, eta: float, clip
         0.0,
         0.0,
     ]
-
-
-def _noise_found(denoiser: Denoiser, t: Tensor) -> tuple[float, float]:
-    """The factors of x and of the network's output in the noise that it finds: both are linear in it."""
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return float(denoiser.to_epsilon(zero, one, t)), float(denoiser.to_epsilon(one, zero, t))
-
-
-def _velocity(denoiser: Denoiser, t: Tensor) -> tuple[float, float]:
-    """The factors of x and of the network's output in the velocity of the probability flow."""
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    of_x, of_output = _noise_found(denoiser, t)
-    of_noise = float(denoiser.velocity(one, zero, t))
-    return float(denoiser.velocity(zero, one, t)) + of_noise * of_x, of_noise * of_output

@@ -200,44 +200,6 @@ assert half.unet.dtype == torch.bfloat16 and half.unet.num_members == 2
     assert torch.equal(torch.load(tmp_path / "images.pt"), torch.tensor(images))
 
 
-def nested(prefix, member):
-    return {prefix + name: tensor for name, tensor in member.state_dict().items()}
-
-
-def layouts(member, other):
-    """What each family's training code writes: averages are ``member``'s, and the weights beside them ``other``'s."""
-    shadow = {"decay": 0.9999, "num_updates": 5, "shadow_params": [p.detach() for p in member.parameters()]}
-    return {
-        "score_sde": {"optimizer": {}, "model": nested("module.", other), "ema": shadow, "step": 3},
-        "guided-diffusion": member.state_dict(),
-        "k-diffusion": {"model": other.state_dict(), "model_ema": member.state_dict(), "step": 3},
-        "torchcfm": {"net_model": other.state_dict(), "ema_model": member.state_dict(), "step": 3},
-        "denoising-diffusion-pytorch": {
-            "step": 3,
-            "model": nested("model.", other),
-            "ema": {
-                **nested("online_model.model.", other),
-                **nested("ema_model.model.", member),
-                "step": torch.ones(1),
-            },
-        },
-        "compiled": nested("_orig_mod.", member),
-    }
-
-
-@pytest.mark.parametrize("layout", layouts(mlp(), mlp()))
-def test_layouts_of_training_code(tmp_path, layout):
-    member, other = randomised(mlp, 0), randomised(mlp, 1)
-    path = tmp_path / "checkpoint.pth"
-    torch.save(layouts(member, other)[layout], path)
-    x = torch.randn(3, 5)
-    with torch.no_grad():
-        assert torch.equal(fastens.load_members([path], mlp)[0].eval()(x), member(x))
-        plain = fastens.load_members([path], mlp, ema=False)[0].eval()
-        expected = member if layout in ("guided-diffusion", "compiled") else other
-        assert torch.equal(plain(x), expected(x))
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -18,7 +18,7 @@ LEVELS = [  # a module imports from its own level or below
     {"fold", "report"},
     {"plan"},
     {"ops"},
-    {"reference", "kernels", "_native", "_build", "rules", "schedules", "program", "_version", "files"},
+    {"reference", "kernels", "_native", "_build", "rules", "schedules", "program", "_version", "files", "io"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -1,5 +1,6 @@
 """The native library: built where it can be, loaded where it was built, and explained where it is not."""
 
+import shutil
 import subprocess
 import sys
 
@@ -139,3 +140,16 @@ print(*({"torch._dynamo", "torch._inductor"} & set(new)))
     assert set(runs[0][1].split()) <= {"torch", "numpy", "fastens"}
     assert runs[0][2] == ""
     assert min(float(run[0]) for run in runs) < 0.3
+
+
+@needs_compiler
+def test_the_library_serves_every_python():
+    """Its functions of Python are in the stable ABI and weak: without Python it loads all the same."""
+    if not shutil.which("nm"):
+        pytest.skip("no nm")
+    path = str(_native._loaded["cpu"]) if _native.load() else pytest.skip(_native.status())
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    of_python = {line.split()[-1]: line.split()[-2] for line in symbols.splitlines() if " Py" in line or " _Py" in line}
+    assert of_python == dict.fromkeys(
+        ("PyBuffer_Release", "PyEval_RestoreThread", "PyEval_SaveThread", "PyObject_GetBuffer"), "w"
+    )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastens import samplers, schedules
-from fastens.evaluation import Denoiser
+from fastens.evaluation import Denoiser, sample
 from fastens.reference.normal import normal
 from fastens.samplers import Sampler
 from tests.tolerances import relative_error
@@ -57,7 +57,6 @@ def denoiser_of(scheduler, network, prediction="epsilon"):
     return Denoiser(network, schedules.Discrete(tuple(scheduler.alphas_cumprod.double().tolist())), prediction)
 
 
-# With timestep_spacing="linspace" each step of diffusers' DDIM ends where the next does not begin: no run of ours does.
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
@@ -73,6 +72,67 @@ def test_ddim_on_the_timesteps_of_diffusers(spacing, theirs, ours, eta, clip):
     )
     assert sampler.num_steps == len(times)
     assert relative_error(sampler(SAMPLES, SHAPE, SEED), diffusers_run(scheduler, network, eta)) <= EXACT
+
+
+# Its steps may end where the next does not begin, or short of the data: its times alone do not say where.
+@pytest.mark.parametrize("config", [
+    {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"}, {"set_alpha_to_one": False},
+    {"steps_offset": 1, "set_alpha_to_one": False, "beta_schedule": "scaled_linear"}, {"clip_sample": True},
+    {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    {"clip_sample": True, "timestep_spacing": "linspace", "set_alpha_to_one": False, "prediction_type": "sample"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [7, 20])
+def test_the_steps_of_a_ddim_scheduler(config, eta, steps):
+    scheduler = diffusers.DDIMScheduler(1000, **{"clip_sample": False, **config})
+    scheduler.set_timesteps(steps)
+    network, clip = Network(), (-1.0, 1.0) if config.get("clip_sample") else None
+    sampler = Sampler(Denoiser(network, scheduler), times=scheduler, eta=eta, clip=clip)
+    assert relative_error(sampler(SAMPLES, SHAPE, SEED), diffusers_run(scheduler, network, eta)) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: diffusers.DDIMScheduler(), {}, r"clip=\(-1.0, 1.0\)"),
+        (lambda: diffusers.DDIMScheduler(thresholding=True, clip_sample=False), {}, "thresholding"),
+        (
+            lambda: diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
+            {},
+            "prediction is 'epsilon'",
+        ),
+        (lambda: diffusers.DDIMScheduler(beta_end=0.01, clip_sample=False), {}, "schedule is"),
+        (lambda: diffusers.DDIMScheduler(clip_sample=False), {"to_data": True}, "without to_data"),
+        (lambda: diffusers.DDIMScheduler(clip_sample=False), {"method": "euler"}, "of 'ddim'"),
+        (lambda: diffusers.DDPMScheduler(clip_sample=False), {}, "DDPMScheduler, expected DDIMScheduler"),
+    ],
+)
+def test_a_scheduler_whose_steps_the_sampler_would_not_take_is_refused(make, options, message):
+    scheduler = make()
+    denoiser = Denoiser(Network(), schedules.Discrete.linear(), "epsilon")
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match=message):
+        Sampler(denoiser, times=scheduler, **options)
+
+
+def test_a_scheduler_without_steps_is_refused():
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    with pytest.raises(ValueError, match=r"call its set_timesteps\(...\) first"):
+        Sampler(Denoiser(Network(), scheduler), times=scheduler)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+@pytest.mark.parametrize("method", ["ddim", "euler"])
+def test_a_run_begins_without_any_data(method, prediction):
+    """Zero terminal signal-to-noise ratio: what the data is cannot be told by dividing by their share."""
+    schedule = schedules.Flow() if prediction == "flow" else schedules.Discrete((0.9, 0.5, 0.1, 0.0))
+    times = [1.0, 0.5, 0.1] if prediction == "flow" else [3, 2, 1, 0]
+    denoiser = Denoiser(Network(), schedule, prediction)
+    assert torch.isfinite(Sampler(denoiser, method, times=times)(SAMPLES, SHAPE, SEED)).all()
+    if method == "ddim" and prediction != "flow":
+        assert torch.isfinite(sample(denoiser, 3, SHAPE, steps=3)).all()
+    with pytest.raises(ValueError, match="no data or no noise there"):
+        Sampler(Denoiser(Network(), schedule, "epsilon"), method, times=times)
 
 
 def test_euler_of_diffusers_is_ddim_in_other_variables():

@@ -15,6 +15,7 @@ from fastens import schedules
 from fastens.schedules import EDM, VE, VP, Discrete, Flow, SubVP
 
 ALL = [VP(), SubVP(), VE(), EDM(), Flow(), Flow(data_at=1), Discrete.linear(), VP(0.1, 8.0).discretised(50)]
+ALL += [EDM(0.3, 500.0, atan_time=True), EDM(log_time=True)]
 INSIDE = [0.05, 0.3, 0.5, 0.81, 0.97]
 
 
@@ -174,6 +175,7 @@ def test_values_survive(schedule):
         (lambda: VP(2.0, 1.0), "beta_min"),
         (lambda: VE(0.0, 1.0), "sigma_min"),
         (lambda: EDM(2.0, 1.0), "sigma_min"),
+        (lambda: EDM(log_time=True, atan_time=True), "one of them"),
         (lambda: Flow(data_at=2), "data_at"),
         (lambda: VP(time_scale=0.0), "time_scale"),
         (lambda: Discrete((0.9, 0.8)), "at least 3"),

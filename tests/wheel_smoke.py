@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastens
+from fastens.reference.forest import Trees
 
 
 def check_installation() -> None:
@@ -35,9 +36,18 @@ def check_ensemble() -> None:
     assert ensemble.engine == "fold"
 
 
+def check_forest() -> None:
+    split = {"feature": [0, -1, -1] * 2, "threshold": [0.5, 0, 0, -0.5, 0, 0], "left": [1, 0, 0] * 2}
+    split |= {"right": [2, 0, 0] * 2, "default_left": [0] * 6, "values": [[1.0], [2.0], [3.0], [5.0]]}
+    forest = fastens.Forest(Trees(offsets=[0, 3, 6], num_features=1, **split))
+    x = torch.tensor([[-1.0], [0.0], [1.0]]).numpy()
+    assert forest.predict(x, backend="native")[:, 0].tolist() == [2.0, 3.0, 3.5]
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     check_installation()
+    check_forest()
     check_rules()
     check_ensemble()
     assert not {"diffusers", "matplotlib", "sklearn"} & set(sys.modules)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler", type=Path, help="folder of a diffusers scheduler; default: linear beta, 1000 steps"
     )
-    parser.add_argument("--prediction", default="epsilon", help="what the members predict")
+    parser.add_argument("--prediction", help="what the members predict; default: as the scheduler says, else epsilon")
     parser.add_argument("--levels", type=int, default=256, help="how many values a pixel takes")
     parser.add_argument("--inception", type=Path, help="file of Inception weights, to judge samples with")
     parser.add_argument("--out", type=Path, default=Path("fastens-evaluation"), help="folder of the report")

@@ -13,7 +13,7 @@ from fastens.aggregation import noise_dependent
 from fastens.ensemble import Ensemble
 from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
-from fastens.schedules import Schedule, per_sample
+from fastens.schedules import Prediction, Schedule, per_sample
 
 
 class Denoiser:
@@ -23,32 +23,46 @@ class Denoiser:
         model: an :class:`fastens.Ensemble`, or any module called as ``model(x, t)`` that returns a tensor, a tuple that
             begins with one, or an object with ``.sample``. Of outputs with twice the channels (learned variances) the
             first half is the prediction.
-        schedule: the noise schedule that it was trained under.
-        prediction: what it predicts: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``.
+        schedule: the noise schedule that it was trained under, or a diffusers scheduler, which also says what is
+            predicted; none for an ensemble that has one.
+        prediction: what it predicts: ``"epsilon"``, ``"x0"``, ``"v"``, ``"score"`` or ``"flow"``, or a
+            :class:`fastens.schedules.Prediction`; none for what scheduler and ensemble say, else ``"epsilon"``.
         conditioning: further keyword arguments of the model, the same for all samples.
 
     Raises:
-        ValueError: another prediction.
+        ValueError: another prediction; schedule, prediction and ensemble contradict each other; no schedule; a network
+            whose input has further channels than x.
         TypeError: a schedule that is none.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        schedule: Schedule,
-        prediction: str = "epsilon",
+        schedule: Any = None,
+        prediction: str | Prediction | None = None,
         conditioning: Mapping[str, Any] | None = None,
     ) -> None:
-        parameterisation.check_prediction("prediction", prediction)
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"schedule is a {type(schedule).__name__}, expected one of fastens.schedules; "
-                "of a diffusers scheduler take fastens.schedules.from_scheduler(scheduler)"
+        given = prediction if isinstance(prediction, Prediction) else Prediction(prediction)
+        found = given.with_(parameterisation.read(schedule), "prediction=", parameterisation.source_of(schedule))
+        if isinstance(model, Ensemble):
+            found = found.with_(model._prediction, "the denoiser's arguments", "the ensemble")
+        if found.schedule is None:
+            raise ValueError("schedule: expected the noise schedule that the model was trained under, got none")
+        found.check_said()
+        if found.noisy_channels is not None:
+            raise ValueError(
+                f"noisy_channels is {found.noisy_channels}, but a denoiser calls model(x, t) with x alone; wrap the "
+                "model in a module that adds the further channels"
             )
         self.model = model
-        self.schedule = schedule
-        self.prediction = prediction
+        self.prediction = found.filled(kind="epsilon")
         self.conditioning = dict(conditioning or {})
+
+    @property
+    def schedule(self) -> Schedule:
+        """The path ``x = alpha x_0 + sigma eps``."""
+        assert self.prediction.schedule is not None
+        return self.prediction.schedule
 
     @property
     def num_members(self) -> int:
@@ -68,10 +82,10 @@ class Denoiser:
     def outputs(self, x: Tensor, t: Tensor) -> Tensor:
         """What every member predicts, [K, B, ...], from one folded pass; ``t`` is one time, or one per sample [B]."""
         if isinstance(self.model, Ensemble):
-            output = self.model.member_outputs(x, self._network_time(x, t), **self.conditioning)
+            output = self.model.member_outputs(self._input(x, t), self._network_time(x, t), **self.conditioning)
             output = output[0] if isinstance(output, tuple | list) else output
-            return output[:, :, : x.shape[1]] if output.ndim > 2 else output
-        return self._predict(x, t).unsqueeze(0)
+            return self._predicted(output, x)
+        return self.at(x, t).unsqueeze(0)
 
     def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
         """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
@@ -81,29 +95,57 @@ class Denoiser:
         engine = self.model._engine if isinstance(self.model, Ensemble) else None
         if engine is None:
             return None
-        found = outputs_along(engine, (x, self._network_time(x, t)), self.conditioning, tangent)
+        arguments = (self._input(x, t), self._network_time(x, t))
+        found = outputs_along(engine, arguments, self.conditioning, self._input(tangent, t))
         if found is None or found[0].shape[1] != len(x):
             return None
-        outputs, moved = (part[:, :, : x.shape[1]] if part.ndim > 2 else part for part in found)
+        outputs, moved = (self._predicted(part, x) for part in found)
         return outputs, moved
+
+    def _predicted(self, outputs: Tensor, x: Tensor) -> Tensor:
+        """Of outputs [K, B, ...] the channels that are the prediction, shaped as ``x``."""
+        predicted = outputs
+        if outputs.ndim > 2:
+            predicted = outputs[:, :, : parameterisation.predicted_channels(self.prediction, x, outputs[0].shape)]
+        if predicted.shape[1:] != x.shape:
+            raise ValueError(
+                f"the model returned {list(outputs.shape[1:])} for an input {list(x.shape)}, expected its shape, or "
+                "twice its channels where the second half are variances"
+            )
+        return predicted
 
     def epsilon(self, x: Tensor, t: Tensor) -> Tensor:
         """The noise that the model, or the ensemble by its rule, finds in ``x`` [B, ...]."""
-        return self.to_epsilon(self._predict(x, t), x, t)
+        return self.to_epsilon(self.at(x, t), x, t)
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
         """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
         if isinstance(rule, rules.NoiseDependentMean):
             return noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])(outputs)
         settings = self.model._settings if isinstance(self.model, Ensemble) else {}
-        backend, target = settings.get("backend", "auto"), settings.get("aggregate_in") or self.prediction
-        moved = parameterisation.convert(outputs, x, t, self.schedule, self.prediction, target)
-        combined = aggregate(moved, rule, backend=backend)
-        return parameterisation.convert(combined, x, t, self.schedule, target, self.prediction)
+        kind = self._kind
+        target, deviation = settings.get("aggregate_in") or kind, self.prediction.sigma_data
+        moved = parameterisation.convert(outputs, x, t, self.schedule, kind, target, deviation)
+        combined = aggregate(moved, rule, backend=settings.get("backend", "auto"))
+        return parameterisation.convert(combined, x, t, self.schedule, target, kind, deviation)
+
+    @property
+    def _kind(self) -> str:
+        assert self.prediction.kind is not None
+        return self.prediction.kind
+
+    def to(self, target: str, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """A prediction for ``x`` [B, ...], or K of them [K, B, ...], in another parameterisation."""
+        return parameterisation.convert(predicted, x, t, self.schedule, self._kind, target, self.prediction.sigma_data)
 
     def to_epsilon(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The noise in ``x`` [B, ...] according to a prediction [B, ...] or to K of them [K, B, ...]."""
-        return parameterisation.convert(predicted, x, t, self.schedule, self.prediction, "epsilon")
+        return self.to("epsilon", predicted, x, t)
+
+    def factors(self, target: str, t: Tensor) -> tuple[float, float]:
+        """Of x and of the network's output in a parameterisation: each is linear in both."""
+        of_x, of_output = parameterisation.conversion(self._kind, target, self.schedule, t, self.prediction.sigma_data)
+        return float(of_x), float(of_output)
 
     def velocity(self, epsilon: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """``dx/dt`` of the probability-flow ODE, ``f x + (sigma' - f sigma) eps``, for the noise found in ``x``."""
@@ -117,19 +159,31 @@ class Denoiser:
         return per_sample(drift, x), per_sample(noise, x)
 
     def _network_time(self, x: Tensor, t: Tensor) -> Tensor:
+        """The times [B] that the network takes for ``x`` [B, ...] at a time, or one per sample [B]."""
         return self.schedule.network_time(t).to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
 
-    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.predict(x, self._network_time(x, t))
+    def _input(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the network takes for ``x`` [B, ...]."""
+        factor = parameterisation.input_factor(self.prediction, t)
+        return x if factor is None else (x * per_sample(factor, x)).to(x.dtype)
+
+    def at(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the model, or the ensemble by its rule, predicts of ``x`` [B, ...] at a time, or one per sample [B]."""
+        return self._called(x, self._input(x, t), self._network_time(x, t))
 
     def predict(self, x: Tensor, network_time: Tensor) -> Tensor:
         """What the model, or the ensemble by its rule, predicts of ``x`` [B, ...], at the network's own times [B]."""
-        output = self.model(x, network_time, **self.conditioning)
+        if self.prediction.input_scaling == "unit_variance":
+            return self._called(x, self._input(x, self.schedule.time(network_time)), network_time)
+        return self._called(x, x, network_time)
+
+    def _called(self, x: Tensor, given: Tensor, network_time: Tensor) -> Tensor:
+        output = self.model(given, network_time, **self.conditioning)
         output = getattr(output, "sample", output)
         output = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(output, Tensor) or output.shape[:1] != x.shape[:1]:
             raise TypeError(f"the model returned a {type(output).__name__}, expected a tensor of {len(x)} samples")
-        return output[:, : x.shape[1]] if output.ndim > 1 else output
+        return self._predicted(output.unsqueeze(0), x)[0]
 
 
 def check_data(name: str, data: Tensor, low: float = -1.0, high: float = 1.0) -> None:

@@ -127,8 +127,8 @@ def likelihood(
         seed=seed,
     )
     rule = denoiser.rule.to_dict()
-    schedule = denoiser.schedule.to_dict()
-    key = fingerprint(model=denoiser.model, data=data, rule=rule, schedule=schedule, settings=settings)
+    prediction = denoiser.prediction.to_dict()
+    key = fingerprint(model=denoiser.model, data=data, rule=rule, prediction=prediction, settings=settings)
     parts = Parts(cache, key if cache is not None else "")
     _check_deterministic(denoiser, data)
     bits, evaluations, seconds = np.empty((repeats, len(data))), [], 0.0

@@ -113,7 +113,7 @@ def _of(estimate: Estimate) -> dict[str, float]:
 def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **options: Any) -> DenoisingLoss:
     """The loss, read from an earlier run where it is there whole."""
     settings = {**options, "levels": plan.noise_levels, "seed": plan.seed, "most": plan.most_subsets, "kind": "loss"}
-    identity = {"schedule": denoiser.schedule.to_dict(), "prediction": denoiser.prediction, "settings": settings}
+    identity = {"prediction": denoiser.prediction.to_dict(), "settings": settings}
     parts = Parts(cache, fingerprint(model=denoiser.model, data=data, **identity))
     kept = parts.read("loss")
     if kept is None:

@@ -62,7 +62,7 @@ def sample(
             "eta in [0, 1]"
         )
     settings = dict(steps=steps, eta=eta, clip=clip, batch_size=batch_size, seed=seed, shape=shape)
-    identity = dict(rule=denoiser.rule.to_dict(), schedule=denoiser.schedule.to_dict(), settings=settings)
+    identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
     parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)
     batches = []
@@ -100,9 +100,10 @@ def _trajectory(
     number = rows.to(device)
     x = clean = schedule.prior_std * normal(seed, 0, number, shape)
     for step, (now, then) in enumerate(itertools.pairwise(times.to(device))):
-        epsilon = _epsilon(denoiser, x, now, rows, step, seed)
+        predicted = _predicted(denoiser, x, now, rows, step, seed)
         (alpha, sigma), (alpha_next, sigma_next) = (schedule.coefficients(t, x) for t in (now, then))
-        clean = (x - sigma * epsilon) / alpha
+        clean = denoiser.to("x0", predicted, x, now)  # finite for v where there is no data at all
+        epsilon = denoiser.to_epsilon(predicted, x, now)
         if clip is not None:
             clean = clean.clamp(*clip)
             epsilon = (x - alpha * clean) / sigma
@@ -116,11 +117,10 @@ def _trajectory(
     return clean.cpu() if clip is not None else x.cpu()
 
 
-def _epsilon(denoiser: Denoiser, x: Tensor, t: Tensor, rows: Tensor, step: int, seed: int) -> Tensor:
+def _predicted(denoiser: Denoiser, x: Tensor, t: Tensor, rows: Tensor, step: int, seed: int) -> Tensor:
     rule: rules.Rule = denoiser.rule
     if not rule.random:
-        return denoiser.epsilon(x, t)
+        return denoiser.at(x, t)
     offset = 0 if rule.per_trajectory else step + 1
     member = draw_members(seed, offset, denoiser.num_members, int(rows[-1]) + 1)[rows].to(x.device)
-    outputs = denoiser.outputs(x, t)[member, torch.arange(len(x), device=x.device)]
-    return denoiser.to_epsilon(outputs, x, t)
+    return denoiser.outputs(x, t)[member, torch.arange(len(x), device=x.device)]

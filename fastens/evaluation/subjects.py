@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.evaluation.classifier import Classifier, train_classifier
-from fastens.schedules import Discrete, Schedule, from_scheduler
+from fastens.parameterisation import resolve
+from fastens.schedules import Discrete, Prediction, Schedule
 
 BUNDLED = ("digits", "photographs")
 
@@ -41,7 +44,7 @@ class Subject:
     data: str
     ensemble: Ensemble
     schedule: Schedule
-    prediction: str
+    prediction: str | Prediction
     fit: Tensor
     test: Tensor
     levels: int
@@ -90,7 +93,12 @@ def _width(classifier: Classifier) -> int:
 
 
 def from_files(
-    checkpoints: Sequence[Path], data: Path, scheduler: Path | None, prediction: str, levels: int, weights: Path | None
+    checkpoints: Sequence[Path],
+    data: Path,
+    scheduler: Path | None,
+    prediction: str | None,
+    levels: int,
+    weights: Path | None,
 ) -> Subject:
     """Diffusers folders as members, and an array of images.
 
@@ -99,13 +107,13 @@ def from_files(
         data: ``.npy`` file [N, C, H, W], uint8, or floating point in [-1, 1]; the first half fits the weights, the
             second is held out.
         scheduler: folder of a diffusers scheduler; none for 1000 steps of linear beta.
-        prediction: what the members predict.
+        prediction: what the members predict; none for what the scheduler says, else epsilon.
         levels: how many values a pixel takes.
         weights: file of Inception weights, to judge samples with; none for no judgement.
 
     Raises:
         FileNotFoundError: a file or folder that does not exist.
-        ValueError: an array of another kind.
+        ValueError: an array of another kind, or a scheduler that is refused or contradicts ``prediction``.
     """
     if not data.is_file():
         raise FileNotFoundError(f"data {data} does not exist")
@@ -118,11 +126,8 @@ def from_files(
     images = torch.from_numpy(array.astype(np.float32))
     if array.dtype == np.uint8:
         images = images / 127.5 - 1
-    schedule: Schedule = Discrete.linear()
-    if scheduler is not None:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-        schedule = from_scheduler(DDPMScheduler.from_pretrained(scheduler, local_files_only=True))
+    said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else _scheduler(scheduler))
+    assert schedule is not None
     network, logits, note = None, None, "no feature network was given (--inception), so samples are not judged"
     if weights is not None:
         from fastens.evaluation.inception import Inception, inception
@@ -140,7 +145,7 @@ def from_files(
         data=f"{data.name}, {half} images to fit weights on and {len(images) - half} held out",
         ensemble=ensemble,
         schedule=schedule,
-        prediction=prediction,
+        prediction=said.filled(kind="epsilon"),
         fit=images[:half],
         test=images[half:],
         levels=levels,
@@ -150,6 +155,23 @@ def from_files(
         dropout=first if drops else None,
         dropout_note="member 0" if drops else "the members have no dropout layer with p above 0",
     )
+
+
+def _scheduler(folder: Path) -> Any:
+    """The scheduler of a folder, of the class that its config names: another class would read it as its own."""
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"scheduler {folder} has no scheduler_config.json")
+    try:
+        cls = getattr(diffusers, json.loads(path.read_text())["_class_name"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"scheduler {path} names no class of diffusers in _class_name: {error}") from error
+    if not issubclass(cls, SchedulerMixin):
+        raise ValueError(f"scheduler {path} names {cls.__name__} in _class_name, expected a scheduler")
+    return cls.from_pretrained(folder, local_files_only=True)
 
 
 def _bytes(images: Tensor) -> Tensor:

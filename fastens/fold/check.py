@@ -1,7 +1,4 @@
-"""How far the fold may be from the loop, and what a check must leave as it was."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""How far the fold may be from the loop."""
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +34,3 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     a, e = torch.where(finite, a, 0.0), torch.where(finite, e, 0.0)
     error, scale = float((a - e).abs().max()), float(e.abs().max())
     return error if error != error else error / scale if scale else error
-
-
-@contextmanager
-def buffers_kept(network: nn.Module) -> Iterator[None]:
-    """Undo what passes in training mode do to buffers, as to the statistics of batch normalisation."""
-    training = any(module.training for module in network.modules())
-    saved = [(b, b.clone()) for b in network.buffers()] if training else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)

@@ -19,6 +19,7 @@ from fastens.plan.record import in_progress
 Rule = Callable[..., Any]  # of (fold, func, *args, **kwargs); NotImplemented for a form that it does not take
 
 RULES: dict[Any, Rule] = {}
+OWN_OPS: set[Rule] = set()  # rules that call our ops, which autocast does not know
 READS: set[Any] = set()  # functions that give Python the values of a tensor
 AS_STEPS: dict[Any, Rule] = {}  # of common values while a pass is recorded: our ops, which plans know better than torch's
 RANDOM: dict[Any, Rule] = {}  # functions that draw, also where nothing among the arguments is a member's
@@ -150,6 +151,11 @@ class Fold(TorchFunctionMode):
         found.flat = y
         return found
 
+    @staticmethod
+    def device_type(args: Any) -> str:
+        """The kind of device of the first tensor."""
+        return next((x.device.type for x in leaves_of(args) if isinstance(x, Tensor)), "cpu")
+
     def again(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate another function in this pass, for rules that are made of several."""
         return dispatch(self, func, args, kwargs)
@@ -187,13 +193,15 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree
 
 
-def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Register what a function does to member-valued tensors."""
+def rule(*functions: Any, own_op: bool = False) -> Callable[[Rule], Rule]:
+    """Register what a function does to member-valued tensors; ``own_op`` where it calls one of our ops."""
 
     def register(function: Rule) -> Rule:
         for each in dict.fromkeys(functions):
             assert each not in RULES, each
             RULES[each] = function
+        if own_op:
+            OWN_OPS.add(function)
         return function
 
     return register
@@ -260,7 +268,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         elif not target.alias:
             raise NotFoldable(f"{_name(func)} writes to a view that had to be copied")
     found = RULES.get(func)
-    if found is not None:
+    if found is not None and not (found in OWN_OPS and torch.is_autocast_enabled(fold.device_type(args))):
         result = found(fold, func, *args, **kwargs)
         if result is not NotImplemented:
             return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold
 from fastens.fold.drawn import DrawnCall, recorded_rows
 from fastens.fold.first import FirstPass
+from fastens.fold.guards import transformed, unwatched
 from fastens.fold.leaves import Leaves, recorded, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks
@@ -87,6 +89,7 @@ class FoldEngine:
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
         self._views: list[nn.Module] | None = None
+        self._writes = 0  # to the network's Python state, when the views were made
         self.number = number_of(self)
         self.traced: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
@@ -139,9 +142,10 @@ class FoldEngine:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        views = self._views
-        if views is None:
-            views = self._views = [view_of_member(self.network, k) for k in range(self.num_members)]
+        views, writes = self._views, self.plans.guards.barrier.writes
+        if views is None or self._writes != writes:
+            views = self._views = [unwatched(view_of_member(self.network, k)) for k in range(self.num_members)]
+            self._writes = writes
         for view in views:
             for module, original in zip(view.modules(), self.network.modules(), strict=True):
                 if module.training is not original.training:
@@ -177,13 +181,19 @@ class FoldEngine:
         self.plans.clear()
         warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
 
+    def unshare(self, names: Iterable[str]) -> bool:
+        """Give each member its own of the tensors of these names; return whether any was shared."""
+        wanted, found = set(names), False
+        for path, _, table in tables_of(self.network) if wanted else ():
+            for name in list(table.common):
+                if (f"{path}.{name}" if path else name) in wanted and dict.__getitem__(table, name) is not None:
+                    table.unshared(name)
+                    found = True
+        return found
+
     def _unshare_buffers(self) -> None:
         """Give each member its own of every buffer, which its own code may write."""
-        for _, module, table in tables_of(self.network):
-            if table is module._buffers:
-                for name in list(table.common):
-                    if dict.__getitem__(table, name) is not None:
-                        table.unshared(name)
+        self.unshare(name for name, _ in self.network.named_buffers())
 
     # All members at once
 
@@ -195,7 +205,7 @@ class FoldEngine:
             training: the mode of the ensemble.
             method: what is called.
         """
-        if self.engine == "loop":
+        if self.engine == "loop" or transformed():
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return self.fold(arguments, None, method)
@@ -207,7 +217,7 @@ class FoldEngine:
                 return planned
         if not eager:
             return self.fold(arguments, None, method)
-        key = (method, arguments.signature(), training, torch.is_grad_enabled(), self.wrapped)
+        key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())
         if key not in self.checked:
             found = FirstPass(self, arguments, key, plannable, method).run()
             if found is not None:

@@ -9,12 +9,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.check import buffers_kept, relative_error, tolerance_for
+from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.dispatch import NeedsWrappers, WritesInput
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
-from fastens.fold.tables import tables_of
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -44,7 +44,7 @@ class FirstPass:
         engine = self._engine
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         before = torch.random.get_rng_state()
-        with torch.random.fork_rng(devices=devices), buffers_kept(engine.network):
+        with torch.random.fork_rng(devices=devices):
             with torch.no_grad():
                 self._run_members()
             random = not torch.equal(before, torch.random.get_rng_state())
@@ -73,12 +73,13 @@ class FirstPass:
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
             arguments = self._arguments
-            written = [x._version for x in arguments.tensors if not x.is_inference()]
-            with around, state_kept(member) as changed, buffers_kept(member):
+            versions = [x._version for x in arguments.tensors if not x.is_inference()]
+            with around, state_kept(engine.network) as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method)
-            if written != [x._version for x in arguments.tensors if not x.is_inference()]:
+            if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
                 engine.copies_inputs = True
-            engine.stateful = engine.stateful or bool(changed)
+            engine.stateful = engine.stateful or bool(changed or written)
+            engine.unshare(changed | written)
             self._expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
             del output
             around = self._measuring() if k == 0 else nullcontext()
@@ -129,12 +130,11 @@ class FirstPass:
     def _unshare(self, error: NeedsWrappers) -> bool:
         """Give each member its own of the buffer that a pass wrote to; return whether it was one."""
         storage = error.written.untyped_storage()._cdata
-        for _, _, table in tables_of(self._engine.network):
-            for name, tensor in list(table.items()):
-                if tensor is not None and name in table.common and tensor.untyped_storage()._cdata == storage:
-                    table.unshared(name)
-                    return True
-        return False
+        return self._engine.unshare(
+            name
+            for name, tensor in tensors_of(self._engine.network).items()
+            if tensor.untyped_storage()._cdata == storage
+        )
 
     def _parting(self, leaves: list[Any]) -> str | None:
         tensors = [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)]

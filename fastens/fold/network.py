@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastens.fold.alike import tensors_of
+from fastens.fold.guards import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
 from fastens.fold.tables import Stacks
@@ -57,7 +59,7 @@ def skeleton_of(network: nn.Module) -> nn.Module:
                     memo[id(stack)] = shell
                     if isinstance(table, Stacks):
                         memo[id(table[name])] = shell
-    skeleton = copy.deepcopy(network, memo)
+    skeleton = unwatched(copy.deepcopy(network, memo))
     for module in skeleton.modules():
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())
@@ -76,28 +78,61 @@ def shared_names(network: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def state_kept(network: nn.Module) -> Iterator[set[str]]:
-    """Undo what a pass does to the Python state of a network; yields the names of the attributes that it changed."""
+    """Undo what a pass does to a network's Python state and to its buffers; yields the names of what it changed."""
     changed: set[str] = set()
-    saved = [(path, module, _snapshot(module)) for path, module in network.named_modules()]
-    buffers = [(b, b._version, None) for b in network.buffers() if not isinstance(b, MemberTensor)]
+    saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
     try:
         yield changed
     finally:
-        for path, module, before in saved:
+        for path, module, before, tensors in saved:
+            prefix = f"{path}." if path else ""
             now = vars(module)
             for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
-                changed.add(f"{path}.{name}" if path else name)
+                changed.add(f"{prefix}{name}")
                 del now[name]
             for name, (value, content) in before.items():
                 if now.get(name, changed) is not value:
-                    changed.add(f"{path}.{name}" if path else name)
+                    changed.add(f"{prefix}{name}")
                     now[name] = value
                 if content is not None and not _same_content(value, content):
-                    changed.add(f"{path}.{name}" if path else name)
+                    changed.add(f"{prefix}{name}")
                     _restore(value, content)
-        for buffer, version, _ in buffers:
-            if not buffer.is_inference() and buffer._version != version:
-                changed.add("a buffer")
+            for tensor in tensors:
+                if tensor.restored():
+                    changed.add(f"{prefix}{tensor.name}")
+
+
+class _Kept:
+    """One parameter or buffer as it was: in its table, in memory and, for a buffer, in value."""
+
+    def __init__(self, table: dict[str, Any], name: str, tensor: Tensor) -> None:
+        self.name = name
+        self._table, self._tensor, self._data = table, tensor, tensor.data
+        self._common = isinstance(table, Stacks) and name in table.common
+        self._value = None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        self._version = 0 if tensor.is_inference() else tensor._version
+
+    def restored(self) -> bool:
+        """Put it back; return whether it had been changed."""
+        tensor, changed = self._tensor, False
+        if dict.get(self._table, self.name) is not tensor:
+            dict.__setitem__(self._table, self.name, tensor)
+            changed = True
+        if isinstance(self._table, Stacks) and (self.name in self._table.common) is not self._common:
+            (self._table.common.add if self._common else self._table.common.discard)(self.name)
+        if tensor.data_ptr() != self._data.data_ptr():
+            tensor.data = self._data
+            changed = True
+        if self._value is not None and not tensor.is_inference() and tensor._version != self._version:
+            with torch.no_grad():
+                tensor.copy_(self._value)
+            changed = True
+        return changed
+
+
+def _tensors(module: nn.Module) -> list[_Kept]:
+    tables = (module._parameters, module._buffers)
+    return [_Kept(t, n, x) for t in tables if type(t) in (dict, Stacks) for n, x in t.items() if x is not None]
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:

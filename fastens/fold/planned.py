@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastens.fold.arguments import separate
 from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.drawn import another_draw
+from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
@@ -68,7 +69,7 @@ class Plans:
     def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
         self._network = network
         self._backend = backend
-        self._hooks = [hooks for m in network.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.guards = Guards(network)
         self._num_members = num_members
         self.clear()
 
@@ -80,8 +81,8 @@ class Plans:
         self._refused: set[Any] = set()
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
         self._kept = KeptTensors()
-        self._weights: Any = None
-        self._tensors: list[Tensor] = []
+        self._rests_on: Any = None
+        self.guards.look()
         self.why_not = ""
 
     def __len__(self) -> int:
@@ -125,7 +126,7 @@ class Plans:
     def _current(self, key: Any) -> tuple[Plan | LaunchPlan, Leaves] | None:
         """The plan of a signature while it is true: no hook wants to be called, and the weights are as they were."""
         found = self._plans.get(key)
-        return None if found is None or any(self._hooks) or self._state() != self._weights else found
+        return None if found is None or self.guards.hooked() or self.guards.state() != self._rests_on else found
 
     @property
     def launched(self) -> bool:
@@ -150,7 +151,7 @@ class Plans:
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
-        return any(self._hooks) or (key in self._refused and self._state() == self._weights)
+        return self.guards.hooked() or (key in self._refused and self.guards.state() == self._rests_on)
 
     def refuse(self, key: Any, why: str) -> None:
         """Keep that a signature has no plan."""
@@ -190,11 +191,12 @@ class Plans:
         Returns:
             As :meth:`run`, or none where there is no plan.
         """
-        if self._state() != self._weights:
+        before = self.guards.state()
+        if before != self._rests_on:
             self.clear()
-            self._weights = self._state()
+            self._rests_on = before
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
-        if refused or any(self._hooks):  # hooks want to be called
+        if refused or self.guards.hooked():
             return None
         inputs = separate(inputs)
         why = ""
@@ -218,6 +220,9 @@ class Plans:
                     raise
                 why = f"{type(error).__name__} while launching: {error}"
             else:
+                self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
+                if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
+                    return None
                 self._plans[key] = (plan, leaves)
                 self.known.add(key)
                 if len(self._plans) > _MOST_PLANS:
@@ -278,14 +283,16 @@ class Plans:
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
     def can_plan(self, arguments: Tensors) -> bool:
-        """Whether a call may run as a plan: in evaluation mode, without derivatives, where its code is there."""
-        if torch.is_grad_enabled() or self._network.training or torch.compiler.is_compiling():
+        """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
+        if torch.compiler.is_compiling() or not ordinary_context(self._device.type):
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
+            self.why_not = "gradients are enabled and asked for; call it under torch.no_grad()"
             return False
         if self.launched:
             kind = self._device.type
             near = all(x.device.type in ("cpu", kind) for x in arguments)
-            known = kind in ("cpu", "cuda") and not torch.is_autocast_enabled(kind)
-            return near and known and self._backend in ("auto", "triton")
+            return near and kind in ("cpu", "cuda") and self._backend in ("auto", "triton")
         on_cpu = all(x.device.type == "cpu" for x in arguments)
         return on_cpu and self._backend in ("auto", "native") and run_program.available()
 
@@ -296,10 +303,3 @@ class Plans:
             error = relative_error(a, b)
             if not error <= tolerance_for(b, self._network):
                 raise NotLowerable(f"the plan is {error:.1e} from the members")
-
-    def _state(self) -> Any:
-        """What changes with the weights, as far as torch tells: versions, and where the first one is."""
-        if not self._tensors:
-            self._tensors = [*self._network.parameters(), *self._network.buffers()]
-        first = self._tensors[0]
-        return sum([t._version for t in self._tensors]), first.data_ptr(), first.dtype

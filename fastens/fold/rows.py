@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.check import buffers_kept, relative_error, tolerance_for
+from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.network import state_kept
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def _established(engine: FoldEngine, arguments: Arguments, method: str) -> froze
     """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ."""
     batch = arguments.batch_size
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(engine.network):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         drawn = _drawn(arguments)
 
         def answer(given: Arguments) -> list[Tensor]:
             view = engine.views[0]
-            with state_kept(view):
+            with state_kept(view), state_kept(engine.network):
                 output = engine.call_member(0, given, method)
             return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 

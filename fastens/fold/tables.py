@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.compiled import standing_in, tracing
+from fastens.fold.dispatch import leaves_of
 from fastens.fold.tensor import MemberTensor, all_members
 
 
@@ -31,6 +32,15 @@ class Stacks(dict[str, Any]):
         self.common = set(common)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
+        self.barrier: Any = None  # counts what replaces a tensor
+
+    def __delitem__(self, name: str) -> None:
+        self._written()
+        super().__delitem__(name)
+
+    def _written(self) -> None:
+        if self.barrier is not None:
+            self.barrier.writes += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Stacks, (list(super().items()), self.num_members, self.common)
@@ -55,6 +65,7 @@ class Stacks(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
+        self._written()
         if isinstance(value, MemberTensor):
             if value.hidden is None:
                 self.common.add(name)
@@ -84,6 +95,7 @@ class Stacks(dict[str, Any]):
         with torch.no_grad():
             stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
         stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+        self._written()
         self.common.discard(name)
         super().__setitem__(name, stack)
 
@@ -102,7 +114,11 @@ class OfMember(dict[str, Any]):
 
     def _read(self, name: str) -> Any:
         tensor = dict.__getitem__(self.source, name)
-        return tensor if tensor is None or name in self.source.common else tensor[self.k]
+        if tensor is None or name in self.source.common:
+            return tensor
+        own = tensor[self.k]
+        own._is_param = isinstance(tensor, nn.Parameter)  # to isinstance; it is no leaf, so that gradients reach the stack
+        return own
 
     def __getitem__(self, name: str) -> Any:
         return self._read(name) if name in self.source else super().__getitem__(name)
@@ -149,6 +165,10 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
                 own = stack if name in table.common else stack[k]
                 memo[id(stack)] = own
                 memo[id(table[name])] = own
+    for module in network.modules():  # what its forward left behind in attributes
+        for value in leaves_of(list(vars(module).values())):
+            if isinstance(value, MemberTensor):
+                memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
     view = copy.deepcopy(network, memo)
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):

@@ -93,6 +93,7 @@ class MemberTensor(Tensor):
                 cls, shape, dtype=dtype, device=device, requires_grad=stack.requires_grad
             )
         wrapper.stack, wrapper.hidden, wrapper.alias, wrapper.flat = stack, hidden, alias, None
+        wrapper._is_param = isinstance(stack, torch.nn.Parameter)  # pyright: ignore[reportAttributeAccessIssue]
         wrapper._known = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
         return wrapper
 

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
+from fastens.schedules import Flow, Prediction
+
+# Flow networks that pipelines call with the scheduler's own timesteps, and whose output goes to its step as it is.
+# Others are called with sigma or 1 - sigma, some give the velocity's negative, and none of that is in a config.
+_AS_SCHEDULED = """SD3Transformer2DModel WanTransformer3DModel HunyuanVideoTransformer3DModel MochiTransformer3DModel
+    LTXVideoTransformer3DModel CogView4Transformer2DModel SkyReelsV2Transformer3DModel""".split()
 
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
@@ -19,12 +25,44 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
 
     __module__ = "fastens"  # where a saved pipeline looks for the class
 
+    def _check_members(self) -> None:
+        super()._check_members()
+        self._check_times()
+
+    def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_times()  # the rule may be another one by now
+        return super()._aggregation(args, kwargs)
+
+    def _check_times(self) -> None:
+        """Raise where the schedule is to be read at the network's times, and what those are is not known."""
+        said, target = self._prediction, self._settings["aggregate_in"]
+        if target not in (None, said.kind) or self.rule.needs_noise_level:
+            member = next(self.network.children()) if self._engine is None else self._engine.skeleton
+            check_flow_network(type(member).__name__, said)
+
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, directory: str | Path, factory: Any = None, **options: Any
     ) -> Ensemble:
         """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
         return Ensemble.from_pretrained(directory, factory, **options)
+
+
+def check_flow_network(name: str, said: Prediction) -> None:
+    """Raise ValueError unless a network is known to take a flow scheduler's timesteps and to give its velocity.
+
+    Args:
+        name: of the network's class.
+        said: what was said of it.
+    """
+    known = name.startswith("UNet") or name in _AS_SCHEDULED
+    if isinstance(said.schedule, Flow) and said.source is not None and not known:
+        raise ValueError(
+            f"members are {name}, and the schedule is from {said.source}: whether their pipeline calls them with its "
+            "timesteps, with sigma or with 1 - sigma, and whether their output is the velocity, is not known here; "
+            f"say schedule=fastens.schedules.Flow(...): time_scale={said.schedule.time_scale:g} for timesteps, 1 for "
+            "sigma, data_at=1 for 1 - sigma"
+        )
 
 
 class DiffusersMCDropout(MCDropout, DiffusersEnsemble):  # pyright: ignore[reportIncompatibleMethodOverride]

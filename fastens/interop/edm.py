@@ -33,10 +33,13 @@ class EDMEnsemble(Ensemble):
         return min(self._members_levels("sigma_max"))
 
     @property
-    def _noise_schedule(self) -> schedules.Schedule:
-        return super()._noise_schedule or schedules.EDM()  # their time is sigma, whatever they were trained with
+    def _prediction(self) -> schedules.Prediction:
+        # Their time is sigma and they give the data, whatever they were trained with.
+        gives = schedules.Prediction("x0")
+        return super()._prediction.with_(gives, "prediction=", "EDM's networks").filled(schedule=schedules.EDM())
 
     def _check_members(self) -> None:
+        _ = self._prediction  # raises where the members contradict what was said
         if self._engine is not None:
             return
         first, *others = self.network.children()

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
+from fastens.schedules import Prediction
+
+_KINDS = {"eps": "epsilon", "x0": "x0", "v": "v"}  # of CompVis' configs
 
 __all__ = ["CompVis", "CompVisEnsemble", "CompVisMCDropout", "ensemble_class"]
 
@@ -42,13 +45,22 @@ class CompVisEnsemble(Ensemble):
         """Evaluate all members and aggregate."""
         return self(*args, **kwargs)
 
+    def _first(self) -> Any:
+        return self._engine.network if self._engine is not None else next(self.network.children())
+
+    @property
+    def _prediction(self) -> Prediction:
+        said = getattr(self._first().inner_model, "parameterization", None)
+        return super()._prediction.with_(Prediction(_KINDS.get(said)), "prediction=", f"parameterization {said!r}")
+
     def _check_members(self) -> None:
-        member = self._engine.network if self._engine is not None else next(self.network.children())
+        member = self._first()
         if not isinstance(member, CompVis):
             raise TypeError(
                 f"members are {type(member).__name__}, whose network is apply_model and not their forward; wrap each: "
                 "Ensemble([fastens.interop.k_diffusion.CompVis(model), ...])"
             )
+        _ = self._prediction  # raises where the members contradict what was said
 
 
 class CompVisMCDropout(MCDropout, CompVisEnsemble):

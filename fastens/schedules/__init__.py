@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fastens.schedules.base import Schedule, Time, per_sample
 from fastens.schedules.continuous import EDM, VE, VP, Flow, SubVP
 from fastens.schedules.discrete import Discrete
+from fastens.schedules.prediction import Prediction, prediction_from_dict
+from fastens.schedules.schedulers import prediction_of
 
 __all__ = [
     "EDM",
@@ -27,12 +27,15 @@ __all__ = [
     "VP",
     "Discrete",
     "Flow",
+    "Prediction",
     "Schedule",
     "SubVP",
     "Time",
     "from_dict",
     "from_scheduler",
     "per_sample",
+    "prediction_from_dict",
+    "prediction_of",
 ]
 
 SCHEDULES: Mapping[str, type[Schedule]] = {cls.name: cls for cls in (VP, SubVP, VE, EDM, Flow, Discrete)}
@@ -55,32 +58,15 @@ def from_dict(data: Mapping[str, Any]) -> Schedule:
 
 
 def from_scheduler(scheduler: Any) -> Schedule:
-    """Return the schedule that a diffusers scheduler was configured with.
+    """Return the schedule that a diffusers scheduler was configured with: of what the network takes as its input.
 
-    What the network predicts is the scheduler's ``config.prediction_type``, and not part of this.
+    What the network predicts, and how its input is scaled, is in :func:`prediction_of`, and goes with this schedule to
+    the ensembles and denoisers that it is given to.
 
     Raises:
-        ValueError: a scheduler whose process is none of those here.
+        ValueError: a scheduler whose process is none of those here, or whose config contradicts itself.
     """
-    config = getattr(scheduler, "config", {})
-    kind = type(scheduler).__name__
-    steps = config.get("num_train_timesteps", 1000)
-    flows = kind.startswith("FlowMatch") or config.get("use_flow_sigmas")
-    if flows or config.get("prediction_type") == "flow_prediction":
-        return Flow(time_scale=float(steps))
-    if kind.startswith("EDM"):
-        return EDM(config["sigma_min"], config["sigma_max"], log_time=True)
-    if kind == "ScoreSdeVeScheduler":
-        return VE(config["sigma_min"], config["sigma_max"])
-    kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is None:
-        known = "alphas_cumprod (DDPM, DDIM, Euler, DPM-Solver, ...), FlowMatch*, EDM* or ScoreSdeVe"
-        raise ValueError(f"scheduler {kind}: its noise schedule is not known here; expected one with {known}")
-    kept = torch.as_tensor(kept).double().cpu()
-    betas = getattr(scheduler, "betas", None)
-    if betas is not None and len(betas) == len(kept):
-        # The float32 products in alphas_cumprod are rough at the first steps; the betas say the same more exactly.
-        exact = (1 - torch.as_tensor(betas).double().cpu()).cumprod(0)
-        if torch.allclose(exact, kept, rtol=1e-4, atol=1e-7):
-            kept = exact
-    return Discrete(tuple(kept.clamp(0, 1).tolist()))
+    said = prediction_of(scheduler)
+    assert said.schedule is not None
+    object.__setattr__(said.schedule, "said", said)
+    return said.schedule

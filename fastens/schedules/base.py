@@ -18,9 +18,11 @@ class Schedule:
 
     Attributes:
         name: as :func:`from_dict` takes it.
+        said: what else the scheduler said that it was read from, a :class:`Prediction`; not a part of the value.
     """
 
     name: ClassVar[str]
+    said: ClassVar[Any] = None  # of one schedule, where it has it
 
     @property
     def t_data(self) -> float:

@@ -183,20 +183,24 @@ class EDM(Schedule):
         sigma_max: largest sigma, and the prior's.
         log_time: the network takes ``log(sigma) / 4`` instead of sigma (the network inside EDM's preconditioning, as
             diffusers' EDM schedulers call it).
+        atan_time: it takes ``2 atan(sigma) / pi`` (Stable Audio).
 
     Raises:
-        ValueError: sigmas out of order.
+        ValueError: sigmas out of order, or both times.
     """
 
     name: ClassVar[str] = "edm"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     log_time: bool = False
+    atan_time: bool = False
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         check_order("sigma_min, sigma_max", self.sigma_min, self.sigma_max)
         check_order("0, sigma_min", 0.0, self.sigma_min)
+        if self.log_time and self.atan_time:
+            raise ValueError("log_time and atan_time: expected one of them, got both")
 
     @property
     def t_data(self) -> float:
@@ -230,11 +234,15 @@ class EDM(Schedule):
         return torch.ones_like(as_time(t))
 
     def network_time(self, t: Time) -> Tensor:
-        """Sigma, or ``log(sigma) / 4``."""
+        """Sigma, ``log(sigma) / 4`` or ``2 atan(sigma) / pi``."""
+        if self.atan_time:
+            return as_time(t).atan() * (2 / math.pi)
         return as_time(t).log() / 4 if self.log_time else as_time(t)
 
     def time(self, network_time: Time) -> Tensor:
         """The sigma."""
+        if self.atan_time:
+            return (as_time(network_time) * (math.pi / 2)).tan()
         return (4 * as_time(network_time)).exp() if self.log_time else as_time(network_time)
 
 

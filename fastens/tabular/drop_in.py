@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fastens import rules
 from fastens.tabular.forest import Forest
+from fastens.tabular.own_code import check_own_code
 
 NEEDED = ("regr", "predict_over_c", "my_model", "generate", "y_uniques", "n_t", "p_in_one")
 
@@ -29,12 +30,17 @@ def accelerate(model: Any, rule: str | rules.Rule = "mean") -> Any:
             velocities (``"flow"``).
 
     Raises:
-        TypeError: not such a model, or one of CatBoost's.
+        TypeError: not such a model, one that predicts by code of its own, or one of CatBoost's.
         ValueError: weights that do not fit the members.
     """
     missing = [name for name in NEEDED if not hasattr(model, name)]
     if missing:
         raise TypeError(f"expected a fitted ForestDiffusionModel, got {type(model).__name__} without {missing[0]!r}")
+    if not isinstance(vars(model).get("predict_over_c"), PackedPredictor):
+        for base in type(model).__mro__:
+            if base.__module__.partition(".")[0] == "ForestDiffusion":
+                check_own_code(model, base, "predict_over_c")
+                break
     predictor = PackedPredictor(model.regr, rules.get(rule))
     fast = copy.copy(model)
     fast.predict_over_c = predictor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import io
-import json
 import os
-import threading
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,14 +16,16 @@ import numpy.typing as npt
 import torch
 
 from fastens import _native, rules
-from fastens.files import whole
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.forest_predict import forest_predict, number_of
 from fastens.reference.forest import Trees, combine
 from fastens.reference.forest import predict_members as reference_members
+from fastens.tabular import forest_file
+from fastens.tabular.inputs import Inputs
+from fastens.tabular.packed import PackedForest
+from fastens.tabular.probe import hold_against
 
-FORMAT = "fastens forest 1"
 CHUNK = 1 << 22  # member outputs that are held at a time where members are not single trees
 LARGEST_LEAF = 1e300  # beyond it, and for NaN, the fused kernels do not serve
 
@@ -37,7 +41,8 @@ class Forest:
         ranges: [K + 1], member k is the sum of trees [ranges[k], ranges[k + 1]); by default every tree is a member.
         base: [K, p], added to each member's sum; by default nothing.
         double_inputs: thresholds are compared with float64 values (LightGBM), otherwise with values rounded to float32.
-        allow_nan: whether NaN is a missing value, or an error.
+        inputs: how tables are read, and whether NaN is a missing value; by default arrays of numbers, where it is.
+        allow_inf: whether infinities, after rounding to float32, are values, or an error.
         single_output: results are [n] instead of [n, 1].
         dtype: of the results, float64 or float32.
 
@@ -53,8 +58,9 @@ class Forest:
         *,
         ranges: npt.ArrayLike | None = None,
         base: npt.ArrayLike | None = None,
+        inputs: Inputs | None = None,
         double_inputs: bool = False,
-        allow_nan: bool = True,
+        allow_inf: bool = False,
         single_output: bool = False,
         dtype: npt.DTypeLike = np.float64,
     ) -> None:
@@ -70,7 +76,10 @@ class Forest:
         self.num_members = len(self._ranges) - 1
         shape = (self.num_members, self.num_outputs)
         self._base = np.zeros(shape) if base is None else np.array(base, np.float64).reshape(shape)
-        self._double_inputs, self._allow_nan = double_inputs, allow_nan
+        self._inputs = Inputs(trees.num_features) if inputs is None else inputs
+        if self._inputs.num_features != trees.num_features:
+            raise ValueError(f"`inputs` has {self._inputs.num_features} features, the trees {trees.num_features}")
+        self._double_inputs, self._allow_inf = double_inputs, allow_inf or double_inputs
         self._single_output, self._dtype = single_output, np.dtype(dtype)
         if self._dtype not in (np.float64, np.float32):
             raise ValueError(f"`dtype`: expected float64 or float32, got {dtype}")
@@ -81,22 +90,36 @@ class Forest:
         self._fused = np.array_equal(self._ranges, whole) and not self._base.any() and bool(largest <= LARGEST_LEAF)
         self._plain = self._dtype == np.float64 and not single_output
         self._input = np.dtype(np.float64 if double_inputs else np.float32)
-        self._lock = threading.Lock()
+        self._takes = (self._inputs.allow_nan, self._allow_inf)
         self._packed: Any = None
         self._number: int | None = None
         self._tensors: dict[torch.device, list[torch.Tensor]] = {}
+
+    @property
+    def double_inputs(self) -> bool:
+        """Whether thresholds are compared with float64 values, otherwise with values rounded to float32."""
+        return self._double_inputs
+
+    @property
+    def allow_nan(self) -> bool:
+        """Whether NaN is a missing value, or an error."""
+        return self._inputs.allow_nan
 
     @classmethod
     def from_sklearn(cls, forest: Any) -> Forest:
         """Pack a fitted ``RandomForestRegressor`` or ``ExtraTreesRegressor``; each tree is a member.
 
         Raises:
-            TypeError: another estimator.
+            TypeError: another estimator, or one that predicts by code of its own.
+            ValueError: it predicts otherwise than its trees.
             sklearn.exceptions.NotFittedError: it is not fitted.
         """
         from fastens.tabular.sklearn import read_forest
 
-        return cls(**read_forest(forest))
+        packed = cls(**read_forest(forest))
+        alone: Any = copy.copy(forest).set_params(n_jobs=1, verbose=0)
+        hold_against(packed, [alone.predict])
+        return packed
 
     @classmethod
     def from_xgboost(cls, models: Any) -> Forest:
@@ -108,13 +131,15 @@ class Forest:
                 trees are the members.
 
         Raises:
-            TypeError: not XGBoost models.
-            ValueError: categorical splits, vector leaves, DART, linear boosters, an objective with a link function, or
-                models that disagree in features or outputs.
+            TypeError: not XGBoost models, or ones that predict by code of their own.
+            ValueError: categorical features, vector leaves, linear boosters, an objective with a link function, models
+                that disagree in features or outputs, or one that predicts otherwise than its trees.
         """
-        from fastens.tabular.xgboost import read_boosters
+        from fastens.tabular.xgboost import predictions, read_boosters
 
-        return cls(**read_boosters(models))
+        packed = cls(**read_boosters(models))
+        hold_against(packed, predictions(models))
+        return packed
 
     @classmethod
     def from_lightgbm(cls, models: Any) -> Forest:
@@ -125,13 +150,15 @@ class Forest:
                 ``boosting="rf"`` has its trees as members.
 
         Raises:
-            TypeError: not LightGBM models.
-            ValueError: categorical splits, linear trees, zero as missing value, an objective with a link function, or
-                models that disagree in features.
+            TypeError: not LightGBM models, or ones that predict by code of their own.
+            ValueError: categorical splits, linear trees, zero as missing value, an objective with a link function,
+                models that disagree in features, or one that predicts otherwise than its trees.
         """
         from fastens.tabular.lightgbm import read_boosters
 
-        return cls(**read_boosters(models))
+        packed = cls(**read_boosters(models))
+        hold_against(packed, [model.predict for model in (models if isinstance(models, Sequence) else [models])])
+        return packed
 
     def predict(
         self,
@@ -144,7 +171,8 @@ class Forest:
         """Combine the members' predictions by a rule.
 
         Args:
-            X: [n, num_features]; float32 and float64 arrays of any strides are read in place.
+            X: [n, num_features]; float32 and float64 arrays of any strides are read in place, everything else as the
+                source library reads it.
             rule: name, alias or value of :mod:`fastens.rules`.
             generator: draws the members of "alternating", one per row; torch's global one by default.
             backend: "native", "reference" (the per-tree loop) or "auto".
@@ -153,9 +181,10 @@ class Forest:
             [n, p], or [n] where the source's ``predict`` gives that.
 
         Raises:
-            ValueError: another number of features; infinities; NaN where the forest has no missing-value support; a
-                rule that needs a trajectory.
-            RuntimeError: ``backend="native"`` without the compiled module.
+            ValueError: other features, or values that the source's ``predict`` does not take; a rule that needs a
+                trajectory.
+            TypeError: a container that is not read as the source library reads it; the message says what to pass.
+            RuntimeError: ``backend="native"`` without the compiled library.
         """
         value = self._checked_rule(rule)
         rows = self._rows(X)
@@ -211,11 +240,10 @@ class Forest:
 
     def _on(self, device: torch.device) -> tuple[list[torch.Tensor], int, int]:
         """The trees as tensors on a device, the forest's number in the op, and its depth; kept."""
-        if device not in self._tensors:
-            with self._lock:
-                arrays = (*self.trees.as_tensors(), np.array(self._ranges), self._base)
-                self._number = number_of(self) if self._number is None else self._number
-                self._tensors[device] = [torch.from_numpy(array).to(device) for array in arrays]
+        if device not in self._tensors:  # threads that come at once each make them; a lock would survive a fork locked
+            arrays = (*self.trees.as_tensors(), np.array(self._ranges), self._base)
+            self._number = number_of(self) if self._number is None else self._number
+            self._tensors[device] = [torch.from_numpy(array).to(device) for array in arrays]
         assert self._number is not None
         return self._tensors[device], self._number, self.trees.depth
 
@@ -241,42 +269,20 @@ class Forest:
 
     def save(self, file: str | os.PathLike[str] | BinaryIO) -> None:
         """Write the forest to one file; :meth:`load` reads it without executing anything in it."""
-        header = {
-            "format": FORMAT,
-            "num_features": self.num_features,
-            "double_inputs": self._double_inputs,
-            "allow_nan": self._allow_nan,
-            "single_output": self._single_output,
-            "dtype": self._dtype.name,
-        }
-        names = ("offsets", "feature", "threshold", "left", "right", "default_left", "values")
-        arrays = {name: getattr(self.trees, name) for name in names} | {"ranges": self._ranges, "base": self._base}
-        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        if isinstance(file, str | os.PathLike):
-            with whole(Path(file)) as (partial,), partial.open("wb") as stream:
-                np.savez(stream, header=text, **arrays)
-        else:
-            np.savez(file, header=text, **arrays)
+        about = {"double_inputs": self._double_inputs, "allow_inf": self._allow_inf}
+        about |= {"single_output": self._single_output, "dtype": self._dtype.name}
+        forest_file.write(file, self.trees, self._ranges, self._base, self._inputs, about)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str] | BinaryIO) -> Forest:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: not such a file, or arrays that are no trees.
+            ValueError: not such a file, a damaged one, or arrays that are no trees.
             OSError: the file cannot be read.
         """
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in arrays.files}
-            header = json.loads(fields.pop("header").tobytes())
-            if header.pop("format") != FORMAT:
-                raise ValueError("another format")
-            ranges, base = fields.pop("ranges"), fields.pop("base")
-            trees = Trees(**fields, num_features=header.pop("num_features"))
-            return cls(trees, ranges=ranges, base=base, **header)
-        except (KeyError, TypeError, ValueError, EOFError, AttributeError) as error:
-            raise ValueError(f"{file} is no forest of fastens: {error}") from error
+        with forest_file.reading(file) as fields:
+            return cls(**fields)
 
     def __getstate__(self) -> bytes:
         stream = io.BytesIO()
@@ -293,10 +299,7 @@ class Forest:
     def _rows(self, X: npt.ArrayLike) -> npt.NDArray:
         """X as the kernels read it: float32 or float64 [n, num_features], without a copy where it is that."""
         if type(X) is not np.ndarray or X.dtype not in _READ_IN_PLACE or not X.flags.aligned:
-            if hasattr(X, "toarray"):
-                raise TypeError("`X` is sparse; pass X.toarray()")
-            given = np.asarray(X)
-            X = np.ascontiguousarray(given, np.float64 if given.dtype == np.float64 else self._input)
+            X = np.require(self._inputs.rows(X), requirements="A")
         if X.ndim != 2 or X.shape[1] != self.num_features:
             raise ValueError(
                 f"`X` is {list(X.shape)}, expected [n, {self.num_features}]: rows, then the forest's features"
@@ -305,21 +308,21 @@ class Forest:
 
     def _native(self, backend: str) -> Any:
         """The packed forest, or None for the reference."""
-        if self._packed is not None and backend != "reference":
+        if self._packed is not None and (backend == "auto" or backend == "native"):
             return self._packed
         if backend not in ("auto", "native", "reference"):
             raise ValueError(f"`backend`: expected 'auto', 'native' or 'reference', got {backend!r}")
-        module = _native.forest()
-        if module is None and backend == "native":
-            raise RuntimeError(f"backend 'native' is not available: {_native.forest_status()}")
-        if module is None or backend == "reference":
+        if backend == "reference":
             return None
-        with self._lock:
-            if self._packed is None:
-                t = self.trees
-                arrays = (t.offsets, t.feature, t.threshold, t.left, t.right, t.default_left, t.values)
-                self._packed = module.PackedForest(*arrays, t.num_features, self._double_inputs, self._allow_nan)
-        return self._packed
+        library = _native.functions()
+        if library is None:
+            if backend == "native":
+                raise RuntimeError(f"backend 'native' is not available: {_native.status()}")
+            _warn_of_the_reference()
+            return None
+        packed = PackedForest(library, self.trees, self._double_inputs, *self._takes)
+        self._packed = packed
+        return packed
 
     def _members(self, rows: npt.NDArray, packed: Any) -> npt.NDArray:
         if packed is None:
@@ -336,10 +339,11 @@ class Forest:
         parts = []
         for start in range(0, len(rows), max(1, chunk)):
             members = self._members(rows[start : start + chunk], packed)
-            if packed is not None and isinstance(rule, rules.Median | rules.Dominant | rules.MaxAbs):
-                parts.append(aggregate(torch.from_numpy(members), rule).numpy())
-            else:
-                parts.append(combine(members, rule, seed, offset))
+            with _threads_of_this_process():
+                if packed is not None and isinstance(rule, rules.Median | rules.Dominant | rules.MaxAbs):
+                    parts.append(aggregate(torch.from_numpy(members), rule).numpy())
+                else:
+                    parts.append(combine(members, rule, seed, offset))
         return np.concatenate(parts) if parts else np.zeros((0, self.num_outputs))
 
     def _finished(self, out: npt.NDArray) -> npt.NDArray:
@@ -352,10 +356,10 @@ class Forest:
             rows = rows.astype(self._input, copy=False)
         for bad, what in (
             (
-                np.isnan(rows) & (not self._allow_nan),
+                np.isnan(rows) & (not self._inputs.allow_nan),
                 "is NaN, but this forest has no missing-value support; impute it first",
             ),
-            (np.isinf(rows) & (not self._double_inputs), "is infinite or too large for float32"),
+            (np.isinf(rows) & (not self._allow_inf), "is infinite or too large for float32"),
         ):
             if bad.any():
                 row, feature = np.argwhere(bad)[0]
@@ -363,4 +367,28 @@ class Forest:
         return rows
 
 
+@functools.cache
+def _warn_of_the_reference() -> None:
+    """Once: it is slower than the source library itself."""
+    warnings.warn(
+        f"forests are evaluated tree by tree, by NumPy, some hundred times slower than natively: {_native.status()}",
+        stacklevel=5,
+    )
+
+
+_PROCESS = os.getpid()
 _READ_IN_PLACE = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@contextlib.contextmanager
+def _threads_of_this_process() -> Iterator[None]:
+    """One thread for torch in a forked process: those of OpenMP stayed behind, and it would wait for them forever."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PROCESS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

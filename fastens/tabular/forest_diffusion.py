@@ -30,8 +30,9 @@ class ForestDiffusion(BaseEstimator):
         beta_min: of the VP schedule at t = 0.
         beta_max: of the VP schedule at t = 1.
         eps: smallest time.
-        categorical: names (positions) of columns to treat as categories, besides those of such a dtype.
+        categorical: names (positions) of columns to treat as categories, besides text that repeats and booleans.
         integer: names of columns to round.
+        leave_out: names of columns that are not learnt and not sampled: ids, free text.
         n_jobs: processes of the training, as in joblib.
         progress: show a progress bar of the training.
         random_state: seed of the training.
@@ -57,6 +58,7 @@ class ForestDiffusion(BaseEstimator):
         eps: float = 1e-3,
         categorical: tuple = (),
         integer: tuple = (),
+        leave_out: tuple = (),
         n_jobs: int | None = None,
         progress: bool = False,
         random_state: int = 0,
@@ -73,6 +75,7 @@ class ForestDiffusion(BaseEstimator):
         self.eps = eps
         self.categorical = categorical
         self.integer = integer
+        self.leave_out = leave_out
         self.n_jobs = n_jobs
         self.progress = progress
         self.random_state = random_state
@@ -81,10 +84,11 @@ class ForestDiffusion(BaseEstimator):
         """Train on a table [n, d] (DataFrame or array), with one model per label of y [n] where it is given.
 
         Raises:
-            ValueError: parameters out of range, missing values with random forests, or a table that has no code.
+            ValueError: parameters out of range, missing values with random forests, or a table that has no code: ids
+                and free text, which would be repeated, are named.
         """
         self._check_parameters()
-        self.columns_ = Columns(X, tuple(self.categorical), tuple(self.integer))
+        self.columns_ = Columns(X, tuple(self.categorical), tuple(self.integer), tuple(self.leave_out))
         rows = self.columns_.encode(X)
         if self.learner == "random_forest" and np.isnan(rows).any():
             raise ValueError("the table has missing values: use learner='xgboost', or impute them first")
@@ -172,10 +176,7 @@ class ForestDiffusion(BaseEstimator):
             return np.where(holes, x, alpha * np.nan_to_num(rows) + sigma * rng.normal(size=x.shape))
 
         x = self._reverse(rng.normal(size=rows.shape), lambda x, t: evaluate(given(x, t), t), rng)
-        filled = self.columns_.decode(np.where(holes, x, rows))
-        if not self.columns_.is_frame:
-            return np.where(np.isnan(np.asarray(X, np.float64)), filled, X)
-        return X.where(X.notna(), filled.set_axis(X.index))
+        return self.columns_.fill(X, np.where(holes, x, rows))
 
     def score(
         self,

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastens.reference.forest import Trees
+from fastens.tabular.inputs import Inputs
+from fastens.tabular.own_code import check_own_code
 
 
 def read_forest(forest: Any) -> dict[str, Any]:
@@ -17,15 +19,31 @@ def read_forest(forest: Any) -> dict[str, Any]:
     """
     from sklearn.ensemble import ExtraTreesRegressor, RandomForestRegressor
     from sklearn.exceptions import NotFittedError
+    from sklearn.tree import DecisionTreeRegressor
 
     name = type(forest).__name__
     if not isinstance(forest, RandomForestRegressor | ExtraTreesRegressor):
         raise TypeError(f"expected a RandomForestRegressor or ExtraTreesRegressor, got {name}")
     if not hasattr(forest, "estimators_"):
         raise NotFittedError(f"this {name} is not fitted: call `fit` first")
+    kind = RandomForestRegressor if isinstance(forest, RandomForestRegressor) else ExtraTreesRegressor
+    check_own_code(forest, kind, "predict", "_validate_X_predict")
     estimators = forest.estimators_
+    for estimator in estimators:
+        if not isinstance(estimator, DecisionTreeRegressor):
+            raise TypeError(f"expected trees for regression in `estimators_`, got {type(estimator).__name__}")
+        check_own_code(estimator, DecisionTreeRegressor, "predict", "_validate_X_predict", "_support_missing_values")
     trees = [estimator.tree_ for estimator in estimators]
     leaf = [tree.children_left < 0 for tree in trees]
+    names = getattr(forest, "feature_names_in_", None)
+    allow_nan = bool(estimators[0]._support_missing_values(np.empty((0, forest.n_features_in_))))
+    inputs = Inputs(
+        int(forest.n_features_in_),
+        "sklearn",
+        kind.__name__,
+        None if names is None else tuple(map(str, names)),
+        allow_nan,
+    )
     return {
         "trees": Trees(
             offsets=np.concatenate([[0], np.cumsum([tree.node_count for tree in trees])]),
@@ -35,9 +53,9 @@ def read_forest(forest: Any) -> dict[str, Any]:
             right=np.concatenate([tree.children_right for tree in trees]),
             default_left=np.concatenate([tree.missing_go_to_left for tree in trees]),
             values=np.concatenate([tree.value[x][:, :, 0] for x, tree in zip(leaf, trees, strict=True)]),
-            num_features=int(forest.n_features_in_),
+            num_features=inputs.num_features,
         ),
-        "allow_nan": estimators[0]._support_missing_values(np.empty((0, forest.n_features_in_))),
+        "inputs": inputs,
         "single_output": forest.n_outputs_ == 1,
     }
 

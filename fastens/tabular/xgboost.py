@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastens.reference.forest import Trees
+from fastens.tabular.inputs import Inputs
+from fastens.tabular.own_code import check_own_code
 
 IDENTITY_LINK = ("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "reg:quantileerror")
 
@@ -25,6 +28,8 @@ def read_boosters(models: Any) -> dict[str, Any]:
                 f"models[{k}] has {booster.num_features} features and {booster.num_outputs} outputs, models[0] "
                 f"{first.num_features} and {first.num_outputs}; members must agree"
             )
+        if booster.inputs.names != first.inputs.names:
+            raise ValueError(f"models[{k}] names its features otherwise than models[0]; members must agree")
     if len(boosters) == 1 and first.parallel > 1 and first.rounds == 1:
         # Rounds are laid out output by output; a leaf holds 1/K of its tree's prediction.
         order = np.arange(first.parallel * first.num_outputs).reshape(first.num_outputs, first.parallel).T.ravel()
@@ -41,9 +46,20 @@ def read_boosters(models: Any) -> dict[str, Any]:
         "trees": Trees(offsets=offsets, num_features=first.num_features, **columns),
         "ranges": ranges,
         "base": base,
+        "inputs": first.inputs,
+        "allow_inf": True,
         "single_output": first.num_outputs == 1,
         "dtype": np.float32,
     }
+
+
+def predictions(models: Any) -> list[Callable]:
+    """The models' own predictions of arrays."""
+    held = models if isinstance(models, Sequence) else [models]
+    return [getattr(model, "inplace_predict", None) or model.predict for model in held]
+
+
+_OF_MODELS = ("predict", "get_booster", "best_iteration", "_get_iteration_range", "_can_use_inplace_predict")
 
 
 class _Booster:
@@ -54,15 +70,17 @@ class _Booster:
 
         last_round = None
         if isinstance(model, xgboost.XGBModel):
+            check_own_code(model, xgboost.XGBModel, *_OF_MODELS)
             if not np.isnan(model.missing):
                 raise ValueError(f"`missing` is {model.missing}; only NaN is taken: replace the value in the data")
             booster = model.get_booster()
-            if model.early_stopping_rounds is not None:
-                last_round = model.best_iteration + 1
+            with contextlib.suppress(AttributeError):  # known to the booster, whoever stopped it and wherever it was
+                last_round = booster.best_iteration + 1
         elif isinstance(model, xgboost.Booster):
-            booster = model
+            booster = model  # predicts with all its trees, wherever it was best
         else:
             raise TypeError(f"expected an xgboost Booster or XGBModel, got {type(model).__name__}")
+        check_own_code(booster, xgboost.Booster, "predict", "inplace_predict")
         learner = json.loads(bytes(booster.save_raw("json")))["learner"]
         parameters, objective = learner["learner_model_param"], learner["objective"]["name"]
         kind, holder = learner["gradient_booster"]["name"], learner["gradient_booster"]
@@ -73,7 +91,11 @@ class _Booster:
         gradient = holder["gbtree"]["model"] if kind == "dart" else holder["model"]
         # Of trees trained with dropout; XGBoost 3.4 files them under gbtree, beside the trees.
         weights = holder.get("weight_drop", gradient.get("weight_drop", []))
+        if "c" in learner["feature_types"]:
+            raise ValueError("categorical features are not taken; encode the categories as numbers")
         self.num_features = int(parameters["num_feature"])
+        names = learner["feature_names"]
+        self.inputs = Inputs(self.num_features, "xgboost", type(model).__name__, tuple(names) if names else None)
         self.num_outputs = max(1, int(parameters.get("num_target", 1)))
         self.parallel = int(gradient["gbtree_model_param"]["num_parallel_tree"])
         rounds = gradient["iteration_indptr"]

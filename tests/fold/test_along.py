@@ -11,7 +11,7 @@ from fastens import _native
 from fastens.evaluation import Denoiser
 from fastens.evaluation.ode import AugmentedFlow
 from fastens.fold.along import outputs_along
-from fastens.schedules import VP, Discrete
+from fastens.schedules import VP, Discrete, Prediction
 from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
 from tests.tolerances import NETWORK, relative_error
 
@@ -194,8 +194,13 @@ def test_changed_weights_and_modes():
 @pytest.mark.parametrize("rule", ["mean", "geometric", "dominant", fastens.rules.Mean((0.2, 0.8))], ids=str)
 @pytest.mark.parametrize(
     ("prediction", "aggregate_in", "probes"),
-    [("epsilon", None, 1), ("v", "x0", 3), ("x0", None, None)],
-    ids=["epsilon", "v in x0", "x0, exact"],
+    [
+        ("epsilon", None, 1),
+        ("v", "x0", 3),
+        ("x0", None, None),
+        (Prediction("edm", sigma_data=0.5, input_scaling="unit_variance"), "x0", 1),
+    ],
+    ids=["epsilon", "v in x0", "x0, exact", "preconditioned in x0"],
 )
 def test_flow_is_the_same_forward_and_backward(rule, prediction, aggregate_in, probes, monkeypatch):
     schedule = Discrete.linear()

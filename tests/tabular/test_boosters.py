@@ -1,5 +1,8 @@
+import pickle
+
 import numpy as np
 import pytest
+import torch
 
 import fastens
 from fastens import rules
@@ -64,11 +67,75 @@ def test_parallel_trees_of_xgboost_are_members(outputs):
     assert np.ptp(forest.predict_members(x), axis=0).max() > 0
 
 
-def test_early_stopping_keeps_the_best_round():
+def stopped(how, tmp_path):
+    """A model that was stopped long after its best round, in each way that there is."""
     x, y = table()
-    model = xgboost.XGBRegressor(n_estimators=60, max_depth=6, early_stopping_rounds=2, n_jobs=1)
+    rounds = {"early_stopping_rounds": 9}
+    if "callback" in how:
+        rounds = {"callbacks": [xgboost.callback.EarlyStopping(rounds=9, save_best="best kept" in how)]}
+    model = xgboost.XGBRegressor(n_estimators=60, max_depth=6, n_jobs=1, learning_rate=0.9, **rounds)
     model.fit(x[:300], y[:300, 1], eval_set=[(x[300:], y[300:, 1])], verbose=False)
+    if "reloaded" in how:
+        model.save_model(tmp_path / "model.ubj")
+        model = xgboost.XGBRegressor()
+        model.load_model(tmp_path / "model.ubj")
+    if "pickled" in how:
+        model = pickle.loads(pickle.dumps(model))
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", ["fit", "callback", "callback, best kept", "reloaded", "callback, reloaded", "callback, pickled"]
+)
+def test_early_stopping_keeps_the_best_round(how, tmp_path):
+    model = stopped(how, tmp_path)
+    x, _ = table()
     assert close(fastens.Forest.from_xgboost(model).predict(x), model.predict(x))
+
+
+def test_a_booster_predicts_with_all_rounds(tmp_path):
+    """As ``Booster.predict`` does, which an estimator does not."""
+    model = stopped("fit", tmp_path)
+    x, _ = table()
+    expected = model.get_booster().predict(xgboost.DMatrix(x))
+    assert not close(expected, model.predict(x))
+    assert close(fastens.Forest.from_xgboost(model.get_booster()).predict(x), expected)
+
+
+def test_infinities_are_values_to_boosters_and_errors_to_scikit_learn():
+    x, y = table()
+    probe = np.array([[np.inf] * 4, [-np.inf] * 4, [1e300] * 4, [np.nan] * 4])
+    for model, pack in (
+        (xgboost.XGBRegressor(n_estimators=5, n_jobs=1).fit(x, y), fastens.Forest.from_xgboost),
+        (lightgbm.LGBMRegressor(n_estimators=5, n_jobs=1, verbose=-1).fit(x, y[:, 0]), fastens.Forest.from_lightgbm),
+    ):
+        forest = pack(model)
+        for backend in ("auto", "reference"):
+            assert close(forest.predict(probe, backend=backend), model.predict(probe))
+        assert close(
+            forest.predict_tensor(torch.from_numpy(probe)).numpy().reshape(model.predict(probe).shape),
+            model.predict(probe),
+        )
+
+
+def test_lightgbm_splits_between_values_and_missing_ones():
+    """The threshold of such a split is infinite, and an infinite value is on its left."""
+    x = np.array([[0.0], [1.0], [np.nan], [np.nan]] * 20)
+    options = {"n_estimators": 3, "min_child_samples": 1, "verbose": -1, "n_jobs": 1}
+    model = lightgbm.LGBMRegressor(**options).fit(x, np.isnan(x[:, 0]).astype(float))
+    forest = fastens.Forest.from_lightgbm(model)
+    assert np.isinf(forest.trees.threshold).any()
+    probe = np.array([[np.inf], [1e301], [np.nan], [-np.inf]])
+    assert np.array_equal(forest.predict(probe), model.predict(probe))
+
+
+def test_lightgbm_takes_values_near_zero_for_zero():
+    near = np.float32(1e-35)
+    pool = [0.0, near, -near, 5e-324, -5e-324, np.nextafter(near, 1), np.nextafter(-near, -1), 1.0, -1.0]
+    x = np.array(pool * 9, np.float64)[:, None]
+    options = {"n_estimators": 9, "min_child_samples": 1, "verbose": -1, "n_jobs": 1, "max_bin": 255}
+    model = lightgbm.LGBMRegressor(**options).fit(x, np.sign(x[:, 0]) + (np.abs(x[:, 0]) > 2e-35))
+    assert np.array_equal(fastens.Forest.from_lightgbm(model).predict(x), model.predict(x))
 
 
 @pytest.mark.parametrize(

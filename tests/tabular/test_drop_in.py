@@ -149,3 +149,16 @@ def test_what_is_no_model_is_refused():
         accelerate(model)
     with pytest.raises(ValueError, match="one weight per member, 8"):
         accelerate(fitted(), rules.Mean((0.5, 0.5)))
+
+
+def test_a_subclass_with_its_own_prediction_is_refused():
+    class Own(package.ForestDiffusionModel):
+        def predict_over_c(self, *args, **kwargs):
+            return super().predict_over_c(*args, **kwargs) / 2
+
+    own = copy.copy(fitted())
+    own.__class__ = Own
+    with pytest.raises(TypeError, match="its own 'predict_over_c'"):
+        accelerate(own)
+    again = accelerate(accelerate(fitted(), "median"))
+    assert np.array_equal(*(seeded(lambda m=m: m.generate(batch_size=9)) for m in (again, accelerate(fitted()))))

@@ -1,8 +1,8 @@
-import io
 import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from fastens import _native, rules
 from fastens.ops._scores import seed_from
 from fastens.reference.aggregate import aggregate
 from fastens.reference.forest import Trees, combine
+from fastens.tabular.forest import _warn_of_the_reference
+from fastens.tabular.inputs import Inputs
 from fastens.tabular.sklearn import float32_at_most
 from tests.tabular.forests import DATA, data, fitted, rows, stacked
 
@@ -24,8 +26,8 @@ RULES += ["median", rules.Median("lower"), "dominant", "max_abs", "alternating"]
 
 
 def needs_module():
-    if _native.forest() is None:
-        pytest.skip(_native.forest_status())
+    if _native.functions() is None:
+        pytest.skip(_native.status())
 
 
 def force(forest, instruction_set, x, rule="mean"):
@@ -167,7 +169,7 @@ def test_missing_values_without_support_are_refused():
     x[33, 2] = np.nan
     for backend in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"X\[33, 2\] is NaN"):
-            fastens.Forest(trees, allow_nan=False).predict(x, backend=backend)
+            fastens.Forest(trees, inputs=Inputs(4, allow_nan=False)).predict(x, backend=backend)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e300])
@@ -273,23 +275,6 @@ def test_file_and_pickle(tmp_path, outputs):
         assert np.array_equal(copy.predict(rows(), "median"), expected)
 
 
-def test_files_of_strangers_are_refused(tmp_path):
-    path = tmp_path / "evil"
-    path.write_bytes(pickle.dumps({"header": 1}))
-    with pytest.raises(ValueError, match="is no forest of fastens"):
-        fastens.Forest.load(path)
-    forest = fastens.Forest.from_sklearn(fitted())
-    stream = io.BytesIO()
-    forest.save(stream)
-    stream.seek(0)
-    fields = dict(np.load(stream))
-    left = fields["left"].copy()
-    left[0] = 0  # a node that is its own child: a walk that never ends
-    np.savez(path.with_suffix(".npz"), **(fields | {"left": left}))
-    with pytest.raises(ValueError, match="out of range"):
-        fastens.Forest.load(path.with_suffix(".npz"))
-
-
 def test_arrays_that_are_no_trees_are_refused():
     good = {"offsets": [0, 3], "feature": [0, -1, -1], "threshold": [0.5, 0, 0], "left": [1, 0, 0], "right": [2, 0, 0]}
     good |= {"default_left": [0, 0, 0], "values": [[1.0], [2.0]], "num_features": 1}
@@ -339,10 +324,16 @@ def test_errors_say_what_to_do():
         forest.predict(rows(), backend="cuda")
 
 
-def test_a_missing_module_is_an_error_only_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(_native, "_forest", lambda: (None, "no compiler"))
-    forest = fastens.Forest.from_sklearn(fitted())
-    assert close(forest.predict(rows()), fitted().predict(rows()))
+def test_a_missing_library_is_loud_and_an_error_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(_native, "functions", lambda: None)
+    monkeypatch.setattr(_native, "status", lambda: "no compiler")
+    _warn_of_the_reference.cache_clear()
+    with pytest.warns(UserWarning, match="tree by tree.*no compiler"):
+        forest = fastens.Forest.from_sklearn(fitted())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert close(forest.predict(rows()), fitted().predict(rows()))
+        assert close(forest.predict(rows(), backend="reference"), fitted().predict(rows()))
     with pytest.raises(RuntimeError, match="no compiler"):
         forest.predict(rows(), backend="native")
 

@@ -56,3 +56,53 @@ def test_one_forest_serves_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+FORKED = """
+import os, sys, threading, time
+import numpy as np, torch, fastens
+torch.set_num_threads(int(sys.argv[3]))
+x = np.random.default_rng(0).normal(size=(6_000, 10))
+forests = [fastens.Forest.load(path) for path in sys.argv[1:3]]
+calls = [(forest, rule) for forest in forests for rule in ("mean", "median", "geometric", "alternating")]
+ask = lambda forest, rule: forest.predict(x, rule, generator=torch.Generator().manual_seed(0))
+expected = [ask(*call) for call in calls]
+busy, stop = [], threading.Event()
+def work(k):
+    while not stop.is_set():
+        ask(*calls[k])
+for k in (0, 1, 5):
+    busy.append(threading.Thread(target=work, args=(k,)))
+    busy[-1].start()
+failures = []
+for number in range(4):
+    child = os.fork()
+    if not child:
+        again = [ask(*call) for call in calls]
+        os._exit(not all(np.array_equal(a, b) for a, b in zip(again, expected)))
+    ends = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
+        time.sleep(0.01)
+    if ended != (child, 0):
+        failures.append("differs" if ended[0] else "hangs")
+        os.kill(child, 9) if not ended[0] else None
+        break
+stop.set()
+for thread in busy:
+    thread.join()
+print(failures)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_process_gets_the_same_result(threads, tmp_path):
+    """While threads of its parent are in the forest, with helpers and with threads of OpenMP."""
+    forest = fastens.Forest.from_sklearn(fitted())
+    forest.save(tmp_path / "trees")
+    pairs = fastens.Forest(forest.trees, ranges=[0, 2, 4, 6, 8, 10])  # members that torch combines
+    pairs.save(tmp_path / "pairs")
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, tmp_path / "trees", tmp_path / "pairs", str(threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    assert result.stdout.strip() == "[]"

@@ -82,5 +82,5 @@ def _transposed(space: int) -> Any:
 
 
 for _space in (1, 2, 3):
-    rule(*{getattr(F, f"conv{_space}d"), getattr(torch, f"conv{_space}d")})(_plain(_space))
-    rule(*{getattr(F, f"conv_transpose{_space}d"), getattr(torch, f"conv_transpose{_space}d")})(_transposed(_space))
+    rule(*{getattr(F, f"conv{_space}d"), getattr(torch, f"conv{_space}d")}, own_op=True)(_plain(_space))
+    rule(*{getattr(F, f"conv_transpose{_space}d"), getattr(torch, f"conv_transpose{_space}d")}, own_op=True)(_transposed(_space))

@@ -11,7 +11,7 @@ from fastens.fold.tensor import member_valued
 from fastens.ops.linear import linear
 
 
-@rule(F.linear, torch._C._nn.linear)
+@rule(F.linear, torch._C._nn.linear, own_op=True)
 def linear_rule(fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     """``x @ weight.T + bias``."""
     if not member_valued(weight):
@@ -49,7 +49,7 @@ def _as_weight(fold: Fold, x: Any, other: Any) -> bool:
     return member_valued(other) and other.ndim == 2 and x.ndim >= 2 and not fold.hidden.whole
 
 
-@rule(*named("matmul __matmul__ mm bmm"))
+@rule(*named("matmul __matmul__ mm bmm"), own_op=True)
 def matmul(fold: Fold, func: Any, input: Any, other: Any) -> Any:
     """Products of matrices and vectors."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):
@@ -82,7 +82,7 @@ def rmatmul(fold: Fold, func: Any, input: Any, other: Any) -> Any:
     return fold.again(torch.matmul, other, input)
 
 
-@rule(*named("mv dot inner vdot"))
+@rule(*named("mv dot inner vdot"), own_op=True)
 def vectors(fold: Fold, func: Any, input: Any, other: Any) -> Any:
     """Products with vectors."""
     if other.ndim != 1 or input.ndim > 2 or func.__name__ == "vdot":
@@ -96,7 +96,7 @@ def outer(fold: Fold, func: Any, input: Any, vec2: Any) -> Any:
     return fold.again(torch.mul, fold.again(Tensor.unsqueeze, input, 1), vec2)
 
 
-@rule(*named("addmm baddbmm addbmm addmv"))
+@rule(*named("addmm baddbmm addbmm addmv"), own_op=True)
 def add_product(fold: Fold, func: Any, input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **kwargs: Any) -> Any:
     """``beta * input + alpha * a @ b``."""
     if kwargs or func.__name__ == "addbmm":
@@ -116,7 +116,7 @@ def _batched(fold: Fold, input: Any, a: Any) -> Any:
     )
 
 
-@rule(torch.einsum, torch.functional.einsum)
+@rule(torch.einsum, torch.functional.einsum, own_op=True)
 def einsum(fold: Fold, func: Any, equation: Any, *operands: Any) -> Any:
     """The equation with a letter for the hidden dimension in front of member-valued operands."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):

@@ -31,7 +31,7 @@ def _per_member(fold: Fold, values: Any) -> bool:
     return any(member_valued(value) and value.hidden is not fold.hidden for value in values)
 
 
-@rule(F.group_norm, torch.group_norm)
+@rule(F.group_norm, torch.group_norm, own_op=True)
 def group(fold: Fold, func: Any, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
           *_: Any) -> Any:  # fmt: skip
     """Statistics over groups of channels of each row."""
@@ -46,7 +46,7 @@ def group(fold: Fold, func: Any, input: Any, num_groups: int, weight: Any = None
 AS_STEPS.update(dict.fromkeys((F.group_norm, torch.group_norm), group))
 
 
-@rule(F.layer_norm, torch.layer_norm)
+@rule(F.layer_norm, torch.layer_norm, own_op=True)
 def layer(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,
           eps: float = 1e-5, *_: Any) -> Any:  # fmt: skip
     """Statistics over the last dimensions."""
@@ -64,7 +64,7 @@ def layer(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], we
     return fold.unrows(layer_norm(fold.rows(input), normalized_shape, scale, shift, eps, offsets))
 
 
-@rule(F.rms_norm, torch.rms_norm)
+@rule(F.rms_norm, torch.rms_norm, own_op=True)
 def rms(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], weight: Any = None,
         eps: float | None = None) -> Any:  # fmt: skip
     """The root mean square over the last dimensions."""
@@ -76,7 +76,7 @@ def rms(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], weig
     return fold.unrows(rms_norm(fold.rows(input), normalized_shape, scale, eps, offsets))
 
 
-@rule(F.batch_norm, torch.batch_norm)
+@rule(F.batch_norm, torch.batch_norm, own_op=True)
 def batch(fold: Fold, func: Any, input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
           training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *_: Any) -> Any:  # fmt: skip
     """Running statistics of each member; those of a batch are taken entry by entry."""
@@ -101,7 +101,7 @@ def _own_statistics(fold: Fold, *statistics: Any) -> None:
             promote(fold, x)
 
 
-@rule(F.instance_norm)
+@rule(F.instance_norm, own_op=True)
 def instance(fold: Fold, func: Any, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
              bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
     """Statistics over each channel of each row: a group norm with one channel a group."""

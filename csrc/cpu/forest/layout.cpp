@@ -254,45 +254,47 @@ void Layout::make_leaves(const Trees& trees) {
 }
 
 bool Layout::has_opposite_leaves() const {
-  std::call_once(compared_, [this] {
-    std::vector<double> values(leaf_begin.back());
-    for (int64_t p = 0; p < num_outputs && !opposite_; ++p) {
-      for (size_t row = 0; row < values.size(); ++row) values[row] = leaves[row * stride + p];
-      std::sort(values.begin(), values.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
-      for (size_t i = 1; i < values.size(); ++i) opposite_ |= values[i] == -values[i - 1] && values[i] != 0;
-    }
-  });
-  return opposite_;
+  const int known = opposite_.load(std::memory_order_relaxed);
+  if (known >= 0) return known;
+  bool found = false;
+  std::vector<double> values(leaf_begin.back());
+  for (int64_t p = 0; p < num_outputs && !found; ++p) {
+    for (size_t row = 0; row < values.size(); ++row) values[row] = leaves[row * stride + p];
+    std::sort(values.begin(), values.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
+    for (size_t i = 1; i < values.size(); ++i) found |= values[i] == -values[i - 1] && values[i] != 0;
+  }
+  opposite_.store(found, std::memory_order_relaxed);
+  return found;
 }
 
 const LeafRanks& Layout::leaf_ranks() const {
-  std::call_once(ranked_, [this] {
-    auto ranks = std::make_unique<LeafRanks>();
-    const int64_t rows = leaf_begin.back();
-    ranks->stride = num_outputs <= 2 ? num_outputs : num_outputs <= 4 ? 4 : (num_outputs + 7) / 8 * 8;
-    ranks->wide.assign(rows * ranks->stride, 0);
-    size_t most = 0;
-    std::vector<double> values(rows);
-    for (int64_t p = 0; p < num_outputs; ++p) {
-      for (int64_t row = 0; row < rows; ++row) values[row] = leaves[row * stride + p];
-      std::sort(values.begin(), values.end());
-      const auto end = std::unique(values.begin(), values.end());
-      for (int64_t row = 0; row < rows; ++row) {
-        const double value = leaves[row * stride + p];
-        ranks->wide[row * ranks->stride + p] = std::lower_bound(values.begin(), end, value) - values.begin();
-      }
-      ranks->begin_of.push_back(static_cast<int64_t>(ranks->sorted.size()));
-      ranks->sorted.insert(ranks->sorted.end(), values.begin(), end);
-      most = std::max<size_t>(most, end - values.begin());
+  if (const LeafRanks* const known = ranks_.load(std::memory_order_acquire)) return *known;
+  auto ranks = std::make_unique<LeafRanks>();
+  const int64_t rows = leaf_begin.back();
+  ranks->stride = num_outputs <= 2 ? num_outputs : num_outputs <= 4 ? 4 : (num_outputs + 7) / 8 * 8;
+  ranks->wide.assign(rows * ranks->stride, 0);
+  size_t most = 0;
+  std::vector<double> values(rows);
+  for (int64_t p = 0; p < num_outputs; ++p) {
+    for (int64_t row = 0; row < rows; ++row) values[row] = leaves[row * stride + p];
+    std::sort(values.begin(), values.end());
+    const auto end = std::unique(values.begin(), values.end());
+    for (int64_t row = 0; row < rows; ++row) {
+      const double value = leaves[row * stride + p];
+      ranks->wide[row * ranks->stride + p] = std::lower_bound(values.begin(), end, value) - values.begin();
     }
-    ranks->bits = std::max<int>(1, std::bit_width(most - 1));
-    if (most < 0xFFFF && num_trees < 0xFFFF) {
-      ranks->narrow.assign(ranks->wide.begin(), ranks->wide.end());
-      ranks->wide = {};
-    }
-    ranks_ = std::move(ranks);
-  });
-  return *ranks_;
+    ranks->begin_of.push_back(static_cast<int64_t>(ranks->sorted.size()));
+    ranks->sorted.insert(ranks->sorted.end(), values.begin(), end);
+    most = std::max<size_t>(most, end - values.begin());
+  }
+  ranks->bits = std::max<int>(1, std::bit_width(most - 1));
+  if (most < 0xFFFF && num_trees < 0xFFFF) {
+    ranks->narrow.assign(ranks->wide.begin(), ranks->wide.end());
+    ranks->wide = {};
+  }
+  const LeafRanks* expected = nullptr;
+  if (ranks_.compare_exchange_strong(expected, ranks.get(), std::memory_order_acq_rel)) return *ranks.release();
+  return *expected;
 }
 
 }  // namespace fastens::forest

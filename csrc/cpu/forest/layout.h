@@ -2,10 +2,10 @@
 // integers decides every split exactly as the source library's comparison of floats does.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <vector>
 
@@ -78,6 +78,8 @@ class Layout {
  public:
   // Throws std::invalid_argument where the arrays are no forest.
   Layout(const Trees& trees, bool double_inputs);
+  ~Layout() { delete ranks_.load(); }
+  Layout(const Layout&) = delete;
 
   int64_t num_trees, num_features, num_outputs, num_nodes;
   bool double_inputs;    // compare as float64 (LightGBM), otherwise as float32
@@ -122,9 +124,9 @@ class Layout {
 
   std::vector<uint32_t> rank_of_;  // [num_nodes] of each split's threshold, in the trees' order
   std::vector<uint32_t> place_;    // [num_nodes] of each node, in `nodes` within its tree
-  mutable std::once_flag ranked_, compared_;
-  mutable bool opposite_ = false;
-  mutable std::unique_ptr<LeafRanks> ranks_;
+  // Threads that need these at once all make them, and one is kept: a lock would stay locked in a forked process.
+  mutable std::atomic<const LeafRanks*> ranks_{nullptr};
+  mutable std::atomic<int> opposite_{-1};  // unknown
 };
 
 }  // namespace fastens::forest

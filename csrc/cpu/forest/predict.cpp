@@ -9,7 +9,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "../draw_members.h"
+#include "draw_members.h"
 #include "workers.h"
 
 namespace fastens::forest {

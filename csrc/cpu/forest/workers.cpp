@@ -1,5 +1,7 @@
 #include "workers.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -126,9 +128,17 @@ class Helpers {
   std::atomic<int64_t> wanted_ = 0, inside_ = 0, spinning_ = 0;  // changed under the mutex
 };
 
+std::atomic<Helpers*> made{nullptr};  // outlives its threads, which nobody joins
+
 Helpers& helpers() {
-  static Helpers* const made = new Helpers;  // outlives its threads, which nobody joins
-  return *made;
+  static const bool ready = [] {
+    made = new Helpers;
+    // A forked process has none of the threads, and locks as other threads held them: it starts anew.
+    pthread_atfork(nullptr, nullptr, [] { made = new Helpers; });
+    return true;
+  }();
+  (void)ready;
+  return *made.load(std::memory_order_relaxed);
 }
 
 std::atomic<Clock::rep> last_call = Clock::time_point::min().time_since_epoch().count();

@@ -1,0 +1,191 @@
+"""Folders: diffusers models with their variants, pipelines, and the states that accelerate saves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from fastens.io import containers
+from fastens.io.choice import Wish
+from fastens.io.contents import Contents
+from fastens.io.names import EMA, RAW, UNCLEAR, UNSAID, kind_of
+
+CONFIG = "config.json"
+_BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
+_FILE = re.compile(
+    r"(?P<base>[\w-]+?)(?:\.(?P<variant>[\w.-]+?))?\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<late>[\w-]+))?\.json)?$"
+)
+_MODEL = re.compile(r"(pytorch_)?model(_\d+)?\.(safetensors|bin)$")  # of accelerate, one or several
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_PRECISIONS = frozenset(("fp16", "bf16", "fp32", "float16", "bfloat16", "float32", "half", "fp8", "int8"))
+_FULL = frozenset(("fp32", "float32"))
+_STATE = re.compile(r"(optimizer|scheduler|sampler|scaler|random_states|training_args|rng_state|dl_state)[\w-]*\.\w+$")
+_NO_DENOISER = re.compile(r"Autoencoder|VQModel|ControlNet|Adapter|CLIP|Encoder|Vocoder|Upsampl|Safety|Projection")
+
+
+class Weights(NamedTuple):
+    """A file of weights in a folder, or the index of several."""
+
+    path: Path
+    base: str
+    variant: str | None
+
+    @property
+    def words(self) -> list[str]:
+        """The parts of the variant's name."""
+        return re.split(r"[._-]", self.variant) if self.variant else []
+
+    @property
+    def kind(self) -> str:
+        """What the variant says: an average, raw weights, nothing; other words are UNCLEAR."""
+        rest = [word for word in self.words if word not in _PRECISIONS]
+        said = kind_of(["_".join(rest)] if rest else [])
+        return UNCLEAR if rest and said == UNSAID else said
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it holds the weights at a lower precision."""
+        return bool(_PRECISIONS.intersection(self.words)) and not _FULL.intersection(self.words)
+
+
+def weights_in(folder: Path) -> list[Weights]:
+    """The files of weights in a folder, one per variant: safetensors before torch files, whole before sharded."""
+    found: dict[tuple[str, str | None], tuple[tuple[bool, bool], Weights]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _FILE.match(path.name)
+        if match is None or not path.is_file() or _SHARD.search(path.name) or _STATE.match(path.name):
+            continue
+        variant = match["late"] or match["variant"]
+        base = "model" if match["base"] == "pytorch_model" else match["base"]
+        order = match["suffix"] == "bin", match["index"] is not None
+        known = found.get((base, variant))
+        if known is None or order < known[0]:
+            found[base, variant] = order, Weights(path, base, variant)
+    every = [weights for _, weights in found.values()]
+    for base in _BASES:
+        usual = [weights for weights in every if weights.base == base]
+        if usual:
+            return usual
+    return every
+
+
+def choose_weights(folder: Path, wish: Wish) -> Weights:
+    """The variant in a folder that is meant.
+
+    ``ema`` in a variant's name says average, ``non_ema`` raw; a plain file beside an average is raw, and an average
+    beside ``non_ema``, as diffusers writes them. Variants of lower precision are copies, taken where there is no other.
+
+    Raises:
+        ValueError: no weights, none of the wanted variant, or several.
+    """
+    every = weights_in(folder)
+    if not every:
+        raise ValueError(f"checkpoint {folder} has no weights, expected {_BASES[0]}.safetensors{_advice(folder)}")
+    if wish.variant is not None:
+        pool = [weights for weights in every if weights.variant == wish.variant]
+    elif len(every) == 1 and (wish.ema or every[0].kind != EMA):
+        pool = every
+    else:
+        pool = _of_kind(every, wish.ema)
+        pool = [weights for weights in pool if not weights.reduced] or pool
+    if len(pool) != 1:
+        names = ", ".join(f"{weights.path.name} (variant={weights.variant!r})" for weights in every)
+        asked = f"variant={wish.variant!r}" if wish.variant is not None else f"ema={wish.ema}"
+        raise ValueError(
+            f"checkpoint {folder} has {'several' if pool else 'no'} weights for {asked}; it has {names}: say which by "
+            "variant="
+        )
+    return pool[0]
+
+
+def _of_kind(every: list[Weights], ema: bool) -> list[Weights]:
+    kinds: dict[str, list[Weights]] = {kind: [w for w in every if w.kind == kind] for kind in (EMA, RAW, UNSAID)}
+    if ema and any(w.kind == UNCLEAR and "ema" in w.variant for w in every if w.variant):
+        return every
+    if ema:
+        return kinds[EMA] or kinds[UNSAID] or kinds[RAW]
+    return kinds[RAW] or kinds[UNSAID]
+
+
+def _advice(folder: Path) -> str:
+    names = {path.name for path in folder.iterdir()}
+    if "zero_to_fp32.py" in names or any(name.startswith("mp_rank") for name in names):
+        return "; it is a DeepSpeed checkpoint: its zero_to_fp32.py makes one file of it"
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return (
+            "; it is a distributed checkpoint: torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one "
+            "file of it"
+        )
+    return f"; it has {sorted(names)[:6]}" if names else "; it is empty"
+
+
+def model_folder(folder: Path, wish: Wish) -> tuple[Path, Wish]:
+    """The folder of the model that is meant: itself, or the denoiser of a pipeline or of a training state.
+
+    Returns:
+        The folder, and the wish without what chose it.
+
+    Raises:
+        ValueError: an ensemble, no model, or several (``key=`` names one).
+    """
+    config = folder / CONFIG
+    if config.is_file():
+        if "num_members" in containers.read_json(config):
+            raise ValueError(f"{folder} is a saved ensemble, not a member: fastens.Ensemble.from_pretrained(...)")
+        return folder, wish
+    parts = [path for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()]
+    named, _, rest = (wish.key or "").partition(".")
+    if named and (folder / named).is_dir() and (folder / named) in parts:
+        return model_folder(folder / named, Wish(wish.ema, rest or None, wish.prefix, wish.variant))
+    denoisers = [path for path in parts if _is_denoiser(path)]
+    kinds = {path: kind_of((path.name,)) for path in denoisers}
+    averages = [path for path in denoisers if kinds[path] in (EMA, UNCLEAR)]
+    plain = [path for path in denoisers if path not in averages]
+    pool = (averages or plain) if wish.ema else plain
+    if len(pool) == 1:
+        return model_folder(pool[0], wish)
+    if denoisers:
+        names = ", ".join(path.name for path in denoisers)
+        raise ValueError(
+            f"checkpoint {folder} holds the models {names}: say which by key=, as in key={denoisers[0].name!r}"
+        )
+    return folder, wish
+
+
+def _is_denoiser(path: Path) -> bool:
+    name = containers.read_json(path / CONFIG).get("_class_name")
+    return isinstance(name, str) and not _NO_DENOISER.search(name)
+
+
+def read(folder: Path, wish: Wish, trusted: bool) -> Contents:
+    """The contents of a folder's weights; of a training state of accelerate those of all that it holds.
+
+    Raises:
+        ValueError: no weights, several variants that are meant, or a file that cannot be read.
+    """
+    custom = sorted(folder.glob("custom_checkpoint_*.pkl"))
+    models = [path for path in sorted(folder.iterdir()) if _MODEL.match(path.name)]
+    if not custom and len({path.stem.removeprefix("pytorch_") for path in models}) < 2:
+        contents = containers.read(choose_weights(folder, wish).path, trusted)
+        contents.source = str(folder)
+        return contents
+    contents = Contents(str(folder), "folder of accelerate")
+    if not models:  # in shards
+        models = [choose_weights(folder, wish).path]
+    for path in [*models, *custom]:
+        if path in custom and not wish.ema and wish.key is None:
+            continue
+        try:
+            part = containers.read(path, trusted)
+        except ValueError:
+            if path in custom and wish.key is not None and wish.key.split(".")[0] != path.stem:
+                continue  # named is another
+            raise
+        keys = (path.stem,)
+        contents.entries += [entry._replace(keys=(*keys, *entry.keys)) for entry in part.entries]
+        contents.lists += [unnamed._replace(keys=(*keys, *unnamed.keys)) for unnamed in part.lists]
+        for name in ("numbers", "opaque", "networks"):
+            there = getattr(part, name)
+            getattr(contents, name).update({f"{path.stem}.{key}" if key else path.stem: v for key, v in there.items()})
+    return contents
