@@ -256,14 +256,14 @@ def mode_of_one(run: Run, draw: Random) -> None:
 @step(1)
 def attribute(run: Run, draw: Random) -> None:
     """A number that forward reads, set on the ensemble as on a member."""
-    value, setter = draw.choice([0.25, 3.0]), draw.random() < 0.5
+    value, setter, run.altered = draw.choice([0.25, 3.0]), draw.random() < 0.5, True
     again(run, draw, lambda: run.each(lambda m: m.set_scale(value) if setter else setattr(m, "scale", value)))
 
 
 @step(0.7)
 def attribute_of_one(run: Run, draw: Random) -> None:
     """A number of a submodule: the epsilon of every normalisation."""
-    value = draw.choice([0.1, 1.0])
+    value, run.altered = draw.choice([0.1, 1.0]), True
 
     def change(module: nn.Module) -> None:
         for one in module.modules():
@@ -357,7 +357,7 @@ def parametrized(run: Run, draw: Random) -> None:
             else:
                 nn.utils.prune.identity(layer, "weight")
 
-    run.allowed = True
+    run.allowed = run.altered = True
     run.each(change)
     with torch.no_grad():
         run.call(run.make(draw, Form(run.spec.rows)))

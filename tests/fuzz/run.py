@@ -72,6 +72,7 @@ class Run:
     def __init__(self, case: Case, make: Callable[..., Any] = fastens.Ensemble) -> None:
         self.case, self.spec, self.outcome = case, case.network, Outcome(case)
         self.dtype, self.training, self.rule = self.spec.torch_dtype, self.spec.training, "mean"
+        self.altered = False  # in something that its files do not hold
         self.coarsest = self.dtype  # that weights and state have gone through
         self.members = members_of(self.spec)
         self.step, self.allowed = "construction", case.engine == "fold"

@@ -58,19 +58,19 @@ def per_member(run: Run, draw: Random) -> None:
 @step(0.7)
 def assigned(run: Run, draw: Random) -> None:
     """Rows that are given their members."""
-    if not hasattr(run.ensemble, "assigned") or run.random or run.stateful or run.spec.output == "ids":
+    if not hasattr(run.ensemble, "assigned") or run.random or run.stateful or ambiguous(run):
         return
-    rows, dim, count = run.spec.rows, int(run.spec.batch_second), run.spec.members
+    rows, count = run.spec.rows, run.spec.members
     to = torch.tensor([draw.randrange(count) for _ in range(rows)])
     call = run.make(draw, Form(rows))
-    run.allowed = run.allowed or run.mixing or ambiguous(run)
+    run.allowed = run.allowed or run.mixing
 
     def evaluate() -> Any:
         with run.ensemble.assigned(to):
             return run.ensemble(*call[0], **call[1])
 
     def check(answer: Any) -> None:
-        found = oracle.check_drawn(answer, [[output] for output in expected], dim, oracle.tolerance(run.coarsest))
+        found = oracle.check_drawn(answer, [[output] for output in expected], 0, oracle.tolerance(run.coarsest))
         if any(int(k) not in members for k, members in zip(to, found, strict=True)):
             raise Mismatch("a row is not its member's")
 
@@ -96,6 +96,7 @@ def trained(run: Run, draw: Random) -> None:
 
     def one(member: nn.Module, args: Any) -> None:
         made = OPTIMIZERS[name]([p for p in member.parameters() if p.requires_grad])
+        made.zero_grad()
         with torch.enable_grad():
             loss = member(*args).square().mean()
             loss.backward()
@@ -124,8 +125,7 @@ def saved(run: Run, draw: Random) -> None:
             run.ensemble.save_pretrained(folder)
             return type(run.ensemble).from_pretrained(folder, lambda: build(run.spec, 0))
 
-    scale = run.members[0].scale
-    if scale != 1.0 or run.dtype != run.spec.torch_dtype:
+    if run.altered or run.dtype != run.spec.torch_dtype:
         return  # what a factory makes is not what the members have become
     run.attempt(write_and_read, run._adopt)
     run.each(lambda module: module.train(run.training))
