@@ -436,24 +436,28 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         result = getattr(ensemble.network, name)(*args, **kwargs)
         ensemble.refresh()
         return ensemble if result is ensemble.network else result
-    if ensemble.rule.random:
-        raise ValueError(
-            f"{name}: rule {ensemble.rule.name!r} draws members for calls of forward only; set another rule for it"
-        )
     arguments = ensemble._arguments(args, kwargs)
     if engine is None:
         outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
     else:
         outputs = engine.evaluate(arguments, ensemble.training, name)
-    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, scores))
+    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
 
 
-def alike_or_combined(ensemble: Ensemble, scores: Any) -> Tensor:
-    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations."""
+def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
+    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations.
+
+    Raises:
+        ValueError: they differ, under a rule that draws members for calls of ``forward``.
+    """
     first = scores[0]
     if all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
     rule = ensemble.rule
+    if rule.random:
+        raise ValueError(
+            f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule for it"
+        )
     return aggregate(scores, "mean" if rule.needs_noise_level else rule, backend=ensemble._settings["backend"])
 
 

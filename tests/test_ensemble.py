@@ -208,20 +208,30 @@ class Swapped(nn.Module):
         return self.inner(x) - x.mean(0)
 
 
-def test_check_falls_back_to_the_loop():
-    members = [randomised(Swapped, seed) for seed in range(2)]
-    x = torch.randn(4, 5)
-    ensemble = fastens.Ensemble(members)
+class Ordered(Swapped):
+    def forward(self, x):
+        return self.inner(x) * torch.arange(len(x))[:, None]
+
+
+class Reading(Swapped):
+    def forward(self, x):
+        return self.inner(x) * float(self.inner.weight.detach().sum())
+
+
+@pytest.mark.parametrize("network", [Swapped, Ordered])
+def test_members_may_mix_and_count_their_rows(network):
+    members = [randomised(network, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, engine="fold")
     with torch.no_grad():
-        ensemble(x)  # repeating the same batch leaves its mean alone, so this one agrees
+        for x in (torch.randn(4, 5), torch.randn(3, 5)):
+            assert relative_error(ensemble(x), (members[0](x) + members[1](x)) / 2) < 1e-6
+    assert ensemble.engine == "fold"
 
-    class Ordered(Swapped):
-        def forward(self, x):
-            return self.inner(x) * torch.arange(len(x))[:, None]
 
-    members = [randomised(Ordered, seed) for seed in range(2)]
-    ensemble = fastens.Ensemble(members)
-    with torch.no_grad(), pytest.warns(UserWarning, match="disagreed with the loop"):
+def test_a_network_that_reads_its_weights_is_looped():
+    members = [randomised(Reading, seed) for seed in range(2)]
+    ensemble, x = fastens.Ensemble(members), torch.randn(4, 5)
+    with torch.no_grad(), pytest.warns(UserWarning, match="has no one answer"):
         output = ensemble(x)
     assert ensemble.engine == "loop"
     with torch.no_grad():
@@ -317,7 +327,7 @@ def test_report_prints(members, x):
     text = str(ensemble.report())
     assert "engine fold, 2 members" in text
     assert "resample_filter" not in text
-    assert {"folded", "raw"} <= {layer.how for layer in ensemble.report().layers}
+    assert {"folded"} <= {layer.how for layer in ensemble.report().layers}
 
 
 def test_members_in_channels_last_stay_so(tmp_path):

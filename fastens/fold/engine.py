@@ -346,7 +346,7 @@ class FoldEngine:
                 output = call(self.network, method, args, kwargs)
         finally:
             _CURRENT.reset(token)
-        if fold.masks is not None and not fold.masks.applied and arguments.batch_size:
+        if fold.masks is not None and method == "forward" and not fold.masks.applied and arguments.batch_size:
             calls = sum(fold.masks.calls.values())
             raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
         return output

@@ -37,17 +37,17 @@ class FirstPass:
         self._key = key
         self._plannable = plannable
         self._method = method
+        self._random = False  # whether members draw random numbers
         self._expected: list[list[Tensor]] = []  # the members' outputs: all that is held of the loop meanwhile
 
     def run(self) -> list[Any] | None:
         """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
         engine = self._engine
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        before = torch.random.get_rng_state()
         with torch.random.fork_rng(devices=devices):
             with torch.no_grad():
                 self._run_members()
-            random = not torch.equal(before, torch.random.get_rng_state())
+            random = self._random
             if self._plannable and not random:
                 planned = engine.planned(self._arguments, self._key, self._expected)
                 if planned is not None:
@@ -73,9 +73,11 @@ class FirstPass:
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
             arguments = self._arguments
+            drawn = torch.random.get_rng_state()
             versions = [x._version for x in arguments.tensors if not x.is_inference()]
             with around, state_kept(engine.network) as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method)
+            self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
                 engine.copies_inputs = True
             engine.stateful = engine.stateful or bool(changed or written)

@@ -97,8 +97,8 @@ def test_launches_of_a_score_network(parts, launches, scaled, batch):
         assert relative_error(outputs, expected) < NETWORK[torch.float32]
         assert relative_error(mean, expected.mean(0)) < NETWORK[torch.float32]
     plan = plan_of(ensemble)
-    # the embedding, its first layer, and the projections of it for all blocks
-    assert plan.kinds == {"pointwise": 1, "linear": 1, "linear group": 1, **launches}
+    # the embedding of what all members share, its first layer, which reads it once, and its projections for all blocks
+    assert plan.kinds == {"pointwise": 1, "linear group": 1, **launches, "conv2d": launches["conv2d"] + 1}
     assert plan.sums
     first, *others = [launch for launch in plan._launches if launch.name == "conv2d"]
     assert first.kwargs["shared"]
