@@ -86,7 +86,8 @@ class Tally:
         if outcome.magnified:
             self.magnified[f"in {outcome.magnified.step}"] += 1
         if not outcome.planned:
-            self.unplanned[outcome.why_no_plan or "no reason given"] += 1
+            looped = outcome.folded in ("looped", "asked")
+            self.unplanned["looped" if looped else outcome.why_no_plan or "no reason given"] += 1
         if outcome.fault:
             self.shares[outcome.fault.outcome] += 1
             why = outcome.fault.why if outcome.fault.outcome == "raised" else ""
@@ -98,6 +99,8 @@ class Tally:
         lines = [f"{self.networks} networks, {self.calls} calls"]
         for name in NAMES:
             lines.append(f"  {100 * self.shares[name] / n:6.2f} %  {self.shares[name]:6d}  {SAID.get(name, name)}")
+        share = 100 * self.shares["planned"] / max(self.shares["float32"], 1)
+        lines.append(f"  {share:6.2f} %  of those in float32, the only ones that can be, are planned")
         for title, counter in (
             ("why looped", self.looped),
             ("why not planned", self.unplanned),

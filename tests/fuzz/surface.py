@@ -125,7 +125,7 @@ def saved(run: Run, draw: Random) -> None:
             run.ensemble.save_pretrained(folder)
             return type(run.ensemble).from_pretrained(folder, lambda: build(run.spec, 0))
 
-    if run.altered or run.dtype != run.spec.torch_dtype:
+    if run.altered or run.dtype != run.spec.torch_dtype or run.spec.tagged("stateful", True):
         return  # what a factory makes is not what the members have become
     run.attempt(write_and_read, run._adopt)
     run.each(lambda module: module.train(run.training))
