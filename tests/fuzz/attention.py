@@ -235,6 +235,30 @@ class BagOfIds(Block):
         return h + self.bag(torch.stack([first, first + 1], 1))
 
 
+@feature("vector", "sequence", weight=1)
+class EmbeddingOptions(Block):
+    takes = ("h", "t")
+
+    def build(self, draw: Random, sizes: Sizes) -> None:
+        padding, frequency = draw.choice([None, 0, 3]), draw.random() < 0.5
+        self.embedding = nn.Embedding(5, sizes.width, padding_idx=padding, scale_grad_by_freq=frequency)
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        y = self.embedding((4 * t.detach()).long().clamp(0, 4))
+        return h + (y if h.ndim == 2 else y[:, None])
+
+
+@feature("vector", weight=0.3, stateful=True)
+class BoundedEmbedding(Block):
+    takes = ("h", "t")
+
+    def build(self, draw: Random, sizes: Sizes) -> None:
+        self.embedding = nn.Embedding(5, sizes.width, max_norm=0.8)  # it writes its weights when it is called
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        return h + self.embedding((4 * t.detach()).long().clamp(0, 4))
+
+
 @feature(*CHANNELS_FIRST, weight=3)
 class AsTokens(Block):
     takes = ("h", "emb", "t", "context")

@@ -17,7 +17,10 @@ SMALL = 0.02
 def draw_case(seed: int, length: int | None = None) -> Case:
     """The case of a seed, of so many steps or of a drawn number."""
     engine = Random(f"engine {seed}").choices(["auto", "loop", "fold"], [92, 5, 3])[0]
-    return Case(draw_network(seed), draw_steps(seed, length), engine)
+    network, draw = draw_network(seed), Random(f"options {seed}")
+    most = draw.choice([1, network.rows, 2 * network.rows]) if draw.random() < 0.06 else None
+    built = "inference" if draw.random() < 0.02 else "plain"
+    return Case(network, draw_steps(seed, length), engine, most, built)
 
 
 def run_case(case: Case, make: Callable[..., Any] = fastens.Ensemble) -> Outcome:

@@ -15,6 +15,7 @@ from torch import nn
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Form, copied
 from tests.fuzz.networks import named
+from tests.fuzz.oracle import Mismatch
 from tests.fuzz.run import Run, Skip
 from tests.fuzz.sequences import step
 
@@ -258,6 +259,12 @@ def attribute(run: Run, draw: Random) -> None:
     """A number that forward reads, set on the ensemble as on a member."""
     value, setter, run.altered = draw.choice([0.25, 3.0]), draw.random() < 0.5, True
     again(run, draw, lambda: run.each(lambda m: m.set_scale(value) if setter else setattr(m, "scale", value)))
+
+    def check(found: float) -> None:
+        if found != value:
+            raise Mismatch(f"scale reads {found}, expected {value}")
+
+    run.attempt(lambda: run.ensemble.scale, check)
 
 
 @step(0.7)

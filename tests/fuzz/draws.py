@@ -58,7 +58,7 @@ def drawn(run: Run, draw: Random) -> None:
     """Two trajectories of one seed, guided or not, then the rule as it was."""
     if run.random or run.stateful:
         return
-    rule, before, rows = draw.choice(["alternating", "mixture"]), run.rule, run.spec.rows
+    rule, before, rows = draw.choice(["alternating", "mixture"]), run.ensemble.rule, run.spec.rows
     seed = draw.randrange(1000)
     with torch.no_grad():
         calls = prepared(run, draw, 3, rows * draw.choice([1, 1, 2]))
@@ -81,7 +81,8 @@ def drawn_in_threads(run: Run, draw: Random) -> None:
     """Trajectories of several threads at once, each of its own seed and members."""
     if run.random or run.stateful:
         return
-    rule, before, rows, count = draw.choice(["alternating", "mixture"]), run.rule, run.spec.rows, draw.choice([2, 4])
+    rule, before, rows = draw.choice(["alternating", "mixture"]), run.ensemble.rule, run.spec.rows
+    count = draw.choice([2, 4])
     with torch.no_grad():
         calls = [prepared(run, draw, 3, rows) for _ in range(count)]
     run.allowed = run.allowed or run.mixing or ambiguous(run)

@@ -12,7 +12,7 @@ from tests.fuzz.networks import INTEGER, LEVELS, Network, data_channels
 from tests.fuzz.registry import CHANNELS_FIRST
 
 TIMES = ("rows", "common", "number", "expanded")
-LAYOUTS = ("plain", "strided", "transposed", "expanded", "chunk", "channels_last", "offset")
+LAYOUTS = ("plain", "strided", "transposed", "expanded", "chunk", "channels_last", "offset", "parameter", "negative")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ def laid_out(x: Tensor, layout: str, dim: int) -> Tensor:
         return x.narrow(dim, 0, 1).expand_as(x)
     if layout == "chunk":
         return torch.cat([x, x + 1], dim).chunk(2, dim)[0]
+    if layout == "parameter":
+        return torch.nn.Parameter(x)
+    if layout == "negative":
+        return torch._neg_view(-x)  # as the imaginary part of a conjugate is
     if layout == "channels_last" and x.ndim == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "offset":
@@ -118,7 +122,7 @@ def draw_form(spec: Network, draw: Random, rows: int | None = None) -> Form:
     return Form(
         rows=spec.rows if rows is None else rows,
         time=draw.choices(TIMES, [5, 1, 1, 1])[0],
-        layout=draw.choices(LAYOUTS, [12, 1, 1, 1, 1, 1, 1])[0],
+        layout=draw.choices(LAYOUTS, [12, 1, 1, 1, 1, 1, 1, 0.3, 0.3])[0],
         context=draw.choices(("position", "keyword", "absent"), [4, 2, 1])[0],
         flip=draw.choices((0, 1, 2), [6, 1, 1])[0],
         gain=draw.choices((1.0, 0.5, 2.0), [6, 1, 1])[0],

@@ -26,7 +26,7 @@ class PlainLoop(nn.Module):
 
     rule = "mean"
 
-    def __init__(self, members: list[nn.Module], engine: str = "auto") -> None:
+    def __init__(self, members: list[nn.Module], engine: str = "auto", max_fold: int | None = None) -> None:
         super().__init__()
         self.networks = nn.ModuleList(members)
         self.train(members[0].training)
@@ -72,6 +72,10 @@ class PlainLoop(nn.Module):
         for network in self.networks:
             network.set_scale(scale)
 
+    @property
+    def scale(self) -> float:
+        return self.networks[0].scale
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
             self.set_scale(value)
@@ -99,8 +103,8 @@ class PlainLoop(nn.Module):
 class Rounded(PlainLoop):
     """The loop with another rounding: every module's output is off by some units in the last place."""
 
-    def __init__(self, members: list[nn.Module], engine: str = "auto") -> None:
-        super().__init__(members, engine)
+    def __init__(self, members: list[nn.Module], engine: str = "auto", max_fold: int | None = None) -> None:
+        super().__init__(members, engine, max_fold)
         for module in self.networks.modules():
             module.register_forward_hook(rounded)
 

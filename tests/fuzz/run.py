@@ -29,6 +29,8 @@ class Case:
     network: Network
     steps: tuple[Step, ...] = ()
     engine: str = "auto"
+    max_fold: int | None = None
+    built: str = "plain"  # or under inference_mode
 
 
 @dataclass
@@ -77,7 +79,10 @@ class Run:
         self.members = members_of(self.spec)
         self.step, self.allowed = "construction", case.engine == "fold"
         self.ensemble: Any = None
-        self.attempt(lambda: make(members_of(self.spec), engine=case.engine), self._adopt)
+        options = {} if case.max_fold is None else {"max_fold": case.max_fold}
+        handed_in = members_of(self.spec)
+        with torch.inference_mode(case.built == "inference"):
+            self.attempt(lambda: make(handed_in, engine=case.engine, **options), self._adopt)
         self.allowed = False
 
     def _adopt(self, ensemble: Any) -> None:

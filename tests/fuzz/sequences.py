@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+import fastens
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Form, batch, copied
 from tests.fuzz.run import Run, spoil
@@ -93,7 +94,9 @@ def with_variance(run: Run, draw: Random) -> None:
 def rules(run: Run, draw: Random) -> None:
     """Another rule, set on the ensemble, for this and later calls."""
     run.rule = draw.choice(list(oracle.RULES))
-    run.attempt(lambda: setattr(run.ensemble, "rule", run.rule))
+    weighted = run.rule == "weighted" and isinstance(run.ensemble, fastens.Ensemble)
+    rule = fastens.rules.Mean(oracle.weights(run.spec.members)) if weighted else run.rule
+    run.attempt(lambda: setattr(run.ensemble, "rule", rule))
     with torch.no_grad():
         for _ in range(2):
             run.call(run.make(draw))
