@@ -6,10 +6,11 @@ export OMP_WAIT_POLICY := passive
 
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo test fuzz test-gpu-build lint bench train wheel test-wheel clean
+.PHONY: help demo test fuzz test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-build compiles every GPU kernel for every target"
+	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
@@ -55,6 +56,11 @@ fuzz: .venv/dev build/native
 # Minutes: every Triton kernel and the CUDA library, compiled in full for every GPU; needs no GPU.
 test-gpu-build: .venv/dev
 	$(BIN)/python -m pytest -q tests/kernels/every_target.py
+
+# Minutes: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read. Another Triton than
+# the one in .venv: TRITON=FOLDER, where its wheel is unpacked.
+test-gpu-code: .venv/dev
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

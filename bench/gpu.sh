@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: builds, tests, memory and race checks, goals G1 to G9 against every rival, and the table.
+# Everything that needs a GPU: a smoke, goals G1 to G9 against every rival, tests, memory and race checks, and the table.
 # usage: bench/gpu.sh DIR [PART...]             results as JSON, logs and table.md in DIR; all parts by default
 #        bench/gpu.sh --rehearse DIR [PART...]  without a GPU: the same code on small sizes; its times mean nothing
 #        bench/gpu.sh --list                    the parts
+#        bench/gpu.sh --prepare                 without a GPU: compile what need not be compiled during a lease
+# A lease of half an hour is calls of less than nine minutes, each as
+#   FASTENS_PACKED=$OUT/results.tar.gz SECONDS_IN_ALL=530 bench/gpu.sh build/lease PART...
+# with the former call's results.tar.gz brought back as build/lease/results.tar.gz, and build/prepared, from --prepare:
+#   1. environment prepared smoke ours roofline     2. G1 G2     3. G3 G4     4. the rest, in the order of --list
 # A part takes less than PART_SECONDS (570) or is stopped, and with SECONDS_IN_ALL the last is stopped by then. What is
 # done is not done again: parts that passed leave DIR/PART.done, questions that are measured their JSON, compilers their
-# caches in build/bench-cache. DIR/choices.json is what was measured of each way to compute an op, and what the wheel
-# ships once kept (python -m bench.gpu_table keep DIR). DIR/results.tar.gz holds all of DIR.
+# caches in build/bench-cache, and all of DIR is packed as DIR/results.tar.gz, or $FASTENS_PACKED, after every part; where
+# DIR is new but for that file, it is unpacked first. DIR/choices.json is what was measured of each way to compute an op, and what the wheel
+# ships once kept (python -m bench.gpu_table keep DIR).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-parts=(environment build G1 G2 G3 roofline tests G4 G8 G7_1 G7_16 G5 G6 sanitizer_conv sanitizer_tma sanitizer_racecheck
-  sanitizer_memcheck ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G4_ways blocks ends profile mask
-  G7_songunet_1 G7_songunet_16 G9)
+parts=(environment prepared smoke ours roofline G1 G2 G3 G4 library sanitizer_conv sanitizer_tma sanitizer_racecheck G5 G6
+  G7_1 G7_16 tests forest sanitizer_memcheck G8 ddpmpp_1 ddpmpp_16 ddpmpp_256 ffhq256_1 ffhq256_16 G4_ways blocks ends
+  profile mask G7_songunet_1 G7_songunet_16 G9)
 rehearse=
 case "${1:-}" in
   --list) printf '%s\n' "${parts[@]}"; exit ;;
+  --prepare) exec "${PYTHON:-python3}" -m bench.gpu_prepare make ;;
   --rehearse) rehearse=1; shift ;;
 esac
 out=$(mkdir -p "${1:?usage: bench/gpu.sh [--rehearse] DIR [PART...]}" && cd "$1" && pwd)
@@ -33,7 +40,14 @@ fi
 export FASTENS_BENCH_COMMIT="$commit"
 cache=$PWD/build/bench-cache/tests  # what tests measure is of no use to anybody
 failed=0
+[ -f "$out/results.tar.gz" ] && tar -xzf "$out/results.tar.gz" -C "$out" --skip-old-files
+[ -d build/bench-cache ] || rm -f "$out"/{prepared,library,forest}.done  # another machine, which has none of them
+packed=${FASTENS_PACKED:-$out/results.tar.gz}
 
+pack() {  # whole or not at all
+  local partial
+  partial=$(mktemp) && tar -czf "$partial" -C "$out" --exclude ./results.tar.gz . && mv "$partial" "$packed"
+}
 run() {  # run PART COMMAND...: its log in DIR; a failure is counted, and the rest goes on
   local part=$1 started=$SECONDS status=0
   shift
@@ -52,15 +66,17 @@ sanitize() {  # sanitize PART TOOL FILE SELECTION
   run "sanitizer_$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTENS_CACHE="$cache" compute-sanitizer --tool "$2" \
     --error-exitcode 1 --target-processes all "$python" -m pytest -q -x -m gpu "tests/kernels/$3.py" -k "$4"
 }
-builds() { "$python" fastens/_build.py fastens/_lib build/cpu && "$python" fastens/_build.py --cuda fastens/_lib build/cuda; }
-export -f builds; export python
 
 for part in "${parts[@]}"; do
   case $part in
-    environment | tests | sanitizer_*)
-      if [ -n "$rehearse" ]; then echo "left    $part: it needs a GPU"; continue; fi ;;&
+    environment | prepared | library | forest | tests | sanitizer_*)
+      if [ -n "$rehearse" ]; then echo "left    $part: it needs a GPU, or is for one"; continue; fi ;;&
     environment) run environment nvidia-smi ;;
-    build) run build bash -c builds ;;
+    prepared) run prepared "$python" -m bench.gpu_prepare install "$TRITON_CACHE_DIR" ;;
+    smoke) run smoke "$python" -m bench.gpu_smoke ;;
+    ours) run ours "$python" -m bench.gpu_ours "$out" ;;
+    library) run library "$python" fastens/_build.py --cuda fastens/_lib build/cuda ;;
+    forest) run forest "$python" fastens/_build.py fastens/_lib build/cpu ;;
     tests) run tests env FASTENS_CACHE="$cache" "$python" -m pytest -q -m gpu tests ;;
     sanitizer_memcheck) sanitize memcheck memcheck test_on_gpu "reductions and ([1-torch or [17-torch) or not reductions" ;;
     sanitizer_racecheck) sanitize racecheck racecheck test_on_gpu "reductions and [5-torch or member_ops or bits" ;;
@@ -85,7 +101,8 @@ for part in "${parts[@]}"; do
     profile) run profile "$python" -m bench.gpu_profile "$out/profile.md" ;;
     *) echo "FAILED  $part is no part: bench/gpu.sh --list"; failed=1 ;;
   esac
+  pack
 done
 if "$python" -m bench.gpu_table table "$out" >"$out/table.md"; then cat "$out/table.md"; else failed=1; fi
-packed=$(mktemp) && tar -czf "$packed" -C "$out" --exclude ./results.tar.gz . && mv "$packed" "$out/results.tar.gz"
+pack
 exit $failed

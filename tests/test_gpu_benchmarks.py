@@ -31,7 +31,7 @@ def gpu_sh(*arguments):
 def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
     result = gpu_sh("--rehearse", str(tmp_path), "tests", "mask", "G7_1")
     assert result.returncode == 0, result.stdout + "".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert "left    tests: it needs a GPU" in result.stdout
+    assert "left    tests: it needs a GPU, or is for one" in result.stdout
     assert "ok      mask" in result.stdout
     assert "one graph, K replays" in (tmp_path / "table.md").read_text()
     with tarfile.open(tmp_path / "results.tar.gz") as packed:
@@ -71,6 +71,52 @@ def test_every_part_is_listed_and_known():
     assert {"G1", "G2", "G3", "G4", "G5", "G6", "G7_1", "G7_16", "sanitizer_memcheck", "sanitizer_racecheck"} <= set(
         parts
     )
+
+
+def test_goals_come_before_what_they_do_not_need():
+    """Half an hour is spent on the goals first, and one build that fails takes no other with it."""
+    parts = gpu_sh("--list").stdout.split()
+    assert parts.index("smoke") < parts.index("G1") < parts.index("G2") < parts.index("G3")
+    assert max(map(parts.index, ("G1", "G2", "G3", "G4"))) < min(map(parts.index, ("library", "forest", "tests")))
+    assert parts.index("library") < parts.index("G6")  # which is of the CUDA library
+
+
+@pytest.fixture
+def script(tmp_path):
+    """gpu.sh in a tree of its own, with a Python that notes what it is called for and fails at what it is told."""
+    path = tmp_path / "tree" / "bench" / "gpu.sh"
+    path.parent.mkdir(parents=True)
+    path.write_text((ROOT / "bench" / "gpu.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *"$FAILS"*) exit 1;; esac\n')
+    python.chmod(0o755)
+
+    def run(out, *parts, fails="nothing", **more):
+        environment = {**os.environ, "PYTHON": str(python), "FAILS": fails, "FASTENS_BENCH_COMMIT": "a", **more}
+        command = ["bash", path, "--rehearse", tmp_path / out, *parts]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_a_part_that_fails_loses_only_itself(script, tmp_path):
+    result = script("out", "smoke", "ours", "mask", fails="bench.gpu_ours")
+    states = [line.split()[:2] for line in result.stdout.splitlines()]
+    assert states == [["ok", "smoke"], ["FAILED", "ours:"], ["ok", "mask"]]
+    assert result.returncode == 1
+    assert script("out", "smoke", "ours", "mask").returncode == 0
+
+
+def test_results_are_packed_after_every_part_and_unpacked_on_a_fresh_machine(script, tmp_path):
+    packed = tmp_path / "lease" / "results.tar.gz"
+    packed.parent.mkdir()
+    script("out", "smoke", fails="gpu_table", FASTENS_PACKED=str(packed))
+    with tarfile.open(packed) as content:
+        assert "./smoke.done" in content.getnames()
+    (tmp_path / "fresh").mkdir()
+    packed.rename(tmp_path / "fresh" / "results.tar.gz")
+    again = script("fresh", "smoke", "ours").stdout.split()
+    assert (again[0], again[2]) == ("done", "ok")
 
 
 def results(**more):

@@ -21,7 +21,7 @@ def place_of_tile(
 ):  # fmt: skip
     """What a program's tile covers: member, rows, and for each row of the product its row, place and whether it is."""
     pid = tl.program_id(0)
-    column = pid % output_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = pid % output_tiles * BLOCK_N
     place_tile = pid // output_tiles % place_tiles
     row_tile = pid // output_tiles // place_tiles % row_tiles
     member = (pid // output_tiles // place_tiles // row_tiles).to(tl.int64)
@@ -36,7 +36,7 @@ def place_of_tile(
     at_row = first + each // PLACES
     place = place_tile * PLACES + each % PLACES
     valid = (at_row < end) & (place < out_height * out_width)
-    return member, begin, first, end, row, row < end, at_row, place, valid, column, place_tile
+    return member, begin, first, end, row, row < end, at_row, place, valid, first_column, place_tile
 
 
 @triton.jit
@@ -176,19 +176,22 @@ def kept(mask, place, inside, channel, first_word, words, WORDS: tl.constexpr):
 
 @triton.jit
 def products(
-    acc, x, skip, weight, maps, mask, mask_row, x_first, first, row_exists, place, valid, place_tile, column, begin,
-    end, channels, skip_channels, outputs, height, width, out_width, down, right, above, before, weight_o, weight_c,
-    weight_h, weight_w,
+    acc, x, skip, weight, maps, mask, mask_row, x_first, first, row_exists, place, valid, place_tile, first_column,
+    begin, end, channels, skip_channels, outputs, height, width, out_width, down, right, above, before, weight_o,
+    weight_c, weight_h, weight_w,
     mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr,
     PLACES: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Add steps begin to end of one member's sum to acc [ROWS * PLACES, BLOCK_N]; weight is that member's.
+    """Add steps begin to end of one member's sum to acc [ROWS * PLACES, BLOCK_N]; there is one at least.
 
-    x_first is the tile's first row of x, first that of maps; mask_row [ROWS * PLACES] is where kept bits are found.
-    The channels of skip follow those of x. A step takes its block of channels from one of both: x's last block is
-    padded, so that no block is of both.
+    weight is that member's; x_first is the tile's first row of x, first that of maps; mask_row [ROWS * PLACES] is
+    where kept bits are found. The channels of skip follow those of x. A step takes its block of channels from one of
+    both: x's last block is padded, so that no block is of both. Addresses are 64-bit numbers of the step, to which a
+    tile's own offsets are added, of as many bits as these need.
     """
+    # The only loop, and never empty: the products of a loop that may be, or of one after another, are not in flight.
+    tl.assume(begin < end)
     each = tl.arange(0, ROWS * PLACES)
     corner = place_tile * PLACES
     corner_h, corner_w = corner // out_width * down - above, corner % out_width * right - before
@@ -196,54 +199,29 @@ def products(
     from_corner = ((each // PLACES * height + top - corner_h) * width + left - corner_w).to(OFFSET)
     top = tl.where(valid, top, -(1 << 30))  # outside of the image, whatever the tap
     x_place = (x_first * height + corner_h) * width + corner_w
-    if skip is None:
-        acc = products_of_source(
-            acc, x, channels, 0, weight, maps, mask, mask_row, x_place, from_corner, first, row_exists, top, left,
-            column, begin, end, channels, outputs, height, width, weight_o, weight_c, weight_h, weight_w, mask_scale,
-            MASK_WORDS, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K, EVEN_N,
-            OFFSET,
-        )  # fmt: skip
-    else:
-        x_channels = channels - skip_channels
-        x_steps = tl.cdiv(x_channels, BLOCK_K) * (TAPS_H * TAPS_W)
-        for beyond in range(2):
-            acc = products_of_source(
-                acc, tl.where(beyond > 0, skip, x), tl.where(beyond > 0, skip_channels, x_channels),
-                beyond * x_channels, weight, maps, mask, mask_row, x_place, from_corner, first, row_exists, top, left,
-                column, tl.maximum(begin - beyond * x_steps, 0),
-                tl.where(beyond > 0, end - x_steps, tl.minimum(end, x_steps)), channels, outputs, height, width,
-                weight_o, weight_c, weight_h, weight_w, mask_scale, MASK_WORDS, ACTIVATION, PRECISION, WIDE, WIDENED,
-                TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K, EVEN_N, OFFSET,
-            )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def products_of_source(
-    acc, source, own_channels, channels_before, weight, maps, mask, mask_row, x_place, from_corner, first, row_exists,
-    top, left, column, begin, end, channels, outputs, height, width, weight_o, weight_c, weight_h, weight_w,
-    mask_scale: tl.constexpr, MASK_WORDS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr,
-    PLACES: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """Add steps begin to end of the sum over taps and own_channels of one image, which follow channels_before.
-
-    Addresses are 64-bit numbers of the step, to which a tile's own offsets are added, of as many bits as these need.
-    """
+    source, own_channels, channels_before = x, channels, 0
+    x_blocks = tl.cdiv(channels - skip_channels, BLOCK_K)
     of_block = tl.arange(0, BLOCK_K)
-    x_offset = from_corner[:, None] * own_channels + of_block[None, :]
-    x_corner = source + x_place * own_channels
-    first_column = tl.min(column, 0)
-    column_offset = (column - first_column).to(OFFSET)[None, :] * weight_o
+    of_tile = tl.arange(0, acc.shape[1])
+    column = first_column + of_tile
+    column_offset = of_tile.to(OFFSET)[None, :] * weight_o
     weight_offset = (of_block.to(OFFSET)[:, None] * weight_c + column_offset).to(OFFSET)
-    weight_corner = weight + first_column.to(tl.int64) * weight_o + tl.cast(channels_before, tl.int64) * weight_c
+    weight_corner = weight + tl.cast(first_column, tl.int64) * weight_o
     if maps is not None:
-        maps_corner = maps + first * 3 * channels + channels_before
+        maps_corner = maps + first * 3 * channels
         maps_offset = tl.arange(0, ROWS)[:, None] * (3 * channels) + of_block[None, :]
     for step in range(begin, end):
         tap = step % (TAPS_H * TAPS_W)
         tap_h, tap_w = tap // TAPS_W, tap % TAPS_W
-        block = step // (TAPS_H * TAPS_W) * BLOCK_K
+        block = step // (TAPS_H * TAPS_W)
+        if skip is not None:
+            beyond = block >= x_blocks
+            source = tl.where(beyond, skip, x)
+            own_channels = tl.where(beyond, skip_channels, channels - skip_channels)
+            channels_before = tl.where(beyond, channels - skip_channels, 0)
+            block = tl.where(beyond, block - x_blocks, block)
+        block *= BLOCK_K
+        channel = channels_before + block
         at_h, at_w = top + tap_h, left + tap_w
         inside = (at_h.to(tl.uint32) < tl.cast(height, tl.uint32)) & (at_w.to(tl.uint32) < tl.cast(width, tl.uint32))
         exists = block + of_block < own_channels
@@ -252,12 +230,12 @@ def products_of_source(
             found = tl.broadcast_to(inside[:, None], [ROWS * PLACES, BLOCK_K])
         else:
             found = inside[:, None] & exists[None, :]
-        tap_corner = x_corner + (tap_h * width + tap_w).to(tl.int64) * own_channels + block
-        a = tl.load(tap_corner + x_offset, found, other=0.0)
+        tap_corner = source + (x_place + tap_h * width + tap_w) * own_channels + block
+        a = tl.load(tap_corner + (from_corner[:, None] * own_channels + of_block[None, :]), found, other=0.0)
         if maps is not None or mask is not None or ACTIVATION != "none":
             value = a.to(WIDE)
             if maps is not None:
-                at = maps_corner + block + maps_offset
+                at = maps_corner + channel + maps_offset
                 known = row_exists[:, None] & exists[None, :]
                 mean = over_places(tl.load(at, known, other=0.0), ROWS, PLACES, BLOCK_K)
                 factor = over_places(tl.load(at + channels, known, other=0.0), ROWS, PLACES, BLOCK_K)
@@ -265,13 +243,11 @@ def products_of_source(
                 value = (value - mean) * factor + offset
             value = activated_on_load(value, ACTIVATION)
             if mask is not None:  # by a product: what is no number stays it
-                place = (mask_row * height + at_h) * width + at_w
-                channel = channels_before + block + of_block
-                first_word = (channels_before + block) // 32
-                bits = kept(mask, place, inside, channel, first_word, tl.cdiv(channels, 32), MASK_WORDS)
+                word = (mask_row * height + at_h) * width + at_w
+                bits = kept(mask, word, inside, channel + of_block, channel // 32, tl.cdiv(channels, 32), MASK_WORDS)
                 value *= bits.to(WIDE) * mask_scale
             a = tl.where(found, value, 0.0).to(a.dtype)  # padding is zero behind the norm
-        at = weight_corner + tl.cast(block, tl.int64) * weight_c + tap_h * weight_h + tap_w * weight_w
+        at = weight_corner + tl.cast(channel, tl.int64) * weight_c + tap_h * weight_h + tap_w * weight_w
         if EVEN_K and EVEN_N:
             b = tl.load(at + weight_offset)
         elif EVEN_N:
@@ -309,13 +285,14 @@ def joined(
 
 
 @triton.jit
-def finish(
-    acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, column, outputs, space,
-    span_index, spans,
+def finish_part(
+    acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, first_column, outputs,
+    space, span_index, spans,
     output_scale: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
     BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Add bias, row bias and residual, scale, activate, store; and the moments of what was stored."""
+    column = first_column + tl.arange(0, BLOCK_N)
     known = column < outputs
     mask = valid[:, None] & known[None, :]
     if bias is not None:
@@ -342,8 +319,40 @@ def finish(
         apart = tl.where(tl.reshape(mask, [ROWS, PLACES, BLOCK_N]), apart, 0.0)
         scatter = tl.sum(tl.reshape(tl.sum(apart * apart, 1), [ROWS, GROUPS, PER_GROUP]), 2)
         groups = outputs // PER_GROUP
-        group = tl.min(column, 0) // PER_GROUP + tl.arange(0, GROUPS)
+        group = first_column // PER_GROUP + tl.arange(0, GROUPS)
         to = ((row[:, None] * groups + group[None, :]) * spans + span_index) * 2
         found = row_exists[:, None] & (group < groups)[None, :]
         tl.store(moments + to, mean, found)
         tl.store(moments + to + 1, scatter, found)
+
+
+PART = 64  # output channels that are finished at a time: the registers hold a part twice, in two orders
+
+
+def has_whole_groups(block_n: int, per_group: int, part: int = PART) -> bool:
+    """Whether each part of block_n output channels is of whole groups of per_group, whose moments it takes itself."""
+    return min(block_n, part) % per_group == 0 and not per_group & (per_group - 1)
+
+
+@triton.jit
+def finish(
+    acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid, first_column, outputs,
+    space, span_index, spans,
+    output_scale: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_N: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Finish the sums acc [ROWS * PLACES, BLOCK_N], from channel first_column on, PART channels at a time."""
+    if BLOCK_N > PART:
+        halves = tl.split(tl.permute(tl.reshape(acc, [ROWS * PLACES, 2, BLOCK_N // 2]), [0, 2, 1]))
+        for i in tl.static_range(2):
+            finish(
+                halves[i], y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid,
+                first_column + i * (BLOCK_N // 2), outputs, space, span_index, spans, output_scale, ACTIVATION, WIDE,
+                ROWS, PLACES, BLOCK_N // 2, PER_GROUP, PART,
+            )  # fmt: skip
+    else:
+        finish_part(
+            acc, y, bias, row_bias, residual, moments, member, row, row_exists, at_row, place, valid,
+            first_column, outputs, space, span_index, spans, output_scale, ACTIVATION, WIDE,
+            ROWS, PLACES, BLOCK_N, PER_GROUP,
+        )  # fmt: skip

@@ -82,8 +82,8 @@ class Tiles:
     splits: int
 
     def blocks(self, sources: tuple[int, ...]) -> int:
-        """How many blocks of channels x, and skip, are taken in."""
-        return sum(-(-channels // self.block_k) for channels in sources)
+        """How many blocks of channels x, and skip, are taken in; an empty one where there are no channels."""
+        return max(1, sum(-(-channels // self.block_k) for channels in sources))
 
     def evenness(
         self, x: Tensor, sources: tuple[int, ...], y: Tensor, weight: Tensor, stride: Sequence[int]
@@ -94,17 +94,14 @@ class Tiles:
         _, weight_o, weight_c, _, _ = weight.stride()
         farthest = max(lines * width * max(sources), self.block_n * weight_o + self.block_k * weight_c)
         return {
-            "EVEN_K": all(channels % self.block_k == 0 for channels in sources),
+            "EVEN_K": any(sources) and all(channels % self.block_k == 0 for channels in sources),
             "EVEN_N": y.shape[1] % self.block_n == 0,
             "OFFSET": tl.int32 if farthest < 2**31 else tl.int64,
         }
 
     def meeting(self, tiles: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Where the splits of so many tiles of y meet: memory for their parts, and counters; none without splits."""
-        if self.splits == 1:
-            return None, None
-        size = tiles * self.splits * self.rows * self.places * self.block_n
-        return y.new_empty(size, dtype=torch.promote_types(y.dtype, torch.float32)), counters(tiles, y)
+        """As :func:`meeting`."""
+        return meeting(self.splits, tiles, self.rows * self.places * self.block_n, y)
 
 
 def tiles_for(
@@ -131,6 +128,32 @@ def tiles_for(
         x.dtype.itemsize, multiprocessors(x.device), MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps,
         per_group, tiling, sums,
     )  # fmt: skip
+
+
+def moved(steps: int, splits: int, of_step: int, of_part: int) -> int:
+    """Bytes that the last of so many splits waits for: its own steps' loads, and the parts that meet."""
+    own = -(-steps // splits) * of_step
+    return own if splits == 1 else own + JOINED_AFTER + (splits + 1) * of_part
+
+
+def whole(steps: int, splits: int) -> int:
+    """How many splits there are where each but the last has as many steps, and none is empty."""
+    return -(-steps // -(-steps // splits))
+
+
+def splits_of(programs: int, steps: int, of_step: int, of_part: int, device: torch.device) -> int:
+    """Into how many splits the sums of so many programs are cut, so that none waits long: one where they fill a GPU."""
+    most = min(MOST_SPLITS, multiprocessors(device) // programs, max(1, steps // STEPS_PER_SPLIT))
+    best = min(range(1, most + 1), key=lambda splits: moved(steps, splits, of_step, of_part), default=1)
+    return whole(steps, best)
+
+
+def meeting(splits: int, tiles: int, size: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where splits of so many tiles of y meet: memory for parts of ``size`` sums, and counters; none of one split."""
+    if splits == 1:
+        return None, None
+    workspace = y.new_empty(tiles * splits * size, dtype=torch.promote_types(y.dtype, torch.float32))
+    return workspace, counters(tiles, y)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,11 +184,8 @@ def _cut(
         while block_n >= fewest:
             most = min(most_splits, available // (tiles * -(-outputs // block_n)), max(1, steps // STEPS_PER_SPLIT))
             for splits in range(1, most + 1):
-                each = -(-steps // splits)
-                moved = each * (size + block_n) * block_k * itemsize
-                if splits > 1:
-                    moved += JOINED_AFTER + (splits + 1) * size * block_n * max(4, itemsize)
-                ways.setdefault(moved, (block_n, -(-steps // each)))
+                cost = moved(steps, splits, (size + block_n) * block_k * itemsize, size * block_n * max(4, itemsize))
+                ways.setdefault(cost, (block_n, whole(steps, splits)))
             block_n //= 2
         block_n, splits = ways[min(ways)]
     large = size >= 128 if itemsize > 2 else size * block_n >= 16384

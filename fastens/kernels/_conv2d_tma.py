@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastens.kernels._conv2d import finish
+from fastens.kernels._conv2d import finish, has_whole_groups, joined
+from fastens.kernels._conv2d_launch import meeting, splits_of
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
 from fastens.reference.group_moments import SPAN, counts
@@ -27,13 +28,17 @@ from fastens.reference.group_moments import SPAN, counts
 
 @triton.jit
 def conv2d_tma_kernel(
-    x, weight, bias, y, row_bias, residual, moments, rows_per_member, channels, outputs, out_height, out_width, above,
-    before, row_tiles, tiles_down, tiles_across, output_tiles, steps,
+    x, weight, bias, y, workspace, arrivals, row_bias, residual, moments, rows_per_member, channels, outputs,
+    out_height, out_width, above, before, row_tiles, tiles_down, tiles_across, output_tiles, steps, steps_per_split,
     output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr,
-    STRIDE: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr, TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
+    STRIDE: tl.constexpr, SPLITS: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, ROWS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_GROUP: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one member's result: ROWS rows, TILE_H by TILE_W places of each, BLOCK_N channels."""
+    """One tile of one member's result, or of one split of its sum.
+
+    It has ROWS rows, TILE_H by TILE_W places of each, and BLOCK_N channels.
+    """
     PLACES: tl.constexpr = TILE_H * TILE_W
     pid = tl.program_id(0)
     first_column = pid % output_tiles * BLOCK_N
@@ -45,7 +50,12 @@ def conv2d_tma_kernel(
     # The sums are transposed: the compiler leaves the left operand in shared memory only where it is loaded as it is,
     # and the right one, here the box of x, where it is reshaped too.
     acc = tl.zeros([BLOCK_N, ROWS * PLACES], tl.float32)
-    for step in range(steps):
+    begin, end = 0, steps
+    if SPLITS > 1:
+        begin = tl.program_id(1) * steps_per_split
+        end = tl.minimum(begin + steps_per_split, steps)
+    tl.assume(begin < end)  # the products of a loop that may be empty are not in flight
+    for step in range(begin, end):
         tap = step % (TAPS_H * TAPS_W)
         channel = step // (TAPS_H * TAPS_W) * BLOCK_K
         down, right = tap // TAPS_W - above, tap % TAPS_W - before
@@ -59,17 +69,21 @@ def conv2d_tma_kernel(
         if WIDENED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(b, a.T, acc, input_precision=PRECISION)
+    last = True
+    if SPLITS > 1:
+        acc, last = joined(acc, workspace, arrivals, SPLITS, BLOCK_N, ROWS * PLACES, tl.float32)
     each = tl.arange(0, ROWS * PLACES)
     at_h, at_w = top + each // TILE_W % TILE_H, left + each % TILE_W
-    end = (member + 1) * rows_per_member
+    end_row = (member + 1) * rows_per_member
     row, at_row = first.to(tl.int64) + tl.arange(0, ROWS), first.to(tl.int64) + each // PLACES
-    valid = (at_row < end) & (at_h < out_height) & (at_w < out_width)
-    finish(
-        acc.T, y, bias, row_bias, residual, moments, member.to(tl.int64), row, row < end, at_row,
-        at_h * out_width + at_w, valid, first_column + tl.arange(0, BLOCK_N), outputs, out_height * out_width,
-        place_tile, tiles_down * tiles_across, output_scale, OUTPUT_ACTIVATION, tl.float32, ROWS, PLACES, BLOCK_N,
-        PER_GROUP,
-    )  # fmt: skip
+    valid = (at_row < end_row) & (at_h < out_height) & (at_w < out_width)
+    if last:
+        finish(
+            acc.T, y, bias, row_bias, residual, moments, member.to(tl.int64), row, row < end_row, at_row,
+            at_h * out_width + at_w, valid, first_column, outputs, out_height * out_width, place_tile,
+            tiles_down * tiles_across, output_scale, OUTPUT_ACTIVATION, tl.float32, ROWS, PLACES, BLOCK_N, PER_GROUP,
+            PART,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +115,7 @@ def tile_for(size: int, rows: int, height: int, width: int) -> Tile:
 
 
 ALIGNMENT = 16  # bytes, of what a descriptor begins at
+LARGEST_SPLIT = 1 << 14  # sums of a tile: of more, a part and the one that it is added to have no room in registers
 # Rows of a product, its columns, warps, and stages. In 16 bits two blocks of all but the last, whose stages fill the
 # shared memory, fit a multiprocessor where a tile is of one image (the ends of several take 212 registers): the end of
 # one tile, which waits for memory, is beside the products of another.
@@ -171,7 +186,8 @@ def conv2d_tma(
         pixels, at_h, at_w = (1, height * width), 1, height * width  # a product of matrices: places in one line
     tile = tile_for(size, rows // num_members, at_h, at_w)
     per_group = outputs // num_groups if num_groups else 1
-    with_moments = num_groups > 0 and tile.spans and block_n % per_group == 0 and not per_group & (per_group - 1)
+    part = 16 * num_warps  # channels of which each warp holds as many, so that no number changes warps to halve a tile
+    with_moments = num_groups > 0 and tile.spans and has_whole_groups(block_n, per_group, part)
     box = [tile.rows, tile.height, tile.width, block_k]
     if stride[0] == 1:
         lengths = [rows, *pixels, channels]
@@ -180,20 +196,27 @@ def conv2d_tma(
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     row_tiles, output_tiles = triton.cdiv(rows // num_members, tile.rows), triton.cdiv(outputs, block_n)
     tiles_down, tiles_across = triton.cdiv(at_h, tile.height), triton.cdiv(at_w, tile.width)
+    programs = num_members * row_tiles * tiles_down * tiles_across * output_tiles
+    steps = taps_h * taps_w * triton.cdiv(channels, block_k)
+    splits = 1
+    if size * block_n <= LARGEST_SPLIT:
+        splits = splits_of(programs, steps, (size + block_n) * block_k * x.element_size(), size * block_n * 4, x.device)
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        conv2d_tma_kernel[(num_members * row_tiles * tiles_down * tiles_across * output_tiles,)](
+        workspace, arrivals = meeting(splits, programs, size * block_n, y)
+        conv2d_tma_kernel[(programs, splits)](
             TensorDescriptor(x, lengths, _strides(lengths), box),
             TensorDescriptor(
                 weight, [taps_h * taps_w, num_members * outputs, channels], [channels, taps_h * taps_w * channels, 1],
                 [1, block_n, block_k],
             ),
-            bias, y, row_bias, residual, found if with_moments else None, rows // num_members, channels, outputs, at_h,
-            at_w, *padding, row_tiles, tiles_down, tiles_across, output_tiles,
-            taps_h * taps_w * triton.cdiv(channels, block_k),
+            bias, y, workspace, arrivals, row_bias, residual, found if with_moments else None, rows // num_members,
+            channels, outputs, at_h, at_w, *padding, row_tiles, tiles_down, tiles_across, output_tiles, steps,
+            triton.cdiv(steps, splits),
             output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, PRECISION="tf32" if tf32 else "ieee",
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
-            STRIDE=stride[0], TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tile.rows, TILE_H=tile.height, TILE_W=tile.width,
-            BLOCK_N=block_n, BLOCK_K=block_k, PER_GROUP=per_group, num_warps=num_warps, num_stages=num_stages,
+            STRIDE=stride[0], SPLITS=splits, TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tile.rows, TILE_H=tile.height,
+            TILE_W=tile.width, BLOCK_N=block_n, BLOCK_K=block_k, PER_GROUP=per_group, PART=part, num_warps=num_warps,
+            num_stages=num_stages,
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found
 

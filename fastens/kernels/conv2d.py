@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
+from fastens.kernels._conv2d import (
+    PART,
+    channels_of_steps,
+    finish,
+    has_whole_groups,
+    joined,
+    place_of_tile,
+    products,
+    write_maps,
+)
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
@@ -33,10 +42,10 @@ def conv2d_kernel(
     output_scale: tl.constexpr, OUTPUT_ACTIVATION: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDENED: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr,
+    EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
-    member, begin, first, end, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
+    member, begin, first, end, row, row_exists, at_row, place, valid, first_column, place_tile = place_of_tile(
         first_row, rows_per_member, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )
     if first < end:
@@ -62,19 +71,19 @@ def conv2d_kernel(
             tl.debug_barrier()
         acc = products(
             tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, skip, weight + member * weight_k, maps, mask, mask_row,
-            x_first, first, row_exists, place, valid, place_tile, column, begin_step, end_step, channels, skip_channels,
-            outputs, height, width, out_width, down, right, above, before, weight_o, weight_c, weight_h, weight_w,
-            mask_scale, MASK_WORDS, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K,
-            EVEN_N, OFFSET,
+            x_first, first, row_exists, place, valid, place_tile, first_column, begin_step, end_step, channels,
+            skip_channels, outputs, height, width, out_width, down, right, above, before, weight_o, weight_c, weight_h,
+            weight_w, mask_scale, MASK_WORDS, ACTIVATION, PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES,
+            BLOCK_K, EVEN_K, EVEN_N, OFFSET,
         )  # fmt: skip
         last = True
         if SPLITS > 1:
             acc, last = joined(acc, workspace, arrivals, SPLITS, ROWS * PLACES, BLOCK_N, WIDE)
         if last:
             finish(
-                acc, y, bias, row_bias, residual, out_moments, member, row, row_exists, at_row, place, valid, column,
-                outputs, out_height * out_width, place_tile, place_tiles, output_scale, OUTPUT_ACTIVATION, WIDE, ROWS,
-                PLACES, BLOCK_N, PER_GROUP,
+                acc, y, bias, row_bias, residual, out_moments, member, row, row_exists, at_row, place, valid,
+                first_column, outputs, out_height * out_width, place_tile, place_tiles, output_scale,
+                OUTPUT_ACTIVATION, WIDE, ROWS, PLACES, BLOCK_N, PER_GROUP, PART,
             )  # fmt: skip
 
 
@@ -138,7 +147,7 @@ def conv2d(
     sources = (x.shape[1], skip_channels)
     per_group = outputs // num_groups if num_groups else 0
     tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling)
-    with_moments = num_groups > 0 and tiles.block_n % per_group == 0 and not per_group & (per_group - 1)
+    with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
@@ -166,7 +175,7 @@ def conv2d(
             SPLITS=tiles.splits, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
+            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=PART, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

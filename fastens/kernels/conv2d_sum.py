@@ -32,7 +32,7 @@ def conv2d_sum_kernel(
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
-    zero, _, first_row, _, row, row_exists, at_row, place, valid, column, place_tile = place_of_tile(
+    zero, _, first_row, _, row, row_exists, at_row, place, valid, first_column, place_tile = place_of_tile(
         None, rows, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )
     first = tl.program_id(1) * steps_per_split
@@ -57,12 +57,13 @@ def conv2d_sum_kernel(
         member = zero + k
         acc = products(
             tl.zeros([ROWS * PLACES, BLOCK_N], WIDE), x, None, weight + member * weight_k, maps, None, at_row,
-            first_row + member * rows, first_row + member * rows, row_exists, place, valid, place_tile, column,
+            first_row + member * rows, first_row + member * rows, row_exists, place, valid, place_tile, first_column,
             tl.maximum(first - k * steps, 0), tl.minimum(last - k * steps, steps), channels, 0, outputs, height, width,
             out_width, down, right, above, before, weight_o, weight_c, weight_h, weight_w, 1.0, 1, ACTIVATION,
             PRECISION, WIDE, WIDENED, TAPS_H, TAPS_W, ROWS, PLACES, BLOCK_K, EVEN_K, EVEN_N, OFFSET,
         )  # fmt: skip
         if bias is not None:  # from the split that begins the member
+            column = first_column + tl.arange(0, BLOCK_N)
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
             acc += tl.load(bias + member * outputs + column, begins, other=0.0).to(WIDE)[None, :]
         total += acc * tl.load(member_weights + k)
@@ -71,8 +72,8 @@ def conv2d_sum_kernel(
         total, arrived_last = joined(total, workspace, arrivals, SPLITS, ROWS * PLACES, BLOCK_N, WIDE)
     if arrived_last:
         finish(
-            total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, column, outputs,
-            out_height * out_width, place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1,
+            total, y, None, None, None, None, zero, row, row_exists, at_row, place, valid, first_column, outputs,
+            out_height * out_width, place_tile, place_tiles, 1.0, "none", WIDE, ROWS, PLACES, BLOCK_N, 1, BLOCK_N,
         )  # fmt: skip
 
 

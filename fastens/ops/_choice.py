@@ -1,19 +1,15 @@
 """Several ways to compute one op, and the choice among them: measured once per shape, dtype and device, then looked up.
 
-A table of measurements is JSON: device -> op -> key -> entry, an entry being
-``{"chosen": way, "seconds": {way: median}, "failed": {way: why}, "torch": version}``. Tables that the package ships
-(``fastens/ops/measured/*.json``) are read first; what is measured here is added to the user's, ``choices.json`` in
-``$FASTENS_CACHE`` (by default ``$XDG_CACHE_HOME/fastens``), and wins over them. ``FASTENS_CHOOSE="conv=grouped"``
-forces a way wherever it can be taken.
+:mod:`fastens.ops._table` keeps what was measured. ``FASTENS_CHOOSE="conv=grouped"`` forces a way wherever it can be
+taken.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import pathlib
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.files import write_json
 from fastens.ops._clock import clock as device_clock
+from fastens.ops._table import TABLE, Entry, Table
 
-Entry = dict[str, Any]
-ROUNDS = 5  # interleaved rounds of a measurement
+ROUNDS = 5  # interleaved rounds of a measurement at most
+FEWEST_ROUNDS = 2
+BUDGET = 0.25  # seconds of one measurement, behind which no further round begins
+HOPELESS = 2.0  # a way whose best round takes so many times the fastest one's is in no further round
 MARGIN = 0.03  # another way must be this much faster than the default, or noise would choose
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # with TF32 products
-SHIPPED = pathlib.Path(__file__).resolve().parent / "measured"
 
 
 @dataclass(frozen=True)
@@ -44,59 +41,6 @@ class Way:
 
     run: Callable[..., Tensor]
     refuses: Callable[..., str | None] = lambda *_: None
-
-
-class Table:
-    """Measurements by device, op and key, kept in a file that several processes may add to.
-
-    Args:
-        path: the file; none for :func:`user_table`, established at the first use.
-        shipped: folder of tables that are only read.
-    """
-
-    def __init__(self, path: pathlib.Path | None = None, shipped: pathlib.Path = SHIPPED) -> None:
-        self._path = path
-        self._shipped = shipped
-        self._content: dict[str, dict[str, dict[str, Entry]]] | None = None
-
-    @property
-    def path(self) -> pathlib.Path:
-        """The file that measurements are added to."""
-        return self._path or user_table()
-
-    @property
-    def content(self) -> dict[str, dict[str, dict[str, Entry]]]:
-        """All that is known: device -> op -> key -> entry."""
-        if self._content is None:
-            self._content = {}
-            for path in (*sorted(self._shipped.glob("*.json")), self.path):
-                _merge(self._content, _read(path))
-        return self._content
-
-    def find(self, device: str, op: str, key: str) -> Entry | None:
-        """Return what was measured, or none."""
-        return self.content.get(device, {}).get(op, {}).get(key)
-
-    def add(self, device: str, op: str, key: str, entry: Entry) -> None:
-        """Keep a measurement, in the file too where that can be written; what others wrote there meanwhile stays."""
-        added = {device: {op: {key: entry}}}
-        _merge(self.content, added)
-        with contextlib.suppress(OSError):
-            stored = _read(self.path)
-            _merge(stored, added)
-            write_json(self.path, stored, sort_keys=True)
-
-    def summary(self) -> dict[tuple[str, str], dict[str, int]]:
-        """How often each way was chosen: (device, op) -> way -> number of keys."""
-        counts: dict[tuple[str, str], dict[str, int]] = {}
-        for device, ops in self.content.items():
-            for op, entries in ops.items():
-                chosen = [entry["chosen"] for entry in entries.values()]
-                counts[device, op] = {way: chosen.count(way) for way in sorted(set(chosen))}
-        return counts
-
-
-TABLE = Table()
 
 
 class Choice:
@@ -219,11 +163,7 @@ class Choice:
                 lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
             if why is not None:
                 failed[name] = why
-        seconds: dict[str, list[float]] = {name: [] for name in clocks}
-        for _ in range(ROUNDS if len(clocks) > 1 else 0):
-            for name, once in clocks.items():
-                seconds[name].append(once())
-        medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items() if values}
+        medians = _medians(clocks)
         best = min(medians, key=lambda name: medians[name], default=self.default)
         if self.default in medians and medians[best] > (1 - MARGIN) * medians[self.default]:
             best = self.default
@@ -235,6 +175,21 @@ class Choice:
     def forget(self) -> None:
         """Look choices up again, after the table was changed."""
         self._known.clear()
+
+
+def _medians(clocks: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """The seconds of each way, in interleaved rounds, as many as the budget has time for; none of a single way."""
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    left = dict(clocks)
+    started = time.monotonic()
+    for round_ in range(ROUNDS if len(clocks) > 1 else 0):
+        if len(left) < 2 or (round_ >= FEWEST_ROUNDS and time.monotonic() - started > BUDGET):
+            break
+        for name, once in left.items():
+            seconds[name].append(once())
+        fastest = min(min(values) for values in seconds.values())
+        left = {name: once for name, once in left.items() if min(seconds[name]) <= HOPELESS * fastest}
+    return {name: statistics.median_low(values) for name, values in seconds.items() if values}
 
 
 CHOICES: dict[str, Choice] = {}
@@ -265,12 +220,6 @@ def _notice(device: torch.device, path: pathlib.Path) -> None:
 def device_name(device: torch.device) -> str:
     """The name that measurements on this device are kept under."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def user_table() -> pathlib.Path:
-    """The file of the user's measurements."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("FASTENS_CACHE") or pathlib.Path(cache) / "fastens") / "choices.json"
 
 
 @functools.lru_cache(maxsize=8)
@@ -304,18 +253,3 @@ def _disagreement(actual: Tensor, expected: Tensor) -> str | None:
     scale = expected.where(finite, 0).double().abs().max().clamp_min(1e-30)
     error = float((actual.double() - expected.double()).where(finite, 0).abs().max() / scale)
     return None if error <= AGREEMENT.get(expected.dtype, 0.0) else f"relative error {error:.1e}"
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    """A table, empty where there is none or it is damaged: it can be measured again."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
-    for device, ops in other.items():
-        for op, entries in ops.items():
-            into.setdefault(device, {}).setdefault(op, {}).update(entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +11,26 @@ import torch
 
 from fastens.kernels._graph import record_graph
 
-REPETITIONS = 10
+REPETITIONS = 10  # calls of a timing at most
+ONE_TIMING = 1e-3  # seconds that fewer calls last, or the clock's own steps and the way to the first would count
 
 
 def clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
     """Return what times one call of ``run``, in seconds, whenever it is called.
 
-    On a GPU it is the device's time, of several calls recorded as one graph: what the host takes to launch them, which
-    a captured step does not pay, would hide the difference.
+    On a GPU it is the device's time, of one to ten calls recorded as one graph: what the host takes to launch them,
+    which a captured step does not pay, would hide the difference. ``run`` has run before: it is called at once.
 
     Args:
         run: takes nothing; what it returns is dropped.
         device: where it runs.
     """
     return _graph_clock(run, device) if device.type == "cuda" else _host_clock(run)
+
+
+def repetitions(seconds: float) -> int:
+    """How many calls one timing has, of a call that takes about so many seconds."""
+    return max(1, min(REPETITIONS, math.ceil(ONE_TIMING / max(seconds, 1e-9))))
 
 
 def _host_clock(run: Callable[[], Any]) -> Callable[[], float]:
@@ -36,13 +43,19 @@ def _host_clock(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+    number = repetitions(start.elapsed_time(end) / 1e3)
+
     def several() -> None:
-        for _ in range(REPETITIONS):
+        for _ in range(number):
             run()
 
     replay, _ = record_graph(several, device, warm_up=1)
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds() -> float:
         with torch.cuda.device(device):
@@ -51,6 +64,6 @@ def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], f
             replay()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end) / 1e3 / REPETITIONS
+        return start.elapsed_time(end) / 1e3 / number
 
     return seconds

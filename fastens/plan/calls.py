@@ -25,6 +25,8 @@ from fastens.ops import linear_group as group_op
 from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
 from fastens.ops._rows import is_dense
+from fastens.ops._sum_ways import CHOICE as SUM_CHOICE
+from fastens.ops._sum_ways import Sum
 from fastens.ops._tma_ways import Block
 from fastens.ops.pointwise import Instruction
 from fastens.program.steps import Opcode
@@ -142,9 +144,14 @@ def conv2d_sum(
     **_: Any,
 ) -> Tensor:
     """The last convolution, summed over the members with their weights: [B, O, H', W'], contiguous."""
+    x = x.to(weight.dtype)
+    before = (moments, norm_weight, norm_bias, eps, scale, shift, activation)
+    if x.is_cuda and uses_triton(x, backend):
+        block = Sum(x, weight, bias, weights, stride, padding, *before)
+        return SUM_CHOICE.ways[SUM_CHOICE.choose(block, x.device)].run(*block).contiguous()
     y = sum_op.conv2d_sum(
-        x.to(weight.dtype), weight, bias, weights, stride, padding, moments=moments, norm_weight=norm_weight,
-        norm_bias=norm_bias, eps=eps, scale=scale, shift=shift, activation=activation, backend=_named(x, backend),
+        x, weight, bias, weights, stride, padding, moments=moments, norm_weight=norm_weight, norm_bias=norm_bias,
+        eps=eps, scale=scale, shift=shift, activation=activation, backend=_named(x, backend),
     )  # fmt: skip
     return y.contiguous()
 

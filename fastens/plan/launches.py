@@ -78,6 +78,7 @@ class LaunchPlan:
     def __init__(
         self, recording: Recording, num_members: int, constants: KeptTensors, device: torch.device, backend: str
     ) -> None:
+        self._num_members = num_members
         emitter = TypedEmitter(recording, num_members, 1, constants)  # pyright: ignore[reportArgumentType]
         results = lower_all(emitter)
         self._inputs = list(recording.inputs)
@@ -124,7 +125,7 @@ class LaunchPlan:
         space = zip(x.size[2:], weight.shape[3:], stride, padding, strict=True)
         symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
         plain = all(settings[name] is None for name in ("row_bias", "residual", "skip", "offsets", "mask"))
-        plain = plain and not settings["shared"]
+        plain = plain and not settings["shared"] and weight.shape[0] == self._num_members
         plain = plain and settings["output_scale"] == 1 and settings["output_activation"] == "none"
         plain = plain and not settings["norm_groups"] and "found" not in settings
         return flow.position(last) if whole and symmetric and plain else None

@@ -14,7 +14,8 @@ from fastens.ops._choice import can_measure, observed
 
 AFTER = 4  # runs without a graph; libraries have chosen their algorithms by then, and Triton has compiled
 MOST = 4  # graphs of one plan: under other factors of the members the last layer is another launch
-MOST_BYTES = 2**29  # of a plan's arena: larger batches keep the device busy, and a graph's memory is its own
+MOST_BYTES = 2**29  # of a plan's arena that is recorded whatever memory is free: a graph's is its own, and stays
+SHARE = 2 * MOST  # arenas of a larger plan that the free memory holds: all its graphs take half of it at most
 _MOST_KINDS = 64  # whose runs are counted
 
 
@@ -30,7 +31,8 @@ class Replays:
     """
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._wanted = device.type == "cuda" and num_bytes <= MOST_BYTES
+        self._wanted = device.type == "cuda"
+        self._num_bytes = num_bytes
         self._device = device
         self._runs: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[Callable[[], None], list[Tensor]]] = {}
@@ -69,4 +71,14 @@ class Replays:
 
     def _records(self, kind: Hashable) -> bool:
         often = self._runs[kind] > AFTER and len(self._graphs) < MOST
-        return often and not self.why_not and can_measure()
+        return often and not self.why_not and can_measure() and self._fits()
+
+    def _fits(self) -> bool:
+        """Whether there is memory for graphs whose launches keep as much as the arena."""
+        return self._num_bytes <= MOST_BYTES or self._num_bytes * SHARE <= free_memory(self._device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody holds, and those that torch holds for nobody."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held

@@ -148,14 +148,16 @@ def test_calls_that_are_collected_for_tuning_are_launched(log):
 
 
 @torch.no_grad()
-def test_large_batches_are_launched(log, monkeypatch):
+@pytest.mark.parametrize("arenas", [replay.SHARE - 1, replay.SHARE])
+def test_large_batches_are_recorded_where_their_graphs_fit_the_free_memory(log, monkeypatch, arenas):
     monkeypatch.setattr(replay, "MOST_BYTES", 1000)
     ensemble, _, arguments = unet()
     args, _ = arguments(2)
+    monkeypatch.setattr(replay, "free_memory", lambda device: arenas * plan_of(ensemble).num_bytes)
     for _ in range(MANY):
         ensemble(*args)
     assert plan_of(ensemble).num_bytes > 1000
-    assert not log
+    assert bool(log) is (arenas == replay.SHARE)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from fastens.kernels.pointwise import pointwise
 from fastens.kernels.sampler_step import sampler_step
 from fastens.program.steps import Opcode
 
+PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -72,7 +73,7 @@ def resources(kernel):
         "local": local,
         "shared": kernel.metadata.shared,
         "bulk loads": ptx.count("cp.async.bulk.tensor"),
-        "matrix loads": ptx.count("ldmatrix"),
+        "matrix loads": ptx[: max(map(ptx.rfind, PRODUCTS))].count("ldmatrix"),  # behind the products parts are joined
         "widest load": max((int(n) * int(b) // 8 for n, b in re.findall(WIDE_LOAD, ptx)), default=0),
         "tensor cores": "wgmma"
         if "wgmma" in ptx
@@ -324,6 +325,7 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "tma 128x256 bf16 3x3 32x32/1",
     "tma 128x128 f32 3x3 16x16/2",
     "conv2d skip bf16 8x8 B=1",
+    "conv2d masked bf16",
 }
 
 

@@ -1,7 +1,7 @@
 """The choice among ways to compute an op, with a clock that tells the time it is told, and the ways of convolution."""
 
+import itertools
 import json
-import threading
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 import fastens
 from fastens.ops import _choice, conv
 from fastens.ops._choice import Choice, Table, Way
-from fastens.ops._clock import clock
+from fastens.ops._clock import clock, repetitions
 from tests.tolerances import OP, relative_error
 
 CPU = torch.device("cpu")
@@ -39,6 +39,13 @@ def slow(x):
 
 def fast(x):
     return 1 + x
+
+
+def slowest(x):
+    return x + 1
+
+
+WAYS_AND_ONE = {"slow": Way(slow), "fast": Way(fast), "slowest": Way(slowest)}
 
 
 def wrong(x):
@@ -78,6 +85,33 @@ def test_the_fastest_is_measured_once_and_remembered(tmp_path):
     assert later.choose((X[:3],), CPU) == "fast"  # another shape
     assert later.clock.timed
     assert later.table.summary() == {("cpu", "add"): {"fast": 2}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("between", "rounds"), [(0.0, _choice.ROUNDS), (0.1, 4), (1.0, _choice.FEWEST_ROUNDS)])
+def test_a_measurement_has_a_budget(tmp_path, monkeypatch, between, rounds):
+    now = itertools.count()
+    monkeypatch.setattr(_choice.time, "monotonic", lambda: between * next(now))  # the first rounds are not asked for
+    add = choice(tmp_path / "choices.json")
+    add.measure((X,), CPU)
+    assert len(add.clock.timed) == 2 * rounds
+
+
+@torch.no_grad()
+def test_a_hopeless_way_is_timed_once(tmp_path):
+    add = choice(tmp_path / "choices.json", {"slow": 1.1e-3, "fast": 1e-3, "slowest": 3e-3}, **WAYS_AND_ONE)
+    entry = add.measure((X,), CPU)
+    assert add.clock.timed.count("slowest") == 1
+    assert add.clock.timed.count("slow") == _choice.ROUNDS
+    assert (entry["chosen"], entry["seconds"]["slowest"]) == ("fast", 3e-3)
+    alone = choice(tmp_path / "others.json", {"slow": 9e-3, "fast": 1e-3, "slowest": 3e-3}, **WAYS_AND_ONE)
+    assert alone.measure((X,), CPU)["chosen"] == "fast"
+    assert len(alone.clock.timed) == 3  # one is left
+
+
+@pytest.mark.parametrize(("seconds", "number"), [(0.0, 10), (1e-6, 10), (3e-4, 4), (1e-3, 1), (2.0, 1)])
+def test_a_timing_has_fewer_calls_where_one_takes_long(seconds, number):
+    assert repetitions(seconds) == number
 
 
 @torch.no_grad()
@@ -171,20 +205,6 @@ def test_shipped_tables_are_read_and_the_users_wins(tmp_path, monkeypatch):
     assert add.choose((X,), CPU) == "slow"
     assert json.loads((tmp_path / "user" / "choices.json").read_text()) == {"cpu": {"add": {"[6]": {"chosen": "slow"}}}}
     assert json.loads((shipped / "cpu.json").read_text()) == entry
-
-
-def test_several_writers_lose_nothing_that_was_there(tmp_path):
-    path = tmp_path / "choices.json"
-    Table(path).add("cpu", "add", "first", {"chosen": "slow"})
-    writers = [
-        threading.Thread(target=Table(path).add, args=("cpu", "add", str(i), {"chosen": "fast"})) for i in range(8)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert Table(path).find("cpu", "add", "first") == {"chosen": "slow"}  # and the file is whole
-    assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
 
 
 def test_the_clock_of_the_host_tells_seconds():
@@ -292,7 +312,7 @@ def test_what_is_met_first_while_a_graph_is_recorded_follows_the_rule(tmp_path, 
 
 @torch.no_grad()
 def test_long_measuring_is_announced_once(tmp_path, monkeypatch):
-    now = iter(range(0, 1000, 3))
+    now = iter(range(1000))
     monkeypatch.setattr(_choice.time, "monotonic", lambda: next(now))  # every measurement takes 3 seconds
     monkeypatch.setattr(_choice, "_spent", {})
     monkeypatch.setattr(_choice, "_noticed", set())

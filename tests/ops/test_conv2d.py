@@ -87,11 +87,11 @@ def test_sum_equals_reference(form, dtype, backend, launched, poison):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("op", ["conv2d", "conv2d_sum"])
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_sum", "tma 64x128", "tma 128x128"])
 def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
-    from fastens.kernels import _conv2d_launch
+    from fastens.kernels import _conv2d_launch, _conv2d_tma
 
     torch.manual_seed(0)
     taken = []
@@ -104,6 +104,10 @@ def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
     x, weight = normal(2, 200, 3, 5), normal(2, 20, 200, 3, 3)
 
     def run():
+        if op.startswith("tma"):
+            weights = weight.movedim(2, -1).contiguous().movedim(-1, 2)
+            images = x.contiguous(memory_format=torch.channels_last)
+            return _conv2d_tma.conv2d_tma(images, weights, None, (1, 1), (1, 1), num_groups=5, tiling=op)[0]
         if op == "conv2d_sum":
             return conv2d_sum(x, weight, None, [1.0, 2.0], (1, 1), (1, 1), backend=backend)
         return conv2d(x, weight, None, (1, 1), (1, 1), num_groups=5, backend=backend)[0]

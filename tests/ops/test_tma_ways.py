@@ -62,6 +62,10 @@ CASES = {
     "lines that are no power of two": (dict(members=1, rows=2, channels=8, outputs=12, size=(13, 12), groups=3), True),
     "channels beyond a step": (dict(members=2, rows=2, channels=72, outputs=20, size=(3, 5)), True),
     "many outputs": (dict(members=2, rows=2, channels=8, outputs=136, size=(9, 15), groups=17), True),
+    "many outputs of a block": (
+        dict(members=2, rows=2, channels=8, outputs=200, size=(9, 15), around=AROUND, groups=25), True,
+    ),
+    "a group beyond a part": (dict(members=1, rows=1, channels=8, outputs=256, size=(8, 16), groups=1), True),
     "groups that are no power of two": (dict(members=2, rows=2, channels=8, outputs=6, size=(4, 3), groups=2), True),
     "stride": (dict(members=3, rows=3, channels=64, outputs=8, size=(6, 10), stride=2, around=AROUND, groups=2), True),
     "stride, zeros below": (
@@ -99,7 +103,7 @@ def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
     taken = [way for way in CHOICE.ways if CHOICE.ways[way].refuses(*call) is None]
     assert taken[0] == "library"
     assert ("tma 64x128" in taken, "tma 128x128" in taken) == (descriptors, descriptors)
-    wide = name == "many outputs" and dtype != torch.float32
+    wide = shape["outputs"] > 128 and dtype != torch.float32
     assert ("tma 128x256" in taken) is wide
     assert ("triton apart" in taken) is bool(shape.get("norm") or shape.get("skip"))
     groups = shape.get("groups", 0)

@@ -1,0 +1,163 @@
+"""A step's time on an H200 by a model of compiled code, without a GPU: ``python -m bench.gpu_model NETWORK BATCH``.
+
+Each launch has a floor (operations, bytes, the time between kernels), and for each way of a convolution, whose kernels
+are compiled and read, the time of its products (tensor cores), of its instructions (schedulers, special functions), and
+of its loads (the second-level cache), with the pass before it; the largest counts, and of the ways the fastest. Blocks
+are counted in whole waves. What is left out (latency within a step, clocks below the highest) is of the same order
+everywhere: ± 25 % is expected, and ``--measured DIR`` prints the ratio to what ``bench.gpu_roofline`` measured.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from bench.gpu_launches import K, Work, convolutions, rest
+from bench.gpu_ways import codes
+from bench.gpu_work import H200, ITEM
+
+CLOCK = 1.755e9  # cycles per second
+MULTIPROCESSORS = 132
+PRODUCTS = 2048  # multiplications with addition per cycle of a multiprocessor, in 16 bits
+SCHEDULERS = 4  # instructions of a warp per cycle
+SPECIAL = 16  # results of special functions per cycle
+CACHE = 7e12  # bytes per second that all multiprocessors load from the second-level cache, as tiles at 600 TFLOP/s do
+LOADS = 64  # bytes per cycle that one of them loads from it
+DRAIN = 600  # cycles from one step to the next where the loop waits for all its products
+START = 1500  # cycles of a block before its first product, and behind its last until memory has its result
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of a launch at least, and what its products, instructions and loads take."""
+
+    floor: float
+    products: float = 0.0
+    instructions: float = 0.0
+    loads: float = 0.0
+
+    @property
+    def seconds(self):
+        return max(dataclasses.astuple(self))
+
+    @property
+    def bound(self):
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def work_of_convolution(conv, batch):
+    """Operations, and elements that it must read or write once."""
+    weights = K * conv.outputs * (conv.channels + conv.skip) * conv.taps**2
+    images = (conv.channels + conv.skip) * conv.height**2 * (1 if conv.shared else K)
+    images += K * conv.outputs * conv.out_height**2 * (1 + conv.residual) / (K if conv.summed else 1)
+    return Work(conv.operations(batch), weights, images * batch)
+
+
+def time_of_kernel(conv, code, work):
+    """The :class:`Time` of a convolution's kernel: its blocks, each of so many steps of the loop."""
+    loop, size = max(code.loops, key=lambda loop: loop.instructions), code.constants
+    splits = code.grid[1] if len(code.grid) > 1 else 1
+    sources = [channels for channels in (conv.channels, conv.skip) if channels]
+    steps = (K if conv.summed else 1) * conv.taps**2 * sum(-(-channels // size["BLOCK_K"]) for channels in sources)
+    places = size["PLACES"] if "PLACES" in size else size["TILE_H"] * size["TILE_W"]
+    moved = (size["ROWS"] * places + size["BLOCK_N"]) * size["BLOCK_K"] * ITEM  # bytes of a step
+    products = code.warps // 4 * sum(64 * columns * depth for columns, depth in loop.products) / PRODUCTS
+    issued = max(code.warps * loop.instructions / SCHEDULERS, code.warps * 32 * loop.count("MUFU") / SPECIAL)
+    drained = DRAIN if not loop.waits or min(loop.waits) == 0 else 0
+    blocks = math.prod(code.grid)
+    waves = (
+        math.ceil(blocks / MULTIPROCESSORS) if blocks < 4 * code.blocks * MULTIPROCESSORS else blocks / MULTIPROCESSORS
+    )
+    ending = START + (code.instructions - loop.instructions) * code.warps / SCHEDULERS
+    ending /= min(code.blocks, max(1, waves))  # it is beside the products of other blocks
+
+    def seconds(cycles):
+        return waves * (-(-steps // splits) * cycles + ending) / CLOCK
+
+    loads = max(seconds(moved / LOADS), blocks * -(-steps // splits) * moved / CACHE)
+    return Time(work.floor(H200), seconds(products + drained), seconds(issued + drained), loads)
+
+
+def time_of_pass(conv, batch):
+    """Seconds of the pass before a convolution: the image is read and written once."""
+    elements = 2 * K * batch * (conv.channels + conv.skip) * conv.height**2
+    return Work(0, 0, elements).floor(H200)
+
+
+def times_of(conv, batch):
+    """What each way of a convolution takes: name -> (seconds, the time of its convolution)."""
+    work, found = work_of_convolution(conv, batch), {}
+    for way, kernels in codes(conv, batch, torch.bfloat16).items():
+        seconds, main = 0.0, None
+        for code in kernels:
+            if code.kernel.startswith("conv2d"):
+                main = time_of_kernel(conv, code, work)
+                seconds += main.seconds
+            else:
+                seconds += time_of_pass(conv, batch)
+        found[way] = (seconds, main)
+    return found
+
+
+def model(name, batch):
+    """Rows of a network's step: number, launch, way, milliseconds of all of the kind, and what bounds them."""
+    rows = []
+    for conv, number in convolutions(name).items():
+        times = times_of(conv, batch)
+        way = min(times, key=lambda way: times[way][0])
+        seconds, main = times[way]
+        rows.append({
+            "number": number, "launch": str(conv), "way": way, "bound": main.bound, "ms": 1e3 * number * seconds,
+            "floor": 1e3 * number * main.floor, "operations": number * conv.operations(batch),
+            **{kind: 1e3 * number * getattr(main, kind) for kind in ("products", "instructions", "loads")},
+        })  # fmt: skip
+    for number, kind, work in rest(name):
+        least = 1e3 * number * work.at(batch).floor(H200)
+        rows.append({
+            "number": number, "launch": kind, "way": "", "bound": "floor", "ms": least, "floor": least, "products": 0.0,
+            "instructions": 0.0, "loads": 0.0, "operations": number * work.at(batch).operations,
+        })  # fmt: skip
+    return rows
+
+
+def table(name, batch, rows):
+    """The rows as Markdown, those that lose most to their floor apart."""
+    columns = ("ms", "floor", "products", "instructions", "loads")
+    lines = [f"## {name}, K={K}, B={batch}", "", f"| number | launch | way | bound by | {' | '.join(columns)} |"]
+    lines += ["|---|---|---|---|" + "---|" * len(columns)]
+    for row in sorted(rows, key=lambda row: row["floor"] - row["ms"]):
+        cells = " | ".join(f"{row[column]:.3f}" for column in columns)
+        lines.append(f"| {row['number']} | {row['launch']} | {row['way']} | {row['bound']} | {cells} |")
+    sums = {column: sum(row[column] for row in rows) for column in ("ms", "floor", "operations")}
+    rate = sums["operations"] / sums["ms"] / 1e9
+    number = sum(row["number"] for row in rows)
+    lines.append(f"| {number} | **all** | | | {sums['ms']:.3f} | {sums['floor']:.3f} | | {rate:.0f} TFLOP/s | |")
+    return "\n".join(lines) + "\n"
+
+
+def against(folder, name, rows):
+    """What was measured of these launches, as a ratio to the model."""
+    measured = [row for row in json.loads((folder / "roofline.json").read_text())["launches"] if row["network"] == name]
+    took = 1e3 * sum(row["number"] * row["seconds"] for row in measured)
+    return f"measured {took:.3f} ms, {took / sum(row['ms'] for row in rows):.2f} of the model\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network")
+    parser.add_argument("batch", type=int)
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--measured", type=Path, help="folder with roofline.json")
+    options = parser.parse_args()
+    rows = model(options.network, options.batch)
+    text = table(options.network, options.batch, rows)
+    if options.measured:
+        text += "\n" + against(options.measured, options.network, rows)
+    options.file.write_text(text) if options.file else print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The file of measurements: several processes at a time, and contents that are no measurements."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastens.ops._table import Table
+from tests.ops.test_choice import CPU, X, choice, registry  # noqa: F401
+
+WRITER = """
+import pathlib, sys
+from fastens.ops._table import Table
+sys.stdin.read()
+for i in range(20):
+    Table(pathlib.Path(sys.argv[1])).add("cpu", "add", f"{sys.argv[2]} {i}", {"chosen": "fast"})
+"""
+
+
+def test_several_processes_lose_nothing(tmp_path):
+    path = tmp_path / "choices.json"
+    Table(path).add("cpu", "add", "first", {"chosen": "slow"})
+    commands = [[sys.executable, "-c", WRITER, str(path), str(i)] for i in range(3)]
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
+    for writer in writers:  # all of them are ready: they begin together
+        writer.stdin.close()
+    assert [writer.wait() for writer in writers] == [0] * 3
+    assert len(Table(path).content["cpu"]["add"]) == 1 + 3 * 20
+    assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
+
+
+SHAPES = ({}, [], None, 3, "text", [[1]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["file", "device", "op", "entry", "chosen"])
+@pytest.mark.parametrize("wrong_shape", SHAPES, ids=str)
+def test_what_has_another_shape_is_no_measurement(tmp_path, level, wrong_shape):
+    """Each level of the table in turn is something else: it is measured again, and what is sound beside it stays."""
+    chosen = wrong_shape if level == "chosen" and not isinstance(wrong_shape, str) else 1
+    entry = {"chosen": chosen} if level == "chosen" else wrong_shape
+    keys = {"[6]": entry, "[1]": {"chosen": "slow"}} if level in ("entry", "chosen") else wrong_shape
+    ops = wrong_shape if level == "device" else {"add": keys}
+    path = tmp_path / "choices.json"
+    content = {"cpu": ops, "gpu": {"add": {"k": {"chosen": "a"}}}}
+    path.write_text(json.dumps(wrong_shape if level == "file" else content))
+    add = choice(path)
+    add.table.summary()
+    assert add.choose((X,), CPU) == "fast"
+    stored = json.loads(path.read_text())
+    assert stored["cpu"]["add"]["[6]"]["chosen"] == "fast"
+    assert level == "file" or stored["gpu"] == {"add": {"k": {"chosen": "a"}}}
+    assert level not in ("entry", "chosen") or stored["cpu"]["add"]["[1]"] == {"chosen": "slow"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100000, b"", b"{"], ids=["no UTF-8", "deep", "empty", "cut"])
+def test_what_is_no_json_is_no_measurement(tmp_path, text):
+    (tmp_path / "choices.json").write_bytes(text)
+    assert choice(tmp_path / "choices.json").choose((X,), CPU) == "fast"
