@@ -167,6 +167,7 @@ def optimizer(run: Run, draw: Random) -> None:
         return
     name = draw.choice(list(OPTIMIZERS))
     run.step += f" ({name})"
+    run.trained = True
     calls = [run.make(draw, Form(run.spec.rows)) for _ in range(2)]
 
     def train(*modules: Any) -> None:

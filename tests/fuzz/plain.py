@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -114,8 +115,8 @@ def rounded(module: nn.Module, args: Any, output: Any) -> Any:
         if not oracle.is_score(leaf) or leaf.is_inference():
             return leaf
         most = 1 if leaf.dtype == torch.bfloat16 else 3
-        noise = torch.randint(-most, most + 1, leaf.shape, generator=torch.Generator().manual_seed(leaf.numel()))
-        return leaf * (1 + noise.to(leaf.dtype) * torch.finfo(leaf.dtype).eps)
+        noise = np.random.default_rng(leaf.numel()).integers(-most, most + 1, leaf.shape)  # vmap lets torch draw none
+        return leaf * (1 + torch.from_numpy(noise).to(leaf.dtype) * torch.finfo(leaf.dtype).eps)
 
     return pytree.tree_map(shift, output)
 

@@ -41,6 +41,7 @@ class Fault:
     step: str
     why: str
     size: float = float("inf")
+    trained: bool = False  # gradients were involved
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Run:
     def __init__(self, case: Case, make: Callable[..., Any] = fastens.Ensemble) -> None:
         self.case, self.spec, self.outcome = case, case.network, Outcome(case)
         self.dtype, self.training, self.rule = self.spec.torch_dtype, self.spec.training, "mean"
+        self.trained = False
         self.altered = False  # in something that its files do not hold
         self.coarsest = self.dtype  # that weights and state have gone through
         self.members = members_of(self.spec)
@@ -121,7 +123,7 @@ class Run:
             then(call())
             return True
         except Mismatch as error:
-            self.outcome.fault = Fault("wrong", self.step, str(error), error.size)
+            self.outcome.fault = Fault("wrong", self.step, str(error), error.size, self.trained)
         except Exception as error:
             if self.allowed and deliberate(error):
                 self.outcome.refused.append(f"{self.step}: {brief(error)}")

@@ -165,6 +165,7 @@ def gradients(run: Run, draw: Random) -> None:
     """Gradients with respect to the input and to the weights, each summed over members."""
     if run.rule not in ("mean", "sum", "median") or run.random:
         return
+    run.trained = True
     call = run.make(draw, replace(run.form(draw), layout="plain"))
     theirs = copied(call)
     x, mine = theirs[0][0].requires_grad_(), call[0][0].requires_grad_()

@@ -279,9 +279,8 @@ class ParameterWritten(Block):
         self.p = nn.Parameter(torch.zeros(sizes.width))
 
     def forward(self, h: Tensor) -> Tensor:
-        y = h * self.per_channel(self.p, h)
         self.p.data = self.p.data * 0.9
-        return y
+        return h * self.per_channel(self.p, h)
 
 
 @feature(weight=0.8, random=True)

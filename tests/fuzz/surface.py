@@ -91,6 +91,7 @@ def trained(run: Run, draw: Random) -> None:
         return
     name = draw.choice(list(OPTIMIZERS))
     run.step += f" ({name})"
+    run.trained = True
     calls = [run.make(draw, Form(spec.rows)) for _ in run.members]
     together = pytree.tree_map(lambda *own: torch.stack(own), *[call[0] for call in calls])
 
