@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.dropout import MCDropout
-from fastens.ensemble import Ensemble, check_settings, rebuild
+from fastens.ensemble import Ensemble, rebuild
 from fastens.files import whole
 from fastens.fold.members import make_skeleton, tensors_of
 from fastens.io import containers, described
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
+from fastens.settings import check_settings
 
 _STACKS = "ensemble.safetensors"
 _CONFIG = "config.json"

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
 from fastens.draws import Evaluation
-from fastens.ensemble import Ensemble, check_settings
+from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
 from fastens.fold.masks import Masks
 from fastens.fold.members import make_skeleton, tensors_of
+from fastens.settings import check_settings
 
 
 class MCDropout(Ensemble):

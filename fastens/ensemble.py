@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import parameterisation, rules, schedules
+from fastens import rules, schedules
+from fastens.adapters import adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
@@ -25,43 +25,11 @@ from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
 from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
 from fastens.fold.tensor import MemberTensor
-from fastens.ops._dispatch import check_backend
-from fastens.ops.aggregate import aggregate
+from fastens.methods import call_method
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
 from fastens.report import Report
-
-# Families that demand more than a call: a module with ``ensemble_class(member, kind)``, by the top-level package of a
-# member's class or a parent's, and by attributes of members whose classes may come from anywhere.
-ADAPTERS = {"diffusers": "fastens.interop.diffusers"}
-ATTRIBUTES = {
-    ("sigma_min", "sigma_max", "round_sigma"): "fastens.interop.edm",
-    ("apply_model", "alphas_cumprod"): "fastens.interop.k_diffusion",
-}
-
-
-def check_settings(
-    engine: str, backend: str, max_fold: int | None, prediction: Any, aggregate_in: str | None, schedule: Any
-) -> dict[str, Any]:
-    """The keyword arguments of an ensemble as its settings.
-
-    Raises:
-        ValueError: one of them is unknown or out of range, or they contradict each other.
-    """
-    if engine not in ("auto", "fold", "loop"):
-        raise ValueError(f"engine {engine!r} is unknown, expected 'auto', 'fold' or 'loop'")
-    check_backend(backend)
-    if max_fold is not None and max_fold < 1:
-        raise ValueError(f"max_fold is {max_fold}, expected at least one row")
-    found, aggregate_in, schedule = parameterisation.resolve(prediction, aggregate_in, schedule)
-    return {
-        "engine": engine,
-        "backend": backend,
-        "max_fold": max_fold,
-        "prediction": found,
-        "aggregate_in": aggregate_in,
-        "schedule": schedule,
-    }
+from fastens.settings import check_settings
 
 
 class Ensemble(Capturing):
@@ -161,10 +129,10 @@ class Ensemble(Capturing):
 
     def _become_member_like(self, member: nn.Module) -> None:
         base = self._kind()
-        adapter = _adapter_of(member)
+        adapter = adapter_of(member)
         if adapter is not None:
             base = importlib.import_module(adapter).ensemble_class(member, base)
-        self.__class__ = _with_signature(base, type(member))
+        self.__class__ = with_signature(base, type(member))
         self._check_members()
         check_noise_level(self.rule, self._noise_schedule)
 
@@ -224,7 +192,7 @@ class Ensemble(Capturing):
     def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, where members are modules of their own."""
         args, kwargs = arguments.of_member(k)
-        return call(self.network[k], method, args, kwargs)
+        return call(list(self.network.children())[k], method, args, kwargs)
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
@@ -364,7 +332,7 @@ class Ensemble(Capturing):
         network = self.__dict__.get("_modules", {}).get("network")
         own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
         looped = not own and self.__dict__["_engine"] is None
-        members = [] if own else list(network) if looped else [network]
+        members = [] if own or network is None else list(network.children()) if looped else [network]
         if members and all(hasattr(member, name) for member in members):
             for member in members:
                 setattr(member, name, value)
@@ -380,7 +348,7 @@ class Ensemble(Capturing):
             if network is None or name.startswith("__"):
                 raise
         looped = self.__dict__["_engine"] is None
-        member = network[0] if looped else network
+        member = next(network.children()) if looped else network
         try:
             value = getattr(member, name)
         except AttributeError:
@@ -416,49 +384,6 @@ class Ensemble(Capturing):
         from fastens.checkpoints import load_ensemble
 
         return load_ensemble(directory, factory, **options)
-
-
-def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of the members that the ensemble has not: combined by the rule, or a setting for all of them.
-
-    A method that is called with tensors is evaluated for all members, and what differs between them is combined as the
-    results of ``forward`` are. One that is not is called on every member, to set what it sets.
-    """
-    engine = ensemble._engine
-    leaves = pytree.tree_leaves((args, kwargs))
-    if name.startswith("forward_"):  # forward_with_cond_scale and its like call forward: the ensemble's
-        member = ensemble.network[0] if engine is None else ensemble.network
-        return getattr(type(member), name)(ensemble, *args, **kwargs)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        if engine is None:
-            first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network]
-            return first
-        result = getattr(ensemble.network, name)(*args, **kwargs)
-        ensemble.refresh()
-        return ensemble if result is ensemble.network else result
-    arguments = ensemble._arguments(args, kwargs)
-    if engine is None:
-        outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
-    else:
-        outputs = engine.evaluate(arguments, ensemble.training, name)
-    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
-
-
-def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
-    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations.
-
-    Raises:
-        ValueError: they differ, under a rule that draws members for calls of ``forward``.
-    """
-    first = scores[0]
-    if all(torch.equal(first, other) for other in scores[1:]):
-        return first.clone()
-    rule = ensemble.rule
-    if rule.random:
-        raise ValueError(
-            f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule for it"
-        )
-    return aggregate(scores, "mean" if rule.needs_noise_level else rule, backend=ensemble._settings["backend"])
 
 
 class _Members(Sequence[nn.Module]):
@@ -506,24 +431,3 @@ def rebuild(
     else:
         ensemble._adopt(skeleton, *rest)
     return ensemble.train(training)
-
-
-def _adapter_of(member: nn.Module) -> str | None:
-    for parent in type(member).__mro__:
-        adapter = ADAPTERS.get(parent.__module__.partition(".")[0])
-        if adapter is not None:
-            return adapter
-    return next((module for names, module in ATTRIBUTES.items() if all(hasattr(member, n) for n in names)), None)
-
-
-@functools.cache
-def _with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[Ensemble]:
-    """A subclass of ``base`` whose forward has the signature of the member's, for callers that inspect it."""
-
-    def forward(self: Ensemble, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)
-
-    forward.__doc__ = base.forward.__doc__
-    forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, "forward": forward})

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 # Where a checkpoint came from, which changes nothing that its network computes.
 _PROVENANCE = {"_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
 _TABLES = {"_parameters", "_buffers", "_modules"}
-_LOCKS = tuple({type(__import__("threading").Lock()), type(__import__("threading").RLock())})
-_VALUES = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, torch.dtype, torch.device,
-           torch.layout, torch.memory_format, torch.Size, np.generic, types.BuiltinFunctionType, types.ModuleType)  # fmt: skip
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_VALUES = (
+    int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, torch.Size, np.generic, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
 _CLASS_NAMES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"}
 
 
@@ -95,9 +98,8 @@ class _Comparison:
         """None where two values are alike; what cannot be compared counts as different."""
         if a is b:
             return None
-        if type(a) is not type(b):
-            if not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
-                return f"{path}: {_shown(a)} against {_shown(b)}"
+        if type(a) is not type(b) and not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
+            return f"{path}: {_shown(a)} against {_shown(b)}"
         if (id(a), id(b)) in self._seen:
             return None
         self._seen.add((id(a), id(b)))

@@ -88,7 +88,9 @@ class Arguments:
         self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
         for i in self.own:
             if num_members is not None and len(self.leaves[i]) != num_members:
-                raise ValueError(f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members")
+                raise ValueError(
+                    f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members"
+                )
             self.leaves[i] = self.leaves[i].stack
         self._find_rows()
 
@@ -205,6 +207,7 @@ class Arguments:
 
     def plan_key(self) -> tuple[Any, ...]:
         """What tells one recorded pass from another: all of a call but the values of its tensors."""
+
         def key(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.stride(), leaf.dtype
@@ -214,9 +217,7 @@ class Arguments:
 
     def plain(self) -> bool:
         """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
-        return all(
-            _in_memory(leaf) if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN) for leaf in self.leaves
-        )
+        return all(_in_memory(leaf) if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN) for leaf in self.leaves)
 
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""

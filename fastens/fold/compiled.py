@@ -76,7 +76,9 @@ def _node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> Any:
 _node = torch._dynamo.allow_in_graph(_node)
 
 
-def compiled_pass(engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward") -> list[Any]:
+def compiled_pass(
+    engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
+) -> list[Any]:
     """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last."""
     tensors = list(_node(engine.number, method, args, kwargs, engine.tensors))
     traced = engine.traced  # of the trace that has just run

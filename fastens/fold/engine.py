@@ -22,10 +22,11 @@ from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed, unwatched
 from fastens.fold.leaves import Leaves, recorded, unwrapped
 from fastens.fold.masked import MaskedMember
-from fastens.fold.masks import MaskPass, Masks
+from fastens.fold.masks import MaskPass, Masks, NothingDropped
 from fastens.fold.members import replaced, tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory, suppress_out_of_memory
 from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
+from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.tables import tables_of, view_of_member
@@ -306,8 +307,10 @@ class FoldEngine:
 
         def whole(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
             samples = tensors[count + 1] if fresh else None
-            own = hidden if hidden.offsets is None else dataclasses.replace(
-                hidden, offsets=tensors[-2], row_members=tensors[-1]
+            own = (
+                hidden
+                if hidden.offsets is None
+                else dataclasses.replace(hidden, offsets=tensors[-2], row_members=tensors[-1])
             )
             fold = self.new_pass(own, given(tensors), recording=True, samples=samples)
             if differentiated and fold.masks is not None:
@@ -358,7 +361,9 @@ class FoldEngine:
 
         def of_members(start: int, stop: int) -> list[Any]:
             first, last = start // batch, stop // batch
-            return self._one_pass(given, all_members(members) if last - first == members else Hidden(last - first, members, first), method)
+            return self._one_pass(
+                given, all_members(members) if last - first == members else Hidden(last - first, members, first), method
+            )
 
         def by_rows() -> list[Any]:
             parts = [self._by_rows(given, key, k, method) for k in range(members)]
@@ -395,7 +400,9 @@ class FoldEngine:
     def verify(self, arguments: Arguments) -> float:
         """The largest relative error of a pass of all members against the loop."""
         with torch.no_grad():
-            *folded, _ = self.evaluate(arguments, self.network.training) if self.engine == "fold" else self.fold(arguments)
+            *folded, _ = (
+                self.evaluate(arguments, self.network.training) if self.engine == "fold" else self.fold(arguments)
+            )
             *looped, _ = self.loop(arguments)
         pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
         return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
@@ -407,57 +414,6 @@ class FoldEngine:
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
         return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)
-
-
-class NothingDropped(ValueError):
-    """MC Dropout of a network without dropout; the message says what it applied."""
-
-    def __init__(self, found: str) -> None:
-        super().__init__(
-            f"MC Dropout: the network applied {found}, so all members would be the same; networks are often built with "
-            "p = 0 or leave dropout out in evaluation: pass p=0.1, or wrap a network that calls dropout"
-        )
-
-
-class Originals:
-    """The members that were handed in, kept until the first call was held against them.
-
-    They are an oracle while neither they nor the stacks were changed since: same weights, same modes, same place.
-    """
-
-    def __init__(self, members: Any, network: nn.Module) -> None:
-        self._members = members
-        self._network = network
-        self._counts = self._count()
-
-    def _modules(self) -> list[nn.Module]:
-        listed = isinstance(self._members, list | tuple | nn.ModuleList)
-        return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
-
-    def _count(self) -> tuple[Any, Any]:
-        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
-        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
-
-    def usable(self) -> bool:
-        """Whether they still are what the stacks were made of, in the mode that the network is in."""
-        if self._count() != self._counts:
-            return False
-        ours = [m.training for m in self._network.modules()]
-        device = next((t.device for t in tensors_of(self._network).values()), None)
-        for member in self._modules():
-            theirs = next((t.device for t in tensors_of(member).values()), None)
-            if [m.training for m in member.modules()] != ours or theirs != device:
-                return False
-        return True
-
-    def member(self, k: int) -> nn.Module:
-        """Member k, read from its file where it came from one."""
-        return self._members[k]
-
-
-def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
-    """What changes where a tensor is written to, moved or converted."""
-    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -478,11 +434,13 @@ def _joined(parts: list[list[Any]], dim: int = 0) -> list[Any]:
     *_, spec = parts[0]
     columns = zip(*(part[:-1] for part in parts), strict=True)
     return [
-        *(torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p] for c in columns),
+        *(
+            torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p]
+            for c in columns
+        ),
         spec,
     ]
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error, tolerance_for
-from fastens.fold.dispatch import NeedsWrappers, WritesInput
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
+from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -76,7 +76,9 @@ class FirstPass:
             drawn = torch.random.get_rng_state()
             versions = [x._version for x in arguments.tensors if not x.is_inference()]
             with around, state_kept(engine.network) as written, state_kept(member) as changed:
-                output = engine.call_module(member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method)
+                output = engine.call_module(
+                    member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method
+                )
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
                 engine.copies_inputs = True

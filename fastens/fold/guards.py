@@ -126,7 +126,7 @@ def ordinary_context(device: str) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a function transform or forward-mode differentiation is in progress, which only members' own code serves."""
+    """Whether a function transform or forward-mode differentiation is in progress: members' own code serves those."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 

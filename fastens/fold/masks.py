@@ -41,6 +41,16 @@ _SATURATED = -1.7580993408473766  # what SELU tends to: dropped activations take
 _KEPT_BYTES = 2**28  # fixed masks kept from pass to pass; further ones are drawn again in each
 
 
+class NothingDropped(ValueError):
+    """MC Dropout of a network without dropout; the message says what it applied."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"MC Dropout: the network applied {found}, so all members would be the same; networks are often built with "
+            "p = 0 or leave dropout out in evaluation: pass p=0.1, or wrap a network that calls dropout"
+        )
+
+
 class Masks:
     """The masks of one MC Dropout ensemble.
 
@@ -81,7 +91,9 @@ class Masks:
         device = next((x.device for x in arguments.tensors), torch.device("cpu"))
         samples = arguments.samples
         if hidden.row_members is not None:
-            return hidden.row_members, torch.arange(hidden.size, device=device) if samples is None else samples.to(device)
+            return hidden.row_members, torch.arange(hidden.size, device=device) if samples is None else samples.to(
+                device
+            )
         identity = (hidden.first, hidden.size, arguments.batch_size, arguments.num_samples, device)
         if samples is not None or identity not in self._layouts:
             batch = arguments.batch_size

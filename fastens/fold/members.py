@@ -32,6 +32,8 @@ def make_skeleton(member: nn.Module) -> nn.Module:
         return nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
 
     return replaced(member, {name: empty(tensor) for name, tensor in tensors_of(member).items()})
+
+
 def check_members(members: Any) -> None:
     """Raise unless ``members`` is a sequence of at least one module, or of at least one path.
 

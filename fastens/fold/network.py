@@ -22,7 +22,9 @@ _REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def build_network(skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int) -> nn.Module:
+def build_network(
+    skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int
+) -> nn.Module:
     """Fold a network.
 
     Args:
@@ -176,5 +178,7 @@ def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) ->
             continue
         how = "looped" if why_loop is not None else "shared" if all(common for _, _, common in owned) else "folded"
         number = sum(t.numel() // (1 if common else num_members) for _, t, common in owned)
-        layers.append(LayerReport(path, type(module).__name__, how, "torch" if how == "looped" else "", why_loop or "", number))
+        layers.append(
+            LayerReport(path, type(module).__name__, how, "torch" if how == "looped" else "", why_loop or "", number)
+        )
     return layers

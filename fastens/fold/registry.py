@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastens.fold.compiled import standing_in
-from fastens.fold.dispatch import Fold, plain
+from fastens.fold.dispatch import Fold
+from fastens.fold.nested import plain
 from fastens.fold.tables import Stacks
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
@@ -92,8 +93,12 @@ class _Forward:
         if fold is None:
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
         rest = [plain(a) for a in (*args, *kwargs.values())]
-        if (fold.hidden.num_members != fold.hidden.size and fold.hidden.offsets is None) or any(map(member_valued, rest)):
-            raise NotFoldable(f"the registered layer {type(self.layer).__name__} takes one member-valued argument of all members")
+        if (fold.hidden.num_members != fold.hidden.size and fold.hidden.offsets is None) or any(
+            map(member_valued, rest)
+        ):
+            raise NotFoldable(
+                f"the registered layer {type(self.layer).__name__} takes one member-valued argument of all members"
+            )
         offsets = fold.hidden.scaled_offsets(x.shape[0])
         out = self.folded_class(self.layer).fold_forward(
             fold.rows(x), offsets, *map(plain, args), **{n: plain(v) for n, v in kwargs.items()}

@@ -107,6 +107,8 @@ def _drawn(arguments: Arguments) -> Arguments:
             return x
         wide = x.detach().double()
         spread = wide.abs().mean().clamp(min=1e-3) if bool(torch.isfinite(wide).all()) else wide.new_ones(())
-        return (wide.nan_to_num() + 0.1 * spread * torch.randn(x.shape, dtype=torch.float64, device=x.device)).to(x.dtype)
+        return (wide.nan_to_num() + 0.1 * spread * torch.randn(x.shape, dtype=torch.float64, device=x.device)).to(
+            x.dtype
+        )
 
     return arguments.with_tensors([draw(x) for x in arguments.tensors])

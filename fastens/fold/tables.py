@@ -1,4 +1,4 @@
-"""Where a module of the folded network keeps its tensors: stacks to whoever lists them, one member's to its own code."""
+"""Where a module of the folded network keeps its tensors: stacks to who lists them, one member's to its own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.compiled import standing_in, tracing
-from fastens.fold.dispatch import leaves_of
+from fastens.fold.nested import leaves_of
 from fastens.fold.tensor import MemberTensor, all_members
 
 
@@ -117,7 +117,9 @@ class OfMember(dict[str, Any]):
         if tensor is None or name in self.source.common:
             return tensor
         own = tensor[self.k]
-        own._is_param = isinstance(tensor, nn.Parameter)  # to isinstance; it is no leaf, so that gradients reach the stack
+        own._is_param = isinstance(
+            tensor, nn.Parameter
+        )  # to isinstance; it is no leaf, so that gradients reach the stack
         return own
 
     def __getitem__(self, name: str) -> Any:
@@ -135,7 +137,7 @@ class OfMember(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a name."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401  (it is what it would call)
 
     def items(self) -> Any:
         """Names and values."""

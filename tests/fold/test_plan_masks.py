@@ -101,7 +101,10 @@ def test_masks_take_no_pass_of_their_own_and_weights_are_packed_once(masks, monk
     (plan,), (other,) = dropout.report().plans, deep.report().plans
     drops = sum(isinstance(m, nn.Dropout) for m in dropout.network.modules())
     # one pass where the members part, and small copies of what they share until then
-    assert {**other, "Drop": 1, **({"Draw": drops} if masks == "fresh" else {})} == {**plan, "Pointwise": other["Pointwise"]}
+    assert {**other, "Drop": 1, **({"Draw": drops} if masks == "fresh" else {})} == {
+        **plan,
+        "Pointwise": other["Pointwise"],
+    }
     plans = dropout._engine.plans
     (made, _) = next(iter(plans._plans.values()))
     convolutions = [step for step in made.steps if isinstance(step, steps.Conv)]

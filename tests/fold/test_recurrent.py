@@ -60,7 +60,9 @@ def test_gradients_are_the_members(name):
     members = members_of(kind, batch_first=True, **settings)
     ensemble, x = fastens.Ensemble(members, engine="fold"), torch.randn(2, 4, 5)
     ensemble.member_outputs(x).square().sum().backward()
-    assert list(ensemble.report().slices) == [kind.__name__.lower() if kind is not nn.RNN else f"rnn_{settings.get('nonlinearity', 'tanh')}"]
+    assert list(ensemble.report().slices) == [
+        kind.__name__.lower() if kind is not nn.RNN else f"rnn_{settings.get('nonlinearity', 'tanh')}"
+    ]
     gradients = dict(ensemble.network.named_parameters())
     for k, member in enumerate(members):
         member(x).square().sum().backward()

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import RANDOM, Fold, dispatch, entry_by_entry, leaves_of, mapped, plain
+from fastens.fold.dispatch import RANDOM, Fold, dispatch
+from fastens.fold.nested import leaves_of, mapped, plain
+from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import NotFoldable, member_valued
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -26,7 +28,9 @@ def scaled_dot_product(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         else:
             return fold.common(func(plain(q), plain(k), plain(v), plain(mask), **bound))
     if q.ndim < 3:
-        return fold.wrap(func(*(fold.entries(x) for x in (q, k, v)), None if mask is None else fold.entries(mask), **bound))
+        return fold.wrap(
+            func(*(fold.entries(x) for x in (q, k, v)), None if mask is None else fold.entries(mask), **bound)
+        )
     lead = q.shape[0]
     if any(x.ndim != q.ndim or x.shape[0] not in (1, lead) for x in (k, v)):
         return entry_by_entry(fold, func, (q, k, v, mask), bound)
@@ -46,10 +50,10 @@ RANDOM[F.scaled_dot_product_attention] = scaled_dot_product
 
 
 def multi_head(
-    fold: Fold, func: Any, query: Any, key: Any, value: Any, embed_dim_to_check: int, num_heads: int, in_proj_weight: Any,
-    in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float, out_proj_weight: Any,
-    out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None, need_weights: bool = True,
-    attn_mask: Any = None, use_separate_proj_weight: bool = False, q_proj_weight: Any = None, k_proj_weight: Any = None,
+    fold: Fold, func: Any, query: Any, key: Any, value: Any, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
+    out_proj_weight: Any, out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None,
+    need_weights: bool = True, attn_mask: Any = None, use_separate_proj_weight: bool = False, q_proj_weight: Any = None, k_proj_weight: Any = None,
     v_proj_weight: Any = None, static_k: Any = None, static_v: Any = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:  # fmt: skip
@@ -74,7 +78,9 @@ def multi_head(
     width = query.shape[2]
     parts = []
     for i, x in enumerate((query, key, value)):
-        bias = None if in_proj_bias is None else call(Tensor.__getitem__, in_proj_bias, slice(i * width, (i + 1) * width))
+        bias = (
+            None if in_proj_bias is None else call(Tensor.__getitem__, in_proj_bias, slice(i * width, (i + 1) * width))
+        )
         if use_separate_proj_weight:
             weight = (q_proj_weight, k_proj_weight, v_proj_weight)[i]
         else:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, plain, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
 from fastens.ops.conv import CHOICE, conv
 
@@ -16,9 +17,7 @@ def _numbers(value: int | Sequence[int], space: int) -> tuple[int, ...]:
     return (value,) * space if isinstance(value, int) else tuple(value) * (space if len(value) == 1 else 1)
 
 
-def _convolve(
-    fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: Any, arguments: tuple[Any, ...]
-) -> Any:
+def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: Any, arguments: tuple[Any, ...]) -> Any:
     """``arguments`` are those of :func:`fastens.ops.conv.conv` from stride to groups."""
     if input.ndim == space + 1:  # without batch
         out = _convolve(fold, func, space, fold.again(Tensor.unsqueeze, input, 0), weight, bias, arguments)
@@ -83,4 +82,6 @@ def _transposed(space: int) -> Any:
 
 for _space in (1, 2, 3):
     rule(*{getattr(F, f"conv{_space}d"), getattr(torch, f"conv{_space}d")}, own_op=True)(_plain(_space))
-    rule(*{getattr(F, f"conv_transpose{_space}d"), getattr(torch, f"conv_transpose{_space}d")}, own_op=True)(_transposed(_space))
+    rule(*{getattr(F, f"conv_transpose{_space}d"), getattr(torch, f"conv_transpose{_space}d")}, own_op=True)(
+        _transposed(_space)
+    )

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, leaves_of, mapped, named, plain, rule, writes_to
+from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.writes import writes_to
 
 NAMES = """
     abs absolute acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
@@ -42,7 +44,7 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     writes = writes_to(func, args)
     ndim = max(x.ndim for x in tensors)
-    if writes and ndim > args[0].ndim:
+    if writes and ndim > args[0].ndim:  # pyright: ignore[reportGeneralTypeIssues]
         raise NotFoldable("an operation in place broadcasts what it writes to")
     align, back = None, fold.unrows
     if fold.recording:
@@ -138,9 +140,7 @@ def _result_type(tensors: list[Tensor]) -> torch.dtype:
     tensors = [x for x in tensors if x.dtype != torch.bool] or tensors
     first, *others = tensors
     for other in others:
-        first = torch.empty(
-            (1,) * max(first.ndim, other.ndim), dtype=torch.result_type(first, other)
-        )
+        first = torch.empty((1,) * max(first.ndim, other.ndim), dtype=torch.result_type(first, other))
     return first.dtype
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastens.fold.dispatch import Fold, plain, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
 from fastens.ops.embedding import embedding
 

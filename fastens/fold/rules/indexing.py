@@ -5,13 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, plain, rule
+from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.nested import plain
 from fastens.fold.rules.shape import behind
 from fastens.fold.tensor import NotFoldable, member_valued
 
 
 def _basic(index: Any) -> bool:
-    return index is None or index is Ellipsis or (isinstance(index, int | slice | torch.SymInt) and not isinstance(index, bool))
+    return (
+        index is None
+        or index is Ellipsis
+        or (isinstance(index, int | slice | torch.SymInt) and not isinstance(index, bool))
+    )
 
 
 def _indices(index: Any) -> tuple[Any, ...]:
@@ -76,7 +81,12 @@ def setitem(fold: Fold, func: Any, x: Any, index: Any, value: Any) -> Any:
     return None
 
 
-@rule(*named("gather scatter scatter_ scatter_add scatter_add_ take_along_dim index_add index_add_ index_copy index_copy_ index_fill index_fill_"))
+@rule(
+    *named(
+        "gather scatter scatter_ scatter_add scatter_add_ take_along_dim",
+        "index_add index_add_ index_copy index_copy_ index_fill index_fill_",
+    )
+)
 def scattered(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Reading and writing along a dimension by numbers."""
     name = func.__name__

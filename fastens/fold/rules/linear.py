@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, plain, rule
+from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
 from fastens.ops.linear import linear
 
@@ -97,12 +98,16 @@ def outer(fold: Fold, func: Any, input: Any, vec2: Any) -> Any:
 
 
 @rule(*named("addmm baddbmm addbmm addmv"), own_op=True)
-def add_product(fold: Fold, func: Any, input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **kwargs: Any) -> Any:
+def add_product(
+    fold: Fold, func: Any, input: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **kwargs: Any
+) -> Any:
     """``beta * input + alpha * a @ b``."""
     if kwargs or func.__name__ == "addbmm":
         return NotImplemented
     if fold.recording and func.__name__ == "baddbmm":
-        return fold.unrows(torch.baddbmm(fold.rows(_batched(fold, input, a)), fold.rows(a), fold.rows(b), beta=beta, alpha=alpha))
+        return fold.unrows(
+            torch.baddbmm(fold.rows(_batched(fold, input, a)), fold.rows(a), fold.rows(b), beta=beta, alpha=alpha)
+        )
     product = fold.again(torch.matmul, a, b)
     product = product if alpha == 1 else fold.again(torch.mul, product, alpha)
     if beta == 0:
@@ -111,8 +116,10 @@ def add_product(fold: Fold, func: Any, input: Any, a: Any, b: Any, *, beta: Any 
 
 
 def _batched(fold: Fold, input: Any, a: Any) -> Any:
-    return input if input.ndim == 3 and input.shape[0] == a.shape[0] else fold.again(
-        Tensor.expand, input, a.shape[0], input.shape[-2], input.shape[-1]
+    return (
+        input
+        if input.ndim == 3 and input.shape[0] == a.shape[0]
+        else fold.again(Tensor.expand, input, a.shape[0], input.shape[-2], input.shape[-1])
     )
 
 

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import READS, Fold, named, plain, rule
+from fastens.fold.dispatch import READS, Fold, named, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
 _ATTRIBUTES = """
-    device dtype is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr is_vulkan
-    is_xla is_xpu itemsize layout name names nbytes ndim requires_grad retains_grad shape grad_fn _version output_nr
-    is_ipu is_maia is_mtia volatile
+    device dtype is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
+    is_vulkan is_xla is_xpu itemsize layout name names nbytes ndim requires_grad retains_grad shape grad_fn
+    _version output_nr is_ipu is_maia is_mtia volatile
 """
 _METHODS = """
     size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous is_signed stride
@@ -75,7 +76,11 @@ def autograd_grad(
     seeds = [None] * len(outs) if grad_outputs is None else grad_outputs
     seeds = [seeds] if isinstance(seeds, Tensor) else list(seeds)
     seeds = [
-        None if seed is None and x.numel() != 1 else torch.ones_like(fold.entries(x)) if seed is None else fold.entries(seed)
+        None
+        if seed is None and x.numel() != 1
+        else torch.ones_like(fold.entries(x))
+        if seed is None
+        else fold.entries(seed)
         for x, seed in zip(outs, seeds, strict=True)
     ]
     outs = [fold.entries(x) for x in outs]
@@ -86,7 +91,9 @@ def autograd_grad(
         raise NotFoldable("derivatives by common and by member-valued tensors together")
     kwargs["retain_graph"] = True
     columns = [
-        func([x[n] for x in outs], [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs)
+        func(
+            [x[n] for x in outs], [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs
+        )
         for n in range(fold.hidden.size)
     ]
     return tuple(None if c[0] is None else fold.wrap(torch.stack(c)) for c in zip(*columns, strict=True))

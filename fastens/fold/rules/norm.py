@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import AS_STEPS, Fold, named, plain, promote, rule
+from fastens.fold.dispatch import AS_STEPS, Fold, named, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
+from fastens.fold.writes import promote
 from fastens.ops.batch_norm import batch_norm
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
@@ -52,8 +54,10 @@ def layer(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], we
     """Statistics over the last dimensions."""
     if input.ndim <= len(normalized_shape):
         if any(map(member_valued, (weight, bias))):
-            y = fold.again(func, input, normalized_shape, None, None, eps) if member_valued(input) else (
-                func(plain(input), normalized_shape, None, None, eps)
+            y = (
+                fold.again(func, input, normalized_shape, None, None, eps)
+                if member_valued(input)
+                else (func(plain(input), normalized_shape, None, None, eps))
             )
             y = y if weight is None else fold.again(torch.mul, y, weight)
             return y if bias is None else fold.again(torch.add, y, bias)
@@ -103,7 +107,8 @@ def _own_statistics(fold: Fold, *statistics: Any) -> None:
 
 @rule(F.instance_norm, own_op=True)
 def instance(fold: Fold, func: Any, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
-             bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
+             bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+             ) -> Any:  # fmt: skip
     """Statistics over each channel of each row: a group norm with one channel a group."""
     if not use_input_stats or running_mean is not None or running_var is not None or input.ndim < 3:
         if use_input_stats:

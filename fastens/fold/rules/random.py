@@ -5,13 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import RANDOM, Fold, entry_by_entry, mapped, named, plain, promote
+from fastens.fold.dispatch import RANDOM, Fold, named
+from fastens.fold.nested import mapped, plain
+from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import NotFoldable, member_valued
+from fastens.fold.writes import promote
 
 _FACTORIES = "rand randn randint"
 _LIKE = "rand_like randn_like randint_like bernoulli"
 _IN_PLACE = "normal_ uniform_ bernoulli_ exponential_ random_ cauchy_ geometric_ log_normal_"
-_DROPOUTS = "dropout alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_alpha_dropout_ feature_dropout feature_dropout_ native_dropout dropout1d dropout2d dropout3d rrelu rrelu_"
+_DROPOUTS = """
+    dropout alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_alpha_dropout_ feature_dropout
+    feature_dropout_ native_dropout dropout1d dropout2d dropout3d rrelu rrelu_
+"""
 _OTHERS = "normal poisson multinomial randperm gumbel_softmax fractional_max_pool2d fractional_max_pool3d"
 
 
@@ -79,7 +85,7 @@ def dropout(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
             return x
     if not member_valued(x):
         if func.__name__.endswith("_") or named_args.get("inplace"):
-                    promote(fold, x)
+            promote(fold, x)
         else:
             x = fold.wrap(fold.entries(x).contiguous())
     whole_channels = func.__name__.startswith(("feature", "dropout1d", "dropout2d", "dropout3d"))

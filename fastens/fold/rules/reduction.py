@@ -23,8 +23,10 @@ def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Reduce over all of a member's dimensions, or those that are named."""
     name = func.__name__.removeprefix("linalg_")
     kwargs = dict(kwargs)
-    if name in ("max", "min") and (len(args) + len(kwargs)) and isinstance(
-        args[0] if args else kwargs.get("other"), Tensor
+    if (
+        name in ("max", "min")
+        and (len(args) + len(kwargs))
+        and isinstance(args[0] if args else kwargs.get("other"), Tensor)
     ):
         pointwise = torch.maximum if name == "max" else torch.minimum
         return fold.again(pointwise, x, args[0] if args else kwargs["other"])
@@ -93,21 +95,18 @@ def along_one(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     position = 1 if name in ("topk", "kthvalue") else 0
     if name == "argsort" and args and isinstance(args[0], bool):
         return NotImplemented
-    args = list(args)
+    rest = list(args)
     default = -1 if name in ("sort", "argsort", "topk", "kthvalue", "glu", "mode") else None
-    if len(args) > position:
-        dim = args.pop(position)
-    else:
-        dim = kwargs.pop("dim", default)
+    dim = rest.pop(position) if len(rest) > position else kwargs.pop("dim", default)
     if isinstance(dim, bool) or not isinstance(dim, int):
         return NotImplemented
     kwargs["dim"] = behind(dim, x.ndim)
     if name in ("softmax", "log_softmax", "softmin") and fold.recording and kwargs["dim"] > 1:
         kwargs["dim"] -= 1
-        return fold.unrows(func(fold.rows(x), *args, **kwargs))
-    if args[position:]:
+        return fold.unrows(func(fold.rows(x), *rest, **kwargs))
+    if rest[position:]:
         return NotImplemented
-    return _wrapped(fold, func(fold.stack(x), *args, **kwargs))
+    return _wrapped(fold, func(fold.stack(x), *rest, **kwargs))
 
 
 @rule(F.normalize)

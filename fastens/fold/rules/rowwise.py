@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, mapped, named, rule
+from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.nested import mapped
 from fastens.fold.tensor import member_valued
 
 # function: dimensions of a batched input

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, plain, rule
+from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
 
@@ -140,8 +141,10 @@ def cut(fold: Fold, func: Any, x: Any, sections: Any, dim: int = 0, **kwargs: An
     if getattr(func, "__name__", "") in ("hsplit", "vsplit", "dsplit") or isinstance(sections, Tensor):
         return NotImplemented
     stack, dim = fold.stack(x), behind(dim, x.ndim)
-    parts = stack.split(sections, dim) if "split" in func.__name__ and "tensor" not in func.__name__ else (
-        func(stack, sections, dim)
+    parts = (
+        stack.split(sections, dim)
+        if "split" in func.__name__ and "tensor" not in func.__name__
+        else (func(stack, sections, dim))
     )
     return type(parts)(fold.wrap(part, x.alias) for part in parts)
 

@@ -1,0 +1,49 @@
+"""Arguments and results of functions, which hold tensors in lists, tuples and dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.fold.tensor import MemberTensor
+
+
+def plain(x: Any) -> Any:
+    """A common value without its wrapper."""
+    return x.stack if type(x) is MemberTensor and x.hidden is None else x
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """The leaves of nested lists, tuples and dictionaries."""
+    if isinstance(tree, list | tuple):
+        for item in tree:
+            yield from leaves_of(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from leaves_of(item)
+    else:
+        yield tree
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same nesting with a function applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) in (list, tuple):
+        return type(tree)([mapped(function, item) for item in tree])
+    if isinstance(tree, tuple):  # a named tuple, a size
+        return tree if isinstance(tree, torch.Size) else type(tree)(*[mapped(function, item) for item in tree])
+    if isinstance(tree, dict):
+        return {key: mapped(function, item) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*[mapped(function, item) for item in (tree.start, tree.stop, tree.step)])
+    return tree
+
+
+def name_of(func: Any) -> str:
+    """What a function is called, an attribute by its own name."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name

@@ -1,0 +1,51 @@
+"""The members that were handed in, as the oracle of a first call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.alike import tensors_of
+
+
+class Originals:
+    """The members that were handed in, kept until the first call was held against them.
+
+    They are an oracle while neither they nor the stacks were changed since: same weights, same modes, same place.
+    """
+
+    def __init__(self, members: Any, network: nn.Module) -> None:
+        self._members = members
+        self._network = network
+        self._counts = self._count()
+
+    def _modules(self) -> list[nn.Module]:
+        listed = isinstance(self._members, list | tuple | nn.ModuleList)
+        return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
+
+    def _count(self) -> tuple[Any, Any]:
+        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
+        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
+
+    def usable(self) -> bool:
+        """Whether they still are what the stacks were made of, in the mode that the network is in."""
+        if self._count() != self._counts:
+            return False
+        ours = [m.training for m in self._network.modules()]
+        device = next((t.device for t in tensors_of(self._network).values()), None)
+        for member in self._modules():
+            theirs = next((t.device for t in tensors_of(member).values()), None)
+            if [m.training for m in member.modules()] != ours or theirs != device:
+                return False
+        return True
+
+    def member(self, k: int) -> nn.Module:
+        """Member k, read from its file where it came from one."""
+        return self._members[k]
+
+
+def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes where a tensor is written to, moved or converted."""
+    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype

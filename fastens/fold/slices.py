@@ -1,0 +1,74 @@
+"""Functions that have no rule: run once for each entry of the hidden dimension, which is right for any function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.fold.nested import leaves_of, mapped, name_of, plain
+from fastens.fold.tensor import NotFoldable, ReadsValues, member_valued
+from fastens.fold.writes import writes_to
+
+if TYPE_CHECKING:
+    from fastens.fold.dispatch import Fold
+
+
+def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a function once for each entry of the hidden dimension and stack the results: right for any function."""
+    name = name_of(func)
+    fold.slices[name] += 1
+    columns: dict[int, Any] = {}
+    writes = writes_to(func, args)
+
+    def entries(x: Tensor) -> Any:
+        if member_valued(x) and id(x) not in columns:
+            stack = fold.stack(x)  # pyright: ignore[reportArgumentType]
+            columns[id(x)] = [stack[n] for n in range(len(stack))] if writes else stack.unbind(0)
+        return x
+
+    mapped(entries, (args, kwargs))
+    shared = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor) and id(x) not in columns]
+    shared = [(x, x._version) for x in map(plain, shared) if not x.is_inference()]
+    results = []
+    for n in range(fold.hidden.size):
+        own_args, own_kwargs = mapped(
+            lambda x, n=n: columns[id(x)][n] if id(x) in columns else plain(x), (args, kwargs)
+        )
+        results.append(func(*own_args, **own_kwargs))
+    if not results:
+        raise NotFoldable(f"{name} of no rows")
+    if any(x._version != version for x, version in shared):
+        raise NotFoldable(f"{name} writes to a tensor that is the same for all members")
+    if writes:
+        if isinstance(results[0], Tensor) and results[0].shape != args[0].shape:
+            raise NotFoldable(f"{name} changes the shape of what it writes to")
+        return args[0] if isinstance(results[0], Tensor) else None  # written through the views of its entries
+    storages = {x[0].untyped_storage()._cdata for x in columns.values() if x[0].layout is torch.strided}
+    return stacked(fold, results, name, storages)
+
+
+def stacked(fold: Fold, results: list[Any], name: str, storages: set[int] = frozenset()) -> Any:  # pyright: ignore[reportArgumentType]
+    """The results of one function for every entry as one: tensors stacked, anything else alike.
+
+    Raises:
+        NotFoldable: they are of different shapes, or differ otherwise.
+    """
+    flat = [pytree.tree_flatten(result) for result in results]
+    if any(spec != flat[0][1] for _, spec in flat):
+        raise NotFoldable(f"{name} gives members results of different structure")
+    joined = []
+    for column in zip(*(leaves for leaves, _ in flat), strict=True):
+        first = column[0]
+        if isinstance(first, Tensor):
+            if any(x.shape != first.shape or x.dtype != first.dtype for x in column):
+                raise NotFoldable(f"{name} gives members tensors of different shapes")
+            alias = first.layout is not torch.strided or first.untyped_storage()._cdata not in storages
+            joined.append(fold.wrap(torch.stack(column), alias))
+        else:
+            if any(type(x) is not type(first) or x != first for x in column):
+                raise ReadsValues(f"{name} gives members different values")
+            joined.append(first)
+    return pytree.tree_unflatten(joined, flat[0][1])

@@ -1,0 +1,93 @@
+"""Writing in place: to what differs between members, to what they share, and to what is the caller's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastens.fold.nested import leaves_of
+from fastens.fold.tensor import MemberTensor, NotFoldable
+from fastens.plan.record import in_progress
+
+if TYPE_CHECKING:
+    from fastens.fold.dispatch import Fold
+
+
+class NeedsWrappers(NotFoldable):
+    """A tensor that was the same for all members received member-valued numbers: it must be a wrapper from birth."""
+
+    def __init__(self, written: Tensor) -> None:
+        super().__init__("a tensor that is the same for all members receives member-valued numbers")
+        self.written = written
+
+
+class WritesInput(NotFoldable):
+    """The network writes to an argument of the call, which is the caller's."""
+
+
+def writes_to(func: Any, args: Any) -> bool:
+    """Whether a function changes its first argument."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return False
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name == "__set__"
+    return in_place or (
+        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    )
+
+
+def promote(fold: Fold, target: Any, source: Any = None) -> None:
+    """Let a common tensor become member-valued, so that member-valued numbers can be written to it.
+
+    Args:
+        fold: the pass.
+        target: the tensor.
+        source: what is written; a recording must see that the tensor depends on it.
+    """
+    if not isinstance(target, Tensor):
+        return
+    if type(target) is not MemberTensor:
+        raise NeedsWrappers(target)
+    value = target.stack
+    storage = value.untyped_storage()
+    if storage._cdata in fold.input_storages:
+        raise WritesInput("member-valued numbers are written to an argument of the call")
+    wrappers = fold.sharing(storage._cdata)
+    if any(w.stack.dtype != value.dtype for w in wrappers) or _is_shared(fold, value, wrappers):
+        raise NotFoldable("a tensor that others share memory with receives member-valued numbers")
+    size, count = fold.hidden.size, storage.nbytes() // value.element_size()
+    flat = value.as_strided((count,), (1,), 0)
+    if fold.recording and source is not None:
+        whole = fold.stack(source).new_empty(size * count, dtype=value.dtype)
+        whole.copy_(flat.repeat(size))
+    else:
+        whole = flat.repeat(size)
+    for w in wrappers:  # all that see the memory see the members' from now on
+        strides = (count, *w.stack.stride())
+        w.become(whole.as_strided((size, *w.stack.shape), strides, w.stack.storage_offset()), fold.hidden)
+
+
+def depending(fold: Fold, target: MemberTensor, sources: Any) -> Tensor:
+    """What a recording writes to in place of a constant, which it must not change: memory that depends on the call."""
+    value, recording = target.stack, in_progress()
+    if recording is None or recording.depends(value):
+        return value
+    source = next((x for x in leaves_of(sources) if isinstance(x, Tensor) and recording.depends(x)), None)
+    if source is None:
+        return value
+    if value._base is not None or _is_shared(fold, value, [target]):
+        raise NotFoldable("a tensor that others share memory with is written to")
+    made = source.new_empty(value.shape, dtype=value.dtype)
+    made.copy_(value)
+    target.become(made, None)
+    fold.knows(target)
+    return made
+
+
+def _is_shared(fold: Fold, value: Tensor, wrappers: list[MemberTensor]) -> bool:
+    """Whether another tensor sees the memory of one: beside wrappers, its storage's Python object, and a recording."""
+    known = {id(w.stack) for w in wrappers} | ({id(value._base)} if value._base is not None else set())
+    storage = value.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > len(known) + 1 + fold.recording

@@ -1,0 +1,58 @@
+"""Methods of members that an ensemble has not: combined by the rule, or a setting for all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.ops.aggregate import aggregate
+from fastens.outputs import columns
+
+if TYPE_CHECKING:
+    from fastens.ensemble import Ensemble
+
+
+def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of the members that the ensemble has not: combined by the rule, or a setting for all of them.
+
+    A method that is called with tensors is evaluated for all members, and what differs between them is combined as the
+    results of ``forward`` are. One that is not is called on every member, to set what it sets.
+    """
+    engine = ensemble._engine
+    leaves = pytree.tree_leaves((args, kwargs))
+    if name.startswith("forward_"):  # forward_with_cond_scale and its like call forward: the ensemble's
+        member = next(ensemble.network.children()) if engine is None else ensemble.network
+        return getattr(type(member), name)(ensemble, *args, **kwargs)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if engine is None:
+            first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network.children()]
+            return first
+        result = getattr(ensemble.network, name)(*args, **kwargs)
+        ensemble.refresh()
+        return ensemble if result is ensemble.network else result
+    arguments = ensemble._arguments(args, kwargs)
+    if engine is None:
+        outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
+    else:
+        outputs = engine.evaluate(arguments, ensemble.training, name)
+    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
+
+
+def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
+    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations.
+
+    Raises:
+        ValueError: they differ, under a rule that draws members for calls of ``forward``.
+    """
+    first = scores[0]
+    if all(torch.equal(first, other) for other in scores[1:]):
+        return first.clone()
+    rule = ensemble.rule
+    if rule.random:
+        raise ValueError(
+            f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule"
+        )
+    return aggregate(scores, "mean" if rule.needs_noise_level else rule, backend=ensemble._settings["backend"])
