@@ -38,7 +38,8 @@ def only_rounding(case: Case, fault: Fault, make: Callable[..., Any]) -> bool:
     """Whether a small difference is one of roundings, which the network magnifies.
 
     It is where the loop with another rounding shows one of its size: batch norm of two rows in training, for one,
-    magnifies rounding a thousandfold. Gradients that cancel have no such witness: there the case has to be right in float64.
+    magnifies rounding a thousandfold. Gradients that cancel have no such witness: such a case has to be right in
+    float64.
     """
     same = take(case, STEPS, Rounded).fault
     if same is not None and fault.size < 10 * same.size < float("inf"):
