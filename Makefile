@@ -6,11 +6,12 @@ export OMP_WAIT_POLICY := passive
 
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo test test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo test fuzz test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-build compiles every GPU kernel for every target"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
+	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
 	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
@@ -44,6 +45,13 @@ demo: .venv/demo build/native
 
 test: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+# Prints shares folded, looped and planned, why not, and every fault with its seed and a small case that shows it.
+NETWORKS ?= 10000
+SEED ?= 0
+JOBS ?= 2
+fuzz: .venv/dev build/native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --jobs $(JOBS)
 
 # Minutes: every Triton kernel and the CUDA library, compiled in full for every GPU; needs no GPU.
 test-gpu-build: .venv/dev

@@ -11,34 +11,50 @@ import sys
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
 import torch
 
 from tests.fuzz.cases import draw_case, read_case, run_case
-from tests.fuzz.run import Outcome
+from tests.fuzz.run import Case, Outcome
 from tests.fuzz.shrink import kind, shrunk, source
 
 TOP = 12
+NAMES = ("wholly", "partly", "looped", "own", "asked", "unknown", "float32", "planned", "wrong", "raised", "crashed")
 SAID = {
     "wholly": "folded without any looped module",
     "partly": "folded, some modules looped",
     "looped": "looped as a whole",
     "unknown": "raised before it could say",
+    "asked": 'engine="loop"',
+    "own": "of these, members that differ in Python or read values of their own, and must be looped",
+    "float32": "in float32, the others in float64",
     "crashed": "ended or hung their process",
 }
 
 
-def work(pipe: Connection, shrinks: bool) -> None:
+def work(pipe: Connection, shrinks: bool, only: str | None, length: int | None) -> None:
     """Run the seeds that come through a pipe, and send each one's outcome back."""
     torch.set_num_threads(1)
     while (seed := pipe.recv()) is not None:
         try:
-            outcome = run_case(draw_case(seed))
+            outcome = run_case(filtered(draw_case(seed, length), only))
             small = source(shrunk(outcome.case, run_case, 60)) if shrinks and outcome.fault else ""
             pipe.send((seed, outcome, small, ""))
         except Exception:
             pipe.send((seed, None, "", traceback.format_exc()))
+
+
+def filtered(case: Case, only: str | None) -> Case:
+    """The case with the steps that were asked for."""
+    if not only:
+        return case
+    names = only.split(",")
+    wanted = {name for name in names if not name.startswith("-")}
+    left_out = {name[1:] for name in names if name.startswith("-")}
+    steps = tuple(s for s in case.steps if s[0] not in left_out and (not wanted or s[0] in wanted))
+    return replace(case, steps=steps)
 
 
 class Tally:
@@ -62,13 +78,16 @@ class Tally:
         self.calls += outcome.calls
         self.shares[outcome.folded] += 1
         self.shares["planned"] += outcome.planned
+        self.shares["float32"] += outcome.case.network.dtype == "float32"
+        self.shares["own"] += outcome.case.network.tagged("own_python") and outcome.folded != "asked"
         self.looped.update(set(outcome.why_looped))
         self.refused.update(outcome.refused)
         self.invalid.update(outcome.invalid)
         if outcome.magnified:
             self.magnified[f"in {outcome.magnified.step}"] += 1
         if not outcome.planned:
-            self.unplanned[outcome.why_no_plan or "no reason given"] += 1
+            looped = outcome.folded in ("looped", "asked")
+            self.unplanned["looped" if looped else outcome.why_no_plan or "no reason given"] += 1
         if outcome.fault:
             self.shares[outcome.fault.outcome] += 1
             why = outcome.fault.why if outcome.fault.outcome == "raised" else ""
@@ -78,8 +97,10 @@ class Tally:
     def __str__(self) -> str:
         n = max(self.networks, 1)
         lines = [f"{self.networks} networks, {self.calls} calls"]
-        for name in ("wholly", "partly", "looped", "unknown", "planned", "wrong", "raised", "crashed"):
+        for name in NAMES:
             lines.append(f"  {100 * self.shares[name] / n:6.2f} %  {self.shares[name]:6d}  {SAID.get(name, name)}")
+        share = 100 * self.shares["planned"] / max(self.shares["float32"], 1)
+        lines.append(f"  {share:6.2f} %  of those in float32, the only ones that can be, are planned")
         for title, counter in (
             ("why looped", self.looped),
             ("why not planned", self.unplanned),
@@ -97,7 +118,7 @@ class Tally:
         return "\n".join(lines)
 
 
-def run(seeds: list[int], jobs: int, shrinks: bool, limit: float) -> Tally:
+def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None, length: int | None) -> Tally:
     """Run seeds in processes of their own, so that a crash or a hang is one fault."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     tally, waiting = Tally(), list(reversed(seeds))
@@ -105,7 +126,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float) -> Tally:
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, shrinks), daemon=True)
+        process = context.Process(target=work, args=(theirs, shrinks, only, length), daemon=True)
         process.start()
         theirs.close()
         give(ours, process)
@@ -169,6 +190,8 @@ def main() -> int:
     parser.add_argument(
         "--limit", type=float, default=180.0, help="seconds that a network may take, shrinking included"
     )
+    parser.add_argument("--length", type=int, help="steps of each sequence, instead of three to eight")
+    parser.add_argument("--steps", help="only these steps of a sequence, by name, with commas; -name: all but this one")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they are")
     parser.add_argument("--case", help="run one case, as printed, and shrink it")
     options = parser.parse_args()
@@ -182,7 +205,7 @@ def main() -> int:
         return int(outcome.fault is not None)
     began = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.networks))
-    tally = run(seeds, options.jobs, not options.no_shrink, options.limit)
+    tally = run(seeds, options.jobs, not options.no_shrink, options.limit, options.steps, options.length)
     print(f"\nseeds {options.seed} to {options.seed + options.networks - 1}, {time.monotonic() - began:.0f} s\n{tally}")
     return int(tally.shares["wrong"] + tally.shares["raised"] + tally.shares["crashed"] > 0 or bool(tally.broken))
 

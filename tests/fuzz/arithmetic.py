@@ -2,6 +2,7 @@
 
 from random import Random
 
+import einops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ class ViewsWritten(Block):
         self.how = draw.choice(["chunk", "view", "select", "masked", "fill", "transpose", "unbind"])
 
     def forward(self, h: Tensor) -> Tensor:
-        y = h.clone()
+        y = h.clone(memory_format=torch.contiguous_format)
         p = self.per_channel(self.p, h)
         if self.how == "chunk":
             half = y.shape[self.channel_dim] // 2  # autograd refuses writes to the results of chunk
@@ -293,6 +294,21 @@ class ChannelsLast(Block):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.linear(self.norm(h.movedim(1, -1))).movedim(-1, 1)
+
+
+@feature(*CHANNELS_FIRST, "sequence", weight=0.7)
+class Einops(Block):
+    def build(self, draw: Random, sizes: Sizes) -> None:
+        self.scale = nn.Parameter(torch.zeros(sizes.width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.channel_dim == -1:
+            scale = einops.rearrange(self.scale, "c -> 1 1 c")
+            return einops.rearrange(
+                einops.rearrange(h * scale, "b l (g c) -> b g l c", g=2).tanh(), "b g l c -> b l (g c)"
+            )
+        flat = einops.rearrange(h, "b c ... -> b (...) c") * einops.rearrange(self.scale, "c -> 1 1 c")
+        return h + einops.reduce(flat, "b n c -> b c", "mean").reshape(*h.shape[:2], *[1] * (h.ndim - 2))
 
 
 @feature(weight=1)

@@ -92,7 +92,7 @@ class CrossAttention(Block):
         self.empty = nn.Parameter(torch.zeros(1, 3, sizes.width))
 
     def forward(self, h: Tensor, context: Tensor | None) -> Tensor:
-        usable = context is not None and context.ndim == 3 and context.shape[-1] == h.shape[-1]
+        usable = torch.is_tensor(context) and context.ndim == 3 and context.shape[-1] == h.shape[-1]
         tokens = context if usable and context.is_floating_point() else self.empty.expand(len(h), -1, -1)
         return self.attention(h, tokens, tokens, need_weights=False)[0]
 
@@ -110,7 +110,7 @@ class Codebook(Block):
 @feature("sequence", weight=1)
 class LearnedPositions(Block):
     def build(self, draw: Random, sizes: Sizes) -> None:
-        self.table = nn.Parameter(torch.zeros(1, 16, sizes.width))
+        self.table = nn.Parameter(torch.zeros(1, 64, sizes.width))
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.table[:, : h.shape[1]]
@@ -120,7 +120,7 @@ class LearnedPositions(Block):
 class PositionEmbedding(Block):
     def build(self, draw: Random, sizes: Sizes) -> None:
         self.how = draw.choice(["layer", "functional", "table", "gather", "index_select"])
-        self.embedding = nn.Embedding(16, sizes.width, padding_idx=draw.choice([None, 0]))
+        self.embedding = nn.Embedding(64, sizes.width, padding_idx=draw.choice([None, 0]))
 
     def forward(self, h: Tensor) -> Tensor:
         ids = torch.arange(h.shape[1], device=h.device)
@@ -233,6 +233,30 @@ class BagOfIds(Block):
     def forward(self, h: Tensor, t: Tensor) -> Tensor:
         first = (t * 4).long().clamp(0, 8)
         return h + self.bag(torch.stack([first, first + 1], 1))
+
+
+@feature("vector", "sequence", weight=1)
+class EmbeddingOptions(Block):
+    takes = ("h", "t")
+
+    def build(self, draw: Random, sizes: Sizes) -> None:
+        padding, frequency = draw.choice([None, 0, 3]), draw.random() < 0.5
+        self.embedding = nn.Embedding(5, sizes.width, padding_idx=padding, scale_grad_by_freq=frequency)
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        y = self.embedding((4 * t.detach()).long().clamp(0, 4))
+        return h + (y if h.ndim == 2 else y[:, None])
+
+
+@feature("vector", weight=0.3, stateful=True)
+class BoundedEmbedding(Block):
+    takes = ("h", "t")
+
+    def build(self, draw: Random, sizes: Sizes) -> None:
+        self.embedding = nn.Embedding(5, sizes.width, max_norm=0.8)  # it writes its weights when it is called
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        return h + self.embedding((4 * t.detach()).long().clamp(0, 4))
 
 
 @feature(*CHANNELS_FIRST, weight=3)

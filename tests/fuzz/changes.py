@@ -7,13 +7,16 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 import torch.utils._pytree as pytree
 from torch import nn
 
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Form, copied
 from tests.fuzz.networks import named
-from tests.fuzz.run import Run
+from tests.fuzz.oracle import Mismatch
+from tests.fuzz.run import Run, Skip
 from tests.fuzz.sequences import step
 
 Route = Callable[[nn.Module, float], Any]
@@ -160,10 +163,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @step(2.5)
 def optimizer(run: Run, draw: Random) -> None:
     """Two steps of training, between calls of one signature."""
-    if run.random:
+    if run.random or not any(p.requires_grad for p in run.members[0].parameters()):
         return
     name = draw.choice(list(OPTIMIZERS))
     run.step += f" ({name})"
+    run.trained = True
     calls = [run.make(draw, Form(run.spec.rows)) for _ in range(2)]
 
     def train(*modules: Any) -> None:
@@ -254,14 +258,20 @@ def mode_of_one(run: Run, draw: Random) -> None:
 @step(1)
 def attribute(run: Run, draw: Random) -> None:
     """A number that forward reads, set on the ensemble as on a member."""
-    value, setter = draw.choice([0.25, 3.0]), draw.random() < 0.5
+    value, setter, run.altered = draw.choice([0.25, 3.0]), draw.random() < 0.5, True
     again(run, draw, lambda: run.each(lambda m: m.set_scale(value) if setter else setattr(m, "scale", value)))
+
+    def check(found: float) -> None:
+        if found != value:
+            raise Mismatch(f"scale reads {found}, expected {value}")
+
+    run.attempt(lambda: run.ensemble.scale, check)
 
 
 @step(0.7)
 def attribute_of_one(run: Run, draw: Random) -> None:
     """A number of a submodule: the epsilon of every normalisation."""
-    value = draw.choice([0.1, 1.0])
+    value, run.altered = draw.choice([0.1, 1.0]), True
 
     def change(module: nn.Module) -> None:
         for one in module.modules():
@@ -304,12 +314,62 @@ def method(run: Run, draw: Random) -> None:
 @step(0.7)
 def duplicated(run: Run, draw: Random) -> None:
     """A deep copy, or what pickling gives back, in the ensemble's place."""
-    if any(FEATURE in {"OwnState", "SameState", "OwnForward"} for FEATURE, _ in run.spec.blocks):
-        return  # closures do not pickle
+    if any(name == "OwnForward" for name, _ in run.spec.blocks):
+        return  # a copy of its closure is no copy
     how = copy.deepcopy if draw.random() < 0.6 else lambda e: pickle.loads(pickle.dumps(e))
+    run.own(lambda: [how(member) for member in run.members], Skip)
     run.attempt(lambda: how(run.ensemble), run._adopt)
     with torch.no_grad():
         run.call(run.make(draw))
+
+
+@step(0.5)
+def frozen(run: Run, draw: Random) -> None:
+    """Parameters that need no gradient, called with gradients enabled."""
+    needed = draw.random() < 0.3
+
+    def change(module: nn.Module) -> None:
+        for name, p in module.named_parameters():
+            if "trunk" not in name:  # which never needs one
+                p.requires_grad_(needed)
+
+    run.each(change)
+    with torch.enable_grad():
+        for _ in range(2):
+            run.call(run.make(draw, Form(run.spec.rows)))
+
+
+@step(0.4)
+def formatted(run: Run, draw: Random) -> None:
+    """Kernels of images in another memory format."""
+    if run.spec.frame == "image":
+        again(run, draw, lambda: run.each(lambda module: module.to(memory_format=torch.channels_last)))
+
+
+class Halved(nn.Module):
+    """A parametrization that means the same on a stack of members."""
+
+    def forward(self, weight: Any) -> Any:
+        return 0.5 * weight
+
+
+@step(0.4)
+def parametrized(run: Run, draw: Random) -> None:
+    """A parametrization or a pruned weight, put on a layer; it may be refused."""
+    how = draw.choice(["parametrization", "pruning"])
+
+    def change(module: nn.Module) -> None:
+        for _, layer in named(list(module.named_modules()), "outward"):  # pyright: ignore[reportArgumentType]
+            if how == "parametrization":
+                nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+            else:
+                nn.utils.prune.identity(layer, "weight")
+
+    run.allowed = run.altered = True
+    run.each(change)
+    with torch.no_grad():
+        run.call(run.make(draw, Form(run.spec.rows)))
+    again(run, draw, lambda: run.each(lambda m: ROUTES["in_place"](m, 0.75)))
 
 
 def again(run: Run, draw: Random, change: Callable[[], Any], before: bool = True) -> None:

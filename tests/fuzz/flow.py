@@ -60,7 +60,7 @@ class BranchOnTime(Mixed):
         return torch.where(t.reshape(-1, *[1] * (h.ndim - 1)) > 0.5, self.mix(h), h)
 
 
-@feature(weight=0.6)
+@feature(weight=0.6, own_python=True)
 class ReadParameter(Mixed):
     def setup(self, draw: Random, sizes: Sizes) -> None:
         self.p = nn.Parameter(torch.zeros(3))
@@ -83,7 +83,7 @@ class ReadParameter(Mixed):
         return y if bool((self.p > 0).any()) else 2 * h
 
 
-@feature(weight=0.4, coarse=True, mixing=True)
+@feature(weight=0.4, coarse=True, mixing=True, own_python=True)
 class ReadActivation(Mixed):
     def setup(self, draw: Random, sizes: Sizes) -> None:
         self.how = draw.choice(["max", "item", "while", "isfinite"])

@@ -12,7 +12,7 @@ from tests.fuzz.networks import INTEGER, LEVELS, Network, data_channels
 from tests.fuzz.registry import CHANNELS_FIRST
 
 TIMES = ("rows", "common", "number", "expanded")
-LAYOUTS = ("plain", "strided", "transposed", "expanded", "chunk", "channels_last", "offset")
+LAYOUTS = ("plain", "strided", "transposed", "expanded", "chunk", "channels_last", "offset", "parameter", "negative")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ def laid_out(x: Tensor, layout: str, dim: int) -> Tensor:
         return wide[..., ::2]
     if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "expanded":
+    if layout == "expanded" and x.shape[dim]:
         return x.narrow(dim, 0, 1).expand_as(x)
     if layout == "chunk":
         return torch.cat([x, x + 1], dim).chunk(2, dim)[0]
+    if layout == "parameter":
+        return torch.nn.Parameter(x)
+    if layout == "negative":
+        return torch._neg_view(-x)  # as the imaginary part of a conjugate is
     if layout == "channels_last" and x.ndim == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "offset":
@@ -80,18 +84,22 @@ def make_call(spec: Network, form: Form, seed: int, dtype: torch.dtype) -> Call:
 
 
 def _time(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    count = max(form.rows, 1)  # an empty batch has a time, too
     if spec.time in INTEGER:
-        t = torch.randint(0, LEVELS - 1, (form.rows,), generator=generator)
+        t = torch.randint(0, LEVELS - 1, (count,), generator=generator)
     else:
-        t = torch.rand(form.rows, generator=generator, dtype=torch.float64).to(dtype)
+        t = torch.rand(count, generator=generator, dtype=torch.float64).to(dtype)
     if form.time == "common":
         return t[0].clone()
     if form.time == "number":
         return t[0].item()
-    return t[:1].expand(form.rows) if form.time == "expanded" else t
+    return t[:1].expand(form.rows) if form.time == "expanded" else t[: form.rows]
 
 
-def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:
+def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
     if spec.context == "none" or form.context == "absent":
         return None
     if spec.context == "same":
@@ -100,8 +108,13 @@ def _context(spec: Network, form: Form, generator: torch.Generator, dtype: torch
         return torch.randint(0, LEVELS, (form.rows,), generator=generator)
     if spec.context == "mask":
         return torch.rand(form.rows, generator=generator) > 0.3
-    shape = (form.rows, 3, spec.width) if spec.context == "tokens" else (form.rows, spec.width)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if spec.context == "pair":
+        return noise(form.rows, spec.width), noise(form.rows, spec.width)
+    if spec.context == "named":
+        return {"text": noise(form.rows, spec.width), "size": noise(form.rows, 2)}
+    if spec.context == "bank":  # the same for all rows, and perhaps as many entries as rows
+        return noise(spec.rows, spec.width)
+    return noise(form.rows, 3, spec.width) if spec.context == "tokens" else noise(form.rows, spec.width)
 
 
 def draw_form(spec: Network, draw: Random, rows: int | None = None) -> Form:
@@ -109,7 +122,7 @@ def draw_form(spec: Network, draw: Random, rows: int | None = None) -> Form:
     return Form(
         rows=spec.rows if rows is None else rows,
         time=draw.choices(TIMES, [5, 1, 1, 1])[0],
-        layout=draw.choices(LAYOUTS, [12, 1, 1, 1, 1, 1, 1])[0],
+        layout=draw.choices(LAYOUTS, [12, 1, 1, 1, 1, 1, 1, 0.3, 0.3])[0],
         context=draw.choices(("position", "keyword", "absent"), [4, 2, 1])[0],
         flip=draw.choices((0, 1, 2), [6, 1, 1])[0],
         gain=draw.choices((1.0, 0.5, 2.0), [6, 1, 1])[0],

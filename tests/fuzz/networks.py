@@ -17,7 +17,7 @@ from tests.fuzz.registry import CHANNELS_FIRST, FEATURES, FRAMES, Block, Sizes, 
 
 CONTINUOUS = ("linear", "sinusoidal", "fourier", "perceptron", "number", "none")
 INTEGER = ("embedding", "table", "scaled")
-CONTEXTS = ("none", "tokens", "labels", "same", "pooled", "mask")
+CONTEXTS = ("none", "tokens", "labels", "same", "pooled", "mask", "pair", "named", "bank")
 OUTPUTS = ("tensor", "tuple", "dict", "none", "integer", "ids", "list", "nested")
 LEVELS = 10
 
@@ -69,7 +69,7 @@ def draw_network(seed: int) -> Network:
         size=size,
         blocks=blocks,
         time=draw.choices([*CONTINUOUS, *INTEGER], [3, 3, 2, 2, 0.3, 1, 2, 0.5, 0.5])[0],
-        context=draw.choices(CONTEXTS, [6, 2, 1.5, 1, 1, 0.5])[0],
+        context=draw.choices(CONTEXTS, [6, 2, 1.5, 1, 1, 0.5, 0.4, 0.4, 0.3])[0],
         output=draw.choices(OUTPUTS, [10, 1, 1, 0.7, 0.5, 0.4, 0.4, 0.4])[0],
         batch_second=draw.random() < 0.06,
         dtype=draw.choices(["float32", "float64"], [2, 1])[0],
@@ -148,7 +148,7 @@ class Member(nn.Module):
             self.pooled = nn.Linear(spec.width, spec.width, bias=False)
         self.blocks = nn.ModuleList([FEATURES[name](Random(f"block {seed}"), sizes) for name, seed in spec.blocks])
 
-    def forward(self, x: Tensor, t: Any, context: Tensor | None = None, *, flip: int = 0, gain: float = 1.0) -> Any:
+    def forward(self, x: Tensor, t: Any, context: Any = None, *, flip: int = 0, gain: float = 1.0) -> Any:
         if self.batch_second:
             x = x.transpose(0, 1)
         t = self._times(t, x)
@@ -161,6 +161,12 @@ class Member(nn.Module):
             emb = emb + self.pooled(context)
         elif self.context == "tokens" and context is not None:
             emb = emb + context.mean(1)
+        elif self.context == "pair" and context is not None:
+            emb = emb + context[0] * context[1]
+        elif self.context == "named" and context is not None:
+            emb = emb + context["text"] + context["size"].mean(1, keepdim=True)
+        elif self.context == "bank" and context is not None:
+            emb = emb + torch.softmax(emb @ context.t(), -1) @ context
         elif self.context == "mask" and context is not None:
             x = x * context.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         h = self.inward(x)
@@ -192,7 +198,7 @@ class Member(nn.Module):
 
     def _returned(self, y: Tensor) -> Any:
         if self.output == "tuple":
-            return y, 2 * y[:, :1]
+            return y, 2 * y
         if self.output == "dict":
             return {"sample": y, "scale": y.square()}
         if self.output == "none":

@@ -69,6 +69,16 @@ def max_abs(scores: Tensor) -> Tensor:
     return scores.abs().max(0).values
 
 
+def weighted(scores: Tensor) -> Tensor:
+    """The mean under :func:`weights`."""
+    return sum(w * s for w, s in zip(weights(len(scores)), scores, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def weights(count: int) -> list[float]:
+    """Weights that differ, one of them negative, and sum to 1."""
+    return [1.0] if count == 1 else [*(2.0 / count for _ in range(count - 1)), 2.0 / count - 1.0]
+
+
 def variance(scores: Tensor) -> Tensor:
     return (scores - scores.mean(0)).square().mean(0)
 
@@ -80,6 +90,7 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "geometric": geometric,
     "dominant": dominant,
     "max_abs": max_abs,
+    "weighted": weighted,
 }
 
 

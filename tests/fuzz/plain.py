@@ -2,16 +2,24 @@
 
 import contextlib
 import copy
+import threading
 import types
 from collections.abc import Iterator
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+import fastens
 from tests.fuzz import oracle
+
+
+def own(arguments: Any, k: int) -> Any:
+    """Member k's of the arguments that every member has of its own."""
+    return pytree.tree_map(lambda a: a.stack[k] if isinstance(a, fastens.PerMember) else a, arguments)
 
 
 class PlainLoop(nn.Module):
@@ -19,19 +27,19 @@ class PlainLoop(nn.Module):
 
     rule = "mean"
 
-    def __init__(self, members: list[nn.Module], engine: str = "auto") -> None:
+    def __init__(self, members: list[nn.Module], engine: str = "auto", max_fold: int | None = None) -> None:
         super().__init__()
         self.networks = nn.ModuleList(members)
         self.train(members[0].training)
-        self.__dict__["drawn"] = None
+        self.__dict__["drawn"] = {}
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return [network(*args, **kwargs) for network in self.networks]
+        return [network(*own(args, k), **own(kwargs, k)) for k, network in enumerate(self.networks)]
 
     def combine(self, outputs: list[Any], batch: Any) -> Any:
         if self.rule in oracle.RULES:
             return oracle.combined(outputs, oracle.RULES[self.rule])
-        draw, size, dim, kept = self.drawn
+        draw, size, dim, kept = self.drawn.get(threading.get_ident())
         rows = batch.shape[dim]
         if self.rule == "alternating" or not kept:
             kept[:] = [draw.randrange(len(outputs)) for _ in range(size)]
@@ -55,7 +63,7 @@ class PlainLoop(nn.Module):
     @contextlib.contextmanager
     def trajectory(self, batch_size: int, generator: int) -> Iterator[None]:
         dim = int(self.networks[0].batch_second)
-        self.__dict__["drawn"] = (Random(generator), batch_size, dim, [])
+        self.drawn[threading.get_ident()] = (Random(generator), batch_size, dim, [])
         yield
 
     def velocity(self, *args: Any) -> Any:
@@ -64,6 +72,10 @@ class PlainLoop(nn.Module):
     def set_scale(self, scale: float) -> None:
         for network in self.networks:
             network.set_scale(scale)
+
+    @property
+    def scale(self) -> float:
+        return self.networks[0].scale
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
@@ -74,6 +86,17 @@ class PlainLoop(nn.Module):
     def report(self) -> Any:
         return types.SimpleNamespace(engine="loop", looped=[], plans=[], why="it is one", why_no_plan="it is a loop")
 
+    @property
+    def members(self) -> nn.ModuleList:
+        return self.networks
+
+    def save_pretrained(self, folder: str) -> None:
+        torch.save(self, f"{folder}/loop.pt")
+
+    @classmethod
+    def from_pretrained(cls, folder: str, factory: Any) -> Any:
+        return torch.load(f"{folder}/loop.pt", weights_only=False)
+
     def refresh(self) -> None:
         """Nothing is kept."""
 
@@ -81,8 +104,8 @@ class PlainLoop(nn.Module):
 class Rounded(PlainLoop):
     """The loop with another rounding: every module's output is off by some units in the last place."""
 
-    def __init__(self, members: list[nn.Module], engine: str = "auto") -> None:
-        super().__init__(members, engine)
+    def __init__(self, members: list[nn.Module], engine: str = "auto", max_fold: int | None = None) -> None:
+        super().__init__(members, engine, max_fold)
         for module in self.networks.modules():
             module.register_forward_hook(rounded)
 
@@ -92,8 +115,8 @@ def rounded(module: nn.Module, args: Any, output: Any) -> Any:
         if not oracle.is_score(leaf) or leaf.is_inference():
             return leaf
         most = 1 if leaf.dtype == torch.bfloat16 else 3
-        noise = torch.randint(-most, most + 1, leaf.shape, generator=torch.Generator().manual_seed(leaf.numel()))
-        return leaf * (1 + noise.to(leaf.dtype) * torch.finfo(leaf.dtype).eps)
+        noise = np.random.default_rng(leaf.numel()).integers(-most, most + 1, leaf.shape)  # vmap lets torch draw none
+        return leaf * (1 + torch.from_numpy(noise).to(leaf.dtype) * torch.finfo(leaf.dtype).eps)
 
     return pytree.tree_map(shift, output)
 

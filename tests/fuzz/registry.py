@@ -41,6 +41,7 @@ class Block(nn.Module):
     differs: ClassVar[bool] = False  # members differ in more than tensors
     coarse: ClassVar[bool] = False  # not continuous, so that rounding can be magnified
     refusable: ClassVar[bool] = False  # the README says that this may be refused
+    own_python: ClassVar[bool] = False  # Python reads values that differ between members, so they must be looped
     in_training: ClassVar[bool] = False  # what is said above holds in training mode only
     equal: ClassVar[bool] = False  # parameters that need no gradient are the same in all members
 

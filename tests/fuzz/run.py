@@ -29,6 +29,8 @@ class Case:
     network: Network
     steps: tuple[Step, ...] = ()
     engine: str = "auto"
+    max_fold: int | None = None
+    built: str = "plain"  # or under inference_mode
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Fault:
     step: str
     why: str
     size: float = float("inf")
+    trained: bool = False  # gradients were involved
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Outcome:
     fault: Fault | None = None
     refused: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)  # calls that the loop itself cannot answer
-    folded: str = "unknown"  # wholly, partly or looped
+    folded: str = "unknown"  # wholly, partly, looped, or asked: looped since the case says so
     planned: bool = False
     why_looped: list[str] = field(default_factory=list)
     why_no_plan: str = ""
@@ -59,7 +62,11 @@ class Outcome:
 
 
 class Stop(BaseException):
-    """The sequence ends here: a fault, or the loop itself raised and later calls mean nothing."""
+    """The sequence ends here: a fault, or a change that the members themselves do not take."""
+
+
+class Skip(BaseException):
+    """The step ends here: the loop itself raises."""
 
 
 class Run:
@@ -68,11 +75,16 @@ class Run:
     def __init__(self, case: Case, make: Callable[..., Any] = fastens.Ensemble) -> None:
         self.case, self.spec, self.outcome = case, case.network, Outcome(case)
         self.dtype, self.training, self.rule = self.spec.torch_dtype, self.spec.training, "mean"
+        self.trained = False
+        self.altered = False  # in something that its files do not hold
         self.coarsest = self.dtype  # that weights and state have gone through
         self.members = members_of(self.spec)
         self.step, self.allowed = "construction", case.engine == "fold"
         self.ensemble: Any = None
-        self.attempt(lambda: make(members_of(self.spec), engine=case.engine), self._adopt)
+        options = {} if case.max_fold is None else {"max_fold": case.max_fold}
+        handed_in = members_of(self.spec)
+        with torch.inference_mode(case.built == "inference"):
+            self.attempt(lambda: make(handed_in, engine=case.engine, **options), self._adopt)
         self.allowed = False
 
     def _adopt(self, ensemble: Any) -> None:
@@ -111,26 +123,26 @@ class Run:
             then(call())
             return True
         except Mismatch as error:
-            self.outcome.fault = Fault("wrong", self.step, str(error), error.size)
+            self.outcome.fault = Fault("wrong", self.step, str(error), error.size, self.trained)
         except Exception as error:
-            if self.allowed and isinstance(error, ValueError | RuntimeError | TypeError | NotImplementedError):
+            if self.allowed and deliberate(error):
                 self.outcome.refused.append(f"{self.step}: {brief(error)}")
             else:
                 self.outcome.fault = Fault("raised", self.step, f"{brief(error)} at {place(error)}")
         raise Stop
 
     def loop(self, answer: Callable[[Any], Any]) -> list[Any]:
-        """What each member answers; where one raises, the sequence ends."""
-        return self.own(lambda: [answer(member) for member in self.members])
+        """What each member answers; where one raises, the step ends, and so do networks that remember their calls."""
+        return self.own(lambda: [answer(member) for member in self.members], Stop if self.stateful else Skip)
 
-    def own(self, work: Callable[[], Any]) -> Any:
-        """The oracle's part of a step; where it raises, a loop could not do it, and the sequence ends."""
+    def own(self, work: Callable[[], Any], then: type[BaseException] = Stop) -> Any:
+        """The oracle's part of a step; where it raises, a loop could not do it."""
         try:
             with quiet():
                 return work()
         except Exception as error:
             self.outcome.invalid.append(f"{self.step}: {brief(error)} at {place(error)}")
-            raise Stop from None
+            raise then from None
 
     def call(self, call: Call, how: str = "call") -> None:
         """Evaluate one call, as an aggregate, as outputs of the members, or with their variance."""
@@ -190,7 +202,9 @@ class Run:
         report = self.ensemble.report()
         looped = list(report.looped)
         out = self.outcome
-        if report.engine == "loop" or any(not layer.path for layer in looped):
+        if self.case.engine == "loop":
+            out.folded = "asked"
+        elif report.engine == "loop" or any(not layer.path for layer in looped):
             out.folded, out.why_looped = "looped", [general(report.why)] + [general(x.why) for x in looped[:1]]
         elif out.folded != "looped" and looped:
             out.folded, out.why_looped = "partly", [general(layer.why) for layer in looped]
@@ -213,10 +227,11 @@ def take(
         except Stop:
             return run.outcome
         try:
-            for name, seed in (("sample", 1), *case.steps):
+            for name, seed in case.steps:
                 run.step = name
                 run.allowed = run.spec.tagged("refusable", True)
-                steps[name](run, Random(f"step {name} {seed}"))
+                with contextlib.suppress(Skip):
+                    steps[name](run, Random(f"step {name} {seed}"))
                 run.allowed = False
                 if name == "sample":
                     run.report()
@@ -258,6 +273,12 @@ def quiet() -> Iterator[None]:
 def brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def deliberate(error: BaseException) -> bool:
+    """Whether the package raised an error itself, with words of its own."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "/fastens/" in last.filename and (last.line or "").startswith("raise")
 
 
 def place(error: BaseException) -> str:

@@ -10,10 +10,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+import fastens
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Form, batch, copied
-from tests.fuzz.networks import Network
-from tests.fuzz.oracle import Mismatch
 from tests.fuzz.run import Run, spoil
 
 STEPS: dict[str, Callable[[Run, Random], None]] = {}
@@ -31,10 +30,15 @@ def step(weight: float) -> Callable[[Callable[[Run, Random], None]], Callable[[R
     return register
 
 
-def draw_steps(seed: int) -> tuple[tuple[str, int], ...]:
-    """Draw a sequence."""
+FIRST = ("threads", "gradients", "numbers", "autocast", "inference", "drawn", "functional", "degenerate", "enabled")
+
+
+def draw_steps(seed: int, length: int | None = None) -> tuple[tuple[str, int], ...]:
+    """Draw a sequence, of so many steps; most begin as a sampler does, and some with what is rarely a first call."""
     draw = Random(f"steps {seed}")
-    names = draw.choices(list(STEPS), list(SHARES.values()), k=draw.randrange(3, 9))
+    first = [draw.choice(FIRST)] if draw.random() < 0.3 else []
+    count = draw.randrange(3, 9) if length is None else length
+    names = [*first, "sample", *draw.choices(list(STEPS), list(SHARES.values()), k=count)]
     return tuple((name, draw.randrange(10_000)) for name in names)
 
 
@@ -60,7 +64,7 @@ def other_forms(run: Run, draw: Random) -> None:
 def other_batches(run: Run, draw: Random) -> None:
     """Other numbers of rows, then the first again."""
     with torch.no_grad():
-        for rows in (draw.choice([1, 2, 3, 5, run.spec.members, run.spec.members * run.spec.rows]), run.spec.rows):
+        for rows in (draw.choice([0, 1, 2, 3, 5, run.spec.members, run.spec.members * run.spec.rows]), run.spec.rows):
             run.call(run.make(draw, run.form(draw, rows)))
 
 
@@ -90,7 +94,9 @@ def with_variance(run: Run, draw: Random) -> None:
 def rules(run: Run, draw: Random) -> None:
     """Another rule, set on the ensemble, for this and later calls."""
     run.rule = draw.choice(list(oracle.RULES))
-    run.attempt(lambda: setattr(run.ensemble, "rule", run.rule))
+    weighted = run.rule == "weighted" and isinstance(run.ensemble, fastens.Ensemble)
+    rule = fastens.rules.Mean(oracle.weights(run.spec.members)) if weighted else run.rule
+    run.attempt(lambda: setattr(run.ensemble, "rule", rule))
     with torch.no_grad():
         for _ in range(2):
             run.call(run.make(draw))
@@ -159,6 +165,7 @@ def gradients(run: Run, draw: Random) -> None:
     """Gradients with respect to the input and to the weights, each summed over members."""
     if run.rule not in ("mean", "sum", "median") or run.random:
         return
+    run.trained = True
     call = run.make(draw, replace(run.form(draw), layout="plain"))
     theirs = copied(call)
     x, mine = theirs[0][0].requires_grad_(), call[0][0].requires_grad_()
@@ -206,43 +213,40 @@ def _gradients(loss: Tensor, x: Tensor, parameters: list[Tensor]) -> list[Tensor
     return [torch.zeros_like(x) if x.grad is None else x.grad, torch.stack([along, size])]
 
 
-@step(1)
-def drawn(run: Run, draw: Random) -> None:
-    """Rules that draw one member a row: every row is some member's, the same through a trajectory under ``mixture``."""
+@step(0.5)
+def degenerate(run: Run, draw: Random) -> None:
+    """Zeros, and rows that are all the same, which show nothing of how rows and members meet."""
+    spec, form = run.spec, Form(run.spec.rows)
+    with torch.no_grad():
+        call = run.make(draw, form)
+        run.call(pytree.tree_map(torch.zeros_like, call))
+        run.call(run.make(draw, replace(form, layout="expanded", time="common")))
+        run.call(run.make(draw, form))
+        if spec.context != "none":
+            (x, t, *context), _ = run.make(draw, form)
+            run.call(((x, t, *pytree.tree_map(torch.zeros_like, context)), {}))
+            run.call(((x, t, *context), {}))
+
+
+@step(0.3)
+def not_a_number(run: Run, draw: Random) -> None:
+    """A NaN among the inputs: where the loop answers NaN, so does the ensemble."""
     if run.random or run.stateful:
         return
-    rule, before, spec = draw.choice(["alternating", "mixture"]), run.rule, run.spec
-    rows, dim, relative = spec.rows, int(spec.batch_second), oracle.tolerance(run.coarsest)
-    repeats = draw.choice([1, 1, 2])
-    run.attempt(lambda: setattr(run.ensemble, "rule", rule))
-    run.allowed = run.allowed or run.mixing or spec.batch_second or not _carries_rows(spec)
-    seen: list[set[int]] = []
+    call = run.make(draw, Form(run.spec.rows))
+    call[0][0].view(-1)[draw.randrange(call[0][0].numel())] = torch.nan
+    theirs = copied(call)
+
+    def check(answer: Any) -> None:
+        wanted = oracle.combined(expected, oracle.RULES[run.rule])
+        for a, e in zip(pytree.tree_leaves(answer), pytree.tree_leaves(wanted), strict=True):
+            if oracle.is_score(e) and not bool((a.isnan() | ~e.isnan()).all()):
+                raise oracle.Mismatch("a NaN was lost")
+
     with torch.no_grad():
-        scope = run.ensemble.trajectory(rows, draw.randrange(1000))
-
-        def evaluate() -> None:
-            with scope:
-                for _ in range(3):
-                    call = run.make(draw, replace(run.form(draw, rows * repeats), layout="plain"))
-                    candidates = [[output] for output in run.loop(_answering(copied(call)))]
-                    run.outcome.calls += 1
-                    found = oracle.check_drawn(run.ensemble(*call[0], **call[1]), candidates, dim, relative)
-                    if rule == "mixture":
-                        for row, members in enumerate(found):
-                            if row % rows == len(seen) and row < rows:
-                                seen.append(members)
-                            seen[row % rows] &= members
-                            if not seen[row % rows]:
-                                raise Mismatch(f"row {row} changed its member within a trajectory")
-
-        run.attempt(evaluate)
-        run.attempt(lambda: setattr(run.ensemble, "rule", before))
-        run.call(run.make(draw))
-
-
-def _carries_rows(spec: Network) -> bool:
-    """Whether every score of the output has a row for each row of the input."""
-    return spec.output not in ("ids",)
+        expected = run.loop(_answering(theirs))
+        run.attempt(lambda: run.ensemble(*call[0], **call[1]), check)
+        run.call(run.make(draw, Form(run.spec.rows)))
 
 
 @step(1)

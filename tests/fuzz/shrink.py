@@ -48,8 +48,9 @@ def _smaller(case: Case) -> Iterator[Case]:
             continue
         if not isinstance(current, int) or isinstance(current, bool) or current > simplest:
             yield replace(case, network=replace(network, **{field.name: simplest}))
-    if case.engine != "auto":
-        yield replace(case, engine="auto")
+    for field in ("engine", "max_fold", "built"):
+        if getattr(case, field) != getattr(Case(network), field):
+            yield replace(case, **{field: getattr(Case(network), field)})
 
 
 def source(case: Case) -> str:
@@ -60,5 +61,9 @@ def source(case: Case) -> str:
         for f in fields(Network)
         if getattr(case.network, f.name) != getattr(plain, f.name)
     ]
-    engine = "" if case.engine == "auto" else f", engine={case.engine!r}"
-    return f"Case(Network({', '.join(said)}), {case.steps!r}{engine})"
+    options = [
+        f", {name}={getattr(case, name)!r}"
+        for name in ("engine", "max_fold", "built")
+        if getattr(case, name) != getattr(Case(plain), name)
+    ]
+    return f"Case(Network({', '.join(said)}), {case.steps!r}{''.join(options)})"

@@ -105,13 +105,13 @@ class SameState(Stateful):
         self.keep(draw.choice(CONTAINERS), draw.choice([0.5, 2.0, 1.25]))
 
 
-@feature(weight=0.5, differs=True)
+@feature(weight=0.5, differs=True, own_python=True)
 class OwnState(Stateful):
     def build(self, draw: Random, sizes: Sizes) -> None:
         self.keep(draw.choice(CONTAINERS), sizes.own.choice([0.25, 0.5, 0.75, 1.25, 1.5, 2.0]))
 
 
-@feature(weight=0.3, differs=True)
+@feature(weight=0.3, differs=True, own_python=True)
 class OwnForward(Block):
     def build(self, draw: Random, sizes: Sizes) -> None:
         self.linear = nn.Linear(sizes.width, sizes.width)
@@ -279,9 +279,8 @@ class ParameterWritten(Block):
         self.p = nn.Parameter(torch.zeros(sizes.width))
 
     def forward(self, h: Tensor) -> Tensor:
-        y = h * self.per_channel(self.p, h)
         self.p.data = self.p.data * 0.9
-        return y
+        return h * self.per_channel(self.p, h)
 
 
 @feature(weight=0.8, random=True)
