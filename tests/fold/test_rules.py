@@ -1,0 +1,114 @@
+"""Every function of torch's own catalogue gives all members what it gives each: by its rule, or entry by entry."""
+
+import random
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+import fastens  # noqa: F401  (registers the rules)
+from fastens.fold.dispatch import Fold
+from fastens.fold.tensor import MemberTensor, NotFoldable, all_members
+
+op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
+
+K = 3
+# They draw random numbers, look at memory, leave it unset, or are no functions of a network.
+_LEFT_OUT = """
+    cauchy exponential geometric log_normal normal uniform rand_like randn_like randint_like bernoulli multinomial
+    svd_lowrank pca_lowrank empty_like new_empty new_empty_strided empty empty_strided empty_permuted
+    as_strided as_strided_copy as_strided_scatter nn.functional.rrelu nn.functional.fractional_max_pool2d
+    nn.functional.fractional_max_pool3d nn.functional.dropout nn.functional.dropout2d nn.functional.dropout3d
+    nn.functional.alpha_dropout nn.functional.feature_alpha_dropout nn.functional.scaled_dot_product_attention
+    nn.functional.multi_head_attention_forward torch._scaled_mm torch._scaled_mm_v2 addbmm randn randint
+    native_dropout_backward nn.functional.gumbel_softmax
+""".split()
+NAMES = sorted(
+    {
+        op.name
+        for op in op_db
+        if op.name not in _LEFT_OUT and not op.name.startswith(("sparse", "masked.", "to_sparse", "jiterator", "ops."))
+    }
+)
+
+
+def another(x, k):
+    """The value of member k."""
+    if x.dtype in (torch.float32, torch.float64, torch.complex64):
+        return x.clone() * (1 + 0.05 * k)
+    if x.dtype == torch.bool or x.numel() < 2:
+        return x.clone()
+    return x.clone().flatten().roll(k).view(x.shape)
+
+
+def same(a, b):
+    if not isinstance(a, torch.Tensor):
+        return a == b or (a != a and b != b)
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (x.to_dense() if x.layout is not torch.strided else x for x in (a, b))
+    return torch.allclose(a, b, 1e-4, 1e-4, equal_nan=True) if a.numel() else True
+
+
+def entry(x, k):
+    if not isinstance(x, MemberTensor):
+        return x
+    return x.stack if x.hidden is None else x.stack[k]
+
+
+def check(function, sample, draw, written):
+    """Hold one call on member-valued tensors against the calls on each member's own."""
+    leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
+    tensors = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.layout is torch.strided]
+    if not tensors:
+        return
+    own = {i for i in tensors if draw.random() < 0.6} or {draw.choice(tensors)}
+    own |= {tensors[0]} if written else set()
+    values = {i: [another(leaves[i], k) for k in range(K)] for i in own}
+
+    def call(found):
+        x, args, kwargs = pytree.tree_unflatten(found, spec)
+        return function(x, *args, **kwargs)
+
+    def copied(x):
+        return x.clone() if isinstance(x, torch.Tensor) else x
+
+    expected = []
+    try:
+        for k in range(K):
+            given = [values[i][k].clone() if i in own else copied(x) for i, x in enumerate(leaves)]
+            expected.append((call(given), given))
+    except Exception:  # a member's own error
+        return
+    given = [
+        MemberTensor(torch.stack(values[i]), all_members(K)) if i in own else copied(x) for i, x in enumerate(leaves)
+    ]
+    try:
+        with Fold(all_members(K)):
+            output = pytree.tree_leaves(call(given))
+    except NotFoldable:  # the network is looped
+        return
+    for k in range(K):
+        theirs = pytree.tree_leaves(expected[k][0])
+        assert len(theirs) == len(output)
+        assert all(same(entry(a, k), b) for a, b in zip(output, theirs, strict=True)), (sample, own)
+        assert all(same(entry(given[i], k), expected[k][1][i]) for i in tensors), f"what it wrote to: {sample}"
+
+
+@pytest.mark.parametrize("first", sorted({name[:1] for name in NAMES}))
+@pytest.mark.filterwarnings("ignore")
+def test_members_get_what_each_gets(first):
+    draw = random.Random(0)
+    for op in op_db:
+        if op.name not in NAMES or not op.name.startswith(first):
+            continue
+        try:
+            samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=False))
+        except (NotImplementedError, RuntimeError, TypeError):  # not of this dtype
+            continue
+        for function, written in ((op.op, False), (op.method_variant, False), (op.inplace_variant, True)):
+            for sample in draw.sample(samples, min(2, len(samples))) if function is not None else ():
+                try:
+                    check(function, sample, draw, written)
+                except Exception as error:
+                    raise AssertionError(f"{op.name}: {error}") from error
