@@ -245,7 +245,7 @@ def modes(run: Run, draw: Random) -> None:
 @step(0.7)
 def mode_of_one(run: Run, draw: Random) -> None:
     """One submodule in the other mode."""
-    path = draw.choice([name for name, _ in run.members[0].named_modules() if name.startswith("blocks.")])
+    path = draw.choice([name for name, _ in run.members[0].named_modules() if "." in name or name == "inward"])
     run.training = True  # of what is random or keeps statistics, some may be
 
     def change(module: nn.Module) -> None:

@@ -6,10 +6,12 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from tests.fuzz import oracle
 from tests.fuzz.inputs import Call, copied
 from tests.fuzz.oracle import Mismatch
+from tests.fuzz.plain import stacked
 from tests.fuzz.run import Run
 from tests.fuzz.sequences import step
 
@@ -27,8 +29,23 @@ def prepared(run: Run, draw: Random, count: int, rows: int) -> Checked:
     for _ in range(count):
         call = run.make(draw, replace(run.form(draw, rows), layout="plain"))
         args, kwargs = copied(call)
-        calls.append((call, [[output] for output in run.loop(lambda m, args=args, kwargs=kwargs: m(*args, **kwargs))]))
+        candidates = [[output] for output in run.loop(lambda m, args=args, kwargs=kwargs: m(*args, **kwargs))]
+        if run.mixing and not run.spec.batch_second:
+            for options, other in zip(candidates, run.loop(lambda m, call=call: alone(m, call, rows)), strict=True):
+                options.append(other)
+        calls.append((call, candidates))
     return calls
+
+
+def alone(member: Any, call: Call, rows: int) -> Any:
+    """What a member answers to each row in a batch of its own, as one batch."""
+    answers = []
+    for row in range(rows):
+        args, kwargs = pytree.tree_map(
+            lambda a, row=row: a[row : row + 1] if torch.is_tensor(a) and a.shape[:1] == (rows,) else a, copied(call)
+        )
+        answers.append(member(*args, **kwargs))
+    return pytree.tree_map(stacked, *answers)
 
 
 def trajectory(run: Run, rule: str, rows: int, seed: int, calls: Checked) -> list[Any]:
