@@ -17,6 +17,14 @@ from fastens.fold.tables import Stacks
 _VERSION = operator.attrgetter("_version")
 
 
+def _versions(tensors: list[Tensor]) -> int:
+    """How often tensors were written to, as far as torch counts; those made in inference mode have no count."""
+    try:
+        return sum(map(_VERSION, tensors))
+    except RuntimeError:
+        return sum(0 if t.is_inference() else t._version for t in tensors)
+
+
 class Barrier:
     """Counts what is written to the Python state of a network: attributes of modules, and entries of their tables."""
 
@@ -108,7 +116,7 @@ class Guards:
         if self.barrier.writes != self._seen:
             self.look()
         tensors = self.tensors
-        return self.barrier.writes, sum(map(_VERSION, tensors)), tuple(map(Tensor.data_ptr, tensors))
+        return self.barrier.writes, _versions(tensors), tuple(map(Tensor.data_ptr, tensors))
 
     def hooked(self) -> bool:
         """Whether hooks want to be called."""

@@ -35,8 +35,10 @@ class Stacks(dict[str, Any]):
         self.barrier: Any = None  # counts what replaces a tensor
 
     def __delitem__(self, name: str) -> None:
-        self._written()
-        super().__delitem__(name)
+        raise ValueError(
+            f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations and pruning do with what they "
+            "are put on: put them on the members, and make the ensemble of those"
+        )
 
     def _written(self) -> None:
         if self.barrier is not None:

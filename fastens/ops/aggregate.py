@@ -71,4 +71,6 @@ def aggregate(
         )
     resolved.check(len(members))
     seed = seed_from(generator) if resolved.per_evaluation else 0
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return reference.aggregate(members, resolved, seed=seed)
     return _aggregate.resolve(backend, members)(members, resolved.name, resolved.option, resolved.values, seed, 0)

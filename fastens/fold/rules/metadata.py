@@ -10,8 +10,8 @@ from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
 _ATTRIBUTES = """
-    device dtype is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
-    is_vulkan is_xla is_xpu itemsize layout name names nbytes ndim requires_grad retains_grad shape grad_fn
+    device dtype is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
+    is_vulkan is_xla is_xpu itemsize layout name names nbytes ndim requires_grad retains_grad shape
     _version output_nr is_ipu is_maia is_mtia volatile
 """
 _METHODS = """
@@ -44,6 +44,12 @@ def metadata(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return stack[0] if len(stack) else stack.new_empty(stack.shape[1:])
 
     return func(*map(one, args), **kwargs)
+
+
+@rule(*_getters("grad_fn is_leaf"))
+def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
+    """Where the derivatives of the stack come from."""
+    return func(fold.stack(x))
 
 
 @rule(Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
