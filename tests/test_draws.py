@@ -123,16 +123,16 @@ def test_trajectory_ends_with_an_error_inside(ensemble):
 def test_only_drawn_members_run(rule, max_fold):
     members = [randomised(mlp, seed) for seed in range(4)]
     x = torch.randn(8, 5)
-    seen = []
+    rows = []
     fold = fastens.Ensemble(members, rule, max_fold=max_fold)
     loop = fastens.Ensemble(members, rule, engine="loop")
     with torch.no_grad():
         with fold.trajectory(8, 5):
             fold(x)  # held against the loop
-        fold.network[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        fold.network[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].hidden.size))
         with fold.trajectory(8, 5), loop.trajectory(8, 5):
             assert relative_error(fold(x), loop(x)) < 1e-5
-    assert sum(seen) == 8
+    assert sum(rows) == 8
 
 
 def test_members_of_different_structure_take_random_rules_too():

@@ -7,9 +7,6 @@ import fastens
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
-RECURRENT = ("gru", "gru_time_first")  # torch compiles no recurrent layer unless it is told to
-
-
 def ensemble_of(name):
     make, arguments = NETWORKS[name]
     members = [randomised(make, seed) for seed in range(2)]
@@ -34,7 +31,7 @@ def check(run, ensemble, members, args, kwargs):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compiles_whole(name):
     ensemble, members, args, kwargs = ensemble_of(name)
-    with torch.no_grad(), torch._dynamo.config.patch(allow_rnn=name in RECURRENT):
+    with torch.no_grad():
         ensemble(*args, **kwargs)
         check(compiled(ensemble, args, kwargs), ensemble, members, args, kwargs)
 
@@ -48,26 +45,8 @@ def test_exports_whole(name):
 
 
 @pytest.mark.parametrize("trace", [compiled, exported])
-@pytest.mark.parametrize("name", ["mlp", "transformer", "edm_like", "vision_blocks"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "transformer_time_first", "gru_time_first", "edm_like", "vision_blocks"])
 def test_traces_before_the_first_call(name, trace):
     ensemble, members, args, kwargs = ensemble_of(name)
     with torch.no_grad():
         check(trace(ensemble, args, kwargs), ensemble, members, args, kwargs)
-
-
-@pytest.mark.parametrize("trace", [compiled, exported])
-@pytest.mark.parametrize("name", ["transformer_time_first", "gru_time_first"])
-def test_layers_that_take_time_first_need_a_call_before(name, trace):
-    ensemble, _, args, kwargs = ensemble_of(name)
-    with torch.no_grad(), pytest.raises(Exception, match="Call the ensemble once"):
-        trace(ensemble, args, kwargs)(*args, **kwargs)
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_a_recurrent_member_alone_needs_the_same_permission(name):
-    ensemble, members, args, kwargs = ensemble_of(name)
-    with torch.no_grad():
-        ensemble(*args, **kwargs)
-    for module in (members[0], ensemble):
-        with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn"):
-            compiled(module, args, kwargs)(*args, **kwargs)

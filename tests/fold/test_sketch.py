@@ -5,6 +5,7 @@ import torch
 
 import fastens
 from fastens.fold.arguments import Arguments
+from fastens.fold.tensor import all_members
 from fastens.plan.record import record
 from fastens.plan.sketch import sketched
 from tests.networks import NETWORKS, randomised
@@ -15,10 +16,9 @@ def recordings(name):
     ensemble = fastens.Ensemble([randomised(make, seed) for seed in range(2)], engine="fold", backend="reference")
     args, kwargs = arguments(3)
     with torch.no_grad():
-        ensemble(*args, **kwargs)  # establishes where modules have their batch
         call = Arguments(args, kwargs)
-        run = lambda: ensemble._engine._pass(call, None, None)  # noqa: E731
-        return [record(run, call.tensors, sketch)[0] for sketch in (None, sketched)]
+        whole, _ = ensemble._engine.recordable(call, all_members(2))
+        return [record(lambda: whole(call.tensors), call.tensors, sketch)[0] for sketch in (None, sketched)]
 
 
 def layout(ref):
