@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 # Where a checkpoint came from, which changes nothing that its network computes.
-_PROVENANCE = {"_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
+_PROVENANCE = {
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "_diffusers_version",
+    "_use_default_values",
+    "_class_name",
+}
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _VALUES = (
@@ -125,13 +132,13 @@ class _Comparison:
 
     def _container(self, a: Any, b: Any, path: str, different: str) -> str | None:
         if isinstance(a, dict):
-            if list(a) != list(b):
-                return f"{path}: keys {list(a)} against {list(b)}"
-            for key in a:
-                if key not in _PROVENANCE:
-                    found = self._same(a[key], b[key], f"{path}[{key!r}]")
-                    if found is not None:
-                        return found
+            keys = [[key for key in each if key not in _PROVENANCE] for each in (a, b)]
+            if keys[0] != keys[1]:
+                return f"{path}: keys {keys[0]} against {keys[1]}"
+            for key in keys[0]:
+                found = self._same(a[key], b[key], f"{path}[{key!r}]")
+                if found is not None:
+                    return found
             return self._own_attributes(a, b, path)
         if isinstance(a, list | tuple | collections.deque):
             if len(a) != len(b):

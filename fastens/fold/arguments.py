@@ -18,7 +18,11 @@ _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 def _in_memory(x: Tensor) -> bool:
     """Whether a tensor's elements are where its strides say, as they are."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and not (x._is_zerotensor() or x.is_conj() or x.is_neg())
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.layout is torch.strided
+        and not (x._is_zerotensor() or x.is_conj() or x.is_neg())
+    )
 
 
 def separate(tensors: list[Tensor]) -> list[Tensor]:

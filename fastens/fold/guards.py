@@ -125,11 +125,7 @@ class Guards:
 
 def ordinary_context(device: str) -> bool:
     """Whether nothing in this context changes what torch's functions do: autocast, modes of functions, forward derivatives."""
-    return (
-        not torch.is_autocast_enabled(device)
-        and not torch._C._len_torch_function_stack()
-        and not transformed()
-    )
+    return not torch.is_autocast_enabled(device) and not torch._C._len_torch_function_stack() and not transformed()
 
 
 def transformed() -> bool:

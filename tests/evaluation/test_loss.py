@@ -89,7 +89,9 @@ def test_one_pass_per_batch():
     denoiser = Denoiser(fastens.Ensemble(members, engine="loop"), Discrete.linear())
     views = denoiser.model._engine.views
     denoising_loss(denoiser, torch.zeros(8, D), rule_names=RULES, by_size=("mean",), times=4, batch_size=16)
-    assert [view.calls[-2:] for view in views] == [[16, 16]] * K  # 32 inputs, two batches, K members: however many rules
+    assert [view.calls[-2:] for view in views] == [
+        [16, 16]
+    ] * K  # 32 inputs, two batches, K members: however many rules
 
 
 def test_batch_size_does_not_matter(denoiser, data, loss):

@@ -7,6 +7,7 @@ import fastens
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
+
 def ensemble_of(name):
     make, arguments = NETWORKS[name]
     members = [randomised(make, seed) for seed in range(2)]
@@ -45,7 +46,9 @@ def test_exports_whole(name):
 
 
 @pytest.mark.parametrize("trace", [compiled, exported])
-@pytest.mark.parametrize("name", ["mlp", "transformer", "transformer_time_first", "gru_time_first", "edm_like", "vision_blocks"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "transformer", "transformer_time_first", "gru_time_first", "edm_like", "vision_blocks"]
+)
 def test_traces_before_the_first_call(name, trace):
     ensemble, members, args, kwargs = ensemble_of(name)
     with torch.no_grad():

@@ -108,17 +108,17 @@ def test_memory_enough_means_one_pass(monkeypatch, passes):
 def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, passes):
     members, x = wide()
     ensemble = fastens.Ensemble(members)
-    original = fastens.fold.engine.FoldEngine._pass
+    original = fastens.fold.engine.FoldEngine.run
     failed = []
 
-    def limited(self, arguments, index, offsets):
-        rows = 256 if index is None else len(index)
-        if rows > limit:
-            failed.append(rows)
+    def limited(self, fold, arguments, method="forward", rows=False):
+        count = fold.hidden.size * arguments.batch_size
+        if count > limit:
+            failed.append(count)
             raise error("out of memory")
-        return original(self, arguments, index, offsets)
+        return original(self, fold, arguments, method, rows)
 
-    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "_pass", limited)
+    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "run", limited)
     with torch.no_grad():
         expected = torch.stack([member(x) for member in members])
         with pytest.warns(UserWarning, match="a pass of 256 rows ran out of memory, so one takes 128"):
