@@ -124,7 +124,7 @@ class Guards:
 
 
 def ordinary_context(device: str) -> bool:
-    """Whether nothing in this context changes what torch's functions do: autocast, modes of functions, forward derivatives."""
+    """Whether nothing in this context changes what functions do: autocast, modes, forward derivatives."""
     return not torch.is_autocast_enabled(device) and not torch._C._len_torch_function_stack() and not transformed()
 
 

@@ -37,6 +37,8 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the function on the stacks."""
     if any(isinstance(leaf, torch.memory_format) and leaf not in _LAYOUTS for leaf in leaves_of((args, kwargs))):
         return _laid_out(fold, func, args, kwargs)
+    if func in _TAKES_OTHER and isinstance(kwargs.get("other"), Tensor):
+        args, kwargs = (*args, kwargs["other"]), {name: value for name, value in kwargs.items() if name != "other"}
     if func in _TAKES_OTHER and len(args) > 1 and isinstance(args[1], Tensor):
         return _converted(fold, func, args, kwargs)
     tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -160,6 +160,8 @@ def unbind(fold: Fold, func: Any, x: Any, dim: int = 0) -> Any:
 def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Functions of one dimension, or of some, that are given by number."""
     name = func.__name__
+    if not x.ndim:
+        return NotImplemented
     if name in ("select", "narrow"):
         if any(isinstance(a, Tensor) for a in args):
             return NotImplemented
