@@ -36,8 +36,8 @@ class Stacks(dict[str, Any]):
 
     def __delitem__(self, name: str) -> None:
         raise ValueError(
-            f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations and pruning do: put them on "
-            "the members, and make the ensemble of those"
+            f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations or pruning do: "
+            "put those on the members, and make the ensemble of them"
         )
 
     def _written(self) -> None:

@@ -153,7 +153,8 @@ def _laid_out(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     expected = {torch.channels_last: 4, torch.channels_last_3d: 5}[wanted]
     if x.ndim != expected or not member_valued(x):
         return NotImplemented
-    return fold.unrows(func(fold.rows(x), *args[1:], **kwargs))
+    rest, named_rest = mapped(lambda y: fold.stack(y) if member_valued(y) else plain(y), (args[1:], kwargs))
+    return fold.unrows(func(fold.rows(x), *rest, **named_rest))
 
 
 @rule(F.prelu, torch.prelu, Tensor.prelu)
