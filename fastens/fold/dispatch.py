@@ -42,6 +42,7 @@ class Fold(TorchFunctionMode):
 
     Attributes:
         slices: functions that ran entry by entry, and how often.
+        ways: of convolution, by the identity of their kernels.
         reads: the line of Python that read a common value first, empty where none did.
     """
 
@@ -63,6 +64,7 @@ class Fold(TorchFunctionMode):
         self.reference = reference
         self.slices: Counter[str] = Counter()
         self.reads = ""
+        self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
         self.input_storages = (

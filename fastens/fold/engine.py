@@ -83,6 +83,7 @@ class FoldEngine:
         self.engine = "loop" if settings["engine"] == "loop" else "fold"
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
         self.checked: set[Any] = set()
+        self.ways: dict[int, str] = {}  # of convolutions in the last pass
         self.slices: dict[str, int] = {}  # functions without a rule, of the last checked pass
         self.originals = None if originals is None else Originals(originals, self.network)
         self.wrapped = masks is not None  # whether common tensors become member-valued in place
@@ -394,7 +395,7 @@ class FoldEngine:
     def _one_pass(self, arguments: Arguments, hidden: Hidden, method: str) -> list[Any]:
         fold = self.new_pass(hidden, arguments)
         leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
-        self.slices = dict(fold.slices)
+        self.slices, self.ways = dict(fold.slices), fold.ways
         return [*(unwrapped(x, hidden) for x in leaves), spec]
 
     def verify(self, arguments: Arguments) -> float:
@@ -409,7 +410,7 @@ class FoldEngine:
 
     def report(self, backend: str) -> Report:
         """What each module that owns tensors got."""
-        layers = layer_reports(self.network, self.num_members, self.why if self.engine == "loop" else None)
+        layers = layer_reports(self.network, self.num_members, self.ways, self.why if self.engine == "loop" else None)
         plans = self.plans
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, plans.why_not, plans.num_bytes)

@@ -165,12 +165,15 @@ def _restore(value: Any, content: Any) -> None:
         value.update(content)
 
 
-def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) -> list[LayerReport]:
+def layer_reports(
+    network: nn.Module, num_members: int, ways: dict[int, str], why_loop: str | None
+) -> list[LayerReport]:
     """What each module of a folded network that owns tensors got.
 
     Args:
         network: the folded network.
         num_members: K.
+        ways: of convolution that the last pass took, by the identity of their kernels.
         why_loop: why the whole network is looped, none where it is folded.
     """
     layers: list[LayerReport] = []
@@ -181,7 +184,7 @@ def layer_reports(network: nn.Module, num_members: int, why_loop: str | None) ->
             continue
         how = "looped" if why_loop is not None else "shared" if all(common for _, _, common in owned) else "folded"
         number = sum(t.numel() // (1 if common else num_members) for _, t, common in owned)
-        layers.append(
-            LayerReport(path, type(module).__name__, how, "torch" if how == "looped" else "", why_loop or "", number)
-        )
+        way = next((ways[id(t)] for _, t, _ in owned if id(t) in ways), "reference")
+        by = "torch" if how == "looped" else way
+        layers.append(LayerReport(path, type(module).__name__, how, by, why_loop or "", number))
     return layers

@@ -39,6 +39,7 @@ def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: 
             offsets = None
     whole = (rows, weights, biases, *arguments, offsets)
     way = CHOICE.choose(whole, rows.device, ruled=not fold.reference)
+    fold.ways[id(weight.stack if member_valued(weight) else plain(weight))] = way
     y = conv(*whole, way=way)
     if not fold.recording and rows.is_contiguous() and not rows.is_cuda:
         y = y.contiguous()
