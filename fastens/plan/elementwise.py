@@ -134,11 +134,10 @@ def _with_number(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, number: flo
             return True
     before = pending(emitter, x)
     free = before is not None and before.activation is Activation.NONE and not before.scaled
+    if divides and emitter.typed:  # launches of convolutions only multiply
+        free = False
     if before is not None and free and relaid(before, out):
-        if divides and emitter.typed:  # launches of convolutions only multiply, as torch does on a GPU
-            before.scale = float(torch.ones(()) / number)
-        else:
-            before.scale, before.divisor = (1.0, number) if divides else (number, 1.0)
+        before.scale, before.divisor = (1.0, number) if divides else (number, 1.0)
         emitter.values[out.storage] = before
         return True
     return express(emitter, out, numbered, (x,), number)

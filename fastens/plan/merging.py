@@ -72,12 +72,9 @@ def _added(flow: Dataflow, launch: Launch) -> None:
     out, inputs, code = launch.args
     added = code[0][0] is Opcode.ADD and len(inputs) == 2 and {code[0][1], code[0][2]} == {0, 1}
     rest = code[1:] if added else code
-    by_number = all(c[0] in (Opcode.MULTIPLY_NUMBER, Opcode.DIVIDE_NUMBER) for c in rest)
-    if (len(inputs) != 1 and not added) or len(rest) > 1 or not by_number:
+    if (len(inputs) != 1 and not added) or len(rest) > 1 or not all(c[0] is Opcode.MULTIPLY_NUMBER for c in rest):
         return
     factor = rest[0][3] if rest else 1.0
-    if rest and rest[0][0] is Opcode.DIVIDE_NUMBER:  # on a GPU torch multiplies by the reciprocal as well
-        factor = (torch.ones(()) / factor).item()
     for i in range(len(inputs)):
         before = flow.writer(inputs[i])
         if before is None or before.function is not run.conv2d or len(flow.readers(inputs[i])) != 1:
