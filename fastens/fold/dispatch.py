@@ -139,6 +139,15 @@ class Fold(TorchFunctionMode):
         x = plain(x)
         return x.repeat(self.hidden.size, *(1,) * (x.ndim - 1))
 
+    def dealt_tokens(self, x: Tensor) -> MemberTensor | None:
+        """Vectors of rows that are dealt out as [1, tokens, width] each, where they are in several rows; else none.
+
+        What acts on vectors alone finds the member of each row by its number, not by that of a vector.
+        """
+        if self.hidden.offsets is None or not member_valued(x) or x.ndim < 3 or x.shape[0] == 1:
+            return None
+        return self.wrap(self.stack(x).flatten(1, -2).unsqueeze(1))  # pyright: ignore[reportArgumentType]
+
     def unrows(self, y: Tensor) -> MemberTensor:
         """The inverse of :meth:`rows`."""
         found = self.wrap(y.unflatten(0, (self.hidden.size, y.shape[0] // self.hidden.size)))

@@ -49,7 +49,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = (f(tokens).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return (x + self.project(y).transpose(1, 2).unflatten(-1, x.shape[2:])) / 2**0.5
+        return (x + self.project(y).transpose(1, 2).unflatten(-1, x.shape[2:])) * 2**-0.5
 
 
 class Network(nn.Module):

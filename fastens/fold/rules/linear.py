@@ -30,6 +30,10 @@ def linear_rule(fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None
         return NotImplemented
     if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"linear: input of {input.shape[-1]} features, weight expects {weight.shape[1]}")
+    tokens = fold.dealt_tokens(input)
+    if tokens is not None:
+        y = fold.stack(fold.again(F.linear, tokens, weight, bias))
+        return fold.wrap(y.reshape(len(y), *input.shape[:-1], y.shape[-1]))
     weights, biases = fold.weights(weight), fold.weights(bias)
     if biases is not None and biases.shape[0] != weights.shape[0]:
         weights, biases = fold.entries(weight), fold.entries(bias)

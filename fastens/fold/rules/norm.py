@@ -64,6 +64,10 @@ def layer(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], we
         return fold.wrap(func(fold.stack(input), normalized_shape, plain(weight), plain(bias), eps))
     if not any(map(member_valued, (weight, bias))) and not fold.recording:
         return fold.wrap(func(fold.stack(input), normalized_shape, plain(weight), plain(bias), eps))
+    tokens = fold.dealt_tokens(input) if len(normalized_shape) == 1 else None
+    if tokens is not None:
+        y = fold.stack(fold.again(func, tokens, normalized_shape, weight, bias, eps))
+        return fold.wrap(y.reshape(len(y), *input.shape))
     (scale, shift), offsets = _parameters(fold, input, weight, bias)
     return fold.unrows(layer_norm(fold.rows(input), normalized_shape, scale, shift, eps, offsets))
 
