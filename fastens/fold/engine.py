@@ -29,8 +29,8 @@ from fastens.fold.network import build_network, layer_reports, shared_names, ske
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.tables import tables_of, view_of_member
-from fastens.fold.tensor import Hidden, all_members
+from fastens.fold.tables import settle, tables_of, view_of_member
+from fastens.fold.tensor import Hidden, NotFoldable, all_members
 from fastens.ops.run_program import target
 from fastens.report import Report
 
@@ -156,7 +156,11 @@ class FoldEngine:
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, by its own Python."""
-        return self.call_module(self.views[k], k, arguments, method)
+        view = self.views[k]
+        output = self.call_module(view, k, arguments, method)
+        if self.stateful:
+            settle(view, keeps=True)
+        return output
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
@@ -372,16 +376,22 @@ class FoldEngine:
 
         if torch.compiler.is_compiling() or tracing():
             return self._one_pass(given, all_members(members), method)
-        parted = self.cap.rows(key, members * batch) < batch and self.rows.independent(self, arguments, method)
+        if self.stateful and self.cap.rows(key, members * batch) < members * batch:
+            raise NotFoldable("the network changes its own state, which several passes would change several times")
+        parted = self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method)
         if parted:
             return by_rows()
         try:
             return _joined(self.cap.run(key, members * batch, of_members, batch))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or batch == 1 or not self.rows.independent(self, arguments, method):
+            if not is_out_of_memory(error) or batch == 1 or not self._may_part(arguments, method):
                 raise
         self.cap.halve(key, batch)
         return by_rows()
+
+    def _may_part(self, arguments: Arguments, method: str) -> bool:
+        """Whether a member's rows may go through several passes; derivatives may depend on all of them at once."""
+        return not torch.is_grad_enabled() and self.rows.independent(self, arguments, method)
 
     def _by_rows(self, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
         """One member, some of its rows at a time."""

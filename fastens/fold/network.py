@@ -14,7 +14,7 @@ from fastens.fold.alike import tensors_of
 from fastens.fold.guards import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
-from fastens.fold.tables import Stacks
+from fastens.fold.tables import Stacks, settle
 from fastens.fold.tensor import MemberTensor, all_members
 from fastens.report import LayerReport
 
@@ -86,6 +86,7 @@ def state_kept(network: nn.Module) -> Iterator[set[str]]:
     try:
         yield changed
     finally:
+        changed |= settle(network, keeps=False)
         for path, module, before, tensors in saved:
             prefix = f"{path}." if path else ""
             now = vars(module)

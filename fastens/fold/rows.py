@@ -59,7 +59,7 @@ def _established(engine: FoldEngine, arguments: Arguments, method: str) -> froze
         def answer(given: Arguments) -> list[Tensor]:
             view = engine.views[0]
             with state_kept(view), state_kept(engine.network):
-                output = engine.call_member(0, given, method)
+                output = engine.call_module(view, 0, given, method)
             return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
         whole = answer(drawn)

@@ -62,7 +62,8 @@ class Stacks(dict[str, Any]):
             return tensor
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
-            seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
+            with torch.inference_mode(False):  # it is kept for calls outside it
+                seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
         return seen
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -113,12 +114,19 @@ class OfMember(dict[str, Any]):
     def __init__(self, source: Stacks, k: int) -> None:
         super().__init__(dict.fromkeys(source))
         self.source, self.k = source, k
+        # what was read last, and where it was: the member may give it other memory, by ``data``
+        self._given: dict[str, tuple[Tensor, int]] = {}
 
     def _read(self, name: str) -> Any:
         tensor = dict.__getitem__(self.source, name)
         if tensor is None or name in self.source.common:
             return tensor
         own = tensor[self.k]
+        before = self._given.get(name)
+        if before is not None and before[0].data_ptr() != before[1]:
+            return before[0]
+        if torch._C._functorch.peek_interpreter_stack() is None and not tracing():
+            self._given[name] = own, own.data_ptr()
         own._is_param = isinstance(
             tensor, nn.Parameter
         )  # to isinstance; it is no leaf, so that gradients reach the stack
@@ -136,6 +144,17 @@ class OfMember(dict[str, Any]):
                 self._read(name).copy_(value)
         else:
             super().__setitem__(name, value)
+
+    def settle(self, keeps: bool) -> set[str]:
+        """Write what the member replaced by ``data`` to its place in the stack, or drop it; return the names."""
+        replaced = set()
+        for name, (tensor, address) in list(self._given.items()):
+            if tensor.data_ptr() != address:
+                replaced.add(name)
+                self._given.pop(name, None)
+                if keeps and name not in self.source.common:
+                    dict.__getitem__(self.source, name).data[self.k].copy_(tensor.data)
+        return replaced
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a name."""
@@ -158,6 +177,16 @@ def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
         for table in (module._parameters, module._buffers)
         if isinstance(table, Stacks)
     ]
+
+
+def settle(view: nn.Module, keeps: bool) -> set[str]:
+    """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
+    replaced: set[str] = set()
+    for module in view.modules():
+        for table in (module._parameters, module._buffers):
+            if isinstance(table, OfMember):
+                replaced |= table.settle(keeps)
+    return replaced
 
 
 def view_of_member(network: nn.Module, k: int) -> nn.Module:
