@@ -294,9 +294,13 @@ class Ensemble(Capturing):
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""
+        self._forget(state=True)
+
+    def _forget(self, state: bool = False) -> None:
+        """Forget what was derived from the weights, and, with ``state``, copies of the members' Python state."""
         self._recorded.clear()
         if self._engine is not None:
-            self._engine.refresh()
+            self._engine.refresh(state)
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Any:
         """Move or convert the stacks, as ``nn.Module.to``; a memory format is that of each member's kernels."""
@@ -307,19 +311,19 @@ class Ensemble(Capturing):
             for name, stack in tensors_of(self.network).items():
                 if name not in self._engine.shared:
                     stack.data = in_format(stack.data, memory_format)
-            self.refresh()
+            self._forget()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Ensemble":
         """Move or convert the stacks; whatever was derived from them is dropped."""
         super()._apply(fn, recurse)
-        self.refresh()
+        self._forget()
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load the stacks [K, ...]; whatever was derived from the old ones is dropped."""
         result = super().load_state_dict(*args, **kwargs)
-        self.refresh()
+        self._forget()
         return result
 
     def train(self, mode: bool = True) -> "Ensemble":

@@ -31,7 +31,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
             first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network.children()]
             return first
         result = getattr(ensemble.network, name)(*args, **kwargs)
-        ensemble.refresh()
+        ensemble._forget()
         return ensemble if result is ensemble.network else result
     arguments = ensemble._arguments(args, kwargs)
     if engine is None:

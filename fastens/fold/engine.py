@@ -19,8 +19,8 @@ from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold
 from fastens.fold.drawn import DrawnCall, recorded_rows
 from fastens.fold.first import FirstPass
-from fastens.fold.guards import transformed, unwatched
-from fastens.fold.leaves import Leaves, recorded, unwrapped
+from fastens.fold.guards import transformed
+from fastens.fold.leaves import Leaves, columns_of, joined, recorded, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
 from fastens.fold.members import replaced, tensors_of
@@ -29,8 +29,9 @@ from fastens.fold.network import build_network, layer_reports, shared_names, ske
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.tables import settle, tables_of, view_of_member
+from fastens.fold.tables import settle, tables_of
 from fastens.fold.tensor import Hidden, NotFoldable, all_members
+from fastens.fold.views import MemberViews
 from fastens.ops.run_program import target
 from fastens.report import Report
 
@@ -90,8 +91,7 @@ class FoldEngine:
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
-        self._views: list[nn.Module] | None = None
-        self._writes = 0  # to the network's Python state, when the views were made
+        self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
         self.traced: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
@@ -125,8 +125,14 @@ class FoldEngine:
 
         return replaced(skeleton, {name: copied(name, t) for name, t in tensors_of(skeleton).items()})
 
-    def refresh(self) -> None:
-        """Forget which signatures were checked, what they need of memory, the plans, and copies of Python state."""
+    def refresh(self, state: bool = True) -> None:
+        """Forget which signatures were checked, what they need of memory, the plans, and copies of Python state.
+
+        Args:
+            state: whether the Python state of members is copied anew as well.
+        """
+        if state:
+            self._views.forget()
         for _, _, table in tables_of(self.network):
             table.forget()
         self.tensors = list(tensors_of(self.network).values())
@@ -136,7 +142,6 @@ class FoldEngine:
             self.masks.bind(self.network)
         self.cap.clear()
         self.plans.clear()
-        self._views = None
         self.originals = None
 
     # Members one by one
@@ -144,15 +149,7 @@ class FoldEngine:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        views, writes = self._views, self.plans.guards.barrier.writes
-        if views is None or self._writes != writes:
-            views = self._views = [unwatched(view_of_member(self.network, k)) for k in range(self.num_members)]
-            self._writes = writes
-        for view in views:
-            for module, original in zip(view.modules(), self.network.modules(), strict=True):
-                if module.training is not original.training:
-                    module.training = original.training
-        return views
+        return self._views.get()
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, by its own Python."""
@@ -177,13 +174,12 @@ class FoldEngine:
         for k in range(self.num_members):
             given = arguments.copied() if self.copies_inputs else arguments
             outputs.append(pytree.tree_flatten(self.call_member(k, given, method)))
-        return _columns(outputs)
+        return columns_of(outputs)
 
     def give_up(self, why: str) -> None:
         """Take the loop from now on, and say why."""
         self.engine, self.why = "loop", why
         self._unshare_buffers()
-        self._views = None
         self.plans.clear()
         warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
 
@@ -372,7 +368,7 @@ class FoldEngine:
 
         def by_rows() -> list[Any]:
             parts = [self._by_rows(given, key, k, method) for k in range(members)]
-            return _joined(parts)
+            return joined(parts)
 
         if torch.compiler.is_compiling() or tracing():
             return self._one_pass(given, all_members(members), method)
@@ -382,7 +378,7 @@ class FoldEngine:
         if parted:
             return by_rows()
         try:
-            return _joined(self.cap.run(key, members * batch, of_members, batch))
+            return joined(self.cap.run(key, members * batch, of_members, batch))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or batch == 1 or not self._may_part(arguments, method):
                 raise
@@ -400,7 +396,7 @@ class FoldEngine:
         def some(start: int, stop: int) -> list[Any]:
             return self._one_pass(self.rows.part(self, arguments, start, stop), hidden, method)
 
-        return _joined(self.cap.run(key, arguments.batch_size, some, 1), dim=1)
+        return joined(self.cap.run(key, arguments.batch_size, some, 1), dim=1)
 
     def _one_pass(self, arguments: Arguments, hidden: Hidden, method: str) -> list[Any]:
         fold = self.new_pass(hidden, arguments)
@@ -430,27 +426,6 @@ class FoldEngine:
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
     return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
-
-
-def _columns(outputs: list[tuple[list[Any], Any]]) -> list[Any]:
-    if any(spec != outputs[0][1] for _, spec in outputs):
-        raise TypeError("members return outputs of different structure, which no rule combines")
-    return [*(list(column) for column in zip(*(leaves for leaves, _ in outputs), strict=True)), outputs[0][1]]
-
-
-def _joined(parts: list[list[Any]], dim: int = 0) -> list[Any]:
-    """The leaves of several passes as those of one: over some members each, or (dim 1) over some rows of one."""
-    if len(parts) == 1:
-        return parts[0]
-    *_, spec = parts[0]
-    columns = zip(*(part[:-1] for part in parts), strict=True)
-    return [
-        *(
-            torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p]
-            for c in columns
-        ),
-        spec,
-    ]
 
 
 def _capturing() -> bool:

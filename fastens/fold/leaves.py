@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -80,3 +81,29 @@ def unwrapped(leaf: Any, hidden: Hidden) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.expand(hidden.size, *leaf.shape)
     return [leaf] * hidden.size
+
+
+def columns_of(outputs: list[tuple[list[Any], Any]]) -> list[Any]:
+    """The leaves of the members' outputs side by side, and their structure last.
+
+    Raises:
+        TypeError: outputs of different structure.
+    """
+    if any(spec != outputs[0][1] for _, spec in outputs):
+        raise TypeError("members return outputs of different structure, which no rule combines")
+    return [*(list(column) for column in zip(*(leaves for leaves, _ in outputs), strict=True)), outputs[0][1]]
+
+
+def joined(parts: list[list[Any]], dim: int = 0) -> list[Any]:
+    """The leaves of several passes as those of one: over some members each, or (dim 1) over some rows of one."""
+    if len(parts) == 1:
+        return parts[0]
+    *_, spec = parts[0]
+    columns = zip(*(part[:-1] for part in parts), strict=True)
+    return [
+        *(
+            torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p]
+            for c in columns
+        ),
+        spec,
+    ]

@@ -126,7 +126,7 @@ class _Kept:
             tensor.data = self._data
             changed = True
         if self._value is not None and not _same_bits(tensor, self._value):  # some kernels write without a version
-            with torch.no_grad():
+            with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
                 tensor.copy_(self._value)
             changed = True
         return changed

@@ -140,8 +140,9 @@ class OfMember(dict[str, Any]):
         if name in self.source and isinstance(value, Tensor):
             if name in self.source.common:
                 self.source.unshared(name)
-            with torch.no_grad():
-                self._read(name).copy_(value)
+            place = self._read(name)
+            with torch.inference_mode() if place.is_inference() else torch.no_grad():
+                place.copy_(value)
         else:
             super().__setitem__(name, value)
 

@@ -1,0 +1,69 @@
+"""Every member as a module of its own, for the loop: tensors in the stacks, Python state of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastens.fold.guards import Barrier, unwatched
+from fastens.fold.tables import view_of_member
+
+_SKIPPED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}
+_Attributes = list[tuple[nn.Module, dict[str, Any]]]
+
+
+class MemberViews:
+    """The members of a folded network, made when they are asked for and again when its Python state was written to.
+
+    What a member's own code wrote to itself is kept, unless the network was given another value since.
+
+    Args:
+        network: the folded network.
+        num_members: K.
+        barrier: counts writes to the network's Python state.
+    """
+
+    def __init__(self, network: nn.Module, num_members: int, barrier: Barrier) -> None:
+        self._network = network
+        self._num_members = num_members
+        self._barrier = barrier
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the members, and what they wrote to themselves."""
+        self._views: list[nn.Module] = []
+        self._writes = -1
+        self._given: _Attributes = []  # the network's attributes when the views were made
+
+    def get(self) -> list[nn.Module]:
+        """The members, in the modes of the network's modules."""
+        if self._writes != self._barrier.writes:
+            self._make()
+        for view in self._views:
+            for module, original in zip(view.modules(), self._network.modules(), strict=True):
+                if module.training is not original.training:
+                    module.training = original.training
+        return self._views
+
+    def _make(self) -> None:
+        writes = self._barrier.writes
+        views = [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)]
+        for view, before in zip(views, self._views, strict=False):
+            self._carry_over(view, before)
+        self._given = [(m, {n: v for n, v in vars(m).items() if n not in _SKIPPED}) for m in self._network.modules()]
+        self._views, self._writes = views, writes
+
+    def _carry_over(self, view: nn.Module, before: nn.Module) -> None:
+        """Keep what a member wrote to itself where the network has the value that it had."""
+        given = {id(module): attributes for module, attributes in self._given}
+        olds = {id(original): old for (original, _), old in zip(self._given, before.modules(), strict=False)}
+        for module, original in zip(view.modules(), self._network.modules(), strict=True):
+            old, known = olds.get(id(original)), given.get(id(original))
+            if old is None or known is None:
+                continue
+            now = vars(original)
+            for name, value in vars(old).items():
+                unchanged = now[name] is known[name] if name in now and name in known else name not in now
+                if name not in _SKIPPED and "_hooks" not in name and unchanged:
+                    module.__dict__[name] = value
