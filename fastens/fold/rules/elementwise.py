@@ -45,20 +45,21 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
     writes = writes_to(func, args)
+    target: Any = next(iter(args), None)
     ndim = max(x.ndim for x in tensors)
-    if writes and ndim > args[0].ndim:  # pyright: ignore[reportGeneralTypeIssues]
+    if writes and ndim > target.ndim:
         raise NotFoldable("an operation in place broadcasts what it writes to")
     align, back = None, fold.unrows
     if fold.recording:
-        align = _aligned_rows(fold, args[:1] if writes else tensors, tensors)
+        align = _aligned_rows(fold, [target] if writes else tensors, tensors)
     if align is None:
         align, back = _aligned_stacks(fold, ndim), fold.wrap
     dtype = _promoted(tensors)
     cast = align if dtype is None else lambda x: align(x).to(dtype) if x.dtype != torch.bool else align(x)
     if writes:
         rest, named_rest = mapped(cast, (args[1:], kwargs))
-        func(align(args[0]), *rest, **named_rest)
-        return args[0]
+        func(align(target), *rest, **named_rest)
+        return target
     own_args, own_kwargs = mapped(cast, (args, kwargs))
     return back(func(*own_args, **own_kwargs))
 

@@ -179,8 +179,9 @@ def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         index = args[1].stack if isinstance(args[1], MemberTensor) else args[1]
         return fold.wrap(func(fold.stack(x), behind(args[0], x.ndim), index))
     if name == "repeat_interleave" and args and isinstance(args[0], int) and member_valued(x):
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return NotImplemented if dim is None else fold.wrap(func(fold.stack(x), args[0], dim=behind(dim, x.ndim)))
+        times, *rest = args
+        dim = kwargs.get("dim", rest[0] if rest else None)
+        return NotImplemented if dim is None else fold.wrap(func(fold.stack(x), times, dim=behind(dim, x.ndim)))
     return NotImplemented
 
 
