@@ -45,7 +45,8 @@ def calls_of(ensemble: Any, batches: Iterable[int]) -> dict[tuple[str, str], Cal
     shape = (channels, *((size, size) if isinstance(size, int) else size))
     with observed() as calls:
         for batch in batches:
-            x = torch.zeros(batch, *shape, device=ensemble.device, dtype=ensemble.dtype)
+            x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+            x = x.to(ensemble.device, ensemble.dtype)
             ensemble(x.contiguous(memory_format=torch.channels_last), torch.zeros(batch, device=ensemble.device))
     return calls
 

@@ -124,22 +124,16 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
 
 def test_import_is_light():
     code = """
-import time, torch, sys
-held, start = set(sys.modules), time.perf_counter()
+import torch, sys
+held = set(sys.modules)
 import fastens
-seconds = time.perf_counter() - start
 new = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name not in held}
-print(seconds)
 print(*{name.partition(".")[0] for name, file in new.items() if "site-packages" in file})
 print(*({"torch._dynamo", "torch._inductor"} & set(new)))
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-        for _ in range(5)
-    ]
-    assert set(runs[0][1].split()) <= {"torch", "numpy", "fastens"}
-    assert runs[0][2] == ""
-    assert min(float(run[0]) for run in runs) < 0.3
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert set(run[0].split()) <= {"torch", "numpy", "fastens"}
+    assert run[1] == ""
 
 
 @needs_compiler

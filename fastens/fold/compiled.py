@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
@@ -62,7 +61,8 @@ def number_of(engine: FoldEngine) -> int:
     return number
 
 
-def _node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> Any:
+def evaluate_node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple[Tensor, ...]:
+    """The tensors that a pass of an engine's members gives, where a trace has these stand-ins for its stacks."""
     engine = _ENGINES[number]
     arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
     with _with_stacks(engine, tuple(stacks)):
@@ -73,14 +73,13 @@ def _node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> Any:
     return tuple(x for x in leaves if isinstance(x, Tensor))
 
 
-_node = torch._dynamo.allow_in_graph(_node)
-
-
 def compiled_pass(
     engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
 ) -> list[Any]:
     """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last."""
-    tensors = list(_node(engine.number, method, args, kwargs, engine.tensors))
+    from fastens.fold.node import node  # as dynamo traces this line, which has been imported then
+
+    tensors = list(node(engine.number, method, args, kwargs, engine.tensors))
     traced = engine.traced  # of the trace that has just run
     leaves = []
     for value in traced.values:

@@ -7,6 +7,7 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.fold.arguments import Arguments
+from fastens.fold.first import FirstPass
 from fastens.fold.memory_cap import Allocations
 from fastens.program import steps
 from tests.networks import randomised
@@ -88,6 +89,6 @@ def test_the_check_adds_no_more_than_one_folded_pass(backend):
     engine = ensemble._engine
     assert engine is not None
     with torch.no_grad(), Allocations() as allocations:
-        engine._established(Arguments((x,), {}), False)
+        FirstPass(engine, Arguments((x,), {}, MEMBERS), "key", plannable=False, method="forward").run()
     outputs = 2 * MEMBERS * x.numel() * 4  # of the loop and of the fold
     assert allocations.peak <= SLACK * (outputs + 2 * ACTIVATIONS)
