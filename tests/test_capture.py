@@ -299,7 +299,7 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     ensemble = fastens.Ensemble(members, engine="fold")
     args, _ = arguments(1)
     ensemble(*args)
-    ((plan, _),) = ensemble._engine.plans._plans.values()
+    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
     read = []
     mapped(torch.Tensor, read.append, [(launch.args, launch.kwargs) for launch in plan._launches])
     own = {id(p) for p in ensemble.parameters()}
