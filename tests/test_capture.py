@@ -260,7 +260,7 @@ def test_a_step_waits_for_whoever_reads_its_last_result(monkeypatch):
     monkeypatch.setattr(
         capture, "record_graph", lambda run, device: (lambda: cuda.log.append("replay"), {"sample": memory})
     )
-    step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, torch.device("cpu"), [])
+    step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, fastens.Ensemble([Net(), Net()]))
     step.device, step.done = torch.device("cuda"), torch.cuda.Event()
     cuda.stream_now = "other"  # the caller's stream, not that of the recording
     result = step((2 * X,), {})
