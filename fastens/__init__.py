@@ -12,6 +12,7 @@ from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
+from fastens.rules import rule
 
 if TYPE_CHECKING:
     from fastens import demo, evaluation, interop, samplers, schemes, tabular, training
@@ -32,6 +33,7 @@ __all__ = [
     "laplace",
     "load_members",
     "register_layer",
+    "rule",
     "rules",
     "samplers",
     "schedules",

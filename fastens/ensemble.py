@@ -1,5 +1,6 @@
 """The ensemble: K members behind the interface of one."""
 
+import dataclasses
 import functools
 import importlib
 import warnings
@@ -285,8 +286,11 @@ class Ensemble(Capturing):
     def report(self) -> Report:
         """Which engine and backend each layer got, and why."""
         if self._engine is None:
-            return Report("loop", self.num_members, self.__dict__["_why_loop"], [])
-        return self._engine.report(self._settings["backend"])
+            found = Report("loop", self.num_members, self.__dict__["_why_loop"], [])
+        else:
+            found = self._engine.report(self._settings["backend"])
+        own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
+        return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""

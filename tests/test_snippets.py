@@ -59,7 +59,7 @@ def test_a_snippet_runs_as_it_is_written(text, folder, monkeypatch):
         pytest.importorskip("ForestDiffusion.diffusion_with_trees_class", exc_type=ImportError)
     monkeypatch.chdir(folder)
     code = compile(text, "snippet", "exec")
-    namespace = {**imported(), **FUNCTIONS}
+    namespace = {"__name__": "snippet", **imported(), **FUNCTIONS}
     namespace |= {name: make() for name, make in STAND_INS.items() if name in names_in(code)}
     exec(code, namespace)
     for value in namespace.values():
