@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastens import capture
 from fastens.evaluation.denoiser import Denoiser
@@ -217,13 +217,13 @@ class _Recording:
         def run() -> Tensor:
             return sampler._run(self.x, self.table, self.times, self.numbers, self.seed, self.first, last)
 
-        self.weights = capture.Weights(_tensors_of(sampler.denoiser.model))
+        self.facts = capture.Facts(sampler.denoiser.model)
         self.rule = sampler.denoiser.rule
         self.replay, self.output = capture.record_graph(run, device)
 
     def is_current(self, denoiser: Denoiser) -> bool:
-        """Whether the model has the weights and the rule that were recorded."""
-        return self.rule == denoiser.rule and self.weights.are(_tensors_of(denoiser.model))
+        """Whether the model has the weights, the state and the rule that were recorded."""
+        return self.rule == denoiser.rule and self.facts.hold(denoiser.model)
 
     def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor], numbers: Tensor, seed: int, first: int) -> Tensor:
         """Replay on the state ``x``; the result is the recording's own, until the next replay."""
@@ -235,10 +235,6 @@ class _Recording:
         self.first.fill_(first)
         self.replay()
         return self.output
-
-
-def _tensors_of(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _default_times(denoiser: Denoiser, steps: int) -> Tensor:

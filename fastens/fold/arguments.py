@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ class Arguments:
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
         samples: int64 [B], the sample of each row, where rows were selected; else none.
+        varying: of the numbers that had several values, by position, another one than now.
+        free: positions of those that had so many that there may be any.
 
     Raises:
         ValueError: a :class:`PerMember` of another number of values than K.
@@ -86,6 +89,8 @@ class Arguments:
     evaluation: tuple[int | None, int] = (None, 0)
     num_samples: int = 0
     samples: Tensor | None = None
+    varying: Mapping[int, float] = MappingProxyType({})
+    free: frozenset[int] = frozenset()
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
         self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
@@ -167,7 +172,7 @@ class Arguments:
 
         def leaf(i: int, x: Any) -> Any:
             if not isinstance(x, Tensor):
-                return x
+                return self._number(fold, i, x)
             if i in self.own:
                 return MemberTensor(hidden.entries(x), hidden)
             return fold.common(x)
@@ -179,12 +184,15 @@ class Arguments:
 
         def leaf(i: int, x: Any) -> Any:
             if not isinstance(x, Tensor):
-                return x
+                return self._number(fold, i, x)
             if i in self.rows_at:
                 return MemberTensor(x.unsqueeze(1), fold.hidden)
             return fold.common(x)
 
         return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
+
+    def _number(self, fold: Fold, i: int, x: Any) -> Any:
+        return fold.numbers.argument(fold, i) if fold.numbers is not None and i in self.varying else x
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of member k alone."""
@@ -209,15 +217,33 @@ class Arguments:
 
     # What tells calls apart
 
-    def plan_key(self) -> tuple[Any, ...]:
-        """What tells one recorded pass from another: all of a call but the values of its tensors."""
+    def plan_key(self, varying: Collection[int] = ()) -> tuple[Any, ...]:
+        """What tells one recorded pass from another: all of a call but the values of its tensors.
 
-        def key(leaf: Any) -> Any:
+        Args:
+            varying: positions of numbers that are inputs of the plan.
+        """
+
+        def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.stride(), leaf.dtype
-            return type(leaf), leaf
+            return (type(leaf), "any") if i in varying else (type(leaf), leaf)
+
+        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What tells calls apart but for the values of tensors and numbers, and for strides."""
+
+        def key(leaf: Any) -> Any:
+            return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
 
         return (*map(key, self.leaves), self._spec, self.own)
+
+    def with_numbers(self, values: Mapping[int, float]) -> Arguments:
+        """The same arguments with other numbers at these positions."""
+        other = copy.copy(self)
+        other.leaves = [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        return other
 
     def plain(self) -> bool:
         """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
@@ -226,16 +252,18 @@ class Arguments:
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
 
-        def key(leaf: Any) -> Any:
+        def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.dtype, leaf.device.type
+            if i in self.free:
+                return type(leaf)
             try:
                 hash(leaf)
             except TypeError:
                 return type(leaf)
             return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
 
-        return (*map(key, self.leaves), self._spec, self.own)
+        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own)
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -54,7 +54,7 @@ def launched_unet(name="unet_2d", **settings):
 
 
 def plan_of(ensemble):
-    ((plan, _),) = ensemble._engine.plans._plans.values()
+    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
     return plan
 
 
