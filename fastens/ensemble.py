@@ -1,12 +1,10 @@
 """The ensemble: K members behind the interface of one."""
 
 import dataclasses
-import functools
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from inspect import ismethod
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,26 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import rules, schedules
-from fastens.adapters import adapter_of, with_signature
+from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation
-from fastens.fold.alike import reaches_back
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
-from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
-from fastens.fold.tensor import MemberTensor
-from fastens.methods import call_method
+from fastens.fold.members import DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
+from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
+from fastens.pickled import kept, rebuild
 from fastens.report import Report
 from fastens.settings import check_settings
+from fastens.summary import summary
+from fastens.views import Views, view_of
 
 
-class Ensemble(Capturing):
+class Ensemble(MemberLike, Capturing):
     """An ensemble of score models that is called, and looks from outside, like one of its members.
 
     The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
@@ -54,9 +53,12 @@ class Ensemble(Capturing):
         aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``.
         schedule: the noise schedule of such a conversion, or of a rule that depends on the noise level: one of
             :mod:`fastens.schedules`, or a diffusers scheduler.
+        device: where the stacks are made; none for where the members are.
+        dtype: of their floating-point tensors; none for the members' own.
 
     Raises:
-        ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
+        ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device unless those are
+            given; an unknown rule,
             engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, a rule
             that lacks a schedule, a scheduler that contradicts ``prediction`` or is refused.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
@@ -73,9 +75,12 @@ class Ensemble(Capturing):
         prediction: str | schedules.Prediction | None = None,
         aggregate_in: str | None = None,
         schedule: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         check_members(members)
+        place = Placement.of(device, dtype)
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
@@ -85,11 +90,14 @@ class Ensemble(Capturing):
         self._setup(len(members), rule, settings)
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
+                stacked = stack_members(members, place)  # pyright: ignore[reportArgumentType]
+                self._adopt(*stacked, originals=None if place.changes else members)
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
             self._adopt_modules(members, str(error))
+            if place.changes:
+                self.to(*place.arguments)
         self.training = first.training
 
     # Construction
@@ -100,6 +108,8 @@ class Ensemble(Capturing):
         state["_settings"] = settings
         state["_draws"] = Draws(num_members)
         state["_recorded"] = {}  # signature of a call -> its recording
+        state["_views"] = Views()
+        self._views.add(self)
         self.rule = rule
 
     def _adopt(
@@ -111,16 +121,7 @@ class Ensemble(Capturing):
         self._become_member_like(skeleton)
 
     def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
-        modules = []
-        for member in members:
-            if reaches_back(member) is not None:  # a copy would run on the weights of the member itself
-                modules.append(member)
-                continue
-            tensors = {
-                name: nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
-                for name, t in tensors_of(member).items()
-            }
-            modules.append(replaced(member, tensors))
+        modules = [copied(member) for member in members]
         if self._settings["engine"] == "auto":
             warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
         self.__dict__["_engine"] = None
@@ -278,10 +279,39 @@ class Ensemble(Capturing):
         """The dtype of the first floating-point stack."""
         return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
+    def with_rule(self, rule: str | rules.Rule) -> "Ensemble":
+        """A view with another rule: the same weights, engine, plans and trajectories, and nothing copied.
+
+        Requests in several threads take a view each, since a rule that is set on the ensemble is everybody's.
+
+        Raises:
+            ValueError: an unknown rule, or one that does not fit the ensemble.
+        """
+        view = view_of(self)
+        view.rule = rule
+        return view
+
     @property
-    def members(self) -> "_Members":
-        """Members on demand: ``ens.members[k]`` is a module with a copy of member k's weights."""
-        return _Members(self)
+    def members(self) -> Members:
+        """Members on demand: ``ens.members[k]`` is a copy of member k, of which no change reaches the ensemble.
+
+        :meth:`replace_member` puts one in.
+        """
+        return Members(self)
+
+    def replace_member(self, k: int, member: nn.Module | Mapping[str, Any]) -> None:
+        """Put copies of a module's, or of a state_dict's, tensors in the place of member k's; not during a call.
+
+        Raises:
+            IndexError: no member k.
+            TypeError: neither a module nor a mapping.
+            ValueError: it differs from the members in more than its weights, or in dtype; the ensemble is as before.
+        """
+        replace_member(self, k, member)
+
+    def extra_repr(self) -> str:
+        """What ``print(ens)`` shows above the network."""
+        return summary(self)
 
     def report(self) -> Report:
         """Which engine and backend each layer got, and why."""
@@ -333,52 +363,14 @@ class Ensemble(Capturing):
     def train(self, mode: bool = True) -> "Ensemble":
         """Set the mode of the members, as for one of them."""
         super().train(mode)
+        self._views.train(mode)
         return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of all members where it is theirs and not the ensemble's."""
-        network = self.__dict__.get("_modules", {}).get("network")
-        own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
-        looped = not own and self.__dict__["_engine"] is None
-        members = [] if own or network is None else list(network.children()) if looped else [network]
-        if members and all(hasattr(member, name) for member in members):
-            for member in members:
-                setattr(member, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look like a member: attributes that the ensemble has not are the members'."""
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            network = self.__dict__.get("_modules", {}).get("network")
-            if network is None or name.startswith("__"):
-                raise
-        looped = self.__dict__["_engine"] is None
-        member = next(network.children()) if looped else network
-        try:
-            value = getattr(member, name)
-        except AttributeError:
-            raise AttributeError(
-                f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
-            ) from None
-        if isinstance(value, MemberTensor):
-            return value.stack
-        if ismethod(value) and value.__self__ is member:
-            return functools.partial(call_method, self, name)
-        return value
 
     # Copies and files
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Rebuild from skeleton and stacks, so that classes made on the fly are not pickled."""
-        state = self.__dict__
-        if self._engine is None:
-            content: Any = (None, list(self.network), state["_why_loop"])
-        else:
-            content = (self._engine.skeleton, tensors_of(self.network), self._engine.shared)
-        return rebuild, (self.num_members, self.rule, self._settings, content, self.training, self._kind())
+        return rebuild, kept(self)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
@@ -392,50 +384,3 @@ class Ensemble(Capturing):
         from fastens.checkpoints import load_ensemble
 
         return load_ensemble(directory, factory, **options)
-
-
-class _Members(Sequence[nn.Module]):
-    def __init__(self, ensemble: Ensemble) -> None:
-        self._ensemble = ensemble
-
-    def __len__(self) -> int:
-        return self._ensemble.num_members
-
-    def __getitem__(self, k: Any) -> Any:
-        if isinstance(k, slice):
-            return [self[i] for i in range(*k.indices(len(self)))]
-        if not -len(self) <= k < len(self):
-            raise IndexError(f"member {k} of {len(self)}")
-        ensemble = self._ensemble
-        if ensemble._engine is None:
-            member = list(ensemble.network.children())[k]
-            return replaced(member, {name: _copy(t, t) for name, t in tensors_of(member).items()})
-        return ensemble._engine.member(k % len(self))
-
-
-def _copy(value: Tensor, like: Tensor) -> Tensor:
-    copied = value.detach().clone()
-    return nn.Parameter(copied, like.requires_grad) if isinstance(like, nn.Parameter) else copied
-
-
-def rebuild(
-    num_members: int,
-    rule: rules.Rule,
-    settings: dict[str, Any],
-    content: Any,
-    training: bool,
-    kind: type[Ensemble] = Ensemble,
-) -> Ensemble:
-    """Put an ensemble together from what pickling or a file keeps: skeleton, stacks and names of shared tensors."""
-    ensemble = kind.__new__(kind)
-    nn.Module.__init__(ensemble)
-    ensemble._setup(num_members, rule, settings)
-    skeleton, *rest = content
-    if skeleton is None:
-        modules, why = rest
-        ensemble.__dict__.update(_engine=None, _why_loop=why)
-        ensemble.network = nn.ModuleList(modules)
-        ensemble._become_member_like(modules[0])
-    else:
-        ensemble._adopt(skeleton, *rest)
-    return ensemble.train(training)

@@ -122,8 +122,9 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
     assert _native._load.__wrapped__() is None
 
 
-LIGHT = """_build _native _version adapters adaptive aggregation capture draws dropout ensemble files fold kernels
-    laplace methods ops outputs parameterisation plan program reference report rules schedules settings""".split()
+LIGHT = """_build _native _version adapters adaptive aggregation capture draws dropout ensemble files fold
+    kernels laplace members methods ops outputs parameterisation pickled plan program reference
+    report rules schedules settings summary views""".split()
 
 
 def run_python(code):
