@@ -16,7 +16,7 @@ from fastens import rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
-from fastens.draws import Draws, Evaluation
+from fastens.draws import Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass
 from fastens.fold.drawn import run_drawn
@@ -149,7 +149,9 @@ class Ensemble(MemberLike, Capturing):
     # Evaluation
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = self.rule
+        rule, assigned = self.rule, self._draws.assignment()
+        if assigned is not None:
+            return self._assigned(args, kwargs, assigned)
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
@@ -172,10 +174,9 @@ class Ensemble(MemberLike, Capturing):
             What the ensemble returns, and the variance over members (normalised by K, around the mean) in the structure
             of :meth:`member_outputs`, [B, ...].
         """
-        if self.rule.per_evaluation or self.rule.per_trajectory:
-            raise ValueError(
-                f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members"
-            )
+        if self.rule.random or self._draws.assignment() is not None:
+            what = f"rule {self.rule.name!r}" if self.rule.random else "ens.assigned"
+            raise ValueError(f"{what} evaluates one member a sample, so there is no variance over members")
         outputs = self._evaluate(args, kwargs)
         return self._combine(outputs, self._aggregation(args, kwargs)), plain(self._combine(outputs, member_variance))
 
@@ -219,7 +220,17 @@ class Ensemble(MemberLike, Capturing):
         """Evaluate, for each sample, only the member drawn for it."""
         arguments = self._arguments(args, kwargs)
         evaluation = self._begin(arguments)
-        members = self._draws.members(self.rule, evaluation, arguments.batch_size)
+        return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
+
+    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Tensor) -> Any:
+        """Evaluate, for each sample, only the member that was assigned to it."""
+        arguments = self._arguments(args, kwargs)
+        members = self._draws.assigned_members(assigned, arguments.batch_size)
+        if self.rule.random:  # otherwise fresh masks have begun it
+            self._begin(arguments)
+        return self._by_rows(arguments, members)
+
+    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
         if self._engine is not None:
             return self._engine.evaluate_drawn(arguments, members)
         return run_drawn(self._call_module, arguments, members)
@@ -247,7 +258,28 @@ class Ensemble(MemberLike, Capturing):
             RuntimeError: a trajectory is already in progress.
             ValueError: a batch_size below one.
         """
-        return self._draws.trajectory(batch_size, generator)
+        return self._draws.trajectory(batch_size, generator, self.rule)
+
+    def assigned(
+        self, members: Tensor | Sequence[int] | None = None, *, per_member: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
+
+        In it any call, of an unmodified sampler too, returns what the rows' members return. Rows i, i+B, i+2B, ... of a
+        guided batch are one sample and have the same member. It is this thread's, or task's, alone.
+
+        Args:
+            members: int64 [B], the member of each row; or a sequence of integers.
+            per_member: N, for K N rows in the order of the members, in place of ``members``.
+
+        Raises:
+            TypeError: both or neither; another dtype than int64.
+            ValueError: a member that there is not, no rows, another number of samples than the trajectory's; in a call,
+                a batch that is no multiple of B.
+            RuntimeError: rows have members already, or a rule draws them in a trajectory; in a call, inside
+                ``torch.compile``.
+        """
+        return self._draws.assigned(assignment_of(members, per_member, self.num_members), self.rule)
 
     # Inspection
 

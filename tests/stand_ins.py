@@ -1,5 +1,6 @@
 """What the documents' snippets name without making it: a small one of each, by the name that the snippets use."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def make_model(seed: int) -> nn.Module:
     return randomised(make_unet, seed).train()
 
 
+@functools.cache
 def ens() -> fastens.Ensemble:
-    """An ensemble."""
+    """An ensemble; of one snippet, which may have it in a pipeline too."""
     return fastens.Ensemble([randomised(make_unet, k) for k in range(3)])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fastens.checkpoints import Checkpoints
 from fastens.cli import _parser
-from tests.stand_ins import FUNCTIONS, STAND_INS, imported, write_files
+from tests.stand_ins import FUNCTIONS, STAND_INS, ens, imported, write_files
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,6 +58,7 @@ def test_a_snippet_runs_as_it_is_written(text, folder, monkeypatch):
     if "ForestDiffusion" in text:
         pytest.importorskip("ForestDiffusion.diffusion_with_trees_class", exc_type=ImportError)
     monkeypatch.chdir(folder)
+    ens.cache_clear()
     code = compile(text, "snippet", "exec")
     namespace = {"__name__": "snippet", **imported(), **FUNCTIONS}
     namespace |= {name: make() for name, make in STAND_INS.items() if name in names_in(code)}
