@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def summary(ensemble: Ensemble) -> str:
     """Two lines: members, rule, engine, dtype and device; and the plans, or why there is none."""
+    if "network" not in ensemble._modules:  # an error message may show one that is being made
+        return ""
     tensors = [*ensemble.parameters(), *ensemble.buffers()]
     where = f"{ensemble.dtype} on {ensemble.device}" if any(t.is_floating_point() for t in tensors) else "no weights"
     engine = "" if ensemble.engine == "fold" else ", one by one"

@@ -331,3 +331,34 @@ def test_no_recording_is_made_or_replayed_in_it(which):
             assert drawn(which, 2) == [3, 2]
             with pytest.raises(ValueError, match=r"leave ens\.assigned"):
                 which._record((x,), {})
+
+
+class Conditioned(nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.net = randomised(mlp, k)
+
+    def forward(self, x, condition, scale=1.0):
+        return scale * self.net(x + condition)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (6, 5), ()])
+@pytest.mark.parametrize("drawn_rule", [False, True])
+@pytest.mark.parametrize("max_fold", [None, 4])
+def test_arguments_of_each_member_are_its_rows(shape, drawn_rule, max_fold):
+    members, rows, x = [Conditioned(k).eval() for k in range(K)], [3, 0, 1, 1, 2, 0], torch.randn(6, 5)
+    conditions, scales = torch.randn(K, *shape), [1.0, 2.0, 3.0, 4.0]
+    ens = fastens.Ensemble(members, "mixture" if drawn_rule else "mean", max_fold=max_fold)
+    given = fastens.PerMember(list(conditions)), fastens.PerMember(scales)
+    with torch.no_grad():
+        if drawn_rule:
+            with ens.trajectory(6, 5):
+                ours = ens(x, *given)
+                rows = ens._draws.members(ens.rule, ens._draws.begin(x), 6).tolist()
+        else:
+            with ens.assigned(rows):
+                ours = ens(x, *given)
+        for i, k in enumerate(rows):
+            own = conditions[k][i : i + 1] if shape == (6, 5) else conditions[k]
+            torch.testing.assert_close(ours[i : i + 1], members[k](x[i : i + 1], own, scales[k]))
+    assert ens.engine == "fold"
