@@ -55,6 +55,7 @@ class Report:
         graphs: plans' launches that are replayed as CUDA graphs.
         why_no_graph: the error because of which a plan's launches are not.
         slices: functions that ran member by member in the last pass that was checked, because they have no rule.
+        by_definition: the aggregation rule, where no kernel knows it and its definition is run; else empty.
     """
 
     engine: str
@@ -69,6 +70,7 @@ class Report:
     graphs: int = 0
     why_no_graph: str = ""
     slices: dict[str, int] = field(default_factory=dict)
+    by_definition: str = ""
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -79,6 +81,8 @@ class Report:
         """A table, one line per layer."""
         total = sum(layer.parameters for layer in self.layers) or 1
         lines = [f"engine {self.engine}, {self.num_members} members: {self.why}"]
+        if self.by_definition:
+            lines.append(f"  rule {self.by_definition}: by its definition in torch, since no kernel knows it")
         for plan, ways in itertools.zip_longest(self.plans, self.ways):
             lines.append(f"  plan: {_counted(plan)}")
             if ways:

@@ -30,7 +30,7 @@ from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.tables import settle, tables_of
+from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members
 from fastens.fold.views import MemberViews
 from fastens.ops.run_program import target
@@ -187,13 +187,7 @@ class FoldEngine:
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of the tensors of these names; return whether any was shared."""
-        wanted, found = set(names), False
-        for path, _, table in tables_of(self.network) if wanted else ():
-            for name in list(table.common):
-                if (f"{path}.{name}" if path else name) in wanted and dict.__getitem__(table, name) is not None:
-                    table.unshared(name)
-                    found = True
-        return found
+        return unshare(self.network, names)
 
     def _unshare_buffers(self) -> None:
         """Give each member its own of every buffer, which its own code may write."""
