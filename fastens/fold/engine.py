@@ -321,6 +321,12 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
+        leaves = self._in_passes(arguments, key, method)
+        if self.stateful:  # members by themselves begin with the state that this pass left behind
+            self._views.forget()
+        return leaves
+
+    def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         members, batch = self.num_members, max(1, arguments.batch_size)
         given = arguments.copied() if self.copies_inputs else arguments
 
