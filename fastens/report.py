@@ -9,6 +9,12 @@ from fastens import _native
 from fastens.ops._dispatch import missing_triton
 from fastens.ops.run_program import describe_target, target
 
+_KINDS = {
+    "folded": "each member has its own weights, and one call serves all",
+    "shared": "the weights are the same in all members, and held once",
+    "looped": "one call for each member",
+}
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -18,7 +24,7 @@ class LayerReport:
         path: its path in the member.
         layer: its class in the member.
         how: ``folded``, ``shared`` (equal in all members) or ``looped``.
-        backend: the code that runs it.
+        backend: the code that runs it where there is no plan: ``torch``, or kernels of this package.
         why: the reason where it is looped.
         parameters: parameters of one member in it, children included where it is looped.
     """
@@ -42,7 +48,7 @@ class Report:
         layers: one entry per module that owns tensors; a looped module stands for its children.
         plans: one per signature that runs as a recorded program: how many steps of each kind it has, torch's own
             operations by name.
-        why_no_plan: why the last signature without one has none; empty where none was refused.
+        why_no_plan: why the last call without one has none; empty where every call has had one.
         plan_bytes: memory of packed weights and arenas.
         target: the instruction set that plans run on; empty where they are launches.
         ways: one per plan of launches: how many convolutions run in each way, as was measured.
@@ -90,15 +96,19 @@ class Report:
                 lines.append(f"  plans run on {describe_target(self.target)}")
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
         if self.why_no_plan:
-            lines.append(f"  not planned: {self.why_no_plan}")
+            last = "the last call that was not planned" if self.plans else "not planned"
+            lines.append(f"  {last}: {self.why_no_plan}")
         if self.slices:
-            lines.append(f"  member by member: {_counted(self.slices)}")
+            lines.append(f"  functions that run once for each member: {_counted(self.slices)}")
+        lines.append(f"  {'module':<48} {'class':<24} {'members':<7} {'without a plan it runs on'}")
         for layer in self.layers:
             line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"
             if layer.how == "looped":
                 share = 100 * layer.parameters / total
                 line += f"  {self.num_members} calls, {share:.0f} % of the parameters: {layer.why}"
             lines.append(line)
+        kinds = {layer.how for layer in self.layers}
+        lines += [f"  {kind}: {text}" for kind, text in _KINDS.items() if kind in kinds]
         return "\n".join(lines)
 
 
