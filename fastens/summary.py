@@ -25,6 +25,6 @@ def _plans(ensemble: Ensemble) -> str:
         return f"no plan: the members are called one by one, {report.why}"
     count, why = len(report.plans), report.why_no_plan
     if not count:
-        return f"no plan: {why}"
+        return f"no plan: {why}" if why else "no plan yet: the first call under torch.no_grad() makes one"
     plans = f"{count} plan{'s' if count > 1 else ''}"
     return f"{plans}; the last call without one: {why}" if why else plans

@@ -26,7 +26,7 @@ def test_members_rule_engine_dtype_device_plans_and_network():
     ens, x = ensemble(rule=fastens.rules.Median("lower")), torch.randn(4, 5)
     head = "  3 members, rule=Median(even='lower'), engine='fold', torch.float32 on cpu"
     with torch.no_grad():
-        assert lines(ens)[:3] == ["Ensemble(", head, "  no plan: it was not called yet"]
+        assert lines(ens)[:3] == ["Ensemble(", head, "  no plan yet: the first call under torch.no_grad() makes one"]
         ens(x)
     assert lines(ens)[:3] == ["Ensemble(", head, "  1 plan"]
     assert "  (network): Sequential(" in lines(ens)
@@ -62,7 +62,7 @@ class Random(nn.Module):
     [
         (ensemble, True, "gradients .*no_grad"),
         (lambda: ensemble(engine="loop"), False, "called one by one, asked for"),
-        (lambda: ensemble(backend="reference"), False, "backend='reference' was asked for"),
+        (lambda: ensemble(backend="reference"), False, "backend='reference' has none; backend='auto'"),
         (lambda: ensemble().double(), False, "torch.float64"),
         (lambda: fastens.Ensemble([Reading(k) for k in range(2)]), False, "reads"),
         (lambda: fastens.Ensemble([Random(k).eval() for k in range(2)]), False, "random"),
