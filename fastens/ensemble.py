@@ -27,7 +27,7 @@ from fastens.fold.members import DifferentMembers, check_members, in_format, rep
 from fastens.fold.tensor import MemberTensor
 from fastens.methods import call_method
 from fastens.ops.member_variance import member_variance
-from fastens.outputs import agreed, columns, is_scores, plain, stacked
+from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
 from fastens.report import Report
 from fastens.settings import check_settings
 
@@ -119,7 +119,10 @@ class Ensemble(Capturing):
                 name: nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
                 for name, t in tensors_of(member).items()
             }
-            modules.append(replaced(member, tensors))
+            try:
+                modules.append(replaced(member, tensors))
+            except Exception:  # it cannot be copied
+                modules.append(member)
         if self._settings["engine"] == "auto":
             warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
         self.__dict__["_engine"] = None
@@ -211,7 +214,7 @@ class Ensemble(Capturing):
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
-        return pytree.tree_unflatten([combine(x) if is_scores(x) else agreed(x) for x in leaves], spec)
+        return pytree.tree_unflatten([combined(combine, x) if is_scores(x) else agreed(x) for x in leaves], spec)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""

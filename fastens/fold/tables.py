@@ -212,4 +212,6 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
         for name, hooks in vars(original).items():
             if name.endswith("_hooks") or "_hooks_" in name:
                 module.__dict__[name] = hooks  # hooks run in fold and loop alike
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view
