@@ -88,7 +88,8 @@ class Ensemble(Capturing):
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
-            self._adopt_modules(members, str(error))
+            with torch.inference_mode(False):
+                self._adopt_modules(members, str(error))
         self.training = first.training
 
     # Construction
