@@ -131,6 +131,8 @@ class Capturing(nn.Module):
     def _why_not_recorded(self) -> str | None:
         """What changes from call to call that a replay would repeat, or none."""
         ensemble: Any = self
+        if ensemble._draws.assignment() is not None:
+            return "members are assigned to the rows of these calls alone; leave ens.assigned"
         return (
             f"rule {ensemble.rule.name!r} draws members, so each call runs other rows" if ensemble.rule.random else None
         )
@@ -153,6 +155,8 @@ class Capturing(nn.Module):
         """The recording that fits a call, or none."""
         ensemble: Any = self
         recorded = self.__dict__["_recorded"]
+        if recorded and ensemble._draws.assignment() is not None:
+            return None
         if not recorded or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if not unmodified_context(ensemble.device.type):

@@ -220,6 +220,10 @@ class PlannedCall:
 def _due(calls: int) -> bool:
     """Whether the plan's answer at this call is audited: at calls 2, 4, 8, ..., unless ``FASTENS_AUDIT`` says else."""
     mode = os.environ.get("FASTENS_AUDIT", "sampled")
-    if mode == "sampled":
-        return calls & (calls - 1) == 0
-    return mode == "always"
+    due = calls & (calls - 1) == 0 if mode == "sampled" else mode == "always"
+    return due and not capturing()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing can be looked at."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -94,9 +94,9 @@ class DrawnCall:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
         order, offsets = grouped(members, engine.num_members)
-        dealt = arguments.selected(order)
         row_members = members.index_select(0, order)
-        if eager and engine.can_plan(dealt) and not engine.stateful:
+        dealt = arguments.selected(order).of_rows(row_members)
+        if eager and not dealt.per_row and engine.can_plan(dealt) and not engine.stateful:
             planned = self._planned(dealt, order, offsets, row_members)
             if planned is not None:
                 return planned

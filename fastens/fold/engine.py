@@ -14,7 +14,7 @@ from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
-from fastens.fold.calls import PlannedCall
+from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold, check_derivatives
@@ -31,7 +31,7 @@ from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.tables import settle, tables_of
+from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members
 from fastens.fold.views import MemberViews
 from fastens.ops.run_program import target
@@ -188,13 +188,7 @@ class FoldEngine:
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of the tensors of these names; return whether any was shared."""
-        wanted, found = set(names), False
-        for path, _, table in tables_of(self.network) if wanted else ():
-            for name in list(table.common):
-                if (f"{path}.{name}" if path else name) in wanted and dict.__getitem__(table, name) is not None:
-                    table.unshared(name)
-                    found = True
-        return found
+        return unshare(self.network, names)
 
     def _unshare_buffers(self) -> None:
         """Give each member its own of every buffer, which its own code may write."""
@@ -214,7 +208,7 @@ class FoldEngine:
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return self.fold(arguments, None, method)
-        eager = not _capturing()
+        eager = not capturing()
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
             planned = PlannedCall(self, arguments).run()
@@ -253,9 +247,15 @@ class FoldEngine:
 
     def can_plan(self, arguments: Arguments) -> bool:
         """Whether a call may run as a plan."""
-        rows = self.num_members * arguments.batch_size
-        whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
+        if torch.compiler.is_compiling():
+            return False
+        if self.cap.asked is not None and self.num_members * arguments.batch_size > self.cap.asked:
+            self.plans.why_not = f"max_fold={self.cap.asked} takes several passes"
+            return False
+        if not arguments.plain():
+            self.plans.why_not = "an argument is neither an ordinary tensor nor a number, a name or a dtype"
+            return False
+        return self.plans.can_plan(arguments.tensors)
 
     def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
         """The dropout masks of a pass, none where members are no masks."""
@@ -386,15 +386,14 @@ class FoldEngine:
         """What each module that owns tensors got."""
         layers = layer_reports(self.network, self.num_members, self.ways, self.why if self.engine == "loop" else None)
         plans = self.plans
+        why_not = plans.why_not
+        if not len(plans) and not why_not:
+            why_not = "members are looped" if self.engine == "loop" else "it was not called yet"
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
-        found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
+        found = (layers, plans.kinds, why_not, plans.num_bytes)
         return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)
 
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
     return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

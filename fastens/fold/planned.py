@@ -224,14 +224,10 @@ class Plans:
                     entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
-            except RuntimeError as error:  # the network wants a layout that a recording does not give it
+            except Exception as error:  # the fold has no such error, so the call goes on without a plan
                 if is_out_of_memory(error):
                     raise
                 why = f"{type(error).__name__} while recording: {error}"
-            except Exception as error:  # a compiler of kernels has errors that share no base with torch's
-                if not self.launched:
-                    raise
-                why = f"{type(error).__name__} while launching: {error}"
             else:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
                 if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
@@ -302,17 +298,29 @@ class Plans:
 
     def can_plan(self, arguments: Tensors) -> bool:
         """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
-        if torch.compiler.is_compiling() or not ordinary_context(self._device.type):
-            return False
+        why = self._obstacle(arguments)
+        if why:
+            self.why_not = why
+        return not why
+
+    def _obstacle(self, arguments: Tensors) -> str:
+        """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
+        kind = self._device.type
+        if not ordinary_context(kind):
+            return "autocast, a function mode or a transform is active, in which members' own functions are called"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
-            self.why_not = "gradients are enabled and asked for; call it under torch.no_grad()"
-            return False
-        if self.launched:
-            kind = self._device.type
-            near = all(x.device.type in ("cpu", kind) for x in arguments)
-            return near and kind in ("cpu", "cuda") and self._backend in ("auto", "triton")
-        on_cpu = all(x.device.type == "cpu" for x in arguments)
-        return on_cpu and self._backend in ("auto", "native") and run_program.available()
+            return "gradients are enabled and asked for; call it under torch.no_grad()"
+        if self.guards.hooked():
+            return "hooks want to be called"
+        if self._backend not in ("auto", "triton" if self.launched else "native"):
+            return f"backend={self._backend!r} was asked for"
+        if not self.launched:
+            if any(x.device.type != "cpu" for x in arguments):
+                return "the arguments are on another device than the weights"
+            return "" if run_program.available() else "the compiled library is not there"
+        if kind not in ("cpu", "cuda"):
+            return f"the weights are on {kind}"
+        return "" if all(x.device.type in ("cpu", kind) for x in arguments) else "the arguments are on another device"
 
     def _check(self, ours: Tensors, theirs: Tensors) -> None:
         if len(ours) != len(theirs):
