@@ -46,7 +46,10 @@ def checked_index(k: int, num_members: int) -> int:
 
 
 def copied(member: nn.Module) -> nn.Module:
-    """A module with tensors of its own; one that reaches its own parts by a closure as it is, which no copy could, and so one that cannot be copied."""
+    """A module with tensors of its own.
+
+    One that cannot be copied, or whose copy would reach it by a closure, comes as it is.
+    """
     if reaches_back(member) is not None:
         return member
 
