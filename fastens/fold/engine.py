@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
-from fastens.fold.dispatch import Fold
+from fastens.fold.dispatch import Fold, check_derivatives
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
@@ -233,7 +234,7 @@ class FoldEngine:
         try:
             return self.fold(arguments, key, method)
         except Exception as error:  # the members decide whether it is their own error
-            if is_out_of_memory(error) or isinstance(error, NothingDropped):
+            if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
             why = f"{type(error).__name__}: {error}"
         result = self.loop(arguments, method)
@@ -314,6 +315,8 @@ class FoldEngine:
                 output = call(self.network, method, args, kwargs)
         finally:
             _CURRENT.reset(token)
+        if torch.is_grad_enabled():
+            check_derivatives(pytree.tree_leaves(output))
         if fold.masks is not None and method == "forward" and not fold.masks.applied and arguments.batch_size:
             calls = sum(fold.masks.calls.values())
             raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
