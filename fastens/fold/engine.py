@@ -250,8 +250,11 @@ class FoldEngine:
     def can_plan(self, arguments: Arguments) -> bool:
         """Whether a call may run as a plan."""
         rows = self.num_members * arguments.batch_size
-        whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
+        if self.cap.asked is not None and rows > self.cap.asked:
+            return self.plans.decline(f"max_fold is {self.cap.asked}, and a plan is one pass of {rows} rows")
+        if not arguments.plain():
+            return self.plans.decline("an argument is no ordinary tensor, number, name or dtype")
+        return self.plans.can_plan(arguments.tensors)
 
     def plan_inputs(self, arguments: Arguments, hidden: Hidden | None = None) -> list[Tensor]:
         """What a plan is run on: the tensors of a call, and what fresh masks depend on."""

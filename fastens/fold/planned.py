@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.arguments import separate
+from fastens.fold.arguments import duplicate, separate
 from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.drawn import another_draw
 from fastens.fold.guards import Guards, ordinary_context
@@ -151,7 +151,14 @@ class Plans:
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
-        return self.guards.hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+        return self._hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+
+    def _hooked(self) -> bool:
+        """Whether hooks want to be called, which a plan does not do."""
+        hooked = self.guards.hooked()
+        if hooked:
+            self.why_not = "forward hooks want to be called, and a plan calls none"
+        return hooked
 
     def refuse(self, key: Any, why: str) -> None:
         """Keep that a signature has no plan."""
@@ -196,7 +203,7 @@ class Plans:
             self.clear()
             self._rests_on = before
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
-        if refused or self.guards.hooked():
+        if refused or self._hooked():
             return None
         inputs = separate(inputs)
         why = ""
@@ -211,14 +218,10 @@ class Plans:
                     plan, leaves, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
-            except RuntimeError as error:  # the network wants a layout that a recording does not give it
+            except Exception as error:  # whatever it is: the members and the fold answer such a call
                 if is_out_of_memory(error):
                     raise
-                why = f"{type(error).__name__} while recording: {error}"
-            except Exception as error:  # a compiler of kernels has errors that share no base with torch's
-                if not self.launched:
-                    raise
-                why = f"{type(error).__name__} while launching: {error}"
+                why = f"{type(error).__name__} while {'launching' if self.launched else 'recording'}: {error}"
             else:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
                 if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
@@ -241,8 +244,9 @@ class Plans:
         seen: Callable[[Tensors], Tensors],
         masks: PlannedMasks | None,
     ) -> tuple[Plan | LaunchPlan, Leaves, Tensors]:
+        own = [duplicate(x) for x in inputs]  # the network may write to them
         with state_kept(self._network) as changed:
-            recording, (tensors, leaves) = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+            recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
         recording.row_members = recording.inputs[-1] if dealt else None
@@ -260,7 +264,7 @@ class Plans:
         else:
             for k, theirs in enumerate(expected):
                 self._check(entry(outputs, k), theirs)
-        others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
+        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
         if dealt:
             others[-2:] = another_draw(*inputs[-2:])
         if masks is not None and masks.fresh:
@@ -269,7 +273,8 @@ class Plans:
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
-        self._check(seen(entry(plan.run(others), 0)), member(others))
+        ours = seen(entry(plan.run(others), 0))
+        self._check(ours, member(others))
         return plan, leaves, outputs
 
     def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
@@ -282,19 +287,26 @@ class Plans:
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
+    def decline(self, why: str) -> bool:
+        """Say why a call runs without a plan, which is no plan's fault; return False."""
+        self.why_not = why
+        return False
+
     def can_plan(self, arguments: Tensors) -> bool:
         """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
-        if torch.compiler.is_compiling() or not ordinary_context(self._device.type):
+        kind = self._device.type
+        if torch.compiler.is_compiling():
             return False
+        if not ordinary_context(kind):
+            return self.decline("autocast, a function mode or a function transform is on")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
-            self.why_not = "gradients are enabled and asked for; call it under torch.no_grad()"
-            return False
-        if self.launched:
-            kind = self._device.type
-            near = all(x.device.type in ("cpu", kind) for x in arguments)
-            return near and kind in ("cpu", "cuda") and self._backend in ("auto", "triton")
-        on_cpu = all(x.device.type == "cpu" for x in arguments)
-        return on_cpu and self._backend in ("auto", "native") and run_program.available()
+            return self.decline("gradients are enabled and asked for; call it under torch.no_grad()")
+        near = ("cpu",) if not self.launched else ("cpu", kind)
+        if kind not in ("cpu", "cuda") or any(x.device.type not in near for x in arguments):
+            return self.decline("the network or an argument is on another device than plans run on")
+        if self._backend not in ("auto", "triton" if self.launched else "native"):
+            return self.decline(f"the backend is {self._backend!r}")
+        return self.launched or run_program.available() or self.decline("there is no compiled library")
 
     def _check(self, ours: Tensors, theirs: Tensors) -> None:
         if len(ours) != len(theirs):

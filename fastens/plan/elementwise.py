@@ -11,9 +11,9 @@ import torch
 
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import argument, lowers, pending, same_view
+from fastens.plan.lower import argument, call_into, lowers, pending
 from fastens.plan.memory import At, address_unit
-from fastens.plan.record import Node, Ref
+from fastens.plan.record import Node, Ref, same_view
 from fastens.plan.values import (
     Activated,
     Apply,
@@ -341,15 +341,41 @@ def repeat(emitter: Emitter, node: Node) -> bool:
 @lowers("aten.copy_")
 def partial_copy(emitter: Emitter, node: Node) -> bool:
     """A copy into a part of a value, or in place of a whole one."""
-    out, x = node.args[:2]
-    if x.dtype not in emitter.floats or out.dtype not in emitter.floats:
-        return False
-    if not same_view(out, node.outs[0]) or emitter.values.get(out.storage) is None:  # the whole: renamed
-        emitter.values[node.outs[0].storage] = Expression(node.outs[0], Leaf(x))
-        return True
+    (out, x), written = node.args[:2], node.outs[0]
+    in_step = out.dtype in emitter.floats and emitter.copies_from(x.dtype)
+    if not same_view(out, written):  # the whole, under another name
+        if in_step:
+            emitter.values[written.storage] = Expression(written, Leaf(x))
+        return in_step
     for storage in list(emitter.values):  # whatever still waits may read what is overwritten here
         emitter.store(storage)
-    emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    for ref in [ref for ref in emitter.copies if ref.storage == out.storage]:
+        del emitter.copies[ref]
+    if in_step:
+        emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    else:
+        call_into(emitter, node)
+    return True
+
+
+_FILLS = {"aten.zero_": 0.0, "aten.zeros_like": 0.0, "aten.new_zeros": 0.0, "aten.ones_like": 1.0, "aten.new_ones": 1.0}
+
+
+@lowers(*_FILLS, "aten.fill_", "aten.full_like", "aten.new_full")
+def fill(emitter: Emitter, node: Node) -> bool:
+    """One number, or a constant of one element, everywhere."""
+    out = node.outs[0]
+    value = _FILLS.get(node.name, node.args[-1])
+    if out.dtype not in emitter.floats or emitter.typed:
+        return False
+    if isinstance(value, Ref):
+        found = emitter.constant(value)
+        if found is None or not found.is_floating_point() or found.ndim:
+            return False
+        value = found.item()
+    if not isinstance(value, bool | int | float):
+        return False
+    emitter.values[out.storage] = Expression(out, Leaf(emitter.recording.ref(torch.full((), value, dtype=out.dtype))))
     return True
 
 
