@@ -64,6 +64,7 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
+    _disturbed = 0  # recordings during which weights were written to
     _launched = False  # launches on the CPU too, where they are tested
 
     def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
@@ -224,7 +225,9 @@ class Plans:
                 why = f"{type(error).__name__} while {'launching' if self.launched else 'recording'}: {error}"
             else:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
-                if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
+                if self._rests_on[1:] != before[1:]:
+                    self._disturbed += 1
+                    self.why_not = "weights were written to while the network was recorded"
                     return None
                 self._plans[key] = (plan, leaves)
                 self.known.add(key)
@@ -297,6 +300,8 @@ class Plans:
         kind = self._device.type
         if torch.compiler.is_compiling():
             return False
+        if self._disturbed > 2:  # by the network itself, then
+            return self.decline("the network writes to its weights")
         if not ordinary_context(kind):
             return self.decline("autocast, a function mode or a function transform is on")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):

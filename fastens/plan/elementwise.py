@@ -11,6 +11,7 @@ import torch
 
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
+from fastens.plan.loops import joined
 from fastens.plan.lower import argument, call_into, lowers, pending
 from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, Ref, same_view
@@ -251,8 +252,8 @@ def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...
     for ref in operands:
         value = emitter.values.get(ref.storage)
         inline = isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1
-        joined = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
-        roots.append(joined)
+        operand = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
+        roots.append(operand)
     whole = Apply(opcode, tuple(roots), number)
     if not _fits(whole):
         whole = Apply(opcode, tuple(Leaf(ref) for ref in operands), number)
@@ -288,10 +289,15 @@ def silu_backward(emitter: Emitter, node: Node) -> bool:
     return True
 
 
-@lowers("aten.reciprocal", "aten.pow", "aten.neg")
+@lowers("aten.reciprocal", "aten.pow", "aten.neg", "aten.rsqrt")
 def power(emitter: Emitter, node: Node) -> bool:
-    """Powers that have an instruction."""
+    """Powers that have an instruction, or two."""
     x, out = node.args[0], node.outs[0]
+    if node.name == "aten.rsqrt":
+        if x.dtype not in emitter.floats or out.dtype != x.dtype:
+            return False
+        emitter.values[out.storage] = Expression(out, Apply(Opcode.NUMBER_OVER, (Apply(Opcode.SQRT, (Leaf(x),)),), 1.0))
+        return True
     if node.name == "aten.reciprocal":
         return express(emitter, out, Opcode.NUMBER_OVER, (x,), 1.0)
     if node.name == "aten.neg":
@@ -306,6 +312,8 @@ def copy(emitter: Emitter, node: Node) -> bool:
     x, out = node.args[0], node.outs[0]
     if out.dtype not in emitter.floats or not emitter.copies_from(x.dtype):
         return False
+    if len(joined(list(out.size), [list(out.stride), list(x.stride)])) > steps.MAX_DIMS:
+        return False  # patches of videos put together: torch knows more dimensions
     if kept_scores(emitter, x, out, 1.0, partial(_copied, emitter, x, out)):
         return True
     _copied(emitter, x, out)

@@ -303,6 +303,10 @@ class _Operations(TorchDispatchMode):
         return result
 
 
+# what acts on the last dimension writes it contiguous, whatever the others are
+_OF_VECTORS = {"fastens::linear", "fastens::layer_norm", "fastens::rms_norm"}
+
+
 class _MemberOps(TorchFunctionMode):
     """Member-batched ops are recorded whole; as composites they would come to the dispatcher in pieces."""
 
@@ -325,6 +329,8 @@ class _MemberOps(TorchFunctionMode):
             result = self.recording.result(func, args, kwargs)
             if func is torch.ops.fastens.dropout.default:
                 result = torch.empty_like(args[0]).copy_(result)
+            elif func._schema.name in _OF_VECTORS:
+                result = result.contiguous()
             else:
                 result = channels_last(args[0], result, convolved)
         self.recording.add(func, args, kwargs, result)

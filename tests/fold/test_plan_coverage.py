@@ -140,6 +140,13 @@ def fewer_keys_than_queries(self, x):
 
 
 @form()
+def patches_of_videos(self, x):
+    y = torch.cat([self.a(x) * i for i in range(4)]).view(2, 2, 2, 2, 2, 2, 2)
+    y = y.permute(0, 4, 1, 5, 2, 6, 3).reshape(4, 32)
+    return self.b(y[:, ::4]) * torch.stack([y.abs().amax(1), y.square().mean(1)], 1).rsqrt().repeat(1, 4)
+
+
+@form()
 def view_changed_in_place(self, x):
     return self.b(self.a(x)[:, None].clone().squeeze_(1).t_().t_())
 
