@@ -250,11 +250,9 @@ class FoldEngine:
         if torch.compiler.is_compiling():
             return False
         if self.cap.asked is not None and self.num_members * arguments.batch_size > self.cap.asked:
-            self.plans.why_not = f"max_fold={self.cap.asked} takes several passes"
-            return False
+            return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
-            self.plans.why_not = "an argument is neither an ordinary tensor nor a number, a name or a dtype"
-            return False
+            return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")
         return self.plans.can_plan(arguments.tensors)
 
     def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:

@@ -49,7 +49,9 @@ class FirstPass:
                 self._run_members()
             random = self._random
             planned = None
-            if self._plannable and not random:
+            if random and self._plannable:
+                engine.plans.decline("members draw random numbers in this mode")
+            elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
             with torch.no_grad():
                 problem, leaves = self._folded() if planned is None else (None, planned)
@@ -74,13 +76,12 @@ class FirstPass:
         around: AbstractContextManager[None] = nullcontext()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
-            arguments = self._arguments
+            # the first may show that the network writes to its arguments, which are the caller's
+            arguments = self._arguments if k and not engine.copies_inputs else self._arguments.copied()
             drawn = torch.random.get_rng_state()
             versions = [x._version for x in arguments.tensors if not x.is_inference()]
             with around, state_kept(engine.network) as written, state_kept(member) as changed:
-                output = engine.call_module(
-                    member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method
-                )
+                output = engine.call_module(member, k, arguments, self._method)
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
                 engine.copies_inputs = True
