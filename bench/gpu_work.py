@@ -101,7 +101,7 @@ def plan_of(members, size, batch):
         ensemble(x.contiguous(memory_format=torch.channels_last), torch.full((batch,), 500, device=x.device))
     if not ensemble._engine.plans._plans:
         raise RuntimeError(f"no plan: {ensemble.report().why_no_plan or ensemble.report().why}")
-    ((plan, _),) = ensemble._engine.plans._plans.values()
+    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
     return ensemble, plan
 
 

@@ -1,10 +1,10 @@
 """Ensembles of score models, evaluated in one folded forward pass (arXiv 2601.11444)."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from fastens import rules
+from fastens import rules, schedules
 from fastens._version import __version__
-from fastens.checkpoints import load_members
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import PerMember
@@ -12,7 +12,12 @@ from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
-from fastens.tabular.forest import Forest
+from fastens.rules import rule
+
+if TYPE_CHECKING:
+    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training
+    from fastens.checkpoints import load_members
+    from fastens.tabular.forest import Forest
 
 __all__ = [
     "Ensemble",
@@ -22,17 +27,36 @@ __all__ = [
     "__version__",
     "aggregate",
     "backends",
+    "demo",
+    "evaluation",
+    "interop",
     "laplace",
     "load_members",
     "register_layer",
+    "rule",
     "rules",
+    "samplers",
+    "schedules",
+    "schemes",
+    "tabular",
+    "training",
 ]
+
+_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training"))
+_ATTRIBUTES = {"Forest": "fastens.tabular.forest", "load_members": "fastens.checkpoints"} | dict.fromkeys(
+    # A saved diffusers pipeline looks these classes up here; none may import diffusers before that.
+    ("ModelMixin", "DiffusersEnsemble", "DiffusersMCDropout"),
+    "fastens.interop.diffusers",
+)
 
 
 def __getattr__(name: str) -> Any:
-    # A saved diffusers pipeline looks these classes up here; none may import diffusers before that.
-    if name in ("ModelMixin", "DiffusersEnsemble", "DiffusersMCDropout"):
-        from fastens.interop import diffusers
-
-        return getattr(diffusers, name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastens.{name}")
+    if name in _ATTRIBUTES:
+        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
     raise AttributeError(f"module 'fastens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastens.fold.tensor import MemberTensor
+from fastens.methods import call_method
+
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
 
@@ -27,6 +30,44 @@ def adapter_of(member: nn.Module) -> str | None:
         if adapter is not None:
             return adapter
     return next((module for names, module in ATTRIBUTES.items() if all(hasattr(member, n) for n in names)), None)
+
+
+class MemberLike(nn.Module):
+    """What an ensemble has of its members: attributes that it has not itself, to read and to set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of all members where it is theirs and not the ensemble's."""
+        network = self.__dict__.get("_modules", {}).get("network")
+        own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        looped = not own and self.__dict__["_engine"] is None
+        members = [] if own or network is None else list(network.children()) if looped else [network]
+        if members and all(hasattr(member, name) for member in members):
+            for member in members:
+                setattr(member, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look like a member: attributes that the ensemble has not are the members'."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            network = self.__dict__.get("_modules", {}).get("network")
+            if network is None or name.startswith("__"):
+                raise
+        looped = self.__dict__["_engine"] is None
+        member = next(network.children()) if looped else network
+        try:
+            value = getattr(member, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
+            ) from None
+        if isinstance(value, MemberTensor):
+            return value.stack
+        if inspect.ismethod(value) and value.__self__ is member:
+            return functools.partial(call_method, self, name)
+        return value
 
 
 @functools.cache

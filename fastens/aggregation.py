@@ -40,7 +40,7 @@ def aggregation(
         ValueError: the rule or a conversion needs the noise level, and no argument is a time.
     """
     prediction, target = settings["prediction"].filled(schedule=schedule), settings["aggregate_in"]
-    linear = isinstance(rule, rules.Mean)  # commutes with conversions, and averages variances as they are
+    linear = rule.linear  # commutes with conversions, and averages variances as they are
     if linear and not rule.needs_noise_level:
         return lambda scores: aggregate(scores, rule, backend=settings["backend"])
     arguments = Arguments(args, kwargs)

@@ -1,35 +1,51 @@
 """Recorded steps: the evaluation of an ensemble as one CUDA graph per signature, with eager code where none fits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens.fold.guards import Guards, unmodified_context
 from fastens.kernels._graph import record_graph
 
 
-class Weights:
-    """The tensors that a recording reads at their addresses, kept alive, and how often each was changed."""
+class Facts:
+    """What a recording of a model rests on: its tensors, which are kept alive, and the Python state of an ensemble.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._versions = self._count()
-        self._places = [t.data_ptr() for t in self._tensors]
+    Args:
+        model: an ensemble, or a module that holds some.
+    """
 
-    def _count(self) -> int:
-        return sum([0 if t.is_inference() else t._version for t in self._tensors])
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._state = _state_of(model)
 
-    def are_current(self) -> bool:
-        """Whether they are what they were, as far as torch counts changes."""
-        return self._count() == self._versions
+    def hold(self, model: nn.Module) -> bool:
+        """Whether all is as it was, and nobody wants to be told of calls, as hooks do."""
+        return not _hooked(model) and _state_of(model) == self._state
 
-    def are(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether these are they, where they were and unchanged."""
-        found = list(tensors)
-        same = len(found) == len(self._tensors) and all(a is b for a, b in zip(found, self._tensors, strict=True))
-        return same and self.are_current() and [t.data_ptr() for t in found] == self._places
+
+def _guards_of(model: nn.Module) -> list[Guards]:
+    engine = model.__dict__.get("_engine")
+    if engine is not None:
+        return [engine.plans.guards]
+    engines = (m.__dict__.get("_engine") for m in model.modules())
+    return [engine.plans.guards for engine in engines if engine is not None]
+
+
+def _state_of(model: nn.Module) -> Any:
+    """What changes with weights and with state: of an ensemble what its plans rest on, else every tensor's."""
+    states = [guards.state() for guards in _guards_of(model)]
+    if model.__dict__.get("_engine") is not None:
+        return states
+    tensors = [*model.parameters(), *model.buffers()]
+    return states, [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _hooked(model: nn.Module) -> bool:
+    return any(guards.hooked() for guards in _guards_of(model))
 
 
 class RecordedStep:
@@ -39,25 +55,23 @@ class RecordedStep:
         run: called with positional and keyword arguments, evaluates the ensemble.
         args: the example's positional arguments.
         kwargs: its keyword arguments.
-        device: of the ensemble.
-        weights: the tensors that the recording reads at their addresses.
+        model: the ensemble.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, weights: Any
-    ) -> None:
+    def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> None:
+        device = model.device
         leaves, spec = pytree.tree_flatten((args, kwargs))
         # CPU tensors, such as a scheduler's timesteps, become device memory: a graph cannot read them anew.
         self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
         static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
-        self.weights = Weights(weights)
+        self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self.device = device
         self.done = torch.cuda.Event() if device.type == "cuda" else None
 
-    def is_current(self) -> bool:
-        """Whether the weights are those that were recorded, as far as torch counts changes."""
-        return self.weights.are_current()
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether weights and state are those that were recorded."""
+        return self._facts.hold(model)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
@@ -81,9 +95,9 @@ class Capturing(nn.Module):
 
         The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
         precision of float32 products. A recording is replayed in evaluation mode under ``torch.no_grad`` only, and what
-        it returns is the caller's. After an in-place change of the weights it is not replayed any more, since it may
-        hold what was derived from them: capture again. After a change that torch does not count, :meth:`refresh`
-        forgets it.
+        it returns is the caller's. After a change of weights or of the members' Python state it is not replayed any
+        more, since it may hold what was derived from them: capture again. After a change that cannot be noticed,
+        :meth:`refresh` forgets it.
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
@@ -110,14 +124,15 @@ class Capturing(nn.Module):
                 ensemble._evaluated,
                 args,
                 kwargs,
-                ensemble.device,
-                [*ensemble.parameters(), *ensemble.buffers()],
+                ensemble,
             )
         ensemble._recorded[self._signature(args, kwargs)] = step
 
     def _why_not_recorded(self) -> str | None:
         """What changes from call to call that a replay would repeat, or none."""
         ensemble: Any = self
+        if ensemble._draws.assignment() is not None:
+            return "members are assigned to the rows of these calls alone; leave ens.assigned"
         return (
             f"rule {ensemble.rule.name!r} draws members, so each call runs other rows" if ensemble.rule.random else None
         )
@@ -138,8 +153,13 @@ class Capturing(nn.Module):
 
     def _recorded_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedStep | None:
         """The recording that fits a call, or none."""
+        ensemble: Any = self
         recorded = self.__dict__["_recorded"]
+        if recorded and ensemble._draws.assignment() is not None:
+            return None
         if not recorded or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if not unmodified_context(ensemble.device.type):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
@@ -147,7 +167,7 @@ class Capturing(nn.Module):
             step = recorded.get(self._signature(args, kwargs))
         except TypeError:  # an argument that does not hash has no recording
             return None
-        return step if step is None or step.is_current() else None
+        return step if step is None or step.is_current(ensemble) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert the weights, and forget the recordings that read them where they were."""

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.dropout import MCDropout
-from fastens.ensemble import Ensemble, rebuild
+from fastens.ensemble import Ensemble
 from fastens.files import whole
-from fastens.fold.members import make_skeleton, tensors_of
-from fastens.io import containers, described
+from fastens.fold.members import AS_THEY_ARE, Placement, make_skeleton, tensors_of
+from fastens.io import containers, described, hub
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
+from fastens.pickled import rebuild
 from fastens.settings import check_settings
 
 _STACKS = "ensemble.safetensors"
@@ -33,12 +34,18 @@ class Checkpoints(Sequence[nn.Module]):
     """Members in files, each read when it is asked for, so that one at a time is in memory."""
 
     def __init__(
-        self, paths: Sequence[Path], factory: Factory | None, wishes: Sequence[Wish], allow_pickle: bool = False
+        self,
+        paths: Sequence[Path],
+        factory: Factory | None,
+        wishes: Sequence[Wish],
+        allow_pickle: bool = False,
+        place: Placement = AS_THEY_ARE,
     ) -> None:
         self.paths = list(paths)
         self._factory = factory
         self._wishes = list(wishes)
         self._allow_pickle = allow_pickle
+        self._place = place
         self._made: WeakSet[nn.Module] = WeakSet()
 
     def __len__(self) -> int:
@@ -49,7 +56,7 @@ class Checkpoints(Sequence[nn.Module]):
             return [self[i] for i in range(*k.indices(len(self)))]
         member = load_member(self.paths[k], self._factory and self._make, self._wishes[k], self._allow_pickle)
         self._made.add(member)
-        return member
+        return member.to(*self._place.arguments) if self._place.changes else member
 
     def _make(self) -> nn.Module:
         assert self._factory is not None
@@ -70,6 +77,8 @@ def load_members(
     prefix: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Checkpoints:
     """Name the checkpoints of K members; they are read one at a time, when an ensemble takes them, and infer.
 
@@ -80,7 +89,8 @@ def load_members(
     several are, or a name like "ema" is not understood, the error lists them. ``fastens inspect FILE`` shows them.
 
     Args:
-        paths: files and folders, or patterns (``runs/*/ema.pt``), whose matches are members in natural order.
+        paths: files and folders, or patterns (``runs/*/ema.pt``), whose matches are members in natural order; or ids of
+            the Hugging Face hub that are in its cache on this machine.
         factory: makes a member without its weights; needed where the checkpoint does not describe its network.
         ema: take the exponential moving average of the weights where a checkpoint holds both.
         key: full name of the dictionary in a file, or of the model in a folder, that holds the weights; or one for
@@ -88,19 +98,21 @@ def load_members(
         prefix: what stands in front of the network's names in that dictionary (``model.diffusion_model``).
         variant: of the files in a diffusers folder (``fp16``, ``ema``, ``non_ema``).
         allow_pickle: also read pickles, which can run any code: only for files whose authors you trust.
+        device: where each member is put; none for where its checkpoint is read to.
+        dtype: of its floating-point tensors; none for the checkpoint's.
 
     Returns:
         A lazy sequence of modules in evaluation mode.
 
     Raises:
-        FileNotFoundError: a path that does not exist, a pattern without matches.
-        TypeError: one path that is no pattern.
+        FileNotFoundError: a path that does not exist, a pattern without matches, a hub id that is not in the cache.
+        TypeError: one path that is no pattern, a dtype that is none of floating point.
         ValueError: no paths, one named twice by patterns; a file without a factory; when read: a damaged checkpoint,
             one of another architecture, one that would have to execute code, or one with several candidates.
     """
     if isinstance(paths, Path) or (isinstance(paths, str) and not glob.has_magic(paths)):
         raise TypeError(f"paths is one path, expected a sequence of them: load_members([{str(paths)!r}])")
-    found = _matches([paths] if isinstance(paths, str) else paths)
+    found = [hub.cached(path) or path for path in _matches([paths] if isinstance(paths, str) else paths)]
     if not found:
         raise ValueError("paths is empty, expected at least one checkpoint")
     for path in found:
@@ -115,7 +127,9 @@ def load_members(
     keys = [key] * len(found) if key is None or isinstance(key, str) else list(key)
     if len(keys) != len(found):
         raise ValueError(f"key names {len(keys)} dictionaries for {len(found)} checkpoints, expected one for each")
-    return Checkpoints(found, factory, [Wish(ema, each, prefix, variant) for each in keys], allow_pickle)
+    return Checkpoints(
+        found, factory, [Wish(ema, each, prefix, variant) for each in keys], allow_pickle, Placement.of(device, dtype)
+    )
 
 
 def _matches(paths: Sequence[str | Path]) -> list[Path]:
@@ -196,6 +210,7 @@ def load_ensemble(
     factory: Factory | None = None,
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     **_: Any,
 ) -> Ensemble:
     """Read what :func:`save_ensemble` wrote.
@@ -205,6 +220,7 @@ def load_ensemble(
         factory: makes a member; needed unless members are diffusers models.
         torch_dtype: convert floating-point tensors to it.
         dtype: the same, as newer diffusers call it.
+        device: where the stacks are put; none for the CPU.
         **_: further keywords of diffusers' loaders (``device_map``, ``variant``, ...), which do not apply.
 
     Raises:
@@ -240,7 +256,8 @@ def load_ensemble(
             stack = stack.to(wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
-    return rebuild(num_members, config["rule"], settings, content, False, kind)
+    ensemble = rebuild(num_members, config["rule"], settings, content, False, kind)
+    return ensemble if device is None else ensemble.to(device)
 
 
 def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:

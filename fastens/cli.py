@@ -4,6 +4,7 @@ import argparse
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -191,7 +192,9 @@ def _tune(options: argparse.Namespace) -> None:
         raise ValueError("tune measures on a GPU, and torch sees none; on the CPU there is nothing to choose")
     paths = options.checkpoints * (options.members or 1) if len(options.checkpoints) == 1 else options.checkpoints
     members = [member.to(memory_format=torch.channels_last) for member in fastens.load_members(paths)]
-    ensemble = fastens.Ensemble(members).eval().to("cuda", getattr(torch, options.dtype))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fastens: all .* members hold the same weights")  # as --members asks for
+        ensemble = fastens.Ensemble(members).eval().to("cuda", getattr(torch, options.dtype))
     calls = calls_of(ensemble, options.batch)
     measured = tune(calls, ensemble.device, lambda unknown: tqdm(unknown, unit="shape", desc="measuring"))
     print(f"{measured} of {len(calls)} shapes measured, the others were known: {TABLE.path}")

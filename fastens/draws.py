@@ -1,4 +1,4 @@
-"""Which trajectory and evaluation an ensemble is in, which rows are one sample, and the members drawn for them."""
+"""Which trajectory and evaluation an ensemble is in, which rows are one sample, and the members that they have."""
 
 import contextvars
 import threading
@@ -40,8 +40,36 @@ class _Trajectory:
     evaluations: int = 0
 
 
-# By ensemble; of a context, so that no thread or task is in the trajectory of another.
+# By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.
 _TRAJECTORIES: contextvars.ContextVar[dict[int, _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
+_ASSIGNED: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
+
+
+def assignment_of(members: Any, per_member: int | None, num_members: int) -> Tensor:
+    """The member of each row, int64 [B] on the CPU; see :meth:`fastens.Ensemble.assigned`."""
+    if (members is None) == (per_member is None):
+        raise TypeError(
+            "assigned: expected either members, the member of each row, or per_member=, rows of each member"
+        )
+    if per_member is not None:
+        if not isinstance(per_member, int) or isinstance(per_member, bool):
+            raise TypeError(f"assigned: per_member is a {type(per_member).__name__}, expected a number of rows")
+        if per_member < 1:
+            raise ValueError(f"assigned: per_member is {per_member}, expected at least one row of each member")
+        return torch.arange(num_members).repeat_interleave(per_member)
+    rows = members if isinstance(members, Tensor) else torch.tensor(members)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"assigned: members is {rows.dtype}, expected int64: the member of each row")
+    if rows.ndim != 1 or not len(rows):
+        raise ValueError(f"assigned: members is {list(rows.shape)}, expected [B], the member of each of B rows")
+    rows = rows.detach().to("cpu", copy=True)
+    wrong = torch.nonzero((rows < 0) | (rows >= num_members)).flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"assigned: members[{wrong[0]}] is {int(rows[wrong[0]])}, expected 0 to {num_members - 1}, as there are "
+            f"{num_members} members"
+        )
+    return rows
 
 
 class Draws:
@@ -54,24 +82,80 @@ class Draws:
     def __init__(self, num_members: int) -> None:
         self.num_members = num_members
         self._evaluations_outside = 0
+        self._assignments = 0  # in all contexts together
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
         return Draws, (self.num_members,)
 
     @contextmanager
-    def trajectory(self, batch_size: int, generator: torch.Generator | int | None) -> Iterator[None]:
+    def trajectory(self, batch_size: int, generator: torch.Generator | int | None, rule: rules.Rule) -> Iterator[None]:
         """Scope of one trajectory; see :meth:`fastens.Ensemble.trajectory`."""
         if self._trajectory() is not None:
             raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
+        self._check_nested(rule, self.assignment(), batch_size)
         seed = generator if isinstance(generator, int) else seed_from(generator)
         token = _TRAJECTORIES.set({**_TRAJECTORIES.get(), id(self): _Trajectory(seed, batch_size)})
         try:
             yield
         finally:
             _TRAJECTORIES.reset(token)
+
+    @contextmanager
+    def assigned(self, rows: Tensor, rule: rules.Rule) -> Iterator[None]:
+        """Scope in which each row has its member; see :meth:`fastens.Ensemble.assigned`."""
+        if self.assignment() is not None:
+            raise RuntimeError("members are already assigned to the rows; leave that scope before the next one")
+        current = self._trajectory()
+        self._check_nested(rule, rows, None if current is None else current.batch_size)
+        token = _ASSIGNED.set({**_ASSIGNED.get(), id(self): rows})
+        with self._lock:
+            self._assignments += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._assignments -= 1
+            _ASSIGNED.reset(token)
+
+    @staticmethod
+    def _check_nested(rule: rules.Rule, rows: Tensor | None, batch_size: int | None) -> None:
+        """Raise where an assignment and a trajectory contradict each other."""
+        if rows is None or batch_size is None:
+            return
+        if rule.random:
+            raise RuntimeError(
+                f"rule {rule.name!r} draws members for a trajectory, and members are assigned to its rows; take one of "
+                "the two, or ens.with_rule('mean')"
+            )
+        if len(rows) != batch_size:
+            raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
+
+    def assignment(self) -> Tensor | None:
+        """The members assigned to the rows in this context, int64 [B]; none where rows have none of their own.
+
+        Raises:
+            RuntimeError: inside ``torch.compile``, where a context cannot be told.
+        """
+        if not self._assignments:  # what a compiled graph rests on
+            return None
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError("members are assigned to rows, which a compiled ensemble cannot see; call it uncompiled")
+        return _ASSIGNED.get().get(id(self))
+
+    def assigned_members(self, rows: Tensor, batch: int) -> Tensor:
+        """The member of each row of a batch, which guidance may repeat, int64 [batch].
+
+        Raises:
+            ValueError: a batch that is not a multiple of the assignment's.
+        """
+        if batch % len(rows):
+            raise ValueError(
+                f"the batch has {batch} rows, expected a multiple of the {len(rows)} that members are assigned to"
+            )
+        return rows.repeat(batch // len(rows))
 
     def _trajectory(self) -> "_Trajectory | None":
         return _TRAJECTORIES.get().get(id(self))
@@ -82,12 +166,12 @@ class Draws:
         Raises:
             ValueError: a batch that is not a multiple of the trajectory's.
         """
-        batch, current = x.shape[0], self._trajectory()
+        batch, current, assigned = x.shape[0], self._trajectory(), self.assignment()
         if current is None:
             with self._lock:
                 self._evaluations_outside += 1
                 number = self._evaluations_outside
-            return Evaluation(None, number, batch // _repetitions(x))
+            return Evaluation(None, number, batch // _repetitions(x) if assigned is None else len(assigned))
         if batch % current.batch_size:
             raise ValueError(
                 f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {current.batch_size}"
@@ -114,6 +198,12 @@ class Draws:
             number = evaluation.number if rule.per_evaluation else 0
             drawn = draw_members(evaluation.seed, number, self.num_members, evaluation.num_samples)
         return drawn.repeat(batch // max(evaluation.num_samples, 1))
+
+
+def assigned_to(model: Any) -> Tensor | None:
+    """The members assigned to the rows of a model in this context; none where it is no ensemble, or has none."""
+    draws = getattr(model, "_draws", None)
+    return draws.assignment() if isinstance(draws, Draws) else None
 
 
 def _repetitions(x: Tensor) -> int:

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastens import rules
@@ -12,7 +13,7 @@ from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
 from fastens.fold.masks import Masks
-from fastens.fold.members import make_skeleton, tensors_of
+from fastens.fold.members import Placement, make_skeleton, tensors_of
 from fastens.settings import check_settings
 
 
@@ -39,6 +40,8 @@ class MCDropout(Ensemble):
         prediction: see there.
         aggregate_in: see there.
         schedule: see there.
+        device: where the weights are copied to; none for where they are.
+        dtype: of floating-point tensors; none for their own.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -61,6 +64,8 @@ class MCDropout(Ensemble):
         prediction: str | None = None,
         aggregate_in: str | None = None,
         schedule: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         if not isinstance(model, nn.Module):
@@ -71,9 +76,10 @@ class MCDropout(Ensemble):
             raise ValueError(f"masks {masks!r} is unknown, expected 'fixed' or 'fresh'")
         if p is not None and not 0 < p < 1:
             raise ValueError(f"p is {p}, expected a probability above 0 and below 1, or none for the network's own")
+        place = Placement.of(device, dtype)
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(num_members, rule, {**settings, "masks": masks, "p": p, "seed": seed})
-        stacks = {name: _copied(t) for name, t in tensors_of(model).items()}
+        stacks = {name: _copied(t, place) for name, t in tensors_of(model).items()}
         self._adopt(make_skeleton(model), stacks, frozenset(stacks))
 
     @classmethod
@@ -101,7 +107,7 @@ class MCDropout(Ensemble):
 
     def train(self, mode: bool = True) -> "MCDropout":
         """Keep the mode for callers that read it; the network stays in evaluation mode, with dropout on."""
-        self.training = mode
+        self._views.train(mode)
         return self
 
     def _why_not_recorded(self) -> str | None:
@@ -123,6 +129,6 @@ class MCDropout(Ensemble):
         return evaluation
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
+def _copied(tensor: Tensor, place: Placement) -> Tensor:
+    clone = tensor.detach().to(**place.like(tensor), copy=True)
     return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

@@ -1,11 +1,10 @@
 """The ensemble: K members behind the interface of one."""
 
-import functools
+import dataclasses
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from inspect import ismethod
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,26 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import rules, schedules
-from fastens.adapters import adapter_of, with_signature
+from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
-from fastens.draws import Draws, Evaluation
-from fastens.fold.alike import reaches_back
+from fastens.draws import Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
-from fastens.fold.members import DifferentMembers, check_members, in_format, replaced, stack_members, tensors_of
-from fastens.fold.tensor import MemberTensor
-from fastens.methods import call_method
+from fastens.fold.members import DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
+from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, is_scores, plain, stacked
+from fastens.pickled import kept, rebuild
 from fastens.report import Report
 from fastens.settings import check_settings
+from fastens.summary import summary
+from fastens.views import Views, view_of
 
 
-class Ensemble(Capturing):
+class Ensemble(MemberLike, Capturing):
     """An ensemble of score models that is called, and looks from outside, like one of its members.
 
     The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
@@ -53,9 +53,12 @@ class Ensemble(Capturing):
         aggregate_in: the parameterisation that the rule is applied in; none for that of ``prediction``.
         schedule: the noise schedule of such a conversion, or of a rule that depends on the noise level: one of
             :mod:`fastens.schedules`, or a diffusers scheduler.
+        device: where the stacks are made; none for where the members are.
+        dtype: of their floating-point tensors; none for the members' own.
 
     Raises:
-        ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device; an unknown rule,
+        ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device unless those are
+            given; an unknown rule,
             engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, a rule
             that lacks a schedule, a scheduler that contradicts ``prediction`` or is refused.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
@@ -72,9 +75,12 @@ class Ensemble(Capturing):
         prediction: str | schedules.Prediction | None = None,
         aggregate_in: str | None = None,
         schedule: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
         check_members(members)
+        place = Placement.of(device, dtype)
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
@@ -84,11 +90,14 @@ class Ensemble(Capturing):
         self._setup(len(members), rule, settings)
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                self._adopt(*stack_members(members), originals=members)  # pyright: ignore[reportArgumentType]
+                stacked = stack_members(members, place)  # pyright: ignore[reportArgumentType]
+                self._adopt(*stacked, originals=None if place.changes else members)
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
             self._adopt_modules(members, str(error))
+            if place.changes:
+                self.to(*place.arguments)
         self.training = first.training
 
     # Construction
@@ -99,6 +108,8 @@ class Ensemble(Capturing):
         state["_settings"] = settings
         state["_draws"] = Draws(num_members)
         state["_recorded"] = {}  # signature of a call -> its recording
+        state["_views"] = Views()
+        self._views.add(self)
         self.rule = rule
 
     def _adopt(
@@ -110,16 +121,7 @@ class Ensemble(Capturing):
         self._become_member_like(skeleton)
 
     def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
-        modules = []
-        for member in members:
-            if reaches_back(member) is not None:  # a copy would run on the weights of the member itself
-                modules.append(member)
-                continue
-            tensors = {
-                name: nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
-                for name, t in tensors_of(member).items()
-            }
-            modules.append(replaced(member, tensors))
+        modules = [copied(member) for member in members]
         if self._settings["engine"] == "auto":
             warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
         self.__dict__["_engine"] = None
@@ -147,7 +149,9 @@ class Ensemble(Capturing):
     # Evaluation
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = self.rule
+        rule, assigned = self.rule, self._draws.assignment()
+        if assigned is not None:
+            return self._assigned(args, kwargs, assigned)
         if rule.per_evaluation or rule.per_trajectory:
             return self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
@@ -170,10 +174,9 @@ class Ensemble(Capturing):
             What the ensemble returns, and the variance over members (normalised by K, around the mean) in the structure
             of :meth:`member_outputs`, [B, ...].
         """
-        if self.rule.per_evaluation or self.rule.per_trajectory:
-            raise ValueError(
-                f"rule {self.rule.name!r} evaluates one member a sample, so there is no variance over members"
-            )
+        if self.rule.random or self._draws.assignment() is not None:
+            what = f"rule {self.rule.name!r}" if self.rule.random else "ens.assigned"
+            raise ValueError(f"{what} evaluates one member a sample, so there is no variance over members")
         outputs = self._evaluate(args, kwargs)
         return self._combine(outputs, self._aggregation(args, kwargs)), plain(self._combine(outputs, member_variance))
 
@@ -217,7 +220,17 @@ class Ensemble(Capturing):
         """Evaluate, for each sample, only the member drawn for it."""
         arguments = self._arguments(args, kwargs)
         evaluation = self._begin(arguments)
-        members = self._draws.members(self.rule, evaluation, arguments.batch_size)
+        return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
+
+    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Tensor) -> Any:
+        """Evaluate, for each sample, only the member that was assigned to it."""
+        arguments = self._arguments(args, kwargs)
+        members = self._draws.assigned_members(assigned, arguments.batch_size)
+        if self.rule.random:  # otherwise fresh masks have begun it
+            self._begin(arguments)
+        return self._by_rows(arguments, members)
+
+    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
         if self._engine is not None:
             return self._engine.evaluate_drawn(arguments, members)
         return run_drawn(self._call_module, arguments, members)
@@ -245,7 +258,28 @@ class Ensemble(Capturing):
             RuntimeError: a trajectory is already in progress.
             ValueError: a batch_size below one.
         """
-        return self._draws.trajectory(batch_size, generator)
+        return self._draws.trajectory(batch_size, generator, self.rule)
+
+    def assigned(
+        self, members: Tensor | Sequence[int] | None = None, *, per_member: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
+
+        In it any call, of an unmodified sampler too, returns what the rows' members return. Rows i, i+B, i+2B, ... of a
+        guided batch are one sample and have the same member. It is this thread's, or task's, alone.
+
+        Args:
+            members: int64 [B], the member of each row; or a sequence of integers.
+            per_member: N, for K N rows in the order of the members, in place of ``members``.
+
+        Raises:
+            TypeError: both or neither; another dtype than int64.
+            ValueError: a member that there is not, no rows, another number of samples than the trajectory's; in a call,
+                a batch that is no multiple of B.
+            RuntimeError: rows have members already, or a rule draws them in a trajectory; in a call, inside
+                ``torch.compile``.
+        """
+        return self._draws.assigned(assignment_of(members, per_member, self.num_members), self.rule)
 
     # Inspection
 
@@ -277,16 +311,48 @@ class Ensemble(Capturing):
         """The dtype of the first floating-point stack."""
         return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
+    def with_rule(self, rule: str | rules.Rule) -> "Ensemble":
+        """A view with another rule: the same weights, engine, plans and trajectories, and nothing copied.
+
+        Requests in several threads take a view each, since a rule that is set on the ensemble is everybody's.
+
+        Raises:
+            ValueError: an unknown rule, or one that does not fit the ensemble.
+        """
+        view = view_of(self)
+        view.rule = rule
+        return view
+
     @property
-    def members(self) -> "_Members":
-        """Members on demand: ``ens.members[k]`` is a module with a copy of member k's weights."""
-        return _Members(self)
+    def members(self) -> Members:
+        """Members on demand: ``ens.members[k]`` is a copy of member k, of which no change reaches the ensemble.
+
+        :meth:`replace_member` puts one in.
+        """
+        return Members(self)
+
+    def replace_member(self, k: int, member: nn.Module | Mapping[str, Any]) -> None:
+        """Put copies of a module's, or of a state_dict's, tensors in the place of member k's; not during a call.
+
+        Raises:
+            IndexError: no member k.
+            TypeError: neither a module nor a mapping.
+            ValueError: it differs from the members in more than its weights, or in dtype; the ensemble is as before.
+        """
+        replace_member(self, k, member)
+
+    def extra_repr(self) -> str:
+        """What ``print(ens)`` shows above the network."""
+        return summary(self)
 
     def report(self) -> Report:
         """Which engine and backend each layer got, and why."""
         if self._engine is None:
-            return Report("loop", self.num_members, self.__dict__["_why_loop"], [])
-        return self._engine.report(self._settings["backend"])
+            found = Report("loop", self.num_members, self.__dict__["_why_loop"], [])
+        else:
+            found = self._engine.report(self._settings["backend"])
+        own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
+        return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
@@ -329,52 +395,14 @@ class Ensemble(Capturing):
     def train(self, mode: bool = True) -> "Ensemble":
         """Set the mode of the members, as for one of them."""
         super().train(mode)
+        self._views.train(mode)
         return self
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of all members where it is theirs and not the ensemble's."""
-        network = self.__dict__.get("_modules", {}).get("network")
-        own = network is None or name in self.__dict__ or name in self._modules or hasattr(type(self), name)
-        looped = not own and self.__dict__["_engine"] is None
-        members = [] if own or network is None else list(network.children()) if looped else [network]
-        if members and all(hasattr(member, name) for member in members):
-            for member in members:
-                setattr(member, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look like a member: attributes that the ensemble has not are the members'."""
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            network = self.__dict__.get("_modules", {}).get("network")
-            if network is None or name.startswith("__"):
-                raise
-        looped = self.__dict__["_engine"] is None
-        member = next(network.children()) if looped else network
-        try:
-            value = getattr(member, name)
-        except AttributeError:
-            raise AttributeError(
-                f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
-            ) from None
-        if isinstance(value, MemberTensor):
-            return value.stack
-        if ismethod(value) and value.__self__ is member:
-            return functools.partial(call_method, self, name)
-        return value
 
     # Copies and files
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Rebuild from skeleton and stacks, so that classes made on the fly are not pickled."""
-        state = self.__dict__
-        if self._engine is None:
-            content: Any = (None, list(self.network), state["_why_loop"])
-        else:
-            content = (self._engine.skeleton, tensors_of(self.network), self._engine.shared)
-        return rebuild, (self.num_members, self.rule, self._settings, content, self.training, self._kind())
+        return rebuild, kept(self)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
@@ -388,50 +416,3 @@ class Ensemble(Capturing):
         from fastens.checkpoints import load_ensemble
 
         return load_ensemble(directory, factory, **options)
-
-
-class _Members(Sequence[nn.Module]):
-    def __init__(self, ensemble: Ensemble) -> None:
-        self._ensemble = ensemble
-
-    def __len__(self) -> int:
-        return self._ensemble.num_members
-
-    def __getitem__(self, k: Any) -> Any:
-        if isinstance(k, slice):
-            return [self[i] for i in range(*k.indices(len(self)))]
-        if not -len(self) <= k < len(self):
-            raise IndexError(f"member {k} of {len(self)}")
-        ensemble = self._ensemble
-        if ensemble._engine is None:
-            member = list(ensemble.network.children())[k]
-            return replaced(member, {name: _copy(t, t) for name, t in tensors_of(member).items()})
-        return ensemble._engine.member(k % len(self))
-
-
-def _copy(value: Tensor, like: Tensor) -> Tensor:
-    copied = value.detach().clone()
-    return nn.Parameter(copied, like.requires_grad) if isinstance(like, nn.Parameter) else copied
-
-
-def rebuild(
-    num_members: int,
-    rule: rules.Rule,
-    settings: dict[str, Any],
-    content: Any,
-    training: bool,
-    kind: type[Ensemble] = Ensemble,
-) -> Ensemble:
-    """Put an ensemble together from what pickling or a file keeps: skeleton, stacks and names of shared tensors."""
-    ensemble = kind.__new__(kind)
-    nn.Module.__init__(ensemble)
-    ensemble._setup(num_members, rule, settings)
-    skeleton, *rest = content
-    if skeleton is None:
-        modules, why = rest
-        ensemble.__dict__.update(_engine=None, _why_loop=why)
-        ensemble.network = nn.ModuleList(modules)
-        ensemble._become_member_like(modules[0])
-    else:
-        ensemble._adopt(skeleton, *rest)
-    return ensemble.train(training)

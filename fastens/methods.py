@@ -51,6 +51,8 @@ def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
     if all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
     rule = ensemble.rule
+    if ensemble._draws.assignment() is not None:
+        raise ValueError(f"{name}: members differ, and rows have members of their own in calls of forward only")
     if rule.random:
         raise ValueError(
             f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule"

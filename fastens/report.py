@@ -9,6 +9,12 @@ from fastens import _native
 from fastens.ops._dispatch import missing_triton
 from fastens.ops.run_program import describe_target, target
 
+_KINDS = {
+    "folded": "each member has its own weights, and one call serves all",
+    "shared": "the weights are the same in all members, and held once",
+    "looped": "one call for each member",
+}
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -18,7 +24,7 @@ class LayerReport:
         path: its path in the member.
         layer: its class in the member.
         how: ``folded``, ``shared`` (equal in all members) or ``looped``.
-        backend: the code that runs it.
+        backend: the code that runs it where there is no plan: ``torch``, or kernels of this package.
         why: the reason where it is looped.
         parameters: parameters of one member in it, children included where it is looped.
     """
@@ -42,13 +48,14 @@ class Report:
         layers: one entry per module that owns tensors; a looped module stands for its children.
         plans: one per signature that runs as a recorded program: how many steps of each kind it has, torch's own
             operations by name.
-        why_no_plan: why the last signature without one has none; empty where none was refused.
+        why_no_plan: why the last call without one has none; empty where every call has had one.
         plan_bytes: memory of packed weights and arenas.
         target: the instruction set that plans run on; empty where they are launches.
         ways: one per plan of launches: how many convolutions run in each way, as was measured.
         graphs: plans' launches that are replayed as CUDA graphs.
         why_no_graph: the error because of which a plan's launches are not.
         slices: functions that ran member by member in the last pass that was checked, because they have no rule.
+        by_definition: the aggregation rule, where no kernel knows it and its definition is run; else empty.
     """
 
     engine: str
@@ -63,6 +70,7 @@ class Report:
     graphs: int = 0
     why_no_graph: str = ""
     slices: dict[str, int] = field(default_factory=dict)
+    by_definition: str = ""
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -73,6 +81,8 @@ class Report:
         """A table, one line per layer."""
         total = sum(layer.parameters for layer in self.layers) or 1
         lines = [f"engine {self.engine}, {self.num_members} members: {self.why}"]
+        if self.by_definition:
+            lines.append(f"  rule {self.by_definition}: by its definition in torch, since no kernel knows it")
         for plan, ways in itertools.zip_longest(self.plans, self.ways):
             lines.append(f"  plan: {_counted(plan)}")
             if ways:
@@ -86,15 +96,19 @@ class Report:
                 lines.append(f"  plans run on {describe_target(self.target)}")
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
         if self.why_no_plan:
-            lines.append(f"  not planned: {self.why_no_plan}")
+            last = "the last call that was not planned" if self.plans else "not planned"
+            lines.append(f"  {last}: {self.why_no_plan}")
         if self.slices:
-            lines.append(f"  member by member: {_counted(self.slices)}")
+            lines.append(f"  functions that run once for each member: {_counted(self.slices)}")
+        lines.append(f"  {'module':<48} {'class':<24} {'members':<7} {'without a plan it runs on'}")
         for layer in self.layers:
             line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"
             if layer.how == "looped":
                 share = 100 * layer.parameters / total
                 line += f"  {self.num_members} calls, {share:.0f} % of the parameters: {layer.why}"
             lines.append(line)
+        kinds = {layer.how for layer in self.layers}
+        lines += [f"  {kind}: {text}" for kind, text in _KINDS.items() if kind in kinds]
         return "\n".join(lines)
 
 

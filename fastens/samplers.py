@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastens import capture
+from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
 from fastens.ops.normal import normal, number_on
@@ -149,6 +150,8 @@ class Sampler:
             raise ValueError("capture: the model is in training mode, expected evaluation; call .eval() first")
         if self.denoiser.rule.random or getattr(masks, "fresh", False):
             raise ValueError("capture: a rule that draws members, or fresh masks, differ at each evaluation")
+        if assigned_to(model) is not None:
+            raise ValueError("capture: members are assigned to rows in this context alone; leave ens.assigned")
         x = torch.zeros(batch_size, *shape, dtype=self._dtype, device=self.denoiser.device)
         self._predict(x, self._rows(0, 1, x)[1][0, 0])  # checks fold against loop, which no recording can
         ordinary = self.num_steps - 1  # the last step may be of another kind
@@ -217,13 +220,14 @@ class _Recording:
         def run() -> Tensor:
             return sampler._run(self.x, self.table, self.times, self.numbers, self.seed, self.first, last)
 
-        self.weights = capture.Weights(_tensors_of(sampler.denoiser.model))
+        self.facts = capture.Facts(sampler.denoiser.model)
         self.rule = sampler.denoiser.rule
         self.replay, self.output = capture.record_graph(run, device)
 
     def is_current(self, denoiser: Denoiser) -> bool:
-        """Whether the model has the weights and the rule that were recorded."""
-        return self.rule == denoiser.rule and self.weights.are(_tensors_of(denoiser.model))
+        """Whether the model has the weights, the state and the rule that were recorded."""
+        same = self.rule == denoiser.rule and assigned_to(denoiser.model) is None
+        return same and self.facts.hold(denoiser.model)
 
     def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor], numbers: Tensor, seed: int, first: int) -> Tensor:
         """Replay on the state ``x``; the result is the recording's own, until the next replay."""
@@ -235,10 +239,6 @@ class _Recording:
         self.first.fill_(first)
         self.replay()
         return self.output
-
-
-def _tensors_of(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _default_times(denoiser: Denoiser, steps: int) -> Tensor:

@@ -260,7 +260,7 @@ def test_a_step_waits_for_whoever_reads_its_last_result(monkeypatch):
     monkeypatch.setattr(
         capture, "record_graph", lambda run, device: (lambda: cuda.log.append("replay"), {"sample": memory})
     )
-    step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, torch.device("cpu"), [])
+    step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, fastens.Ensemble([Net(), Net()]))
     step.device, step.done = torch.device("cuda"), torch.cuda.Event()
     cuda.stream_now = "other"  # the caller's stream, not that of the recording
     result = step((2 * X,), {})
@@ -299,7 +299,7 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     ensemble = fastens.Ensemble(members, engine="fold")
     args, _ = arguments(1)
     ensemble(*args)
-    ((plan, _),) = ensemble._engine.plans._plans.values()
+    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
     read = []
     mapped(torch.Tensor, read.append, [(launch.args, launch.kwargs) for launch in plan._launches])
     own = {id(p) for p in ensemble.parameters()}

@@ -122,6 +122,15 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
     assert _native._load.__wrapped__() is None
 
 
+LIGHT = """_build _native _version adapters adaptive aggregation capture draws dropout ensemble files fold
+    kernels laplace members methods ops outputs parameterisation pickled plan program reference
+    report rules schedules settings summary views""".split()
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_import_is_light():
     code = """
 import torch, sys
@@ -130,10 +139,30 @@ import fastens
 new = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name not in held}
 print(*{name.partition(".")[0] for name, file in new.items() if "site-packages" in file})
 print(*({"torch._dynamo", "torch._inductor"} & set(new)))
+print(*sorted({name.split(".")[1] for name in new if name.startswith("fastens.")}))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert set(run[0].split()) <= {"torch", "numpy", "fastens"}
-    assert run[1] == ""
+    of_others, of_torch, own = run_python(code)
+    assert set(of_others.split()) <= {"torch", "numpy", "fastens"}
+    assert of_torch == ""
+    assert set(own.split()) <= set(LIGHT)
+
+
+def test_parts_are_imported_when_they_are_named():
+    code = """
+import fastens, sys
+names = set(fastens.__all__)
+assert names <= set(dir(fastens)), names - set(dir(fastens))
+assert "fastens.tabular" not in sys.modules
+print(fastens.tabular.accelerate.__name__, fastens.Forest.__name__, fastens.evaluation.Denoiser.__name__)
+print(fastens.training.training_step.__name__, fastens.samplers.Sampler.__name__)
+print(*(sorted(dir(fastens.interop))), fastens.interop.edm.__name__, callable(fastens.laplace))
+print(*[name for name in names if not hasattr(fastens, name)], hasattr(fastens, "evaluations"))
+"""
+    first, second, interop, others = run_python(code)
+    assert first == "accelerate Forest Denoiser"
+    assert second == "training_step Sampler"
+    assert {"diffusers", "edm", "k_diffusion", "fastens.interop.edm", "True"} <= set(interop.split())
+    assert others == "False"
 
 
 @needs_compiler

@@ -240,7 +240,7 @@ def test_refusals():
 
 def test_a_graph_being_recorded_holds_no_replay_of_another(monkeypatch):
     model = ensemble()
-    model.__dict__["_recorded"] = {"any": SimpleNamespace(is_current=lambda: True)}
+    model.__dict__["_recorded"] = {"any": SimpleNamespace(is_current=lambda _: True)}
     monkeypatch.setattr(type(model), "_signature", lambda *_: "any")
     with torch.no_grad():
         assert model._recorded_step((), {}) is not None

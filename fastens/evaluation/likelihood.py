@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.ode import AugmentedFlow, integrate
 from fastens.evaluation.progress import Progress
@@ -126,6 +127,8 @@ def likelihood(
         batch_size=batch_size,
         seed=seed,
     )
+    assigned = assigned_to(denoiser.model)
+    settings |= {} if assigned is None else {"assigned": assigned.tolist()}
     rule = denoiser.rule.to_dict()
     prediction = denoiser.prediction.to_dict()
     key = fingerprint(model=denoiser.model, data=data, rule=rule, prediction=prediction, settings=settings)

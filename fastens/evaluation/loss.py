@@ -248,6 +248,6 @@ def denoising_loss(
 
 def _name(rule: str | rules.Rule) -> str:
     value = rules.get(rule)
-    if value.name not in rules.RULES:
+    if value.needs_noise_level:
         return value.name
     return value.name if value == rules.get(value.name) else str(value)

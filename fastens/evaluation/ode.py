@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.schedules import Schedule
 
@@ -48,7 +49,7 @@ class AugmentedFlow:
         """The noise and its divergence, each direction carried through the members; none where that is not possible."""
         denoiser, total = self.denoiser, torch.zeros(len(x), dtype=x.dtype, device=x.device)
         epsilon = None
-        if denoiser.rule.random:
+        if denoiser.rule.random or assigned_to(denoiser.model) is not None:
             return None
         for direction in self._directions(x):
             found = denoiser.outputs_along(x, t, direction)

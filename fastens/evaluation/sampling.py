@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastens import rules
+from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
 from fastens.evaluation.progress import Progress
@@ -62,6 +63,8 @@ def sample(
             "eta in [0, 1]"
         )
     settings = dict(steps=steps, eta=eta, clip=clip, batch_size=batch_size, seed=seed, shape=shape)
+    assigned = assigned_to(denoiser.model)
+    settings |= {} if assigned is None else {"assigned": assigned.tolist()}
     identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
     parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)

@@ -7,6 +7,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
+from fastens.fold.calls import PlannedCall
 from fastens.fold.engine import FoldEngine
 from fastens.fold.leaves import Leaves
 from fastens.fold.network import state_kept
@@ -37,9 +38,11 @@ def outputs_along(
     fresh = engine.masks is not None and engine.masks.fresh
     if not plannable or fresh or arguments.own or engine.plans.refused(key):
         return None
-    found = engine.plans.run(key, [*arguments.tensors, tangent])
-    if found is None:
+    entry = engine.plans.current(key)
+    if entry is None:
         found = _made(engine, arguments, tangent, key)
+    else:
+        found = entry.leaves.whole(entry.run([*arguments.tensors, tangent], {}))
     return None if found is None else (found[0], found[1])
 
 
@@ -51,7 +54,7 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     if engine.engine == "loop" or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
         return None
     hidden = all_members(engine.num_members)
-    whole, _ = engine.recordable(arguments, hidden, differentiated=True)
+    whole, _, _ = PlannedCall(engine, arguments).passes(differentiated=True)
 
     def member(tensors: list[Tensor]) -> list[Tensor]:
         """The first member's output, and its derivative seen along a fixed direction, by going backward."""

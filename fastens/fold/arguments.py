@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,9 +76,12 @@ class Arguments:
         leaves: the arguments' leaves; of a :class:`PerMember` its stack [K, ...].
         own: positions of leaves that are stacks with one entry for each member.
         rows_at: positions of leaves that carry the batch in dimension 0, as far as their size tells.
+        per_row: positions of leaves that have an entry for each row, which a member sees alone; see :meth:`of_rows`.
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
         samples: int64 [B], the sample of each row, where rows were selected; else none.
+        varying: of the numbers that had several values, by position, another one than now.
+        free: positions of those that had so many that there may be any.
 
     Raises:
         ValueError: a :class:`PerMember` of another number of values than K.
@@ -86,6 +90,9 @@ class Arguments:
     evaluation: tuple[int | None, int] = (None, 0)
     num_samples: int = 0
     samples: Tensor | None = None
+    varying: Mapping[int, float] = MappingProxyType({})
+    free: frozenset[int] = frozenset()
+    per_row: frozenset[int] = frozenset()
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
         self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
@@ -167,7 +174,7 @@ class Arguments:
 
         def leaf(i: int, x: Any) -> Any:
             if not isinstance(x, Tensor):
-                return x
+                return self._number(fold, i, x)
             if i in self.own:
                 return MemberTensor(hidden.entries(x), hidden)
             return fold.common(x)
@@ -179,12 +186,17 @@ class Arguments:
 
         def leaf(i: int, x: Any) -> Any:
             if not isinstance(x, Tensor):
-                return x
+                return self._number(fold, i, x)
+            if i in self.per_row:
+                return MemberTensor(x, fold.hidden)
             if i in self.rows_at:
                 return MemberTensor(x.unsqueeze(1), fold.hidden)
             return fold.common(x)
 
         return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
+
+    def _number(self, fold: Fold, i: int, x: Any) -> Any:
+        return fold.numbers.argument(fold, i) if fold.numbers is not None and i in self.varying else x
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of member k alone."""
@@ -196,11 +208,23 @@ class Arguments:
         """The arguments for the samples ``index``, int64 [n]."""
         other = copy.copy(self)
         other.leaves = list(self.leaves)
-        for i in self.rows_at:
+        for i in self.rows_at | self.per_row:
             x = self.leaves[i]
             other.leaves[i] = x.index_select(1 if i in self.own else 0, index.to(x.device))
         samples = index % max(self.num_samples, 1) if self.num_samples else index
         other.samples = samples if self.samples is None else self.samples.index_select(0, index)
+        return other
+
+    def of_rows(self, members: Tensor) -> Arguments:
+        """The arguments of rows that have a member each, ``members`` int64 [B]: of :class:`PerMember`, its member's."""
+        other = copy.copy(self)
+        other.leaves = list(self.leaves)
+        for i in self.own:
+            x = self.leaves[i]
+            at = members.to(x.device)
+            row = torch.arange(len(at), device=x.device)
+            other.leaves[i] = x[at, row] if i in self.rows_at else x.index_select(0, at)
+        other.own, other.per_row = frozenset(), self.own - self.rows_at
         return other
 
     def copied(self) -> Arguments:
@@ -209,15 +233,33 @@ class Arguments:
 
     # What tells calls apart
 
-    def plan_key(self) -> tuple[Any, ...]:
-        """What tells one recorded pass from another: all of a call but the values of its tensors."""
+    def plan_key(self, varying: Collection[int] = ()) -> tuple[Any, ...]:
+        """What tells one recorded pass from another: all of a call but the values of its tensors.
 
-        def key(leaf: Any) -> Any:
+        Args:
+            varying: positions of numbers that are inputs of the plan.
+        """
+
+        def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.stride(), leaf.dtype
-            return type(leaf), leaf
+            return (type(leaf), "any") if i in varying else (type(leaf), leaf)
 
-        return (*map(key, self.leaves), self._spec, self.own)
+        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own, self.per_row)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What tells calls apart but for the values of tensors and numbers, and for strides."""
+
+        def key(leaf: Any) -> Any:
+            return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+
+        return (*map(key, self.leaves), self._spec, self.own, self.per_row)
+
+    def with_numbers(self, values: Mapping[int, float]) -> Arguments:
+        """The same arguments with other numbers at these positions."""
+        other = copy.copy(self)
+        other.leaves = [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        return other
 
     def plain(self) -> bool:
         """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
@@ -226,16 +268,18 @@ class Arguments:
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
 
-        def key(leaf: Any) -> Any:
+        def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.shape, leaf.dtype, leaf.device.type
+            if i in self.free:
+                return type(leaf)
             try:
                 hash(leaf)
             except TypeError:
                 return type(leaf)
             return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
 
-        return (*map(key, self.leaves), self._spec, self.own)
+        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own, self.per_row)
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -7,7 +7,7 @@ import types as python_types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -18,6 +18,9 @@ from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued
 from fastens.fold.writes import WritesInput, depending, promote, writes_to
+
+if TYPE_CHECKING:
+    from fastens.fold.numbers import Numbers
 
 Rule = Callable[..., Any]  # of (fold, func, *args, **kwargs); NotImplemented for a form that it does not take
 
@@ -39,6 +42,7 @@ class Fold(TorchFunctionMode):
         recording: a pass whose values are not those of the call: reads are refused, and layouts are those of plans.
         inputs: tensors of the call, which are not written to.
         masks: of an ensemble of dropout masks.
+        numbers: of the call, which the plan that is recorded takes as inputs; none where it takes them as they are.
         reference: take torch's operations instead of kernels for the CPU.
 
     Attributes:
@@ -55,6 +59,7 @@ class Fold(TorchFunctionMode):
         recording: bool = False,
         inputs: tuple[Tensor, ...] = (),
         masks: Any = None,
+        numbers: Numbers | None = None,
         reference: bool = False,
     ) -> None:
         super().__init__()
@@ -62,6 +67,7 @@ class Fold(TorchFunctionMode):
         self.wrapped = wrapped or recording
         self.recording = recording
         self.masks = masks
+        self.numbers = numbers
         self.reference = reference
         self.slices: Counter[str] = Counter()
         self.reads = ""
@@ -204,6 +210,10 @@ def named(*names: str) -> list[Any]:
 
 def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a torch function for all members of a pass."""
+    if fold.numbers is not None:
+        result, args, kwargs = fold.numbers.resolved(fold, func, args, kwargs)
+        if result is not NotImplemented:
+            return result
     members = False
     wrappers = False
     for leaf in leaves_of((args, kwargs)) if kwargs else _shallow(args):

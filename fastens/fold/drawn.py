@@ -10,9 +10,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.leaves import Leaves
+from fastens.fold.calls import PlannedCall
+from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
-from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable
+from fastens.fold.tensor import Hidden, NotFoldable
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -22,13 +23,6 @@ def grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
     """The samples in the order of their members, and where each member's group begins, int64 [B] and [K+1]."""
     counts = torch.bincount(members, minlength=num_members)
     return torch.argsort(members, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets and members of a draw that differs from a given one: all rows go to one member."""
-    last, total = len(offsets) - 2, len(row_members)
-    k = 0 if bool((row_members > 0).any()) else last
-    return (torch.arange(last + 2) > k) * total, torch.full_like(row_members, k)
 
 
 def reordered(output: Any, order: Tensor) -> Any:
@@ -100,9 +94,9 @@ class DrawnCall:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
         order, offsets = grouped(members, engine.num_members)
-        dealt = arguments.selected(order)
         row_members = members.index_select(0, order)
-        if eager and engine.can_plan(dealt) and not engine.stateful:
+        dealt = arguments.selected(order).of_rows(row_members)
+        if eager and not dealt.per_row and engine.can_plan(dealt) and not engine.stateful:
             planned = self._planned(dealt, order, offsets, row_members)
             if planned is not None:
                 return planned
@@ -144,54 +138,21 @@ class DrawnCall:
     def _planned(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
         """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
         engine = self._engine
-        plan_key = ("drawn", dealt.plan_key(), dealt.rows_at)
         hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
-        inputs = [*engine.plan_inputs(dealt, hidden), offsets, row_members]
-        found = engine.plans.run(plan_key, inputs)
+        planned = PlannedCall(engine, dealt, hidden)
+        found = planned.run()
         if found is None:
             key = ("drawn", dealt.signature(), engine.network.training, False)
-            if engine.plans.refused(plan_key) or not engine.cap.holds_recording(key, len(order)):
+            if planned.refused or not engine.cap.holds_recording(key, len(order)):
                 return None
-            whole, member = engine.recordable(dealt, hidden)
             with torch.no_grad(), suppress_out_of_memory():
                 leaves = pytree.tree_leaves(self._looped())
                 expected = [[x.index_select(0, order.to(x.device)) for x in leaves if isinstance(x, Tensor)]]
-                masks = engine.mask_pass(hidden, dealt)
-                found = engine.plans.make(plan_key, whole, member, inputs, expected, dealt=True, masks=masks)
+                found = planned.make(expected)
         if found is None:
             return None
         *leaves, spec = found
         return reordered(pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec), order)
-
-
-def recorded_rows(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
-    """The tensors that a plan of a pass over rows is to write, [R, ...], and what they are."""
-    leaves, spec = pytree.tree_flatten(output)
-    tensors = [without_hidden(x, hidden) for x in leaves if isinstance(x, Tensor)]
-    kinds = tuple("entries" if isinstance(x, Tensor) else "value" for x in leaves)
-    values = tuple(None if isinstance(x, Tensor) else x for x in leaves)
-    if not all(isinstance(x, int | float | str | None) for x in values):
-        raise NotFoldable("an output that is neither a tensor nor a number")
-    return tensors, Leaves(kinds, values, spec, hidden.size)
-
-
-def without_hidden(leaf: Any, hidden: Hidden) -> Any:
-    """A leaf of a pass over rows as [R, ...]: its logical batch of one goes.
-
-    Raises:
-        NotFoldable: it does not carry the batch.
-    """
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if isinstance(leaf, MemberTensor) and leaf.hidden is not None:
-        stack = leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
-        if stack.ndim > 1 and stack.shape[1] == 1:
-            return stack.flatten(0, 1)
-        raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the samples in dimension 0")
-    value = leaf.stack if isinstance(leaf, MemberTensor) else leaf
-    if value.ndim and value.shape[0] == 1:
-        return value.expand(hidden.size, *value.shape[1:])
-    raise NotFoldable(f"an output of shape {list(value.shape)} does not carry the samples in dimension 0")
 
 
 def _device(arguments: Arguments) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,22 +13,24 @@ from torch import Tensor, nn
 
 from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
+from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold
-from fastens.fold.drawn import DrawnCall, recorded_rows
+from fastens.fold.drawn import DrawnCall
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
-from fastens.fold.leaves import Leaves, columns_of, joined, recorded, unwrapped
+from fastens.fold.leaves import columns_of, joined, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
 from fastens.fold.members import replaced, tensors_of
-from fastens.fold.memory_cap import MemoryCap, is_out_of_memory, suppress_out_of_memory
+from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
+from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.tables import settle, tables_of
+from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members
 from fastens.fold.views import MemberViews
 from fastens.ops.run_program import target
@@ -91,6 +92,7 @@ class FoldEngine:
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
+        self.numbers = SeenNumbers()
         self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
         self.traced: Any = None
@@ -185,13 +187,7 @@ class FoldEngine:
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of the tensors of these names; return whether any was shared."""
-        wanted, found = set(names), False
-        for path, _, table in tables_of(self.network) if wanted else ():
-            for name in list(table.common):
-                if (f"{path}.{name}" if path else name) in wanted and dict.__getitem__(table, name) is not None:
-                    table.unshared(name)
-                    found = True
-        return found
+        return unshare(self.network, names)
 
     def _unshare_buffers(self) -> None:
         """Give each member its own of every buffer, which its own code may write."""
@@ -211,14 +207,15 @@ class FoldEngine:
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return self.fold(arguments, None, method)
-        eager = not _capturing()
+        eager = not capturing()
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
-            planned = self.plans.run(arguments.plan_key(), self.plan_inputs(arguments))
+            planned = PlannedCall(self, arguments).run()
             if planned is not None:
                 return planned
         if not eager:
             return self.fold(arguments, None, method)
+        self.numbers.note(arguments)
         key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())
         if key not in self.checked:
             found = FirstPass(self, arguments, key, plannable, method).run()
@@ -249,18 +246,15 @@ class FoldEngine:
 
     def can_plan(self, arguments: Arguments) -> bool:
         """Whether a call may run as a plan."""
-        rows = self.num_members * arguments.batch_size
-        whole = self.cap.asked is None or rows <= self.cap.asked
-        return whole and arguments.plain() and self.plans.can_plan(arguments.tensors)
-
-    def plan_inputs(self, arguments: Arguments, hidden: Hidden | None = None) -> list[Tensor]:
-        """What a plan is run on: the tensors of a call, and what fresh masks depend on."""
-        if self.masks is None or not self.masks.fresh:
-            return arguments.tensors
-        masks = self.mask_pass(hidden or all_members(self.num_members), arguments)
-        assert masks is not None
-        assert masks.samples is not None
-        return [*arguments.tensors, masks.drawn(), masks.samples]
+        if torch.compiler.is_compiling():
+            return False
+        if self.cap.asked is not None and self.num_members * arguments.batch_size > self.cap.asked:
+            self.plans.why_not = f"max_fold={self.cap.asked} takes several passes"
+            return False
+        if not arguments.plain():
+            self.plans.why_not = "an argument is neither an ordinary tensor nor a number, a name or a dtype"
+            return False
+        return self.plans.can_plan(arguments.tensors)
 
     def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
         """The dropout masks of a pass, none where members are no masks."""
@@ -277,7 +271,7 @@ class FoldEngine:
         """
         if self.engine == "loop" or not self.can_plan(arguments):
             return None
-        return self.plans.run_sum(arguments.plan_key(), self.plan_inputs(arguments), weights)
+        return PlannedCall(self, arguments).run_sum(weights)
 
     def planned(self, arguments: Arguments, key: Any, expected: list[list[Tensor]] | None = None) -> list[Any] | None:
         """Make the plan of a signature, where the memory holds a recording, and run it.
@@ -287,48 +281,17 @@ class FoldEngine:
             key: the signature.
             expected: the members' own outputs; none where the fold was held against them already.
         """
-        hidden = all_members(self.num_members)
-        whole, member = self.recordable(arguments, hidden)
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
             return None
-        with suppress_out_of_memory():
-            masks, inputs = self.mask_pass(hidden, arguments), self.plan_inputs(arguments)
-            return self.plans.make(arguments.plan_key(), whole, member, inputs, expected, masks=masks)
-        return None
-
-    def recordable(self, arguments: Arguments, hidden: Hidden, differentiated: bool = False) -> tuple[Any, Any]:
-        """A pass, and the first member's call, as functions of the tensors of a plan, or of its derivative."""
-        count, fresh = len(arguments.tensors), self.masks is not None and self.masks.fresh
-
-        def given(tensors: list[Tensor], anew: bool = False) -> Arguments:
-            other = arguments.with_tensors(tensors[:count])
-            if fresh and anew:
-                other.evaluation = (arguments.evaluation[0], int(tensors[count][0]))
-            return other
-
-        def whole(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
-            samples = tensors[count + 1] if fresh else None
-            own = (
-                hidden
-                if hidden.offsets is None
-                else dataclasses.replace(hidden, offsets=tensors[-2], row_members=tensors[-1])
-            )
-            fold = self.new_pass(own, given(tensors), recording=True, samples=samples)
-            if differentiated and fold.masks is not None:
-                fold.masks.as_factors = True
-            if hidden.offsets is None:
-                return recorded(self.run(fold, given(tensors)), own)
-            return recorded_rows(self.run(fold, given(tensors), rows=True), own)
-
-        def member(tensors: list[Tensor]) -> list[Tensor]:
-            k = 0 if hidden.offsets is None else int(tensors[-1][0])
-            output = self.call_member(k, given(tensors, anew=True))
-            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-
-        return whole, member
+        return PlannedCall(self, arguments).make(expected)
 
     def new_pass(
-        self, hidden: Hidden, arguments: Arguments, recording: bool = False, samples: Tensor | None = None
+        self,
+        hidden: Hidden,
+        arguments: Arguments,
+        recording: bool = False,
+        samples: Tensor | None = None,
+        numbers: Numbers | None = None,
     ) -> Fold:
         """A pass over a hidden dimension; fresh masks may have the samples of its rows from a plan's inputs."""
         inputs = () if self.copies_inputs and not recording else tuple(arguments.tensors)
@@ -338,6 +301,7 @@ class FoldEngine:
             recording=recording,
             inputs=inputs,
             masks=self.mask_pass(hidden, arguments, samples),
+            numbers=numbers,
             reference=self.backend == "reference",
         )
 
@@ -362,7 +326,7 @@ class FoldEngine:
 
         def of_members(start: int, stop: int) -> list[Any]:
             first, last = start // batch, stop // batch
-            return self._one_pass(
+            return self.one_pass(
                 given, all_members(members) if last - first == members else Hidden(last - first, members, first), method
             )
 
@@ -371,7 +335,7 @@ class FoldEngine:
             return joined(parts)
 
         if torch.compiler.is_compiling() or tracing():
-            return self._one_pass(given, all_members(members), method)
+            return self.one_pass(given, all_members(members), method)
         if self.stateful and self.cap.rows(key, members * batch) < members * batch:
             raise NotFoldable("the network changes its own state, which several passes would change several times")
         parted = self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method)
@@ -394,11 +358,12 @@ class FoldEngine:
         hidden = Hidden(1, self.num_members, k)
 
         def some(start: int, stop: int) -> list[Any]:
-            return self._one_pass(self.rows.part(self, arguments, start, stop), hidden, method)
+            return self.one_pass(self.rows.part(self, arguments, start, stop), hidden, method)
 
         return joined(self.cap.run(key, arguments.batch_size, some, 1), dim=1)
 
-    def _one_pass(self, arguments: Arguments, hidden: Hidden, method: str) -> list[Any]:
+    def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward") -> list[Any]:
+        """The leaves of one pass of the network's own code, [N, ...], and their structure last."""
         fold = self.new_pass(hidden, arguments)
         leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
         self.slices, self.ways = dict(fold.slices), fold.ways
@@ -418,15 +383,14 @@ class FoldEngine:
         """What each module that owns tensors got."""
         layers = layer_reports(self.network, self.num_members, self.ways, self.why if self.engine == "loop" else None)
         plans = self.plans
+        why_not = plans.why_not
+        if not len(plans) and not why_not:
+            why_not = "members are looped" if self.engine == "loop" else "it was not called yet"
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
-        found = (layers, plans.kinds, plans.why_not, plans.num_bytes)
+        found = (layers, plans.kinds, why_not, plans.num_bytes)
         return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)
 
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
     return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

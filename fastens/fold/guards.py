@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._device import DeviceContext
 
 from fastens.fold.tables import Stacks
 
@@ -125,7 +126,15 @@ class Guards:
 
 def ordinary_context(device: str) -> bool:
     """Whether nothing in this context changes what functions do: autocast, modes, forward derivatives."""
-    return not torch.is_autocast_enabled(device) and not torch._C._len_torch_function_stack() and not transformed()
+    return not torch.is_autocast_enabled(device) and unmodified_context(device)
+
+
+def unmodified_context(device: str) -> bool:
+    """Whether no mode and no transform is in this context, but for a default device of this kind."""
+    return not transformed() and all(
+        isinstance(mode, DeviceContext) and mode.device.type == device
+        for mode in map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    )
 
 
 def transformed() -> bool:

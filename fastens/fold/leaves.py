@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.fold.tensor import Hidden, MemberTensor
+from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable
 from fastens.plan.record import NotRecordable
 
 
@@ -70,6 +70,36 @@ def recorded(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
             kinds.append("common")
             tensors.append(leaf.stack if isinstance(leaf, MemberTensor) else leaf)
     return tensors, Leaves(tuple(kinds), tuple(values), spec, hidden.size)
+
+
+def recorded_rows(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
+    """The tensors that a plan of a pass over rows is to write, [R, ...], and what they are."""
+    leaves, spec = pytree.tree_flatten(output)
+    tensors = [without_hidden(x, hidden) for x in leaves if isinstance(x, Tensor)]
+    kinds = tuple("entries" if isinstance(x, Tensor) else "value" for x in leaves)
+    values = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+    if not all(isinstance(x, int | float | str | None) for x in values):
+        raise NotFoldable("an output that is neither a tensor nor a number")
+    return tensors, Leaves(kinds, values, spec, hidden.size)
+
+
+def without_hidden(leaf: Any, hidden: Hidden) -> Any:
+    """A leaf of a pass over rows as [R, ...]: its logical batch of one goes.
+
+    Raises:
+        NotFoldable: it does not carry the batch.
+    """
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, MemberTensor) and leaf.hidden is not None:
+        stack = leaf.stack if leaf.hidden is hidden else hidden.entries(leaf.stack)
+        if stack.ndim > 1 and stack.shape[1] == 1:
+            return stack.flatten(0, 1)
+        raise NotFoldable(f"an output of shape {list(leaf.shape)} does not carry the samples in dimension 0")
+    value = leaf.stack if isinstance(leaf, MemberTensor) else leaf
+    if value.ndim and value.shape[0] == 1:
+        return value.expand(hidden.size, *value.shape[1:])
+    raise NotFoldable(f"an output of shape {list(value.shape)} does not carry the samples in dimension 0")
 
 
 def unwrapped(leaf: Any, hidden: Hidden) -> Any:

@@ -1,6 +1,8 @@
 """Reading members: their structure, and their tensors stacked."""
 
 import copy
+import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,60 @@ from torch import Tensor, nn
 
 from fastens.fold.alike import first_difference, reaches_back, tensors_of
 
-__all__ = ["DifferentMembers", "check_members", "in_format", "make_skeleton", "replaced", "stack_members", "tensors_of"]
+__all__ = [
+    "AS_THEY_ARE",
+    "DifferentMembers",
+    "Placement",
+    "check_members",
+    "in_format",
+    "make_skeleton",
+    "replaced",
+    "stack_members",
+    "tensors_of",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where stacks are made, and in which floating-point dtype; none for that of the members.
+
+    Attributes:
+        device: of all tensors.
+        dtype: of those of floating-point numbers.
+    """
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, device: torch.device | str | None, dtype: torch.dtype | None) -> "Placement":
+        """What was asked for.
+
+        Raises:
+            TypeError: ``dtype`` is no floating-point dtype of torch.
+            RuntimeError: ``device`` is none of torch's.
+        """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype of torch, as torch.bfloat16")
+        return cls(None if device is None else torch.device(device), dtype)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What ``nn.Module.to`` takes."""
+        return tuple(each for each in (self.device, self.dtype) if each is not None)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self.arguments)
+
+    def like(self, tensor: Tensor) -> dict[str, Any]:
+        """Device and dtype of what becomes of a tensor."""
+        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return {"dtype": dtype, "device": tensor.device if self.device is None else self.device}
+
+
+AS_THEY_ARE = Placement()
 
 
 class DifferentMembers(ValueError):
@@ -63,27 +118,30 @@ def check_members(members: Any) -> None:
             )
 
 
-def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int) -> None:
-    """Raise if member k's tensors differ from the first's in dtype or device."""
+def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int, place: Placement) -> None:
+    """Raise if member k's tensors differ from the first's in dtype or device, where nobody said which to take."""
     for name, tensor in other.items():
         expected = first[name]
-        if tensor.dtype != expected.dtype:
+        if place.like(tensor)["dtype"] != place.like(expected)["dtype"]:
             raise ValueError(
                 f"member {k}: {name} is {tensor.dtype}, but {expected.dtype} in member 0; "
-                f"convert the members to one dtype first, e.g. member.to({expected.dtype})"
+                f"convert the members to one dtype first, e.g. member.to({expected.dtype}), or say dtype="
             )
-        if tensor.device != expected.device:
+        if tensor.device != expected.device and place.device is None:
             raise ValueError(
                 f"member {k}: {name} is on {tensor.device}, but on {expected.device} in member 0; "
-                f"move the members to one device first, e.g. member.to('{expected.device}')"
+                f"move the members to one device first, e.g. member.to('{expected.device}'), or say device="
             )
 
 
-def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
+def stack_members(
+    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE
+) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
     """Read the members one at a time into stacks.
 
     Args:
         members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
+        place: device and dtype of the stacks.
 
     Returns:
         The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
@@ -104,7 +162,7 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     stacks: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        stack = _empty_stack(num_members, tensor)
+        stack = _empty_stack(num_members, tensor, place.like(tensor))
         stack[0].copy_(tensor.detach())
         stacks[name] = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
     for k in range(1, num_members):
@@ -113,17 +171,24 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
         if difference is not None:
             raise DifferentMembers(f"member {k} differs from member 0 at {difference}")
         others = tensors_of(member)
-        check_placement(tensors, others, k)
+        check_placement(tensors, others, k, place)
         for name, tensor in others.items():
+            stack = stacks[name].data
+            with torch.no_grad():
+                stack[k].copy_(tensor.detach())
             if tensor is not tensors[name]:
                 identical.discard(name)
-                if name in equal and not _same_values(tensor, tensors[name]):
+                if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
-            with torch.no_grad():
-                stacks[name].data[k].copy_(tensor.detach())
     if num_members == 1:
         identical = set()
     shared = identical | equal
+    if num_members > 1 and tensors and all(n in shared or _equal_in_all(s.data) for n, s in stacks.items()):
+        warnings.warn(
+            f"fastens: all {num_members} members hold the same weights, so they are one network {num_members} times; "
+            "are these checkpoints of different runs?",
+            stacklevel=3,
+        )
     for name in shared:
         one = stacks[name].data[0].clone()
         trained = tensors[name].requires_grad
@@ -131,7 +196,13 @@ def stack_members(members: Sequence[nn.Module]) -> tuple[nn.Module, dict[str, Te
     return skeleton, stacks, frozenset(shared)
 
 
+def _equal_in_all(stack: Tensor) -> bool:
+    return all(_same_values(own, stack[0]) for own in stack[1:])
+
+
 def _same_values(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta:
+        return False
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
@@ -143,9 +214,9 @@ def _statistics(member: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}" if path else name
 
 
-def _empty_stack(num_members: int, tensor: Tensor) -> Tensor:
+def _empty_stack(num_members: int, tensor: Tensor, like: dict[str, Any]) -> Tensor:
     """Memory for [K, ...]. Kernels in ``channels_last`` stay so: a GPU's library would rearrange them in every call."""
-    shape, like = tensor.shape, {"dtype": tensor.dtype, "device": tensor.device}
+    shape = tensor.shape
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.empty((num_members, shape[0], *shape[2:], shape[1]), **like).movedim(-1, 2)
     return torch.empty((num_members, *shape), **like)

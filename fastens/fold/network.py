@@ -185,7 +185,7 @@ def layer_reports(
             continue
         how = "looped" if why_loop is not None else "shared" if all(common for _, _, common in owned) else "folded"
         number = sum(t.numel() // (1 if common else num_members) for _, t, common in owned)
-        way = next((ways[id(t)] for _, t, _ in owned if id(t) in ways), "reference")
+        way = next((ways[id(t)] for _, t, _ in owned if id(t) in ways), "torch")
         by = "torch" if how == "looped" else way
         layers.append(LayerReport(path, type(module).__name__, how, by, why_loop or "", number))
     return layers

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from fastens.fold.arguments import separate
 from fastens.fold.check import relative_error, tolerance_for
-from fastens.fold.drawn import another_draw
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
@@ -19,10 +19,11 @@ from fastens.fold.network import state_kept
 from fastens.fold.tensor import NotFoldable
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
-from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record
+from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record, trace_of
 from fastens.plan.sketch import sketched
 
 if TYPE_CHECKING:
+    from fastens.fold.numbers import Numbers
     from fastens.plan.launches import LaunchPlan
     from fastens.plan.plan import Plan
 
@@ -30,6 +31,8 @@ _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
 _DTYPES = {torch.float32, torch.bfloat16}
 _LAUNCHED_DTYPES = _DTYPES | {torch.float16}
+_MOST_CHANGES = 2  # of weights or state after which a plan is made only where a second call finds them as they were
+_USED = 8  # calls of a plan that was worth making
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
 
 Tensors = list[Tensor]
@@ -56,6 +59,33 @@ class PlannedMasks(Protocol):
         ...
 
 
+@dataclasses.dataclass
+class Entry:
+    """A plan with what makes members' outputs of its own, and of numbers among the arguments inputs.
+
+    Attributes:
+        plan: the recorded program.
+        leaves: what its outputs are.
+        numbers: those of the call that are inputs; none where it has them as they were.
+        trace: what it was recorded from, step by step.
+        calls: how often it ran.
+    """
+
+    plan: Plan | LaunchPlan
+    leaves: Leaves
+    numbers: Numbers | None
+    trace: list[str]
+    calls: int = 0
+
+    def run(self, inputs: Tensors, values: Mapping[int, float], weights: list[float] | None = None) -> Tensors:
+        """Run the program on the tensors of a call and its numbers by position."""
+        self.calls += 1
+        if self.numbers is not None:
+            inputs = [*inputs, *self.numbers.tensors(values)]
+        inputs = separate(inputs)
+        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]
+
+
 class Plans:
     """The programs of one folded network, by signature of the call.
 
@@ -71,14 +101,15 @@ class Plans:
         self._backend = backend
         self.guards = Guards(network)
         self._num_members = num_members
+        self._changes = 0
         self.clear()
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
         self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
-        self._plans: OrderedDict[Any, tuple[Plan | LaunchPlan, Leaves]] = OrderedDict()
+        self._plans: OrderedDict[Any, Entry] = OrderedDict()
         self.known: set[Any] = set()
-        self._refused: set[Any] = set()
+        self._refused: dict[Any, str] = {}
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
         self._kept = KeptTensors()
         self._rests_on: Any = None
@@ -92,38 +123,26 @@ class Plans:
     def num_bytes(self) -> int:
         """Memory of the packed weights and of all arenas."""
         return (
-            self._constants.num_bytes + self._kept.num_bytes + sum(plan.num_bytes for plan, _ in self._plans.values())
+            self._constants.num_bytes
+            + self._kept.num_bytes
+            + sum(entry.plan.num_bytes for entry in self._plans.values())
         )
 
     @property
     def kinds(self) -> list[dict[str, int]]:
         """How many steps of each kind each plan has."""
-        return [plan.kinds for plan, _ in self._plans.values()]
+        return [entry.plan.kinds for entry in self._plans.values()]
 
     @property
     def launches(self) -> tuple[list[dict[str, int]], int, str]:
         """Of plans that are launches: the ways of their convolutions, how many graphs there are, why some are not."""
         from fastens.plan.launches import LaunchPlan
 
-        plans = [plan for plan, _ in self._plans.values() if isinstance(plan, LaunchPlan)]
+        plans = [e.plan for e in self._plans.values() if isinstance(e.plan, LaunchPlan)]
         why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
         return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
 
-    def run(self, key: Any, inputs: Tensors) -> list[Any] | None:
-        """Run the plan of a signature.
-
-        Args:
-            key: the signature; it covers everything that is not a tensor.
-            inputs: the tensors of the call.
-
-        Returns:
-            The leaves of the members' outputs in memory of their own, [K, ...] or K times the same, and their structure
-            last; none without plan.
-        """
-        found = self._current(key)
-        return None if found is None else found[1].whole(found[0].run(separate(inputs)))
-
-    def _current(self, key: Any) -> tuple[Plan | LaunchPlan, Leaves] | None:
+    def current(self, key: Any) -> Entry | None:
         """The plan of a signature while it is true: no hook wants to be called, and the weights are as they were."""
         found = self._plans.get(key)
         return None if found is None or self.guards.hooked() or self.guards.state() != self._rests_on else found
@@ -133,42 +152,30 @@ class Plans:
         """Whether plans are launches, as on a GPU, and not programs."""
         return self._launched or self._device.type != "cpu"
 
-    def run_sum(self, key: Any, inputs: Tensors, weights: list[float]) -> tuple[Tensor, Any] | None:
-        """Run the plan of a signature so that its only output is summed over the members, where it ends so.
-
-        Args:
-            key: the signature.
-            inputs: the tensors of the call.
-            weights: K factors.
-
-        Returns:
-            The sum [B, ...] and the structure of the output, or none without such a plan.
-        """
-        found = self._current(key)
-        if found is None or not found[0].sums or found[1].kinds != ("rows",):
-            return None
-        return found[0].run(separate(inputs), weights)[0], found[1].spec
-
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
         return self.guards.hooked() or (key in self._refused and self.guards.state() == self._rests_on)
 
     def refuse(self, key: Any, why: str) -> None:
         """Keep that a signature has no plan."""
-        self._refused.add(key)
-        self.why_not = why
+        self._refused[key] = self.why_not = why
+
+    def why_refused(self, key: Any) -> str | None:
+        """Why a signature was found to have no plan; none where it was not, or the weights have changed."""
+        return self._refused.get(key)
 
     def make(
         self,
         key: Any,
         whole: Callable[[Tensors], tuple[Tensors, Leaves]],
-        member: Callable[[Tensors], Tensors],
+        member: Callable[..., Tensors],
         inputs: Tensors,
         expected: list[Tensors] | None = None,
         *,
         dealt: bool = False,
         seen: Callable[[Tensors], Tensors] = list,
         masks: PlannedMasks | None = None,
+        numbers: Numbers | None = None,
     ) -> list[Any] | None:
         """Record a pass and run its plan, so that the first result of a signature is no other than the next.
 
@@ -187,14 +194,20 @@ class Plans:
             seen: what of the plan's outputs is compared with the member's.
             masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
                 tensors of the call, and then the sample of each row.
+            numbers: of the call that are to be inputs. ``member`` then takes them by position, behind the tensors.
 
         Returns:
-            As :meth:`run`, or none where there is no plan.
+            The leaves of the members' outputs in memory of their own, [K, ...] or K times the same, and their structure
+            last; none where there is no plan.
         """
         before = self.guards.state()
         if before != self._rests_on:
+            self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
             self.clear()
             self._rests_on = before
+            if self._changes > _MOST_CHANGES:
+                self.why_not = "the weights, or the state of the network, change from call to call"
+                return None
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or self.guards.hooked():
             return None
@@ -208,69 +221,70 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    plan, leaves, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks)
+                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
-            except RuntimeError as error:  # the network wants a layout that a recording does not give it
+            except Exception as error:  # the fold has no such error, so the call goes on without a plan
                 if is_out_of_memory(error):
                     raise
                 why = f"{type(error).__name__} while recording: {error}"
-            except Exception as error:  # a compiler of kernels has errors that share no base with torch's
-                if not self.launched:
-                    raise
-                why = f"{type(error).__name__} while launching: {error}"
             else:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
                 if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
                     return None
-                self._plans[key] = (plan, leaves)
+                self._plans[key] = entry
                 self.known.add(key)
                 if len(self._plans) > _MOST_PLANS:
                     self._plans.popitem(last=False)
-                return leaves.whole(outputs)
+                return entry.leaves.whole(outputs)
         self.refuse(key, why)
         return None
 
     def _checked(
         self,
         whole: Callable[[Tensors], tuple[Tensors, Leaves]],
-        member: Callable[[Tensors], Tensors],
+        member: Callable[..., Tensors],
         inputs: Tensors,
         expected: list[Tensors] | None,
         dealt: bool,
         seen: Callable[[Tensors], Tensors],
         masks: PlannedMasks | None,
-    ) -> tuple[Plan | LaunchPlan, Leaves, Tensors]:
+        numbers: Numbers | None,
+    ) -> tuple[Entry, Tensors]:
         with state_kept(self._network) as changed:
             recording, (tensors, leaves) = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
-        recording.row_members = recording.inputs[-1] if dealt else None
-        drawn = -4 if dealt else -2  # before the samples of the rows
+        recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
+        drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
         if masks is not None:
             recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
         plan = self._lowered(recording)
-        outputs = plan.run(inputs)
+        entry = Entry(plan, leaves, numbers, trace_of(recording))
+        values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
+        outputs = entry.run(inputs, values)
 
-        def entry(given: Tensors, k: int) -> Tensors:
+        def of_member(given: Tensors, k: int) -> Tensors:
             return given if dealt else [x[k] for x in leaves.whole(given)[:-1] if isinstance(x, Tensor)]
 
         if expected is None:
             self._check(outputs, tensors)
         else:
             for k, theirs in enumerate(expected):
-                self._check(entry(outputs, k), theirs)
+                self._check(of_member(outputs, k), theirs)
         others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
         if dealt:
-            others[-2:] = another_draw(*inputs[-2:])
+            others[-2:] = _another_draw(*inputs[-2:])
         if masks is not None and masks.fresh:
             others[drawn] = masks.next_evaluation().drawn()
         if plan.sums and leaves.kinds == ("rows",):
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
-            self._check(plan.run(inputs, [1 / self._num_members] * self._num_members), [mean])
-        self._check(seen(entry(plan.run(others), 0)), member(others))
-        return plan, leaves, outputs
+            self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
+        given = [] if numbers is None else [other_values]
+        self._check(seen(of_member(entry.run(others, other_values), 0)), member(others, *given))
+        entry.calls = 1
+        return entry, outputs
 
     def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package
@@ -284,17 +298,29 @@ class Plans:
 
     def can_plan(self, arguments: Tensors) -> bool:
         """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
-        if torch.compiler.is_compiling() or not ordinary_context(self._device.type):
-            return False
+        why = self._obstacle(arguments)
+        if why:
+            self.why_not = why
+        return not why
+
+    def _obstacle(self, arguments: Tensors) -> str:
+        """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
+        kind = self._device.type
+        if not ordinary_context(kind):
+            return "autocast, a function mode or a transform is active, in which members' own functions are called"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
-            self.why_not = "gradients are enabled and asked for; call it under torch.no_grad()"
-            return False
-        if self.launched:
-            kind = self._device.type
-            near = all(x.device.type in ("cpu", kind) for x in arguments)
-            return near and kind in ("cpu", "cuda") and self._backend in ("auto", "triton")
-        on_cpu = all(x.device.type == "cpu" for x in arguments)
-        return on_cpu and self._backend in ("auto", "native") and run_program.available()
+            return "gradients are enabled and asked for; call it under torch.no_grad()"
+        if self.guards.hooked():
+            return "hooks want to be called"
+        if self._backend not in ("auto", "triton" if self.launched else "native"):
+            return f"backend={self._backend!r} was asked for"
+        if not self.launched:
+            if any(x.device.type != "cpu" for x in arguments):
+                return "the arguments are on another device than the weights"
+            return "" if run_program.available() else "the compiled library is not there"
+        if kind not in ("cpu", "cuda"):
+            return f"the weights are on {kind}"
+        return "" if all(x.device.type in ("cpu", kind) for x in arguments) else "the arguments are on another device"
 
     def _check(self, ours: Tensors, theirs: Tensors) -> None:
         if len(ours) != len(theirs):
@@ -303,3 +329,10 @@ class Plans:
             error = relative_error(a, b)
             if not error <= tolerance_for(b, self._network):
                 raise NotLowerable(f"the plan is {error:.1e} from the members")
+
+
+def _another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and members of a draw that differs from a given one: all rows go to one member."""
+    last, total = len(offsets) - 2, len(row_members)
+    k = 0 if bool((row_members > 0).any()) else last
+    return (torch.arange(last + 2) > k) * total, torch.full_like(row_members, k)

@@ -92,15 +92,17 @@ class Stacks(dict[str, Any]):
         """Look at the stacks anew, which may have been moved or converted."""
         self._seen.clear()
 
-    def unshared(self, name: str) -> None:
-        """Give each member a value of its own of a tensor that they share."""
-        tensor = super().__getitem__(name)
-        with torch.no_grad():
-            stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
-        stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+    def unshared(self, name: str, tied: Tensor | None = None) -> Tensor:
+        """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to."""
+        tensor, stack = super().__getitem__(name), tied
+        if stack is None:
+            with torch.no_grad():
+                stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
+            stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
         self._written()
         self.common.discard(name)
         super().__setitem__(name, stack)
+        return stack
 
 
 class OfMember(dict[str, Any]):
@@ -178,6 +180,21 @@ def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
         for table in (module._parameters, module._buffers)
         if isinstance(table, Stacks)
     ]
+
+
+def unshare(network: nn.Module, names: Iterable[str]) -> bool:
+    """Give each member its own of shared tensors, ties kept; return whether any of these names was shared."""
+    wanted = set(names)
+    shared = [
+        (table, name, dict.__getitem__(table, name), f"{path}.{name}" if path else name)
+        for path, _, table in (tables_of(network) if wanted else ())
+        for name in table.common
+    ]
+    stacks: dict[int, Any] = {id(x): None for _, _, x, full in shared if full in wanted and x is not None}
+    for table, name, tensor, _ in shared:
+        if id(tensor) in stacks:
+            stacks[id(tensor)] = table.unshared(name, stacks[id(tensor)])
+    return bool(stacks)
 
 
 def settle(view: nn.Module, keeps: bool) -> set[str]:

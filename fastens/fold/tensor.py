@@ -76,12 +76,14 @@ class MemberTensor(Tensor):
         hidden: what the hidden dimension is; none for a common value.
         alias: whether writing to it reaches what a member's would; not where a view had to be copied.
         flat: the stack with the hidden dimension folded into the first, where it was made so.
+        symbol: whether it stands for a number of the call.
     """
 
     stack: Tensor
     hidden: Hidden | None
     alias: bool
     flat: Tensor | None
+    symbol: bool = False
 
     @staticmethod
     def __new__(cls, stack: Tensor, hidden: Hidden | None, alias: bool = True) -> MemberTensor:
@@ -151,6 +153,11 @@ class MemberTensor(Tensor):
         if not self.ndim:
             raise TypeError("len() of a 0-d tensor")
         return self.shape[0]
+
+    def __hash__(self) -> int:
+        if self.symbol:
+            raise ReadsValues("a number of the call is looked up in a table of Python's")
+        return id(self)
 
     def __repr__(self, **_: Any) -> str:
         kind = "common" if self.hidden is None else f"{self.hidden.size} values of"

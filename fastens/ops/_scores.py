@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastens.ops._dispatch import check_backend
+from fastens.rules import Rule
+
 
 def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return K tensors [B, ...] of one shape, dtype and device.
@@ -31,6 +34,15 @@ def as_scores(op: str, scores: Tensor | Sequence[Tensor]) -> list[Tensor]:
         ):
             return members
     raise _refusal(op, members)
+
+
+def check_defined(op: str, rule: Rule, backend: str) -> None:
+    """Raise unless a backend runs the definition of a rule that no kernel knows: RuntimeError for one asked by name."""
+    check_backend(backend)
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f"{op}: `backend`: no {backend} kernel knows rule {rule!r}; backend='auto' runs its definition"
+        )
 
 
 def _refusal(op: str, members: list[Tensor]) -> Exception:

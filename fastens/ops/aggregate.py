@@ -8,7 +8,7 @@ from torch import Tensor
 from fastens import rules
 from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
-from fastens.ops._scores import as_scores, seed_from
+from fastens.ops._scores import as_scores, check_defined, seed_from
 from fastens.reference import aggregate as reference
 
 
@@ -50,9 +50,9 @@ def aggregate(
 
     Raises:
         TypeError: scores that are not floating-point tensors.
-        ValueError: no members, members that differ, an unknown rule or backend, weights that do not fit, or the rule
-            ``mixture``, which needs the trajectory of an ensemble.
-        RuntimeError: a backend asked for by name that cannot run here; the causes are named.
+        ValueError: no members, members that differ, an unknown rule or backend, weights that do not fit, a rule whose
+            definition returns another shape, or the rule ``mixture``, which needs the trajectory of an ensemble.
+        RuntimeError: a backend asked for by name that cannot run here, or that has no kernel of the rule.
     """
     members = as_scores("aggregate", scores)
     resolved = rules.get(rule)
@@ -62,7 +62,7 @@ def aggregate(
             "rule='mixture') inside `with ens.trajectory(batch_size):`"
         )
     if weights is not None:
-        if not isinstance(resolved, rules.Mean) or resolved.weights is not None:
+        if type(resolved) is not rules.Mean or resolved.weights is not None:
             raise ValueError(f"aggregate: weights given with {resolved}, which takes none or has its own")
         resolved = rules.Mean(weights)  # pyright: ignore[reportArgumentType]
     if resolved.needs_noise_level:
@@ -71,6 +71,9 @@ def aggregate(
         )
     resolved.check(len(members))
     seed = seed_from(generator) if resolved.per_evaluation else 0
+    if not resolved.has_kernels:
+        check_defined("aggregate", resolved, backend)
+        return reference.aggregate(members, resolved)
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return reference.aggregate(members, resolved, seed=seed)
     return _aggregate.resolve(backend, members)(members, resolved.name, resolved.option, resolved.values, seed, 0)

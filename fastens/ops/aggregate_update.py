@@ -7,7 +7,7 @@ from torch import Tensor
 from fastens import rules
 from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
-from fastens.ops._scores import as_scores
+from fastens.ops._scores import as_scores, check_defined
 from fastens.reference import aggregate_update as reference
 
 
@@ -124,6 +124,10 @@ def aggregate_update(
         if name in ("x", "noise") and tensor.dtype != members[0].dtype:
             raise ValueError(f"aggregate_update: {name} is {tensor.dtype}, expected {members[0].dtype}")
         tensors.append(tensor)
+    if not resolved.has_kernels:
+        check_defined("aggregate_update", resolved, backend)
+        out, spread = reference.aggregate_update(members, resolved, x, noise, coefficients, guidance, variance)
+        return out, spread if variance else None
     out, spread = _update.resolve(backend, tensors)(
         members,
         resolved.name,

@@ -164,6 +164,11 @@ class Recording:
         self._first[x.untyped_storage()._cdata] = x.storage_offset()
         return self.ref(x)
 
+    def add_input(self, x: Tensor) -> None:
+        """A further input, which the pass came to need."""
+        self.inputs.append(self.input(x))
+        self._made.add(self.inputs[-1].storage)
+
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Keep an operation that depends on the inputs, unless it only makes views.
 
@@ -304,3 +309,16 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
         _IN_PROGRESS.reset(token)
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result
+
+
+def trace_of(recording: Recording) -> list[str]:
+    """What the operations of a recording are and read, one line each: two of one pass differ where that changed."""
+
+    def described(leaf: Ref) -> str:
+        constant = recording.constant(leaf)
+        if constant is None:
+            return f"{list(leaf.size)}"
+        total = float(constant.detach().to(torch.float64).sum()) if constant.numel() else 0.0
+        return f"constant {list(leaf.size)} that adds up to {total:.17g}"
+
+    return [f"{node.name}{mapped(Ref, described, (node.args, node.kwargs))}" for node in recording.nodes]

@@ -1,4 +1,4 @@
-"""Every rule on a stack of scores, as the formulas of arXiv 2601.11444 read."""
+"""Every rule on a stack of scores, by its definition."""
 
 from __future__ import annotations
 
@@ -30,46 +30,31 @@ def aggregate(
 
     Returns:
         [B, ...], dtype of the scores.
+
+    Raises:
+        TypeError: the rule's definition returns no floating-point tensor.
+        ValueError: it returns another shape, or the rule draws a member per trajectory.
     """
     stack = scores if isinstance(scores, Tensor) else torch.stack(list(scores))  # [K, B, ...]
     value = rules.Mean(tuple(weights)) if weights is not None else rules.get(rule)
     wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
-    return _combine(wide, value, seed, offset).to(stack.dtype)
+    return _combined(wide, value, seed, offset).to(stack.dtype)
 
 
-def _combine(stack: Tensor, rule: rules.Rule, seed: int, offset: int) -> Tensor:
-    num_members, batch = stack.shape[:2]
-    if isinstance(rule, rules.Mean):
-        if rule.weights is None:
-            return stack.mean(0)
-        weights = torch.tensor(rule.weights, dtype=stack.dtype, device=stack.device)
-        return (stack * weights.view(-1, *[1] * (stack.dim() - 1))).sum(0)
-    if isinstance(rule, rules.Sum):
-        return stack.sum(0)
-    if isinstance(rule, rules.Median):
-        ordered = stack.sort(0).values
-        lower, upper = ordered[(num_members - 1) // 2], ordered[num_members // 2]
-        middle = lower if rule.even == "lower" or num_members % 2 else 0.5 * lower + 0.5 * upper
-        return torch.where(stack.isnan().any(0), torch.nan, middle)
-    if isinstance(rule, rules.Geometric):
-        return _geometric(stack, rule)
-    if isinstance(rule, rules.Dominant):
-        return stack.gather(0, stack.abs().argmax(0, keepdim=True))[0]
-    if isinstance(rule, rules.MaxAbs):
-        return stack.abs().amax(0)
-    if isinstance(rule, rules.Alternating):
-        drawn = draw_members(seed, offset, num_members, batch, device=stack.device)
+def _combined(stack: Tensor, rule: rules.Rule, seed: int, offset: int) -> Tensor:
+    if rule.per_trajectory:
+        raise ValueError(f"`rule`: {rule!r} needs a trajectory; use an Ensemble")
+    if rule.per_evaluation:
+        batch = stack.shape[1]
+        drawn = draw_members(seed, offset, len(stack), batch, device=stack.device)
         return stack[drawn, torch.arange(batch, device=stack.device)]
-    raise ValueError(f"`rule`: {rule!r} needs a trajectory; use an Ensemble")
-
-
-def _geometric(stack: Tensor, rule: rules.Geometric) -> Tensor:
-    if stack.numel() == 0:
-        return stack.sum(0)
-    dims = [0, *range(2, stack.dim())] if rule.shift == "sample" else None
-    smallest = stack.amin(dims, keepdim=True) if dims else stack.min()  # [1, B, 1, ...] or []
-    # For min <= 0, m = -min + eps. Adding m to S would lose eps to rounding, so the difference is taken first.
-    shift = smallest.abs() - torch.where(smallest > 0, 0.0, smallest.abs())
-    base = torch.where(smallest > 0, 0.0, smallest)
-    mean = (((stack - base) + shift) + rule.eps).log().mean(0).exp()
-    return (mean - rule.eps) + (base - shift).squeeze(0)
+    out = rule.combine(stack)
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        what = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"rule {rule!r} returns {what}, expected a floating-point tensor")
+    if out.shape != stack.shape[1:]:
+        raise ValueError(
+            f"rule {rule!r} makes {list(out.shape)} of scores {list(stack.shape)}, expected {list(stack.shape[1:])}: "
+            "the members' dimension, which is the first, is the one to reduce"
+        )
+    return out

@@ -142,6 +142,8 @@ def combine(members: Array, rule: rules.Rule, seed: int = 0, offset: int = 0) ->
     Returns:
         [n, p].
     """
+    if not rule.has_kernels:
+        return aggregate(torch.from_numpy(members), rule).numpy()
     if isinstance(rule, rules.Mean | rules.Sum):
         weights = rule.values or itertools.repeat(1.0)
         total = sum((w * member for w, member in zip(weights, members, strict=False)), np.zeros(members.shape[1:]))

@@ -259,7 +259,7 @@ class Forest:
         return out if self._plain else self._finished(out)
 
     def _combined(self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, packed: Any) -> npt.NDArray:
-        if packed is not None and self._fused:
+        if packed is not None and self._fused and rule.has_kernels:
             return packed.predict(rows, rule.name, rule.option, rule.values, seed, offset, "auto")
         return self._predict_by_members(rows, rule, seed, offset, packed)
 
@@ -334,8 +334,9 @@ class Forest:
     def _predict_by_members(
         self, rows: npt.NDArray, rule: rules.Rule, seed: int, offset: int, packed: Any
     ) -> npt.NDArray:
-        batch_wide = isinstance(rule, rules.Geometric) and rule.shift == "batch"
-        chunk = len(rows) if batch_wide or rule.random else max(1, CHUNK // (self.num_members * self.num_outputs))
+        # a definition of a user's may depend on all rows
+        whole = rule.random or not rule.has_kernels or (isinstance(rule, rules.Geometric) and rule.shift == "batch")
+        chunk = len(rows) if whole else max(1, CHUNK // (self.num_members * self.num_outputs))
         parts = []
         for start in range(0, len(rows), max(1, chunk)):
             members = self._members(rows[start : start + chunk], packed)

@@ -138,7 +138,7 @@ def test_one_row_that_does_not_fit_is_the_callers_error(monkeypatch):
         def exhausted(self, *_):
             raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(fastens.fold.engine.FoldEngine, "_one_pass", exhausted)
+        monkeypatch.setattr(fastens.fold.engine.FoldEngine, "one_pass", exhausted)
         monkeypatch.setattr(fastens.fold.engine.FoldEngine, "can_plan", lambda *_: False)
         ensemble.refresh()
         with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="ran out"):

@@ -5,7 +5,7 @@ import torch
 
 import fastens
 from fastens.fold.arguments import Arguments
-from fastens.fold.tensor import all_members
+from fastens.fold.calls import PlannedCall
 from fastens.plan.record import record
 from fastens.plan.sketch import sketched
 from tests.networks import NETWORKS, randomised
@@ -17,7 +17,7 @@ def recordings(name):
     args, kwargs = arguments(3)
     with torch.no_grad():
         call = Arguments(args, kwargs)
-        whole, _ = ensemble._engine.recordable(call, all_members(2))
+        whole, _, _ = PlannedCall(ensemble._engine, call).passes()
         return [record(lambda: whole(call.tensors), call.tensors, sketch)[0] for sketch in (None, sketched)]
 
 

@@ -134,12 +134,13 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype | None:
         return None
     if not any(member_valued(x) and x.ndim == 0 for x in tensors):
         return None
-    wanted = _result_type([torch.empty((1,) * min(x.ndim, 1), dtype=x.dtype) for x in tensors])
-    found = _result_type([torch.empty((1,) * min(x.ndim + member_valued(x), 1), dtype=x.dtype) for x in tensors])
+    wanted = result_type([torch.empty((1,) * min(x.ndim, 1), dtype=x.dtype) for x in tensors])
+    found = result_type([torch.empty((1,) * min(x.ndim + member_valued(x), 1), dtype=x.dtype) for x in tensors])
     return None if wanted == found else wanted
 
 
-def _result_type(tensors: list[Tensor]) -> torch.dtype:
+def result_type(tensors: list[Tensor]) -> torch.dtype:
+    """The dtype that tensors have together, one dimension or none of each told."""
     tensors = [x for x in tensors if x.dtype != torch.bool] or tensors
     first, *others = tensors
     for other in others:

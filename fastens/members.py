@@ -1,0 +1,115 @@
+"""One member of an ensemble: handed out as a copy, and replaced by another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.alike import first_difference, reaches_back
+from fastens.fold.members import make_skeleton, replaced, tensors_of
+
+if TYPE_CHECKING:
+    from fastens.ensemble import Ensemble
+
+
+class Members(Sequence[nn.Module]):
+    """The members of an ensemble, each made when it is asked for, with a copy of its weights."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self._ensemble = ensemble
+
+    def __len__(self) -> int:
+        return self._ensemble.num_members
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        k = checked_index(k, len(self))
+        ensemble = self._ensemble
+        if ensemble._engine is None:
+            return copied(list(ensemble.network.children())[k])
+        return ensemble._engine.member(k)
+
+
+def checked_index(k: int, num_members: int) -> int:
+    """The number of a member from 0, also where it is counted from the end.
+
+    Raises:
+        IndexError: there is no such member.
+    """
+    if not -num_members <= k < num_members:
+        raise IndexError(f"member {k} of {num_members}")
+    return k % num_members
+
+
+def copied(member: nn.Module) -> nn.Module:
+    """A module with tensors of its own; one that reaches its own parts by a closure as it is, which no copy could."""
+    if reaches_back(member) is not None:
+        return member
+
+    def own(tensor: Tensor) -> Tensor:
+        clone = tensor.detach().clone()
+        return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+    return replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
+
+
+def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:
+    """See :meth:`fastens.Ensemble.replace_member`."""
+    k = checked_index(k, ensemble.num_members)
+    if "masks" in ensemble._settings:
+        raise ValueError("members are dropout masks on one set of weights; change that by load_state_dict")
+    if isinstance(member, nn.Module):
+        module = member
+    elif isinstance(member, Mapping):
+        module = ensemble.members[k]
+        try:
+            module.load_state_dict(member)
+        except RuntimeError as error:
+            raise ValueError(f"the state_dict does not fit member {k}: {' '.join(str(error).split())}") from error
+    else:
+        raise TypeError(f"member is a {type(member).__name__}, expected a torch.nn.Module or a state_dict")
+    with torch.inference_mode(False):
+        if ensemble._engine is None:
+            own = copied(module).train(ensemble.training)
+            ensemble.network.register_module(str(k), own.to(ensemble.device))
+        else:
+            _write(ensemble._engine, k, module)
+    ensemble.refresh()
+
+
+def _write(engine: Any, k: int, module: nn.Module) -> None:
+    """Copy a module's tensors into member k's part of the stacks, once it is known to fit."""
+    tensors, stacks = tensors_of(module), tensors_of(engine.network)
+    _check_fit(engine.skeleton, module, k)
+    for name, tensor in tensors.items():
+        if tensor.dtype != stacks[name].dtype:
+            raise ValueError(
+                f"member {k}: {name} is {tensor.dtype}, but {stacks[name].dtype} in the ensemble; "
+                f"convert it first, e.g. member.to({stacks[name].dtype})"
+            )
+    shared = [name for name in engine.shared if not torch.equal(tensors[name].to(stacks[name].device), stacks[name])]
+    engine.unshare(shared)
+    for name, stack in tensors_of(engine.network).items():
+        if name not in engine.shared:
+            with torch.no_grad():
+                stack[k].copy_(tensors[name].detach())
+
+
+def _check_fit(skeleton: nn.Module, module: nn.Module, k: int) -> None:
+    """Raise ValueError unless a module is like the members in everything but its weights, modes apart."""
+    back = reaches_back(module)
+    if back is not None:
+        raise ValueError(
+            f"member {k}: {back} reaches a part of its member by a closure, which a copy of it would share"
+        )
+    shell = make_skeleton(module)
+    modes = {path: each.training for path, each in skeleton.named_modules()}
+    for path, each in shell.named_modules():
+        each.training = modes.get(path, each.training)
+    difference = first_difference(skeleton, shell)
+    if difference is not None:
+        raise ValueError(f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}")

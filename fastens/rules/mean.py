@@ -1,0 +1,87 @@
+"""The weighted arithmetic mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastens.rules.base import Rule
+
+WEIGHT_SUM_TOLERANCE = 1e-6
+
+
+def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights of a mean as floats, see :class:`Mean`."""
+    try:
+        values = tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise TypeError(f"`weights`: expected a sequence of numbers, one per member, got {weights!r}") from None
+    if not values:
+        raise ValueError("`weights`: expected one weight per member, got none")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"`weights`: expected finite numbers, got {values}")
+    total = math.fsum(values)
+    if abs(total - 1.0) > WEIGHT_SUM_TOLERANCE:
+        raise ValueError(
+            f"`weights`: expected a sum of 1 within {WEIGHT_SUM_TOLERANCE}, got {total!r}; "
+            "divide each weight by the sum"
+        )
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Rule):
+    """Weighted arithmetic mean, ``sum_k w_k S_k``; ``w_k = 1/K`` by default.
+
+    Args:
+        weights: K finite numbers that sum to 1 within 1e-6; kept as a tuple of floats.
+
+    Raises:
+        TypeError: ``weights`` is not a sequence of numbers.
+        ValueError: ``weights`` is empty, not finite, or does not sum to 1.
+    """
+
+    name: ClassVar[str] = "mean"
+    has_kernels: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the weights and keep them as a tuple, so that the value hashes."""
+        if self.weights is None:
+            return
+        object.__setattr__(self, "weights", checked_weights(self.weights))
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """The mean over dimension 0."""
+        if self.weights is None:
+            return scores.mean(0)
+        weights = torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
+        return (scores * weights.view(-1, *[1] * (scores.dim() - 1))).sum(0)
+
+    @property
+    def option(self) -> str:
+        """None: the weights are numbers."""
+        return ""
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The weights, empty for equal ones."""
+        return self.weights or ()
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError where there are weights but not one per member."""
+        if self.weights is not None and len(self.weights) != num_members:
+            raise ValueError(
+                f"`weights`: expected one weight per member, {num_members}, got {len(self.weights)} weights; "
+                "pass as many weights as members"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as JSON-able values."""
+        return {"rule": self.name, "weights": None if self.weights is None else list(self.weights)}

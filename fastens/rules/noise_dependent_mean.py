@@ -1,0 +1,76 @@
+"""The mean whose weights depend on the noise level."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fastens.rules.mean import Mean, checked_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseDependentMean(Mean):
+    """Weighted mean whose weights depend on the noise level, interpolated linearly in ``log(alpha^2 / sigma^2)``.
+
+    It is a rule of an ensemble that has a schedule, by which the time among its arguments becomes a noise level; beyond
+    the levels the nearest one's weights hold. :func:`fastens.evaluation.fit_weights` makes it.
+
+    Args:
+        weights: of the members at each level, L tuples of K finite numbers that sum to 1 within 1e-6.
+        log_snr: of the levels, L rising numbers.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: no levels, other numbers of weights and levels, levels that do not rise, or weights as for a mean.
+    """
+
+    name: ClassVar[str] = "noise_dependent_mean"
+    linear: ClassVar[bool] = True
+    needs_noise_level: ClassVar[bool] = True
+    weights: tuple[tuple[float, ...], ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    log_snr: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check weights and levels and keep them as tuples, so that the value hashes."""
+        rows = tuple(checked_weights(row) for row in self.weights)
+        levels = tuple(float(level) for level in self.log_snr)
+        if not rows or len(rows) != len(levels) or len({len(row) for row in rows}) != 1:
+            raise ValueError(
+                f"`weights`: expected one tuple of K weights per level, got {len(rows)} of "
+                f"{sorted({len(row) for row in rows})} weights for {len(levels)} levels"
+            )
+        if not all(map(math.isfinite, levels)) or any(b <= a for a, b in itertools.pairwise(levels)):
+            raise ValueError(f"`log_snr`: expected rising finite numbers, got {levels}")
+        object.__setattr__(self, "weights", rows)
+        object.__setattr__(self, "log_snr", levels)
+
+    def at(self, log_snr: float) -> Mean:
+        """The mean at one noise level."""
+        right = min(max(bisect.bisect_right(self.log_snr, log_snr), 1), len(self.log_snr) - 1)
+        left = max(right - 1, 0)
+        span = self.log_snr[right] - self.log_snr[left]
+        share = min(max((log_snr - self.log_snr[left]) / span, 0.0), 1.0) if span else 0.0
+        pairs = zip(self.weights[left], self.weights[right], strict=True)
+        return Mean(tuple(a + share * (b - a) for a, b in pairs))
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """Raise ValueError: the weights are not known before the noise level is."""
+        raise ValueError(f"rule {self.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """None: the weights are not known before the noise level is."""
+        return ()
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError where there is not one weight per member."""
+        Mean(self.weights[0]).check(num_members)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as JSON-able values."""
+        return {"rule": self.name, "weights": [list(row) for row in self.weights], "log_snr": list(self.log_snr)}

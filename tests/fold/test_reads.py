@@ -1,0 +1,60 @@
+"""Values that Python reads while it runs are no part of a plan: such networks are folded at every call."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from tests.networks import randomised
+from tests.tolerances import relative_error
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Reading(nn.Module):
+    """Looks at the values of its time in a way that is given."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        return self.layer(x) * self.how(t)
+
+
+READS = {
+    "tolist": lambda t: sum(t.tolist()),
+    "item": lambda t: t[0].item(),
+    "numpy": lambda t: float(t.numpy().sum()),
+    "asarray": lambda t: float(np.asarray(t).sum()),
+    "float": lambda t: float(t[0]),
+    "int": lambda t: int(t[0]),
+    "bool": lambda t: 2 if t.sum() > 10 else 3,
+    "all": lambda t: 2 if bool((t > 2).all()) else 3,
+    "equal": lambda t: 2 if torch.equal(t, torch.full_like(t, 3)) else 3,
+    "allclose": lambda t: 2 if torch.allclose(t.float(), torch.tensor(3.0)) else 3,
+    "in": lambda t: 2 if 3 in t else 3,
+    "nonzero": lambda t: len(torch.nonzero(t > 2)) + 1,
+    "unique": lambda t: len(torch.unique(t)) + 1,
+    "mask": lambda t: t[t > 2].float().sum() + 1,
+    "format": lambda t: len(f"{t[0]}"),
+    "iteration": lambda t: sum(int(v) for v in t),
+    "range": lambda t: sum(range(int(t[0]))) + 1,
+    "dictionary": lambda t: {1: 0.5, 3: 2.0}.get(int(t[0]), 1.0),
+    "bincount": lambda t: float(torch.bincount(t.long()).sum()),
+    "max": lambda t: max(t[0], t[1]),
+    "while": lambda t: sum(1 for i in range(20) if i < t[0]) + 1,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("how", READS.values(), ids=READS)
+def test_values_that_python_reads_are_not_baked_in(how, dtype):
+    ensemble = fastens.Ensemble([randomised(lambda: Reading(how), seed) for seed in range(3)])
+    with torch.no_grad():
+        for t in ([3, 3, 3, 3, 3, 3], [1, 4, 2, 9, 3, 3], [3, 3, 3, 3, 3, 3], [5, 0, 6, 1, 8, 2], [12, 1, 0, 3, 3, 4]):
+            times = torch.tensor(t, dtype=dtype)
+            expected = torch.stack([member(X, times) for member in ensemble.members]).mean(0)
+            assert relative_error(ensemble(X, times), expected) < 1e-5
+    assert ensemble.engine == "fold"

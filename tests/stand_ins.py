@@ -1,0 +1,115 @@
+"""What the documents' snippets name without making it: a small one of each, by the name that the snippets use."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import fastens
+from tests.networks import randomised, unet_2d
+
+FOLDERS = ["run1/unet", "run2/unet", "run3/unet"]
+
+
+def write_files(root: Path) -> None:
+    """Files that snippets read: diffusers folders, pipelines, and a training script's checkpoints."""
+    from diffusers import DDIMPipeline
+
+    for k, folder in enumerate(FOLDERS):
+        network = randomised(make_unet, k)
+        network.save_pretrained(root / folder)
+        DDIMPipeline(unet=network, scheduler=scheduler()).save_pretrained(root / f"pipe{k + 1}")
+        states = {f"model.diffusion_model.{name}": tensor for name, tensor in network.state_dict().items()}
+        (root / f"runs/{k}").mkdir(parents=True)
+        average = {name: 0.5 * tensor for name, tensor in states.items()}
+        torch.save({"state_dict": states, "ema_0.9999": average}, root / f"runs/{k}/last.ckpt")
+
+
+def scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(num_train_timesteps=1000)
+
+
+def make_unet() -> nn.Module:
+    """Your network without its weights."""
+    return unet_2d(attention=False)
+
+
+def make_model(seed: int) -> nn.Module:
+    """A network to be trained."""
+    return randomised(make_unet, seed).train()
+
+
+@functools.cache
+def ens() -> fastens.Ensemble:
+    """An ensemble; of one snippet, which may have it in a pipeline too."""
+    return fastens.Ensemble([randomised(make_unet, k) for k in range(3)])
+
+
+def pipe() -> Any:
+    """A pipeline whose model is an ensemble."""
+    from diffusers import DDIMPipeline
+
+    return DDIMPipeline(unet=ens(), scheduler=scheduler())
+
+
+def paths() -> list[str]:
+    """Checkpoints of members."""
+    return FOLDERS
+
+
+def rf() -> Any:
+    """A fitted RandomForestRegressor."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    rows = X()
+    return RandomForestRegressor(5, max_depth=3, random_state=0).fit(rows, rows[:, :2])
+
+
+def X() -> np.ndarray:
+    """Rows of a table."""
+    return np.random.default_rng(0).normal(size=(20, 3))
+
+
+def x() -> torch.Tensor:
+    """The rows as a tensor."""
+    return torch.from_numpy(X()).float()
+
+
+def model() -> Any:
+    """A fitted ForestDiffusionModel."""
+    from ForestDiffusion.diffusion_with_trees_class import ForestDiffusionModel
+
+    return ForestDiffusionModel(X(), model="random_forest", n_t=3, n_estimators=2, duplicate_K=2, n_jobs=1)
+
+
+def schedule() -> fastens.schedules.Schedule:
+    """The schedule that the members were trained with."""
+    return fastens.schedules.from_scheduler(scheduler())
+
+
+def training_images() -> torch.Tensor:
+    """Images [N, C, H, W]."""
+    return torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def batches() -> list[tuple[torch.Tensor, ...]]:
+    """Noisy images, times and noise, each [K, B, ...]."""
+    generator = torch.Generator().manual_seed(0)
+    noisy, noise = torch.randn(2, 5, 2, 1, 8, 8, generator=generator)
+    return [(noisy, torch.randint(1000, (5, 2), generator=generator), noise)]
+
+
+STAND_INS = {made.__name__: made for made in (ens, pipe, paths, rf, X, x, model, schedule, training_images, batches)}
+FUNCTIONS = {made.__name__: made for made in (make_unet, make_model)}
+
+
+def imported() -> dict[str, Any]:
+    """What the README's first snippet imports for all."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    return {"fastens": fastens, "torch": torch, "DDIMPipeline": DDIMPipeline, "DDIMScheduler": DDIMScheduler}

@@ -1,0 +1,211 @@
+"""Members in an ensemble: handed out as copies, replaced, placed, and warned of where all are one."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from tests.networks import mlp, randomised, unet_2d
+
+
+def small(seed):
+    return randomised(mlp, seed)
+
+
+def call(ens, x):
+    with torch.no_grad():
+        return ens(x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["fold", "loop"])
+def ens(request):
+    return fastens.Ensemble([small(k) for k in range(3)], "sum", engine=request.param)
+
+
+def test_a_member_is_a_copy(ens, x):
+    before = call(ens, x)
+    with torch.no_grad():
+        for p in ens.members[1].parameters():
+            p.zero_()
+    assert torch.equal(call(ens, x), before)
+    assert "copy" in type(ens).members.__doc__
+
+
+@pytest.mark.parametrize("k", [0, 2, -1])
+@pytest.mark.parametrize("as_state", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_member_is_replaced(ens, x, k, as_state, called):
+    if called:
+        call(ens, x), call(ens, x)
+    new = small(7)
+    kept = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    ens.replace_member(k, new.state_dict() if as_state else new)
+    members = [small(j) for j in range(3)]
+    members[k] = small(7)
+    for _ in range(2):
+        torch.testing.assert_close(call(ens, x), torch.stack([m(x) for m in members]).sum(0).detach())
+    with torch.no_grad():
+        new[0].weight.zero_()  # the ensemble has copies
+    torch.testing.assert_close(ens.members[k].state_dict(), kept, rtol=0, atol=0)
+    assert ens.engine in ("fold", "loop")
+    assert ens.verify(x) < 1e-6
+
+
+def test_a_module_in_another_mode_takes_the_ensembles(ens, x):
+    ens.replace_member(1, small(7).train())
+    assert not any(module.training for module in ens.modules())
+    torch.testing.assert_close(ens.members[1](x), small(7)(x))
+
+
+def test_tensors_that_all_shared_are_shared_no_more():
+    def network(seed, scale):
+        made = nn.Sequential(nn.BatchNorm1d(5), small(seed), nn.Linear(5, 5)).eval()
+        made[2].weight.requires_grad_(False).fill_(scale)
+        made[2].bias.requires_grad_(False).fill_(0.5)
+        made[2].register_buffer("table", torch.full((3,), scale))
+        return made
+
+    members = [network(k, 1.0) for k in range(3)]
+    ens, x = fastens.Ensemble(members), torch.randn(4, 5)
+    assert {"2.weight", "2.bias", "2.table"} <= ens._engine.shared
+    members[1] = network(5, 2.0)
+    ens.replace_member(1, members[1])
+    assert "2.bias" in ens._engine.shared
+    assert "2.weight" not in ens._engine.shared
+    for _ in range(2):
+        torch.testing.assert_close(call(ens, x), torch.stack([m(x) for m in members]).mean(0).detach())
+    assert ens.members[1][2].table.tolist() == [2.0] * 3
+    assert ens.members[0][2].table.tolist() == [1.0] * 3
+
+
+def test_tied_tensors_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.a = randomised(lambda: nn.Linear(5, 5), seed)
+            self.b = nn.Linear(5, 5)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    members = [Tied(0), Tied(0)]
+    for trained in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ens = fastens.Ensemble([m.requires_grad_(trained).eval() for m in members])
+        new, x = Tied(4).requires_grad_(trained).eval(), torch.randn(2, 5)
+        ens.replace_member(1, new)
+        torch.testing.assert_close(call(ens, x), ((members[0](x) + new(x)) / 2).detach())
+        torch.testing.assert_close(call(ens.with_rule("sum"), x), (members[0](x) + new(x)).detach())
+        member = ens.members[1]
+        assert member.a.weight is member.b.weight
+
+
+def test_members_of_their_own_structures_are_replaced(x):
+    ens = fastens.Ensemble([nn.Sequential(nn.Linear(5, 5)).eval(), nn.Linear(5, 5).eval()], engine="loop")
+    new = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).train()
+    ens.replace_member(0, new)
+    expected = (new(x) + ens.members[1](x)) / 2
+    torch.testing.assert_close(call(ens, x), expected.detach())
+    assert new.training
+    assert not ens.members[0].training
+
+
+@pytest.mark.parametrize(
+    ("k", "member", "error", "message"),
+    [
+        (3, lambda: small(0), IndexError, "member 3 of 3"),
+        (0, lambda: 1.0, TypeError, "expected a torch.nn.Module or a state_dict"),
+        (0, lambda: nn.Linear(5, 5), ValueError, "differ at 0: present in one"),
+        (0, lambda: small(0).double(), ValueError, r"member 0: .* is torch.float64, but torch.float32 in the ensemble"),
+        (1, lambda: nn.Linear(5, 5).state_dict(), ValueError, "does not fit member 1.*Missing key"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(k, member, error, message, x):
+    ens = fastens.Ensemble([small(k) for k in range(3)])
+    before = call(ens, x)
+    with pytest.raises(error, match=message):
+        ens.replace_member(k, member())
+    assert torch.equal(call(ens, x), before)
+
+
+def test_masks_have_one_set_of_weights():
+    ens = fastens.MCDropout(nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5)), 3)
+    with pytest.raises(ValueError, match="dropout masks on one set of weights"):
+        ens.replace_member(0, nn.Linear(5, 5))
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_stacks_are_made_where_and_in_what_was_asked_for(engine, x):
+    members = [small(0), small(1).double(), small(2)]
+    ens = fastens.Ensemble(members, engine=engine, dtype=torch.float64, device="cpu")
+    assert {p.dtype for p in ens.parameters()} == {torch.float64}
+    expected = torch.stack([m.double()(x.double()) for m in members]).mean(0)
+    torch.testing.assert_close(call(ens, x.double()), expected.detach())
+    assert fastens.Ensemble(members, engine=engine, device="meta").device.type == "meta"
+
+
+def test_integers_keep_their_dtype():
+    members = [nn.BatchNorm1d(5).eval() for _ in range(2)]
+    members[1].weight.data.fill_(2.0)
+    ens = fastens.Ensemble(members, dtype=torch.bfloat16)
+    assert ens.network._buffers["num_batches_tracked"].dtype == torch.int64
+    assert ens.dtype == torch.bfloat16
+
+
+def test_members_of_different_structure_are_placed_too():
+    ens = fastens.Ensemble([nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5))], engine="loop", dtype=torch.float64)
+    assert {p.dtype for p in ens.parameters()} == {torch.float64}
+
+
+def test_masks_are_placed_too():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5))
+    ens = fastens.MCDropout(model, 3, dtype=torch.bfloat16, device="meta")
+    assert (ens.dtype, ens.device.type) == (torch.bfloat16, "meta")
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_loaded_members_are_placed(tmp_path):
+    for k in range(2):
+        randomised(lambda: unet_2d(False), k).save_pretrained(tmp_path / str(k))
+    paths = [tmp_path / "0", tmp_path / "1"]
+    loaded = fastens.load_members(paths, dtype=torch.bfloat16, device="meta")
+    assert {(p.dtype, p.device.type) for p in loaded[1].parameters()} == {(torch.bfloat16, "meta")}
+    ens = fastens.Ensemble(paths, dtype=torch.bfloat16)
+    assert ens.dtype == torch.bfloat16
+    ens.save_pretrained(tmp_path / "ens")
+    assert fastens.Ensemble.from_pretrained(tmp_path / "ens", device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "float32"])
+def test_a_dtype_that_is_none_is_named(dtype):
+    with pytest.raises(TypeError, match="expected a floating-point dtype of torch"):
+        fastens.Ensemble([small(0)], dtype=dtype)
+
+
+def test_without_a_dtype_members_must_agree_and_the_remedy_is_named():
+    with pytest.raises(ValueError, match="or say dtype="):
+        fastens.Ensemble([small(0), small(1).double()])
+
+
+@pytest.mark.parametrize("same", [lambda: [small(0)] * 3, lambda: [small(0) for _ in range(3)]])
+def test_members_that_are_all_one_are_warned_of(same):
+    with pytest.warns(UserWarning, match="all 3 members hold the same weights"):
+        fastens.Ensemble(same())
+
+
+@pytest.mark.parametrize(
+    "members", [lambda: [small(0)], lambda: [small(0), small(0), small(1)], lambda: [nn.Tanh()] * 2]
+)
+def test_others_are_not(members):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastens.Ensemble(members())
