@@ -217,7 +217,7 @@ def sana():
     return make, text
 
 
-@network("diffusers")
+@network("diffusers", unplanned="torch.complex64")
 def lumina_next():
     from diffusers import LuminaNextDiT2DModel
 
@@ -245,7 +245,7 @@ def lumina_next():
     }
 
 
-@network("diffusers")
+@network("diffusers", unplanned="tolist reads values of the input")
 def lumina_2():
     from diffusers import Lumina2Transformer2DModel
 
@@ -348,7 +348,7 @@ def cogview_4():
     return make, lambda b, r: {**text(b, r), **sizes(b)}
 
 
-@network("diffusers")
+@network("diffusers", looped="numpy of a tensor that differs between members")
 def hidream():
     """Experts chosen by the token."""
     from diffusers import HiDreamImageTransformer2DModel

@@ -1,5 +1,6 @@
 """Networks of other packages; those that are not installed are skipped."""
 
+import os
 from functools import partial
 from unittest.mock import patch
 
@@ -36,7 +37,7 @@ def ddpm_unet_guided():
 KARRAS = {"dim": 8, "dim_max": 16, "num_downsamples": 1, "num_blocks_per_stage": 1, "attn_res": (4,)}
 
 
-@network("denoising-diffusion-pytorch")
+@network("denoising-diffusion-pytorch", unplanned="reads a value of the input")
 def karras_unet():
     """EDM2: weights normalised in the pass."""
     karras = library("denoising_diffusion_pytorch.karras_unet")
@@ -82,7 +83,8 @@ def k_image_v1():
 
 @network("k-diffusion")
 def k_image_transformer_v1():
-    """Axial rotary positions."""
+    """Axial rotary positions; what it compiles is left as it is, since that takes half a minute."""
+    os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
     models = library("k_diffusion.models.image_transformer_v1")
     make = partial(
         models.ImageTransformerDenoiserModelV1,
@@ -178,7 +180,7 @@ IMAGEN = {
 }
 
 
-@network("imagen-pytorch")
+@network("imagen-pytorch", unplanned="torch.bool")
 def imagen_unet():
     make = partial(imagen("Unet", "imagen_pytorch"), **IMAGEN)
     return make, lambda b, r: {
@@ -195,7 +197,7 @@ def imagen_unet_3d():
     return make, lambda b, r: {"x": r(b, 3, 2, 8, 8), "time": r.unit(b), "text_embeds": r(b, 4, 8)}
 
 
-@network("audio-diffusion-pytorch", own_copies=False)
+@network("audio-diffusion-pytorch", own_copies=False, looped="reaches a part of its member by a closure")
 def audio_unet():
     package = library("audio_diffusion_pytorch")
     make = partial(
@@ -292,7 +294,7 @@ def rectified_flow_unet():
     return make, lambda b, r: (r(b, 3, 8, 8), r.unit(b))
 
 
-@network("video-diffusion-pytorch")
+@network("video-diffusion-pytorch", unplanned="__bool__ reads values of the input")
 def video_unet_3d():
     """Factorised attention over space and time, with rotary embedding and relative positions."""
     video = library("video_diffusion_pytorch.video_diffusion_pytorch")

@@ -98,3 +98,16 @@ def load() -> dict[str, Network]:
         if module.startswith("of_"):
             importlib.import_module(f"tests.atlas.{module}")
     return NETWORKS
+
+
+def dynamic(call: Arguments, batch: int, rows: Any) -> tuple[Any, Any]:
+    """Dynamic shapes of a call's arguments: ``rows`` where dimension 0 is the batch."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {name: of(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return type(x)(of(value) for value in x)
+        return {0: rows} if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else None
+
+    return of(call[0]), of(call[1])
