@@ -383,9 +383,7 @@ class FoldEngine:
         """What each module that owns tensors got."""
         layers = layer_reports(self.network, self.num_members, self.ways, self.why if self.engine == "loop" else None)
         plans = self.plans
-        why_not = plans.why_not
-        if not len(plans) and not why_not:
-            why_not = "members are looped" if self.engine == "loop" else "it was not called yet"
+        why_not = "the members are called one by one" if self.engine == "loop" else plans.why_not
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, why_not, plans.num_bytes)
         return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)

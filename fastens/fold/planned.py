@@ -313,7 +313,7 @@ class Plans:
         if self.guards.hooked():
             return "hooks want to be called"
         if self._backend not in ("auto", "triton" if self.launched else "native"):
-            return f"backend={self._backend!r} was asked for"
+            return f"backend={self._backend!r} has none; backend='auto' takes them"
         if not self.launched:
             if any(x.device.type != "cpu" for x in arguments):
                 return "the arguments are on another device than the weights"
