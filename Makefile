@@ -6,12 +6,13 @@ export OMP_WAIT_POLICY := passive
 
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo test fuzz test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo test fuzz atlas test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-build compiles every GPU kernel for every target"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
+	@echo "make atlas  hold public networks against the loop; writes docs/atlas.md"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
 	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
@@ -52,6 +53,10 @@ SEED ?= 0
 JOBS ?= 2
 fuzz: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --jobs $(JOBS)
+
+# Minutes: the table of docs/atlas.md, networks of others against the loop.
+atlas: .venv/dev build/native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.atlas
 
 # Minutes: every Triton kernel and the CUDA library, compiled in full for every GPU; needs no GPU.
 test-gpu-build: .venv/dev

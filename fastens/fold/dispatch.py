@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types as python_types
 import weakref
 from collections import Counter
@@ -221,6 +222,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             if leaf.hidden is not None:
                 members = True
                 break
+    if kwargs and not args:
+        args, kwargs = _first_in_front(kwargs)
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
     if not members:
@@ -241,10 +244,31 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             raise NotFoldable(f"{name_of(func)} writes to a view that had to be copied")
     found = RULES.get(func)
     if found is not None and not (found in OWN_OPS and torch.is_autocast_enabled(fold.device_type(args))):
-        result = found(fold, func, *args, **kwargs)
+        try:
+            result = found(fold, func, *args, **kwargs)
+        except TypeError:
+            if _takes(found, (fold, func, *args), kwargs):
+                raise
+            result = NotImplemented  # arguments by names that the rule has not
         if result is not NotImplemented:
             return result
     return entry_by_entry(fold, func, args, kwargs)
+
+
+def _first_in_front(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``f(input=x, dim=1)`` as ``f(x, dim=1)``."""
+    first = next((name for name in ("input", "self", "tensors") if name in kwargs), None)
+    if first is None:
+        return (), kwargs
+    return (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
+
+
+def _takes(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(found).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _shallow(args: tuple[Any, ...]) -> Iterator[Any]:

@@ -177,3 +177,27 @@ def test_what_somebody_else_reads_is_computed(form):
     plan = run(form, 2)
     assert plan["Attention"] == 1
     assert plan["aten.bmm.default"] == 1
+
+
+class GroupedHeads(nn.Module):
+    """As ACE-Step: fewer keys and values than queries, each read by a group of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = (part.unflatten(-1, (1, 4)).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+def test_groups_of_heads_read_their_own_keys():
+    members = [randomised(GroupedHeads, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members)
+    for seed in range(2):
+        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            expected = torch.stack([member(x) for member in members]).mean(0)
+            assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]
+    assert ensemble.report().plans, ensemble.report().why_no_plan

@@ -1,6 +1,7 @@
 """Every function of torch's own catalogue gives all members what it gives each: by its rule, or entry by entry."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,20 @@ def check(function, sample, draw, written):
         assert all(same(entry(given[i], k), expected[k][1][i]) for i in tensors), f"what it wrote to: {sample}"
 
 
+def named(op, samples):
+    """A call with its arguments by the names of torch's schema, the first one too; none where it has no schema."""
+    try:
+        names = [a.name for a in getattr(torch.ops.aten, op.name).default._schema.arguments if not a.kwarg_only]
+    except AttributeError:
+        return None
+    for sample in samples:
+        whole = {**dict(zip(names[1:], sample.args, strict=False)), **sample.kwargs}
+        if sample.args and len(whole) == len(sample.args) + len(sample.kwargs):
+            first = {"self": "input"}.get(names[0], names[0])
+            return SimpleNamespace(input=sample.input, args=(), kwargs=whole), first
+    return None
+
+
 @pytest.mark.parametrize("first", sorted({name[:1] for name in NAMES}))
 @pytest.mark.filterwarnings("ignore")
 def test_members_get_what_each_gets(first):
@@ -112,3 +127,41 @@ def test_members_get_what_each_gets(first):
                     check(function, sample, draw, written)
                 except Exception as error:
                     raise AssertionError(f"{op.name}: {error}") from error
+        by_name = named(op, samples)
+        if by_name is not None:
+            sample, name = by_name
+            check(lambda x, name=name, op=op, **given: op.op(**{name: x}, **given), sample, draw, False)
+            if op.method_variant is not None:
+                check(op.method_variant, sample, draw, False)
+
+
+def pairs(x):
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.einsum("... i d, ... j d -> ... i j", x, x),
+        lambda x: torch.einsum("...id,...jd", x, x[0]),
+        lambda x: torch.einsum("...d,de->...e", x, x[0].mT @ x[0]),
+        lambda x: x.norm(dim=-1, keepdim=True),
+        lambda x: x.norm(),
+        lambda x: torch.norm(x, dim=(1, 2)),
+        lambda x: torch.broadcast_tensors(x[:, :1], x[0], torch.ones(1))[0],
+        lambda x: torch.nn.utils.rnn.pad_sequence([x[0], x[1, :2]], batch_first=True, padding_value=0.5),
+        lambda x: torch.nn.utils.rnn.pad_sequence([x[0, :1], x[1]], padding_side="left"),
+        pairs,
+        lambda x: pairs(x.flatten()[2:8]),
+        lambda x: pairs(x[..., :2]),
+    ],
+)
+def test_needs_no_slices(function):
+    """Functions of networks in tests/atlas: once for all members, and right."""
+    stack = torch.randn(K, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    fold = Fold(all_members(K))
+    with fold:
+        output = function(MemberTensor(stack, all_members(K)))
+    assert not fold.slices
+    for k in range(K):
+        assert same(entry(output, k), function(stack[k]))

@@ -19,6 +19,14 @@ UNUSED = (
     "ot",
     "wandb",
     "kornia",
+    "torchaudio",
+    "h5py",
+    "natsort",
+    "gdown",
+    "datasets",
+    "pytorch_warmup",
+    "sentencepiece",
+    "numba",
 )
 
 

@@ -35,6 +35,8 @@ def scaled_dot_product(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(x.ndim != q.ndim or x.shape[0] not in (1, lead) for x in (k, v)):
         return entry_by_entry(fold, func, (q, k, v, mask), bound)
     q, k, v = (x if x.shape[0] == lead else fold.again(Tensor.expand, x, lead, *x.shape[1:]) for x in (q, k, v))
+    if fold.recording and bound.pop("enable_gqa", False):
+        k, v = (_for_each_head(fold, x, q.shape[-3]) for x in (k, v))
     if mask is not None:
         mask = plain(mask)
         own = member_valued(mask) or (mask.ndim == q.ndim and mask.shape[0] != 1)
@@ -47,6 +49,12 @@ def scaled_dot_product(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 RANDOM[F.scaled_dot_product_attention] = scaled_dot_product
+
+
+def _for_each_head(fold: Fold, x: Any, heads: int) -> Any:
+    """Keys or values of groups of heads, which plans do not know, as those of each head."""
+    times = heads // x.shape[-3]
+    return x if times == 1 else fold.again(Tensor.repeat_interleave, x, times, -3)
 
 
 def multi_head(

@@ -90,6 +90,10 @@ def setitem(fold: Fold, func: Any, x: Any, index: Any, value: Any) -> Any:
 def scattered(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Reading and writing along a dimension by numbers."""
     name = func.__name__
+    for key in ("dim", "index", "indices", "src", "source", "value"):
+        if key in kwargs and (key != "dim" or name != "take_along_dim"):
+            kwargs = dict(kwargs)
+            args = (*args, kwargs.pop(key))
     if name == "take_along_dim":
         index, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
         if dim is None:
@@ -116,6 +120,8 @@ def scattered(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 @rule(*named("unfold_window"), Tensor.unfold)
 def windows(fold: Fold, func: Any, x: Any, dimension: int, size: int, step: int) -> Any:
     """Windows along a dimension, as views."""
+    if not x.ndim:
+        return NotImplemented
     return fold.wrap(fold.stack(x).unfold(behind(dimension, x.ndim), size, step), x.alias)
 
 

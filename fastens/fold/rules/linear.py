@@ -132,7 +132,7 @@ def einsum(fold: Fold, func: Any, equation: Any, *operands: Any) -> Any:
     """The equation with a letter for the hidden dimension in front of member-valued operands."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or "." in equation or not all(isinstance(x, Tensor) for x in operands):
+    if not isinstance(equation, str) or not all(isinstance(x, Tensor) for x in operands):
         return NotImplemented
     terms, arrow, out = equation.replace(" ", "").partition("->")
     letter = next(c for c in "ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba" if c not in equation)
@@ -140,7 +140,8 @@ def einsum(fold: Fold, func: Any, equation: Any, *operands: Any) -> Any:
     if len(parts) != len(operands):
         raise RuntimeError(f"einsum(): {len(operands)} operands for {len(parts)} terms")
     if not arrow:
-        out = "".join(sorted(c for c in set(terms) - {","} if terms.count(c) == 1))
+        once = sorted(c for c in set(terms) - set(",.") if terms.count(c) == 1)
+        out = "..." * ("..." in terms) + "".join(once)
     product = _product_with_matrix(fold, parts, out, operands)
     if product is not None:
         return product
@@ -151,7 +152,7 @@ def einsum(fold: Fold, func: Any, equation: Any, *operands: Any) -> Any:
 
 def _product_with_matrix(fold: Fold, parts: list[str], out: str, operands: Any) -> Any:
     """``"abcd,de->abce"`` with a member's matrix: the product that plans know."""
-    if len(parts) != 2 or not member_valued(operands[1]):
+    if len(parts) != 2 or not member_valued(operands[1]) or any("." in part for part in parts):
         return None
     x, weight = parts
     own = len(weight) == 2 and len(set(x + weight)) == len(x) + 1

@@ -92,14 +92,19 @@ def batch(fold: Fold, func: Any, input: Any, running_mean: Any, running_var: Any
     if training or running_mean is None or running_var is None:
         _own_statistics(fold, running_mean, running_var)
         return NotImplemented
+    if input.ndim < 2:
+        return NotImplemented
     (mean, var, scale, shift), offsets = _parameters(fold, input, running_mean, running_var, weight, bias)
     return fold.unrows(batch_norm(fold.rows(input), mean, var, scale, shift, eps, offsets))
 
 
-@rule(*named("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update"))
+@rule(
+    *named("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
+    torch.ops.aten._batch_norm_with_update,
+)
 def native_batch(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Entry by entry, and each entry's own statistics are updated."""
-    _own_statistics(fold, *args[3:5])
+    _own_statistics(fold, *args[3:5], kwargs.get("running_mean"), kwargs.get("running_var"))
     return NotImplemented
 
 

@@ -35,7 +35,7 @@ def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     before: tuple[Any, ...] = ()
     if name in ("norm", "vector_norm"):
         order = args[0] if args else kwargs.pop("p", kwargs.pop("ord", 2))
-        before, args = (2 if order is None else order,), args[1:]
+        before, args = (2 if order is None or (order == "fro" and name == "norm") else order,), args[1:]
         if isinstance(before[0], str) or (name == "norm" and func is torch.linalg.norm):
             return NotImplemented
         if name == "norm" and len(args) > 2:

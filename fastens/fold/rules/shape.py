@@ -32,7 +32,7 @@ def reshape(fold: Fold, func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     """Another shape, or another dtype, of the same elements."""
     if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
         return fold.wrap(func(fold.stack(x), *shape, **kwargs)) if x.ndim else NotImplemented
-    shape = (kwargs["shape"],) if "shape" in kwargs else (kwargs["size"],) if "size" in kwargs else shape
+    shape = (next(iter(kwargs.values())),) if kwargs else shape  # shape, size or other
     if isinstance(shape[0], Tensor):
         shape = (shape[0].shape,)
     sizes = _sizes(shape)
@@ -114,7 +114,7 @@ def squeeze(fold: Fold, func: Any, x: Any, dim: Any = None) -> Any:
 @rule(*named("expand expand_as broadcast_to"))
 def expand(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     """Dimensions of one seen several times, and new ones in front."""
-    sizes = (kwargs["size"],) if "size" in kwargs else sizes
+    sizes = (next(iter(kwargs.values())),) if kwargs and not sizes else sizes
     sizes = (sizes[0].shape,) if isinstance(sizes[0], Tensor) else sizes
     sizes = _sizes(sizes)
     if not member_valued(x):
@@ -122,6 +122,26 @@ def expand(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     stack = fold.stack(x)
     stack = stack[(slice(None), *(None,) * (len(sizes) - x.ndim))]
     return fold.wrap(stack.expand(len(stack), *sizes), x.alias)
+
+
+@rule(*named("broadcast_tensors"), torch.functional.broadcast_tensors)
+def broadcast_tensors(fold: Fold, func: Any, *tensors: Any) -> Any:
+    """Tensors seen in the shape that they have together."""
+    if len(tensors) == 1 and isinstance(tensors[0], list | tuple):
+        tensors = tuple(tensors[0])
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return tuple(fold.again(Tensor.expand, x, shape) for x in tensors)
+
+
+@rule(*named("view_as_complex view_as_real"))
+def complex_view(fold: Fold, func: Any, x: Any) -> Any:
+    """Pairs of numbers seen as complex ones, as rotary embeddings do, and the other way round."""
+    stack, alias = fold.stack(x), x.alias
+    if func.__name__ == "view_as_complex" and (x.ndim == 0 or x.shape[-1] != 2):
+        return NotImplemented  # the member's own error
+    if func.__name__ == "view_as_complex" and (stack.stride(0) % 2 or stack.storage_offset() % 2):
+        stack, alias = stack.contiguous(), False
+    return fold.wrap(func(stack), alias)
 
 
 @rule(*named("repeat tile"))
@@ -136,9 +156,11 @@ def repeat(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
 
 
 @rule(*named("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit"))
-def cut(fold: Fold, func: Any, x: Any, sections: Any, dim: int = 0, **kwargs: Any) -> Any:
+def cut(fold: Fold, func: Any, x: Any, sections: Any = None, dim: int = 0, **kwargs: Any) -> Any:
     """Parts along a dimension."""
-    if getattr(func, "__name__", "") in ("hsplit", "vsplit", "dsplit") or isinstance(sections, Tensor):
+    if sections is None and len(kwargs) == 1:  # chunks, split_size, split_sizes, indices_or_sections, ...
+        sections = next(iter(kwargs.values()))
+    if getattr(func, "__name__", "") in ("hsplit", "vsplit", "dsplit") or not isinstance(sections, int | list | tuple):
         return NotImplemented
     stack, dim = fold.stack(x), behind(dim, x.ndim)
     parts = (
@@ -208,6 +230,26 @@ def stack(fold: Fold, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any
     if fold.recording and dim > 1:
         return fold.unrows(torch.stack([fold.rows(x) for x in tensors], dim - 1))
     return fold.wrap(torch.stack([fold.entries(x) for x in tensors], dim))
+
+
+@rule(torch.nn.utils.rnn.pad_sequence, torch._C._nn.pad_sequence)
+def pad_sequence(
+    fold: Fold,
+    func: Any,
+    sequences: Any,
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> Any:
+    """Sequences of several lengths as one tensor."""
+    longest = max(x.shape[0] for x in sequences)
+    padded = []
+    for x in sequences:
+        missing = longest - x.shape[0]
+        ends = (missing, 0) if padding_side == "left" else (0, missing)
+        whole = (*(0,) * (2 * x.ndim - 2), *ends)
+        padded.append(fold.again(F.pad, x, whole, value=padding_value) if missing else x)
+    return fold.again(torch.stack, padded, 0 if batch_first else 1)
 
 
 @rule(*named("unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_"))

@@ -1,0 +1,1 @@
+"""Public network classes, small, each held against a plain loop over its members."""

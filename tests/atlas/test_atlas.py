@@ -1,0 +1,100 @@
+"""Every network of the atlas gives what the plain loop over its members gives, and folds unless its entry says why."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from fastens import _native
+from tests.atlas.compare import compare, looped, members_of, tensors
+from tests.atlas.registry import Draws, arguments, dynamic, load
+
+NETWORKS = load()
+GRADIENTS = 1e-3  # of a parameter against its own largest, in float32 through some hundred layers
+
+
+def built(name):
+    """How a network is made and called; skips where its package is missing."""
+    try:
+        return NETWORKS[name].build()
+    except ImportError as error:
+        pytest.skip(f"{error}; pip install --no-deps -r tests/interop/requirements.txt")
+
+
+def test_holds_forty_networks():
+    assert len(NETWORKS) >= 40
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore")
+def test_equals_the_loop(name):
+    built(name)
+    entry = NETWORKS[name]
+    found = compare(entry)
+    assert max(found.errors) < 1e-5
+    assert max(found.gradient_errors) < GRADIENTS
+    looping = found.engine == "loop"
+    assert looping == bool(entry.looped), found.why or "it folds: its entry says otherwise"
+    assert looping == bool(found.warned), found.warned
+    if looping:
+        assert entry.looped in found.why
+    assert not found.slices, "functions without a rule"
+    if not looping and _native.load():
+        assert found.plans or entry.unplanned, found.why_no_plan
+
+
+def test_inputs_follow_the_seed():
+    _, given = built("dit")
+    (_, first), (_, second), (_, again) = (arguments(given, 2, seed) for seed in (0, 1, 0))
+    assert torch.equal(first["hidden_states"], again["hidden_states"])
+    assert not torch.equal(first["hidden_states"], second["hidden_states"])
+    assert Draws(0).unit(100).min() > 0
+
+
+class Reading(nn.Module):
+    """A network that must be looped, since its Python reads a value that differs between members."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x * self.weight if self.weight.sum() > 100 else x + self.weight
+
+
+def test_a_comparison_sees_a_loop_and_a_wrong_value(monkeypatch):
+    entry = type(NETWORKS["dit"])("reading", "", lambda: (Reading, lambda b, r: (r(b, 3),)))
+    found = compare(entry)
+    assert found.engine == "loop"
+    assert found.warned
+    ours = fastens.Ensemble.forward
+    monkeypatch.setattr(fastens.Ensemble, "forward", lambda self, *a, **k: ours(self, *a, **k) * 1.001)
+    assert max(compare(entry).errors) > 1e-4
+
+
+TRACED = ["sit", "adm", "diffusion_policy", "csdi", "pixart", "stable_diffusion_3", "unet_2d"]
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_batches(name, how):
+    """One graph serves several batches, and gives what the members give."""
+    make, given = built(name)
+    members = members_of(make, 2)
+    ensemble = fastens.Ensemble(members, engine="fold")
+    args, kwargs = arguments(given, 3, 0)
+    with torch.no_grad():
+        if how == "compiled":
+            torch._dynamo.reset()
+            run = torch.compile(ensemble, fullgraph=True, dynamic=True, backend="eager")
+        else:
+            rows = torch.export.Dim("rows", min=2, max=64)
+            shapes = dynamic((args, kwargs), 3, rows)
+            run = torch.export.export(ensemble, args, kwargs, dynamic_shapes=shapes).module()
+        for batch in (3, 5):
+            args, kwargs = arguments(given, batch, batch)
+            expected = looped(members, (args, kwargs))
+            for a, b in zip(tensors(run(*args, **kwargs)), expected, strict=True):
+                assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert ensemble.engine == "fold"
