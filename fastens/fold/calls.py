@@ -191,11 +191,15 @@ class PlannedCall:
 
     def _answer(self, k: int) -> list[Tensor]:
         """What member k returns now, by the network's own code."""
-        engine, arguments = self._engine, self._arguments
-        if engine.masks is not None:
-            return [x for x in pytree.tree_leaves(engine.call_member(k, arguments)) if isinstance(x, Tensor)]
-        leaves = engine.one_pass(arguments, Hidden(1, engine.num_members, k))
-        return [x[0] for x in leaves[:-1] if isinstance(x, Tensor)]
+        engine, arguments = self._engine, self._arguments.copied()  # the network may write to them
+        if engine.masks is None:
+            try:
+                leaves = engine.one_pass(arguments, Hidden(1, engine.num_members, k))
+            except NotFoldable:  # a recording has wrappers from birth, an eager pass where a first call asked for them
+                arguments = self._arguments.copied()
+            else:
+                return [x[0] for x in leaves[:-1] if isinstance(x, Tensor)]
+        return [x for x in pytree.tree_leaves(engine.call_member(k, arguments)) if isinstance(x, Tensor)]
 
     def _first_difference(self, entry: Entry) -> str:
         """The first step at which a pass that is recorded now differs from what the plan was recorded from."""

@@ -327,7 +327,7 @@ class Plans:
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
             return "gradients are enabled and asked for; call it under torch.no_grad()"
         if self.guards.hooked():
-            return "hooks want to be called"
+            return "forward hooks want to be called, and a plan calls none"
         if self._backend not in ("auto", "triton" if self.launched else "native"):
             return f"backend={self._backend!r} has none; backend='auto' takes them"
         if not self.launched:

@@ -246,7 +246,7 @@ def test_a_refusal_has_a_reason(change, call, why):
 def test_too_few_rows_in_a_pass_are_a_reason():
     ensemble = fastens.Ensemble([nn.Linear(8, 8).requires_grad_(False) for _ in range(2)], max_fold=2)
     ensemble(torch.randn(4, 8))
-    assert "max_fold is 2" in ensemble.report().why_no_plan
+    assert "max_fold=2" in ensemble.report().why_no_plan
 
 
 def test_a_read_value_is_named_by_its_line():
