@@ -222,7 +222,8 @@ class Recording:
             NotRecordable: it is random, or depends on the values of the inputs, or changes a constant.
         """
         if torch.Tag.inplace_view in func.tags:
-            if func.namespace != "aten" or func._schema.name in _OTHER_MEMORY:
+            depends = any(isinstance(x, Tensor) and self.depends(x) for x in args)
+            if depends and (func.namespace != "aten" or func._schema.name in _OTHER_MEMORY):
                 raise NotRecordable(f"{func} gives a tensor other memory")
             return  # another view of the same memory
         ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
