@@ -1,5 +1,8 @@
 """Member-batched linear layer, and the activation behind it."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
@@ -69,7 +72,8 @@ def linear(
         raise ValueError(f"linear: x has {x.shape[-1]} features, weight expects {weight.shape[2]}")
     check_stack("linear", "bias", bias, (weight.shape[0], weight.shape[1]))
     tensors = [t for t in (x, weight, bias) if t is not None]
-    if backend == "auto" and x.shape[:-1].numel() > FUSED_ROWS * weight.shape[0]:
+    rows = math.prod(x.shape[:-1])  # of an export, where Size.numel() would fix it, any number
+    if backend == "auto" and (isinstance(rows, torch.SymInt) or rows > FUSED_ROWS * weight.shape[0]):
         backend = "reference"
         if members is not None and p:  # the mask in a pass of its own, which is a kernel
             y = _linear.default(x, weight, bias, offsets)

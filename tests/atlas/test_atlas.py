@@ -1,5 +1,7 @@
 """Every network of the atlas gives what the plain loop over its members gives, and folds unless its entry says why."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def test_dynamic_batches(name, how):
             run = torch.compile(ensemble, fullgraph=True, dynamic=True, backend="eager")
         else:
             rows = torch.export.Dim("rows", min=2, max=64)
-            shapes = dynamic((args, kwargs), 3, rows)
+            shapes = dynamic(list(inspect.signature(ensemble.forward).parameters), (args, kwargs), 3, rows)
             run = torch.export.export(ensemble, args, kwargs, dynamic_shapes=shapes).module()
         for batch in (3, 5):
             args, kwargs = arguments(given, batch, batch)
