@@ -186,8 +186,16 @@ def weighted_sum(scores: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Returns:
         [B, ...], of the scores' dtype, added up in float32 at least.
+
+    Raises:
+        ValueError: scores of another number of samples.
     """
     first = scores[0]
+    if weights.shape[1] not in (1, first.shape[0]):
+        raise ValueError(
+            f"the members return {list(first.shape)} under weights of each of {weights.shape[1]} samples, "
+            f"expected [{weights.shape[1]}, ...]"
+        )
     wide = torch.promote_types(first.dtype, torch.float32)
     factors = weights.to(first.device, wide).reshape(len(weights), -1, *(1,) * (first.ndim - 1))
     total = factors[0] * first

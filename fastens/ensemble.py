@@ -24,7 +24,7 @@ from fastens.fold.engine import FoldEngine, call
 from fastens.fold.members import DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
-from fastens.outputs import agreed, columns, is_scores, plain, stacked
+from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
 from fastens.pickled import kept, rebuild
 from fastens.report import Report
 from fastens.settings import check_settings
@@ -95,7 +95,8 @@ class Ensemble(MemberLike, Capturing):
         except DifferentMembers as error:
             if engine == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
-            self._adopt_modules(members, str(error))
+            with torch.inference_mode(False):
+                self._adopt_modules(members, str(error))
             if place.changes:
                 self.to(*place.arguments)
         self.training = first.training
@@ -214,7 +215,7 @@ class Ensemble(MemberLike, Capturing):
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
-        return pytree.tree_unflatten([combine(x) if is_scores(x) else agreed(x) for x in leaves], spec)
+        return pytree.tree_unflatten([combined(combine, x) if is_scores(x) else agreed(x) for x in leaves], spec)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""

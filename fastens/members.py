@@ -46,7 +46,10 @@ def checked_index(k: int, num_members: int) -> int:
 
 
 def copied(member: nn.Module) -> nn.Module:
-    """A module with tensors of its own; one that reaches its own parts by a closure as it is, which no copy could."""
+    """A module with tensors of its own.
+
+    One that cannot be copied, or whose copy would reach it by a closure, comes as it is.
+    """
     if reaches_back(member) is not None:
         return member
 
@@ -54,7 +57,10 @@ def copied(member: nn.Module) -> nn.Module:
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
-    return replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
+    try:
+        return replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
+    except Exception:  # it refers to what Python cannot copy
+        return member
 
 
 def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:

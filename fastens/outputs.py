@@ -1,5 +1,6 @@
 """The structure of what members return: leaves that are scores, and everything else."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def agreed(column: Any) -> Any:
 def stacked(scores: Any) -> Tensor:
     """One tensor [K, B, ...]."""
     return scores if isinstance(scores, Tensor) else torch.stack(scores)
+
+
+def combined(combine: Callable[[Any], Tensor], scores: Any) -> Tensor:
+    """Scores [K, B, ...] as one, or a number that each member returns, as of one sample."""
+    if scores[0].ndim or combine is stacked:
+        return combine(scores)
+    return combine(stacked(scores)[:, None])[0]
 
 
 def plain(output: Any) -> Any:

@@ -35,7 +35,7 @@ def test_members_rule_engine_dtype_device_plans_and_network():
         ens(x[:2])
     assert lines(ens)[2] == "  2 plans"
     ens(x[:3])
-    assert lines(ens)[2].startswith("  2 plans; none for some calls: gradients are enabled")
+    assert lines(ens)[2].startswith("  2 plans; the last call without one: gradients are enabled")
 
 
 class Reading(nn.Module):
@@ -83,10 +83,6 @@ def test_where_there_is_no_plan_it_says_why(make, grad, reason):
     found = lines(ens)[2]
     assert found.startswith("  no plan: ")
     assert re.search(reason, found), found
-
-
-def test_another_device_is_named():
-    assert "plans run on a CPU or a CUDA device, and the ensemble is on meta" in lines(ensemble().to("meta"))[2]
 
 
 def test_masks():

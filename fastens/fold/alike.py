@@ -50,6 +50,7 @@ class _Comparison:
     def __init__(self, first: nn.Module, other: nn.Module) -> None:
         self._names = tuple({id(t): name for name, t in tensors_of(m).items()} for m in (first, other))
         self._seen: set[tuple[int, int]] = set()
+        self._classes_seen: set[tuple[int, int]] = set()
         self._kept: list[Any] = []  # what ids stand for
         self.difference = self._modules(first, other) or self._of_tensors(first, other)
 
@@ -124,7 +125,8 @@ class _Comparison:
         if isinstance(a, enum.Enum):
             return different
         if isinstance(a, _VALUES):
-            return None if a == b or (a != a and b != b) else different
+            zeros = isinstance(a, float) and a == 0 and str(a) != str(b)  # of other signs
+            return None if (a == b and not zeros) or (a != a and b != b) else different
         if isinstance(a, np.ndarray):
             same = a.dtype == b.dtype and a.shape == b.shape and _equal_arrays(a, b)
             return None if same else f"{path}: arrays of different values"
@@ -132,16 +134,18 @@ class _Comparison:
 
     def _container(self, a: Any, b: Any, path: str, different: str) -> str | None:
         if isinstance(a, dict):
-            keys = [[key for key in each if key not in _PROVENANCE] for each in (a, b)]
+            found, keys = None, [[key for key in each if key not in _PROVENANCE] for each in (a, b)]
             if keys[0] != keys[1]:
                 return f"{path}: keys {keys[0]} against {keys[1]}"
             for key in keys[0]:
                 found = self._same(a[key], b[key], f"{path}[{key!r}]")
                 if found is not None:
                     return found
-            return self._own_attributes(a, b, path)
+            if isinstance(a, collections.defaultdict):
+                found = self._same(a.default_factory, b.default_factory, f"{path}.default_factory")
+            return found or self._own_attributes(a, b, path)
         if isinstance(a, list | tuple | collections.deque):
-            if len(a) != len(b):
+            if len(a) != len(b) or getattr(a, "maxlen", None) != getattr(b, "maxlen", None):
                 return different
             found = (self._same(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
             return next((each for each in found if each is not None), None) or self._own_attributes(a, b, path)
@@ -179,11 +183,22 @@ class _Comparison:
             yours = {**getattr(b, "__dict__", {}), **{n: getattr(b, n) for n in slots if hasattr(b, n)}}
             found = self._attributes(mine, yours, f"{path}.", set())
             if found is not None or mine or dataclasses.is_dataclass(a):
-                return found
+                return found or self._behind_attributes(a, b, path)
         if type(a).__eq__ is not object.__eq__:
             return None if bool(a == b) else different
         heap = type(a).__flags__ & (1 << 9)  # made by a class statement: no state but its attributes
         return None if heap and type(a).__module__ != "builtins" else f"{path}: {_shown(a)} cannot be compared"
+
+    def _behind_attributes(self, a: Any, b: Any, path: str) -> str | None:
+        """What an object keeps where Python does not see it, as far as it tells those who copy it."""
+        try:
+            states = [each.__reduce_ex__(2) for each in (a, b)]
+        except Exception as error:
+            return f"{path}: {_shown(a)} cannot be compared ({error})"
+        kind = type(a)
+        if kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__:
+            return None  # its attributes
+        return self._same(*([list(x) if isinstance(x, Iterator) else x for x in state] for state in states), path)
 
     def _own_attributes(self, a: Any, b: Any, path: str) -> str | None:
         return self._attributes(vars(a), vars(b), f"{path}.", set()) if hasattr(a, "__dict__") else None
@@ -211,12 +226,12 @@ class _Comparison:
 
     def _classes(self, a: type, b: type, path: str) -> str | None:
         """One class, or classes made anew for each instance by the same code, as parametrizations do."""
-        if a is b or (id(a), id(b)) in self._seen:
+        if a is b or (id(a), id(b)) in self._classes_seen:
             return None
         different = f"{path}: {a.__qualname__} against {b.__qualname__}"
         if (a.__module__, a.__qualname__) != (b.__module__, b.__qualname__) or len(a.__bases__) != len(b.__bases__):
             return different
-        self._seen.add((id(a), id(b)))
+        self._classes_seen.add((id(a), id(b)))
         for x, y in zip(a.__bases__, b.__bases__, strict=True):
             if (found := self._classes(x, y, path)) is not None:
                 return found

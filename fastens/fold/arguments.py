@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +36,21 @@ def separate(tensors: list[Tensor]) -> list[Tensor]:
         apart.append(torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) if storage in seen else x)
         seen.add(storage)
     return apart
+
+
+def duplicate(x: Tensor, factor: float = 1.0) -> Tensor:
+    """A copy that is laid out as a tensor is, in memory of its own; of one of floating point times a factor."""
+    dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
+    apart = x.numel() and all(outer >= s * n for (s, n), (outer, _) in itertools.pairwise([(1, 1), *dims]))
+    if apart:
+        made = flat = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    else:  # elements share memory
+        span = 1 + sum((n - 1) * s for s, n in dims) if x.numel() else 0
+        flat = x.as_strided((span,), (1,), x.storage_offset()).clone()
+        made = flat.as_strided(x.shape, x.stride())
+    if factor != 1.0 and x.is_floating_point():
+        flat.mul_(factor)
+    return made
 
 
 class PerMember:

@@ -6,17 +6,30 @@ from torch import Tensor, nn
 # The largest error of the fold against the loop, relative to the largest magnitude of the loop's output. Both do the
 # same arithmetic in another order; a network of some hundred layers adds up a few hundred rounding errors.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+HALVES = (torch.float16, torch.bfloat16)
+_ROUNDINGS = 4  # of a fold and of a member, each as far from the exact answer, and by another input's chance
 TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless told otherwise
 
 
-def tolerance_for(tensor: Tensor, network: nn.Module) -> float:
+def tolerance_for(tensor: Tensor, network: nn.Module | None = None) -> float:
     """The tolerance for one output of a network, which computes no more exactly than its weights are."""
     # allow_tf32, the older name, raises where one of these was set
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     tf32 = tensor.is_cuda and "tf32" in precisions
     tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
-    weights = (tolerances.get(parameter.dtype, 0.0) for parameter in network.parameters())
-    return max(tolerances[tensor.dtype], *weights) if tensor.dtype in tolerances else 0.0
+    parameters = () if network is None else network.parameters()
+    weights = (tolerances.get(parameter.dtype, 0.0) for parameter in parameters)
+    return max([tolerances[tensor.dtype], *weights]) if tensor.dtype in tolerances else 0.0
+
+
+def rounding_tolerance(half: Tensor, single: Tensor) -> float:
+    """The tolerance for one output in half precision: some times what its own rounding changes, or its last bits.
+
+    Args:
+        half: a member's output.
+        single: the same on the same weights in float32.
+    """
+    return _ROUNDINGS * max(relative_error(half, single), torch.finfo(half.dtype).eps)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

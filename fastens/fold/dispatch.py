@@ -231,7 +231,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             return AS_STEPS[func](fold, func, *args, **kwargs)
         return _run_common(fold, func, args, kwargs, wrappers)
     if torch.is_grad_enabled():
-        _check_derivatives((args, kwargs))
+        check_derivatives((args, kwargs))
     if func in READS:
         raise ReadsValues(f"{name_of(func)} of a tensor that differs between members has no one answer")
     if kwargs.get("out") is not None:
@@ -310,7 +310,7 @@ def _has_tensor(args: Any) -> bool:
     return any(isinstance(x, Tensor) for x in leaves_of(args))
 
 
-def _check_derivatives(tree: Any) -> None:
+def check_derivatives(tree: Any) -> None:
     """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
     for leaf in leaves_of(tree):
         if type(leaf) is MemberTensor and not leaf.stack.requires_grad:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens.fold import rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
-from fastens.fold.dispatch import Fold
+from fastens.fold.dispatch import Fold, check_derivatives
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
@@ -233,7 +234,7 @@ class FoldEngine:
         try:
             return self.fold(arguments, key, method)
         except Exception as error:  # the members decide whether it is their own error
-            if is_out_of_memory(error) or isinstance(error, NothingDropped):
+            if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
             why = f"{type(error).__name__}: {error}"
         result = self.loop(arguments, method)
@@ -249,11 +250,9 @@ class FoldEngine:
         if torch.compiler.is_compiling():
             return False
         if self.cap.asked is not None and self.num_members * arguments.batch_size > self.cap.asked:
-            self.plans.why_not = f"max_fold={self.cap.asked} takes several passes"
-            return False
+            return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
-            self.plans.why_not = "an argument is neither an ordinary tensor nor a number, a name or a dtype"
-            return False
+            return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")
         return self.plans.can_plan(arguments.tensors)
 
     def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
@@ -314,6 +313,8 @@ class FoldEngine:
                 output = call(self.network, method, args, kwargs)
         finally:
             _CURRENT.reset(token)
+        if torch.is_grad_enabled():
+            check_derivatives(pytree.tree_leaves(output))
         if fold.masks is not None and method == "forward" and not fold.masks.applied and arguments.batch_size:
             calls = sum(fold.masks.calls.values())
             raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
@@ -321,6 +322,12 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
+        leaves = self._in_passes(arguments, key, method)
+        if self.stateful:  # members by themselves begin with the state that this pass left behind
+            self._views.forget()
+        return leaves
+
+    def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         members, batch = self.num_members, max(1, arguments.batch_size)
         given = arguments.copied() if self.copies_inputs else arguments
 

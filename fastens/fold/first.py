@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
+from fastens.fold.structure import Structure
 from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
@@ -48,18 +48,22 @@ class FirstPass:
             with torch.no_grad():
                 self._run_members()
             random = self._random
-            if self._plannable and not random:
+            planned = None
+            if random and self._plannable:
+                engine.plans.decline("members draw random numbers in this mode")
+            elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-                if planned is not None:
-                    engine.originals = None
-                    return planned
             with torch.no_grad():
-                problem, leaves = self._folded(random)
+                problem, leaves = self._folded() if planned is None else (None, planned)
+            if problem is None and leaves is not None and not random:
+                problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
         if problem is not None:
             engine.give_up(problem)
             return None
-        engine.checked.add(self._key)
         engine.originals = None
+        if planned is not None:
+            return planned
+        engine.checked.add(self._key)
         if random:
             engine.why = "members draw random numbers in this mode, so the fold was not checked against the loop"
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
@@ -72,13 +76,12 @@ class FirstPass:
         around: AbstractContextManager[None] = nullcontext()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
-            arguments = self._arguments
+            # the first may show that the network writes to its arguments, which are the caller's
+            arguments = self._arguments if k and not engine.copies_inputs else self._arguments.copied()
             drawn = torch.random.get_rng_state()
             versions = [x._version for x in arguments.tensors if not x.is_inference()]
             with around, state_kept(engine.network) as written, state_kept(member) as changed:
-                output = engine.call_module(
-                    member, k, arguments if not engine.copies_inputs else arguments.copied(), self._method
-                )
+                output = engine.call_module(member, k, arguments, self._method)
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
                 engine.copies_inputs = True
@@ -105,8 +108,8 @@ class FirstPass:
         wanted = not differentiates and engine.cap.wants_measure(self._key, engine.num_members, batch, least, device)
         return engine.cap.measuring(self._key, batch) if wanted else nullcontext()
 
-    def _folded(self, random: bool) -> tuple[str | None, list[Any] | None]:
-        """Fold; return where that parts from the members, none where it does not, and what it gave."""
+    def _folded(self) -> tuple[str | None, list[Any] | None]:
+        """Fold; return why that fails where the members do not, none where it does not, and what it gave."""
         engine = self._engine
         for _ in range(8):
             try:
@@ -127,9 +130,7 @@ class FirstPass:
                 return f"the fold fails where they do not: {type(error).__name__}: {error}", None
         else:
             return "the fold fails again and again", None
-        if random:
-            return None, leaves
-        return self._parting(leaves), leaves
+        return None, leaves
 
     def _unshare(self, error: NeedsWrappers) -> bool:
         """Give each member its own of the buffer that a pass wrote to; return whether it was one."""
@@ -139,14 +140,3 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
-
-    def _parting(self, leaves: list[Any]) -> str | None:
-        tensors = [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)]
-        for k, theirs in enumerate(self._expected):
-            if len(theirs) != len(tensors):
-                return f"the fold gives {len(tensors)} tensors, member {k} {len(theirs)}"
-            for stack, expected in zip(tensors, theirs, strict=True):
-                error = relative_error(stack[k], expected)
-                if not error <= tolerance_for(expected, self._engine.network):
-                    return f"the fold is {error:.1e} from member {k}"
-        return None

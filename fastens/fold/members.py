@@ -156,7 +156,10 @@ def stack_members(
     back = reaches_back(first)
     if back is not None:
         raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
-    skeleton = make_skeleton(first)
+    try:
+        skeleton = make_skeleton(first)
+    except Exception as error:
+        raise DifferentMembers(f"members cannot be copied ({type(error).__name__}: {error})") from error
     tensors = tensors_of(first)
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))

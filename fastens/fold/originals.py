@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastens.fold.alike import tensors_of
 
+_COUNTED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}  # looked at otherwise
+
 
 class Originals:
     """The members that were handed in, kept until the first call was held against them.
@@ -20,6 +22,7 @@ class Originals:
         self._members = members
         self._network = network
         self._counts = self._count()
+        self._attributes = self._state()
 
     def _modules(self) -> list[nn.Module]:
         listed = isinstance(self._members, list | tuple | nn.ModuleList)
@@ -29,9 +32,17 @@ class Originals:
         theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
         return theirs, [_identity(t) for t in tensors_of(self._network).values()]
 
+    def _state(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """The attributes of every module, theirs and ours, which people set between construction and call."""
+        modules = [m for root in (self._network, *self._modules()) for m in root.modules()]
+        return [
+            (m, {n: list(v.values()) if "_hooks" in n else v for n, v in vars(m).items() if n not in _COUNTED})
+            for m in modules
+        ]
+
     def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
-        if self._count() != self._counts:
+        if self._count() != self._counts or not _same(self._attributes, self._state()):
             return False
         ours = [m.training for m in self._network.modules()]
         device = next((t.device for t in tensors_of(self._network).values()), None)
@@ -49,3 +60,13 @@ class Originals:
 def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
     """What changes where a tensor is written to, moved or converted."""
     return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
+
+
+def _same(before: list[tuple[nn.Module, dict[str, Any]]], now: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
+    """Whether modules have the attributes that they had: the same objects, and the same hooks."""
+    return len(before) == len(now) and all(
+        a is b
+        and mine.keys() == yours.keys()
+        and all(value == yours[name] if "_hooks" in name else value is yours[name] for name, value in mine.items())
+        for (a, mine), (b, yours) in zip(before, now, strict=True)
+    )

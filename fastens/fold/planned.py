@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.arguments import separate
+from fastens.fold.arguments import duplicate, separate
 from fastens.fold.check import relative_error, tolerance_for
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
@@ -94,6 +94,7 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
+    _disturbed = 0  # recordings during which weights were written to
     _launched = False  # launches on the CPU too, where they are tested
 
     def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
@@ -154,7 +155,14 @@ class Plans:
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
-        return self.guards.hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+        return self._hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+
+    def _hooked(self) -> bool:
+        """Whether hooks want to be called, which a plan does not do."""
+        hooked = self.guards.hooked()
+        if hooked:
+            self.why_not = "forward hooks want to be called, and a plan calls none"
+        return hooked
 
     def refuse(self, key: Any, why: str) -> None:
         """Keep that a signature has no plan."""
@@ -209,7 +217,7 @@ class Plans:
                 self.why_not = "the weights, or the state of the network, change from call to call"
                 return None
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
-        if refused or self.guards.hooked():
+        if refused or self._hooked():
             return None
         inputs = separate(inputs)
         why = ""
@@ -224,13 +232,15 @@ class Plans:
                     entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
-            except Exception as error:  # the fold has no such error, so the call goes on without a plan
+            except Exception as error:  # whatever it is: the members and the fold answer such a call
                 if is_out_of_memory(error):
                     raise
-                why = f"{type(error).__name__} while recording: {error}"
+                why = f"{type(error).__name__} while {'launching' if self.launched else 'recording'}: {error}"
             else:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
-                if self._rests_on[1:] != before[1:]:  # weights were changed meanwhile
+                if self._rests_on[1:] != before[1:]:
+                    self._disturbed += 1
+                    self.why_not = "weights were written to while the network was recorded"
                     return None
                 self._plans[key] = entry
                 self.known.add(key)
@@ -251,8 +261,9 @@ class Plans:
         masks: PlannedMasks | None,
         numbers: Numbers | None,
     ) -> tuple[Entry, Tensors]:
+        own = [duplicate(x) for x in inputs]  # the network may write to them
         with state_kept(self._network) as changed:
-            recording, (tensors, leaves) = record(lambda: whole(inputs), inputs, None if expected is None else sketched)
+            recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
         recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
@@ -272,7 +283,7 @@ class Plans:
         else:
             for k, theirs in enumerate(expected):
                 self._check(of_member(outputs, k), theirs)
-        others = [x * _OTHER_INPUT if x.is_floating_point() else x for x in inputs]
+        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
         if dealt:
             others[-2:] = _another_draw(*inputs[-2:])
         if masks is not None and masks.fresh:
@@ -296,16 +307,21 @@ class Plans:
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
+    def decline(self, why: str) -> bool:
+        """Say why a call runs without a plan, which is no plan's fault; return False."""
+        self.why_not = why
+        return False
+
     def can_plan(self, arguments: Tensors) -> bool:
         """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
         why = self._obstacle(arguments)
-        if why:
-            self.why_not = why
-        return not why
+        return not why or self.decline(why)
 
     def _obstacle(self, arguments: Tensors) -> str:
         """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
         kind = self._device.type
+        if self._disturbed > 2:  # by the network itself, then
+            return "the network writes to its weights"
         if not ordinary_context(kind):
             return "autocast, a function mode or a transform is active, in which members' own functions are called"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastens.fold.compiled import standing_in
 from fastens.fold.dispatch import Fold
 from fastens.fold.nested import plain
-from fastens.fold.tables import Stacks
+from fastens.fold.tables import Stacks, as_seen
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 
 _REGISTRY: dict[type[nn.Module], type[FoldedLayer]] = {}
@@ -55,7 +55,7 @@ class FoldedLayer:
         for table in (self.layer._parameters, self.layer._buffers):
             if name in table:
                 tensor = dict.__getitem__(table, name)
-                tensor = None if tensor is None else standing_in(tensor)
+                tensor = None if tensor is None else as_seen(standing_in(tensor))
                 if tensor is None or not isinstance(table, Stacks) or name not in table.common:
                     return tensor
                 return tensor.expand(table.num_members, *tensor.shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,24 @@ from torch import Tensor, nn
 from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.nested import leaves_of
 from fastens.fold.tensor import MemberTensor, all_members
+
+_SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
+
+
+@contextmanager
+def seen_as(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
+    token = _SEEN.set(change)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def as_seen(tensor: Tensor) -> Tensor:
+    """What a network reads in the place of a stack."""
+    change = _SEEN.get()
+    return tensor if change is None else change(tensor)
 
 
 class Stacks(dict[str, Any]):
@@ -55,8 +75,8 @@ class Stacks(dict[str, Any]):
         tensor = super().__getitem__(name)
         if tensor is None:
             return None
-        if tracing():
-            own = standing_in(tensor)
+        if tracing() or _SEEN.get() is not None:
+            own = as_seen(standing_in(tensor))
             return own if name in self.common else MemberTensor(own, all_members(self.num_members))
         if name in self.common:
             return tensor
@@ -65,6 +85,16 @@ class Stacks(dict[str, Any]):
             with torch.inference_mode(False):  # it is kept for calls outside it
                 seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
         return seen
+
+    def items(self) -> Any:
+        """Names and stacks."""
+        if _SEEN.get() is None:
+            return super().items()
+        return ((name, None if stack is None else as_seen(stack)) for name, stack in super().items())
+
+    def values(self) -> Any:
+        """The stacks."""
+        return super().values() if _SEEN.get() is None else (stack for _, stack in self.items())
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
@@ -121,7 +151,12 @@ class OfMember(dict[str, Any]):
 
     def _read(self, name: str) -> Any:
         tensor = dict.__getitem__(self.source, name)
-        if tensor is None or name in self.source.common:
+        if tensor is None:
+            return None
+        if _SEEN.get() is not None:
+            tensor = as_seen(tensor)
+            return tensor if name in self.source.common else tensor[self.k]
+        if name in self.source.common:
             return tensor
         own = tensor[self.k]
         before = self._given.get(name)
@@ -229,4 +264,6 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
         for name, hooks in vars(original).items():
             if name.endswith("_hooks") or "_hooks_" in name:
                 module.__dict__[name] = hooks  # hooks run in fold and loop alike
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view

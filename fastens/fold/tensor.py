@@ -148,7 +148,7 @@ class MemberTensor(Tensor):
 
     def numel(self) -> int:
         """How many elements a member sees."""
-        return math.prod(self.shape)  # of an export, where Size.numel() would fix it, any number
+        return math.prod(self.shape)  # which keeps a dynamic size so
 
     def __len__(self) -> int:
         if not self.ndim:
@@ -178,8 +178,16 @@ class MemberTensor(Tensor):
     ) -> Any:
         """Outside a pass, as in a checkpoint's second run: evaluate for all members, as inside one."""
         from fastens.fold.dispatch import Fold, dispatch
+        from fastens.fold.engine import current_fold
 
-        return dispatch(Fold.of(args, kwargs or {}), func, args, kwargs or {})
+        try:
+            return dispatch(Fold.of(args, kwargs or {}), func, args, kwargs or {})
+        except NotFoldable as error:
+            if current_fold() is not None:
+                raise
+            raise RuntimeError(
+                f"{error}: it is of all members at once; do this to the members, and make the ensemble of them"
+            ) from error
 
     @classmethod
     def __torch_dispatch__(

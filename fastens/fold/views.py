@@ -64,6 +64,6 @@ class MemberViews:
                 continue
             now = vars(original)
             for name, value in vars(old).items():
-                unchanged = now[name] is known[name] if name in now and name in known else name not in now
+                unchanged = (name in now) is (name in known) and now.get(name) is known.get(name)
                 if name not in _SKIPPED and "_hooks" not in name and unchanged:
                     module.__dict__[name] = value

@@ -1,5 +1,6 @@
 """Member-batched two-dimensional convolution with what a residual block does before and behind it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -225,7 +226,7 @@ def check_norm(
     if (skip is None) != (skip_moments is None):
         raise ValueError(f"{op}: skip and skip_moments belong together where there are moments: give both or neither")
     rows, channels = x.shape[:2]
-    spans = (x.shape[2:].numel() + SPAN - 1) // SPAN
+    spans = (math.prod(x.shape[2:]) + SPAN - 1) // SPAN
     groups = moments.shape[1] if moments.ndim == 4 else 0
     if groups < 1 or channels % groups or tuple(moments.shape) != (rows, groups, spans, 2):
         raise ValueError(

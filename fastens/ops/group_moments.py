@@ -1,5 +1,7 @@
 """Mean and scatter of each group of channels, which a convolution normalises its input by."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from fastens.reference import group_moments as reference
 
 
 def _fake(x: Tensor, num_groups: int) -> Tensor:
-    spans = (x.shape[2:].numel() + reference.SPAN - 1) // reference.SPAN
+    spans = (math.prod(x.shape[2:]) + reference.SPAN - 1) // reference.SPAN
     return x.new_empty(x.shape[0], num_groups, spans, 2, dtype=torch.promote_types(x.dtype, torch.float32))
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
@@ -72,8 +71,8 @@ def linear(
         raise ValueError(f"linear: x has {x.shape[-1]} features, weight expects {weight.shape[2]}")
     check_stack("linear", "bias", bias, (weight.shape[0], weight.shape[1]))
     tensors = [t for t in (x, weight, bias) if t is not None]
-    rows = math.prod(x.shape[:-1])  # of an export, where Size.numel() would fix it, any number
-    if backend == "auto" and (isinstance(rows, torch.SymInt) or rows > FUSED_ROWS * weight.shape[0]):
+    rows = math.prod(x.shape[:-1])
+    if backend == "auto" and isinstance(rows, int) and rows > FUSED_ROWS * weight.shape[0]:  # not a dynamic number
         backend = "reference"
         if members is not None and p:  # the mask in a pass of its own, which is a kernel
             y = _linear.default(x, weight, bias, offsets)

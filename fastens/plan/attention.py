@@ -20,7 +20,10 @@ _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-
 @lowers(*(f"aten._scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         "aten._scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
 def attention(emitter: Emitter, node: Node) -> bool:
-    """Attention without mask, heads in dimension 1; the libraries' variants have their arguments in different order."""
+    """Attention without mask, heads in dimension 1; the libraries' variants have their arguments in different order.
+
+    Where several heads of queries share one of keys and values, each of those is a step.
+    """
     q, k, v = node.args[:3]
     named = {**dict(zip((a.name for a in node.func._schema.arguments), node.args, strict=False)), **node.kwargs}
     masked = any(named.get(name) is not None for name in ("attn_mask", "attn_bias")) or named.get("is_causal", False)
@@ -28,6 +31,9 @@ def attention(emitter: Emitter, node: Node) -> bool:
     if masked or any(len(r.size) != 4 or r.dtype not in emitter.floats for r in (q, k, v, out)):
         return False
     if any(emitter.uses[other.storage] for other in node.outs[1:]) or not out.numel:
+        return False
+    groups = k.size[1]
+    if (groups != q.size[1] and emitter.typed) or groups != v.size[1] or q.size[1] % groups:
         return False
     heads = []
     for ref in (q, k, v):
@@ -38,9 +44,22 @@ def attention(emitter: Emitter, node: Node) -> bool:
     emitter.values[out.storage] = Stored(place)
     scale = named.get("scale")
     rows, count, queries, width = q.size
-    shape = (rows, count, queries, k.size[2], width, v.size[3])
-    _emit(emitter, shape, heads, Heads(place, *out.stride), float(width**-0.5 if scale is None else scale))  # pyright: ignore[reportArgumentType]
+    shape = (rows, count // groups, queries, k.size[2], width, v.size[3])
+    scale = float(width**-0.5 if scale is None else scale)
+    written = Heads(place, *out.stride)  # pyright: ignore[reportArgumentType]
+    if groups == count:
+        _emit(emitter, (rows, count, *shape[2:]), heads, written, scale)
+        return True
+    for group in range(groups):
+        first = group * shape[1]
+        shared = [dataclasses.replace(_head(of, group), head=0) for of in heads[1:]]
+        _emit(emitter, shape, [_head(heads[0], first), *shared], _head(written, first), scale)
     return True
+
+
+def _head(of: Heads, number: int) -> Heads:
+    """The heads from a number on."""
+    return dataclasses.replace(of, at=of.at.plus(number * of.head))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _emit(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.kernels._into import merged
@@ -24,7 +23,6 @@ from fastens.ops import linear as linear_op
 from fastens.ops import linear_group as group_op
 from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
-from fastens.ops._rows import is_dense
 from fastens.ops._sum_ways import CHOICE as SUM_CHOICE
 from fastens.ops._sum_ways import Sum
 from fastens.ops._tma_ways import Block
@@ -331,36 +329,6 @@ def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[Instruction]
         launch(inputs, opcodes, a, b, numbers, out)
     else:
         out.copy_(unrounded(inputs, opcodes, a, b, numbers))
-
-
-def call(outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """An operation of torch; one that changes an argument changes a copy, since values are written once."""
-    if function._schema.is_mutable:
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-    elif all(map(is_dense, outs)):
-        overload, names = _writing(function)
-        if overload is not None and len(names) == len(outs):
-            overload(*args, **kwargs, **dict(zip(names, outs, strict=True)))
-            return
-    results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
-    for out, result in zip(outs, results, strict=True):
-        out.copy_(result)
-
-
-@functools.cache
-def _writing(function: Any) -> tuple[Any, tuple[str, ...]]:
-    """The overload that is told where to write, and the names of those arguments; none where there is none."""
-
-    def described(arguments: Any) -> list[tuple[str, str]]:
-        return [(a.name, str(a.type)) for a in arguments if not a.is_out]
-
-    wanted = described(function._schema.arguments)
-    for name in function.overloadpacket.overloads():
-        overload = getattr(function.overloadpacket, name)
-        names = tuple(a.name for a in overload._schema.arguments if a.is_out)
-        if names and described(overload._schema.arguments) == wanted:
-            return overload, names
-    return None, ()
 
 
 def uses_triton(x: Tensor, backend: str) -> bool:

@@ -11,8 +11,8 @@ import torch
 from fastens.plan import calls as run
 from fastens.plan.dataflow import Dataflow, split
 from fastens.plan.launch import Entry, Launch, View, factors_through
-from fastens.plan.plan import contiguous
 from fastens.plan.record import Ref
+from fastens.plan.versions import contiguous
 from fastens.plan.views import joined
 from fastens.program.steps import Opcode, Slot
 

@@ -11,9 +11,10 @@ import torch
 
 from fastens.plan.attention import kept_scores
 from fastens.plan.emit import Emitter
-from fastens.plan.lower import argument, lowers, pending, same_view
+from fastens.plan.loops import joined
+from fastens.plan.lower import argument, call_into, lowers, pending
 from fastens.plan.memory import At, address_unit
-from fastens.plan.record import Node, Ref
+from fastens.plan.record import Node, Ref, same_view
 from fastens.plan.values import (
     Activated,
     Apply,
@@ -251,8 +252,8 @@ def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...
     for ref in operands:
         value = emitter.values.get(ref.storage)
         inline = isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1
-        joined = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
-        roots.append(joined)
+        operand = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
+        roots.append(operand)
     whole = Apply(opcode, tuple(roots), number)
     if not _fits(whole):
         whole = Apply(opcode, tuple(Leaf(ref) for ref in operands), number)
@@ -288,10 +289,15 @@ def silu_backward(emitter: Emitter, node: Node) -> bool:
     return True
 
 
-@lowers("aten.reciprocal", "aten.pow", "aten.neg")
+@lowers("aten.reciprocal", "aten.pow", "aten.neg", "aten.rsqrt")
 def power(emitter: Emitter, node: Node) -> bool:
-    """Powers that have an instruction."""
+    """Powers that have an instruction, or two."""
     x, out = node.args[0], node.outs[0]
+    if node.name == "aten.rsqrt":
+        if x.dtype not in emitter.floats or out.dtype != x.dtype:
+            return False
+        emitter.values[out.storage] = Expression(out, Apply(Opcode.NUMBER_OVER, (Apply(Opcode.SQRT, (Leaf(x),)),), 1.0))
+        return True
     if node.name == "aten.reciprocal":
         return express(emitter, out, Opcode.NUMBER_OVER, (x,), 1.0)
     if node.name == "aten.neg":
@@ -306,6 +312,8 @@ def copy(emitter: Emitter, node: Node) -> bool:
     x, out = node.args[0], node.outs[0]
     if out.dtype not in emitter.floats or not emitter.copies_from(x.dtype):
         return False
+    if len(joined(list(out.size), [list(out.stride), list(x.stride)])) > steps.MAX_DIMS:
+        return False  # patches of videos put together: torch knows more dimensions
     if kept_scores(emitter, x, out, 1.0, partial(_copied, emitter, x, out)):
         return True
     _copied(emitter, x, out)
@@ -341,15 +349,41 @@ def repeat(emitter: Emitter, node: Node) -> bool:
 @lowers("aten.copy_")
 def partial_copy(emitter: Emitter, node: Node) -> bool:
     """A copy into a part of a value, or in place of a whole one."""
-    out, x = node.args[:2]
-    if x.dtype not in emitter.floats or out.dtype not in emitter.floats:
-        return False
-    if not same_view(out, node.outs[0]) or emitter.values.get(out.storage) is None:  # the whole: renamed
-        emitter.values[node.outs[0].storage] = Expression(node.outs[0], Leaf(x))
-        return True
+    (out, x), written = node.args[:2], node.outs[0]
+    in_step = out.dtype in emitter.floats and emitter.copies_from(x.dtype)
+    if not same_view(out, written):  # the whole, under another name
+        if in_step:
+            emitter.values[written.storage] = Expression(written, Leaf(x))
+        return in_step
     for storage in list(emitter.values):  # whatever still waits may read what is overwritten here
         emitter.store(storage)
-    emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    for ref in [ref for ref in emitter.copies if ref.storage == out.storage]:
+        del emitter.copies[ref]
+    if in_step:
+        emitter.expression(Leaf(x), out.size, emitter.stored(out), out.stride, 0)
+    else:
+        call_into(emitter, node)
+    return True
+
+
+_FILLS = {"aten.zero_": 0.0, "aten.zeros_like": 0.0, "aten.new_zeros": 0.0, "aten.ones_like": 1.0, "aten.new_ones": 1.0}
+
+
+@lowers(*_FILLS, "aten.fill_", "aten.full_like", "aten.new_full")
+def fill(emitter: Emitter, node: Node) -> bool:
+    """One number, or a constant of one element, everywhere."""
+    out = node.outs[0]
+    value = _FILLS.get(node.name, node.args[-1])
+    if out.dtype not in emitter.floats or emitter.typed:
+        return False
+    if isinstance(value, Ref):
+        found = emitter.constant(value)
+        if found is None or not found.is_floating_point() or found.ndim:
+            return False
+        value = found.item()
+    if not isinstance(value, bool | int | float):
+        return False
+    emitter.values[out.storage] = Expression(out, Leaf(emitter.recording.ref(torch.full((), value, dtype=out.dtype))))
     return True
 
 

@@ -120,7 +120,8 @@ class Emitter:
             raise NotLowerable("a constant where a value was expected")
         if not isinstance(value, Stored):
             value = self._store(ref.storage, value)
-        return value.at.plus(ref.offset, value.element_size)
+        held_wide = ref.dtype in (torch.bfloat16, torch.float16)
+        return value.at.plus(ref.offset, value.element_size if held_wide else ref.dtype.itemsize)
 
     def operand(self, ref: Ref, like: tuple[int, ...] = ()) -> tuple[At, tuple[int, ...], int]:
         """Place, strides and dtype code of an elementwise operand, a constant laid out like strides are."""

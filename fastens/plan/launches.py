@@ -25,10 +25,11 @@ from fastens.plan.launch import Entry, View
 from fastens.plan.lowering import Launches
 from fastens.plan.memory import Buffer, Kept, KeptTensors, lay_out
 from fastens.plan.merging import merge
-from fastens.plan.plan import contiguous, lower_all
+from fastens.plan.plan import lower_all
 from fastens.plan.record import Recording, mapped
 from fastens.plan.replay import Replays
 from fastens.plan.typed import TypedEmitter
+from fastens.plan.versions import contiguous
 from fastens.program.steps import Slot
 
 _LOWERINGS = (attention, elementwise, layers)  # imported for the handlers that they register

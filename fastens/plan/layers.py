@@ -299,6 +299,26 @@ def cat(emitter: Emitter, node: Node) -> bool:
     return True
 
 
+@lowers("aten.stack")
+def stack(emitter: Emitter, node: Node) -> bool:
+    """Tensors along a new dimension, one by one."""
+    parts, dim = node.args[0], argument(node, 1, "dim", 0)
+    out = node.outs[0]
+    dim %= len(out.size)
+    if (
+        out.dtype not in emitter.floats
+        or any(part.dtype != out.dtype for part in parts)
+        or len(out.size) > steps.MAX_DIMS
+    ):
+        return False
+    place = At(emitter.buffer(out.span, out.dtype))
+    stride = (*out.stride[:dim], *out.stride[dim + 1 :])
+    for i, part in enumerate(parts):
+        emitter.expression(Leaf(part), part.size, place.plus(i * out.stride[dim]), stride, 0)
+    emitter.values[out.storage] = Stored(place)
+    return True
+
+
 @lowers("aten.upsample_nearest2d")
 def upsample(emitter: Emitter, node: Node) -> bool:
     """Nearest-neighbour enlargement by a whole number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from fastens.plan.emit import Call, Emitter
 from fastens.plan.memory import At, address_unit
-from fastens.plan.record import Node, NotLowerable, Ref, mapped
+from fastens.plan.record import Node, NotLowerable, Ref, mapped, same_view
 from fastens.plan.values import (
     Convolved,
     Expression,
@@ -19,8 +18,8 @@ from fastens.plan.values import (
     Stored,
     pixels_of,
 )
+from fastens.plan.versions import contiguous
 from fastens.plan.views import origin
-from fastens.program import steps
 
 Handler = Callable[[Emitter, Node], bool]
 HANDLERS: dict[str, Handler] = {}
@@ -50,10 +49,8 @@ def lower(emitter: Emitter, node: Node) -> None:
 
 
 def call(emitter: Emitter, node: Node) -> None:
-    """Let torch run an operation on views of the arena."""
-    if not emitter.typed and any(ref.dtype == torch.bfloat16 for ref in (*node.reads, *node.outs)):
-        raise NotLowerable(f"{node.name} in bfloat16")  # the arena holds float32
-    places = {ref: _in_arena(emitter, ref) for ref in node.reads if emitter.constant(ref) is None}
+    """Let torch run an operation on views of the arena and of the inputs."""
+    places = {ref: emitter.stored(ref) for ref in node.reads if emitter.constant(ref) is None}
     for out in node.outs:
         size = address_unit(out.dtype)
         place = At(emitter.buffer(out.span, out.dtype))
@@ -62,16 +59,17 @@ def call(emitter: Emitter, node: Node) -> None:
     emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
 
 
-def _in_arena(emitter: Emitter, ref: Ref) -> At:
-    """Where a value is in the arena; an input is copied there, with the strides that it has."""
-    at = emitter.stored(ref)
-    if not isinstance(at.where, int) or emitter.typed:
-        return at
-    if ref.dtype not in steps.DTYPES:
-        raise NotLowerable(f"an input of {ref.dtype}")
-    place = At(emitter.buffer(ref.span, ref.dtype))
-    emitter.expression(Leaf(ref), ref.size, place, ref.stride, steps.DTYPES[ref.dtype])
-    return place
+def call_into(emitter: Emitter, node: Node) -> None:
+    """Let torch write a part of a value that is in memory already."""
+    places = {ref: emitter.stored(ref) for ref in (*node.reads, *node.outs) if emitter.constant(ref) is None}
+    emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
+
+
+def copy_out(emitter: Emitter, ref: Ref, place: At) -> None:
+    """Let torch copy a value to a place of its own, contiguous and in its own dtype."""
+    out = Ref(id(place), 0, ref.size, contiguous(ref.size), ref.dtype)
+    places = {out: place} if emitter.constant(ref) is not None else {out: place, ref: emitter.stored(ref)}
+    emitter.add(Call(torch.ops.aten.clone.default, (ref,), {}, [out], places))
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -120,44 +118,6 @@ def pending(emitter: Emitter, ref: Ref) -> Convolved | None:
     value = emitter.values.get(ref.storage)
     whole = isinstance(value, Convolved) and same_view(value.pixels.ref, ref)
     return value if whole and emitter.uses[ref.storage] == 1 else None  # pyright: ignore[reportReturnType]
-
-
-def same_view(a: Ref, b: Ref) -> bool:
-    """Whether two references are the same elements in the same order."""
-    return a.storage == b.storage and a.offset == b.offset and a.size == b.size and a.stride == b.stride
-
-
-def versioned(nodes: list[Node], outputs: list[Ref]) -> tuple[list[Node], list[Ref]]:
-    """Give the result of an operation in place a storage of its own, so that every value is written once.
-
-    Raises:
-        NotLowerable: only part of a storage is overwritten.
-    """
-    current: dict[int, int] = {}
-    whole: dict[int, Ref] = {}
-    fresh = -1
-
-    def renamed(leaf: Ref) -> Ref:
-        if leaf.storage not in current:
-            return leaf
-        return dataclasses.replace(leaf, storage=current[leaf.storage])
-
-    result = []
-    for node in nodes:
-        args, kwargs = mapped(Ref, renamed, (node.args, node.kwargs)) if current else (node.args, node.kwargs)
-        for written in node.writes:
-            made = whole.get(written.storage)
-            if node.name == "aten.copy_" and made is not None and not same_view(made, written):
-                continue  # a part: the value stays where it is, see partial_copy
-            if made is None or not same_view(made, written) or node.outs != [written]:
-                raise NotLowerable(f"{node.name} of a part of a tensor")
-            current[written.storage] = fresh
-            fresh -= 1
-        if not node.writes:
-            whole.update((out.storage, out) for out in node.outs)
-        outs = [renamed(out) for out in node.outs]  # of a partial copy: the part
-        result.append(dataclasses.replace(node, args=args, kwargs=kwargs, outs=outs, writes=[]))
-    return result, [renamed(out) for out in outputs]
 
 
 def constants_of(emitter: Emitter, tree: Any) -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.plan import calls as run
+from fastens.plan.call import call
 from fastens.plan.emit import Call
 from fastens.plan.launch import Launch, View
 from fastens.plan.lower import constants_of
@@ -363,7 +364,7 @@ class Launches:
 
         args, kwargs = constants_of(self.emitter, (step.args, step.kwargs))
         args, kwargs = mapped(Ref, seen, (args, kwargs))
-        self.add(str(step.func), run.call, [seen(out) for out in step.outs], step.func, args, kwargs)
+        self.add(str(step.func), call, [seen(out) for out in step.outs], step.func, args, kwargs)
 
 
 def _of_each(values: Tensor | None, num_members: int) -> Tensor | None:

@@ -13,36 +13,71 @@ from torch import Tensor
 
 from fastens.ops.run_program import run_program
 from fastens.plan import attention, elementwise, layers, masks
+from fastens.plan.call import call
 from fastens.plan.emit import Call, Emitter
-from fastens.plan.lower import constants_of, lower, versioned
+from fastens.plan.lower import constants_of, copy_out, lower
 from fastens.plan.memory import At, Buffer, Constants, lay_out
-from fastens.plan.record import NotLowerable, Recording, Ref, mapped
+from fastens.plan.record import Recording, Ref, mapped
 from fastens.plan.values import Leaf, Stored
+from fastens.plan.versions import contiguous, versioned
 from fastens.program import steps
 from fastens.program.steps import Slot, Step
 
 _LOWERINGS = (attention, elementwise, layers, masks)  # imported for the handlers that they register
 
 _PRODUCTS, _BYTES = 100e3, 8e3  # multiply-adds and bytes of one thread in a microsecond, about
+_HALF = (torch.bfloat16, torch.float16)
 _WORTH_WAKING = 80  # microseconds of work: less is done before a sleeping thread takes its share
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A view of an input of the call, or one of its outputs."""
+
+    number: int
+    ref: Ref
+    num_bytes: int  # from its first element
+    whole: bool
+
+    def read(self, given: list[Tensor]) -> Tensor:
+        x, ref = given[self.number], self.ref
+        if self.whole:
+            return x
+        start = (x.storage_offset() * x.itemsize + self.num_bytes) // ref.dtype.itemsize
+        return torch.empty(0, dtype=ref.dtype).set_(x.untyped_storage(), start, ref.size, ref.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wide:
+    """A value of half precision, which the arena holds in float32."""
+
+    view: Tensor
+    dtype: torch.dtype
+
+    def read(self, _: list[Tensor]) -> Tensor:
+        return self.view.to(self.dtype)
 
 
 @dataclasses.dataclass
 class _Call:
-    """A call of torch, with the views of the arena that it reads and writes."""
+    """A call of torch, with the views of the arena and of the inputs that it reads, and those that it writes."""
 
     func: Any
     args: Any
     kwargs: Any
-    outs: list[Tensor]
+    outs: list[Tensor | _Given | _Wide]
 
-    def run(self) -> None:
-        args, kwargs = self.args, self.kwargs
-        if self.func._schema.is_mutable:  # values are written once
-            args, kwargs = mapped(Tensor, torch.clone, (args, kwargs))
-        results = pytree.tree_leaves(self.func(*args, **kwargs))
-        for out, result in zip(self.outs, (r for r in results if isinstance(r, Tensor)), strict=True):
-            out.copy_(result)
+    def __post_init__(self) -> None:
+        leaves = pytree.tree_leaves((self.args, self.kwargs, self.outs))
+        self._late = any(isinstance(leaf, _Given | _Wide) for leaf in leaves)
+        self._exact = not any(isinstance(x, _Wide) for x in self.outs)
+
+    def run(self, given: list[Tensor]) -> None:
+        args, kwargs, outs = self.args, self.kwargs, self.outs
+        if self._late:
+            args, kwargs = mapped(_Given | _Wide, lambda x: x.read(given), (args, kwargs))
+            outs = [x.view if isinstance(x, _Wide) else x.read(given) if isinstance(x, _Given) else x for x in outs]
+        call(outs, self.func, args, kwargs, self._exact)
 
 
 def lower_all(emitter: Emitter) -> list[Ref]:
@@ -52,7 +87,7 @@ def lower_all(emitter: Emitter) -> list[Ref]:
         The outputs.
     """
     recording = emitter.recording
-    nodes, outputs = versioned(recording.nodes, recording.outputs)
+    nodes, outputs = versioned(recording.nodes, recording.outputs, recording.inputs)
     emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
     emitter.uses.update(ref.storage for ref in outputs)
     for i, ref in enumerate(recording.inputs):
@@ -63,8 +98,11 @@ def lower_all(emitter: Emitter) -> list[Ref]:
         lower(emitter, node)
     first_output = Slot.ARGUMENTS + len(recording.inputs)
     for i, ref in enumerate(outputs):
-        stride = contiguous(ref.size)
-        emitter.expression(Leaf(ref), ref.size, At(first_output + i), stride, emitter.code(ref.dtype))
+        place, stride = At(first_output + i), contiguous(ref.size)
+        if emitter.typed or ref.dtype in emitter.floats:
+            emitter.expression(Leaf(ref), ref.size, place, stride, emitter.code(ref.dtype))
+        else:  # steps compute in float32
+            copy_out(emitter, ref, place)
     return outputs
 
 
@@ -96,7 +134,7 @@ class Plan:
             for buffer in touched:
                 buffer.touch(i)
         num_bytes = lay_out(emitter.buffers)
-        self._arena = torch.empty(max(16, num_bytes // 4 + 16))
+        self._arena = torch.empty(num_bytes // 16 * 4 + 16)  # whole elements of any dtype
         self._constants = emitter.constants
         self.steps = emitter.steps
         self.stretches: list[tuple[Tensor, int] | _Call] = []
@@ -117,16 +155,27 @@ class Plan:
             self.stretches.append((steps.encode(stretch), num_threads))
 
     def _bound(self, emitter: Emitter, step: Call) -> _Call:
-        def view(leaf: Ref) -> Tensor:
+        def view(leaf: Ref) -> Tensor | _Given | _Wide:
             at = step.places[leaf]
             if not isinstance(at.where, Buffer):
-                raise NotLowerable(f"{step.func} of an input")
-            flat = self._arena.view(leaf.dtype) if leaf.dtype != torch.float32 else self._arena
-            return flat.as_strided(leaf.size, leaf.stride, (at.where.offset + at.num_bytes) // leaf.dtype.itemsize)
+                return self._given(emitter, at, leaf)
+            held = torch.float32 if leaf.dtype in _HALF else leaf.dtype
+            start = (at.where.offset + at.num_bytes) // held.itemsize
+            found = self._arena.view(held).as_strided(leaf.size, leaf.stride, start)
+            return found if held is leaf.dtype else _Wide(found, leaf.dtype)
 
         args, kwargs = constants_of(emitter, (step.args, step.kwargs))
         args, kwargs = mapped(Ref, view, (args, kwargs))
         return _Call(step.func, args, kwargs, [view(out) for out in step.outs])
+
+    @staticmethod
+    def _given(emitter: Emitter, at: At, leaf: Ref) -> _Given:
+        number = int(at.where) - Slot.ARGUMENTS  # pyright: ignore[reportArgumentType]
+        if number >= len(emitter.recording.inputs):
+            return _Given(number, leaf, 0, True)
+        x = emitter.recording.inputs[number]
+        whole = at.num_bytes == 0 and (leaf.size, leaf.stride, leaf.dtype) == (x.size, x.stride, x.dtype)
+        return _Given(number, leaf, at.num_bytes, whole)
 
     @property
     def num_bytes(self) -> int:
@@ -152,7 +201,7 @@ class Plan:
         with self._lock:
             for stretch in self.stretches:
                 if isinstance(stretch, _Call):
-                    stretch.run()
+                    stretch.run([*inputs, *outputs])
                 else:
                     run_program(stretch[0], weights, self._arena, inputs, outputs, stretch[1])
         return outputs
@@ -182,12 +231,3 @@ def _buffers(value: Any, into: list[Buffer]) -> None:
     else:
         for item in value if isinstance(value, list | tuple) else vars(value).values():
             _buffers(item, into)
-
-
-def contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    stride, step = [], 1
-    for n in reversed(size):
-        stride.append(step)
-        step *= n
-    return tuple(reversed(stride))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+_OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -51,6 +52,11 @@ class Ref:
     def span(self) -> int:
         """How many elements lie from its first to its last, at least one."""
         return 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if self.numel else 1
+
+
+def same_view(a: Ref, b: Ref) -> bool:
+    """Whether two references are the same elements in the same order."""
+    return a.storage == b.storage and a.offset == b.offset and a.size == b.size and a.stride == b.stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Recording:
         self.row_members: Ref | None = None
         self.masks: MaskInputs | None = None
         self._made: set[int] = set()  # storages that depend on the inputs
+        self._fresh: set[int] = set()  # storages that the pass made, and that do not depend on the inputs
         self._first: dict[int, int] = {}  # where an input begins in its storage
         self._keep: list[Any] = []
 
@@ -169,12 +176,55 @@ class Recording:
         self.inputs.append(self.input(x))
         self._made.add(self.inputs[-1].storage)
 
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let what an operation is about to overwrite depend on the inputs, where that has to be recorded.
+
+        This is of a constant that the pass itself made: one that receives what depends on the inputs, or that an
+        operation has read as it is.
+        """
+        if not func._schema.is_mutable or torch.Tag.inplace_view in func.tags:
+            return
+        ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
+        node = Node(func, ref_args, ref_kwargs, [], [])
+        depends = any(ref.storage in self._made for ref in node.reads)
+        for written in self._written(func, ref_args, ref_kwargs):
+            key = written.storage
+            if key in self._fresh and (depends or any(r.storage == key for n in self.nodes for r in n.reads)):
+                self._depend(written)
+
+    def _depend(self, written: Ref) -> None:
+        """Record a copy of a constant where the constant is, so that its storage depends on the inputs from now on."""
+        key = written.storage
+        base = self.tensors[key]
+        count = base.untyped_storage().nbytes() // written.dtype.itemsize
+        same = written if written.numel == count and not written.offset else None
+        whole = same or Ref(key, 0, (count,), (1,), written.dtype)
+        with _disable_current_modes():
+            kept = torch.empty(0, dtype=written.dtype, device=base.device)
+            kept = kept.set_(base.untyped_storage().clone(), 0, whole.size, whole.stride)
+        snapshot = self.ref(kept)
+
+        def earlier(ref: Ref) -> Ref:
+            return dataclasses.replace(ref, storage=snapshot.storage) if ref.storage == key else ref
+
+        for node in self.nodes:
+            if any(ref.storage == key for ref in node.reads):
+                node.args, node.kwargs = mapped(Ref, earlier, (node.args, node.kwargs))
+                del node.reads
+        self.nodes.append(Node(torch.ops.aten.clone.default, (snapshot,), {}, [whole], []))
+        self._fresh.discard(key)
+        self._made.add(key)
+
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Keep an operation that depends on the inputs, unless it only makes views.
 
         Raises:
-            NotRecordable: it is random, or depends on the values of the inputs, or changes a constant or an input.
+            NotRecordable: it is random, or depends on the values of the inputs, or changes a constant.
         """
+        if torch.Tag.inplace_view in func.tags:
+            if func.namespace != "aten" or func._schema.name in _OTHER_MEMORY:
+                raise NotRecordable(f"{func} gives a tensor other memory")
+            return  # another view of the same memory
         ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
         outs: list[Ref] = []
         mapped(Tensor, lambda x: outs.append(self.ref(x)), result)
@@ -183,13 +233,13 @@ class Recording:
             raise NotRecordable(f"{node.name} draws random numbers")
         reads = node.reads
         if not any(ref.storage in self._made for ref in reads):
+            self._fresh.update({ref.storage for ref in outs} - {ref.storage for ref in reads})
             return
         dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(node)
         if torch.Tag.data_dependent_output in func.tags or dynamic or not outs:
             raise NotRecordable(f"{node.name} depends on the values of the input")
-        inputs = {ref.storage for ref in self.inputs}
-        if any(ref.storage not in self._made or ref.storage in inputs for ref in node.writes):
-            raise NotRecordable(f"{node.name} changes an input or a constant in place")
+        if any(ref.storage not in self._made for ref in node.writes):
+            raise NotRecordable(f"{node.name} changes a constant in place")
         read = {ref.storage for ref in reads}
         if not node.writes and all(out.storage in read for out in outs):
             return
@@ -233,6 +283,13 @@ def _is_channels_last(x: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+# a view that has its values conjugated or negated as they are read has no place where they are
+_RESOLVED = {
+    torch.ops.aten._conj.default: torch.ops.aten._conj_physical.default,
+    torch.ops.aten._neg_view.default: torch.ops.aten.neg.default,
+}
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -240,6 +297,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func = _RESOLVED.get(func, func)
+        self.recording.before(func, args, kwargs)
         result = self.recording.result(func, args, kwargs)
         if func is torch.ops.aten.convolution.default:
             result = channels_last(args[0], result, True)
@@ -247,6 +306,10 @@ class _Operations(TorchDispatchMode):
             result = (channels_last(args[0], result[0], False), *result[1:])
         self.recording.add(func, args, kwargs, result)
         return result
+
+
+# what acts on the last dimension writes it contiguous, whatever the others are
+_OF_VECTORS = {"fastens::linear", "fastens::layer_norm", "fastens::rms_norm"}
 
 
 class _MemberOps(TorchFunctionMode):
@@ -264,11 +327,15 @@ class _MemberOps(TorchFunctionMode):
             func = func.default
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
             return func(*args, **kwargs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return func(*args, **kwargs)  # the network differentiates: in pieces, whose derivatives are recorded too
         with _disable_current_modes():
             convolved = func is torch.ops.fastens.conv.default
             result = self.recording.result(func, args, kwargs)
             if func is torch.ops.fastens.dropout.default:
                 result = torch.empty_like(args[0]).copy_(result)
+            elif func._schema.name in _OF_VECTORS:
+                result = result.contiguous()
             else:
                 result = channels_last(args[0], result, convolved)
         self.recording.add(func, args, kwargs, result)

@@ -15,8 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.plan.lower import versioned
 from fastens.plan.record import Node, NotLowerable, NotRecordable, Recording, Ref
+from fastens.plan.versions import versioned
 
 aten = torch.ops.aten
 # What an operation does to a tangent: its node, its arguments, the arguments' tangents (none where they have none), and
@@ -63,7 +63,7 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
         return None if found is None else _view(found, leaf)
 
     try:
-        nodes, outputs = versioned(recording.nodes, recording.outputs)
+        nodes, outputs = versioned(recording.nodes, recording.outputs, recording.inputs)
     except NotLowerable as error:
         raise NotRecordable(str(error)) from error
     unwritten: set[int] = set()  # storages that hold nothing yet

@@ -60,6 +60,8 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
 
     Up to two dimensions are between rows and channels.
     """
+    if len(ref.size) < 2:
+        return None
     dims = [d for d in range(1, len(ref.size)) if d != channel_dim % len(ref.size)]
     channels = ref.size[channel_dim]
     if len(dims) > 2 or (channels > 1 and ref.stride[channel_dim] != 1):

@@ -9,6 +9,7 @@ import fastens
 from fastens.fold import planned
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
+from fastens.plan.call import call
 from fastens.program.steps import Opcode
 from tests.fold.test_plans import members_of
 from tests.ops.cases import needs_triton
@@ -103,7 +104,7 @@ def launches_here():
         "pointwise": (lambda out, b: calls.pointwise(out, [x, row.expand_as(x)], chain, b), within(6, 16, 4, 5)),
         "copy": (lambda out, b: calls.pointwise(out, [x], copy, b), within(6, 16, 4, 5)),
         "pool": (
-            lambda out, b: calls.call([out], pool, (x, [2, 2]), {}),
+            lambda out, b: call([out], pool, (x, [2, 2]), {}),
             torch.full_like(last(6, 16, 2, 2), torch.nan),
         ),
     }
@@ -202,15 +203,15 @@ def test_operations_without_a_place_to_write_are_copied():
     torch.manual_seed(0)
     x = torch.randn(4, 6)
     out = torch.full((6, 4), torch.nan).t()  # dense, but not as the operation lays its result out
-    calls.call([out[:, ::2]], torch.ops.aten.cumsum.default, (x[:, ::2], 1), {})
+    call([out[:, ::2]], torch.ops.aten.cumsum.default, (x[:, ::2], 1), {})
     assert torch.equal(out[:, ::2], x[:, ::2].cumsum(1))
     assert out[:, 1::2].isnan().all()
     values, numbers = torch.empty(4, 2), torch.empty(4, 2, dtype=torch.int64)
-    calls.call([values, numbers], torch.ops.aten.topk.default, (x, 2), {})
+    call([values, numbers], torch.ops.aten.topk.default, (x, 2), {})
     assert torch.equal(values, x.topk(2).values)
     assert torch.equal(numbers, x.topk(2).indices)
     kept = x.clone()
     changed = torch.empty_like(x)
-    calls.call([changed], torch.ops.aten.add_.Tensor, (x, 1), {})
+    call([changed], torch.ops.aten.add_.Tensor, (x, 1), {})
     assert torch.equal(changed, kept + 1)
     assert torch.equal(x, kept)

@@ -1,5 +1,6 @@
 """Normalisations: member-batched where scale and shift differ, of all rows where they are common."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,6 +124,6 @@ def instance(fold: Fold, func: Any, input: Any, running_mean: Any = None, runnin
         if use_input_stats:
             _own_statistics(fold, running_mean, running_var)
         return NotImplemented
-    if input.shape[2:].numel() < 2:
+    if math.prod(input.shape[2:]) < 2:
         return NotImplemented  # torch's own error
     return group(fold, F.group_norm, input, input.shape[1], weight, bias, eps)

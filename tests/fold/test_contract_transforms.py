@@ -1,0 +1,253 @@
+"""Checkpointing, function transforms, export and inference mode, inside a network and around the ensemble."""
+
+import warnings
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import fastens
+from tests.fold.contract import Held, K, averaged, batch, gradients_of, made, near
+
+VECTORS = batch(5, 4)
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints a part of itself, with a weight that is read or not."""
+
+    def __init__(self, reentrant, reads, how="function"):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.gain = nn.LayerNorm(4), nn.Parameter(torch.zeros(4))
+        self.reentrant, self.reads, self.how = reentrant, reads, how
+
+    def part(self, h, shift):
+        h = self.norm(torch.tanh(self.second(h))) * self.gain
+        return (h * float(self.gain.detach()[0]) if self.reads else h) + shift
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "sequence":
+            return checkpoint_sequential([self.second, self.norm, nn.Tanh()], 2, h, use_reentrant=self.reentrant)
+        return checkpoint(self.part, h, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("engine", ["auto", "fold", "loop"])
+@pytest.mark.parametrize("reads", [False, True], ids=["folded", "reads"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("how", ["function", "sequence"])
+def test_checkpoints_inside_a_network(how, reentrant, reads, engine):
+    held = Held(lambda k: Checkpointed(reentrant, reads, how), engine=engine)
+    for _ in range(2):
+        held.gradients(VECTORS)
+    held.everywhere(VECTORS)
+
+
+class Network(nn.Module):
+    def __init__(self, reads=False):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+        self.reads = reads
+
+    def forward(self, x, t=1.0):
+        h = self.norm(self.second(torch.tanh(self.first(x)))) * t
+        return h * float(self.first.bias.detach()[0]) if self.reads else h - 0.5 * h.mean(0)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_a_checkpoint_around_the_ensemble(reentrant, engine):
+    held = Held(lambda k: Network(), engine=engine)
+    x = torch.randn(5, 4, requires_grad=True)
+    held.sampling(VECTORS)
+    for p in held.ensemble.parameters():
+        p.grad = None
+    found = checkpoint(held.ensemble, x, use_reentrant=reentrant)
+    near(found, averaged(held.loop(x)))
+    found.sum().backward()
+    averaged([m(x.detach()) for m in held.members]).sum().backward()
+    for name, _ in held.members[0].named_parameters():
+        theirs = torch.stack([dict(m.named_parameters())[name].grad for m in held.members])
+        near(gradients_of(held.ensemble)[name], theirs, 1e-4)
+
+
+def loop_of(members):
+    return lambda *args: averaged([m(*args) for m in members])
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x, v: torch.func.vmap(f)(torch.stack([x, v])),
+    "vmap over the last dimension": lambda f, x, v: torch.func.vmap(f, -1, -1)(torch.stack([x, v], -1)),
+    "vmap over times": lambda f, x, v: torch.func.vmap(f, (None, 0))(x, torch.tensor([0.5, 2.0])),
+    "vmap of vmap": lambda f, x, v: torch.func.vmap(torch.func.vmap(f))(torch.stack([x, v])[None]),
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,)),
+    "vjp": lambda f, x, v: torch.func.vjp(f, x)[1](v)[0],
+    "jacrev": lambda f, x, v: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x, v: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x, v: torch.func.grad(lambda y: (f(y) * v).sum())(x),
+    "hessian": lambda f, x, v: torch.func.hessian(lambda y: f(y).square().sum())(x[:2]),
+    "vmap of jvp": lambda f, x, v: torch.func.vmap(lambda w: torch.func.jvp(f, (x,), (w,))[1])(torch.stack([v, x])),
+    "vmap of grad": lambda f, x, v: torch.func.vmap(torch.func.grad(lambda y: f(y).sum()))(torch.stack([x, v])),
+    "divergence": lambda f, x, v: (torch.func.vjp(f, x)[1](v)[0] * v).sum(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_around_the_ensemble(name, enabled):
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    for engine in ("fold", "loop"):
+        held = Held(lambda k: Network(), 2, engine=engine)
+        with torch.set_grad_enabled(enabled):
+            expected = TRANSFORMS[name](loop_of(held.members), x, v)
+            near(TRANSFORMS[name](held.ensemble, x, v), expected, 1e-4)
+            held.sampling(batch(3, 4))
+            near(TRANSFORMS[name](held.ensemble, x, v), expected, 1e-4)
+        held.gradients(batch(3, 4))
+        assert held.ensemble.engine == engine
+        assert not held.warned
+
+
+@pytest.mark.parametrize("name", ["jvp", "vjp", "jacrev", "grad", "vmap"])
+def test_transforms_of_looped_members(name):
+    held = Held(lambda k: Network(reads=True), 2)
+    held.sampling(batch(3, 4))
+    x, v = torch.randn(3, 4), torch.randn(3, 4)
+    near(TRANSFORMS[name](held.ensemble, x, v), TRANSFORMS[name](loop_of(held.members), x, v), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["vmap", "jvp", "grad"])
+@pytest.mark.parametrize("rule", ["median", "sum", "dominant"])
+def test_transforms_under_rules(rule, name):
+    held = Held(lambda k: Network(), rule=rule)
+    x, v = torch.randn(3, 4), torch.randn(3, 4)
+
+    def f(*args):
+        stack = torch.stack([m(*args) for m in held.members])
+        if rule == "dominant":
+            return stack.gather(0, stack.abs().argmax(0, keepdim=True))[0]
+        return stack.sum(0) if rule == "sum" else stack.median(0).values
+
+    near(TRANSFORMS[name](held.ensemble, x, v), TRANSFORMS[name](f, x, v), 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_tangents_of_dual_numbers(enabled, engine):
+    held = Held(lambda k: Network(), engine=engine)
+    x, v = torch.randn(3, 4), torch.randn(3, 4)
+    for _ in range(2):
+        with torch.set_grad_enabled(enabled), forward_ad.dual_level():
+            given = forward_ad.make_dual(x, v)
+            found, expected = (
+                forward_ad.unpack_dual(held.ensemble(given)),
+                forward_ad.unpack_dual(averaged([m(given) for m in held.members])),
+            )
+            near((found.primal, found.tangent), (expected.primal, expected.tangent), 1e-4)
+        held.sampling(batch(3, 4))
+
+
+def test_functional_calls_over_stacks_of_weights():
+    held = Held(lambda k: Network(), 2)
+    x = torch.randn(3, 4)
+    names = dict(held.ensemble.named_parameters())
+    scaled = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in names.items()}
+    found = torch.func.vmap(lambda weights: torch.func.functional_call(held.ensemble, weights, (x,)))(scaled)
+    with torch.no_grad():
+        near(found[0], averaged(held.loop(x)))
+        for member in held.members:
+            for p in member.parameters():
+                p.mul_(0.5)
+        near(found[1], averaged(held.loop(x)))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before any call", "after calls"])
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_an_export_with_a_dynamic_batch(rule, first):
+    held = Held(lambda k: Network(), rule=rule)
+
+    def expected(*args):
+        stack = torch.stack(held.loop(*args))
+        return stack.mean(0) if rule == "mean" else stack.median(0).values
+
+    with torch.no_grad():
+        if first:
+            held.ensemble(torch.randn(5, 4), torch.ones(5, 1))
+        rows = torch.export.Dim.DYNAMIC
+        program = torch.export.export(
+            held.ensemble, (torch.randn(5, 4), torch.ones(5, 1)), dynamic_shapes=({0: rows}, {0: rows})
+        )
+        for count in (5, 2, 9):
+            x, t = torch.randn(count, 4), torch.rand(count, 1)
+            near(program.module()(x, t), expected(x, t))
+            near(held.ensemble(x, t), expected(x, t))
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("engine", ["auto", "fold", "loop", "apart"])
+@pytest.mark.parametrize("made_inside", [True, False], ids=["members too", "ensemble only"])
+def test_an_ensemble_that_is_built_in_inference_mode(made_inside, engine):
+    def make(k):
+        member = Network()
+        member.register_buffer("unused", torch.ones(3))
+        member.number = k if engine == "apart" else 0
+        return member
+
+    members = [made(make, k) for k in range(K)]
+    with torch.inference_mode(made_inside):
+        given = [made(make, k) for k in range(K)]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ensemble = fastens.Ensemble(given, engine=engine.replace("apart", "auto"))
+        x = torch.randn(3, 4)
+        for _ in range(3):
+            near(ensemble(x), averaged([m(x) for m in members]))
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            near(ensemble(x), averaged([m(x) for m in members]))
+    for mode in (True, False):
+        ensemble.train(mode)
+        near(ensemble(x), averaged([m(x) for m in members]))
+    if engine != "apart":
+        loss = ensemble(x).square().sum()
+        loss.backward()
+        assert all(p.grad is not None for p in ensemble.parameters())
+    with torch.inference_mode():
+        near(ensemble(x), averaged([m(x) for m in members]))
+
+
+# Drawn rules in the loop
+
+
+class Banked(nn.Module):
+    """Takes tables whose leading size may be the batch's, and is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, bank, scale=None):
+        h = self.inner(x)
+        h = h + torch.softmax(h @ bank.T, 1) @ bank
+        return h if scale is None else h * scale.sum()
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop", "apart"])
+@pytest.mark.parametrize("rule", ["alternating", "mixture"])
+def test_an_argument_of_the_batchs_size_that_carries_no_batch(rule, engine):
+    def make(k):
+        network = Banked()
+        network.number = k if engine == "apart" else 0
+        return network
+
+    held = Held(make, engine=engine.replace("apart", "auto"))
+    for entries in (5, 7, 5):
+        held.drawn(lambda g, n=entries: (torch.randn(5, 4, generator=g), torch.randn(n, 4, generator=g)), rule)
+    held.drawn(lambda g: tuple(torch.randn(5, 4, generator=g) for _ in range(3)), rule)
