@@ -100,8 +100,8 @@ def load() -> dict[str, Network]:
     return NETWORKS
 
 
-def dynamic(call: Arguments, batch: int, rows: Any) -> tuple[Any, Any]:
-    """Dynamic shapes of a call's arguments: ``rows`` where dimension 0 is the batch."""
+def dynamic(names: list[str], call: Arguments, batch: int, rows: Any) -> dict[str, Any]:
+    """Dynamic shapes of a call's arguments, which are ``names`` in order: ``rows`` where dimension 0 is the batch."""
 
     def of(x: Any) -> Any:
         if isinstance(x, Mapping):
@@ -110,4 +110,5 @@ def dynamic(call: Arguments, batch: int, rows: Any) -> tuple[Any, Any]:
             return type(x)(of(value) for value in x)
         return {0: rows} if isinstance(x, Tensor) and x.ndim and x.shape[0] == batch else None
 
-    return of(call[0]), of(call[1])
+    args, kwargs = call
+    return of({**dict(zip(names, args, strict=False)), **kwargs})
