@@ -15,8 +15,8 @@ import fastens
 from tests.atlas.registry import Given, Network, arguments
 from tests.networks import Arguments, randomised
 
-# Batch and seed of the inputs. Of each signature the second call runs on a plan, where there is one, with inputs that
-# it was not recorded with. The last ones have the time as a Python number, where the class takes that.
+# Batch and seed of the inputs. Of each signature the second call runs on a plan, where there is one, with other inputs
+# than it was recorded with. The last ones have the time as a Python number, where the class takes that.
 CALLS = [(2, 0), (2, 1), (2, 2)]
 LAST = [(1, 3), (1, 4)]
 

@@ -37,6 +37,13 @@ def cell(net, x):
     return h[0] * h[1] if isinstance(h, tuple) else h
 
 
+def written(net, x):
+    start = torch.zeros_like(x)
+    start += net.slope
+    start[:, 0] = 1
+    return start
+
+
 VECTORS, IMAGES = batch(5, 4), batch(5, 4, 6, 6)
 FOLDED = {
     "PReLU": (lambda: Of(through, nn.PReLU()), VECTORS),
@@ -78,6 +85,7 @@ FOLDED = {
     "index_put": (
         lambda: Of(lambda net, x: x.clone().index_put((torch.tensor([0, 2]),), net.table, accumulate=True),
                    table=(2, 4)), VECTORS),
+    "zeros written in place": (lambda: Of(lambda net, x: x * written(net, x), slope=(4,)), VECTORS),
     "scatter_add": (
         lambda: Of(lambda net, x: torch.zeros(5, 5).scatter_add(1, ids(x), net.layers[0](x)), nn.Linear(4, 4)),
         VECTORS),

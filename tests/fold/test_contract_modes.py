@@ -1,6 +1,7 @@
 """What a call may change or depends on beside its arguments: buffers, modes, attributes, hooks, methods."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -153,14 +154,18 @@ def made_in_training(make, k):
     return member
 
 
+def second(module):
+    return next(m for name, m in module.named_modules() if name.split(".")[-1] == "1")
+
+
 def test_one_submodule_in_another_mode():
     held = Held(lambda k: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
     held.sampling(VECTORS)
-    held.each(lambda m: (m.network if isinstance(m, fastens.Ensemble) else m)[1].train())
+    held.each(lambda module: second(module).train())
     held.sampling(VECTORS)
     held.gradients(VECTORS)
     buffers_agree(held)
-    held.each(lambda m: (m.network if isinstance(m, fastens.Ensemble) else m)[1].eval())
+    held.each(lambda module: second(module).eval())
     held.sampling(VECTORS)
 
 
@@ -285,11 +290,12 @@ SETTERS = {
 }  # fmt: skip
 
 
-def inside(m):
+def inside(m) -> list[Any]:
     """The modules that hold the members' Python."""
     if not isinstance(m, fastens.Ensemble):
         return [m]
-    return [m.network] if m._engine is not None else list(m.network.children())
+    network: Any = m.network
+    return [network] if m._engine is not None else list(network.children())
 
 
 def spread(m):

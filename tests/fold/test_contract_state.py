@@ -89,9 +89,9 @@ def default(gain):
 
 def attributed(gain):
     def function():
-        return function.gain
+        return vars(function)["gain"]
 
-    function.gain = gain
+    vars(function)["gain"] = gain
     return function
 
 
@@ -257,8 +257,8 @@ def negative(layer, x):
 
 def class_of_its_own(k):
     class Own(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * (k + 1)
+        def forward(self, input):
+            return super().forward(input) * (k + 1)
 
     return nn.Sequential(Own(4, 4))
 
