@@ -129,13 +129,18 @@ class Fold(TorchFunctionMode):
             x = x.stack
         return x.expand(self.hidden.size, *x.shape)
 
-    def weights(self, x: Tensor | None) -> Tensor | None:
-        """A parameter as the member-batched ops take it: [K, ...] beside offsets, or [N, ...]."""
-        if x is None:
-            return None
-        if member_valued(x) and x.hidden is not self.hidden and x.hidden.whole:
-            return self.hidden.weights(x.stack)
-        return self.entries(x)
+    def parameters(self, *values: Tensor | None) -> tuple[list[Any], bool]:
+        """Parameters as the member-batched ops take them, and whether the offsets of dealt rows go with them.
+
+        Returns:
+            Stacks [K, ...] where all are the members' own, else [N, ...], one for each entry of this pass; and whether
+            entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
+        """
+        given = [x for x in values if x is not None]
+        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):  # pyright: ignore[reportAttributeAccessIssue]
+            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]  # pyright: ignore[reportAttributeAccessIssue]
+            return stacks, self.hidden.offsets is not None
+        return [None if x is None else self.entries(x) for x in values], False
 
     def rows(self, x: Tensor) -> Tensor:
         """A tensor of at least one dimension with the hidden dimension folded into the first, [N * B, ...]."""

@@ -158,7 +158,7 @@ class FoldEngine:
         """What member k returns, by its own Python."""
         view = self.views[k]
         output = self.call_module(view, k, arguments, method)
-        if self.stateful:
+        if self.stateful or self.engine == "loop":
             settle(view, keeps=True)
         return output
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -10,7 +11,18 @@ from fastens.fold.guards import Barrier, unwatched
 from fastens.fold.tables import view_of_member
 
 _SKIPPED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}
+Made = TypeVar("Made")
 _Attributes = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def undisturbed(make: Callable[[], Made]) -> Made:
+    """What is made of state that calls of other threads write to, made again where they did meanwhile."""
+    while True:
+        try:
+            return make()
+        except RuntimeError as error:
+            if "changed size during iteration" not in str(error):
+                raise
 
 
 class MemberViews:
@@ -48,7 +60,7 @@ class MemberViews:
 
     def _make(self) -> None:
         writes = self._barrier.writes
-        views = [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)]
+        views = undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
         for view, before in zip(views, self._views, strict=False):
             self._carry_over(view, before)
         self._given = [(m, {n: v for n, v in vars(m).items() if n not in _SKIPPED}) for m in self._network.modules()]

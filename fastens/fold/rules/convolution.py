@@ -31,12 +31,8 @@ def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: 
     if not member_valued(weight) and not member_valued(bias):
         weights, biases, offsets = plain(weight)[None], None if bias is None else plain(bias)[None], None
     else:
-        weights, biases = fold.weights(weight), fold.weights(bias)
-        if biases is not None and biases.shape[0] != weights.shape[0]:
-            weights, biases = fold.entries(weight), fold.entries(bias)
-        offsets = fold.hidden.scaled_offsets(input.shape[0]) if fold.hidden.offsets is not None else None
-        if offsets is not None and weights.shape[0] != fold.hidden.num_members:
-            offsets = None
+        (weights, biases), dealt = fold.parameters(weight, bias)
+        offsets = fold.hidden.scaled_offsets(input.shape[0]) if dealt else None
     whole = (rows, weights, biases, *arguments, offsets)
     way = CHOICE.choose(whole, rows.device, ruled=not fold.reference)
     fold.ways[id(weight.stack if member_valued(weight) else plain(weight))] = way

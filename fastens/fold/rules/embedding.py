@@ -25,6 +25,6 @@ def lookup(fold: Fold, func: Any, input: Any, weight: Any, padding_idx: int | No
         return fold.wrap(embedding(fold.entries(input), fold.entries(weight)))
     if not member_valued(input) and fold.hidden.whole and not fold.recording:
         return fold.wrap(fold.stack(weight).index_select(1, plain(input).flatten()).unflatten(1, input.shape))
-    weights = fold.weights(weight)
-    offsets = None if weight.hidden is fold.hidden else fold.hidden.scaled_offsets(input.shape[0])
+    (weights,), dealt = fold.parameters(weight)
+    offsets = fold.hidden.scaled_offsets(input.shape[0]) if dealt else None
     return fold.unrows(embedding(fold.rows(input), weights, offsets))

@@ -34,17 +34,13 @@ def linear_rule(fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None
     if tokens is not None:
         y = fold.stack(fold.again(F.linear, tokens, weight, bias))
         return fold.wrap(y.reshape(len(y), *input.shape[:-1], y.shape[-1]))
-    weights, biases = fold.weights(weight), fold.weights(bias)
-    if biases is not None and biases.shape[0] != weights.shape[0]:
-        weights, biases = fold.entries(weight), fold.entries(bias)
+    (weights, biases), dealt = fold.parameters(weight, bias)
     single = input.ndim == 1
     rows = fold.rows(input.unsqueeze(0) if single and not member_valued(input) else input) if not single else None
     if rows is None:
         rows = fold.entries(input)
     per_entry = 1 if single else input.shape[0]
-    offsets = fold.hidden.scaled_offsets(per_entry) if weights.shape[0] == fold.hidden.num_members else None
-    if fold.hidden.offsets is not None and weights.shape[0] != fold.hidden.num_members:
-        offsets = None
+    offsets = fold.hidden.scaled_offsets(per_entry) if dealt else None
     y = linear(rows, weights, biases, offsets)
     return fold.wrap(y) if single else fold.unrows(y)
 

@@ -22,16 +22,8 @@ def _parameters(fold: Fold, input: Any, *values: Any) -> tuple[list[Tensor | Non
     """Parameters as the ops take them, [1, ...] where all are common, and the offsets beside them."""
     if not any(map(member_valued, values)):
         return [None if value is None else plain(value)[None] for value in values], None
-    stacks = [fold.weights(value) for value in values]
-    sizes = {stack.shape[0] for stack in stacks if stack is not None}
-    if len(sizes) > 1:
-        stacks, sizes = [None if value is None else fold.entries(value) for value in values], {fold.hidden.size}
-    whole = fold.hidden.offsets is not None and sizes == {fold.hidden.num_members} and _per_member(fold, values)
-    return stacks, fold.hidden.scaled_offsets(input.shape[0]) if whole else None
-
-
-def _per_member(fold: Fold, values: Any) -> bool:
-    return any(member_valued(value) and value.hidden is not fold.hidden for value in values)
+    stacks, dealt = fold.parameters(*values)
+    return stacks, fold.hidden.scaled_offsets(input.shape[0]) if dealt else None
 
 
 @rule(F.group_norm, torch.group_norm, own_op=True)
