@@ -82,7 +82,7 @@ class Row:
         if not self.accepted:
             return [*name, "", self.why.splitlines()[0][:100], "", ""]
         ours, loop = self.seconds
-        planned = "yes" if self.planned else reason(self.found.why_no_plan or self.found.why)
+        planned = "yes" if self.planned else reason(self.found.why_no_plan if self.folded else self.found.why)
         error = f"{max(self.found.errors):.0e}"
         return [*name, f"{self.found.folded:.0f} %", planned, error, f"{ours / loop:.2f} ({1e3 * loop:.1f} ms)"]
 
@@ -128,9 +128,11 @@ def totals(rows: list[Row]) -> str:
     why: dict[str, list[str]] = {}
     for row in held:
         if row.accepted and not row.planned:
-            why.setdefault(reason(row.found.why_no_plan or row.found.why), []).append(f"`{row.entry.name}`")
+            why.setdefault(reason(row.found.why_no_plan if row.folded else row.found.why), []).append(
+                f"`{row.entry.name}`"
+            )
     missing = [f"- {text}: {', '.join(names)}" for text, names in sorted(why.items(), key=lambda x: -len(x[1]))]
-    sources = Counter(row.entry.source for row in held)
+    sources = Counter(re.sub("arXiv .*", "papers", row.entry.source) for row in held)
     return "\n".join(
         [
             "\n## Totals\n",

@@ -217,7 +217,7 @@ def sana():
     return make, text
 
 
-@network("diffusers", unplanned="torch.complex64")
+@network("diffusers")
 def lumina_next():
     from diffusers import LuminaNextDiT2DModel
 

@@ -323,7 +323,7 @@ def autoencoder_kl():
     return make, lambda b, r: {"sample": r(b, 3, 8, 8)}
 
 
-@network("diffusers", unplanned="IndexError while recording")
+@network("diffusers")
 def dual_transformer():
     """Attention inside a U-Net as a network of its own, as Versatile Diffusion mixes two."""
     from diffusers import Transformer2DModel
@@ -345,7 +345,7 @@ def dual_transformer():
     }
 
 
-@network("diffusers", number="timestep", unplanned="torch.bool")
+@network("diffusers", number="timestep")
 def prior_transformer():
     """unCLIP's prior: embeddings of images from text."""
     from diffusers import PriorTransformer

@@ -164,7 +164,7 @@ def allegro():
     return make, clip
 
 
-@network("diffusers", unplanned="aten.nonzero depends on values")
+@network("diffusers", unplanned="aten.nonzero depends on the values")
 def mochi():
     from diffusers import MochiTransformer3DModel
 
@@ -183,7 +183,7 @@ def mochi():
     return make, lambda b, r: {**clip(b, r), "encoder_attention_mask": torch.ones(b, 4, dtype=torch.bool)}
 
 
-@network("diffusers", unplanned="torch.bool")
+@network("diffusers")
 def ltx():
     from diffusers import LTXVideoTransformer3DModel
 
@@ -208,7 +208,7 @@ def ltx():
     }
 
 
-@network("diffusers", unplanned="torch.bool")
+@network("diffusers")
 def ltx_2():
     """Frames and sound together."""
     from diffusers import LTX2VideoTransformer3DModel
@@ -244,7 +244,7 @@ def ltx_2():
     }
 
 
-@network("diffusers", unplanned="aten.fill_ of a part")
+@network("diffusers")
 def hunyuan_video():
     from diffusers import HunyuanVideoTransformer3DModel
 
@@ -373,7 +373,7 @@ def ace_step():
     }
 
 
-@network("diffusers", unplanned="torch.bool")
+@network("diffusers")
 def longcat_audio():
     from diffusers import LongCatAudioDiTTransformer
 

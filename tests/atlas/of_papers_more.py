@@ -225,7 +225,7 @@ class TabDDPM(nn.Module):
         return self.head(self.mlp(self.proj(x) + emb))
 
 
-@network("arXiv 2209.15421", unplanned="IndexError while recording")
+@network("arXiv 2209.15421")
 def tab_ddpm():
     return TabDDPM, lambda b, r: (r(b, 5), r.ids(1000, b), r.ids(3, b))
 
@@ -276,7 +276,7 @@ class EquivariantDiffusion(nn.Module):
         return torch.cat([vel - vel.mean(dim=1, keepdim=True), self.embedding_out(h).view(b, n, 3)], dim=2)
 
 
-@network("arXiv 2203.17003", unplanned="aten.scatter_add_ of a part")
+@network("arXiv 2203.17003")
 def equivariant_diffusion():
     return EquivariantDiffusion, lambda b, r: (r.unit(b), r(b, 4, 6))
 

@@ -43,7 +43,10 @@ def test_equals_the_loop(name):
         assert entry.looped in found.why
     assert not found.slices, "functions without a rule"
     if not looping and _native.load():
-        assert found.plans or entry.unplanned, found.why_no_plan
+        assert bool(found.plans) != bool(entry.unplanned), (
+            found.why_no_plan or "it is planned: its entry says otherwise"
+        )
+        assert entry.unplanned in found.why_no_plan
 
 
 def test_inputs_follow_the_seed():
