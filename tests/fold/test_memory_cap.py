@@ -93,6 +93,7 @@ def test_takes_as_many_rows_as_fit(free, monkeypatch, passes):
 
 
 def test_memory_enough_means_one_pass(monkeypatch, passes):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
     members, x = wide()
     ensemble = fastens.Ensemble(members)
     monkeypatch.setattr(memory_cap, "available_memory", lambda: 2_000_000)

@@ -41,8 +41,9 @@ def test_stacking_holds_the_parameters_once_and_one_member_more():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_an_evaluation_holds_one_folded_pass(backend):
-    """After the first call: outputs only, in a plan; else the activations of a pass."""
+def test_an_evaluation_holds_one_folded_pass(backend, monkeypatch):
+    """After the first call: outputs only, in a plan; else the activations of a pass. An audit adds one member's."""
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
     members, x = members_and_input()
     ensemble = fastens.Ensemble(members, backend=backend)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _VariableFunctions
 
 from fastens.fold.dispatch import Fold, dispatch, rule
-from fastens.fold.tensor import member_valued
+from fastens.fold.tensor import NotFoldable, member_valued
 
 # Of longer sequences a plan would have too many steps.
 MOST_STEPS = 128
@@ -26,6 +26,8 @@ def _layers(
     time = input.shape[1 if batch_first else 0]
     directions = 2 if bidirectional else 1
     per_layer = 4 if has_biases else 2
+    if fold.recording and time > MOST_STEPS:
+        raise NotFoldable(f"a sequence of {time} steps, of which a plan would have thousands")
     if not 0 < time <= MOST_STEPS or len(params) != num_layers * directions * per_layer:
         return NotImplemented  # projections have one more weight
 
