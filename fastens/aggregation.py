@@ -78,7 +78,7 @@ def _converted(
     assert schedule is not None
     assert kind is not None
     t = schedule.time(time)
-    if t.numel() not in (1, len(x)):
+    if t.numel() != 1 and t.numel() != len(x):
         raise ValueError(f"the time is {list(t.shape)}, expected one number, or one per sample, [{len(x)}]")
     shape = scores[0].shape
     noisy = parameterisation.path_input(prediction, x, t, shape[1] if len(shape) > 1 else 1)
@@ -136,7 +136,7 @@ def noise_dependent(
     check_noise_level(rule, schedule)
     assert schedule is not None
     t = schedule.time(network_time)
-    if t.numel() not in (1, batch_size):
+    if t.numel() != 1 and t.numel() != batch_size:
         raise ValueError(f"the time is {list(t.shape)}, expected one number, or one per sample, [{batch_size}]")
     weights = weights_at(rule, schedule.log_snr(t.reshape(-1)))  # [K, B] or [K, 1]
     return lambda scores: weighted_sum(scores, weights)

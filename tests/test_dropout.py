@@ -252,6 +252,7 @@ def test_random_rules_and_members(x):
 
 
 def test_folds_in_parts_and_compiles(x):
+    torch.compiler.reset()  # shapes that other tests compiled would make these dynamic
     network = randomised(Layered, 0)
     with torch.no_grad():
         expected = fastens.MCDropout(network, 3)(x)

@@ -94,19 +94,19 @@ class Masks:
             return hidden.row_members, torch.arange(hidden.size, device=device) if samples is None else samples.to(
                 device
             )
-        identity = (hidden.first, hidden.size, arguments.batch_size, arguments.num_samples, device)
-        if samples is not None or identity not in self._layouts:
-            batch = arguments.batch_size
-            keeps = samples is None
-            if samples is None:
-                samples = torch.arange(batch, device=device) % max(arguments.num_samples or batch, 1)
-            members = torch.arange(hidden.first, hidden.first + hidden.size, device=device).repeat_interleave(batch)
-            found = members, samples.to(device).repeat(hidden.size)
-            if not keeps or torch.compiler.is_compiling() or isinstance(members, torch._subclasses.FakeTensor):
-                return found
+        batch = arguments.batch_size
+        keeps = samples is None and type(batch) is int  # not a symbol, as under a trace with a dynamic batch
+        identity = (hidden.first, hidden.size, batch, arguments.num_samples, device) if keeps else None
+        if identity in self._layouts:
+            return self._layouts[identity]
+        if samples is None:
+            samples = torch.arange(batch, device=device) % max(arguments.num_samples or batch, 1)
+        members = torch.arange(hidden.first, hidden.first + hidden.size, device=device).repeat_interleave(batch)
+        found = members, samples.to(device).repeat(hidden.size)
+        if keeps and not (torch.compiler.is_compiling() or isinstance(members, torch._subclasses.FakeTensor)):
             self._layouts = {} if len(self._layouts) > 64 else self._layouts
             self._layouts[identity] = found
-        return self._layouts[identity]
+        return found
 
     def key(self, seed: int | None, path: str, call: int) -> int:
         """What tells the masks of one dropout from those of others, in a trajectory of this seed."""
