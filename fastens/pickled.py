@@ -19,7 +19,7 @@ def kept(ensemble: Ensemble) -> tuple[Any, ...]:
     if engine is None:
         content: Any = (None, list(ensemble.network), ensemble.__dict__["_why_loop"])
     else:
-        content = (engine.skeleton, tensors_of(ensemble.network), engine.shared)
+        content = (engine.skeleton, tensors_of(ensemble.network), engine.shared, *engine.own_states())
     return ensemble.num_members, ensemble.rule, ensemble._settings, content, ensemble.training, ensemble._kind()
 
 
@@ -32,7 +32,8 @@ def rebuild(
         num_members: K.
         rule: its rule.
         settings: as :func:`fastens.settings.check_settings` gives them.
-        content: skeleton, stacks and names of shared tensors; or none, modules, and why they are looped.
+        content: skeleton, stacks, names of shared tensors, and where members are looped what they wrote to themselves
+            and why they are looped; or none, modules, and why.
         training: its mode.
         kind: its class, before a framework's own base class is added.
     """
@@ -46,5 +47,8 @@ def rebuild(
         ensemble.network = nn.ModuleList(modules)
         ensemble._become_member_like(modules[0])
     else:
-        ensemble._adopt(skeleton, *rest)
+        stacks, shared, *own = rest
+        ensemble._adopt(skeleton, stacks, shared)
+        if own:  # files have none
+            ensemble._engine.adopt_states(*own)
     return ensemble.train(training)

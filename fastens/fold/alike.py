@@ -9,7 +9,7 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,23 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def first_difference(first: nn.Module, other: nn.Module) -> str | None:
     """Where two members differ in anything but the values of parameters and buffers: ``path: this against that``."""
-    return _Comparison(first, other).difference
+    return _Comparison(first, other).difference()
+
+
+def attributes_apart(first: nn.Module, other: nn.Module, skipped: set[str]) -> Callable[..., list[str]]:
+    """A function of a module of one member and a module of another: the attributes in which they differ."""
+    comparison, skipped = _Comparison(first, other), skipped | _TABLES
+
+    def apart(a: nn.Module, b: nn.Module) -> list[str]:
+        mine, yours = vars(a), vars(b)
+        return [
+            name
+            for name in {**mine, **yours}
+            if name not in skipped
+            and (name not in mine or name not in yours or comparison.same(mine[name], yours[name]) is not None)
+        ]
+
+    return apart
 
 
 class _Comparison:
@@ -52,7 +68,16 @@ class _Comparison:
         self._seen: set[tuple[int, int]] = set()
         self._classes_seen: set[tuple[int, int]] = set()
         self._kept: list[Any] = []  # what ids stand for
-        self.difference = self._modules(first, other) or self._of_tensors(first, other)
+        self._first, self._other = first, other
+
+    def difference(self) -> str | None:
+        """Where the members differ first."""
+        return self._modules(self._first, self._other) or self._of_tensors(self._first, self._other)
+
+    def same(self, a: Any, b: Any) -> str | None:
+        """None where two of their values are alike."""
+        self._seen.clear()
+        return self._same(a, b, "")
 
     @staticmethod
     def _of_tensors(first: nn.Module, other: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from fastens.fold.memory_cap import suppress_out_of_memory
 from fastens.fold.network import state_kept
 from fastens.fold.numbers import Numbers
 from fastens.fold.planned import Entry
-from fastens.fold.tensor import Hidden, NotFoldable, all_members
+from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 from fastens.plan.record import NotRecordable, record, trace_of
 
 if TYPE_CHECKING:
@@ -194,7 +194,8 @@ class PlannedCall:
         engine, arguments = self._engine, self._arguments.copied()  # the network may write to them
         if engine.masks is None:
             try:
-                leaves = engine.one_pass(arguments, Hidden(1, engine.num_members, k))
+                with state_kept(engine.network):
+                    leaves = engine.one_pass(arguments, one_member(engine.num_members, k))
             except NotFoldable:  # a recording has wrappers from birth, an eager pass where a first call asked for them
                 arguments = self._arguments.copied()
             else:

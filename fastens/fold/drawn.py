@@ -13,6 +13,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.fold.remembered import remembers_calls
 from fastens.fold.tensor import Hidden, NotFoldable
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class DrawnCall:
         if engine.engine == "loop" or not len(members):
             return self._looped()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
+        if eager and engine.stateful and not self._caches_filled():
+            return self._looped()
         if excluded is None:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
@@ -101,7 +104,7 @@ class DrawnCall:
             if planned is not None:
                 return planned
         try:
-            return self._folded(dealt, order, offsets, row_members)
+            return engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
@@ -109,6 +112,19 @@ class DrawnCall:
         result = self._looped()
         engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
         return result
+
+    def _caches_filled(self) -> bool:
+        """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""
+        engine, arguments = self._engine, self._arguments
+        key = (arguments.signature(), engine.network.training)
+        if key not in engine.fills:
+            if remembers_calls(engine, arguments):
+                engine.give_up("the network remembers its calls, and a draw calls some members only")
+                return False
+            with torch.no_grad():
+                engine.fold(arguments)
+            engine.fills.add(key)
+        return True
 
     def _looped(self) -> Any:
         return run_drawn(self._engine.call_member, self._arguments, self._members)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -24,19 +24,20 @@ from fastens.fold.guards import transformed
 from fastens.fold.leaves import columns_of, joined, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
-from fastens.fold.members import replaced, tensors_of
+from fastens.fold.members import tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
-from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
+from fastens.fold.network import NetworkState, build_network, layer_reports, shared_names, skeleton_of, state_kept
 from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.tables import settle, tables_of, unshare
-from fastens.fold.tensor import Hidden, NotFoldable, all_members
-from fastens.fold.views import MemberViews
+from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
+from fastens.fold.views import MemberViews, State, standing_alone
 from fastens.ops.run_program import target
 from fastens.report import Report
 
+Result = TypeVar("Result")
 _CURRENT: contextvars.ContextVar[Fold | None] = contextvars.ContextVar("fastens.fold", default=None)
 
 
@@ -93,6 +94,7 @@ class FoldEngine:
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
+        self.fills: set[Any] = set()  # signatures whose caches all members have filled
         self.numbers = SeenNumbers()
         self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
@@ -115,18 +117,19 @@ class FoldEngine:
 
     def member(self, k: int) -> nn.Module:
         """A module with a copy of member k's weights; one that always applies member k's masks."""
-        if self.masks is not None:
-            return MaskedMember(self._copy(0), self.masks, k)
-        return self._copy(k)
+        member = standing_alone(self.views[k], self.skeleton)
+        return member if self.masks is None else MaskedMember(member, self.masks, k)
 
-    def _copy(self, k: int) -> nn.Module:
-        skeleton, view = self.skeleton, tensors_of(self.views[k])
+    def own_states(self) -> tuple[list[State], str]:
+        """What the members wrote to themselves, where they are called one by one, and why they are."""
+        return (self._views.own_states() if self.engine == "loop" else []), self.why
 
-        def copied(name: str, like: Tensor) -> Tensor:
-            clone = view[name].detach().clone()
-            return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
-
-        return replaced(skeleton, {name: copied(name, t) for name, t in tensors_of(skeleton).items()})
+    def adopt_states(self, states: list[State], why: str) -> None:
+        """Go on with what the members of another engine wrote to themselves, one by one."""
+        if any(any(state) for state in states):
+            self.engine, self.why = "loop", why
+            self._unshare_buffers()
+            self._views.adopt(states)
 
     def refresh(self, state: bool = True) -> None:
         """Forget which signatures were checked, what they need of memory, the plans, and copies of Python state.
@@ -135,12 +138,13 @@ class FoldEngine:
             state: whether the Python state of members is copied anew as well.
         """
         if state:
-            self._views.forget()
+            self._views.look()
         for _, _, table in tables_of(self.network):
             table.forget()
         self.tensors = list(tensors_of(self.network).values())
         self.checked.clear()
         self.rows.clear()
+        self.fills.clear()
         if self.masks is not None:
             self.masks.bind(self.network)
         self.cap.clear()
@@ -156,9 +160,11 @@ class FoldEngine:
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, by its own Python."""
-        view = self.views[k]
+        view, remembers = self.views[k], self.stateful or self.engine == "loop"
+        if remembers:
+            self._views.keep()
         output = self.call_module(view, k, arguments, method)
-        if self.stateful or self.engine == "loop":
+        if remembers:
             settle(view, keeps=True)
         return output
 
@@ -167,8 +173,9 @@ class FoldEngine:
         if self.masks is None:
             args, kwargs = arguments.of_member(k)
             return call(module, method, args, kwargs)
-        hidden = Hidden(1, self.num_members, k)
-        output = self.run(self.new_pass(hidden, arguments), arguments, method)
+        hidden = one_member(self.num_members, k)
+        self.masks.know(module)
+        output = self.run(self.new_pass(hidden, arguments), arguments, method, network=module)
         return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
 
     def loop(self, arguments: Arguments, method: str = "forward") -> list[Any]:
@@ -304,13 +311,20 @@ class FoldEngine:
             reference=self.backend == "reference",
         )
 
-    def run(self, fold: Fold, arguments: Arguments, method: str = "forward", rows: bool = False) -> Any:
-        """Run the network's own code in a pass; return what it returns, of wrappers."""
+    def run(
+        self,
+        fold: Fold,
+        arguments: Arguments,
+        method: str = "forward",
+        rows: bool = False,
+        network: nn.Module | None = None,
+    ) -> Any:
+        """Run the network's own code, or a member's, in a pass; return what it returns, of wrappers."""
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
         token = _CURRENT.set(fold)
         try:
             with fold:
-                output = call(self.network, method, args, kwargs)
+                output = call(network or self.network, method, args, kwargs)
         finally:
             _CURRENT.reset(token)
         if torch.is_grad_enabled():
@@ -322,10 +336,35 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
-        leaves = self._in_passes(arguments, key, method)
-        if self.stateful:  # members by themselves begin with the state that this pass left behind
-            self._views.forget()
+        if not self.stateful:
+            return self._in_passes(arguments, key, method)
+        state = NetworkState(self.network)
+        try:
+            leaves = self._in_passes(arguments, key, method)
+        except StopRecomputation:
+            raise
+        except BaseException:
+            state.put_back()  # the members begin where this pass did
+            raise
+        if self.engine == "fold":
+            self._views.forget()  # members by themselves begin with the state that this pass left behind
         return leaves
+
+    def fold_apart(self, run: Callable[[], Result]) -> Result:
+        """A pass over some members or rows; what it left behind in the network would not be every member's.
+
+        Raises:
+            NotFoldable: it left something behind, which is undone.
+        """
+        if not self.stateful or torch.compiler.is_compiling():
+            return run()
+        with state_kept(self.network) as changed:
+            result = run()
+        if changed:
+            raise NotFoldable(
+                f"the network writes to itself ({', '.join(sorted(changed)[:3])}), here for some members only"
+            )
+        return result
 
     def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         members, batch = self.num_members, max(1, arguments.batch_size)
@@ -362,7 +401,7 @@ class FoldEngine:
 
     def _by_rows(self, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
         """One member, some of its rows at a time."""
-        hidden = Hidden(1, self.num_members, k)
+        hidden = one_member(self.num_members, k)
 
         def some(start: int, stop: int) -> list[Any]:
             return self.one_pass(self.rows.part(self, arguments, start, stop), hidden, method)

@@ -27,10 +27,16 @@ def _versions(tensors: list[Tensor]) -> int:
 
 
 class Barrier:
-    """Counts what is written to the Python state of a network: attributes of modules, and entries of their tables."""
+    """Counts what is written to the Python state of a network: attributes of modules, and entries of their tables.
+
+    Attributes:
+        writes: how many.
+        names: the attributes, each with the identity of its module; emptied by who has looked at them.
+    """
 
     def __init__(self) -> None:
         self.writes = 0
+        self.names: set[tuple[int, str]] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Barrier:
         return Barrier()
@@ -40,18 +46,19 @@ class Watched(nn.Module):
     """A module whose attributes cannot change unnoticed; see :func:`watch`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _written(self)
+        _written(self, name)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        _written(self)
+        _written(self, name)
         super().__delattr__(name)
 
 
-def _written(module: nn.Module) -> None:
+def _written(module: nn.Module, name: str) -> None:
     barrier = module.__dict__.get("_barrier")  # none while a copy is being made
     if barrier is not None:
         barrier.writes += 1
+        barrier.names.add((id(module), name))
 
 
 @functools.cache
@@ -112,12 +119,12 @@ class Guards:
         self._hooks = [h for m in self._network.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._seen = self.barrier.writes
 
-    def state(self) -> tuple[int, int, tuple[int, ...]]:
-        """What changes with weights and Python state: writes, versions, and where each tensor is."""
+    def state(self) -> tuple[Any, ...]:
+        """What changes with weights and Python state: writes, versions, where each tensor is, and the default dtype."""
         if self.barrier.writes != self._seen:
             self.look()
         tensors = self.tensors
-        return self.barrier.writes, _versions(tensors), tuple(map(Tensor.data_ptr, tensors))
+        return self.barrier.writes, _versions(tensors), tuple(map(Tensor.data_ptr, tensors)), torch.get_default_dtype()
 
     def hooked(self) -> bool:
         """Whether hooks want to be called."""

@@ -9,7 +9,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.dispatch import Fold
 from fastens.fold.leaves import unwrapped
 from fastens.fold.masks import MaskPass, Masks
-from fastens.fold.tensor import Hidden
+from fastens.fold.tensor import one_member
 
 
 class MaskedMember(nn.Module):
@@ -30,7 +30,8 @@ class MaskedMember(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the member's masks."""
-        arguments, hidden = Arguments(args, kwargs), Hidden(1, self.masks.num_members, self.member)
+        arguments, hidden = Arguments(args, kwargs), one_member(self.masks.num_members, self.member)
+        self.masks.know(self.network)
         masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
         fold = Fold(hidden, wrapped=True, inputs=tuple(arguments.tensors), masks=masks)
         bound, named = arguments.bound(fold)

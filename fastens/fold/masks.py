@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,7 @@ class Masks:
         self.p = p
         self.num_members = num_members
         self.layers: dict[tuple[str, int], int] = {}  # dropouts in the order in which they were met first
-        self.paths: dict[int, str] = {}
+        self._paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[Any, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple[int | None, str, int], int] = {}
         self._kept: dict[Any, Tensor] = {}
@@ -81,10 +82,27 @@ class Masks:
         self._kept.clear()
         self._kept_bytes = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_paths"}  # a copy's modules are others
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._paths = weakref.WeakKeyDictionary()
+
     def bind(self, network: nn.Module) -> None:
         """Know a network's modules, and drop what was kept of another's masks."""
-        self.paths = {id(module): path for path, module in network.named_modules()}
+        self._paths.clear()
+        self.know(network)
         self.forget()
+
+    def know(self, network: nn.Module) -> None:
+        """Know the modules of a further network of the same structure, such as one member's."""
+        if network not in self._paths:
+            self._paths.update({module: path for path, module in network.named_modules()})
+
+    def path(self, module: Any) -> str | None:
+        """Where a module is in its network; none for what is no module of one."""
+        return self._paths.get(module) if isinstance(module, nn.Module) else None
 
     def layout(self, hidden: Hidden, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Member and sample of each row of a pass, int64 [R]."""
@@ -222,7 +240,7 @@ class MaskPass:
         """The path of the innermost module of the network whose code is running."""
         frame = sys._getframe(1)
         while frame is not None:
-            path = self.masks.paths.get(id(frame.f_locals.get("self")))
+            path = self.masks.path(frame.f_locals.get("self"))
             if path is not None:
                 return path
             frame = frame.f_back

@@ -14,7 +14,7 @@ from fastens.fold.alike import tensors_of
 from fastens.fold.guards import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
-from fastens.fold.tables import Stacks, settle
+from fastens.fold.tables import OfMember, Stacks, members_tables, settle
 from fastens.fold.tensor import MemberTensor, all_members
 from fastens.report import LayerReport
 
@@ -78,16 +78,18 @@ def shared_names(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, t in tensors_of(network).items() if id(t) in common)
 
 
-@contextmanager
-def state_kept(network: nn.Module) -> Iterator[set[str]]:
-    """Undo what a pass does to a network's Python state and to its buffers; yields the names of what it changed."""
-    changed: set[str] = set()
-    saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
-    try:
-        yield changed
-    finally:
-        changed |= settle(network, keeps=False)
-        for path, module, before, tensors in saved:
+class NetworkState:
+    """A network's Python state and buffers, to be put back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
+        self._own = [(path, table, set(table.own)) for path, table in members_tables(network)]
+
+    def put_back(self) -> set[str]:
+        """Undo what happened to it; return the names of what had been changed."""
+        changed = settle(self._network, keeps=False)
+        for path, module, before, tensors in self._saved:
             prefix = f"{path}." if path else ""
             now = vars(module)
             for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
@@ -103,6 +105,22 @@ def state_kept(network: nn.Module) -> Iterator[set[str]]:
             for tensor in tensors:
                 if tensor.restored():
                     changed.add(f"{prefix}{tensor.name}")
+        for path, table, own in self._own:
+            for name in table.own - own:
+                changed.add(f"{path}.{name}" if path else name)
+                table.drop(name)
+        return changed
+
+
+@contextmanager
+def state_kept(network: nn.Module) -> Iterator[set[str]]:
+    """Undo what a pass does to a network's Python state and to its buffers; yields the names of what it changed."""
+    changed: set[str] = set()
+    state = NetworkState(network)
+    try:
+        yield changed
+    finally:
+        changed |= state.put_back()
 
 
 class _Kept:
@@ -137,8 +155,12 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _tensors(module: nn.Module) -> list[_Kept]:
-    tables = (module._parameters, module._buffers)
-    return [_Kept(t, n, x) for t in tables if type(t) in (dict, Stacks) for n, x in t.items() if x is not None]
+    found: list[_Kept] = []
+    for table in (module._parameters, module._buffers):
+        if type(table) in (dict, Stacks, OfMember):
+            names = table.own if isinstance(table, OfMember) else table  # the others are the stacks'
+            found += [_Kept(table, n, x) for n, x in table.items() if n in names and x is not None]
+    return found
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +11,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.check import HALVES, relative_error, tolerance_for
 from fastens.fold.network import state_kept
+from fastens.fold.tables import seen_as
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
 
 _MOST = 256  # signatures
+_EXACT = 1e-5  # of float64, where a network may go through float32
 
 
 class RowsOfMembers:
@@ -50,30 +53,70 @@ class RowsOfMembers:
 
 
 def _established(engine: FoldEngine, arguments: Arguments, method: str) -> frozenset[int] | None:
-    """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ."""
-    batch = arguments.batch_size
+    """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ.
+
+    In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        drawn = _drawn(arguments)
+        drawn = drawn_like(arguments)
+        try:
+            member = _Member(engine, method, drawn.with_tensors([_double(x) for x in drawn.tensors]), exact=True)
+        except Exception:  # it casts itself, or is scripted
+            member = _Member(engine, method, drawn, exact=False)
+        return member.excluded()
 
-        def answer(given: Arguments) -> list[Tensor]:
-            view = engine.views[0]
-            with state_kept(view), state_kept(engine.network):
-                output = engine.call_module(view, 0, given, method)
-            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
-        whole = answer(drawn)
+class _Member:
+    """The first member's answers to a call and to single rows of it.
+
+    Args:
+        engine: of the members.
+        method: what is called.
+        given: the arguments.
+        exact: whether weights are read in float64.
+    """
+
+    def __init__(self, engine: FoldEngine, method: str, given: Arguments, exact: bool) -> None:
+        self._engine, self._method, self._given, self._exact = engine, method, given, exact
+        self._whole = self._answer(given)
+        half = any(x.dtype in HALVES for x in self._whole)
+        self._tolerance = 0.0 if half else _EXACT if exact else max(map(tolerance_for, self._whole), default=0.0)
+
+    def _answer(self, given: Arguments) -> list[Tensor]:
+        engine = self._engine
+        view, device = engine.views[0], given.batch.device.type
+        seen = seen_as(_double) if self._exact else nullcontext()
+        precise = torch.autocast(device, enabled=False) if self._exact else nullcontext()
+        with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:
+            output = engine.call_module(view, 0, given, self._method)
+        engine.stateful = engine.stateful or bool(changed or written)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def excluded(self) -> frozenset[int] | None:
+        """Positions of the leaves that only look like the batch; none where the rows are mixed."""
+        given, whole, batch = self._given, self._whole, self._given.batch_size
         if not all(x.ndim and x.shape[0] == batch for x in whole):
             return None
         if batch <= 1:
             return frozenset()
-        if any(relative_error(a, b) > 0 for a, b in zip(answer(drawn), whole, strict=True)):
+        if any(relative_error(a, b) > 0 for a, b in zip(self._answer(given), whole, strict=True)):
             return frozenset()  # random in this mode, so that only sizes tell
-        rows = sorted({0, batch - 1})
-        for excluded in _hypotheses(arguments):
-            if _explains(engine, drawn.excluding(excluded), whole, rows, answer):
-                return excluded
-    return None
+        return next((found for found in _hypotheses(given) if self._explains(found)), None)
+
+    def _explains(self, excluded: frozenset[int]) -> bool:
+        given, batch = self._given.excluding(excluded), self._given.batch_size
+        for row in sorted({0, batch // 2, batch - 1}):
+            try:
+                part = self._answer(given.selected(torch.tensor([row])))
+            except Exception:  # a form that the member does not take
+                return False
+            if len(part) != len(self._whole):
+                return False
+            pairs = zip(part, self._whole, strict=True)
+            if any(not relative_error(a, b[row : row + 1]) <= self._tolerance for a, b in pairs):
+                return False
+        return True
 
 
 def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
@@ -85,21 +128,15 @@ def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
             yield frozenset(others)
 
 
-def _explains(engine: FoldEngine, given: Arguments, whole: list[Tensor], rows: list[int], answer: Any) -> bool:
-    for row in rows:
-        try:
-            part = answer(given.selected(torch.tensor([row])))
-        except Exception:  # a form that the member does not take
-            return False
-        if len(part) != len(whole):
-            return False
-        for a, b in zip(part, whole, strict=True):
-            if not relative_error(a, b[row : row + 1]) <= 10 * tolerance_for(b, engine.network):
-                return False
-    return True
+def _double(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    with torch._C.DisableTorchFunction():
+        double = tensor.double()
+    return torch.nn.Parameter(double, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else double
 
 
-def _drawn(arguments: Arguments) -> Arguments:
+def drawn_like(arguments: Arguments) -> Arguments:
     """The same call on other numbers, of the size that they have, so that no row is by chance like another."""
 
     def draw(x: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class Stacks(dict[str, Any]):
         """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to."""
         tensor, stack = super().__getitem__(name), tied
         if stack is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
             stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
         self._written()
@@ -146,10 +146,13 @@ class OfMember(dict[str, Any]):
     def __init__(self, source: Stacks, k: int) -> None:
         super().__init__(dict.fromkeys(source))
         self.source, self.k = source, k
+        self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
         # what was read last, and where it was: the member may give it other memory, by ``data``
         self._given: dict[str, tuple[Tensor, int]] = {}
 
     def _read(self, name: str) -> Any:
+        if name in self.own:
+            return super().__getitem__(name)
         tensor = dict.__getitem__(self.source, name)
         if tensor is None:
             return None
@@ -173,15 +176,36 @@ class OfMember(dict[str, Any]):
         return self._read(name) if name in self.source else super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write a member's new value to its place in the stack."""
-        if name in self.source and isinstance(value, Tensor):
-            if name in self.source.common:
-                self.source.unshared(name)
-            place = self._read(name)
-            with torch.inference_mode() if place.is_inference() else torch.no_grad():
-                place.copy_(value)
+        """Write a member's new value to its place in the stack, or keep it where it has none there."""
+        if isinstance(value, MemberTensor) and value.hidden is None:
+            value = value.stack
+        if not self._fits(name, value):
+            self.keep(name, value)
+            return
+        if name in self.source.common:
+            self.source.unshared(name)
+        place = self._read(name)
+        with torch.inference_mode() if place.is_inference() else torch.no_grad():
+            place.copy_(value)
+
+    def _fits(self, name: str, value: Any) -> bool:
+        place = self._read(name) if name in self.source and name not in self.own else None
+        if not isinstance(place, Tensor) or not isinstance(value, Tensor):
+            return False
+        return (place.shape, place.dtype, place.device) == (value.shape, value.dtype, value.device)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Have a value that the stacks have no place for, such as a cache that grows."""
+        self.own.add(name)
+        super().__setitem__(name, value)
+
+    def drop(self, name: str) -> None:
+        """Have the value of the stacks again, or none."""
+        self.own.discard(name)
+        if name in self.source:
+            super().__setitem__(name, None)
         else:
-            super().__setitem__(name, value)
+            super().__delitem__(name)
 
     def settle(self, keeps: bool) -> set[str]:
         """Write what the member replaced by ``data`` to its place in the stack, or drop it; return the names."""
@@ -232,14 +256,19 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     return bool(stacks)
 
 
+def members_tables(view: nn.Module) -> list[tuple[str, OfMember]]:
+    """Every table of a member, with the path of its module."""
+    return [
+        (path, table)
+        for path, module in view.named_modules()
+        for table in (module._parameters, module._buffers)
+        if isinstance(table, OfMember)
+    ]
+
+
 def settle(view: nn.Module, keeps: bool) -> set[str]:
     """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
-    replaced: set[str] = set()
-    for module in view.modules():
-        for table in (module._parameters, module._buffers):
-            if isinstance(table, OfMember):
-                replaced |= table.settle(keeps)
-    return replaced
+    return {name for _, table in members_tables(view) for name in table.settle(keeps)}
 
 
 def view_of_member(network: nn.Module, k: int) -> nn.Module:

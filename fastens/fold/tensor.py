@@ -41,6 +41,14 @@ class Hidden:
     offsets: Tensor | None = None
     row_members: Tensor | None = None
 
+    def __reduce__(self) -> Any:
+        """Members are the same hidden dimension in a copy of what holds them."""
+        if self.whole:
+            return all_members, (self.num_members,)
+        if self.size == 1 and self.offsets is None:
+            return one_member, (self.num_members, self.first)
+        return super().__reduce__()
+
     @property
     def whole(self) -> bool:
         """Whether it is all members, each once."""
@@ -67,6 +75,12 @@ class Hidden:
 def all_members(num_members: int) -> Hidden:
     """The hidden dimension of parameters and of an ordinary pass: the members."""
     return Hidden(num_members, num_members)
+
+
+@functools.cache
+def one_member(num_members: int, k: int) -> Hidden:
+    """The hidden dimension of a pass of member k: what it leaves behind in the network is for its next pass."""
+    return Hidden(1, num_members, k)
 
 
 class MemberTensor(Tensor):

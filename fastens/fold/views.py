@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastens.fold.alike import attributes_apart, tensors_of
 from fastens.fold.guards import Barrier, unwatched
-from fastens.fold.tables import view_of_member
+from fastens.fold.members import replaced
+from fastens.fold.tables import OfMember, view_of_member
 
-_SKIPPED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}
+_NO_STATE = {"_barrier", "training"}
+_TABLES = ("_parameters", "_buffers")
 Made = TypeVar("Made")
-_Attributes = list[tuple[nn.Module, dict[str, Any]]]
+State = list[dict[str, Any]]  # of a member: attributes for each of its modules
 
 
 def undisturbed(make: Callable[[], Made]) -> Made:
@@ -45,8 +49,13 @@ class MemberViews:
     def forget(self) -> None:
         """Drop the members, and what they wrote to themselves."""
         self._views: list[nn.Module] = []
+        self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
+        self._modules: list[nn.Module] = []  # of the network, when they were made
+        self.look()
+
+    def look(self) -> None:
+        """Make the members anew when they are asked for next: what they were given may have changed inside."""
         self._writes = -1
-        self._given: _Attributes = []  # the network's attributes when the views were made
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
@@ -58,24 +67,89 @@ class MemberViews:
                     module.training = original.training
         return self._views
 
-    def _make(self) -> None:
-        writes = self._barrier.writes
-        views = undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
-        for view, before in zip(views, self._views, strict=False):
-            self._carry_over(view, before)
-        self._given = [(m, {n: v for n, v in vars(m).items() if n not in _SKIPPED}) for m in self._network.modules()]
-        self._views, self._writes = views, writes
+    def keep(self) -> None:
+        """Keep what members write to themselves from now on."""
+        if not self._given:
+            self._given = self._anew()
 
-    def _carry_over(self, view: nn.Module, before: nn.Module) -> None:
-        """Keep what a member wrote to itself where the network has the value that it had."""
-        given = {id(module): attributes for module, attributes in self._given}
-        olds = {id(original): old for (original, _), old in zip(self._given, before.modules(), strict=False)}
-        for module, original in zip(view.modules(), self._network.modules(), strict=True):
-            old, known = olds.get(id(original)), given.get(id(original))
-            if old is None or known is None:
-                continue
-            now = vars(original)
-            for name, value in vars(old).items():
-                unchanged = (name in now) is (name in known) and now.get(name) is known.get(name)
-                if name not in _SKIPPED and "_hooks" not in name and unchanged:
-                    module.__dict__[name] = value
+    def own_states(self) -> list[State]:
+        """What each member wrote to itself."""
+        return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]
+
+    def adopt(self, states: list[State]) -> None:
+        """Let members have written to themselves what those of a copy had."""
+        if states:
+            self.get()
+            self.keep()
+            for view, state in zip(self._views, states, strict=True):
+                write(view, state)
+
+    def _anew(self) -> list[nn.Module]:
+        return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
+
+    def _make(self) -> None:
+        writes, written = self._barrier.writes, self._barrier.names
+        self._barrier.names = set()
+        modules, made = list(self._network.modules()), self._anew()
+        if self._given:
+            given = self._anew()
+            places = {id(module): i for i, module in enumerate(self._modules)}
+            for view, state, before, now in zip(made, self.own_states(), self._given, given, strict=True):
+                apart = attributes_apart(before, now, _NO_STATE)
+                before_modules = list(before.modules())
+                kept: State = []
+                for module, new in zip(modules, now.modules(), strict=True):
+                    i = places.get(id(module))
+                    if i is None:
+                        kept.append({})
+                        continue
+                    anew = {*apart(before_modules[i], new), *(n for m, n in written if m == id(module))}
+                    kept.append({name: value for name, value in state[i].items() if name not in anew})
+                write(view, kept)
+            self._given = given
+        self._modules, self._views, self._writes = modules, made, writes
+
+
+_GONE = "fastens: no such attribute"
+
+
+def own_state(member: nn.Module, given: nn.Module) -> State:
+    """What a member wrote to itself, as against a member in which no code ran."""
+    apart = attributes_apart(member, given, _NO_STATE)
+    state = [
+        {name: vars(own).get(name, _GONE) for name in apart(own, other) if "_hooks" not in name}
+        for own, other in zip(member.modules(), given.modules(), strict=True)
+    ]
+    for module, attributes in zip(member.modules(), state, strict=True):
+        for table in _TABLES:
+            own = module.__dict__[table]
+            if isinstance(own, OfMember) and own.own:
+                attributes[table] = {name: own[name] for name in own.own}
+    return state
+
+
+def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
+    """A member with copies of its tensors and of its state, in its structure."""
+    tensors = tensors_of(view)
+
+    def copied(name: str, like: Tensor) -> Tensor:
+        clone = tensors[name].detach().clone()
+        return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
+
+    member = replaced(skeleton, {name: copied(name, like) for name, like in tensors_of(skeleton).items()})
+    write(member, copy.deepcopy(own_state(view, member)))
+    return member
+
+
+def write(member: nn.Module, state: State) -> None:
+    """Give a member the state that another one had."""
+    for module, attributes in zip(member.modules(), state, strict=True):
+        for name, value in attributes.items():
+            if name in _TABLES:
+                table = module.__dict__[name]
+                for each, tensor in value.items():
+                    (table.keep if isinstance(table, OfMember) else table.__setitem__)(each, tensor)
+            elif isinstance(value, str) and value == _GONE:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value

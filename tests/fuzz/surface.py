@@ -1,5 +1,6 @@
 """Steps on what else an ensemble offers: members on demand, arguments of each member, training, files, MC Dropout."""
 
+import copy
 import tempfile
 from random import Random
 from typing import Any
@@ -20,14 +21,19 @@ from tests.fuzz.run import Run
 from tests.fuzz.sequences import step
 
 
+def untouched(member: nn.Module) -> nn.Module:
+    """A copy that is called in a member's place, where it must not remember the call."""
+    return copy.deepcopy(member)
+
+
 @step(0.7)
 def members_on_demand(run: Run, draw: Random) -> None:
-    """Each of ``ens.members`` answers as the member that it stands for."""
-    if run.random or run.stateful:
+    """Each of ``ens.members`` answers as the member that it stands for, and is a copy of it."""
+    if run.random:
         return
     call = run.make(draw, Form(run.spec.rows))
     with torch.no_grad():
-        expected = run.loop(lambda member: member(*copied(call)[0], **copied(call)[1]))
+        expected = run.loop(lambda member: untouched(member)(*copied(call)[0], **copied(call)[1]))
         for k, output in enumerate(expected):
             run.attempt(
                 lambda k=k: run.ensemble.members[k](*copied(call)[0], **copied(call)[1]),
@@ -58,26 +64,31 @@ def per_member(run: Run, draw: Random) -> None:
 @step(0.7)
 def assigned(run: Run, draw: Random) -> None:
     """Rows that are given their members."""
-    if not hasattr(run.ensemble, "assigned") or run.random or run.stateful or ambiguous(run):
+    if not hasattr(run.ensemble, "assigned") or run.random or ambiguous(run):
         return
     rows, count = run.spec.rows, run.spec.members
-    to = torch.tensor([draw.randrange(count) for _ in range(rows)])
-    call = run.make(draw, Form(rows))
     run.allowed = run.allowed or run.mixing
+    call = run.make(draw, Form(rows))
+    for _ in range(2):
+        to = torch.tensor([draw.randrange(count) for _ in range(rows)])
 
-    def evaluate() -> Any:
-        with run.ensemble.assigned(to):
-            return run.ensemble(*call[0], **call[1])
+        with torch.no_grad():
+            called = [m if k in to else untouched(m) for k, m in enumerate(run.members)]  # others remember nothing
+            expected = run.own(lambda called=called: [m(*copied(call)[0], **copied(call)[1]) for m in called])
 
-    def check(answer: Any) -> None:
-        found = oracle.check_drawn(answer, [[output] for output in expected], 0, oracle.tolerance(run.coarsest))
-        if any(int(k) not in members for k, members in zip(to, found, strict=True)):
-            raise Mismatch("a row is not its member's")
+        def evaluate(to: torch.Tensor = to) -> Any:
+            with run.ensemble.assigned(to):
+                return run.ensemble(*copied(call)[0], **copied(call)[1])
 
-    with torch.no_grad():
-        expected = run.loop(lambda member: member(*copied(call)[0], **copied(call)[1]))
+        def check(answer: Any, to: torch.Tensor = to, expected: Any = expected) -> None:
+            found = oracle.check_drawn(answer, [[output] for output in expected], 0, oracle.tolerance(run.coarsest))
+            if any(int(k) not in members for k, members in zip(to, found, strict=True)):
+                raise Mismatch("a row is not its member's")
+
         run.outcome.calls += 1
-        run.attempt(evaluate, check)
+        with torch.no_grad():
+            run.attempt(evaluate, check)
+    with torch.no_grad():
         run.call(call)
 
 

@@ -1,0 +1,43 @@
+"""What a network remembers from call to call: caches that any call fills, or what a call of its own left behind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastens.fold.alike import first_difference, tensors_of
+from fastens.fold.arguments import Arguments
+from fastens.fold.guards import unwatched
+from fastens.fold.network import state_kept
+from fastens.fold.rows import drawn_like
+from fastens.fold.tables import view_of_member
+
+if TYPE_CHECKING:
+    from fastens.fold.engine import FoldEngine
+
+
+def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
+    """Whether what a member leaves behind in itself depends on its inputs, or on how often it was called.
+
+    Two copies of a member are called on different numbers, and each again. Caches of what follows from weights and
+    shapes are the same in both, and complete after the first call.
+    """
+    if engine.masks is not None:  # one network for all members
+        return True
+    left = []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for _ in range(2):
+            with state_kept(engine.network):
+                view = unwatched(view_of_member(engine.network, 0))
+                engine.call_module(view, 0, drawn_like(arguments), method)
+                with state_kept(engine.network) as tables, state_kept(view) as again:
+                    engine.call_module(view, 0, drawn_like(arguments), method)
+                if tables or again:
+                    return True
+                left.append((view, {name: tensor.clone() for name, tensor in tensors_of(view).items()}))
+    (first, tensors), (other, others) = left
+    return first_difference(first, other) is not None or any(
+        tensors[name].shape != others[name].shape or not torch.equal(tensors[name], others[name]) for name in tensors
+    )
