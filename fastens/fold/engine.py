@@ -117,7 +117,7 @@ class FoldEngine:
 
     def member(self, k: int) -> nn.Module:
         """A module with a copy of member k's weights; one that always applies member k's masks."""
-        member = standing_alone(self.views[k], self.skeleton)
+        member = standing_alone(self._views.fresh(k), self.skeleton)
         return member if self.masks is None else MaskedMember(member, self.masks, k)
 
     def own_states(self) -> tuple[list[State], str]:

@@ -84,6 +84,13 @@ class MemberViews:
             for view, state in zip(self._views, states, strict=True):
                 write(view, state)
 
+    def fresh(self, k: int) -> nn.Module:
+        """Member k with the state that the network has now, noticed or not, and with what it wrote to itself."""
+        if not self._given:
+            return undisturbed(lambda: unwatched(view_of_member(self._network, k)))
+        self.look()
+        return self.get()[k]
+
     def _anew(self) -> list[nn.Module]:
         return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
 
