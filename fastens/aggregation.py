@@ -178,7 +178,7 @@ def weights_at(rule: rules.NoiseDependentMean, log_snr: Tensor) -> Tensor:
 
 
 def weighted_sum(scores: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_k w_k S_k`` with weights of each sample.
+    """``sum_k w_k S_k`` with weights of each sample, in which a member of weight zero is not used, NaN or not.
 
     Args:
         scores: [K, B, ...], or K tensors [B, ...].
@@ -198,7 +198,8 @@ def weighted_sum(scores: Tensor | Sequence[Tensor], weights: Tensor) -> Tensor:
         )
     wide = torch.promote_types(first.dtype, torch.float32)
     factors = weights.to(first.device, wide).reshape(len(weights), -1, *(1,) * (first.ndim - 1))
-    total = factors[0] * first
-    for factor, score in zip(factors[1:], scores[1:], strict=True):
-        total = torch.addcmul(total, factor, score.to(wide))
+    used = factors != 0
+    total = torch.zeros((), dtype=wide, device=first.device)
+    for factor, use, score in zip(factors, used, scores, strict=True):
+        total = torch.addcmul(total, factor, torch.where(use, score.to(wide), 0))
     return total.to(first.dtype)

@@ -105,6 +105,10 @@ class MCDropout(Ensemble):
         self._become_member_like(skeleton)
         self.training = False
 
+    @property
+    def _fresh(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._settings["masks"] == "fresh"
+
     def train(self, mode: bool = True) -> "MCDropout":
         """Keep the mode for callers that read it; the network stays in evaluation mode, with dropout on."""
         self._views.train(mode)
@@ -113,18 +117,18 @@ class MCDropout(Ensemble):
     def _why_not_recorded(self) -> str | None:
         """Fresh masks too are other masks at every call."""
         fresh = "fresh masks are drawn at every call; use masks='fixed'"
-        return fresh if self._engine.masks.fresh else super()._why_not_recorded()
+        return fresh if self._fresh else super()._why_not_recorded()
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = super()._arguments(args, kwargs)
-        if self._engine.masks.fresh and not self.rule.random:
+        if self._fresh and not self.rule.random:
             self._begin(arguments)
         return arguments
 
     def _begin(self, arguments: Arguments) -> Evaluation:
         """Start an evaluation: fresh masks depend on its number, and on the trajectory's seed where there is one."""
         evaluation = super()._begin(arguments)
-        if self._engine.masks.fresh:
+        if self._fresh:
             refuse_adaptive("fresh dropout masks are drawn", "use masks='fixed'")
         return evaluation
 

@@ -18,7 +18,7 @@ from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
 from fastens.draws import Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.compiled import compiled_pass
+from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
 from fastens.fold.members import DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
@@ -149,12 +149,14 @@ class Ensemble(MemberLike, Capturing):
 
     # Evaluation
 
+    _fresh = False  # whether every evaluation draws numbers of its own
+
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
             return self._assigned(args, kwargs, assigned)
         if rule.per_evaluation or rule.per_trajectory:
-            return self._drawn(args, kwargs)
+            return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
         if found is not None:
             return found
@@ -183,6 +185,8 @@ class Ensemble(MemberLike, Capturing):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
+        if self._fresh and torch.compiler.is_compiling():
+            return drawn_pass(self._evaluate, args, kwargs)
         if torch.compiler.is_dynamo_compiling() and self._engine is not None and self._engine.engine == "fold":
             return compiled_pass(self._engine, args, kwargs)
         arguments = self._arguments(args, kwargs)

@@ -251,15 +251,48 @@ def test_random_rules_and_members(x):
         assert relative_error(ensemble.members[1](x), outputs[1]) < 1e-5
 
 
-def test_folds_in_parts_and_compiles(x):
-    torch.compiler.reset()  # shapes that other tests compiled would make these dynamic
+def test_folds_in_parts(x):
     network = randomised(Layered, 0)
     with torch.no_grad():
         expected = fastens.MCDropout(network, 3)(x)
         assert relative_error(fastens.MCDropout(network, 3, max_fold=5)(x), expected) < 1e-5
         assert relative_error(fastens.MCDropout(network, 3, engine="loop")(x), expected) < 1e-5
-        compiled = torch.compile(fastens.MCDropout(network, 3), fullgraph=True, backend="aot_eager")
-        assert relative_error(compiled(x), expected) < NETWORK[torch.float32]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("called", [False, True], ids=["before any call", "after calls"])
+def test_compiles_whole(x, dynamic, called):
+    torch.compiler.reset()  # recompilations of all tests in one process would exceed their limit
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3)
+    compiled = torch.compile(ensemble, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for given in (x, x[:3, ..., :6]) if dynamic else (x,):
+            expected = ensemble(given) if called else None
+            found = compiled(given)
+            assert relative_error(found, ensemble(given) if expected is None else expected) < NETWORK[torch.float32]
+
+
+def test_fresh_masks_are_drawn_in_every_call_of_a_compiled_ensemble(x):
+    ensemble = fastens.MCDropout(randomised(Layered, 0), 3, masks="fresh")
+    compiled = torch.compile(ensemble, backend="aot_eager")
+    runs = []
+    with torch.no_grad():
+        for call in (ensemble, compiled):
+            with ensemble.trajectory(4, 0):
+                runs.append(torch.stack([call(x) for _ in range(3)]))
+    assert not torch.equal(runs[1][0], runs[1][1])
+    assert relative_error(runs[1], runs[0]) < NETWORK[torch.float32]
+
+
+@pytest.mark.parametrize("rule", ["alternating", "mixture", None])
+def test_what_is_drawn_in_every_call_is_not_traced_whole(x, rule):
+    network = randomised(Layered, 0)
+    ensemble = fastens.MCDropout(network, 3, rule or "mean", masks="fixed" if rule else "fresh")
+    with torch.no_grad(), ensemble.trajectory(4, 0):
+        with pytest.raises(Exception, match="drawn anew in each call, which a graph would repeat"):
+            torch.compile(ensemble, fullgraph=True, backend="eager")(x)
+        with pytest.raises(RuntimeError, match="drawn anew in each call, which an exported program would repeat"):
+            torch.export.export(ensemble, (x,))
 
 
 def test_gradients_reach_input_and_weights(x):

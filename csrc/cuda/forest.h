@@ -90,7 +90,8 @@ FASTENS_DEVICE void combine_members(const ForestJob& job, int64_t row, int64_t o
   double result = 0;
   if constexpr (kRule == Rule::kLinear) {
     for (int64_t k = 0; k < job.num_members; ++k) {
-      result += (job.weights ? job.weights[k] : 1.0) * member_value(job, k, row, output);
+      const double weight = job.weights ? job.weights[k] : 1.0;
+      if (weight != 0) result += weight * member_value(job, k, row, output);  // NaN of one that is not used stays out
     }
     result /= job.divisor;
   } else if constexpr (kRule == Rule::kMedian) {

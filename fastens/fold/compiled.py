@@ -10,11 +10,13 @@ import contextvars
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastens.fold.arguments import Arguments
 
@@ -43,6 +45,11 @@ def standing_in(tensor: Tensor) -> Tensor:
 def tracing() -> bool:
     """Whether stacks have stand-ins in this context."""
     return _STANDING_IN.get() is not None
+
+
+def traced(tensors: Iterable[Tensor]) -> bool:
+    """Whether a trace is in progress, whose tensors and sizes are symbols: nothing of it is kept for other passes."""
+    return torch.compiler.is_compiling() or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
 @contextmanager
@@ -85,3 +92,21 @@ def compiled_pass(
     for value in traced.values:
         leaves.append(tensors.pop(0) if value is None and tensors else [value] * engine.num_members)
     return [*leaves, traced.spec]
+
+
+def drawn_pass(
+    evaluate: Callable[[tuple[Any, ...], dict[str, Any]], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Evaluate, outside the trace in progress, what draws numbers anew in each call.
+
+    Raises:
+        RuntimeError: the trace is an export, which has no outside.
+    """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "members or dropout masks are drawn anew in each call, which an exported program would repeat; export the "
+            "ensemble under another rule, ens.with_rule('mean'), or MCDropout with masks='fixed'"
+        )
+    from fastens.fold.node import untraced  # as dynamo traces this line, which has been imported then
+
+    return untraced(evaluate, args, kwargs)

@@ -18,6 +18,7 @@ from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued
 from fastens.fold.writes import WritesInput, depending, promote, writes_to
+from fastens.reference._rows import rows_of
 
 if TYPE_CHECKING:
     from fastens.fold.numbers import Numbers
@@ -147,7 +148,7 @@ class Fold(TorchFunctionMode):
         if member_valued(x):
             if x.flat is not None and x.hidden is self.hidden:
                 return x.flat
-            return self.stack(x).flatten(0, 1)
+            return rows_of(self.stack(x))
         x = plain(x)
         return x.repeat(self.hidden.size, *(1,) * (x.ndim - 1))
 

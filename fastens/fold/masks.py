@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments
+from fastens.fold.compiled import traced
 from fastens.fold.dispatch import Fold
 from fastens.fold.tensor import Hidden
 from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel
 from fastens.plan.record import MaskInputs, Ref
+from fastens.reference._rows import rows_of
 
 # function: (draws whole channels, keeps mean and variance)
 FUNCTIONS: dict[Callable[..., Any], tuple[bool, bool]] = {
@@ -113,7 +115,7 @@ class Masks:
                 device
             )
         batch = arguments.batch_size
-        keeps = samples is None and type(batch) is int  # not a symbol, as under a trace with a dynamic batch
+        keeps = samples is None and not traced(arguments.tensors)
         identity = (hidden.first, hidden.size, batch, arguments.num_samples, device) if keeps else None
         if identity in self._layouts:
             return self._layouts[identity]
@@ -121,7 +123,7 @@ class Masks:
             samples = torch.arange(batch, device=device) % max(arguments.num_samples or batch, 1)
         members = torch.arange(hidden.first, hidden.first + hidden.size, device=device).repeat_interleave(batch)
         found = members, samples.to(device).repeat(hidden.size)
-        if keeps and not (torch.compiler.is_compiling() or isinstance(members, torch._subclasses.FakeTensor)):
+        if keeps:
             self._layouts = {} if len(self._layouts) > 64 else self._layouts
             self._layouts[identity] = found
         return found
@@ -140,7 +142,8 @@ class Masks:
 
     def fixed(self, x: Tensor, p: float, key: int, count: int) -> Tensor:
         """Zero or 1 / (1 - p) for each member and element, [K, n]; kept, because fixed masks return in every pass."""
-        identity = (key, p, count, _wide(x), x.device)
+        keeps = not traced([x])
+        identity = (key, p, count, _wide(x), x.device) if keeps else None
         scale = self._kept.get(identity)
         if scale is not None:
             return keep(scale)
@@ -148,8 +151,7 @@ class Masks:
             ones = torch.ones(self.num_members, count, dtype=_wide(x), device=x.device)
             scale = dropout(ones, torch.arange(self.num_members, device=x.device), None, p, key)
         size = scale.numel() * scale.element_size()
-        fake = torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor)
-        if not fake and not scale.is_inference() and self._kept_bytes + size <= _KEPT_BYTES:
+        if keeps and not scale.is_inference() and self._kept_bytes + size <= _KEPT_BYTES:
             self._kept[identity] = scale
             self._kept_bytes += size
         return scale
@@ -247,7 +249,7 @@ class MaskPass:
         return ""
 
     def _masked(self, fold: Fold, given: Any, p: float, key: int, features: bool) -> Any:
-        rows = len(self.members)
+        rows = self.members.shape[0]
         per_entry = rows // fold.hidden.size if fold.hidden.size else 0
         if given.ndim == 0 or (given.shape[0] % per_entry if per_entry else given.numel()):
             raise ValueError(
@@ -260,7 +262,7 @@ class MaskPass:
         return fold.unrows(self._of_rows(fold, x, p, key, features))
 
     def _of_rows(self, fold: Fold, x: Tensor, p: float, key: int, features: bool) -> Tensor:
-        members, samples, rows = self.members, self.samples, len(self.members)
+        members, samples, rows = self.members, self.samples, self.members.shape[0]
         number = self.evaluation[1]
         if fold.recording and not features and not self.as_factors:
             return _recorded(x, rows, members, samples, p, key, number)
@@ -278,7 +280,7 @@ class MaskPass:
         scale = self.masks.fixed(x, p, key, per_row * math.prod(aligned))  # [K, n]
         if fold.hidden.whole:
             groups = x.unflatten(0, (fold.hidden.size, -1, per_row))
-            scaled = (groups * scale.reshape(fold.hidden.size, 1, per_row, *aligned)).flatten(0, 2)
+            scaled = rows_of((groups * scale.reshape(fold.hidden.size, 1, per_row, *aligned)).flatten(1, 2))
         else:
             scaled = x * scale.index_select(0, members).reshape(-1, *aligned)
         return scaled.to(x.dtype)

@@ -1,7 +1,16 @@
-"""The pass of all members as dynamo calls it: a function of its own, since marking it imports ``torch._dynamo``."""
+"""What dynamo calls as it is: functions of a module of their own, since marking them imports ``torch._dynamo``."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fastens.fold.compiled import evaluate_node
 
 node = torch.compiler.allow_in_graph(evaluate_node)
+
+
+@torch.compiler.disable(reason="members or dropout masks are drawn anew in each call, which a graph would repeat")
+def untraced(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function outside the graph: torch.compile parts the graph there, or refuses under ``fullgraph=True``."""
+    return function(args, kwargs)

@@ -66,7 +66,8 @@ def conv2d_sum_kernel(
             column = first_column + tl.arange(0, BLOCK_N)
             begins = (first <= k * steps) & (k * steps < last) & (column < outputs)
             acc += tl.load(bias + member * outputs + column, begins, other=0.0).to(WIDE)[None, :]
-        total += acc * tl.load(member_weights + k)
+        member_weight = tl.load(member_weights + k)
+        total += tl.where(member_weight != 0, acc * member_weight, 0.0)  # NaN of a member that is not used stays out
     arrived_last = True
     if SPLITS > 1:
         total, arrived_last = joined(total, workspace, arrivals, SPLITS, ROWS * PLACES, BLOCK_N, WIDE)

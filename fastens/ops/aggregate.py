@@ -70,6 +70,7 @@ def aggregate(
             f"aggregate: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"
         )
     resolved.check(len(members))
+    members, resolved = resolved.used(members)
     seed = seed_from(generator) if resolved.per_evaluation else 0
     if not resolved.has_kernels:
         check_defined("aggregate", resolved, backend)

@@ -8,6 +8,7 @@ from fastens import rules
 from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
 from fastens.ops._scores import as_scores, check_defined
+from fastens.ops.member_variance import member_variance
 from fastens.reference import aggregate_update as reference
 
 
@@ -101,6 +102,14 @@ def aggregate_update(
             f"aggregate_update: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"
         )
     resolved.check(len(members))
+    everyone = members
+    members, resolved = resolved.used(everyone)
+    if variance and len(members) < len(everyone):  # a pass of its own, over all of them
+        out, _ = aggregate_update(
+            members, resolved, x=x, noise=noise, coefficients=coefficients, guidance=guidance, seed=seed,
+            offset=offset, backend=backend,
+        )  # fmt: skip
+        return out, member_variance(everyone, backend=backend)
     rows, *rest = members[0].shape
     if guidance is not None:
         if rows % 2:

@@ -59,7 +59,7 @@ def conv2d_sum(
         x: [K B, C, H, W], rows grouped by member.
         weight: [K, O, C, h, w].
         bias: [K, O], or none.
-        member_weights: K numbers m_k.
+        member_weights: K numbers m_k; a member of zero is not used, NaN or not.
         stride: down and to the right.
         padding: zeros above and below, left and right; of what the norm gives.
         moments: [K B, G, T, 2] of x, as for :func:`fastens.ops.conv2d.conv2d`; none for no norm.

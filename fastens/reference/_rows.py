@@ -15,6 +15,14 @@ def split_rows(x: Tensor, num_members: int, offsets: Tensor | None) -> list[Tens
     return list(x.split([stop - start for start, stop in pairwise(offsets.tolist())]))
 
 
+def rows_of(stack: Tensor) -> Tensor:
+    """A stack [K, B, ...] as the rows of all its members, [K B, ...]."""
+    if torch.compiler.is_exporting() and stack.is_contiguous():
+        # there ``min`` is symbolic, and ``flatten`` leaves a stride min(s, B s) that no named batch is proved to fit
+        return stack.as_strided((stack.shape[0] * stack.shape[1], *stack.shape[2:]), stack.stride()[1:])
+    return stack.flatten(0, 1)
+
+
 def expand_rows(stack: Tensor, num_rows: int, offsets: Tensor | None) -> Tensor:
     """Give every row its member's entry: ``stack`` [K, ...] -> [R, ...]."""
     num_members = stack.shape[0]

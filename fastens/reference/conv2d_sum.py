@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastens.reference.conv2d import conv2d
@@ -27,4 +28,5 @@ def conv2d_sum(
         x, weight, bias, stride, padding, None, moments, norm_weight, norm_bias, eps, scale, shift, activation
     )
     by_member = y.unflatten(0, (weight.shape[0], -1))  # [K, B, O, H', W']
-    return (by_member * y.new_tensor(list(member_weights)).reshape(-1, 1, 1, 1, 1)).sum(0)
+    weighted = [m * scores for m, scores in zip(member_weights, by_member, strict=True) if m]  # the others are not used
+    return torch.stack(weighted).sum(0) if weighted else torch.zeros_like(by_member[0])

@@ -146,7 +146,8 @@ def combine(members: Array, rule: rules.Rule, seed: int = 0, offset: int = 0) ->
         return aggregate(torch.from_numpy(members), rule).numpy()
     if isinstance(rule, rules.Mean | rules.Sum):
         weights = rule.values or itertools.repeat(1.0)
-        total = sum((w * member for w, member in zip(weights, members, strict=False)), np.zeros(members.shape[1:]))
+        zeros = np.zeros(members.shape[1:])
+        total = sum((w * member for w, member in zip(weights, members, strict=False) if w), zeros)
         return total / len(members) if isinstance(rule, rules.Mean) and not rule.values else total
     if isinstance(rule, rules.Geometric) and members.size:
         return _geometric(members, rule)

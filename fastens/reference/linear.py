@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.reference._activation import activate
-from fastens.reference._rows import per_member
+from fastens.reference._rows import per_member, rows_of
 from fastens.reference.dropout import masked
 
 
@@ -36,4 +36,4 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor | No
         y = torch.bmm(grouped, weight.transpose(1, 2))
     else:
         y = torch.baddbmm(bias.unsqueeze(1), grouped, weight.transpose(1, 2))
-    return y.reshape(*x.shape[:-1], weight.shape[1])
+    return rows_of(y if x.ndim == 2 else y.unflatten(1, (x.shape[0] // weight.shape[0], *x.shape[1:-1])))

@@ -105,6 +105,10 @@ class Rule:
     def check(self, num_members: int) -> None:
         """Raise ValueError where the rule does not fit ``num_members`` members."""
 
+    def used(self, members: list[Tensor]) -> tuple[list[Tensor], Rule]:
+        """The scores [B, ...] of the members that the rule uses, and the rule of these alone."""
+        return members, self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as JSON-able values: its name under "rule", beside its parameters."""
         return {"rule": self.name, **dataclasses.asdict(self)}

@@ -38,6 +38,8 @@ def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
 class Mean(Rule):
     """Weighted arithmetic mean, ``sum_k w_k S_k``; ``w_k = 1/K`` by default.
 
+    A member of weight zero is not used: no infinity and no NaN of it reaches the mean, and no gradient reaches it.
+
     Args:
         weights: K finite numbers that sum to 1 within 1e-6; kept as a tuple of floats.
 
@@ -61,8 +63,17 @@ class Mean(Rule):
         """The mean over dimension 0."""
         if self.weights is None:
             return scores.mean(0)
-        weights = torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
-        return (scores * weights.view(-1, *[1] * (scores.dim() - 1))).sum(0)
+        at = [k for k, weight in enumerate(self.weights) if weight]
+        used = scores if len(at) == len(scores) else scores[at]
+        weights = torch.tensor([self.weights[k] for k in at], dtype=scores.dtype, device=scores.device)
+        return (used * weights.view(-1, *[1] * (scores.dim() - 1))).sum(0)
+
+    def used(self, members: list[Tensor]) -> tuple[list[Tensor], Rule]:
+        """The members of another weight than zero, and their mean."""
+        if not self.linear or self.weights is None or all(self.weights):
+            return members, self
+        pairs = [(member, weight) for member, weight in zip(members, self.weights, strict=True) if weight]
+        return [member for member, _ in pairs], Mean(tuple(weight for _, weight in pairs))
 
     @property
     def option(self) -> str:

@@ -18,7 +18,8 @@ class NoiseDependentMean(Mean):
     """Weighted mean whose weights depend on the noise level, interpolated linearly in ``log(alpha^2 / sigma^2)``.
 
     It is a rule of an ensemble that has a schedule, by which the time among its arguments becomes a noise level; beyond
-    the levels the nearest one's weights hold. :func:`fastens.evaluation.fit_weights` makes it.
+    the levels the nearest one's weights hold. Where a weight is zero the member is not used, as in :class:`Mean`.
+    :func:`fastens.evaluation.fit_weights` makes it.
 
     Args:
         weights: of the members at each level, L tuples of K finite numbers that sum to 1 within 1e-6.

@@ -1,7 +1,10 @@
 """Whole ensembles go through ``torch.compile`` in one graph and through ``torch.export``, whatever the network."""
 
+import inspect
+
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import fastens
 from tests.networks import NETWORKS, randomised, tensor_of
@@ -43,6 +46,24 @@ def test_exports_whole(name):
     with torch.no_grad():
         ensemble(*args, **kwargs)
         check(exported(ensemble, args, kwargs), ensemble, members, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer", "gru", "magnitude_preserving", "vision_blocks"])
+def test_exports_with_a_named_batch(name):
+    make, arguments = NETWORKS[name]
+    ensemble = fastens.Ensemble([randomised(make, seed) for seed in range(2)], engine="fold")
+    args, kwargs = arguments(4)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    given = inspect.signature(make().forward).bind(*args, **kwargs).arguments
+    sizes = pytree.tree_map(lambda x: {0: batch} if isinstance(x, torch.Tensor) and x.ndim else None, given)
+    with torch.no_grad():
+        program = torch.export.export(ensemble, args, kwargs, dynamic_shapes=sizes).module()
+        for count in (4, 2, 7):
+            args, kwargs = arguments(count)
+            assert (
+                relative_error(tensor_of(program(*args, **kwargs)), tensor_of(ensemble(*args, **kwargs)))
+                < NETWORK[torch.float32]
+            )
 
 
 @pytest.mark.parametrize("trace", [compiled, exported])
