@@ -14,16 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
 from fastens.fold.tables import Stacks
-
-_VERSION = operator.attrgetter("_version")
-
-
-def _versions(tensors: list[Tensor]) -> int:
-    """How often tensors were written to, as far as torch counts; those made in inference mode have no count."""
-    try:
-        return sum(map(_VERSION, tensors))
-    except RuntimeError:
-        return sum(0 if t.is_inference() else t._version for t in tensors)
+from fastens.fold.weights import Weights
 
 
 class Barrier:
@@ -95,6 +86,7 @@ class Guards:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
+        self._weights = Weights([])
         self.barrier = Barrier()
         watch(network, self.barrier)
         self.look()
@@ -102,22 +94,28 @@ class Guards:
     def look(self) -> None:
         """List the tensors and hooks of the network as it is now."""
         watch(self._network, self.barrier)
-        self.tensors: list[Tensor] = [
+        tensors: list[Tensor] = [
             tensor
             for module in self._network.modules()
             for table in (module._parameters, module._buffers)
             for tensor in table.values()
             if tensor is not None
         ]
+        if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
+            self._weights = Weights(tensors)
         self._hooks = [h for m in self._network.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._seen = self.barrier.writes
 
-    def state(self) -> tuple[int, int, tuple[int, ...]]:
-        """What changes with weights and Python state: writes, versions, and where each tensor is."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the network."""
+        return self._weights.tensors
+
+    def state(self) -> tuple[int, Any]:
+        """What changes with Python state, and what changes with weights."""
         if self.barrier.writes != self._seen:
             self.look()
-        tensors = self.tensors
-        return self.barrier.writes, _versions(tensors), tuple(map(Tensor.data_ptr, tensors))
+        return self.barrier.writes, self._weights.state()
 
     def hooked(self) -> bool:
         """Whether hooks want to be called."""
@@ -131,10 +129,13 @@ def ordinary_context(device: str) -> bool:
 
 def unmodified_context(device: str) -> bool:
     """Whether no mode and no transform is in this context, but for a default device of this kind."""
-    return not transformed() and all(
-        isinstance(mode, DeviceContext) and mode.device.type == device
-        for mode in map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    )
+    if transformed():
+        return False
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if not isinstance(mode, DeviceContext) or mode.device.type != device:
+            return False
+    return True
 
 
 def transformed() -> bool:
