@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
@@ -13,68 +12,8 @@ from torch.nn.modules import module as module_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 
-from fastens.fold.tables import Stacks
+from fastens.fold.barrier import HOOKS, Barrier, counts, watch
 from fastens.fold.weights import Weights
-
-
-class Barrier:
-    """Counts what is written to the Python state of a network: attributes of modules, and entries of their tables."""
-
-    def __init__(self) -> None:
-        self.writes = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Barrier:
-        return Barrier()
-
-
-class Watched(nn.Module):
-    """A module whose attributes cannot change unnoticed; see :func:`watch`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _written(self)
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        _written(self)
-        super().__delattr__(name)
-
-
-def _written(module: nn.Module) -> None:
-    barrier = module.__dict__.get("_barrier")  # none while a copy is being made
-    if barrier is not None:
-        barrier.writes += 1
-
-
-@functools.cache
-def _watched(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that differs from a class in nothing but that it counts writes."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "watches": kind}
-    return type(kind.__name__, (Watched, kind), names)
-
-
-def watch(network: nn.Module, barrier: Barrier) -> None:
-    """Let every module of a network, and its tables, count writes."""
-    for module in network.modules():
-        module.__dict__["_barrier"] = barrier
-        for table in (module._parameters, module._buffers):
-            if isinstance(table, Stacks):
-                table.barrier = barrier
-        if not isinstance(module, Watched):
-            module.__class__ = _watched(type(module))
-
-
-def unwatched(module: nn.Module) -> nn.Module:
-    """The same module, of the class that it had."""
-    for each in module.modules():
-        if isinstance(each, Watched):
-            each.__class__ = class_of(each)
-        each.__dict__.pop("_barrier", None)
-    return module
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has for its author."""
-    return type(module).watches if isinstance(module, Watched) else type(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Guards:
@@ -88,11 +27,11 @@ class Guards:
         self._network = network
         self._weights = Weights([])
         self.barrier = Barrier()
-        watch(network, self.barrier)
         self.look()
 
     def look(self) -> None:
         """List the tensors and hooks of the network as it is now."""
+        seen = self.barrier.writes
         watch(self._network, self.barrier)
         tensors: list[Tensor] = [
             tensor
@@ -103,8 +42,15 @@ class Guards:
         ]
         if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
             self._weights = Weights(tensors)
-        self._hooks = [h for m in self._network.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._seen = self.barrier.writes
+        self._look_for_hooks()
+        self._seen = seen
+
+    def _look_for_hooks(self) -> None:
+        """List the tables that have hooks, or do not tell when they get one."""
+        seen = self.barrier.hooks
+        tables = [vars(module)[name] for module in self._network.modules() for name in HOOKS]
+        self._hooks = [table for table in tables if table or not counts(table)]
+        self._seen_hooks = seen
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -115,10 +61,12 @@ class Guards:
         """What changes with Python state, and what changes with weights."""
         if self.barrier.writes != self._seen:
             self.look()
-        return self.barrier.writes, self._weights.state()
+        return self._seen, self._weights.state()
 
     def hooked(self) -> bool:
         """Whether hooks want to be called."""
+        if self.barrier.hooks != self._seen_hooks:
+            self._look_for_hooks()
         return any(self._hooks) or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
 
 

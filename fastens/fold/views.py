@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastens.fold.guards import Barrier, unwatched
+from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.tables import view_of_member
 
 _SKIPPED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import fastens
 from fastens import _native
+from fastens.fold import weights
 from fastens.training import training_step
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import relative_error
@@ -127,13 +128,21 @@ CHANGES = {
     "an attribute of the network": lambda ensemble: setattr(ensemble.network, "scale", 3.0),
     "a setter": lambda ensemble: ensemble.set_scale(3.0),
     "eps of a norm": lambda ensemble: setattr(ensemble.network.norm, "eps", 1.0),
+    "a submodule by name": lambda ensemble: ensemble.network.add_module("second", nn.Linear(16, 4)),
+    "a table of submodules": lambda ensemble: ensemble.network._modules.update(second=nn.Linear(16, 4)),
+    "a table of parameters": lambda ensemble: vars(ensemble.network.second)["_parameters"].update(
+        bias=nn.Parameter(torch.randn(K, 4))
+    ),
     "a deleted bias": lambda ensemble: setattr(ensemble.network.norm, "bias", None),
     "float64": lambda ensemble: ensemble.double(),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("looks", ["library", "python"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_noticed(change):
+def test_changes_are_noticed(change, looks, monkeypatch):
+    if looks == "python":
+        monkeypatch.setattr(weights, "_watch_of", lambda tensors: None)
     ensemble = planned()
     with torch.no_grad():
         old = ensemble(X)
@@ -177,6 +186,93 @@ def test_functional_calls_are_other_weights(first):
             found = torch.func.functional_call(ensemble, other, (X,))
             assert relative_error(found, by_members(twin)) < 1e-5
             assert relative_error(ensemble(X), by_members(ensemble)) < 1e-5
+
+
+class Containers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.named = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Tanh()})
+        self.listed = nn.ModuleList([nn.Linear(4, 4), nn.Tanh()])
+        self.chain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x):
+        for module in (*self.named.values(), *self.listed, self.chain):
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("change", {
+    "set": lambda net: net.named.__setitem__("a", nn.Linear(4, 4)),
+    "update": lambda net: net.named.update({"c": nn.Linear(4, 4)}),
+    "pop": lambda net: net.named.pop("b"),
+    "clear": lambda net: net.named.clear(),
+    "insert": lambda net: net.listed.insert(0, nn.Linear(4, 4)),
+    "append": lambda net: net.listed.append(nn.Linear(4, 4)),
+    "delete": lambda net: net.listed.__delitem__(1),
+    "append to a chain": lambda net: net.chain.append(nn.Linear(4, 4)),
+    "insert into a chain": lambda net: net.chain.insert(1, nn.Linear(4, 4)),
+}.items(), ids=lambda item: item[0])  # fmt: skip
+def test_containers_are_noticed(change):
+    ensemble = planned(Containers)
+    old = by_members(ensemble)
+    change[1](ensemble.network)
+    expected = by_members(ensemble)
+    assert relative_error(old, expected) > 1e-3
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(ensemble(X), expected) < 1e-5
+
+
+def test_a_write_is_counted_when_it_is_done():
+    """Who looks while another thread writes does not take the old network for the new one."""
+    looks = []
+
+    class Slow(nn.LayerNorm):
+        def __setattr__(self, name, value):
+            for look in looks:
+                look()
+            super().__setattr__(name, value)
+
+    class Net(Containers):
+        def __init__(self):
+            super().__init__()
+            self.chain.append(Slow(4))
+
+    ensemble = planned(Net)
+    guards, seen = ensemble._engine.plans.guards, []
+    looks.append(lambda: seen.append(guards.state()))
+    ensemble.network.chain[2].eps = 1.0
+    assert len(seen) == 1
+    assert guards.state() != seen[0]
+
+
+@pytest.mark.parametrize("insert", ["register", "setdefault", "update"])
+def test_hooks_are_noticed_however_they_come(insert):
+    ensemble = planned()
+    hooks, calls = ensemble.network.second._forward_hooks, []
+
+    def hook(module, inputs, output):
+        calls.append(1)
+        return 2 * output
+
+    for _ in range(2):
+        if insert == "register":
+            ensemble.network.second.register_forward_hook(hook)
+        elif insert == "setdefault":
+            hooks.setdefault(-1, hook)
+        else:
+            hooks.update({-1: hook})
+        with torch.no_grad():
+            expected, doubled = by_members(ensemble), ensemble(X)
+        assert calls
+        assert relative_error(doubled, expected) < 1e-5
+        hooks.clear()
+        with torch.no_grad():
+            plain = ensemble(X)
+        assert relative_error(plain, by_members(ensemble)) < 1e-5
+        assert relative_error(plain, doubled) > 1e-2
+        calls.clear()
+    assert len(ensemble.report().plans) == 1  # it is as true as before
 
 
 class Dropping(Net):
