@@ -1,4 +1,4 @@
-"""The write barrier: whatever is written to a network's modules, by whatever method, its plans are those of what it is."""
+"""The write barrier: whatever is written to a network, by whatever method, plans are of the network as it is."""
 
 import pytest
 import torch
