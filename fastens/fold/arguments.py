@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -16,10 +17,13 @@ from fastens.fold.dispatch import Fold
 from fastens.fold.tensor import MemberTensor
 
 _PLAIN = int | float | str | torch.dtype | torch.device | None
+_LEAVES = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device})
 
 
-def _in_memory(x: Tensor) -> bool:
-    """Whether a tensor's elements are where its strides say, as they are."""
+def _is_plain(x: Any) -> bool:
+    """Whether a leaf is a number, a name or the like, or a tensor whose elements are where its strides say."""
+    if not isinstance(x, Tensor):
+        return isinstance(x, _PLAIN)
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
@@ -51,6 +55,14 @@ def duplicate(x: Tensor, factor: float = 1.0) -> Tensor:
     if factor != 1.0 and x.is_floating_point():
         flat.mul_(factor)
     return made
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Leaves, and how they are nested: their number and names where all arguments are leaves, which is told at once."""
+    leaves = [*args, *kwargs.values()]
+    if not torch.compiler.is_compiling() and _LEAVES.issuperset(map(type, leaves)):
+        return leaves, (len(args), tuple(kwargs))
+    return pytree.tree_flatten((args, kwargs))
 
 
 class PerMember:
@@ -91,7 +103,6 @@ class Arguments:
     Attributes:
         leaves: the arguments' leaves; of a :class:`PerMember` its stack [K, ...].
         own: positions of leaves that are stacks with one entry for each member.
-        rows_at: positions of leaves that carry the batch in dimension 0, as far as their size tells.
         per_row: positions of leaves that have an entry for each row, which a member sees alone; see :meth:`of_rows`.
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
@@ -108,10 +119,13 @@ class Arguments:
     samples: Tensor | None = None
     varying: Mapping[int, float] = MappingProxyType({})
     free: frozenset[int] = frozenset()
+    own: frozenset[int] = frozenset()
     per_row: frozenset[int] = frozenset()
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
-        self.leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self._nesting = _flattened(args, kwargs)
+        if isinstance(self._nesting, tuple):
+            return
         self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
         for i in self.own:
             if num_members is not None and len(self.leaves[i]) != num_members:
@@ -119,15 +133,29 @@ class Arguments:
                     f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members"
                 )
             self.leaves[i] = self.leaves[i].stack
-        self._find_rows()
 
-    def _find_rows(self) -> None:
+    @functools.cached_property
+    def _rows(self) -> tuple[int | None, frozenset[int]]:
+        """The position of the tensor that shows the batch, and of those that look like it."""
         shaped = [(i, self._shape(i)) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         shaped = [(i, shape) for i, shape in shaped if shape]
         primary = next((i for i, shape in shaped if len(shape) > 1), shaped[0][0] if shaped else None)
-        self._primary = primary
         size = None if primary is None else self._shape(primary)[0]
-        self.rows_at = frozenset(i for i, shape in shaped if shape[0] == size)
+        return primary, frozenset(i for i, shape in shaped if shape[0] == size)
+
+    @property
+    def rows_at(self) -> frozenset[int]:
+        """Positions of leaves that carry the batch in dimension 0, as far as their size tells."""
+        return self._rows[1]
+
+    @property
+    def _primary(self) -> int | None:
+        return self._rows[0]
+
+    def _copy(self) -> Arguments:
+        """The same call, to be given other leaves: which carry rows was told by these."""
+        _ = self._rows
+        return copy.copy(self)
 
     def _shape(self, i: int) -> torch.Size:
         """The shape that a member sees."""
@@ -158,8 +186,8 @@ class Arguments:
         """The same call, where the leaves at these positions only look like the batch."""
         if not positions:
             return self
-        other = copy.copy(self)
-        other.rows_at = self.rows_at - positions
+        other = self._copy()
+        other._rows = self._primary, self.rows_at - positions
         return other
 
     @property
@@ -169,13 +197,16 @@ class Arguments:
 
     def with_tensors(self, tensors: list[Tensor]) -> Arguments:
         """The same arguments with other tensors in the place of theirs."""
-        other = copy.copy(self)
+        other = self._copy()
         replacements = iter(tensors)
         other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         return other
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
-        return pytree.tree_unflatten(leaves, self._spec)
+        if not isinstance(self._nesting, tuple):
+            return pytree.tree_unflatten(leaves, self._nesting)
+        count, names = self._nesting
+        return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -222,7 +253,7 @@ class Arguments:
 
     def selected(self, index: Tensor) -> Arguments:
         """The arguments for the samples ``index``, int64 [n]."""
-        other = copy.copy(self)
+        other = self._copy()
         other.leaves = list(self.leaves)
         for i in self.rows_at | self.per_row:
             x = self.leaves[i]
@@ -233,7 +264,7 @@ class Arguments:
 
     def of_rows(self, members: Tensor) -> Arguments:
         """The arguments of rows that have a member each, ``members`` int64 [B]: of :class:`PerMember`, its member's."""
-        other = copy.copy(self)
+        other = self._copy()
         other.leaves = list(self.leaves)
         for i in self.own:
             x = self.leaves[i]
@@ -255,13 +286,13 @@ class Arguments:
         Args:
             varying: positions of numbers that are inputs of the plan.
         """
-
-        def key(i: int, leaf: Any) -> Any:
+        key = [self._nesting, self.own, self.per_row]
+        for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
-                return leaf.shape, leaf.stride(), leaf.dtype
-            return (type(leaf), "any") if i in varying else (type(leaf), leaf)
-
-        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own, self.per_row)
+                key += (leaf.shape, leaf.stride(), leaf.dtype)
+            else:
+                key += (type(leaf), "any" if i in varying else leaf)
+        return tuple(key)
 
     def kind(self) -> tuple[Any, ...]:
         """What tells calls apart but for the values of tensors and numbers, and for strides."""
@@ -269,17 +300,17 @@ class Arguments:
         def key(leaf: Any) -> Any:
             return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
 
-        return (*map(key, self.leaves), self._spec, self.own, self.per_row)
+        return (*map(key, self.leaves), self._nesting, self.own, self.per_row)
 
     def with_numbers(self, values: Mapping[int, float]) -> Arguments:
         """The same arguments with other numbers at these positions."""
-        other = copy.copy(self)
+        other = self._copy()
         other.leaves = [values.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         return other
 
     def plain(self) -> bool:
         """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
-        return all(_in_memory(leaf) if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN) for leaf in self.leaves)
+        return all(map(_is_plain, self.leaves))
 
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
@@ -295,7 +326,7 @@ class Arguments:
                 return type(leaf)
             return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
 
-        return (*map(key, range(len(self.leaves)), self.leaves), self._spec, self.own, self.per_row)
+        return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row)
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -320,5 +351,4 @@ def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, 
         raise ValueError(f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}")
     first = shapes[primary][:2]
     arguments.own |= {i for i, shape in shapes.items() if shape[:2] == first}
-    arguments._find_rows()
     return arguments

@@ -215,13 +215,12 @@ class FoldEngine:
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return self.fold(arguments, None, method)
-        eager = not capturing()
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
             planned = PlannedCall(self, arguments).run()
             if planned is not None:
                 return planned
-        if not eager:
+        if capturing():
             return self.fold(arguments, None, method)
         self.numbers.note(arguments)
         key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())

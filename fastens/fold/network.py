@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.alike import tensors_of
-from fastens.fold.guards import unwatched
+from fastens.fold.barrier import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
 from fastens.fold.tables import OfMember, Stacks, members_tables, settle

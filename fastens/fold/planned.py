@@ -108,6 +108,7 @@ class Plans:
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
         self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
+        self._kind = self._device.type
         self._plans: OrderedDict[Any, Entry] = OrderedDict()
         self.known: set[Any] = set()
         self._refused: dict[Any, str] = {}
@@ -144,14 +145,14 @@ class Plans:
         return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
 
     def current(self, key: Any) -> Entry | None:
-        """The plan of a signature while it is true: no hook wants to be called, and the weights are as they were."""
+        """The plan of a signature that :meth:`can_plan` let through, while network and weights are as they were."""
         found = self._plans.get(key)
-        return None if found is None or self.guards.hooked() or self.guards.state() != self._rests_on else found
+        return None if found is None or self.guards.state() != self._rests_on else found
 
     @property
     def launched(self) -> bool:
         """Whether plans are launches, as on a GPU, and not programs."""
-        return self._launched or self._device.type != "cpu"
+        return self._launched or self._kind != "cpu"
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
@@ -319,7 +320,7 @@ class Plans:
 
     def _obstacle(self, arguments: Tensors) -> str:
         """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
-        kind = self._device.type
+        kind = self._kind
         if self._disturbed > 2:  # by the network itself, then
             return "the network writes to its weights"
         if not ordinary_context(kind):
@@ -328,15 +329,15 @@ class Plans:
             return "gradients are enabled and asked for; call it under torch.no_grad()"
         if self.guards.hooked():
             return "forward hooks want to be called, and a plan calls none"
-        if self._backend not in ("auto", "triton" if self.launched else "native"):
+        launched = self.launched
+        if self._backend not in ("auto", "triton" if launched else "native"):
             return f"backend={self._backend!r} has none; backend='auto' takes them"
-        if not self.launched:
-            if any(x.device.type != "cpu" for x in arguments):
-                return "the arguments are on another device than the weights"
-            return "" if run_program.available() else "the compiled library is not there"
-        if kind not in ("cpu", "cuda"):
+        if launched and kind not in ("cpu", "cuda"):
             return f"the weights are on {kind}"
-        return "" if all(x.device.type in ("cpu", kind) for x in arguments) else "the arguments are on another device"
+        for x in arguments:
+            if not (x.is_cpu or (launched and x.device.type == kind)):
+                return "the arguments are on another device than the weights"
+        return "" if launched or run_program.available() else "the compiled library is not there"
 
     def _check(self, ours: Tensors, theirs: Tensors) -> None:
         if len(ours) != len(theirs):

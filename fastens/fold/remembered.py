@@ -8,7 +8,7 @@ import torch
 
 from fastens.fold.alike import first_difference, tensors_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.guards import unwatched
+from fastens.fold.barrier import unwatched
 from fastens.fold.network import state_kept
 from fastens.fold.rows import drawn_like
 from fastens.fold.tables import view_of_member

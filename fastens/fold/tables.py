@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,6 @@ class Stacks(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
-        self._written()
         if isinstance(value, MemberTensor):
             if value.hidden is None:
                 self.common.add(name)
@@ -117,6 +116,15 @@ class Stacks(dict[str, Any]):
                     f"[{self.num_members}, ...] of {ndim + 1} dimensions, or one for all of {ndim}"
                 )
         super().__setitem__(name, value)
+        self._written()
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+    # by the methods above
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault
+    pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
 
     def forget(self) -> None:
         """Look at the stacks anew, which may have been moved or converted."""
@@ -129,9 +137,9 @@ class Stacks(dict[str, Any]):
             with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
             stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
-        self._written()
         self.common.discard(name)
         super().__setitem__(name, stack)
+        self._written()
         return stack
 
 

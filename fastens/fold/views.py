@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fastens.fold.alike import attributes_apart, tensors_of
-from fastens.fold.guards import Barrier, unwatched
+from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.members import replaced
 from fastens.fold.tables import OfMember, view_of_member
 

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import fastens
 from fastens import _native
+from fastens.fold import weights
 from fastens.training import training_step
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import relative_error
@@ -127,13 +128,21 @@ CHANGES = {
     "an attribute of the network": lambda ensemble: setattr(ensemble.network, "scale", 3.0),
     "a setter": lambda ensemble: ensemble.set_scale(3.0),
     "eps of a norm": lambda ensemble: setattr(ensemble.network.norm, "eps", 1.0),
+    "a submodule by name": lambda ensemble: ensemble.network.add_module("second", nn.Linear(16, 4)),
+    "a table of submodules": lambda ensemble: ensemble.network._modules.update(second=nn.Linear(16, 4)),
+    "a table of parameters": lambda ensemble: vars(ensemble.network.second)["_parameters"].update(
+        bias=nn.Parameter(torch.randn(K, 4))
+    ),
     "a deleted bias": lambda ensemble: setattr(ensemble.network.norm, "bias", None),
     "float64": lambda ensemble: ensemble.double(),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("looks", ["library", "python"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_noticed(change):
+def test_changes_are_noticed(change, looks, monkeypatch):
+    if looks == "python":
+        monkeypatch.setattr(weights, "_watch_of", lambda tensors: None)
     ensemble = planned()
     with torch.no_grad():
         old = ensemble(X)

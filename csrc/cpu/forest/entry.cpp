@@ -6,10 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "export.h"
 #include "predict.h"
 #include "python_buffer.h"
-
-#define FASTENS_EXPORT __attribute__((visibility("default")))
 
 namespace fastens::forest {
 namespace {

@@ -1,0 +1,98 @@
+"""The write barrier: whatever is written to a network, by whatever method, plans are of the network as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastens import _native
+from tests.fold.test_guards import X, by_members, planned
+from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+
+
+class Containers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.named = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Tanh()})
+        self.listed = nn.ModuleList([nn.Linear(4, 4), nn.Tanh()])
+        self.chain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x):
+        for module in (*self.named.values(), *self.listed, self.chain):
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("change", {
+    "set": lambda net: net.named.__setitem__("a", nn.Linear(4, 4)),
+    "update": lambda net: net.named.update({"c": nn.Linear(4, 4)}),
+    "pop": lambda net: net.named.pop("b"),
+    "clear": lambda net: net.named.clear(),
+    "insert": lambda net: net.listed.insert(0, nn.Linear(4, 4)),
+    "append": lambda net: net.listed.append(nn.Linear(4, 4)),
+    "delete": lambda net: net.listed.__delitem__(1),
+    "append to a chain": lambda net: net.chain.append(nn.Linear(4, 4)),
+    "insert into a chain": lambda net: net.chain.insert(1, nn.Linear(4, 4)),
+}.items(), ids=lambda item: item[0])  # fmt: skip
+def test_containers_are_noticed(change):
+    ensemble = planned(Containers)
+    old = by_members(ensemble)
+    change[1](ensemble.network)
+    expected = by_members(ensemble)
+    assert relative_error(old, expected) > 1e-3
+    with torch.no_grad():
+        for _ in range(3):
+            assert relative_error(ensemble(X), expected) < 1e-5
+
+
+def test_a_write_is_counted_when_it_is_done():
+    """Who looks while another thread writes does not take the old network for the new one."""
+    looks = []
+
+    class Slow(nn.LayerNorm):
+        def __setattr__(self, name, value):
+            for look in looks:
+                look()
+            super().__setattr__(name, value)
+
+    class Net(Containers):
+        def __init__(self):
+            super().__init__()
+            self.chain.append(Slow(4))
+
+    ensemble = planned(Net)
+    guards, seen = ensemble._engine.plans.guards, []
+    looks.append(lambda: seen.append(guards.state()))
+    ensemble.network.chain[2].eps = 1.0
+    assert len(seen) == 1
+    assert guards.state() != seen[0]
+
+
+@pytest.mark.parametrize("insert", ["register", "setdefault", "update"])
+def test_hooks_are_noticed_however_they_come(insert):
+    ensemble = planned()
+    hooks, calls = ensemble.network.second._forward_hooks, []
+
+    def hook(module, inputs, output):
+        calls.append(1)
+        return 2 * output
+
+    for _ in range(2):
+        if insert == "register":
+            ensemble.network.second.register_forward_hook(hook)
+        elif insert == "setdefault":
+            hooks.setdefault(-1, hook)
+        else:
+            hooks.update({-1: hook})
+        with torch.no_grad():
+            expected, doubled = by_members(ensemble), ensemble(X)
+        assert calls
+        assert relative_error(doubled, expected) < 1e-5
+        hooks.clear()
+        with torch.no_grad():
+            plain = ensemble(X)
+        assert relative_error(plain, by_members(ensemble)) < 1e-5
+        assert relative_error(plain, doubled) > 1e-2
+        calls.clear()
+    assert len(ensemble.report().plans) == 1  # it is as true as before
