@@ -21,7 +21,15 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
-from fastens.fold.members import AS_THEY_ARE, DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
+from fastens.fold.members import (
+    AS_THEY_ARE,
+    DifferentMembers,
+    Placement,
+    check_members,
+    in_format,
+    stack_members,
+    tensors_of,
+)
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked

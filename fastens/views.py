@@ -32,7 +32,9 @@ class Views:
         """Let all of them have the engine and the network that one of them has got."""
         with self._lock:
             for view in self._views:
-                view.__dict__.update({n: ensemble.__dict__[n] for n in ("_engine", "_why_loop") if n in ensemble.__dict__})
+                view.__dict__.update(
+                    {n: ensemble.__dict__[n] for n in ("_engine", "_why_loop") if n in ensemble.__dict__}
+                )
 
 
 def view_of(ensemble: Ensemble) -> Ensemble:
