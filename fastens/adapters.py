@@ -60,9 +60,9 @@ class MemberLike(nn.Module):
         try:
             value = getattr(member, name)
         except AttributeError:
-            raise AttributeError(
-                f"neither the ensemble nor its members ({type(member).__name__}) have {name!r}"
-            ) from None
+            error = AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            error.add_note(f"its members, of class {type(member).__name__}, have none either")
+            raise error from None
         if isinstance(value, MemberTensor):
             return value.stack
         if inspect.ismethod(value) and value.__self__ is member:
@@ -72,7 +72,11 @@ class MemberLike(nn.Module):
 
 @functools.cache
 def with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[Ensemble]:
-    """A subclass of ``base`` whose forward has the signature of the member's, for callers that inspect it."""
+    """A subclass of ``base`` that says of itself what the member's class says: to those who inspect or ask it.
+
+    Its forward has the signature of the member's, and what a framework's base class says of any model (whether it
+    checkpoints gradients, which blocks repeat, ...) is what the member's class says there.
+    """
 
     def forward(self: Ensemble, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
@@ -80,4 +84,15 @@ def with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[
     forward.__doc__ = base.forward.__doc__
     forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, "forward": forward})
+    return type(base.__name__, (base,), {**_said_of_models(base, member_class), **names, "forward": forward})
+
+
+def _said_of_models(base: type[Ensemble], member_class: type[nn.Module]) -> dict[str, Any]:
+    """The class attributes, no code among them, of the classes that both descend from, as the member's class has them.
+
+    An ensemble inherits them, so that they are never asked of its members as other attributes are.
+    """
+    common = {*member_class.__mro__} & {*base.__mro__} - {*nn.Module.__mro__}
+    values = {name: inspect.getattr_static(member_class, name) for parent in common for name in vars(parent)}
+    code = (property, classmethod, staticmethod)
+    return {n: v for n, v in values.items() if not (n.startswith("__") or callable(v) or isinstance(v, code))}

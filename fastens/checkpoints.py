@@ -19,14 +19,13 @@ from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 from fastens.files import whole
 from fastens.fold.members import AS_THEY_ARE, Placement, make_skeleton, tensors_of
-from fastens.io import containers, described, hub
+from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
 from fastens.pickled import rebuild
 from fastens.settings import check_settings
 
-_STACKS = "ensemble.safetensors"
 _CONFIG = "config.json"
 
 
@@ -156,11 +155,22 @@ def _natural(path: Path) -> list[tuple[bool, Any]]:
     return [(True, float(part)) if i % 2 else (False, part) for i, part in enumerate(parts)]
 
 
-def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
-    """Write an ensemble: ``ensemble.safetensors`` with its stacks, ``config.json`` with rule and member configuration.
+def save_ensemble(
+    ensemble: Ensemble,
+    directory: str | Path,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write an ensemble: a safetensors file with its stacks, ``config.json`` with rule and member configuration.
+
+    Args:
+        ensemble: whose members are of one structure.
+        directory: the folder; one that holds an ensemble gets this one in its place, other variants' files stay.
+        variant: a part of the file's name (``fp16``), to be said again when it is loaded.
+        max_shard_size: in bytes, or as ``"5GB"``: larger stacks go into several files; none for one file.
 
     Raises:
-        ValueError: members of different structure, which have no stacks.
+        ValueError: members of different structure, which have no stacks; a variant or a size that is none.
         OSError: the directory cannot be written.
     """
     from safetensors import SafetensorError
@@ -168,8 +178,15 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
 
     if ensemble._engine is None:
         raise ValueError("members of different structure have no common stacks; save them one by one")
-    directory = Path(directory)
+    directory, variant = Path(directory), stacks.checked_variant(variant)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
+    base = _base(type(ensemble).__name__)
+    files: dict[str, Any] = dict(stacks.split(tensors, base, variant, max_shard_size))
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files[stacks.index_name(base, variant)] = json.dumps(index, indent=2) + "\n"
     skeleton = ensemble._engine.skeleton
     prediction = ensemble._settings["prediction"]
     config = {
@@ -181,12 +198,22 @@ def save_ensemble(ensemble: Ensemble, directory: str | Path) -> None:
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
         "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
     }
+    files[_CONFIG] = json.dumps(config, indent=2) + "\n"
+    first, *more = (directory / name for name in files)
     try:
-        with whole(directory / _STACKS, directory / _CONFIG) as (stacks, described):
-            save_file(tensors, stacks)
-            described.write_text(json.dumps(config, indent=2) + "\n")
+        with whole(first, *more) as partials:
+            for partial, content in zip(partials, files.values(), strict=True):
+                if isinstance(content, str):
+                    partial.write_text(content)
+                else:
+                    save_file(content, partial)
+        stacks.remove_others(directory, set(files), variant)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the folder {directory} cannot be written: {error}; choose another") from error
+
+
+def _base(class_name: Any) -> str:
+    return stacks.DIFFUSERS if str(class_name).startswith("Diffusers") else stacks.OTHERS
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -211,23 +238,30 @@ def load_ensemble(
     torch_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    **_: Any,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    **others: Any,
 ) -> Ensemble:
     """Read what :func:`save_ensemble` wrote.
 
     Args:
         directory: the folder.
         factory: makes a member; needed unless members are diffusers models.
-        torch_dtype: convert floating-point tensors to it.
+        torch_dtype: convert floating-point tensors to it, but for those that diffusers keeps in float32.
         dtype: the same, as newer diffusers call it.
         device: where the stacks are put; none for the CPU.
-        **_: further keywords of diffusers' loaders (``device_map``, ``variant``, ...), which do not apply.
+        variant: with which it was saved.
+        subfolder: of ``directory``, that holds it.
+        **others: further keywords of diffusers' loaders (``low_cpu_mem_usage``, ...), which do not apply.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: a file that cannot be read, or does not fit the member.
+        FileNotFoundError: no such folder, or no file of this variant in it, which is a ValueError too.
+        ValueError: a file that cannot be read, or does not fit the member; a keyword that asks for what there is not.
     """
-    directory = Path(directory)
+    refused = [name for name in ("quantization_config", "output_loading_info", "use_flashpack") if others.get(name)]
+    if refused:
+        raise ValueError(f"an ensemble is loaded without {refused[0]}; leave it out")
+    directory, variant = Path(directory, subfolder or ""), stacks.checked_variant(variant)
     wanted_dtype = torch_dtype or dtype
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is no folder")
@@ -238,22 +272,23 @@ def load_ensemble(
     num_members, settings = config["num_members"], config["settings"]
     if factory is None and config.get("member_config") is None:
         raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
-    stacks = containers.read_safetensors(directory / _STACKS)
+    found = stacks.read(directory, _base(config.get("_class_name")), variant)
     if factory is not None:
         member = factory()
     else:
         name = config["member_class"].rpartition(":")[2]
-        numbers = sum(stack.numel() for stack in stacks.values())
+        numbers = sum(stack.numel() for stack in found.values())
         member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
     kind = MCDropout if "masks" in settings else Ensemble  # masks have one set of weights
-    _check_fit(directory, skeleton, stacks, shared, num_members if kind is Ensemble else 1)
+    _check_fit(directory, skeleton, found, shared, num_members if kind is Ensemble else 1)
     wanted: dict[str, Tensor] = {}
+    exact = described.kept_in_float32(member)
     for name, like in tensors_of(skeleton).items():
-        stack = stacks[name]
+        stack = found[name]
         if wanted_dtype is not None and stack.is_floating_point():
-            stack = stack.to(wanted_dtype)
+            stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
     ensemble = rebuild(num_members, config["rule"], settings, content, False, kind)
@@ -322,16 +357,16 @@ def _check_masks(masks: Any, p: Any, seed: Any) -> None:
 
 
 def _check_fit(
-    directory: Path, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], num_members: int
+    directory: Path, skeleton: nn.Module, found: dict[str, Tensor], shared: frozenset[str], num_members: int
 ) -> None:
     expected = tensors_of(skeleton)
     for name, like in expected.items():
         shape = tuple(like.shape) if name in shared else (num_members, *like.shape)
-        found = tuple(stacks[name].shape) if name in stacks else None
-        if found != shape:
-            raise ValueError(f"{directory / _STACKS}: {name} is {found}, the member needs {shape}")
-        if like.is_floating_point() != stacks[name].is_floating_point():
-            raise ValueError(f"{directory / _STACKS}: {name} is {stacks[name].dtype}, the member needs {like.dtype}")
-    unknown = sorted((shared | stacks.keys()) - expected.keys())
+        its = tuple(found[name].shape) if name in found else None
+        if its != shape:
+            raise ValueError(f"{directory}: {name} is {its}, the member needs {shape}")
+        if like.is_floating_point() != found[name].is_floating_point():
+            raise ValueError(f"{directory}: {name} is {found[name].dtype}, the member needs {like.dtype}")
+    unknown = sorted((shared | found.keys()) - expected.keys())
     if unknown:
-        raise ValueError(f"{directory / _STACKS}: the member has no {', '.join(unknown[:3])}")
+        raise ValueError(f"{directory}: the member has no {', '.join(unknown[:3])}")

@@ -21,7 +21,15 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine, call
-from fastens.fold.members import DifferentMembers, Placement, check_members, in_format, stack_members, tensors_of
+from fastens.fold.members import (
+    AS_THEY_ARE,
+    DifferentMembers,
+    Placement,
+    check_members,
+    in_format,
+    stack_members,
+    tensors_of,
+)
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
@@ -88,20 +96,25 @@ class Ensemble(MemberLike, Capturing):
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
+        self._take(members, place)  # pyright: ignore[reportArgumentType]
+        self.training = first.training
+
+    # Construction
+
+    def _take(self, members: Sequence[nn.Module], place: Placement = AS_THEY_ARE) -> None:
+        """Become the ensemble of these members, its views too."""
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                stacked = stack_members(members, place)  # pyright: ignore[reportArgumentType]
-                self._adopt(*stacked, originals=None if place.changes else members)
+                self._adopt(*stack_members(members, place), originals=None if place.changes else members)
         except DifferentMembers as error:
-            if engine == "fold":
+            if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
             with torch.inference_mode(False):
                 self._adopt_modules(members, str(error))
             if place.changes:
                 self.to(*place.arguments)
-        self.training = first.training
-
-    # Construction
+        self._recorded.clear()
+        self._views.follow(self)
 
     def _setup(self, num_members: int, rule: str | rules.Rule, settings: dict[str, Any]) -> None:
         state = self.__dict__
@@ -409,11 +422,29 @@ class Ensemble(MemberLike, Capturing):
         """Rebuild from skeleton and stacks, so that classes made on the fly are not pickled."""
         return rebuild, kept(self)
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write the stacks (safetensors) and config.json; see :func:`fastens.checkpoints.save_ensemble`.
+
+        The arguments are those of diffusers' models. Of several processes the main one writes.
+
+        Raises:
+            ValueError: another way of writing is asked for; see :func:`fastens.checkpoints.save_ensemble` for others.
+        """
         from fastens.checkpoints import save_ensemble
 
-        save_ensemble(self, save_directory)
+        if not safe_serialization or save_function is not None or push_to_hub:
+            raise ValueError("an ensemble is written as safetensors, to a folder; upload that by `hf upload`")
+        if is_main_process:
+            save_ensemble(self, save_directory, variant, max_shard_size)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, factory: Any = None, **options: Any) -> "Ensemble":

@@ -8,6 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.network import Structure
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
 
@@ -19,7 +20,8 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     """Call a method of the members that the ensemble has not: combined by the rule, or a setting for all of them.
 
     A method that is called with tensors is evaluated for all members, and what differs between them is combined as the
-    results of ``forward`` are. One that is not is called on every member, to set what it sets.
+    results of ``forward`` are. One that is not is called on the network of all members, to set what it sets; where that
+    fails, as where it computes new weights from those of each member, on every member, which the ensemble takes anew.
     """
     engine = ensemble._engine
     leaves = pytree.tree_leaves((args, kwargs))
@@ -30,7 +32,13 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         if engine is None:
             first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network.children()]
             return first
-        result = getattr(ensemble.network, name)(*args, **kwargs)
+        before = Structure(ensemble.network)
+        try:
+            result = getattr(ensemble.network, name)(*args, **kwargs)
+        except Exception:
+            if not before.restore() or engine.masks is not None:
+                raise
+            return change_members(ensemble, name, *args, **kwargs)
         ensemble._forget()
         return ensemble if result is ensemble.network else result
     arguments = ensemble._arguments(args, kwargs)
@@ -39,6 +47,19 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     else:
         outputs = engine.evaluate(arguments, ensemble.training, name)
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
+
+
+def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method on every member, and make the ensemble of what they have become; its parameters are new ones.
+
+    Returns:
+        What the method returned, the ensemble where that was the member.
+    """
+    members = list(ensemble.members)
+    first, *_ = [getattr(member, name)(*args, **kwargs) for member in members]
+    result = ensemble if first is members[0] else first
+    ensemble._take(members)
+    return result
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:

@@ -28,6 +28,14 @@ class Views:
             for view in self._views:
                 view.__dict__["training"] = mode
 
+    def follow(self, ensemble: Ensemble) -> None:
+        """Let all of them have the engine and the network that one of them has got."""
+        with self._lock:
+            for view in self._views:
+                view.__dict__.update(
+                    {n: ensemble.__dict__[n] for n in ("_engine", "_why_loop") if n in ensemble.__dict__}
+                )
+
 
 def view_of(ensemble: Ensemble) -> Ensemble:
     """Another ensemble of the same network, engine, recordings and trajectories, with a rule of its own."""

@@ -358,4 +358,9 @@ def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
         return any(_holds(item, own, depth - 1) for item in value)
     if isinstance(value, types.MethodType):
         return _holds(value.__self__, own, depth - 1)
-    return False
+    if isinstance(value, functools.partial):
+        return any(_holds(item, own, depth - 1) for item in (*value.args, *value.keywords.values()))
+    if isinstance(value, type | types.ModuleType | types.FunctionType):
+        return False
+    kept = getattr(value, "__dict__", None)  # hooks keep in a record what they call
+    return isinstance(kept, dict) and _holds(kept, own, depth)

@@ -123,6 +123,32 @@ def state_kept(network: nn.Module) -> Iterator[set[str]]:
         changed |= state.put_back()
 
 
+class Structure:
+    """What a network consisted of, its Python state among it, to go back to where a change of it failed halfway."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._state = [(module, vars(module).copy(), _snapshot(module)) for module in network.modules()]
+        tables = [state[name] for _, state, _ in self._state for name in _TABLES]
+        self._tables = [(table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables]
+        self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
+        self._network = network
+
+    def restore(self) -> bool:
+        """Go back; return whether that is all, which it is not where values of tensors were changed."""
+        for module, state, contents in self._state:
+            vars(module).clear()
+            vars(module).update(state)
+            for value, content in contents.values():
+                if content is not None:
+                    _restore(value, content)
+        for table, content, common in self._tables:
+            dict.clear(table)
+            dict.update(table, content)
+            if isinstance(table, Stacks):
+                table.common = common
+        return self._versions == {name: tensor._version for name, tensor in tensors_of(self._network).items()}
+
+
 class _Kept:
     """One parameter or buffer as it was: in its table, in memory and, for a buffer, in value."""
 

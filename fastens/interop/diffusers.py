@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
+from fastens.methods import change_members
 from fastens.schedules import Flow, Prediction
 
 # Flow networks that pipelines call with the scheduler's own timesteps, and whose output goes to its step as it is.
@@ -39,6 +40,14 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
         if target not in (None, said.kind) or self.rule.needs_noise_level:
             member = next(self.network.children()) if self._engine is None else self._engine.skeleton
             check_flow_network(type(member).__name__, said)
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the weights of every member in another dtype than it computes in, by hooks: members are looped then."""
+        change_members(self, "enable_layerwise_casting", *args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Move groups of every member's modules where they are needed, by hooks: members are looped then."""
+        change_members(self, "enable_group_offload", *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

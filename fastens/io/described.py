@@ -73,6 +73,12 @@ def _size(model_class: Any, config: dict[str, Any]) -> int:
     return sum(tensor.numel() for tensor in {id(t): t for t in shell.parameters()}.values())
 
 
+def kept_in_float32(network: nn.Module) -> set[str]:
+    """The names of modules that diffusers leaves in float32 where a network is loaded in another dtype."""
+    names = getattr(network, "_keep_in_fp32_modules", None) or ()
+    return {names} if isinstance(names, str) else set(names)
+
+
 def adapted(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names that this diffusers gives them, where an older one named them otherwise."""
     if hasattr(network, "_fix_state_dict_keys_on_load"):
