@@ -26,9 +26,8 @@ from fastens.fold.members import (
     DifferentMembers,
     Placement,
     check_members,
-    in_format,
+    set_format,
     stack_members,
-    tensors_of,
 )
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
@@ -66,9 +65,8 @@ class Ensemble(MemberLike, Capturing):
 
     Raises:
         ValueError: no members; members that differ under ``engine="fold"``, or in dtype or device unless those are
-            given; an unknown rule,
-            engine or backend; weights of another number than K; a conversion that lacks prediction or schedule, a rule
-            that lacks a schedule, a scheduler that contradicts ``prediction`` or is refused.
+            given; an unknown rule, engine or backend; weights of another number than K; a conversion or rule that lacks
+            prediction or schedule; a scheduler that contradicts ``prediction`` or is refused.
         TypeError: no sequence, or a member that is not a module; modules and paths mixed.
     """
 
@@ -392,9 +390,7 @@ class Ensemble(MemberLike, Capturing):
         if memory_format is not None and self._engine is None:
             super().to(memory_format=memory_format)
         elif memory_format is not None:
-            for name, stack in tensors_of(self.network).items():
-                if name not in self._engine.shared:
-                    stack.data = in_format(stack.data, memory_format)
+            set_format(self.network, memory_format)
             self._forget()
         return self
 

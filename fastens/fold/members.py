@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.alike import first_difference, reaches_back, tensors_of
+from fastens.fold.tables import tables_of
 
 __all__ = [
     "AS_THEY_ARE",
     "DifferentMembers",
     "Placement",
     "check_members",
-    "in_format",
     "make_skeleton",
     "replaced",
+    "set_format",
     "stack_members",
     "tensors_of",
 ]
@@ -229,9 +230,14 @@ def _empty_stack(num_members: int, tensor: Tensor, like: dict[str, Any]) -> Tens
     return torch.empty((num_members, *shape), **like)
 
 
-def in_format(stack: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A stack [K, ...] with each member's tensor in a memory format, where that is one for its number of dimensions."""
-    if memory_format is torch.contiguous_format:
-        return stack.contiguous()
+def set_format(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out each member's tensors of a folded network in a memory format, where it is one for their dimensions."""
     ndim = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
-    return stack.movedim(2, -1).contiguous().movedim(-1, 2) if stack.ndim - 1 == ndim else stack
+    for _, _, table in tables_of(network):
+        for name, stack in table.items():
+            if stack is None or name in table.common:
+                continue
+            if memory_format is torch.contiguous_format:
+                stack.data = stack.data.contiguous()
+            elif stack.ndim - 1 == ndim:
+                stack.data = stack.data.movedim(2, -1).contiguous().movedim(-1, 2)
