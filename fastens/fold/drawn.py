@@ -13,7 +13,9 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.fold.network import state_kept
 from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.fold.writes import WritesInput
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -90,6 +92,9 @@ class DrawnCall:
         if engine.engine == "loop" or not len(members):
             return self._looped()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
+        if engine.rows.counts:
+            engine.give_up("they change their own state, which belongs to no row")
+            return self._looped()
         if excluded is None:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
@@ -101,7 +106,16 @@ class DrawnCall:
             if planned is not None:
                 return planned
         try:
-            return self._folded(dealt, order, offsets, row_members)
+            if not eager:
+                return self._folded(dealt, order, offsets, row_members)
+            with state_kept(engine.network) as changed:  # what a cache holds is of these rows
+                found = self._folded(dealt, order, offsets, row_members)
+            if changed and not engine.rows.fills:
+                raise NotFoldable("the network changes its own state, which belongs to no row")
+            return found
+        except WritesInput:
+            engine.copies_inputs = True
+            return DrawnCall(engine, self._arguments.copied(), members).run()
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise

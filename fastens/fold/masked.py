@@ -30,9 +30,9 @@ class MaskedMember(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the member's masks."""
-        arguments, hidden = Arguments(args, kwargs), Hidden(1, self.masks.num_members, self.member)
+        arguments, hidden = Arguments(args, kwargs).copied(), Hidden(1, self.masks.num_members, self.member)
         masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
-        fold = Fold(hidden, wrapped=True, inputs=tuple(arguments.tensors), masks=masks)
+        fold = Fold(hidden, wrapped=True, masks=masks)
         bound, named = arguments.bound(fold)
         with fold:
             output = self.network(*bound, **named)

@@ -79,30 +79,19 @@ def shared_names(network: nn.Module) -> frozenset[str]:
 
 
 @contextmanager
-def state_kept(network: nn.Module) -> Iterator[set[str]]:
+def state_kept(network: nn.Module, only_on_error: bool = False) -> Iterator[set[str]]:
     """Undo what a pass does to a network's Python state and to its buffers; yields the names of what it changed."""
     changed: set[str] = set()
-    saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
+    saved = [(path, module, _snapshot(module), _contents(module)) for path, module in network.named_modules()]
+    failed = True
     try:
         yield changed
+        failed = False
     finally:
-        changed |= settle(network, keeps=False)
-        for path, module, before, tensors in saved:
-            prefix = f"{path}." if path else ""
-            now = vars(module)
-            for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
-                changed.add(f"{prefix}{name}")
-                del now[name]
-            for name, (value, content) in before.items():
-                if now.get(name, changed) is not value:
-                    changed.add(f"{prefix}{name}")
-                    now[name] = value
-                if content is not None and not _same_content(value, content):
-                    changed.add(f"{prefix}{name}")
-                    _restore(value, content)
-            for tensor in tensors:
-                if tensor.restored():
-                    changed.add(f"{prefix}{tensor.name}")
+        if failed or not only_on_error:
+            changed |= settle(network, keeps=False)
+            for path, module, before, tables in saved:
+                changed |= _restored(module, before, tables, f"{path}." if path else "")
 
 
 class _Kept:
@@ -132,13 +121,43 @@ class _Kept:
         return changed
 
 
+def _restored(module: nn.Module, before: dict[str, tuple[Any, Any]], tables: list[_Table], prefix: str) -> set[str]:
+    """Give a module its attributes and tensors back; return the names of those that had changed."""
+    changed: set[str] = set()
+    now = vars(module)
+    for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
+        changed.add(f"{prefix}{name}")
+        del now[name]
+    for name, (value, content) in before.items():
+        if now.get(name, changed) is not value:
+            changed.add(f"{prefix}{name}")
+            now[name] = value
+        if content is not None and not _same_content(value, content):
+            changed.add(f"{prefix}{name}")
+            _restore(value, content)
+    for table, names, kept in tables:
+        for name in [n for n in table if n not in names]:
+            changed.add(f"{prefix}{name}")
+            dict.pop(table, name)
+        changed |= {f"{prefix}{tensor.name}" for tensor in kept if tensor.restored()}
+    return changed
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
-def _tensors(module: nn.Module) -> list[_Kept]:
-    tables = (module._parameters, module._buffers)
-    return [_Kept(t, n, x) for t in tables if type(t) in (dict, Stacks) for n, x in t.items() if x is not None]
+_Table = tuple[dict[str, Any], set[str], list[_Kept]]
+
+
+def _contents(module: nn.Module) -> list[_Table]:
+    """The module's tables, with their names and what is theirs to put back: a member's are parts of the stacks."""
+    found = []
+    for table in (module._parameters, module._buffers):
+        if isinstance(table, dict):  # a scripted module has tables of its own
+            own = table.items() if type(table) in (dict, Stacks) else ()
+            found.append((table, set(table), [_Kept(table, n, x) for n, x in own if x is not None]))
+    return found
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -24,10 +24,13 @@ class RowsOfMembers:
 
     def __init__(self) -> None:
         self._found: dict[Any, frozenset[int] | None] = {}
+        self.fills = False  # whether a first call changes a member's own state, as one that fills a cache does
+        self.counts = False  # whether another changes it again
 
     def clear(self) -> None:
         """Forget what was established."""
         self._found.clear()
+        self.fills = self.counts = False
 
     def independent(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
         """Whether every row of a call is evaluated by itself."""
@@ -37,6 +40,8 @@ class RowsOfMembers:
         """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
         key = (method, arguments.signature(), engine.network.training)
         if key not in self._found:
+            fills, counts = _changes(engine, arguments, method)
+            self.fills, self.counts = self.fills or fills, self.counts or counts
             found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
                 self._found.clear()
@@ -56,24 +61,36 @@ def _established(engine: FoldEngine, arguments: Arguments, method: str) -> froze
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         drawn = _drawn(arguments)
 
-        def answer(given: Arguments) -> list[Tensor]:
+        def answer(given: Arguments) -> list[Any]:
             view = engine.views[0]
             with state_kept(view), state_kept(engine.network):
-                output = engine.call_module(view, 0, given, method)
-            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+                return pytree.tree_leaves(engine.call_module(view, 0, given, method))
 
         whole = answer(drawn)
-        if not all(x.ndim and x.shape[0] == batch for x in whole):
+        if not all(x.ndim and x.shape[0] == batch for x in whole if isinstance(x, Tensor)):
             return None
         if batch <= 1:
             return frozenset()
-        if any(relative_error(a, b) > 0 for a, b in zip(answer(drawn), whole, strict=True)):
+        pairs = zip(answer(drawn), whole, strict=True)
+        if any(relative_error(a, b) > 0 for a, b in pairs if isinstance(b, Tensor)):
             return frozenset()  # random in this mode, so that only sizes tell
         rows = sorted({0, batch - 1})
         for excluded in _hypotheses(arguments):
             if _explains(engine, drawn.excluding(excluded), whole, rows, answer):
                 return excluded
     return None
+
+
+def _changes(engine: FoldEngine, arguments: Arguments, method: str) -> tuple[bool, bool]:
+    """Whether a first call changes a member's own state, and whether a second does."""
+    view = engine.views[0]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    kept = state_kept(view), state_kept(engine.network)
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), kept[0] as first, kept[1] as ours:
+        engine.call_module(view, 0, arguments, method)
+        with state_kept(view) as again, state_kept(engine.network) as ours_again:
+            engine.call_module(view, 0, arguments, method)
+    return bool(first | ours), bool(again | ours_again)
 
 
 def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
@@ -85,7 +102,7 @@ def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
             yield frozenset(others)
 
 
-def _explains(engine: FoldEngine, given: Arguments, whole: list[Tensor], rows: list[int], answer: Any) -> bool:
+def _explains(engine: FoldEngine, given: Arguments, whole: list[Any], rows: list[int], answer: Any) -> bool:
     for row in rows:
         try:
             part = answer(given.selected(torch.tensor([row])))
@@ -94,7 +111,10 @@ def _explains(engine: FoldEngine, given: Arguments, whole: list[Tensor], rows: l
         if len(part) != len(whole):
             return False
         for a, b in zip(part, whole, strict=True):
-            if not relative_error(a, b[row : row + 1]) <= 10 * tolerance_for(b, engine.network):
+            if not isinstance(b, Tensor):
+                if type(a) is not type(b) or not (a is b or a == b):
+                    return False
+            elif not relative_error(a, b[row : row + 1]) <= 10 * tolerance_for(b, engine.network):
                 return False
     return True
 

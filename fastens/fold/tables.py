@@ -100,10 +100,12 @@ class Stacks(dict[str, Any]):
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
         self._written()
         if isinstance(value, MemberTensor):
+            self._ndim[name] = value.ndim
             if value.hidden is None:
                 self.common.add(name)
             else:
                 self.common.discard(name)
+                self._seen[name] = value  # in the pass in progress it may be of rows
             value = value.stack
         elif isinstance(value, Tensor):
             ndim = self._ndim.get(name)
@@ -126,7 +128,7 @@ class Stacks(dict[str, Any]):
         """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to."""
         tensor, stack = super().__getitem__(name), tied
         if stack is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
             stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
         self._written()
@@ -148,8 +150,11 @@ class OfMember(dict[str, Any]):
         self.source, self.k = source, k
         # what was read last, and where it was: the member may give it other memory, by ``data``
         self._given: dict[str, tuple[Tensor, int]] = {}
+        self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
 
     def _read(self, name: str) -> Any:
+        if name in self._put:
+            return self._put[name]
         tensor = dict.__getitem__(self.source, name)
         if tensor is None:
             return None
@@ -173,26 +178,42 @@ class OfMember(dict[str, Any]):
         return self._read(name) if name in self.source else super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write a member's new value to its place in the stack."""
-        if name in self.source and isinstance(value, Tensor):
-            if name in self.source.common:
-                self.source.unshared(name)
-            place = self._read(name)
-            with torch.inference_mode() if place.is_inference() else torch.no_grad():
-                place.copy_(value)
-        else:
+        """Take a member's new value, which :meth:`settle` writes to its place unless what was there comes back."""
+        if name not in self.source or not isinstance(value, Tensor):
             super().__setitem__(name, value)
+        elif self._is_in_place(name, value):
+            self._put.pop(name, None)
+        else:
+            self._put[name] = value
+
+    def _is_in_place(self, name: str, value: Tensor) -> bool:
+        """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(value) or value.layout is not torch.strided:
+            return False
+        stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
+        own = 0 if name in self.source.common else 1
+        offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
+        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
+            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
+        )
 
     def settle(self, keeps: bool) -> set[str]:
-        """Write what the member replaced by ``data`` to its place in the stack, or drop it; return the names."""
-        replaced = set()
-        for name, (tensor, address) in list(self._given.items()):
-            if tensor.data_ptr() != address:
-                replaced.add(name)
-                self._given.pop(name, None)
-                if keeps and name not in self.source.common:
-                    dict.__getitem__(self.source, name).data[self.k].copy_(tensor.data)
-        return replaced
+        """Write what the member replaced to its place in the stack, or drop it; return the names."""
+        replaced = {name: tensor for name, (tensor, address) in self._given.items() if tensor.data_ptr() != address}
+        replaced |= self._put
+        self._put = {}
+        for name, tensor in replaced.items():
+            self._given.pop(name, None)
+            if keeps:
+                self._write(name, tensor)
+        return set(replaced)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        if name in self.source.common:
+            self.source.unshared(name)
+        place = dict.__getitem__(self.source, name).data[self.k]
+        with torch.inference_mode() if place.is_inference() else torch.no_grad():
+            place.copy_(value.data)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a name."""
@@ -261,9 +282,6 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
             table = original.__dict__[name]
             if isinstance(table, Stacks):
                 module.__dict__[name] = OfMember(table, k)
-        for name, hooks in vars(original).items():
-            if name.endswith("_hooks") or "_hooks_" in name:
-                module.__dict__[name] = hooks  # hooks run in fold and loop alike
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view
