@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -49,8 +49,7 @@ def duplicate(x: Tensor, factor: float = 1.0) -> Tensor:
     if apart:
         made = flat = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
     else:  # elements share memory
-        span = 1 + sum((n - 1) * s for s, n in dims) if x.numel() else 0
-        flat = x.as_strided((span,), (1,), x.storage_offset()).clone()
+        flat = x.as_strided((_span(x),), (1,), x.storage_offset()).clone()
         made = flat.as_strided(x.shape, x.stride())
     if factor != 1.0 and x.is_floating_point():
         flat.mul_(factor)
@@ -63,6 +62,56 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     if not torch.compiler.is_compiling() and _LEAVES.issuperset(map(type, leaves)):
         return leaves, (len(args), tuple(kwargs))
     return pytree.tree_flatten((args, kwargs))
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies that are laid out as the tensors are, and share memory where these do.
+
+    Tensors that are differentiated share it only where they are views of one, as far as torch knows.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return [x.clone() for x in tensors]
+    groups: dict[int, list[Tensor]] = {}
+    for x in tensors:
+        if _is_plain(x):
+            groups.setdefault(x.untyped_storage()._cdata, []).append(x)
+    wholes = {storage: _whole(group) for storage, group in groups.items() if len(group) > 1}
+
+    def copied(x: Tensor) -> Tensor:
+        if not _is_plain(x):
+            return x.clone()
+        whole = wholes.get(x.untyped_storage()._cdata)
+        return duplicate(x) if whole is None else whole(x)
+
+    return [copied(x) for x in tensors]
+
+
+def _whole(group: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Copy the memory that tensors share; return what makes a tensor's copy of it."""
+    first = group[0]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in group)):
+        spans = [(x.storage_offset() * x.element_size(), _span(x) * x.element_size()) for x in group]
+        start = min(offset for offset, _ in spans) // 16 * 16
+        stop = max(offset + size for offset, size in spans)
+        memory = torch.empty(0, dtype=torch.uint8, device=first.device)
+        memory = memory.set_(first.untyped_storage(), start, (stop - start,), (1,)).clone().untyped_storage()
+
+        def part(x: Tensor) -> Tensor:
+            offset = x.storage_offset() - start // x.element_size()
+            return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, offset, x.shape, x.stride())
+
+        return part
+    roots = {id(root): root for x in group for root in (x if x._base is None else x._base,)}
+    if len(roots) > 1:
+        return duplicate
+    (root,) = roots.values()
+    own, start = duplicate(root), root.storage_offset()
+    return lambda x: own if x is root else own.as_strided(x.shape, x.stride(), x.storage_offset() - start)
+
+
+def _span(x: Tensor) -> int:
+    """How many elements of its memory a tensor reaches over."""
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 class PerMember:
@@ -109,6 +158,7 @@ class Arguments:
         samples: int64 [B], the sample of each row, where rows were selected; else none.
         varying: of the numbers that had several values, by position, another one than now.
         free: positions of those that had so many that there may be any.
+        owned: whether the tensors are copies, which a network may write to.
 
     Raises:
         ValueError: a :class:`PerMember` of another number of values than K.
@@ -121,6 +171,7 @@ class Arguments:
     free: frozenset[int] = frozenset()
     own: frozenset[int] = frozenset()
     per_row: frozenset[int] = frozenset()
+    owned: bool = False
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
         self.leaves, self._nesting = _flattened(args, kwargs)
@@ -200,6 +251,7 @@ class Arguments:
         other = self._copy()
         replacements = iter(tensors)
         other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        other.owned = False
         return other
 
     def _with_leaves(self, leaves: list[Any]) -> Any:
@@ -246,10 +298,9 @@ class Arguments:
         return fold.numbers.argument(fold, i) if fold.numbers is not None and i in self.varying else x
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of member k alone."""
-        if not self.own:
-            return self.call
-        return self._with_leaves([x[k] if i in self.own else x for i, x in enumerate(self.leaves)])
+        """The arguments of member k alone, in memory of its own: it may write to them."""
+        leaves = (self if self.owned else self.copied()).leaves
+        return self._with_leaves([x[k] if i in self.own else x for i, x in enumerate(leaves)])
 
     def selected(self, index: Tensor) -> Arguments:
         """The arguments for the samples ``index``, int64 [n]."""
@@ -276,7 +327,14 @@ class Arguments:
 
     def copied(self) -> Arguments:
         """The same call on copies of the tensors, for a network that writes to its arguments."""
-        return self.with_tensors([x.clone() for x in self.tensors])
+        other = self.with_tensors(copies(self.tensors))
+        other.owned = True
+        return other
+
+    def share_memory(self) -> bool:
+        """Whether a network that writes to one of the tensors may change another."""
+        tensors = [x for x in self.tensors if _is_plain(x)]
+        return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)
 
     # What tells calls apart
 

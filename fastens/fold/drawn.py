@@ -15,6 +15,7 @@ from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.fold.remembered import remembers_calls
 from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.fold.writes import WritesInput
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -105,6 +106,9 @@ class DrawnCall:
                 return planned
         try:
             return engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
+        except WritesInput:
+            engine.copies_inputs = True
+            return DrawnCall(engine, self._arguments.copied(), members).run()
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise

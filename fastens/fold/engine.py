@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ from fastens.fold.rows import RowsOfMembers
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 from fastens.fold.views import MemberViews, State, standing_alone
+from fastens.fold.writes import WritesInput
 from fastens.ops.run_program import target
 from fastens.report import Report
 
@@ -164,8 +166,7 @@ class FoldEngine:
         if remembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)
-        if remembers:
-            settle(view, keeps=True)
+        settle(view, keeps=remembers)
         return output
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
@@ -173,7 +174,7 @@ class FoldEngine:
         if self.masks is None:
             args, kwargs = arguments.of_member(k)
             return call(module, method, args, kwargs)
-        hidden = one_member(self.num_members, k)
+        hidden, arguments = one_member(self.num_members, k), arguments.copied()
         self.masks.know(module)
         output = self.run(self.new_pass(hidden, arguments), arguments, method, network=module)
         return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
@@ -182,8 +183,7 @@ class FoldEngine:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         outputs = []
         for k in range(self.num_members):
-            given = arguments.copied() if self.copies_inputs else arguments
-            outputs.append(pytree.tree_flatten(self.call_member(k, given, method)))
+            outputs.append(pytree.tree_flatten(self.call_member(k, arguments, method)))
         return columns_of(outputs)
 
     def give_up(self, why: str) -> None:
@@ -239,6 +239,9 @@ class FoldEngine:
     def _fold_or_loop(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         try:
             return self.fold(arguments, key, method)
+        except WritesInput:  # on the way that it takes now
+            self.copies_inputs = True
+            return self._fold_or_loop(arguments, key, method)
         except Exception as error:  # the members decide whether it is their own error
             if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
@@ -259,6 +262,8 @@ class FoldEngine:
             return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
             return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")
+        if self.copies_inputs and arguments.share_memory():
+            return self.plans.decline("the network writes to its arguments, and they share memory")
         return self.plans.can_plan(arguments.tensors)
 
     def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
@@ -299,7 +304,7 @@ class FoldEngine:
         numbers: Numbers | None = None,
     ) -> Fold:
         """A pass over a hidden dimension; fresh masks may have the samples of its rows from a plan's inputs."""
-        inputs = () if self.copies_inputs and not recording else tuple(arguments.tensors)
+        inputs = () if arguments.owned and not recording else tuple(arguments.tensors)
         return Fold(
             hidden,
             wrapped=self.wrapped,
@@ -381,18 +386,25 @@ class FoldEngine:
 
         if torch.compiler.is_compiling() or tracing():
             return self.one_pass(given, all_members(members), method)
-        if self.stateful and self.cap.rows(key, members * batch) < members * batch:
-            raise NotFoldable("the network changes its own state, which several passes would change several times")
-        parted = self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method)
-        if parted:
-            return by_rows()
+        if self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method):
+            return self._unchanged(by_rows)
+        several = self.cap.rows(key, members * batch) < members * batch
         try:
-            return joined(self.cap.run(key, members * batch, of_members, batch))
+            whole = functools.partial(self.cap.run, key, members * batch, of_members, batch)
+            return joined(self._unchanged(whole) if several else whole())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or batch == 1 or not self._may_part(arguments, method):
                 raise
         self.cap.halve(key, batch)
-        return by_rows()
+        return self._unchanged(by_rows)
+
+    def _unchanged(self, passes: Callable[[], list[Any]]) -> list[Any]:
+        """What several passes give, of a network that does not change its own state."""
+        with state_kept(self.network) as changed:
+            found = passes()
+        if changed:
+            raise NotFoldable("the network changes its own state, which several passes would change several times")
+        return found
 
     def _may_part(self, arguments: Arguments, method: str) -> bool:
         """Whether a member's rows may go through several passes; derivatives may depend on all of them at once."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
+from fastens.fold.check import relative_error
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.network import state_kept
 from fastens.fold.structure import Structure
@@ -76,14 +77,13 @@ class FirstPass:
         around: AbstractContextManager[None] = nullcontext()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
-            # the first may show that the network writes to its arguments, which are the caller's
-            arguments = self._arguments if k and not engine.copies_inputs else self._arguments.copied()
+            arguments = self._arguments.copied()
             drawn = torch.random.get_rng_state()
-            versions = [x._version for x in arguments.tensors if not x.is_inference()]
+            versions = _versions(arguments)
             with around, state_kept(engine.network) as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
-            if versions != [x._version for x in arguments.tensors if not x.is_inference()]:
+            if versions != _versions(arguments) or not self._equal_arguments(arguments):
                 engine.copies_inputs = True
             engine.stateful = engine.stateful or bool(changed or written)
             engine.unshare(changed | written)
@@ -93,6 +93,11 @@ class FirstPass:
         if engine.num_members == 1 and not isinstance(around, nullcontext):
             with around, state_kept(engine.views[0]):
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
+
+    def _equal_arguments(self, arguments: Arguments) -> bool:
+        """Whether arguments still are those of the call; inference mode counts no writes."""
+        pairs = zip(arguments.tensors, self._arguments.tensors, strict=True)
+        return not torch.is_inference_mode_enabled() or all(relative_error(a, b) == 0 for a, b in pairs)
 
     def _measuring(self) -> AbstractContextManager[None]:
         """What the next member's pass runs in: a measurement of memory where that is needed."""
@@ -140,3 +145,8 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    """How often the tensors of a call were written to, where that is counted."""
+    return [x._version for x in arguments.tensors if not x.is_inference()]

@@ -30,10 +30,10 @@ class MaskedMember(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the member's masks."""
-        arguments, hidden = Arguments(args, kwargs), one_member(self.masks.num_members, self.member)
+        arguments, hidden = Arguments(args, kwargs).copied(), one_member(self.masks.num_members, self.member)
         self.masks.know(self.network)
         masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
-        fold = Fold(hidden, wrapped=True, inputs=tuple(arguments.tensors), masks=masks)
+        fold = Fold(hidden, wrapped=True, masks=masks)
         bound, named = arguments.bound(fold)
         with fold:
             output = self.network(*bound, **named)

@@ -14,7 +14,7 @@ from fastens.fold.alike import tensors_of
 from fastens.fold.barrier import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
-from fastens.fold.tables import OfMember, Stacks, members_tables, settle
+from fastens.fold.tables import OfMember, Stacks, settle
 from fastens.fold.tensor import MemberTensor, all_members
 from fastens.report import LayerReport
 
@@ -84,7 +84,8 @@ class NetworkState:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
-        self._own = [(path, table, set(table.own)) for path, table in members_tables(network)]
+        tables = [(path, t) for path, m in network.named_modules() for t in (m._parameters, m._buffers)]
+        self._names = [(path, table, set(table)) for path, table in tables if type(table) in (dict, Stacks)]
 
     def put_back(self) -> set[str]:
         """Undo what happened to it; return the names of what had been changed."""
@@ -105,10 +106,10 @@ class NetworkState:
             for tensor in tensors:
                 if tensor.restored():
                     changed.add(f"{prefix}{tensor.name}")
-        for path, table, own in self._own:
-            for name in table.own - own:
+        for path, table, names in self._names:
+            for name in set(table) - names:  # registered meanwhile
                 changed.add(f"{path}.{name}" if path else name)
-                table.drop(name)
+                dict.pop(table, name)
         return changed
 
 

@@ -11,7 +11,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.barrier import unwatched
 from fastens.fold.network import state_kept
 from fastens.fold.rows import drawn_like
-from fastens.fold.tables import view_of_member
+from fastens.fold.tables import settle, view_of_member
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -32,6 +32,7 @@ def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "for
             with state_kept(engine.network):
                 view = unwatched(view_of_member(engine.network, 0))
                 engine.call_module(view, 0, drawn_like(arguments), method)
+                settle(view, keeps=True)
                 with state_kept(engine.network) as tables, state_kept(view) as again:
                     engine.call_module(view, 0, drawn_like(arguments), method)
                 if tables or again:

@@ -80,10 +80,11 @@ class _Member:
     def __init__(self, engine: FoldEngine, method: str, given: Arguments, exact: bool) -> None:
         self._engine, self._method, self._given, self._exact = engine, method, given, exact
         self._whole = self._answer(given)
-        half = any(x.dtype in HALVES for x in self._whole)
-        self._tolerance = 0.0 if half else _EXACT if exact else max(map(tolerance_for, self._whole), default=0.0)
+        tensors = [x for x in self._whole if isinstance(x, Tensor)]
+        half = any(x.dtype in HALVES for x in tensors)
+        self._tolerance = 0.0 if half else _EXACT if exact else max(map(tolerance_for, tensors), default=0.0)
 
-    def _answer(self, given: Arguments) -> list[Tensor]:
+    def _answer(self, given: Arguments) -> list[Any]:
         engine = self._engine
         view, device = engine.views[0], given.batch.device.type
         seen = seen_as(_double) if self._exact else nullcontext()
@@ -91,16 +92,16 @@ class _Member:
         with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:
             output = engine.call_module(view, 0, given, self._method)
         engine.stateful = engine.stateful or bool(changed or written)
-        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        return pytree.tree_leaves(output)
 
     def excluded(self) -> frozenset[int] | None:
         """Positions of the leaves that only look like the batch; none where the rows are mixed."""
         given, whole, batch = self._given, self._whole, self._given.batch_size
-        if not all(x.ndim and x.shape[0] == batch for x in whole):
+        if not all(x.ndim and x.shape[0] == batch for x in whole if isinstance(x, Tensor)):
             return None
         if batch <= 1:
             return frozenset()
-        if any(relative_error(a, b) > 0 for a, b in zip(self._answer(given), whole, strict=True)):
+        if not all(_same(a, b, 0.0) for a, b in zip(self._answer(given), whole, strict=True)):
             return frozenset()  # random in this mode, so that only sizes tell
         return next((found for found in _hypotheses(given) if self._explains(found)), None)
 
@@ -113,10 +114,16 @@ class _Member:
                 return False
             if len(part) != len(self._whole):
                 return False
-            pairs = zip(part, self._whole, strict=True)
-            if any(not relative_error(a, b[row : row + 1]) <= self._tolerance for a, b in pairs):
+            whole = [x[row : row + 1] if isinstance(x, Tensor) else x for x in self._whole]
+            if not all(_same(a, b, self._tolerance) for a, b in zip(part, whole, strict=True)):
                 return False
         return True
+
+
+def _same(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return relative_error(a, b) <= tolerance
+    return type(a) is type(b) and bool(a is b or a == b)
 
 
 def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:

@@ -117,7 +117,7 @@ class Structure:
             with torch.no_grad(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
                     with state_kept(views[k]), seen_as(change):
-                        output = engine.call_module(views[k], k, arguments.copied(), self._method)
+                        output = engine.call_module(views[k], k, arguments, self._method)
                     members.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
                     if not all(bool(torch.isfinite(x).all()) for x in members[-1] if x.is_floating_point()):
                         return None

@@ -99,10 +99,12 @@ class Stacks(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
         if isinstance(value, MemberTensor):
+            self._ndim[name] = value.ndim
             if value.hidden is None:
                 self.common.add(name)
             else:
                 self.common.discard(name)
+                self._seen[name] = value  # in the pass in progress it may be of rows
             value = value.stack
         elif isinstance(value, Tensor):
             ndim = self._ndim.get(name)
@@ -157,8 +159,11 @@ class OfMember(dict[str, Any]):
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
         # what was read last, and where it was: the member may give it other memory, by ``data``
         self._given: dict[str, tuple[Tensor, int]] = {}
+        self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
 
     def _read(self, name: str) -> Any:
+        if name in self._put:
+            return self._put[name]
         if name in self.own:
             return super().__getitem__(name)
         tensor = dict.__getitem__(self.source, name)
@@ -181,50 +186,60 @@ class OfMember(dict[str, Any]):
         return own
 
     def __getitem__(self, name: str) -> Any:
-        return self._read(name) if name in self.source else super().__getitem__(name)
+        return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write a member's new value to its place in the stack, or keep it where it has none there."""
+        """Take a member's new value, which :meth:`settle` keeps unless what was there comes back."""
         if isinstance(value, MemberTensor) and value.hidden is None:
             value = value.stack
-        if not self._fits(name, value):
-            self.keep(name, value)
+        if name in self.source and name not in self.own and self._is_in_place(name, value):
+            self._put.pop(name, None)
             return
-        if name in self.source.common:
-            self.source.unshared(name)
-        place = self._read(name)
-        with torch.inference_mode() if place.is_inference() else torch.no_grad():
-            place.copy_(value)
+        self._put[name] = value
+        self.setdefault(name, None)
 
-    def _fits(self, name: str, value: Any) -> bool:
-        place = self._read(name) if name in self.source and name not in self.own else None
-        if not isinstance(place, Tensor) or not isinstance(value, Tensor):
+    def _is_in_place(self, name: str, value: Any) -> bool:
+        """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
+        stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
+        if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
+            return value is stack
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
             return False
-        return (place.shape, place.dtype, place.device) == (value.shape, value.dtype, value.device)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Have a value that the stacks have no place for, such as a cache that grows."""
-        self.own.add(name)
-        super().__setitem__(name, value)
-
-    def drop(self, name: str) -> None:
-        """Have the value of the stacks again, or none."""
-        self.own.discard(name)
-        if name in self.source:
-            super().__setitem__(name, None)
-        else:
-            super().__delitem__(name)
+        own = 0 if name in self.source.common else 1
+        offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
+        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
+            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
+        )
 
     def settle(self, keeps: bool) -> set[str]:
-        """Write what the member replaced by ``data`` to its place in the stack, or drop it; return the names."""
-        replaced = set()
-        for name, (tensor, address) in list(self._given.items()):
-            if tensor.data_ptr() != address:
-                replaced.add(name)
-                self._given.pop(name, None)
-                if keeps and name not in self.source.common:
-                    dict.__getitem__(self.source, name).data[self.k].copy_(tensor.data)
-        return replaced
+        """Keep what the member replaced in a call, or drop it; return the names."""
+        replaced = {name: tensor for name, (tensor, address) in self._given.items() if tensor.data_ptr() != address}
+        replaced |= self._put
+        self._put = {}
+        for name, value in replaced.items():
+            self._given.pop(name, None)
+            if keeps:
+                self.keep(name, value)
+            elif name not in self.source and name not in self.own:
+                super().__delitem__(name)
+        return set(replaced)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
+        stack = dict.get(self.source, name)
+        like = None if stack is None else stack if name in self.source.common else stack[self.k]
+        if like is None or not isinstance(value, Tensor) or (
+            (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
+        ):  # fmt: skip
+            self.own.add(name)
+            super().__setitem__(name, value)
+            return
+        self.own.discard(name)
+        if name in self.source.common:
+            self.source.unshared(name)
+        place = dict.__getitem__(self.source, name).data[self.k]
+        with torch.inference_mode() if place.is_inference() else torch.no_grad():
+            place.copy_(value.detach())
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a name."""
@@ -298,9 +313,6 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
             table = original.__dict__[name]
             if isinstance(table, Stacks):
                 module.__dict__[name] = OfMember(table, k)
-        for name, hooks in vars(original).items():
-            if name.endswith("_hooks") or "_hooks_" in name:
-                module.__dict__[name] = hooks  # hooks run in fold and loop alike
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view

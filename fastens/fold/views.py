@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ from fastens.fold.tables import OfMember, view_of_member
 
 _NO_STATE = {"_barrier", "training"}
 _TABLES = ("_parameters", "_buffers")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
 Made = TypeVar("Made")
 State = list[dict[str, Any]]  # of a member: attributes for each of its modules
 
@@ -51,6 +55,8 @@ class MemberViews:
         self._views: list[nn.Module] = []
         self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
         self._modules: list[nn.Module] = []  # of the network, when they were made
+        self._hooks_seen = -1
+        self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
         self.look()
 
     def look(self) -> None:
@@ -65,7 +71,25 @@ class MemberViews:
             for module, original in zip(view.modules(), self._network.modules(), strict=True):
                 if module.training is not original.training:
                     module.training = original.training
+        if self._hooks_seen != self._barrier.hooks or any(a.keys() != b.keys() for a, b in self._rebound):
+            self._hook(self._views)
         return self._views
+
+    def _hook(self, views: list[nn.Module]) -> None:
+        """Give members the hooks of the network, which run in fold and loop alike."""
+        self._hooks_seen, self._rebound = self._barrier.hooks, []
+        for view in views:
+            own = {id(theirs): mine for mine, theirs in zip(view.modules(), self._network.modules(), strict=True)}
+            for module, original in zip(view.modules(), self._network.modules(), strict=True):
+                for name in _HOOKS:
+                    hooks = original.__dict__[name]
+                    rebound = {key: _rebound(hook, own) for key, hook in hooks.items()}
+                    if any(rebound[key] is not hook for key, hook in hooks.items()):
+                        rebound = OrderedDict(rebound)
+                        self._rebound.append((rebound, hooks))
+                    else:
+                        rebound = hooks
+                    module.__dict__[name] = rebound
 
     def keep(self) -> None:
         """Keep what members write to themselves from now on."""
@@ -114,6 +138,7 @@ class MemberViews:
                     kept.append({name: value for name, value in state[i].items() if name not in anew})
                 write(view, kept)
             self._given = given
+        self._hook(made)
         self._modules, self._views, self._writes = modules, made, writes
 
 
@@ -160,3 +185,16 @@ def write(member: nn.Module, state: State) -> None:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = value
+
+
+def _rebound(hook: Any, own: dict[int, nn.Module]) -> Any:
+    """A hook for one member: a method of a module of the network is that of the member's own module."""
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
+        return types.MethodType(hook.__func__, own[id(hook.__self__)])
+    if isinstance(hook, functools.partial):
+        function, args = _rebound(hook.func, own), [own.get(id(x), x) for x in hook.args]
+        keywords = {name: own.get(id(x), x) for name, x in hook.keywords.items()}
+        before = (hook.func, *hook.args, *hook.keywords.values())
+        if any(a is not b for a, b in zip(before, (function, *args, *keywords.values()), strict=True)):
+            return functools.partial(function, *args, **keywords)
+    return hook
