@@ -94,7 +94,8 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
-    _disturbed = 0  # recordings during which weights were written to
+    _disturbed = 0  # recordings in succession during which weights were written to
+    _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
     _launched = False  # launches on the CPU too, where they are tested
 
     def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
@@ -214,9 +215,14 @@ class Plans:
             self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
             self.clear()
             self._rests_on = before
+            self._quiet = 0
             if self._changes > _MOST_CHANGES:
                 self.why_not = "the weights, or the state of the network, change from call to call"
                 return None
+        self._quiet += 1
+        if self._disturbed > _MOST_CHANGES and self._quiet < 2**self._disturbed:  # rarer with each that was in vain
+            self.why_not = "weights are written to while the network is recorded"
+            return None
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or self._hooked():
             return None
@@ -241,8 +247,10 @@ class Plans:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
                 if self._rests_on[1:] != before[1:]:
                     self._disturbed += 1
+                    self._quiet = 0
                     self.why_not = "weights were written to while the network was recorded"
                     return None
+                self._disturbed = 0
                 self._plans[key] = entry
                 self.known.add(key)
                 if len(self._plans) > _MOST_PLANS:
@@ -321,8 +329,6 @@ class Plans:
     def _obstacle(self, arguments: Tensors) -> str:
         """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
         kind = self._kind
-        if self._disturbed > 2:  # by the network itself, then
-            return "the network writes to its weights"
         if not ordinary_context(kind):
             return "autocast, a function mode or a transform is active, in which members' own functions are called"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
