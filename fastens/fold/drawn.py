@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
-from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.fold.network import state_kept
 from fastens.fold.remembered import remembers_calls
+from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
 
 if TYPE_CHECKING:
@@ -162,10 +163,17 @@ class DrawnCall:
     def _check(self, folded: Any, expected: list[Tensor]) -> None:
         """Raise NotFoldable where a fold parts from the members."""
         ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
-        for a, b in zip(ours, expected, strict=True):
-            error = relative_error(a, b)
-            if not error <= tolerance_for(b, self._engine.network):
-                raise NotFoldable(f"the fold is {error:.1e} from the members")
+        error = beyond_rounding(ours, expected, self._engine.network, self._exactly)
+        if error is not None:
+            raise NotFoldable(f"the fold is {error:.1e} from the members")
+
+    def _exactly(self) -> list[Tensor] | None:
+        """What the members give in float32."""
+        found = {k: exactly(self._engine, k, self._arguments) for k in set(self._members.tolist())}
+        if any(single is None for single in found.values()):
+            return None
+        output = run_drawn(lambda k, _: found[k], self._arguments, self._members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
     def _folded(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
         engine = self._engine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.arguments import duplicate, separate
-from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
@@ -195,7 +195,7 @@ class Plans:
         Args:
             key: the signature.
             whole: the pass as a function of the tensors of the call; see :func:`fastens.fold.leaves.recorded`.
-            member: the first member likewise, its tensors alone.
+            member: the first member likewise, its tensors alone; with ``exact`` in float32, none where it takes none.
             inputs: the tensors of the call.
             expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
                 signature for which that fails is not refused.
@@ -302,7 +302,8 @@ class Plans:
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
         given = [] if numbers is None else [other_values]
-        self._check(seen(of_member(entry.run(others, other_values), 0)), member(others, *given))
+        found = seen(of_member(entry.run(others, other_values), 0))
+        self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
         entry.calls = 1
         return entry, outputs
 
@@ -345,13 +346,12 @@ class Plans:
                 return "the arguments are on another device than the weights"
         return "" if launched or run_program.available() else "the compiled library is not there"
 
-    def _check(self, ours: Tensors, theirs: Tensors) -> None:
+    def _check(self, ours: Tensors, theirs: Tensors, exact: Callable[[], Tensors | None] = lambda: None) -> None:
         if len(ours) != len(theirs):
             raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
-        for a, b in zip(ours, theirs, strict=True):
-            error = relative_error(a, b)
-            if not error <= tolerance_for(b, self._network):
-                raise NotLowerable(f"the plan is {error:.1e} from the members")
+        error = beyond_rounding(ours, theirs, self._network, exact)
+        if error is not None:
+            raise NotLowerable(f"the plan is {error:.1e} from the members")
 
 
 def _another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
