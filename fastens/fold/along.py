@@ -56,8 +56,10 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     hidden = all_members(engine.num_members)
     whole, _, _ = PlannedCall(engine, arguments).passes(differentiated=True)
 
-    def member(tensors: list[Tensor]) -> list[Tensor]:
+    def member(tensors: list[Tensor], exact: bool = False) -> list[Tensor] | None:
         """The first member's output, and its derivative seen along a fixed direction, by going backward."""
+        if exact:
+            return None
         with torch.enable_grad():
             inner = [x.detach() for x in tensors[:-1]]
             inner[number].requires_grad_()

@@ -12,12 +12,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.check import beyond_rounding
 from fastens.fold.leaves import Leaves, recorded, recorded_rows
 from fastens.fold.memory_cap import suppress_out_of_memory
 from fastens.fold.network import state_kept
 from fastens.fold.numbers import Numbers
 from fastens.fold.planned import Entry
+from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 from fastens.plan.record import NotRecordable, record, trace_of
 
@@ -154,10 +155,13 @@ class PlannedCall:
             output = engine.run(fold, given(tensors), rows=self._dealt)
             return recorded_rows(output, own) if self._dealt else recorded(output, own)
 
-        def member(tensors: list[Tensor], values: dict[int, float] | None = None) -> list[Tensor]:
-            k = int(tensors[-1][0]) if self._dealt else 0
-            output = engine.call_member(k, given(tensors, anew=True).with_numbers(values or {}))
-            return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        def member(
+            tensors: list[Tensor], values: dict[int, float] | None = None, exact: bool = False
+        ) -> list[Tensor] | None:
+            k, other = int(tensors[-1][0]) if self._dealt else 0, given(tensors, anew=True).with_numbers(values or {})
+            if exact:
+                return exactly(engine, k, other)
+            return [x for x in pytree.tree_leaves(engine.call_member(k, other)) if isinstance(x, Tensor)]
 
         return whole, member, numbers
 
@@ -177,13 +181,18 @@ class PlannedCall:
         with torch.no_grad():
             theirs = self._answer(k)
         theirs = theirs if rows is None else [x[rows.to(x.device)] for x in theirs]
-        errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
-        if all(e <= tolerance_for(b, engine.network) for e, b in zip(errors, theirs, strict=True)):
+
+        def exact() -> list[Tensor] | None:
+            single = exactly(engine, k, self._arguments)
+            return single if rows is None or single is None else [x[rows.to(x.device)] for x in single]
+
+        error = beyond_rounding(ours, theirs, engine.network, exact)
+        if error is None:
             return True
         where = self._first_difference(entry)
         engine.refresh()
         warnings.warn(
-            f"fastens: a plan is {max(errors):.1e} from member {k} as it is now, {where}: it is dropped; after "
+            f"fastens: a plan is {error:.1e} from member {k} as it is now, {where}: it is dropped; after "
             "a change that cannot be noticed, as by .data in place or inside a list, call refresh()",
             stacklevel=6,
         )

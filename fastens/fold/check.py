@@ -1,5 +1,8 @@
 """How far the fold may be from the loop."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +32,33 @@ def rounding_tolerance(half: Tensor, single: Tensor) -> float:
         half: a member's output.
         single: the same on the same weights in float32.
     """
-    return _ROUNDINGS * max(relative_error(half, single), torch.finfo(half.dtype).eps)
+    rounding = relative_error(half, single)
+    if not math.isfinite(rounding):  # beyond its largest number
+        return TOLERANCE[half.dtype]
+    return _ROUNDINGS * max(rounding, torch.finfo(half.dtype).eps)
+
+
+def beyond_rounding(
+    ours: list[Tensor], theirs: list[Tensor], network: nn.Module, exact: Callable[[], list[Tensor] | None]
+) -> float | None:
+    """The first error of outputs of a network that is more than rounding, none where none is.
+
+    Args:
+        ours: what a plan or a fold gave.
+        theirs: what a member gave.
+        network: whose outputs they are.
+        exact: gives what the member gives in float32, none where it takes no other precision; asked where an error in
+            half precision is more than some last bits.
+    """
+    single: list[Tensor] | None = None
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error, allowed = relative_error(a, b), tolerance_for(b, network)
+        if b.dtype in HALVES and error > _ROUNDINGS * torch.finfo(b.dtype).eps:
+            single = exact() if single is None else single
+            allowed = allowed if single is None else rounding_tolerance(b, single[i])
+        if not error <= allowed:
+            return error
+    return None
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

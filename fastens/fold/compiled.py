@@ -48,8 +48,9 @@ def tracing() -> bool:
 
 
 def traced(tensors: Iterable[Tensor]) -> bool:
-    """Whether a trace is in progress, whose tensors and sizes are symbols: nothing of it is kept for other passes."""
-    return torch.compiler.is_compiling() or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
+    """Whether a trace or a transform is in progress, whose tensors are its own: nothing is kept for other passes."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
-from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued
+from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued, memory_of
 from fastens.fold.writes import WritesInput, depending, promote, writes_to
 from fastens.reference._rows import rows_of
 
@@ -75,9 +75,7 @@ class Fold(TorchFunctionMode):
         self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
-        self.input_storages = (
-            set() if recording else {x.untyped_storage()._cdata for x in inputs if x.layout is torch.strided}
-        )
+        self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
 
     @staticmethod
     def of(args: Any, kwargs: Any) -> Fold:
@@ -105,13 +103,14 @@ class Fold(TorchFunctionMode):
 
     def knows(self, wrapper: MemberTensor) -> None:
         """Remember in which memory a common value is."""
-        if wrapper.stack.layout is torch.strided:
-            self._sharing.setdefault(wrapper.stack.untyped_storage()._cdata, []).append(weakref.ref(wrapper))
+        memory = memory_of(wrapper.stack)
+        if memory is not None:
+            self._sharing.setdefault(memory, []).append(weakref.ref(wrapper))
 
     def sharing(self, storage: int) -> list[MemberTensor]:
         """The wrappers of common values in one memory."""
         found = (ref() for ref in self._sharing.get(storage, ()))
-        return [w for w in found if w is not None and w.hidden is None and w.stack.untyped_storage()._cdata == storage]
+        return [w for w in found if w is not None and w.hidden is None and memory_of(w.stack) == storage]
 
     def stack(self, x: MemberTensor) -> Tensor:
         """The entries of a member-valued tensor in this pass, [N, ...]."""
@@ -294,10 +293,8 @@ def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -
     if not wrappers and not fold.wrapped and not fold.input_storages:
         return func(*args, **kwargs)
     writes = writes_to(func, args)
-    if writes and args and isinstance(args[0], Tensor):
-        target = plain(args[0])
-        if target.layout is torch.strided and target.untyped_storage()._cdata in fold.input_storages:
-            raise WritesInput(f"{name_of(func)} writes to an argument of the call")
+    if writes and args and isinstance(args[0], Tensor) and memory_of(plain(args[0])) in fold.input_storages:
+        raise WritesInput(f"{name_of(func)} writes to an argument of the call")
     if wrappers:
         original, (args, kwargs) = args, (mapped(plain, args), mapped(plain, kwargs))
         if writes and isinstance(original[0], MemberTensor):
@@ -321,8 +318,10 @@ def check_derivatives(tree: Any) -> None:
     for leaf in leaves_of(tree):
         if type(leaf) is MemberTensor and not leaf.stack.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
-                detached = Tensor.requires_grad.__get__(leaf)
-            if detached:
+                detached, made = Tensor.requires_grad.__get__(leaf), Tensor.grad_fn.__get__(leaf)
+            if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
+                leaf.stack.requires_grad_()
+            elif detached:
                 raise NotFoldable("an autograd.Function of the network differentiates by itself")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.calls import PlannedCall
+from fastens.fold.calls import PlannedCall, capturing
+from fastens.fold.check import beyond_rounding
+from fastens.fold.guards import transformed
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.fold.network import state_kept
 from fastens.fold.remembered import remembers_calls
+from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.fold.writes import WritesInput
 
@@ -89,7 +94,7 @@ class DrawnCall:
         """What a member returns for the whole batch, each sample by its own member."""
         engine, arguments, members = self._engine, self._arguments, self._members
         eager = not torch.compiler.is_compiling()
-        if engine.engine == "loop" or not len(members):
+        if engine.engine == "loop" or not len(members) or transformed():
             return self._looped()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
         if eager and engine.stateful and not self._caches_filled():
@@ -104,8 +109,22 @@ class DrawnCall:
             planned = self._planned(dealt, order, offsets, row_members)
             if planned is not None:
                 return planned
+        key = (
+            "drawn",
+            dealt.signature(),
+            engine.network.training,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(),
+        )
+        first = eager and key not in engine.checked and not capturing()
+        expected = self._expected() if first else None
         try:
-            return engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
+            folded = engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
+            if expected is not None:
+                self._check(folded, expected)
+            if first:
+                engine.checked.add(key)
+            return folded
         except WritesInput:
             engine.copies_inputs = True
             return DrawnCall(engine, self._arguments.copied(), members).run()
@@ -132,6 +151,33 @@ class DrawnCall:
 
     def _looped(self) -> Any:
         return run_drawn(self._engine.call_member, self._arguments, self._members)
+
+    def _expected(self) -> list[Tensor] | None:
+        """What the members give, which a first fold is held against; none where they draw random numbers."""
+        engine = self._engine
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), ExitStack() as kept:
+            for network in (engine.network, *engine.views):
+                kept.enter_context(state_kept(network))
+            before = torch.random.get_rng_state()
+            output = run_drawn(engine.call_member, self._arguments.copied(), self._members)
+            random = not torch.equal(before, torch.random.get_rng_state())
+        return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _check(self, folded: Any, expected: list[Tensor]) -> None:
+        """Raise NotFoldable where a fold parts from the members."""
+        ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
+        error = beyond_rounding(ours, expected, self._engine.network, self._exactly)
+        if error is not None:
+            raise NotFoldable(f"the fold is {error:.1e} from the members")
+
+    def _exactly(self) -> list[Tensor] | None:
+        """What the members give in float32."""
+        found = {k: exactly(self._engine, k, self._arguments) for k in set(self._members.tolist())}
+        if any(single is None for single in found.values()):
+            return None
+        output = run_drawn(lambda k, _: found[k], self._arguments, self._members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
     def _folded(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
         engine = self._engine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.arguments import duplicate, separate
-from fastens.fold.check import relative_error, tolerance_for
+from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
@@ -94,7 +94,8 @@ class Plans:
         why_not: why the last signature that got no plan has none, empty where all have one.
     """
 
-    _disturbed = 0  # recordings during which weights were written to
+    _disturbed = 0  # recordings in succession during which weights were written to
+    _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
     _launched = False  # launches on the CPU too, where they are tested
 
     def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
@@ -194,7 +195,7 @@ class Plans:
         Args:
             key: the signature.
             whole: the pass as a function of the tensors of the call; see :func:`fastens.fold.leaves.recorded`.
-            member: the first member likewise, its tensors alone.
+            member: the first member likewise, its tensors alone; with ``exact`` in float32, none where it takes none.
             inputs: the tensors of the call.
             expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
                 signature for which that fails is not refused.
@@ -214,9 +215,14 @@ class Plans:
             self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
             self.clear()
             self._rests_on = before
+            self._quiet = 0
             if self._changes > _MOST_CHANGES:
                 self.why_not = "the weights, or the state of the network, change from call to call"
                 return None
+        self._quiet += 1
+        if self._disturbed > _MOST_CHANGES and self._quiet < 2**self._disturbed:  # rarer with each that was in vain
+            self.why_not = "weights are written to while the network is recorded"
+            return None
         refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
         if refused or self._hooked():
             return None
@@ -241,8 +247,10 @@ class Plans:
                 self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
                 if self._rests_on[1:] != before[1:]:
                     self._disturbed += 1
+                    self._quiet = 0
                     self.why_not = "weights were written to while the network was recorded"
                     return None
+                self._disturbed = 0
                 self._plans[key] = entry
                 self.known.add(key)
                 if len(self._plans) > _MOST_PLANS:
@@ -294,7 +302,8 @@ class Plans:
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
         given = [] if numbers is None else [other_values]
-        self._check(seen(of_member(entry.run(others, other_values), 0)), member(others, *given))
+        found = seen(of_member(entry.run(others, other_values), 0))
+        self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
         entry.calls = 1
         return entry, outputs
 
@@ -321,8 +330,6 @@ class Plans:
     def _obstacle(self, arguments: Tensors) -> str:
         """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
         kind = self._kind
-        if self._disturbed > 2:  # by the network itself, then
-            return "the network writes to its weights"
         if not ordinary_context(kind):
             return "autocast, a function mode or a transform is active, in which members' own functions are called"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
@@ -339,13 +346,12 @@ class Plans:
                 return "the arguments are on another device than the weights"
         return "" if launched or run_program.available() else "the compiled library is not there"
 
-    def _check(self, ours: Tensors, theirs: Tensors) -> None:
+    def _check(self, ours: Tensors, theirs: Tensors, exact: Callable[[], Tensors | None] = lambda: None) -> None:
         if len(ours) != len(theirs):
             raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
-        for a, b in zip(ours, theirs, strict=True):
-            error = relative_error(a, b)
-            if not error <= tolerance_for(b, self._network):
-                raise NotLowerable(f"the plan is {error:.1e} from the members")
+        error = beyond_rounding(ours, theirs, self._network, exact)
+        if error is not None:
+            raise NotLowerable(f"the plan is {error:.1e} from the members")
 
 
 def _another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:

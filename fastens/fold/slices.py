@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
-from fastens.fold.tensor import NotFoldable, ReadsValues, member_valued
+from fastens.fold.tensor import NotFoldable, ReadsValues, member_valued, memory_of
 from fastens.fold.writes import writes_to
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(results[0], Tensor) and results[0].shape != args[0].shape:
             raise NotFoldable(f"{name} changes the shape of what it writes to")
         return args[0] if isinstance(results[0], Tensor) else None  # written through the views of its entries
-    storages = {x[0].untyped_storage()._cdata for x in columns.values() if x[0].layout is torch.strided}
+    storages = {memory_of(x[0]) for x in columns.values()} - {None}
     return stacked(fold, results, name, storages)
 
 
-def stacked(fold: Fold, results: list[Any], name: str, storages: set[int] = frozenset()) -> Any:  # pyright: ignore[reportArgumentType]
+def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None] = frozenset()) -> Any:  # pyright: ignore[reportArgumentType]
     """The results of one function for every entry as one: tensors stacked, anything else alike.
 
     Raises:
@@ -65,7 +66,7 @@ def stacked(fold: Fold, results: list[Any], name: str, storages: set[int] = froz
         if isinstance(first, Tensor):
             if any(x.shape != first.shape or x.dtype != first.dtype for x in column):
                 raise NotFoldable(f"{name} gives members tensors of different shapes")
-            alias = first.layout is not torch.strided or first.untyped_storage()._cdata not in storages
+            alias = memory_of(first) not in storages
             joined.append(fold.wrap(torch.stack(column), alias))
         else:
             if any(type(x) is not type(first) or x != first for x in column):

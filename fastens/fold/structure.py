@@ -26,6 +26,29 @@ if TYPE_CHECKING:
 _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 
+def exactly(engine: FoldEngine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
+    """What member k gives in float32 on the same weights, none where it takes no other precision."""
+    device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
+    given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
+
+    def wide(tensor: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return _wide(tensor)
+
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+            state_kept(engine.network),
+            state_kept(view),
+            seen_as(wide),
+        ):
+            output = engine.call_module(view, k, given, method)
+    except Exception:  # it casts itself
+        return None
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+
 class Structure:
     """Holds fold and members against each other in float32, and on drawn weights and inputs.
 

@@ -213,6 +213,14 @@ class MemberTensor(Tensor):
         return below_autograd(Fold.of(args, kwargs or {}), func, args, kwargs or {})
 
 
+def memory_of(x: Tensor) -> int | None:
+    """Which memory a tensor is in; none where it is not strided, or of a transform, which shows none."""
+    try:
+        return x.untyped_storage()._cdata if x.layout is torch.strided else None
+    except NotImplementedError:
+        return None
+
+
 def member_valued(x: Any) -> bool:
     """Whether a value differs between members."""
     return type(x) is MemberTensor and x.hidden is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastens.fold.nested import leaves_of
-from fastens.fold.tensor import MemberTensor, NotFoldable
+from fastens.fold.tensor import MemberTensor, NotFoldable, memory_of
 from fastens.plan.record import in_progress
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def promote(fold: Fold, target: Any, source: Any = None) -> None:
     if type(target) is not MemberTensor:
         raise NeedsWrappers(target)
     value = target.stack
-    storage = value.untyped_storage()
-    if storage._cdata in fold.input_storages:
+    memory = memory_of(value)
+    if memory is None:
+        raise NotFoldable("member-valued numbers are written to a common tensor inside a transform of torch.func")
+    if memory in fold.input_storages:
         raise WritesInput("member-valued numbers are written to an argument of the call")
-    wrappers = fold.sharing(storage._cdata)
+    wrappers = fold.sharing(memory)
     if any(w.stack.dtype != value.dtype for w in wrappers) or _is_shared(fold, value, wrappers):
         raise NotFoldable("a tensor that others share memory with receives member-valued numbers")
-    size, count = fold.hidden.size, storage.nbytes() // value.element_size()
+    size, count = fold.hidden.size, value.untyped_storage().nbytes() // value.element_size()
     flat = value.as_strided((count,), (1,), 0)
     if fold.recording and source is not None:
         whole = fold.stack(source).new_empty(size * count, dtype=value.dtype)

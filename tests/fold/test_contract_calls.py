@@ -216,3 +216,34 @@ def test_a_branch_that_the_first_call_did_not_take(name):
             for given in (x, -x, x[:3], x.T.contiguous().T):
                 held.call(given, t[: len(given)])
     held.gradients(lambda g: (torch.randn(5, 4, generator=g), times[2]))
+
+
+class Strided(nn.Module):
+    """Takes another way where the layout allows no view, which is a member's own and not the fold's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        h = self.inner(x).transpose(1, 2)
+        try:
+            return h.view(len(h), -1).reshape(h.shape)
+        except RuntimeError:
+            return h + 1
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("num_members", [1, 3])
+@pytest.mark.parametrize("rule", ["alternating", "assigned"])
+def test_a_first_call_of_drawn_rows_is_held_against_the_members(rule, num_members, differentiated):
+    held = Held(lambda k: Strided(), num_members)
+    x = torch.randn(3, 4, 6)
+    candidates = torch.stack(held.loop(x))
+    held.ensemble.rule = "mean" if rule == "assigned" else rule
+    scope = held.ensemble.assigned([0, num_members - 1, 0]) if rule == "assigned" else held.ensemble.trajectory(3, 0)
+    with scope, torch.set_grad_enabled(differentiated):
+        for _ in range(2):
+            found = held.quietly(lambda: held.ensemble(x))
+            assert float((found - candidates).detach().abs().flatten(2).amax(2).min(0).values.max()) < 1e-5
+    assert any("the fold is" in warning for warning in held.warned)

@@ -1,13 +1,17 @@
 """What a first call does not show: mixing behind the rounding of half precision, or before a layer of zeros."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import fastens
+from fastens import _native
 from fastens.fold import structure
 from fastens.fold.check import TOLERANCE, relative_error
 from fastens.fold.dispatch import RULES
+from fastens.fold.planned import Entry
 from tests.fold.contract import Held, averaged, batch, made, near
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -265,3 +269,46 @@ def test_a_nondegenerate_first_call_is_made_once(monkeypatch):
     with torch.no_grad():
         halves_of(torch.randn(5, 4).bfloat16())
     assert calls == [False]
+
+
+@pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+@pytest.mark.parametrize("rule", ["mean", "mixture"])
+def test_an_audit_tells_a_change_from_the_rounding_of_half_precision(rule, monkeypatch):
+    """Of six per cent, where a tolerance for any network in bfloat16 would be ten."""
+    monkeypatch.setenv("FASTENS_AUDIT", "always")
+    members, ensemble = halves(lambda k: Network(), torch.bfloat16, rule=rule)
+    x = torch.randn(6, 4).bfloat16()
+    with torch.no_grad(), ensemble.trajectory(6, 0), warnings.catch_warnings():
+        warnings.simplefilter("error")  # rounding alone is no reason to drop a plan
+        for _ in range(4):
+            ensemble(x)
+        assert ensemble.report().plans
+        for p in ensemble.network.out.parameters():
+            p.data.mul_(1.06)
+    for member in members:
+        for p in member.out.parameters():
+            p.data.mul_(1.06)
+    with torch.no_grad(), ensemble.trajectory(6, 0):
+        with pytest.warns(UserWarning, match="call refresh"):
+            found = ensemble(x)
+        scores = torch.stack([member(x) for member in members]).float()
+    expected = scores.mean(0) if rule == "mean" else found
+    assert relative_error(found.float(), expected) < 0.03
+
+
+@pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+def test_a_plan_is_held_beyond_rounding_on_other_inputs(monkeypatch):
+    """A plan that is six per cent off on inputs that it was not recorded with is none."""
+    run, calls = Entry.run, []
+
+    def wrong(self, inputs, *args):
+        calls.append(1)
+        return [x * 1.06 if len(calls) == 2 else x for x in run(self, inputs, *args)]
+
+    monkeypatch.setattr(Entry, "run", wrong)
+    _, ensemble = halves(lambda k: Network(), torch.bfloat16)
+    with torch.no_grad():
+        ensemble(torch.randn(6, 4).bfloat16())
+    assert len(calls) == 2
+    assert not ensemble.report().plans
+    assert "from the members" in ensemble.report().why_no_plan

@@ -46,6 +46,32 @@ def test_checkpoints_inside_a_network(how, reentrant, reads, engine):
     held.everywhere(VECTORS)
 
 
+class Nested(nn.Module):
+    """Checkpoints a part that checkpoints a part."""
+
+    def __init__(self, outer, inner):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.outer, self.inner = outer, inner
+
+    def part(self, h):
+        return torch.tanh(self.second(checkpoint(self.first, h, use_reentrant=self.inner).sin() + h))
+
+    def forward(self, x):
+        return checkpoint(self.part, x + self.second.bias, use_reentrant=self.outer)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("outer", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("inner", [False, True], ids=["", "reentrant"])
+def test_checkpoints_inside_checkpoints(outer, inner):
+    held = Held(lambda k: Nested(outer, inner))
+    for _ in range(3):
+        held.gradients(VECTORS)
+    held.everywhere(VECTORS)
+    assert outer or inner or held.ensemble.engine == "fold"
+
+
 class Network(nn.Module):
     def __init__(self, reads=False):
         super().__init__()
@@ -149,6 +175,31 @@ def test_tangents_of_dual_numbers(enabled, engine):
             )
             near((found.primal, found.tangent), (expected.primal, expected.tangent), 1e-4)
         held.sampling(batch(3, 4))
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before any call", "after calls"])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout])
+def test_transforms_of_dropout_masks(kind, called):
+    """Under fixed masks; each transform against calls of the ensemble."""
+    ensemble = fastens.MCDropout(nn.Sequential(nn.Linear(4, 8), kind(0.4), nn.Linear(8, 4)), 3)
+    x, v = torch.randn(5, 4), torch.randn(5, 4)
+    if called:
+        ensemble(x)
+    near(torch.func.vmap(ensemble)(torch.stack([x, v])), torch.stack([ensemble(x), ensemble(v)]))
+    near(torch.func.jvp(ensemble, (x,), (v,)), (ensemble(x), ensemble(x + v) - ensemble(x)), 1e-4)  # it is affine
+    given = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ensemble(given).square().sum(), given)
+    near(torch.func.grad(lambda x: ensemble(x).square().sum())(x), expected)
+    near(ensemble(x), ensemble(given).detach())  # nothing of a transform was kept
+
+
+def test_vmap_refuses_what_is_drawn_in_each_call():
+    members = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4)).eval() for _ in range(2)]
+    for ensemble in (fastens.Ensemble(members, "alternating"), fastens.MCDropout(members[0], 2, masks="fresh")):
+        with pytest.raises(
+            RuntimeError, match=r"torch\.func\.vmap makes one call of many; call the ensemble on the whole"
+        ):
+            torch.func.vmap(ensemble, randomness="different")(torch.randn(2, 5, 4))
 
 
 def test_functional_calls_over_stacks_of_weights():

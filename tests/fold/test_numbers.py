@@ -192,3 +192,30 @@ def test_weights_that_change_before_every_call_are_not_packed_every_time(monkeyp
         assert len(recorded) <= 3
         ensemble(x, 2.0)  # the second call with these weights
         assert len(ensemble.report().plans) == 1
+
+
+@planned
+def test_plans_come_back_when_nothing_writes_to_the_weights_any_more(monkeypatch):
+    """As where another thread trains them: recordings become rarer while they are in vain, and then there is a plan."""
+    recorded, checked, writing = [], Plans._checked, [True]
+    ensemble, _, x = ensemble_of(NUMBERS_ONLY["factor"])
+
+    def disturbed(self, *args):
+        recorded.append(1)
+        if writing:
+            next(ensemble.parameters()).mul_(1.0)
+        return checked(self, *args)
+
+    monkeypatch.setattr(Plans, "_checked", disturbed)
+    with torch.no_grad():
+        for _ in range(100):
+            ensemble(x, 2.0)
+        assert 3 <= len(recorded) < 10
+        assert not ensemble.report().plans
+        assert "written to while" in ensemble.report().why_no_plan
+        writing.clear()
+        for _ in range(200):
+            ensemble(x, 2.0)
+        assert len(ensemble.report().plans) == 1
+        stack = torch.stack([member(x, 2.0) for member in ensemble.members])
+        assert relative_error(ensemble(x, 2.0), stack.mean(0)) < 1e-5

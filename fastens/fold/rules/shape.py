@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, rule
 from fastens.fold.nested import plain
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued, memory_of
 
 
 def behind(dim: int, ndim: int) -> int:
@@ -53,7 +53,7 @@ def reshape(fold: Fold, func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     if fold.recording and sizes and x.ndim and sizes[0] == x.shape[0]:  # in the form that plans know
         return fold.unrows(fold.rows(x).reshape(-1 if sizes[0] else 0, *sizes[1:])) if sizes[0] else NotImplemented
     out = stack.reshape(len(stack), *sizes)
-    copied = out.untyped_storage()._cdata != stack.untyped_storage()._cdata
+    copied = memory_of(out) != memory_of(stack)
     views = getattr(func, "__name__", "").startswith("view")  # where a member's own tensor would have been seen
     return fold.wrap(out, x.alias if not copied else fold.recording or not views)
 
