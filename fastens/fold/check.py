@@ -1,7 +1,9 @@
 """How far the fold may be from the loop."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # The largest error of the fold against the loop, relative to the largest magnitude of the loop's output. Both do the
 # same arithmetic in another order; a network of some hundred layers adds up a few hundred rounding errors.
@@ -11,13 +13,12 @@ _ROUNDINGS = 4  # of a fold and of a member, each as far from the exact answer, 
 TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless told otherwise
 
 
-def tolerance_for(tensor: Tensor, network: nn.Module | None = None) -> float:
-    """The tolerance for one output of a network, which computes no more exactly than its weights are."""
+def tolerance_for(tensor: Tensor, parameters: Iterable[Tensor] = ()) -> float:
+    """The tolerance for one output of a network, which computes no more exactly than its parameters are."""
     # allow_tf32, the older name, raises where one of these was set
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     tf32 = tensor.is_cuda and "tf32" in precisions
     tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
-    parameters = () if network is None else network.parameters()
     weights = (tolerances.get(parameter.dtype, 0.0) for parameter in parameters)
     return max([tolerances[tensor.dtype], *weights]) if tensor.dtype in tolerances else 0.0
 

@@ -344,7 +344,7 @@ class Plans:
             raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
         for a, b in zip(ours, theirs, strict=True):
             error = relative_error(a, b)
-            if not error <= tolerance_for(b, self._network):
+            if not error <= tolerance_for(b, self.guards.parameters):
                 raise NotLowerable(f"the plan is {error:.1e} from the members")
 
 
