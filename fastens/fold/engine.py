@@ -90,7 +90,7 @@ class FoldEngine:
         self.why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
         self.checked: set[Any] = set()
         self.ways: dict[int, str] = {}  # of convolutions in the last pass
-        self.slices: dict[str, int] = {}  # functions without a rule, of the last checked pass
+        self.slices: dict[str, int] = {}  # functions without a rule
         self.originals = None if originals is None else Originals(originals, self.network)
         self.wrapped = masks is not None  # whether common tensors become member-valued in place
         self.copies_inputs = False  # whether the network writes to its arguments
