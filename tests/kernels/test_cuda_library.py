@@ -18,6 +18,7 @@ except _build.BuildError as error:
 needs_nvcc = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER or "nvcc found")
 
 
+@pytest.mark.gpu_compiler
 @needs_nvcc
 def test_compiles_without_warnings():
     work_dir = _build.source_root().parent / "build" / "cuda-quick"
