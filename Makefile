@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -type f) fastens/_build.py
 .PHONY: help demo test fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
-	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels for every target"
+	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
 	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
@@ -51,7 +51,7 @@ demo: .venv/demo build/native
 test: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler" tests
 
-# The CUDA library little optimised for every GPU, and a sample of the Triton kernels; needs no GPU.
+# The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
 test-gpu-sample: .venv/dev
 	$(BIN)/python -m pytest -q -m gpu_compiler tests/kernels
 
