@@ -4,12 +4,16 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 BIN := .venv/bin
 export OMP_WAIT_POLICY := passive
 
+# Bytecode is compiled when a module is first imported; most of what pip would compile is never.
+PIP := python -m pip install -q --no-compile
+
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo test fuzz atlas test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo test fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
-	@echo "make test   run the tests; make test-gpu-build compiles every GPU kernel for every target"
+	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
+	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
 	@echo "make atlas  hold public networks against the loop; writes docs/atlas.md"
@@ -22,17 +26,17 @@ help:
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; pass PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install -q ninja
+	$(BIN)/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/$(PIP) ninja
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml setup.py tests/interop/requirements.txt
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps -r tests/interop/requirements.txt
+	$(BIN)/$(PIP) -e ".[dev]"
+	$(BIN)/$(PIP) --no-deps -r tests/interop/requirements.txt
 	@touch $@
 
 .venv/demo: .venv/python pyproject.toml setup.py
-	$(BIN)/python -m pip install -q -e ".[demo]"
+	$(BIN)/$(PIP) -e ".[demo]"
 	@touch $@
 
 # Follows the sources. Exit status 3: nothing to build with here, so the reference kernels serve.
@@ -45,7 +49,11 @@ demo: .venv/demo build/native
 	$(BIN)/fastens demo
 
 test: .venv/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler" tests
+
+# The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
+test-gpu-sample: .venv/dev
+	$(BIN)/python -m pytest -q -m gpu_compiler tests/kernels
 
 # Prints shares folded, looped and planned, why not, and every fault with its seed and a small case that shows it.
 NETWORKS ?= 10000
@@ -54,8 +62,9 @@ JOBS ?= 2
 fuzz: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --jobs $(JOBS)
 
-# Minutes: the table of docs/atlas.md, networks of others against the loop.
+# Minutes: every network of others against the loop, and the table of docs/atlas.md; `make test` compares a sample.
 atlas: .venv/dev build/native
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/atlas/every_network.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.atlas
 
 # Minutes: every Triton kernel and the CUDA library, compiled in full for every GPU; needs no GPU.
@@ -86,12 +95,12 @@ wheel: .venv/python
 
 build/wheel-venv/python: .venv/python
 	$(BIN)/python -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	build/wheel-venv/bin/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
 test-wheel: wheel build/wheel-venv/python
-	build/wheel-venv/bin/python -m pip install -q --force-reinstall --no-deps dist/*.whl
-	build/wheel-venv/bin/python -m pip install -q dist/*.whl
+	build/wheel-venv/bin/$(PIP) --force-reinstall --no-deps dist/*.whl
+	build/wheel-venv/bin/$(PIP) dist/*.whl
 	build/wheel-venv/bin/python -I tests/wheel_smoke.py
 	build/wheel-venv/bin/fastens info
 

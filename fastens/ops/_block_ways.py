@@ -59,9 +59,12 @@ def key(*arguments: Any) -> str:
 def library(
     *arguments: Any, offsets: Tensor | None = None, mask: Tensor | None = None, mask_scale: float = 1.0
 ) -> Tensor:
-    """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it."""
+    """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it.
+
+    On a CPU, where Triton's kernels can only be interpreted, all of it is torch's.
+    """
     c = Block(*arguments)
-    if offsets is None and not c.begins_plain and refuses_pass(*c) is None:
+    if c.x.is_cuda and offsets is None and not c.begins_plain and refuses_pass(*c) is None:
         x = c.prepared()
     else:
         x, moments = together(c.x, c.skip, c.moments, c.skip_moments, c.norm_groups)

@@ -26,6 +26,7 @@ WAVES = ("pointwise_kernel", "normal_kernel", "sampler_step_kernel")
 MAX_STACK_OF_PRODUCTS = 96  # bytes: sm_80 spills a few numbers of a sum over members, sm_100 of the parts of split sums
 
 
+@pytest.mark.gpu_compiler
 @needs_triton
 @pytest.mark.parametrize("capability", _build.CUDA_ARCHITECTURES)
 def test_a_sample_compiles_without_spills(capability):

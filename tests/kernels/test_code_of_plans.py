@@ -52,6 +52,7 @@ def check(row, itemsize=2):
         assert row["blocks"] >= BESIDE[row["way"]], about
 
 
+@pytest.mark.gpu_compiler
 @needs_triton
 def test_a_sample_keeps_its_products_in_flight():
     rows = read_rows(*SAMPLE)

@@ -1,4 +1,4 @@
-"""The CUDA library builds without a GPU for every target, little optimised; every_target.py optimises it in full."""
+"""The CUDA library builds without a GPU, little optimised; every_target.py optimises it in full, for every target."""
 
 import re
 import subprocess
@@ -18,13 +18,14 @@ except _build.BuildError as error:
 needs_nvcc = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER or "nvcc found")
 
 
+@pytest.mark.gpu_compiler
 @needs_nvcc
 def test_compiles_without_warnings():
     work_dir = _build.source_root().parent / "build" / "cuda-quick"
     library = _build.build("cuda", work_dir / "out", work_dir=work_dir, quick=True)
     assert library.stat().st_size > 0
     logs = "".join(path.read_text() for path in work_dir.glob("*.log"))
-    assert set(re.findall(r"for 'sm_(\d+)'", logs)) == {str(arch) for arch in _build.CUDA_ARCHITECTURES}
+    assert set(re.findall(r"for 'sm_(\d+)'", logs)) == {str(_build.CUDA_ARCHITECTURES[0])}
     assert "warning" not in logs
     assert b"\0libtorch_cuda.so\0" in library.read_bytes()  # where the loader finds what the library calls
     if torch.version.cuda is not None:  # it loads without a GPU too

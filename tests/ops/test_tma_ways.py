@@ -93,8 +93,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+# every case in float32, and in one of the dtypes of 16 bits, which the kernels do not tell apart, in turn
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for i, name in enumerate(CASES) for dtype in (torch.float32, DTYPES[1 + i % 2])],
+    ids=str,
+)
 def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
     shape, descriptors = CASES[name]
     call = block(dtype, **shape)
