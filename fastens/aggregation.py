@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fastens import parameterisation, rules, schedules
 from fastens.fold.arguments import Arguments
+from fastens.fold.calls import capturing
 from fastens.kernels._graph import keep
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import stacked
+from fastens.schedules.prediction import PREDICTIONS
 
 Combine = Callable[[Any], Tensor]
 
@@ -87,9 +89,36 @@ def _converted(
             f"the rule is applied in {target!r}, and the output is {list(shape)}, expected the shape of the noisy "
             f"input, {list(noisy.shape)}; leave aggregate_in out, or let the members return their prediction alone"
         )
+    if not (torch.compiler.is_compiling() or capturing()) and _has_gaps(schedule, kind, target, deviation):
+        _check_determined(schedule, kind, target, t, deviation)
     stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
     moved = parameterisation.convert(stack, noisy, t, schedule, kind, target, deviation)
     return parameterisation.convert(combined(moved), noisy, t, schedule, target, kind, deviation)
+
+
+def _determined(schedule: schedules.Schedule, kind: str, target: str, t: Any, deviation: float | None) -> bool:
+    """Whether, at these times, each of two predictions says the other, as it does where x holds both data and noise."""
+    there = parameterisation.conversion(kind, target, schedule, t, deviation)
+    back = parameterisation.conversion(target, kind, schedule, t, deviation)
+    return all(bool(factor.isfinite().all()) for factor in (*there, *back))
+
+
+@functools.lru_cache(maxsize=64)
+def _has_gaps(schedule: schedules.Schedule, kind: str, target: str, deviation: float | None) -> bool:
+    """Whether there are times at which they do not, as only ends are; else no call waits for its times to be read."""
+    ends = torch.tensor([0.0, 1.0, schedule.t_data, schedule.t_prior], dtype=torch.float64)  # two keep off 0 and 1
+    return not _determined(schedule, kind, target, ends, deviation)
+
+
+def _check_determined(schedule: schedules.Schedule, kind: str, target: str, t: Tensor, deviation: float | None) -> None:
+    if not _determined(schedule, kind, target, t, deviation):
+        known = (kind, *(each for each in PREDICTIONS if each != kind))
+        others = [each for each in known if _determined(schedule, kind, each, t, deviation)]
+        raise ValueError(
+            f"the rule is applied in {target!r}, and the members predict {kind!r}; at the time {t.tolist()} the input "
+            f"is noise alone, or data alone, and the one does not say the other: take aggregate_in= one of {others}, "
+            "or begin at another time"
+        )
 
 
 def _warn_of_variances(rule: rules.Rule, shape: torch.Size, given: torch.Size) -> None:

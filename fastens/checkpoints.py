@@ -272,7 +272,8 @@ def load_ensemble(
     num_members, settings = config["num_members"], config["settings"]
     if factory is None and config.get("member_config") is None:
         raise ValueError(f"{directory} holds members of class {config['member_class']}; pass factory=, which makes one")
-    found = stacks.read(directory, _base(config.get("_class_name")), variant)
+    weights = directory / stacks.file_name(base := _base(config.get("_class_name")), variant)
+    found = stacks.read(directory, base, variant)
     if factory is not None:
         member = factory()
     else:
@@ -282,7 +283,7 @@ def load_ensemble(
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
     kind = MCDropout if "masks" in settings else Ensemble  # masks have one set of weights
-    _check_fit(directory, skeleton, found, shared, num_members if kind is Ensemble else 1)
+    _check_fit(weights, skeleton, found, shared, num_members if kind is Ensemble else 1)
     wanted: dict[str, Tensor] = {}
     exact = described.kept_in_float32(member)
     for name, like in tensors_of(skeleton).items():
@@ -357,16 +358,16 @@ def _check_masks(masks: Any, p: Any, seed: Any) -> None:
 
 
 def _check_fit(
-    directory: Path, skeleton: nn.Module, found: dict[str, Tensor], shared: frozenset[str], num_members: int
+    file: Path, skeleton: nn.Module, found: dict[str, Tensor], shared: frozenset[str], num_members: int
 ) -> None:
     expected = tensors_of(skeleton)
     for name, like in expected.items():
         shape = tuple(like.shape) if name in shared else (num_members, *like.shape)
         its = tuple(found[name].shape) if name in found else None
         if its != shape:
-            raise ValueError(f"{directory}: {name} is {its}, the member needs {shape}")
+            raise ValueError(f"weights {file}: {name} is {its}, the member needs {shape}")
         if like.is_floating_point() != found[name].is_floating_point():
-            raise ValueError(f"{directory}: {name} is {found[name].dtype}, the member needs {like.dtype}")
+            raise ValueError(f"weights {file}: {name} is {found[name].dtype}, the member needs {like.dtype}")
     unknown = sorted((shared | found.keys()) - expected.keys())
     if unknown:
-        raise ValueError(f"{directory}: the member has no {', '.join(unknown[:3])}")
+        raise ValueError(f"weights {file}: the member has no {', '.join(unknown[:3])}")

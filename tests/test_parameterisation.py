@@ -132,3 +132,42 @@ def test_flow_scheduler_gives_a_flow():
     from fastens.parameterisation import resolve
 
     assert isinstance(resolve("flow", None, FlowMatchEulerDiscreteScheduler())[2], schedules.Flow)
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, t):
+        return self.inner(x)
+
+
+ZERO_SNR = schedules.Discrete((0.9, 0.5, 0.1, 0.0))
+UNDETERMINED = [  # schedule, prediction, aggregate_in, a time at which the one does not say the other
+    (schedules.Flow(), "flow", "epsilon", 1.0),
+    (schedules.Flow(), "flow", "score", 1.0),
+    (schedules.Flow(), "flow", "x0", 0.0),
+    (ZERO_SNR, "v", "epsilon", 3),
+    (ZERO_SNR, "epsilon", "x0", 3),
+    (ZERO_SNR, "x0", "score", torch.tensor([1, 3])),
+]
+
+
+@pytest.mark.parametrize(("schedule", "kind", "target", "t"), UNDETERMINED, ids=str)
+def test_a_time_at_which_the_input_does_not_say_the_other_is_an_error(schedule, kind, target, t):
+    networks = [randomised(Linear, seed) for seed in range(3)]
+    said = {"prediction": kind, "schedule": schedule}
+    ensemble = fastens.Ensemble(networks, "dominant", aggregate_in=target, **said)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match=r"noise alone, or data alone.*take aggregate_in= one of \[(.*)\]"
+        ) as error:
+            ensemble(x, t)
+        remedies = error.value.args[0].partition("one of [")[2].partition("]")[0].replace("'", "").split(", ")
+        assert target not in remedies
+        for other in remedies:
+            assert fastens.Ensemble(networks, "dominant", aggregate_in=other, **said)(x, t).isfinite().all()
+        assert ensemble(x, 0.5 if isinstance(schedule, schedules.Flow) else 1).isfinite().all()
+        assert torch.equal(ensemble.with_rule("mean")(x, t), fastens.Ensemble(networks, **said)(x, t))

@@ -94,6 +94,16 @@ def test_zero_terminal_snr():
     assert (schedule.alpha(torch.linspace(0, 3, 31)).diff() < 0).all()
 
 
+def test_the_noise_falls_to_the_last_step_of_zero_snr():
+    """A table that falls below 2^-24 before it ends in zero is followed there: its rates are its steps'."""
+    values = [4.0**-i for i in range(1, 14)]
+    schedule = schedules.Discrete((*values, 0.0))
+    steps = torch.arange(1.0, 13.0, dtype=torch.float64)
+    assert torch.allclose(schedule.drift(steps), torch.full_like(steps, -math.log(2)), rtol=1e-9)
+    assert torch.equal(schedule.alpha(steps), torch.tensor(values, dtype=torch.float64)[1:].sqrt())
+    assert schedule.alpha(13) == 0
+
+
 @pytest.mark.parametrize(
     "kind", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )

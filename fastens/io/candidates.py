@@ -31,6 +31,7 @@ class Candidate:
         module: the network itself, where a pickle held one.
         named: whether its tensors have names; a list without them is no network's weights unless it is said to be.
         covers: full names of the tensors that it is made of.
+        larger: whether it is whole, and its problem that its dictionary holds more than the network.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Candidate:
     module: nn.Module | None = None
     covers: frozenset[str] = frozenset()
     named: bool = True
+    larger: bool = False
 
     def describe(self) -> str:
         """One line: where, what, how much."""
@@ -279,4 +281,5 @@ def _find_extras(contents: Contents, wanted: Wanted, found: list[Candidate]) -> 
             and kind_of(names[depth:-1]) not in (EMA, UNCLEAR, STATE)
         ]
         if extra:
+            candidate.larger = True
             candidate.problem = f"the network has no {', '.join(sorted(extra)[:3])}{', ...' if len(extra) > 3 else ''}"

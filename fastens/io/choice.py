@@ -108,6 +108,8 @@ def choose(contents: Contents, network: nn.Module, wish: Wish, described: str) -
         candidate = _one(contents, fitting)
     if candidate is None:
         raise NoFit(_no_fit(contents, wanted, found, everything, wish, described))
+    if not wish.explicit:
+        _one(contents, [candidate, *(c for c in found if _rivals(candidate, c, wanted))])
     return _with_rest(contents, candidate, everything, wanted)
 
 
@@ -128,7 +130,7 @@ def check_not_empty(contents: Contents) -> None:
 
 def listed(found: Sequence[Candidate]) -> str:
     """Candidates for a message."""
-    return "; ".join(candidate.describe() for candidate in found)
+    return "; ".join(f"{c.describe()}{f', but {c.problem}' if c.problem else ''}" for c in found)
 
 
 def _average(
@@ -175,6 +177,19 @@ def _fits(candidate: Candidate, wanted: Wanted) -> bool:
     if candidate.kind == EMA:  # averages are kept of what is trained, and the rest is beside them
         return not wanted.trainable.intersection(candidate.missing)
     return not candidate.missing
+
+
+def _rivals(candidate: Candidate, other: Candidate, wanted: Wanted) -> bool:
+    """Whether another set of its kind may be meant as well, though it does not fit.
+
+    It may hold all that is trained and lack the rest, as averages do that are not called so, or stand in a dictionary
+    that holds more than the network.
+    """
+    trained = not (other.problem or other.kind == EMA or wanted.trainable.intersection(other.missing))
+    if not (other.larger or (trained and other.missing)) or not other.named:
+        return False
+    alike = (candidate.kind == EMA) == (other.kind == EMA) and other.kind not in (UNCLEAR, STATE)
+    return alike and not all(same(tensor, candidate.tensors[name]) for name, tensor in other.tensors.items())
 
 
 def _distinct(found: list[Candidate]) -> list[Candidate]:

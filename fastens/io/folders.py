@@ -50,7 +50,11 @@ class Weights(NamedTuple):
 
 
 def weights_in(folder: Path) -> list[Weights]:
-    """The files of weights in a folder, one per variant: safetensors before torch files, whole before sharded."""
+    """The files of weights in a folder, one per variant: safetensors before torch files, sharded before whole.
+
+    Of the latter diffusers takes the shards: who saves shards over a whole file leaves that, and who saves a whole file
+    over shards takes those away, so that their index names what is missing.
+    """
     found: dict[tuple[str, str | None], tuple[tuple[bool, bool], Weights]] = {}
     for path in sorted(folder.iterdir()):
         match = _FILE.match(path.name)
@@ -58,7 +62,7 @@ def weights_in(folder: Path) -> list[Weights]:
             continue
         variant = match["late"] or match["variant"]
         base = "model" if match["base"] == "pytorch_model" else match["base"]
-        order = match["suffix"] == "bin", match["index"] is not None
+        order = match["suffix"] == "bin", match["index"] is None
         known = found.get((base, variant))
         if known is None or order < known[0]:
             found[base, variant] = order, Weights(path, base, variant)
@@ -89,6 +93,8 @@ def choose_weights(folder: Path, wish: Wish) -> Weights:
     else:
         pool = _of_kind(every, wish.ema)
         pool = [weights for weights in pool if not weights.reduced] or pool
+        if any(w.kind == UNSAID and w.variant for w in pool):  # a copy of what is not there, or of the other variants
+            pool += [w for w in every if w.kind == UNCLEAR]
     if len(pool) != 1:
         names = ", ".join(f"{weights.path.name} (variant={weights.variant!r})" for weights in every)
         asked = f"variant={wish.variant!r}" if wish.variant is not None else f"ema={wish.ema}"

@@ -22,7 +22,7 @@ class Discrete(Schedule):
 
     Args:
         alphas_cumprod: N >= 3 falling numbers in [0, 1]. A last value of zero (zero terminal SNR) is kept at the last
-            step and taken as 2^-24 by the interpolation.
+            step; the interpolation goes there to 2^-24, or on as it fell before where that is less.
 
     Raises:
         ValueError: too few numbers, out of range, or not falling.
@@ -42,7 +42,8 @@ class Discrete(Schedule):
                 raise ValueError(f"alphas_cumprod[{i}]: expected falling numbers in [0, 1], got {before!r}, {value!r}")
         object.__setattr__(self, "alphas_cumprod", values)
         table = torch.tensor(values, dtype=torch.float64)
-        logs = table.clamp_min(2.0**-24).log()
+        least = min(2.0**-24, values[-2] ** 2 / values[-3])
+        logs = torch.where(table > 0, table, least).log()
         object.__setattr__(self, "_tables", {torch.device("cpu"): (table, logs, _monotone_slopes(logs))})
 
     def __repr__(self) -> str:

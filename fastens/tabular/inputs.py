@@ -55,7 +55,10 @@ class Inputs:
             TypeError: a container that the library does not take, or takes in a way of its own.
             ImportError: a table for a forest of scikit-learn, which is not installed.
         """
-        return _READERS[self.library](self, X)
+        try:
+            return _READERS[self.library](self, X)
+        except RuntimeError as error:  # of a container that is no array until something is done to it
+            raise TypeError(f"`X` is a {type(X).__name__} that is no array yet ({error}); convert it") from error
 
 
 LIGHTGBM_ZERO = float(np.float32(1e-35))  # in a dense table it takes what is no larger for zero
@@ -124,7 +127,7 @@ def _xgboost(inputs: Inputs, X: Any) -> npt.NDArray:
 def _lightgbm(inputs: Inputs, X: Any) -> npt.NDArray:
     """What ``Booster.predict`` and ``LGBMModel.predict`` read: tables by position, what is no float as float32."""
     if _pandas("DataFrame", X):
-        _check_numbers(X)
+        _check_numbers(X, numpy=True)
         common = np.result_type(*(dtype.type for dtype in X.dtypes), np.float32)
         return X.to_numpy(np.float64 if common == np.float64 else np.float32, na_value=np.nan)
     if _is_sparse(X):
@@ -133,10 +136,11 @@ def _lightgbm(inputs: Inputs, X: Any) -> npt.NDArray:
         if ((np.abs(X.data) <= LIGHTGBM_ZERO) & (X.data != 0)).any():
             raise ValueError("`X` is sparse and stores values of at most 1e-35, zero in a dense table only: pass that")
         return _dense(X.tocsr(), 0.0)
-    if inputs.estimator == "Booster":
-        array = _array_of(X, (np.ndarray, list), object_as=np.float32)
-    else:
-        array = _array_of(X, (np.ndarray, list, tuple), object_as=np.float64)
+    if isinstance(X, np.matrix):
+        raise TypeError("`X` is a np.matrix, which estimators of LightGBM refuse; pass np.asarray(X)")
+    taken = (np.ndarray, list) if inputs.estimator == "Booster" else (np.ndarray, list, tuple)
+    validated = inputs.estimator != "Booster" and isinstance(X, np.ndarray)  # by scikit-learn, which leaves lists alone
+    array = _array_of(X, taken, object_as=np.float64 if validated else np.float32)
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
@@ -158,10 +162,10 @@ def _is_sparse(X: Any) -> bool:
     return hasattr(X, "toarray") and hasattr(X, "format")
 
 
-def _check_numbers(frame: Any) -> None:
-    """Columns of integers, floats and booleans; those of other dtypes are named."""
+def _check_numbers(frame: Any, numpy: bool = False) -> None:
+    """Columns of integers, floats and booleans, and where ``numpy`` asks for it NumPy's; those of others are named."""
     for name, dtype in zip(frame.columns, frame.dtypes, strict=True):
-        if getattr(dtype, "kind", "O") not in "biuf":
+        if getattr(dtype, "kind", "O") not in "biuf" or (numpy and not issubclass(dtype.type, np.number | np.bool_)):
             raise ValueError(
                 f"column {name!r} of `X` is {dtype}, expected integers, floats or booleans: convert it as in training"
             )

@@ -67,6 +67,8 @@ class _Booster:
         if not isinstance(booster, lightgbm.Booster):
             raise TypeError(f"expected a lightgbm Booster or LGBMRegressor, got {type(model).__name__}")
         check_own_code(booster, lightgbm.Booster, "predict")
+        if booster.pandas_categorical:  # by which it holds every later frame to its categories, split on or not
+            raise ValueError("columns of categories are not taken; encode the categories as numbers")
         best = booster.best_iteration if booster.best_iteration > 0 else None
         head, *trees = booster.model_to_string(num_iteration=best).split("end of trees")[0].split("\nTree=")
         header = _fields(head)

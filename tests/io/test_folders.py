@@ -39,6 +39,8 @@ VARIANTS = [
     (("ema",), 0, "no weights for ema=False"),
     (("fp16", "bf16"), "several weights for ema=True", "several weights for ema=False"),
     (("", "modelema"), "several weights for ema=True", 0),
+    (("", "best"), 0, 0),
+    (("fp16", "best"), "several weights for ema=True", "several weights for ema=False"),
 ]
 
 
@@ -77,6 +79,16 @@ def test_shards(variant, unets, tmp_path):
     assert which(fastens.load_members([index], lambda: unet_2d(False))[0], unets) == 0
     next(tmp_path.glob("*-00001-of-*")).unlink()
     with pytest.raises(ValueError, match=r"lacks the shard .*00001"):
+        loaded_from(tmp_path)
+
+
+def test_shards_over_a_whole_file_are_taken_as_diffusers_takes_them(unets, tmp_path):
+    unets[1].save_pretrained(tmp_path)
+    unets[0].save_pretrained(tmp_path, max_shard_size="200KB")
+    assert which(type(unets[0]).from_pretrained(tmp_path), unets) == 0
+    assert which(loaded_from(tmp_path), unets) == 0
+    unets[2].save_pretrained(tmp_path)  # takes the shards away, not their index
+    with pytest.raises(ValueError, match="lacks the shard"):
         loaded_from(tmp_path)
 
 

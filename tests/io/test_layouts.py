@@ -142,6 +142,19 @@ def test_other_networks_are_not_passed_over(beside, ema, pair, tmp_path):
         load({"model": state(pair[1]), beside: state(pair[0])}, tmp_path / "a.pt", ema=ema)
 
 
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("name", ["what is trained", "more at its side"])
+def test_sets_that_fit_but_for_a_part_are_not_passed_over(name, ema, pair, tmp_path):
+    """An average that is not called so lacks buffers; a bare tensor beside the weights makes them look larger."""
+    average, raw = pair
+    content = {
+        "what is trained": {"model": state(raw), "slow": dict(average.named_parameters())},
+        "more at its side": {**state(raw), **state(average, "slow."), "noise": torch.ones(4)},
+    }[name]
+    with pytest.raises(ValueError, match=r"2 sets of weights that fit.*slow"):
+        load(content, tmp_path / "a.pt", ema=ema)
+
+
 def test_a_frozen_factory_does_not_make_a_part_of_an_average_whole(pair, tmp_path):
     content = {"model": state(pair[1]), "ema": {"inp.weight": pair[0].inp.weight.detach()}}
     factory = lambda: Net().requires_grad_(False)  # noqa: E731

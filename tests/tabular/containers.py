@@ -1,5 +1,10 @@
 """Random tables in everything that holds one: arrays of every dtype and layout, frames, sparse matrices, lists."""
 
+import decimal
+import fractions
+import importlib.util
+import tempfile
+
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -54,6 +59,11 @@ def _sparse(rng, rows, make, dtype=np.float64):
 def _stored_twice(rng, rows, names):
     held = _sparse(rng, rows, lambda m: m, choice(rng, [np.float64, np.float32]))
     held.indices = np.zeros_like(held.indices)
+    return held
+
+
+def _long_indices(held):
+    held.indices, held.indptr = held.indices.astype(np.int64), held.indptr.astype(np.int64)
     return held
 
 
@@ -118,6 +128,62 @@ def _bad_columns(rng, rows, names):
     return frame.assign(**{names[-1]: column})
 
 
+def _arrow(rng, rows, names):
+    """Columns that Arrow holds, as ``pd.read_parquet(dtype_backend="pyarrow")`` gives them."""
+    return _nullable(rng, rows, names).convert_dtypes(dtype_backend="pyarrow")
+
+
+def _unsorted(rng, rows, names):
+    held = _sparse(rng, rows, lambda m: m)
+    for start, stop in zip(held.indptr[:-1], held.indptr[1:], strict=True):
+        order = start + rng.permutation(stop - start)
+        held.indices[start:stop], held.data[start:stop] = held.indices[order], held.data[order]
+    held.has_sorted_indices = False
+    return held
+
+
+def _categories(rng, rows, names):
+    """Numbers among which one column is of numeric categories."""
+    frame = _frame(rng, rows, names)
+    column = choice(rng, list(names))
+    whole = np.clip(np.nan_to_num(frame[column]), -3, 3).round()
+    return frame.assign(**{column: pd.Categorical(whole, ordered=bool(rng.integers(2)))})
+
+
+def _objects(rng, rows, names):
+    """Numbers of Python, of NumPy, as text, and none, in one array or in the columns of a frame."""
+    kinds = [float, np.float32, lambda v: fractions.Fraction(v) if np.isfinite(v) else v, np.float64]
+    kinds += [lambda v: decimal.Decimal(float(v)), lambda v: None if np.isnan(v) else v]
+    kinds += [str] * (rng.random() < 0.2)
+    held = np.array([[choice(rng, kinds)(value) for value in row] for row in rows], object).reshape(rows.shape)
+    return held if rng.random() < 0.5 else pd.DataFrame(held, columns=list(names))
+
+
+def _named_otherwise(rng, rows, names):
+    """Frames whose columns or rows have names of several levels, of other types, or twice."""
+    frame = _frame(rng, rows, names)
+    change = rng.integers(5)
+    if change == 0:
+        frame.columns = pd.MultiIndex.from_tuples([("a", name) for name in names])
+    elif change == 1:
+        frame.columns = pd.CategoricalIndex(names)
+    elif change == 2:
+        frame.columns = [float(i) for i in range(len(names))]
+    elif change == 3:
+        frame.index = [0] * len(frame)
+    else:
+        frame.columns = pd.Index(names, name="features")
+    return frame
+
+
+def _mapped(rng, rows, names):
+    """An array in a file."""
+    with tempfile.TemporaryFile() as file:
+        held = np.memmap(file, dtype=rows.dtype, shape=rows.shape, mode="w+")
+    held[:] = rows
+    return held
+
+
 def _bad_arrays(rng, rows, names):
     bad = [rows.astype(complex), rows.astype(str), rows[0], rows[None], rows[:, :-1], np.repeat(rows, 2, 1), rows[:0]]
     return choice(rng, [*bad, rows.astype("M8[s]"), "text", None, 1.0, pd.Series(rows[0]), {"a": rows}])
@@ -145,12 +211,30 @@ KINDS = {
     "frame of other names": _other_names,
     "frame of other columns": _bad_columns,
     "sparse frame": lambda rng, rows, names: _frame(rng, rows, names).astype(pd.SparseDtype("float64", 0.0)),
+    **({"frame of Arrow": _arrow} if importlib.util.find_spec("pyarrow") else {}),
+    "frame with categories": _categories,
+    "frame of other indices": _named_otherwise,
+    "objects": _objects,
+    "matrix": lambda rng, rows, names: np.matrix(rows),
+    "mapped": _mapped,
+    "read-only": lambda rng, rows, names: np.frombuffer(rows.tobytes()).reshape(rows.shape),
+    "records": lambda rng, rows, names: _frame(rng, rows, names).to_records(index=False),
+    "tensor that requires grad": lambda rng, rows, names: torch.from_numpy(rows).requires_grad_(),
+    "list of arrays": lambda rng, rows, names: list(rows.astype(choice(rng, [np.float32, np.float64]))),
+    "list of lists with none": lambda rng, rows, names: np.where(np.isnan(rows), None, rows.astype(object)).tolist(),
     "csr": lambda rng, rows, names: _sparse(rng, rows, lambda m: m, choice(rng, [np.float64, np.float32])),
     "csr_array": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.csr_array),
     "csr of integers": lambda rng, rows, names: _sparse(rng, _integers(rng, rows, "i4"), lambda m: m, np.int64),
     "csr stored twice": _stored_twice,
     "csc": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.csc_matrix),
     "coo": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.coo_matrix),
+    "csr of unsorted indices": _unsorted,
+    "csr of long indices": lambda rng, rows, names: _sparse(rng, rows, _long_indices),
+    "csr of booleans": lambda rng, rows, names: scipy.sparse.csr_matrix(rows > 0),
+    "bsr": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.bsr_matrix),
+    "dok": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.dok_matrix),
+    "dia": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.dia_matrix),
+    "csc_array": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.csc_array),
     "lil": lambda rng, rows, names: _sparse(rng, rows, scipy.sparse.lil_matrix),
     "no table": _bad_arrays,
 }

@@ -1,6 +1,7 @@
 """Random fitted models of every kind that the readers of packed forests take."""
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import lightgbm
@@ -144,7 +145,109 @@ def of_lightgbm(rng):
     return x, models, lambda: fastens.Forest.from_lightgbm(models), lambda m, t: m.predict(t)
 
 
-LIBRARIES = {"sklearn": of_sklearn, "xgboost": of_xgboost, "lightgbm": of_lightgbm}
+def of_sklearn_otherwise(rng):
+    """Forests that were grown in parts, cut, weighted, or fitted to targets of other shapes and types."""
+    x = training_table(rng, rng.random() < 0.3)
+    y = targets(rng, x, choice(rng, [1, 1, 2]))
+    y = choice(rng, [y, y.astype(np.float32), np.round(y).astype(int), y.reshape(len(y), -1), np.zeros_like(y)])
+    kind = choice(rng, [RandomForestRegressor, ExtraTreesRegressor])
+    options = {"n_estimators": int(rng.integers(2, 7)), "random_state": 1, "max_depth": choice(rng, [2, None])}
+    options |= choice(rng, [{}, {"min_impurity_decrease": 0.1}, {"max_samples": 0.5, "bootstrap": True}])
+    model = kind(**options, warm_start=True)
+    weight = rng.random(len(x)) + 0.1 if rng.random() < 0.5 else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of columns [n, 1]
+        model.fit(table := named(rng, x), y, sample_weight=weight)
+        if rng.random() < 0.5:
+            model.set_params(n_estimators=options["n_estimators"] + 2).fit(table, y, sample_weight=weight)
+    if rng.random() < 0.3:
+        model.estimators_ = model.estimators_[1:]
+    return x, [model], lambda: fastens.Forest.from_sklearn(model), lambda m, t: m.predict(t)
+
+
+def of_xgboost_otherwise(rng):
+    """Boosters that were trained further, cut, constrained, told their best round, or of kinds that are refused."""
+    x = training_table(rng, rng.random() < 0.5)
+    y = targets(rng, x, 1)
+    names = [f"f{i}" for i in rng.permutation(x.shape[1])] if rng.random() < 0.5 else None
+    options = {"max_depth": int(rng.integers(0, 6)), "nthread": 1, "seed": 0, "verbosity": 0}
+    options |= choice(rng, [{}, {"grow_policy": "lossguide", "max_leaves": 5}, {"subsample": 0.5}, {"lambda": 0.0}])
+    options |= choice(rng, [{}, {"colsample_bynode": 0.5}, {"min_child_weight": 0.0}, {"alpha": 1.0}])
+    options |= choice(rng, [{}, {"monotone_constraints": (1,) + (0,) * (x.shape[1] - 1)}, {"base_score": -3.0}])
+    options |= choice(
+        rng,
+        [{}] * 6 + [{"booster": "gblinear"}, {"objective": "reg:logistic"}, {"multi_strategy": "multi_output_tree"}],
+    )
+    if options.get("multi_strategy"):
+        y = targets(rng, x, 2)
+    if options.get("objective"):
+        y = (y > y.mean()).astype(float)
+    held = xgboost.DMatrix(x, y, feature_names=names)
+    booster = xgboost.train(options, held, int(rng.integers(1, 12)))
+    change = rng.integers(6)
+    if change == 0:
+        booster = xgboost.train(options, held, 3, xgb_model=booster)
+    elif change == 1 and options.get("booster") != "gblinear" and booster.num_boosted_rounds() > 2:
+        booster = booster[1 : booster.num_boosted_rounds() - 1]
+    elif change == 2:
+        booster.set_attr(best_iteration="0")
+    elif change == 3:
+        update = {"process_type": "update", "updater": "refresh", "refresh_leaf": True}
+        booster = xgboost.train({**options, **update}, held, booster.num_boosted_rounds(), xgb_model=booster)
+    elif change == 4:
+        booster = booster.copy()
+    models = [booster]
+    if rng.random() < 0.4:  # the same booster as an estimator, as from a file of another program
+        with tempfile.TemporaryDirectory() as folder:
+            booster.save_model(path := Path(folder) / "model.ubj")
+            model = xgboost.XGBRegressor(n_jobs=1)
+            model.load_model(path)
+        return x, [model], lambda: fastens.Forest.from_xgboost(model), lambda m, t: m.predict(t)
+    return x, models, lambda: fastens.Forest.from_xgboost(models), lambda m, t: m.inplace_predict(t)
+
+
+def of_lightgbm_otherwise(rng):
+    """Boosters that were trained further, cut, refitted, told their best round, or of kinds that are refused."""
+    x = training_table(rng, rng.random() < 0.5)
+    y = targets(rng, x, 1)
+    options = {"verbose": -1, "num_threads": 1, "min_data_in_leaf": int(rng.integers(1, 9)), "min_data_in_bin": 1}
+    options |= choice(rng, [{}, {"monotone_constraints": [1] + [0] * (x.shape[1] - 1)}, {"path_smooth": 1.0}])
+    options |= choice(rng, [{}, {"boost_from_average": False}, {"data_sample_strategy": "goss"}, {"lambda_l1": 1.0}])
+    options |= choice(rng, [{}, {"objective": "fair"}, {"objective": "mape"}, {"objective": "regression_l2"}])
+    options |= choice(rng, [{}] * 6 + [{"linear_tree": True}, {"zero_as_missing": True}, {"reg_sqrt": True}])
+    options |= choice(
+        rng, [{}] * 6 + [{"objective": "poisson"}, {"num_iteration_predict": 2}, {"pred_early_stop": True}]
+    )
+    y = np.abs(y) if options.get("objective") == "poisson" else y
+    table = named(rng, x)
+    if rng.random() < 0.2 and isinstance(table, pd.DataFrame):
+        whole = np.clip(np.nan_to_num(x[:, 0]), -3, 3).round()
+        table = table.assign(**{table.columns[0]: pd.Categorical(whole)})
+    held = lightgbm.Dataset(table, y, free_raw_data=False)
+    booster = lightgbm.train(options, held, int(rng.integers(1, 12)), keep_training_booster=True)
+    change = rng.integers(7)
+    if change == 0:
+        booster = lightgbm.train(options, held, 3, init_model=booster)
+    elif change == 1:
+        booster.rollback_one_iter()
+    elif change == 2:
+        booster.best_iteration = 1
+    elif change == 3:
+        booster = booster.refit(table, y + 1.0)
+    elif change == 4:
+        booster.set_leaf_output(0, 0, 5.0)
+    elif change == 5:
+        booster.shuffle_models()
+    if rng.random() < 0.3:
+        booster = lightgbm.Booster(model_str=booster.model_to_string())
+    return x, [booster], lambda: fastens.Forest.from_lightgbm(booster), lambda m, t: m.predict(t)
+
+
+LIBRARIES = {
+    "sklearn": (of_sklearn, of_sklearn, of_sklearn_otherwise),
+    "xgboost": (of_xgboost, of_xgboost, of_xgboost_otherwise),
+    "lightgbm": (of_lightgbm, of_lightgbm, of_lightgbm_otherwise),
+}
 
 
 def of_forest_diffusion(rng):

@@ -1,6 +1,7 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -191,6 +192,14 @@ def test_trees_of_lightgbm_in_forest_mode_are_members():
     forest = fastens.Forest.from_lightgbm(model)
     assert forest.num_members == 9
     assert close(forest.predict(x), model.predict(x))
+
+
+def test_categories_that_no_tree_splits_on_are_not_taken_from_lightgbm():
+    x = pd.DataFrame({"a": np.arange(60.0), "b": pd.Categorical(["one"] * 60)})
+    model = lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit(x, np.arange(60.0))
+    for each in (model, model.booster_, lightgbm.Booster(model_str=model.booster_.model_to_string())):
+        with pytest.raises(ValueError, match="encode the categories as numbers"):
+            fastens.Forest.from_lightgbm(each)
 
 
 def test_what_is_not_taken_from_lightgbm():
