@@ -66,7 +66,6 @@ class FoldEngine:
         network: the folded network, which owns the stacks.
         engine: ``fold`` or ``loop``.
         masks: of members that are dropout masks on one set of weights; else none.
-        sums: whether :meth:`evaluate_sum` may stand for :meth:`evaluate`; not where an evaluation begins with masks.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class FoldEngine:
     ) -> None:
         self.num_members = num_members
         self.masks = masks
-        self.sums = masks is None
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, num_members)

@@ -69,12 +69,17 @@ def assigned(run: Run, draw: Random) -> None:
     rows, count = run.spec.rows, run.spec.members
     run.allowed = run.allowed or run.mixing
     call = run.make(draw, Form(rows))
+
+    def answered(member: nn.Module) -> Any:
+        return member(*copied(call)[0], **copied(call)[1])
+
     for _ in range(2):
         to = torch.tensor([draw.randrange(count) for _ in range(rows)])
 
         with torch.no_grad():
-            called = [m if k in to else untouched(m) for k, m in enumerate(run.members)]  # others remember nothing
-            expected = run.own(lambda called=called: [m(*copied(call)[0], **copied(call)[1]) for m in called])
+            expected = run.own(
+                lambda to=to: [answered(m if k in to else untouched(m)) for k, m in enumerate(run.members)]
+            )
 
         def evaluate(to: torch.Tensor = to) -> Any:
             with run.ensemble.assigned(to):
