@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastens.fold.alike import tensors_of
 from fastens.fold.barrier import unwatched
 from fastens.fold.members import replaced
+from fastens.fold.nested import contents
 from fastens.fold.registry import fold_registered
 from fastens.fold.tables import OfMember, Stacks, settle
 from fastens.fold.tensor import MemberTensor, all_members
@@ -105,9 +106,10 @@ class NetworkState:
                 if now.get(name, changed) is not value:
                     changed.add(f"{prefix}{name}")
                     now[name] = value
-                if content is not None and not _same_content(value, content):
-                    changed.add(f"{prefix}{name}")
-                    _restore(value, content)
+                for held, was in content:
+                    if not _same_content(held, was):
+                        changed.add(f"{prefix}{name}")
+                        _restore(held, was)
             for tensor in tensors:
                 if tensor.restored():
                     changed.add(f"{prefix}{tensor.name}")
@@ -141,12 +143,12 @@ class Structure:
 
     def restore(self) -> bool:
         """Go back; return whether that is all, which it is not where values of tensors were changed."""
-        for module, state, contents in self._state:
+        for module, state, attributes in self._state:
             vars(module).clear()
             vars(module).update(state)
-            for value, content in contents.values():
-                if content is not None:
-                    _restore(value, content)
+            for _, content in attributes.values():
+                for held, was in content:
+                    _restore(held, was)
         for table, content, common in self._tables:
             dict.clear(table)
             dict.update(table, content)
@@ -195,13 +197,10 @@ def _tensors(module: nn.Module) -> list[_Kept]:
     return found
 
 
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, list[tuple[Any, Any]]]]:
+    """Every attribute, with the containers that are reached by it and what they hold."""
     skipped = (*_TABLES, *(_REREAD if isinstance(module, nn.RNNBase) else ()))
-    return {
-        name: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
-        for name, value in vars(module).items()
-        if name not in skipped
-    }
+    return {name: (value, list(contents(value))) for name, value in vars(module).items() if name not in skipped}
 
 
 def _same_content(value: Any, content: Any) -> bool:

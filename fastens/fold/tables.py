@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.compiled import standing_in, tracing
-from fastens.fold.nested import leaves_of
+from fastens.fold.nested import contents, leaves_of
 from fastens.fold.tensor import MemberTensor, all_members
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
@@ -324,7 +324,8 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
                 memo[id(stack)] = own
                 memo[id(table[name])] = own
     for module in network.modules():  # what its forward left behind in attributes
-        for value in leaves_of(list(vars(module).values())):
+        held = [found for value in vars(module).values() for found, _ in contents(value)]
+        for value in leaves_of([*vars(module).values(), *held]):
             if isinstance(value, MemberTensor):
                 memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
     view = copy.deepcopy(network, memo)

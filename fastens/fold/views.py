@@ -65,15 +65,16 @@ class MemberViews:
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
-        if self._writes != self._barrier.writes:
-            self._make()
-        for view in self._views:
+        views = self._views
+        if not views or self._writes != self._barrier.writes:
+            views = self._make()
+        for view in views:  # as they were here: another thread may forget them meanwhile
             for module, original in zip(view.modules(), self._network.modules(), strict=True):
                 if module.training is not original.training:
                     module.training = original.training
         if self._hooks_seen != self._barrier.hooks or any(a.keys() != b.keys() for a, b in self._rebound):
-            self._hook(self._views)
-        return self._views
+            self._hook(views)
+        return views
 
     def _hook(self, views: list[nn.Module]) -> None:
         """Give members the hooks of the network, which run in fold and loop alike."""
@@ -118,14 +119,16 @@ class MemberViews:
     def _anew(self) -> list[nn.Module]:
         return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
 
-    def _make(self) -> None:
+    def _make(self) -> list[nn.Module]:
         writes, written = self._barrier.writes, self._barrier.names
         self._barrier.names = set()
         modules, made = list(self._network.modules()), self._anew()
-        if self._given:
+        views, unwritten = self._views, self._given
+        if views and unwritten:
             given = self._anew()
+            states = [own_state(view, other) for view, other in zip(views, unwritten, strict=True)]
             places = {id(module): i for i, module in enumerate(self._modules)}
-            for view, state, before, now in zip(made, self.own_states(), self._given, given, strict=True):
+            for view, state, before, now in zip(made, states, unwritten, given, strict=True):
                 apart = attributes_apart(before, now, _NO_STATE)
                 before_modules = list(before.modules())
                 kept: State = []
@@ -140,6 +143,7 @@ class MemberViews:
             self._given = given
         self._hook(made)
         self._modules, self._views, self._writes = modules, made, writes
+        return made
 
 
 _GONE = "fastens: no such attribute"
