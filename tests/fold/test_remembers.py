@@ -267,3 +267,43 @@ def test_a_buffer_that_inference_mode_saw_first_can_be_written_outside_it(inputs
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             near(ensemble(inputs[0]), averaged([m(inputs[0]) for m in members]))
+
+
+class Resets(Remembers):
+    """Has a method that sets its state, and one that tells it."""
+
+    def begin(self):
+        self.register_buffer("count", torch.zeros(()))
+        self.reset()
+
+    def reset(self):
+        self.count.zero_()
+        self.calls, self.kept = 0, []
+        return self
+
+    def number(self):
+        return self.calls
+
+    def forward(self, x):
+        self.count += 1
+        self.calls += 1
+        self.kept.append(self.calls)
+        return self.linear(x) * self.count + self.calls + len(self.kept)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_methods_that_set_state_reach_what_members_wrote_to_themselves(engine, inputs):
+    members = [made(lambda _: Resets(), k) for k in range(K)]
+    ensemble = fastens.Ensemble([made(lambda _: Resets(), k) for k in range(K)], engine=engine)
+    with torch.no_grad():
+        for reset in (False, False, True, False):
+            if reset:
+                assert ensemble.number() == 2
+                assert ensemble.reset() is ensemble
+                for m in members:
+                    m.reset()
+            near(ensemble(inputs[0]), averaged([m(inputs[0]) for m in members]))
+        ensemble.calls = 0  # the value that the network was made with
+        for m in members:
+            m.calls = 0
+        near(ensemble(inputs[0]), averaged([m(inputs[0]) for m in members]))
