@@ -9,11 +9,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.network import Structure
+from fastens.fold.tables import settle
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
+    from fastens.fold.engine import FoldEngine
 
 
 def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -32,6 +34,9 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         if engine is None:
             first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network.children()]
             return first
+        if any(map(any, engine.own_states()[0])):
+            result = set_members(engine, name, *args, **kwargs)
+            return ensemble if result is engine.views[0] else result
         before = Structure(ensemble.network)
         try:
             result = getattr(ensemble.network, name)(*args, **kwargs)
@@ -47,6 +52,14 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     else:
         outputs = engine.evaluate(arguments, ensemble.training, name)
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
+
+
+def set_members(engine: FoldEngine, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method on every member of a loop, which have state of their own; return what the first returns."""
+    first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]
+    for view in engine.views:
+        settle(view, keeps=True)
+    return first
 
 
 def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:

@@ -75,6 +75,7 @@ class Fold(TorchFunctionMode):
         self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
+        self.checkpoint = None if hidden.whole else _checkpoint()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
 
     @staticmethod
@@ -237,6 +238,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return _run_common(fold, func, args, kwargs, wrappers)
     if torch.is_grad_enabled():
         check_derivatives((args, kwargs))
+        if not fold.hidden.whole and _checkpoint() is not fold.checkpoint:
+            raise NotFoldable("an activation checkpoint runs again when the pass, of some members or rows, is over")
     if func in READS:
         raise ReadsValues(f"{name_of(func)} of a tensor that differs between members has no one answer")
     if kwargs.get("out") is not None:
@@ -311,6 +314,12 @@ def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -
 
 def _has_tensor(args: Any) -> bool:
     return any(isinstance(x, Tensor) for x in leaves_of(args))
+
+
+def _checkpoint() -> Any:
+    """The innermost activation checkpoint in progress, by its hook, whose functions the backward pass runs again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def check_derivatives(tree: Any) -> None:

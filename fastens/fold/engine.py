@@ -338,19 +338,22 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
-        if not self.stateful:
+        if torch.compiler.is_compiling() or tracing() or capturing():
             return self._in_passes(arguments, key, method)
-        state = NetworkState(self.network)
+        state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
             leaves = self._in_passes(arguments, key, method)
         except StopRecomputation:
             raise
         except BaseException:
-            state.put_back()  # the members begin where this pass did
+            self._remembers(state.put_back())  # the members begin where this pass did
             raise
-        if self.engine == "fold":
+        if self.stateful and self.engine == "fold":
             self._views.forget()  # members by themselves begin with the state that this pass left behind
         return leaves
+
+    def _remembers(self, changed: set[str]) -> None:
+        self.stateful = self.unshare(changed) or bool(changed) or self.stateful
 
     def fold_apart(self, run: Callable[[], Result]) -> Result:
         """A pass over some members or rows; what it left behind in the network would not be every member's.
@@ -358,14 +361,17 @@ class FoldEngine:
         Raises:
             NotFoldable: it left something behind, which is undone.
         """
-        if not self.stateful or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or capturing():
             return run()
-        with state_kept(self.network) as changed:
-            result = run()
+        changed: set[str] = set()
+        try:
+            with state_kept(self.network) as changed:
+                result = run()
+        finally:
+            self._remembers(changed)
         if changed:
-            raise NotFoldable(
-                f"the network writes to itself ({', '.join(sorted(changed)[:3])}), here for some members only"
-            )
+            names = ", ".join(sorted(changed)[:3])
+            raise NotFoldable(f"the network writes to itself ({names}), here for some members only")
         return result
 
     def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
@@ -374,35 +380,25 @@ class FoldEngine:
 
         def of_members(start: int, stop: int) -> list[Any]:
             first, last = start // batch, stop // batch
-            return self.one_pass(
-                given, all_members(members) if last - first == members else Hidden(last - first, members, first), method
-            )
+            some = all_members(members) if last - first == members else Hidden(last - first, members, first)
+            return self.one_pass(given, some, method)
 
         def by_rows() -> list[Any]:
-            parts = [self._by_rows(given, key, k, method) for k in range(members)]
-            return joined(parts)
+            return joined([self._by_rows(given, key, k, method) for k in range(members)])
 
         if torch.compiler.is_compiling() or tracing():
             return self.one_pass(given, all_members(members), method)
         if self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method):
-            return self._unchanged(by_rows)
+            return self.fold_apart(by_rows)
         several = self.cap.rows(key, members * batch) < members * batch
         try:
             whole = functools.partial(self.cap.run, key, members * batch, of_members, batch)
-            return joined(self._unchanged(whole) if several else whole())
+            return joined(self.fold_apart(whole) if several else whole())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or batch == 1 or not self._may_part(arguments, method):
                 raise
         self.cap.halve(key, batch)
-        return self._unchanged(by_rows)
-
-    def _unchanged(self, passes: Callable[[], list[Any]]) -> list[Any]:
-        """What several passes give, of a network that does not change its own state."""
-        with state_kept(self.network) as changed:
-            found = passes()
-        if changed:
-            raise NotFoldable("the network changes its own state, which several passes would change several times")
-        return found
+        return self.fold_apart(by_rows)
 
     def _may_part(self, arguments: Arguments, method: str) -> bool:
         """Whether a member's rows may go through several passes; derivatives may depend on all of them at once."""

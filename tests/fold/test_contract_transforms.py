@@ -1,6 +1,7 @@
 """Checkpointing, function transforms, export and inference mode, inside a network and around the ensemble."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -72,14 +73,47 @@ def test_checkpoints_inside_checkpoints(outer, inner):
     assert outer or inner or held.ensemble.engine == "fold"
 
 
+class Rescaled(nn.Module):
+    """Begins its checkpoint with parameters alone, and with what all members share."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gain = nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.gain.tanh() * self.inner(x) * self.inner.weight.sum(), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+@pytest.mark.parametrize("how", ["some members", "rows"])
+def test_checkpoints_in_a_pass_of_some_members_or_rows(how, around):
+    held = Held(lambda k: Network(mixes=False) if around else Rescaled(), max_fold=5 if how == "some members" else None)
+    ensemble, x = held.ensemble, torch.randn(4, 4)
+    scope = ensemble.assigned([0, 1, 2, 1]) if how == "rows" else nullcontext()
+    with scope:
+        found = held.quietly(lambda: checkpoint(ensemble, x, use_reentrant=False) if around else ensemble(x))
+        found.sum().backward()
+    assert ensemble.engine == ("fold" if around else "loop")
+    assert bool(held.warned) is not around
+    theirs = [m(x) for m in held.members]
+    expected = torch.stack([theirs[k][i] for i, k in enumerate([0, 1, 2, 1])]) if how == "rows" else averaged(theirs)
+    near(found, expected)
+    expected.sum().backward()
+    for name, _ in held.members[0].named_parameters():
+        own = torch.stack([dict(m.named_parameters())[name].grad for m in held.members])
+        near(gradients_of(ensemble)[name], own, 1e-4)
+
+
 class Network(nn.Module):
-    def __init__(self, reads=False):
+    def __init__(self, reads=False, mixes=True):
         super().__init__()
         self.first, self.second, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
-        self.reads = reads
+        self.reads, self.mixes = reads, mixes
 
     def forward(self, x, t=1.0):
         h = self.norm(self.second(torch.tanh(self.first(x)))) * t
+        if not self.mixes:
+            return h
         return h * float(self.first.bias.detach()[0]) if self.reads else h - 0.5 * h.mean(0)
 
 

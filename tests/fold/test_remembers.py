@@ -322,3 +322,77 @@ def test_what_members_write_to_objects_that_they_hold(kind, engine):
             for _ in range(2):
                 (x,) = batch(5, 4)(generator)
                 near(ensemble(x), averaged([member(x) for member in members]))
+
+
+class Resets(Remembers):
+    """Has a method that sets its state, and one that tells it."""
+
+    def begin(self):
+        self.register_buffer("count", torch.zeros(()))
+        self.reset()
+
+    def reset(self):
+        self.count.zero_()
+        self.calls, self.kept = 0, []
+        return self
+
+    def number(self):
+        return self.calls
+
+    def forward(self, x):
+        self.count += 1
+        self.calls += 1
+        self.kept.append(self.calls)
+        return self.linear(x) * self.count + self.calls + len(self.kept)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_methods_that_set_state_reach_what_members_wrote_to_themselves(engine, inputs):
+    members = [made(lambda _: Resets(), k) for k in range(K)]
+    ensemble = fastens.Ensemble([made(lambda _: Resets(), k) for k in range(K)], engine=engine)
+    with torch.no_grad():
+        for reset in (False, False, True, False):
+            if reset:
+                assert ensemble.number() == 2
+                assert ensemble.reset() is ensemble
+                for m in members:
+                    m.reset()
+            near(ensemble(inputs[0]), averaged([m(inputs[0]) for m in members]))
+        ensemble.calls = 0  # the value that the network was made with
+        for m in members:
+            m.calls = 0
+        near(ensemble(inputs[0]), averaged([m(inputs[0]) for m in members]))
+
+
+class RemembersLate(Remembers):
+    """Writes to itself in a branch that first calls do not take, and may ask then for what differs between members."""
+
+    def begin(self):
+        self.register_buffer("count", torch.ones(()))
+        self.calls, self.last = 0, 0.0
+
+    def forward(self, x, late, reads):
+        h = self.linear(x)
+        if late > 0:
+            self.count += 1
+            self.calls += 1
+            h, self.last = h + self.last, h.detach().sum() * 0.1
+            if reads > 0 and h.sum() > 0:
+                h = -h
+        return h * self.count + self.calls
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1, 1, 0]], ids=["all", "rows"])
+@pytest.mark.parametrize("reads", [0, 1])
+def test_state_that_is_first_written_in_a_later_branch(reads, rows):
+    members = [made(lambda _: RemembersLate(), k) for k in range(K)]
+    ensemble = fastens.Ensemble([made(lambda _: RemembersLate(), k) for k in range(K)])
+    with torch.no_grad():
+        for late in (0, 0, 0, 1, 1, 0, 1):
+            args = torch.randn(4, 4), torch.tensor(late), torch.tensor(reads)
+            if rows is None:
+                near(ensemble(*args), averaged([m(*args) for m in members]))
+                continue
+            theirs = {k: members[k](*args) for k in sorted(set(rows))}
+            with ensemble.assigned(rows):
+                near(ensemble(*args), torch.stack([theirs[k][i] for i, k in enumerate(rows)]))
