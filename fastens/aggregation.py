@@ -39,10 +39,10 @@ def aggregation(
     Raises:
         ValueError: the rule or a conversion needs the noise level, and no argument is a time.
     """
-    prediction, target = settings["prediction"].filled(schedule=schedule), settings["aggregate_in"]
     linear = rule.linear  # commutes with conversions, and averages variances as they are
     if linear and not rule.needs_noise_level:
         return lambda scores: aggregate(scores, rule, backend=settings["backend"])
+    prediction, target = settings["prediction"].filled(schedule=schedule), settings["aggregate_in"]
     arguments = Arguments(args, kwargs)
     if linear:
         time = parameterisation.time_of(forward, arguments, args, kwargs)

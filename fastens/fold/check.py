@@ -1,10 +1,10 @@
 """How far the fold may be from the loop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # The largest error of the fold against the loop, relative to the largest magnitude of the loop's output. Both do the
 # same arithmetic in another order; a network of some hundred layers adds up a few hundred rounding errors.
@@ -14,13 +14,12 @@ _ROUNDINGS = 4  # of a fold and of a member, each as far from the exact answer, 
 TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless told otherwise
 
 
-def tolerance_for(tensor: Tensor, network: nn.Module | None = None) -> float:
-    """The tolerance for one output of a network, which computes no more exactly than its weights are."""
+def tolerance_for(tensor: Tensor, parameters: Iterable[Tensor] = ()) -> float:
+    """The tolerance for one output of a network, which computes no more exactly than its parameters are."""
     # allow_tf32, the older name, raises where one of these was set
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     tf32 = tensor.is_cuda and "tf32" in precisions
     tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
-    parameters = () if network is None else network.parameters()
     weights = (tolerances.get(parameter.dtype, 0.0) for parameter in parameters)
     return max([tolerances[tensor.dtype], *weights]) if tensor.dtype in tolerances else 0.0
 
@@ -39,20 +38,20 @@ def rounding_tolerance(half: Tensor, single: Tensor) -> float:
 
 
 def beyond_rounding(
-    ours: list[Tensor], theirs: list[Tensor], network: nn.Module, exact: Callable[[], list[Tensor] | None]
+    ours: list[Tensor], theirs: list[Tensor], parameters: Sequence[Tensor], exact: Callable[[], list[Tensor] | None]
 ) -> float | None:
     """The first error of outputs of a network that is more than rounding, none where none is.
 
     Args:
         ours: what a plan or a fold gave.
         theirs: what a member gave.
-        network: whose outputs they are.
+        parameters: of the network whose outputs they are.
         exact: gives what the member gives in float32, none where it takes no other precision; asked where an error in
             half precision is more than some last bits.
     """
     single: list[Tensor] | None = None
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        error, allowed = relative_error(a, b), tolerance_for(b, network)
+        error, allowed = relative_error(a, b), tolerance_for(b, parameters)
         if b.dtype in HALVES and error > _ROUNDINGS * torch.finfo(b.dtype).eps:
             single = exact() if single is None else single
             allowed = allowed if single is None else rounding_tolerance(b, single[i])

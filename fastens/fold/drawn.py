@@ -167,7 +167,7 @@ class DrawnCall:
     def _check(self, folded: Any, expected: list[Tensor]) -> None:
         """Raise NotFoldable where a fold parts from the members."""
         ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
-        error = beyond_rounding(ours, expected, self._engine.network, self._exactly)
+        error = beyond_rounding(ours, expected, self._engine.plans.guards.parameters, self._exactly)
         if error is not None:
             raise NotFoldable(f"the fold is {error:.1e} from the members")
 

@@ -57,6 +57,11 @@ class Guards:
         """The tensors of the network."""
         return self._weights.tensors
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are parameters."""
+        return [x for x in self.tensors if isinstance(x, nn.Parameter)]
+
     def state(self) -> tuple[int, Any, torch.dtype]:
         """What changes with Python state, what changes with weights, and the default dtype."""
         if self.barrier.writes != self._seen:

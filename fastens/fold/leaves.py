@@ -40,7 +40,7 @@ class Leaves:
                 continue
             x = next(given)
             if kind == "rows":
-                x = x.unflatten(0, (self.size, x.shape[0] // self.size))
+                x = x.view(self.size, x.shape[0] // self.size, *x.shape[1:])
             elif kind == "common":
                 x = x.expand(self.size, *x.shape)
             leaves.append(x)

@@ -78,6 +78,11 @@ def shared_names(network: nn.Module) -> frozenset[str]:
     return frozenset(name for name, t in tensors_of(network).items() if id(t) in common)
 
 
+def lists_weights(network: nn.Module) -> bool:
+    """Whether a forward lists what it reads of its tensors in an attribute: of other tensors, it writes to the network."""
+    return any(isinstance(module, nn.RNNBase) for module in network.modules())
+
+
 class NetworkState:
     """A network's Python state and buffers, to be put back."""
 

@@ -349,7 +349,7 @@ class Plans:
     def _check(self, ours: Tensors, theirs: Tensors, exact: Callable[[], Tensors | None] = lambda: None) -> None:
         if len(ours) != len(theirs):
             raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
-        error = beyond_rounding(ours, theirs, self._network, exact)
+        error = beyond_rounding(ours, theirs, self.guards.parameters, exact)
         if error is not None:
             raise NotLowerable(f"the plan is {error:.1e} from the members")
 

@@ -97,7 +97,7 @@ class Structure:
         exact = self._answers(drawn=False) if self.half and own else None
         if exact is None:
             network = self._engine.network
-            found = _parting(tensors, self._expected, lambda expected: tolerance_for(expected, network))
+            found = _parting(tensors, self._expected, lambda expected: tolerance_for(expected, network.parameters()))
         else:
             found = _parting(*exact, tolerance_for, "in float32 ") or self._beyond_rounding(tensors, exact[1])
         if found is not None or not self.degenerate or not own:
@@ -117,7 +117,11 @@ class Structure:
 
         def allowed(expected: Tensor) -> float:
             halved = expected.dtype in HALVES
-            return rounding_tolerance(expected, wide[id(expected)]) if halved else tolerance_for(expected, network)
+            return (
+                rounding_tolerance(expected, wide[id(expected)])
+                if halved
+                else tolerance_for(expected, network.parameters())
+            )
 
         network = self._engine.network
         return _parting(tensors, self._expected, allowed)

@@ -34,6 +34,19 @@ def as_seen(tensor: Tensor) -> Tensor:
     return tensor if change is None else change(tensor)
 
 
+_ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
+
+
+@contextmanager
+def alone(k: int) -> Iterator[None]:
+    """Let the network's own modules read member k's tensors, as the modules of that member alone do."""
+    token = _ALONE.set(k)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 class Stacks(dict[str, Any]):
     """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
 
@@ -80,6 +93,9 @@ class Stacks(dict[str, Any]):
             return own if name in self.common else MemberTensor(own, all_members(self.num_members))
         if name in self.common:
             return tensor
+        k = _ALONE.get()
+        if k is not None:
+            return part_of(tensor, k)
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
             with torch.inference_mode(False):  # it is kept for calls outside it
@@ -145,6 +161,13 @@ class Stacks(dict[str, Any]):
         return stack
 
 
+def part_of(stack: Tensor, k: int) -> Tensor:
+    """Member k's part of a stack: a parameter to ``isinstance``, but no leaf, so that gradients reach the stack."""
+    own: Any = stack[k]
+    own._is_param = isinstance(stack, nn.Parameter)
+    return own
+
+
 class OfMember(dict[str, Any]):
     """One member's parameters or buffers, read from the stacks whenever they are read.
 
@@ -174,15 +197,12 @@ class OfMember(dict[str, Any]):
             return tensor if name in self.source.common else tensor[self.k]
         if name in self.source.common:
             return tensor
-        own = tensor[self.k]
+        own = part_of(tensor, self.k)
         before = self._given.get(name)
         if before is not None and before[0].data_ptr() != before[1]:
             return before[0]
         if torch._C._functorch.peek_interpreter_stack() is None and not tracing():
             self._given[name] = own, own.data_ptr()
-        own._is_param = isinstance(
-            tensor, nn.Parameter
-        )  # to isinstance; it is no leaf, so that gradients reach the stack
         return own
 
     def __getitem__(self, name: str) -> Any:

@@ -9,6 +9,8 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.fold.calls import PlannedCall
+from fastens.fold.engine import FoldEngine
+from fastens.fold.planned import Plans
 from tests.networks import randomised
 from tests.tolerances import relative_error
 
@@ -152,3 +154,65 @@ def test_sums_on_launches_are_audited(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ensemble(x)
+
+
+class Layers(nn.Module):
+    """A network of one layer between two of ordinary kind."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(4, 8), layer(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.layer(self.first(x))
+        return self.last(x[0] if isinstance(x, tuple) else x)
+
+
+@pytest.mark.parametrize(("layer", "folds"), [
+    (lambda: nn.LayerNorm(8), 0),
+    (lambda: nn.GRU(8, 8), 7),
+], ids=["norm", "recurrent"])  # fmt: skip
+@torch.no_grad()
+def test_an_audit_costs_what_a_member_does_and_leaves_nothing_behind(layer, folds, monkeypatch):
+    """The network's own modules run on the member's tensors, without wrappers where they write nothing to themselves."""
+    monkeypatch.setenv("FASTENS_AUDIT", "always")
+    passes, one_pass, recorded, checked = [], FoldEngine.one_pass, [], Plans._checked
+    monkeypatch.setattr(Plans, "_checked", lambda self, *a: (recorded.append(1), checked(self, *a))[1])
+    ensemble = fastens.Ensemble([randomised(lambda: Layers(layer), seed) for seed in range(3)])
+    x = torch.randn(6, 4)
+    ensemble(x)
+    monkeypatch.setattr(FoldEngine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
+    state = ensemble._engine.plans.guards.state()
+    for _ in range(7):
+        ensemble(x)
+    assert len(passes) == folds
+    assert len(recorded) == 1
+    assert ensemble._engine.plans.guards.state() == state
+
+
+class Listing(nn.Module):
+    """A network that reads a weight where no table has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.listed = [self.inner.weight]
+
+    def forward(self, x):
+        return self.last(torch.tanh(x @ self.listed[0].mT))
+
+
+@torch.no_grad()
+def test_a_network_that_only_the_fold_runs_is_audited_by_the_fold(monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "always")
+    members, x = [randomised(Listing, seed) for seed in range(3)], torch.randn(6, 4)
+    ensemble = fastens.Ensemble(members)
+    passes, one_pass = [], FoldEngine.one_pass
+    ensemble(x)
+    assert ensemble.report().plans
+    monkeypatch.setattr(FoldEngine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
+    expected = torch.stack([member(x) for member in members]).mean(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(ensemble(x), expected) < 1e-5
+    assert len(passes) == 1

@@ -25,7 +25,7 @@ def test_precisions_that_are_set_by_their_newer_names(conv, matmul, tolerance):
     try:
         for backend, precision in zip(backends, (conv, matmul), strict=True):
             backend.fp32_precision = precision
-        assert tolerance_for(on_gpu, nn.Linear(2, 2)) == tolerance
+        assert tolerance_for(on_gpu, nn.Linear(2, 2).parameters()) == tolerance
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
