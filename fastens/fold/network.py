@@ -79,7 +79,7 @@ def shared_names(network: nn.Module) -> frozenset[str]:
 
 
 def lists_weights(network: nn.Module) -> bool:
-    """Whether a forward lists what it reads of its tensors in an attribute: of other tensors, it writes to the network."""
+    """Whether a forward keeps what it reads of its tensors in an attribute, so that others are written there."""
     return any(isinstance(module, nn.RNNBase) for module in network.modules())
 
 

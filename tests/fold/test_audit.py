@@ -174,7 +174,7 @@ class Layers(nn.Module):
 ], ids=["norm", "recurrent"])  # fmt: skip
 @torch.no_grad()
 def test_an_audit_costs_what_a_member_does_and_leaves_nothing_behind(layer, folds, monkeypatch):
-    """The network's own modules run on the member's tensors, without wrappers where they write nothing to themselves."""
+    """The network's own modules run on the member's tensors, where they write nothing to themselves."""
     monkeypatch.setenv("FASTENS_AUDIT", "always")
     passes, one_pass, recorded, checked = [], FoldEngine.one_pass, [], Plans._checked
     monkeypatch.setattr(Plans, "_checked", lambda self, *a: (recorded.append(1), checked(self, *a))[1])
