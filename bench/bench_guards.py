@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastens
-from bench.bench_forward import K, NETWORKS
+from bench.bench_forward import NETWORKS, K
 from bench.contest import contest
 from fastens.fold.arguments import separate
 from fastens.fold.calls import PlannedCall
