@@ -48,10 +48,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         goal = "" if row["wanted"] is None else f"{row['wanted']:g}"
         lines.append(
-            f"| {row['question']} | {row['rival']} | {1e3 * row['ours']:.2f} | {1e3 * row['theirs']:.2f} "
+            f"| {row['question']} | {row['rival']} | {_milliseconds(row['ours'])} | {_milliseconds(row['theirs'])} "
             f"| {row['ratio']:.2f} | {goal} |"
         )
     return "\n".join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds >= 1e-4 else f"{1e3 * seconds:.4f}"
 
 
 def memory_table(rows: list[dict[str, Any]]) -> str:

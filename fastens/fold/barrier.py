@@ -86,7 +86,7 @@ def _counted(kind: type[dict[Any, Any]]) -> type[dict[Any, Any]]:
         return functools.wraps(method)(write)
 
     methods = {name: counting(getattr(kind, name)) for name in _WRITES}
-    methods["__deepcopy__"] = lambda self, memo: copy.deepcopy(kind(self), memo)
+    methods["__deepcopy__"] = lambda self, memo: kind({n: copy.deepcopy(x, memo) for n, x in self.items()})
     methods["__reduce_ex__"] = lambda self, _: (kind, (list(self.items()),))
     return type(kind.__name__, (kind,), {**methods, "written": staticmethod(lambda: None)})
 

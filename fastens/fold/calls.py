@@ -162,7 +162,8 @@ class PlannedCall:
             k, other = int(tensors[-1][0]) if self._dealt else 0, given(tensors, anew=True).with_numbers(values or {})
             if exact:
                 return exactly(engine, k, other)
-            return [x for x in pytree.tree_leaves(engine.call_member(k, other)) if isinstance(x, Tensor)]
+            answer = self._alone(k, other)  # which spares a first call the making of modules for all members
+            return answer or [x for x in pytree.tree_leaves(engine.call_member(k, other)) if isinstance(x, Tensor)]
 
         return whole, member, numbers
 
@@ -179,7 +180,7 @@ class PlannedCall:
             rows = (hidden.row_members == k).nonzero()[:, 0]
         ours = [x if rows is None else x[rows.to(x.device)] for x in leaves[:-1] if isinstance(x, Tensor)]
         ours = [x[k] for x in ours] if rows is None else ours
-        error = float("inf")
+        error: float | None = float("inf")
 
         def of_rows(given: list[Tensor]) -> list[Tensor]:
             return given if rows is None else [x[rows.to(x.device)] for x in given]
@@ -190,7 +191,7 @@ class PlannedCall:
 
         for answer in (self._alone, self._folded):
             with torch.no_grad():
-                theirs = of_rows(answer(k))
+                theirs = of_rows(answer(k, self._arguments))
             if len(ours) == len(theirs):
                 error = beyond_rounding(ours, theirs, engine.plans.guards.parameters, exact)
                 if error is None:
@@ -204,9 +205,9 @@ class PlannedCall:
         )
         return False
 
-    def _alone(self, k: int) -> list[Tensor]:
+    def _alone(self, k: int, arguments: Arguments) -> list[Tensor]:
         """What member k returns now, by the network's own modules on its tensors; nothing where they need the fold."""
-        engine, arguments = self._engine, self._arguments.copied()  # the network may write to them
+        engine, arguments = self._engine, arguments.copied()  # the network may write to them
         if engine.masks is not None or lists_weights(engine.network):
             return []
         try:
@@ -218,15 +219,15 @@ class PlannedCall:
         tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
         return [] if any(isinstance(x, MemberTensor) for x in tensors) else tensors  # of weights in no table
 
-    def _folded(self, k: int) -> list[Tensor]:
+    def _folded(self, k: int, given: Arguments) -> list[Tensor]:
         """The same by a pass whose only member is k."""
-        engine, arguments = self._engine, self._arguments.copied()
+        engine, arguments = self._engine, given.copied()
         if engine.masks is None:
             try:
                 with state_kept(engine.network):
                     leaves = engine.one_pass(arguments, one_member(engine.num_members, k))
             except NotFoldable:  # a recording has wrappers from birth, an eager pass where a first call asked for them
-                arguments = self._arguments.copied()
+                arguments = given.copied()
             else:
                 return [x[0] for x in leaves[:-1] if isinstance(x, Tensor)]
         return [x for x in pytree.tree_leaves(engine.call_member(k, arguments)) if isinstance(x, Tensor)]

@@ -1,7 +1,7 @@
 """How far the fold may be from the loop."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def rounding_tolerance(half: Tensor, single: Tensor) -> float:
 
 
 def beyond_rounding(
-    ours: list[Tensor], theirs: list[Tensor], parameters: Collection[Tensor], exact: Callable[[], list[Tensor] | None]
+    ours: list[Tensor], theirs: list[Tensor], parameters: Sequence[Tensor], exact: Callable[[], list[Tensor] | None]
 ) -> float | None:
     """The first error of outputs of a network that is more than rounding, none where none is.
 
