@@ -17,6 +17,7 @@ from fastens.rules import rule
 if TYPE_CHECKING:
     from fastens import demo, evaluation, interop, samplers, schemes, tabular, training
     from fastens.checkpoints import load_members
+    from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "register_layer",
     "rule",
     "rules",
+    "sample_members",
     "samplers",
     "schedules",
     "schemes",
@@ -43,7 +45,11 @@ __all__ = [
 ]
 
 _MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training"))
-_ATTRIBUTES = {"Forest": "fastens.tabular.forest", "load_members": "fastens.checkpoints"} | dict.fromkeys(
+_ATTRIBUTES = {
+    "Forest": "fastens.tabular.forest",
+    "load_members": "fastens.checkpoints",
+    "sample_members": "fastens.runs",
+} | dict.fromkeys(
     # A saved diffusers pipeline looks these classes up here; none may import diffusers before that.
     ("ModelMixin", "DiffusersEnsemble", "DiffusersMCDropout"),
     "fastens.interop.diffusers",

@@ -43,10 +43,10 @@ class _Trajectory:
 
 # By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.
 _TRAJECTORIES: contextvars.ContextVar[dict[int, _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
-_ASSIGNED: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
+_ASSIGNED: contextvars.ContextVar[dict[int, Any]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
 
 
-def assignment_of(members: Any, per_member: int | None, num_members: int) -> Tensor:
+def assignment_of(members: Any, per_member: int | None, num_members: int, where: str = "assigned") -> Tensor:
     """The member of each row, int64 [B] on the CPU; see :meth:`fastens.Ensemble.assigned`."""
     if (members is None) == (per_member is None):
         raise TypeError(
@@ -60,14 +60,14 @@ def assignment_of(members: Any, per_member: int | None, num_members: int) -> Ten
         return torch.arange(num_members).repeat_interleave(per_member)
     rows = members if isinstance(members, Tensor) else torch.tensor(members)
     if rows.dtype != torch.int64:
-        raise TypeError(f"assigned: members is {rows.dtype}, expected int64: the member of each row")
+        raise TypeError(f"{where}: members is {rows.dtype}, expected int64: the member of each row")
     if rows.ndim != 1 or not len(rows):
-        raise ValueError(f"assigned: members is {list(rows.shape)}, expected [B], the member of each of B rows")
+        raise ValueError(f"{where}: members is {list(rows.shape)}, expected [B], the member of each of B rows")
     rows = rows.detach().to("cpu", copy=True)
     wrong = torch.nonzero((rows < 0) | (rows >= num_members)).flatten().tolist()
     if wrong:
         raise ValueError(
-            f"assigned: members[{wrong[0]}] is {int(rows[wrong[0]])}, expected 0 to {num_members - 1}, as there are "
+            f"{where}: members[{wrong[0]}] is {int(rows[wrong[0]])}, expected 0 to {num_members - 1}, as there are "
             f"{num_members} members"
         )
     return rows
@@ -105,12 +105,25 @@ class Draws:
             _TRAJECTORIES.reset(token)
 
     @contextmanager
-    def assigned(self, rows: Tensor, rule: rules.Rule) -> Iterator[None]:
-        """Scope in which each row has its member; see :meth:`fastens.Ensemble.assigned`."""
+    def assigned(self, rows: Any, rule: rules.Rule) -> Iterator[None]:
+        """Scope in which each row has its member; see :meth:`fastens.Ensemble.assigned`.
+
+        Args:
+            rows: int64 [B]; or a run of all members, whose ``evaluate`` stands for the ensemble.
+            rule: of the ensemble.
+        """
         if self.assignment() is not None:
             raise RuntimeError("members are already assigned to the rows; leave that scope before the next one")
         current = self._trajectory()
         self._check_nested(rule, rows, None if current is None else current.batch_size)
+        yield from self._with_assignment(rows)
+
+    @contextmanager
+    def unassigned(self) -> Iterator[None]:
+        """Scope in which the ensemble is evaluated as outside the assignment: what a run itself asks of it."""
+        yield from self._with_assignment(None)
+
+    def _with_assignment(self, rows: Any) -> Iterator[None]:
         token = _ASSIGNED.set({**_ASSIGNED.get(), id(self): rows})
         with self._lock:
             self._assignments += 1
@@ -122,7 +135,7 @@ class Draws:
             _ASSIGNED.reset(token)
 
     @staticmethod
-    def _check_nested(rule: rules.Rule, rows: Tensor | None, batch_size: int | None) -> None:
+    def _check_nested(rule: rules.Rule, rows: Any, batch_size: int | None) -> None:
         """Raise where an assignment and a trajectory contradict each other."""
         if rows is None or batch_size is None:
             return
@@ -131,11 +144,11 @@ class Draws:
                 f"rule {rule.name!r} draws members for a trajectory, and members are assigned to its rows; take one of "
                 "the two, or ens.with_rule('mean')"
             )
-        if len(rows) != batch_size:
+        if isinstance(rows, Tensor) and len(rows) != batch_size:
             raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
 
-    def assignment(self) -> Tensor | None:
-        """The members assigned to the rows in this context, int64 [B]; none where rows have none of their own.
+    def assignment(self) -> Any:
+        """The members assigned to the rows in this context, int64 [B], or a run of them; else none.
 
         Raises:
             RuntimeError: inside ``torch.compile``, where a context cannot be told.
@@ -207,8 +220,8 @@ class Draws:
         return drawn.repeat(batch // max(evaluation.num_samples, 1))
 
 
-def assigned_to(model: Any) -> Tensor | None:
-    """The members assigned to the rows of a model in this context; none where it is no ensemble, or has none."""
+def assigned_to(model: Any) -> Any:
+    """What is assigned to the rows of a model in this context; none where it is no ensemble, or nothing is."""
     draws = getattr(model, "_draws", None)
     return draws.assignment() if isinstance(draws, Draws) else None
 

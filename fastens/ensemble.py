@@ -165,7 +165,8 @@ class Ensemble(MemberLike, Capturing):
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
-            return self._assigned(args, kwargs, assigned)
+            in_run = not isinstance(assigned, Tensor)
+            return assigned.evaluate(self, args, kwargs) if in_run else self._assigned(args, kwargs, assigned)
         if rule.per_evaluation or rule.per_trajectory:
             return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
@@ -252,7 +253,7 @@ class Ensemble(MemberLike, Capturing):
         return run_drawn(self._call_module, arguments, members)
 
     def _begin(self, arguments: Arguments) -> Evaluation:
-        evaluation = self._draws.begin(arguments.batch)
+        evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
         return evaluation

@@ -11,7 +11,7 @@ LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
     {"demo", "interop", "evaluation", "tabular", "samplers"},
-    {"training"},
+    {"training", "runs"},
     {"checkpoints"},
     {
         "ensemble",

@@ -137,6 +137,13 @@ class PerMember:
             raise ValueError(f"PerMember: the values are of shapes {[list(x.shape) for x in tensors]}, expected one")
         self.stack = torch.stack(tensors)
 
+    @classmethod
+    def of(cls, stack: Tensor) -> PerMember:
+        """Values that are stacked already, [K, ...]."""
+        made = cls.__new__(cls)
+        made.stack = stack
+        return made
+
     def __len__(self) -> int:
         return len(self.stack)
 
@@ -225,8 +232,13 @@ class Arguments:
 
     @property
     def batch(self) -> Tensor:
-        """The tensor that shows the batch, [B, ...]."""
+        """The tensor that shows the batch, [B, ...]; a stack [K, B, ...] where each member has its own."""
         return self.leaves[self.primary]
+
+    @property
+    def members_batch(self) -> Tensor:
+        """The tensor that shows the batch as a member sees it, [B, ...]; the first's where each has its own."""
+        return self.batch[0] if self.primary in self.own else self.batch
 
     @property
     def batch_size(self) -> int:
