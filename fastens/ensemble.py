@@ -16,7 +16,7 @@ from fastens import rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
-from fastens.draws import Draws, Evaluation, assignment_of
+from fastens.draws import Assignment, Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.drawn import run_drawn
@@ -165,7 +165,7 @@ class Ensemble(MemberLike, Capturing):
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
-            in_run = not isinstance(assigned, Tensor)
+            in_run = not isinstance(assigned, Assignment)
             return assigned.evaluate(self, args, kwargs) if in_run else self._assigned(args, kwargs, assigned)
         if rule.per_evaluation or rule.per_trajectory:
             return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
@@ -239,10 +239,10 @@ class Ensemble(MemberLike, Capturing):
         evaluation = self._begin(arguments)
         return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
 
-    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Tensor) -> Any:
+    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Assignment) -> Any:
         """Evaluate, for each sample, only the member that was assigned to it."""
         arguments = self._arguments(args, kwargs)
-        members = self._draws.assigned_members(assigned, arguments.batch_size)
+        members = assigned.of_batch(arguments.batch_size)
         if self.rule.random:  # otherwise fresh masks have begun it
             self._begin(arguments)
         return self._by_rows(arguments, members)
@@ -278,7 +278,11 @@ class Ensemble(MemberLike, Capturing):
         return self._draws.trajectory(batch_size, generator, self.rule)
 
     def assigned(
-        self, members: Tensor | Sequence[int] | None = None, *, per_member: int | None = None
+        self,
+        members: Tensor | Sequence[int] | None = None,
+        *,
+        per_member: int | None = None,
+        guidance: int | None = None,
     ) -> AbstractContextManager[None]:
         """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
 
@@ -288,15 +292,17 @@ class Ensemble(MemberLike, Capturing):
         Args:
             members: int64 [B], the member of each row; or a sequence of integers.
             per_member: N, for K N rows in the order of the members, in place of ``members``.
+            guidance: how many rows of a guided batch are one sample: batches have B or guidance B rows then; none for
+                any multiple of B.
 
         Raises:
             TypeError: both or neither; another dtype than int64.
             ValueError: a member that there is not, no rows, another number of samples than the trajectory's; in a call,
-                a batch that is no multiple of B.
+                a batch that is no multiple of B, or not the one that guidance makes.
             RuntimeError: rows have members already, or a rule draws them in a trajectory; in a call, inside
                 ``torch.compile``.
         """
-        return self._draws.assigned(assignment_of(members, per_member, self.num_members), self.rule)
+        return self._draws.assigned(assignment_of(members, per_member, guidance, self.num_members), self.rule)
 
     # Inspection
 

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from fastens.draws import assignment_of
+from fastens.draws import numbers_of
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import PerMember
 from fastens.fold.dispatch import RANDOM, Fold, run_common
@@ -87,6 +87,9 @@ def sample_members(
             f"sample_members: rule {rule.name!r} draws members, and evaluations before branch_at are of all; take "
             "another rule, as the mean"
         )
+    for each in pytree.tree_leaves(arguments):
+        if isinstance(each, PerMember):
+            each.check(call.ensemble.num_members)
     chosen = _chosen(members, call.ensemble.num_members)
     settings = call, chosen, num_samples, shared_noise, branch_at or 0
     states = _States()
@@ -113,7 +116,7 @@ def _one_by_one(settings: tuple[Any, ...], states: _States) -> Any:
     for i, k in enumerate(chosen):
         if shared and i:
             states.restore()
-        results.append(_Alone(call, k, 0 if shared else i * num_samples, branch_at).result())
+        results.append(_Alone(call, k, 0 if shared else i * num_samples, branch_at, states).result())
 
     def join(*parts: Any) -> Any:
         if isinstance(parts[0], Tensor):
@@ -199,7 +202,7 @@ class _States:
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self._numpy, self._python = np.random.get_state(), random.getstate()  # noqa: NPY002
+        self._numpy, self._python = np.random.get_state(), random.getstate()
         self._own: dict[int, tuple[torch.Generator, Tensor]] = {}
 
     def note(self, generator: Any) -> None:
@@ -212,7 +215,7 @@ class _States:
         torch.set_rng_state(self._torch)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)  # noqa: NPY002
+        np.random.set_state(self._numpy)
         random.setstate(self._python)
         for generator, state in self._own.values():
             generator.set_state(state)
@@ -287,7 +290,11 @@ class _Together(_Assigned, Fold):
                 return x
             return self.stack(x) if member_valued(x) else plain(x).expand(len(self._chosen), *x.shape).clone()
 
-        return pytree.tree_map(whole, super().result())
+        output = super().result()
+        if self._ended and isinstance(output, list):  # images
+            count = len(output) // len(self._chosen)
+            return [output[i : i + count] for i in range(0, len(output), count)]
+        return pytree.tree_map(whole, output)
 
     def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
         if self._ended:
@@ -342,23 +349,28 @@ class _Together(_Assigned, Fold):
         if writes_to(func, args) and not member_valued(args[0]):
             promote(self, args[0])
         source = kwargs.get("generator") or _global_generator(self.device_type(args))
-        state = source.get_state()
+        state, ends = source.get_state(), []
 
         @functools.wraps(func)
         def again(*args: Any, **kwargs: Any) -> Any:
             source.set_state(state)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            ends.append(source.get_state())
+            return result
 
-        return entry_by_entry(self, again, args, kwargs)
+        result = entry_by_entry(self, again, args, kwargs)
+        if any(not torch.equal(end, ends[0]) for end in ends):
+            raise NotFoldable(f"{func.__name__} draws more numbers for one member than for another")
+        return result
 
 
 class _Alone(_Assigned, TorchFunctionMode):
     """The run of one member, its rows assigned to it."""
 
-    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int) -> None:
+    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int, states: _States) -> None:
         TorchFunctionMode.__init__(self)
         _Assigned.__init__(self, call, branch_at)
-        self._member, self._first_sample = member, first_sample
+        self._member, self._first_sample, self._states = member, first_sample, states
 
     def _argument(self, x: Any) -> Any:
         return x.stack[self._member] if isinstance(x, PerMember) else x
@@ -371,6 +383,8 @@ class _Alone(_Assigned, TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in RANDOM:
+            self._states.note(kwargs.get("generator"))
         if self._first_sample and self.branched:
             args, kwargs = _renumbered(func, args, kwargs, lambda x: x + self._first_sample)
         return func(*args, **kwargs)
@@ -411,4 +425,4 @@ def _chosen(members: Any, num_members: int) -> list[int]:
         if not 1 <= members <= num_members:
             raise ValueError(f"sample_members: members is {members}, expected 1 to {num_members}, or which they are")
         return [*range(members)]
-    return assignment_of(members, None, num_members, "sample_members").tolist()
+    return numbers_of(members, num_members, "sample_members").tolist()

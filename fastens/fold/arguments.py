@@ -144,6 +144,11 @@ class PerMember:
         made.stack = stack
         return made
 
+    def check(self, num_members: int) -> None:
+        """Raise ValueError unless there is a value for each of K members."""
+        if len(self) != num_members:
+            raise ValueError(f"PerMember has {len(self)} values, expected one for each of {num_members} members")
+
     def __len__(self) -> int:
         return len(self.stack)
 
@@ -186,10 +191,8 @@ class Arguments:
             return
         self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
         for i in self.own:
-            if num_members is not None and len(self.leaves[i]) != num_members:
-                raise ValueError(
-                    f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members"
-                )
+            if num_members is not None:
+                self.leaves[i].check(num_members)
             self.leaves[i] = self.leaves[i].stack
 
     @functools.cached_property
