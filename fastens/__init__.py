@@ -15,7 +15,7 @@ from fastens.report import backends
 from fastens.rules import rule
 
 if TYPE_CHECKING:
-    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training
+    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
@@ -42,9 +42,10 @@ __all__ = [
     "schemes",
     "tabular",
     "training",
+    "uncertainty",
 ]
 
-_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training"))
+_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training", "uncertainty"))
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
     "load_members": "fastens.checkpoints",
