@@ -44,11 +44,10 @@ def main(folder: Path) -> None:
     pooled, parts = samples.flatten(0, 1), uncertainty.decompose(samples, unbiased=True)
     error = (pooled.mean(0) - truth).square()
     curves = uncertainty.sparsification(error, parts.epistemic.clamp_min(0))
-    print(
-        f"AUSE by epistemic variance {curves.ause:.3f}, by total {uncertainty.sparsification(error, parts.total).ause:.3f}"
-    )
+    by_total = uncertainty.sparsification(error, parts.total)
     order = torch.randperm(error.numel(), generator=torch.Generator().manual_seed(0)).view(error.shape)
-    print(f"AUSE by chance {uncertainty.sparsification(error, order).ause:.3f}")
+    by_chance = uncertainty.sparsification(error, order)
+    print(f"AUSE by epistemic variance {curves.ause:.3f}, by total {by_total.ause:.3f}, by chance {by_chance.ause:.3f}")
     spread, skill = uncertainty.spread_skill(pooled, truth)
     print(f"spread {spread:.4f}, skill {skill:.4f}; CRPS {uncertainty.crps(pooled, truth).mean():.4f}")
     print(f"error of intervals {uncertainty.calibration(pooled, truth).error:.3f}")

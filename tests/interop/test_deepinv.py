@@ -1,4 +1,4 @@
-"""deepinv's posterior samplers, unmodified, with an ensemble as their denoiser: every member's reconstructions at once."""
+"""deepinv's posterior samplers, unmodified, with an ensemble as their denoiser: all members' reconstructions."""
 
 import pytest
 import torch
