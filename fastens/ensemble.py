@@ -245,11 +245,11 @@ class Ensemble(MemberLike, Capturing):
         members = assigned.of_batch(arguments.batch_size)
         if self.rule.random:  # otherwise fresh masks have begun it
             self._begin(arguments)
-        return self._by_rows(arguments, members)
+        return self._by_rows(arguments, members, lasting=True)
 
-    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
+    def _by_rows(self, arguments: Arguments, members: Tensor, lasting: bool = False) -> Any:
         if self._engine is not None:
-            return self._engine.evaluate_drawn(arguments, members)
+            return self._engine.evaluate_drawn(arguments, members, lasting)
         return run_drawn(self._call_module, arguments, members)
 
     def _begin(self, arguments: Arguments) -> Evaluation:

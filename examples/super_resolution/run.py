@@ -41,9 +41,9 @@ def main(folder: Path) -> None:
     ensemble = fastens.Ensemble.from_pretrained(FOLDER).float()
     truth = patches()[1][:PATCHES]
     samples = enlarge(ensemble, smaller(truth))
-    pooled, parts = samples.flatten(0, 1), uncertainty.decompose(samples, unbiased=True)
+    pooled, parts = samples.flatten(0, 1), uncertainty.decompose(samples)
     error = (pooled.mean(0) - truth).square()
-    curves = uncertainty.sparsification(error, parts.epistemic.clamp_min(0))
+    curves = uncertainty.sparsification(error, parts.epistemic)
     by_total = uncertainty.sparsification(error, parts.total)
     order = torch.randperm(error.numel(), generator=torch.Generator().manual_seed(0)).view(error.shape)
     by_chance = uncertainty.sparsification(error, order)

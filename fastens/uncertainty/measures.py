@@ -89,7 +89,7 @@ def decompose(samples: Array, unbiased: bool = False) -> Variances:
     Variances are normalised by K and N, so that both add up to the variance of all K N samples. A member's mean of N
     samples strays by itself: ``unbiased`` takes Var_k with K - 1, Var with N - 1, and 1/N of the second from the first,
     as in the analysis of variance with random effects (Searle, Casella, McCulloch, "Variance components", 1992); it may
-    then be below zero.
+    then be below zero. Samples from shared noise stray together, and need no such correction.
 
     Args:
         samples: [K, N, ...].
