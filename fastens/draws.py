@@ -56,6 +56,10 @@ class Assignment:
     def __len__(self) -> int:
         return len(self.members)
 
+    def evaluate(self, ensemble: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate an ensemble, each row by its member."""
+        return ensemble._evaluated_by(self, args, kwargs)
+
     def of_batch(self, batch: int) -> Tensor:
         """The member of each row of a batch, which guidance may repeat, int64 [batch].
 

@@ -165,8 +165,7 @@ class Ensemble(MemberLike, Capturing):
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
-            in_run = not isinstance(assigned, Assignment)
-            return assigned.evaluate(self, args, kwargs) if in_run else self._assigned(args, kwargs, assigned)
+            return assigned.evaluate(self, args, kwargs)
         if rule.per_evaluation or rule.per_trajectory:
             return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
@@ -239,13 +238,11 @@ class Ensemble(MemberLike, Capturing):
         evaluation = self._begin(arguments)
         return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
 
-    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Assignment) -> Any:
-        """Evaluate, for each sample, only the member that was assigned to it."""
+    def _evaluated_by(self, assigned: Assignment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
-        members = assigned.of_batch(arguments.batch_size)
         if self.rule.random:  # otherwise fresh masks have begun it
             self._begin(arguments)
-        return self._by_rows(arguments, members, lasting=True)
+        return self._by_rows(arguments, assigned.of_batch(arguments.batch_size), lasting=True)
 
     def _by_rows(self, arguments: Arguments, members: Tensor, lasting: bool = False) -> Any:
         if self._engine is not None:
@@ -286,21 +283,17 @@ class Ensemble(MemberLike, Capturing):
     ) -> AbstractContextManager[None]:
         """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
 
-        In it any call, of an unmodified sampler too, returns what the rows' members return. Rows i, i+B, i+2B, ... of a
-        guided batch are one sample and have the same member. It is this thread's, or task's, alone.
+        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone.
 
         Args:
             members: int64 [B], the member of each row; or a sequence of integers.
             per_member: N, for K N rows in the order of the members, in place of ``members``.
-            guidance: how many rows of a guided batch are one sample: batches have B or guidance B rows then; none for
-                any multiple of B.
+            guidance: rows of a guided batch that are one sample: batches have B or guidance B rows; none for any.
 
         Raises:
             TypeError: both or neither; another dtype than int64.
-            ValueError: a member that there is not, no rows, another number of samples than the trajectory's; in a call,
-                a batch that is no multiple of B, or not the one that guidance makes.
-            RuntimeError: rows have members already, or a rule draws them in a trajectory; in a call, inside
-                ``torch.compile``.
+            ValueError: a member that there is not, no rows, another number than the trajectory's; in a call, another batch.
+            RuntimeError: rows have members already, or a rule draws them; in a call, inside ``torch.compile``.
         """
         return self._draws.assigned(assignment_of(members, per_member, guidance, self.num_members), self.rule)
 

@@ -105,7 +105,13 @@ class DrawnCall:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
         order, offsets = grouped(members, engine.num_members)
-        if self._lasting and eager and engine.masks is None and len(set(offsets.diff().tolist())) == 1:
+        if (
+            self._lasting
+            and eager
+            and not engine.stateful
+            and engine.masks is None
+            and len(set(offsets.diff().tolist())) == 1
+        ):
             return self._in_equal_groups(arguments, None if bool((members.diff() >= 0).all()) else order)
         row_members = members.index_select(0, order)
         dealt = arguments.selected(order).of_rows(row_members)
