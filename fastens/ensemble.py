@@ -292,7 +292,7 @@ class Ensemble(MemberLike, Capturing):
 
         Raises:
             TypeError: both or neither; another dtype than int64.
-            ValueError: a member that there is not, no rows, another number than the trajectory's; in a call, another batch.
+            ValueError: a member that there is not, no rows, other rows than the trajectory's; in a call, another batch.
             RuntimeError: rows have members already, or a rule draws them; in a call, inside ``torch.compile``.
         """
         return self._draws.assigned(assignment_of(members, per_member, guidance, self.num_members), self.rule)
