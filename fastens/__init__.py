@@ -15,8 +15,9 @@ from fastens.report import backends
 from fastens.rules import rule
 
 if TYPE_CHECKING:
-    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training
+    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
+    from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
 __all__ = [
@@ -35,15 +36,21 @@ __all__ = [
     "register_layer",
     "rule",
     "rules",
+    "sample_members",
     "samplers",
     "schedules",
     "schemes",
     "tabular",
     "training",
+    "uncertainty",
 ]
 
-_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training"))
-_ATTRIBUTES = {"Forest": "fastens.tabular.forest", "load_members": "fastens.checkpoints"} | dict.fromkeys(
+_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training", "uncertainty"))
+_ATTRIBUTES = {
+    "Forest": "fastens.tabular.forest",
+    "load_members": "fastens.checkpoints",
+    "sample_members": "fastens.runs",
+} | dict.fromkeys(
     # A saved diffusers pipeline looks these classes up here; none may import diffusers before that.
     ("ModelMixin", "DiffusersEnsemble", "DiffusersMCDropout"),
     "fastens.interop.diffusers",

@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler", type=Path, help="folder of a diffusers scheduler; default: linear beta, 1000 steps"
     )
     sample.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
+    sample.add_argument(
+        "--per-member", type=_positive, metavar="N", help="sample N of each member, in place of --num of the ensemble"
+    )
+    sample.add_argument("--shared-noise", action="store_true", help="with --per-member: the same noise for all members")
     sample.set_defaults(run=_sample)
     evaluate = commands.add_parser(
         "evaluate", help="report on loss, likelihood, sample quality and cost of an ensemble"
@@ -169,12 +173,19 @@ def _sample(options: argparse.Namespace) -> None:
     from fastens.demo.run import check_writable, sample
 
     rule = fastens.rules.get(options.rule)
+    if options.shared_noise and options.per_member is None:
+        raise ValueError("--shared-noise is of --per-member N, samples of each member; samples of the ensemble are one")
     check_writable(options.out)
     ensemble = fastens.Ensemble(fastens.load_members(options.checkpoints), rule)
     if options.scheduler is None:
         scheduler = DDIMScheduler(num_train_timesteps=1000)
     else:
         scheduler = DDIMScheduler.from_pretrained(options.scheduler)
+    if options.per_member is not None:
+        from fastens.uncertainty.command import run
+
+        run(ensemble, scheduler, options.checkpoints, options)
+        return
     with tqdm(total=options.num, unit="image", desc=f"sampling by {rule.name}") as progress:
         images = sample(ensemble, scheduler, options.num, options.steps, options.seed, options.batch, progress)
     _write_samples(options, images)

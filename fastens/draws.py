@@ -41,33 +41,87 @@ class _Trajectory:
     evaluations: int = 0
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """The member of each row of a batch.
+
+    Attributes:
+        members: int64 [B] on the CPU.
+        guidance: of how many rows of a guided batch, which are one sample, each member is; none for any number.
+    """
+
+    members: Tensor
+    guidance: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def evaluate(self, ensemble: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate an ensemble, each row by its member."""
+        return ensemble._evaluated_by(self, args, kwargs)
+
+    def of_batch(self, batch: int) -> Tensor:
+        """The member of each row of a batch, which guidance may repeat, int64 [batch].
+
+        Raises:
+            ValueError: a batch that is neither the assignment's nor a multiple that guidance makes of it.
+        """
+        rows, times = len(self), batch // len(self)
+        if self.guidance is not None and batch not in (rows, rows * self.guidance):
+            raise ValueError(
+                f"the batch has {batch} rows, expected the {rows} that members are assigned to, or guidance="
+                f"{self.guidance} times as many"
+            )
+        if batch % rows:
+            raise ValueError(
+                f"the batch has {batch} rows, expected a multiple of the {rows} that members are assigned to"
+            )
+        return self.members.repeat(times)
+
+
 # By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.
 _TRAJECTORIES: contextvars.ContextVar[dict[int, _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
-_ASSIGNED: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
+_ASSIGNED: contextvars.ContextVar[dict[int, Any]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
 
 
-def assignment_of(members: Any, per_member: int | None, num_members: int) -> Tensor:
-    """The member of each row, int64 [B] on the CPU; see :meth:`fastens.Ensemble.assigned`."""
+def assignment_of(members: Any, per_member: int | None, guidance: int | None, num_members: int) -> Assignment:
+    """The members of rows; see :meth:`fastens.Ensemble.assigned`."""
+    if guidance is not None:
+        _check_count("guidance", guidance, "row of each sample in a batch")
     if (members is None) == (per_member is None):
         raise TypeError(
             "assigned: expected either members, the member of each row, or per_member=, rows of each member"
         )
     if per_member is not None:
-        if not isinstance(per_member, int) or isinstance(per_member, bool):
-            raise TypeError(f"assigned: per_member is a {type(per_member).__name__}, expected a number of rows")
-        if per_member < 1:
-            raise ValueError(f"assigned: per_member is {per_member}, expected at least one row of each member")
-        return torch.arange(num_members).repeat_interleave(per_member)
+        _check_count("per_member", per_member, "row of each member")
+        return Assignment(torch.arange(num_members).repeat_interleave(per_member), guidance)
+    return Assignment(numbers_of(members, num_members, "assigned"), guidance)
+
+
+def _check_count(name: str, count: Any, what: str) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"assigned: {name} is a {type(count).__name__}, expected a number of rows")
+    if count < 1:
+        raise ValueError(f"assigned: {name} is {count}, expected at least one {what}")
+
+
+def numbers_of(members: Any, num_members: int, where: str) -> Tensor:
+    """Numbers of members, int64 [B] on the CPU.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: none, or a member that there is not.
+    """
     rows = members if isinstance(members, Tensor) else torch.tensor(members)
     if rows.dtype != torch.int64:
-        raise TypeError(f"assigned: members is {rows.dtype}, expected int64: the member of each row")
+        raise TypeError(f"{where}: members is {rows.dtype}, expected int64: the member of each row")
     if rows.ndim != 1 or not len(rows):
-        raise ValueError(f"assigned: members is {list(rows.shape)}, expected [B], the member of each of B rows")
+        raise ValueError(f"{where}: members is {list(rows.shape)}, expected [B], the member of each of B rows")
     rows = rows.detach().to("cpu", copy=True)
     wrong = torch.nonzero((rows < 0) | (rows >= num_members)).flatten().tolist()
     if wrong:
         raise ValueError(
-            f"assigned: members[{wrong[0]}] is {int(rows[wrong[0]])}, expected 0 to {num_members - 1}, as there are "
+            f"{where}: members[{wrong[0]}] is {int(rows[wrong[0]])}, expected 0 to {num_members - 1}, as there are "
             f"{num_members} members"
         )
     return rows
@@ -105,12 +159,25 @@ class Draws:
             _TRAJECTORIES.reset(token)
 
     @contextmanager
-    def assigned(self, rows: Tensor, rule: rules.Rule) -> Iterator[None]:
-        """Scope in which each row has its member; see :meth:`fastens.Ensemble.assigned`."""
+    def assigned(self, rows: Any, rule: rules.Rule) -> Iterator[None]:
+        """Scope in which each row has its member; see :meth:`fastens.Ensemble.assigned`.
+
+        Args:
+            rows: their members; or a run of all members, whose ``evaluate`` stands for the ensemble.
+            rule: of the ensemble.
+        """
         if self.assignment() is not None:
             raise RuntimeError("members are already assigned to the rows; leave that scope before the next one")
         current = self._trajectory()
         self._check_nested(rule, rows, None if current is None else current.batch_size)
+        yield from self._with_assignment(rows)
+
+    @contextmanager
+    def unassigned(self) -> Iterator[None]:
+        """Scope in which the ensemble is evaluated as outside the assignment: what a run itself asks of it."""
+        yield from self._with_assignment(None)
+
+    def _with_assignment(self, rows: Any) -> Iterator[None]:
         token = _ASSIGNED.set({**_ASSIGNED.get(), id(self): rows})
         with self._lock:
             self._assignments += 1
@@ -122,7 +189,7 @@ class Draws:
             _ASSIGNED.reset(token)
 
     @staticmethod
-    def _check_nested(rule: rules.Rule, rows: Tensor | None, batch_size: int | None) -> None:
+    def _check_nested(rule: rules.Rule, rows: Any, batch_size: int | None) -> None:
         """Raise where an assignment and a trajectory contradict each other."""
         if rows is None or batch_size is None:
             return
@@ -131,11 +198,11 @@ class Draws:
                 f"rule {rule.name!r} draws members for a trajectory, and members are assigned to its rows; take one of "
                 "the two, or ens.with_rule('mean')"
             )
-        if len(rows) != batch_size:
+        if isinstance(rows, Assignment) and len(rows) != batch_size:
             raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
 
-    def assignment(self) -> Tensor | None:
-        """The members assigned to the rows in this context, int64 [B]; none where rows have none of their own.
+    def assignment(self) -> Any:
+        """The members assigned to the rows in this context, or a run of them; else none.
 
         Raises:
             RuntimeError: inside ``torch.compile``, where a context cannot be told.
@@ -145,18 +212,6 @@ class Draws:
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError("members are assigned to rows, which a compiled ensemble cannot see; call it uncompiled")
         return _ASSIGNED.get().get(id(self))
-
-    def assigned_members(self, rows: Tensor, batch: int) -> Tensor:
-        """The member of each row of a batch, which guidance may repeat, int64 [batch].
-
-        Raises:
-            ValueError: a batch that is not a multiple of the assignment's.
-        """
-        if batch % len(rows):
-            raise ValueError(
-                f"the batch has {batch} rows, expected a multiple of the {len(rows)} that members are assigned to"
-            )
-        return rows.repeat(batch // len(rows))
 
     def _trajectory(self) -> "_Trajectory | None":
         return _TRAJECTORIES.get().get(id(self))
@@ -207,8 +262,8 @@ class Draws:
         return drawn.repeat(batch // max(evaluation.num_samples, 1))
 
 
-def assigned_to(model: Any) -> Tensor | None:
-    """The members assigned to the rows of a model in this context; none where it is no ensemble, or has none."""
+def assigned_to(model: Any) -> Any:
+    """What is assigned to the rows of a model in this context; none where it is no ensemble, or nothing is."""
     draws = getattr(model, "_draws", None)
     return draws.assignment() if isinstance(draws, Draws) else None
 

@@ -16,7 +16,7 @@ from fastens import rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, check_noise_level, summed
 from fastens.capture import Capturing
-from fastens.draws import Draws, Evaluation, assignment_of
+from fastens.draws import Assignment, Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.drawn import run_drawn
@@ -165,7 +165,7 @@ class Ensemble(MemberLike, Capturing):
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
-            return self._assigned(args, kwargs, assigned)
+            return assigned.evaluate(self, args, kwargs)
         if rule.per_evaluation or rule.per_trajectory:
             return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
@@ -238,21 +238,19 @@ class Ensemble(MemberLike, Capturing):
         evaluation = self._begin(arguments)
         return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
 
-    def _assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any], assigned: Tensor) -> Any:
-        """Evaluate, for each sample, only the member that was assigned to it."""
+    def _evaluated_by(self, assigned: Assignment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
-        members = self._draws.assigned_members(assigned, arguments.batch_size)
         if self.rule.random:  # otherwise fresh masks have begun it
             self._begin(arguments)
-        return self._by_rows(arguments, members)
+        return self._by_rows(arguments, assigned.of_batch(arguments.batch_size), lasting=True)
 
-    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
+    def _by_rows(self, arguments: Arguments, members: Tensor, lasting: bool = False) -> Any:
         if self._engine is not None:
-            return self._engine.evaluate_drawn(arguments, members)
+            return self._engine.evaluate_drawn(arguments, members, lasting)
         return run_drawn(self._call_module, arguments, members)
 
     def _begin(self, arguments: Arguments) -> Evaluation:
-        evaluation = self._draws.begin(arguments.batch)
+        evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
         return evaluation
@@ -277,25 +275,27 @@ class Ensemble(MemberLike, Capturing):
         return self._draws.trajectory(batch_size, generator, self.rule)
 
     def assigned(
-        self, members: Tensor | Sequence[int] | None = None, *, per_member: int | None = None
+        self,
+        members: Tensor | Sequence[int] | None = None,
+        *,
+        per_member: int | None = None,
+        guidance: int | None = None,
     ) -> AbstractContextManager[None]:
         """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
 
-        In it any call, of an unmodified sampler too, returns what the rows' members return. Rows i, i+B, i+2B, ... of a
-        guided batch are one sample and have the same member. It is this thread's, or task's, alone.
+        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone.
 
         Args:
             members: int64 [B], the member of each row; or a sequence of integers.
             per_member: N, for K N rows in the order of the members, in place of ``members``.
+            guidance: rows of a guided batch that are one sample: batches have B or guidance B rows; none for any.
 
         Raises:
             TypeError: both or neither; another dtype than int64.
-            ValueError: a member that there is not, no rows, another number of samples than the trajectory's; in a call,
-                a batch that is no multiple of B.
-            RuntimeError: rows have members already, or a rule draws them in a trajectory; in a call, inside
-                ``torch.compile``.
+            ValueError: a member that there is not, no rows, other rows than the trajectory's; in a call, another batch.
+            RuntimeError: rows have members already, or a rule draws them; in a call, inside ``torch.compile``.
         """
-        return self._draws.assigned(assignment_of(members, per_member, self.num_members), self.rule)
+        return self._draws.assigned(assignment_of(members, per_member, guidance, self.num_members), self.rule)
 
     # Inspection
 

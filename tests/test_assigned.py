@@ -59,6 +59,12 @@ def test_each_row_is_its_members(which):
     assert drawn(which, 1) == [1]  # the mean of 0 to 3, rounded down
 
 
+def test_guidance_says_which_batches_there_are(which):
+    with which.assigned([1, 2], guidance=2):
+        assert drawn(which, 2) == [1, 2]  # guidance may be off at some noise levels
+        assert drawn(which, 4) == [1, 2, 1, 2]
+
+
 def test_rows_of_each_member_in_their_order(which):
     with which.assigned(per_member=2):
         assert drawn(which, 8) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -274,6 +280,11 @@ def other_batch(which):
         which(torch.zeros(3, 3))
 
 
+def other_guidance(which):
+    with which.assigned([0, 1], guidance=2):
+        which(torch.zeros(6, 3))
+
+
 def compiled(which):
     torch.compiler.reset()
     folded = fastens.Ensemble([Which(k) for k in range(K)], engine="fold")
@@ -303,6 +314,9 @@ BAD = [
     (entered([0], per_member=1), TypeError, "either members"),
     (entered(per_member=0), ValueError, "per_member is 0, expected at least one row"),
     (entered(per_member=1.0), TypeError, "per_member is a float"),
+    (entered([0], guidance=0), ValueError, "guidance is 0, expected at least one row of each sample"),
+    (entered([0], guidance=2.0), TypeError, "guidance is a float"),
+    (other_guidance, ValueError, "the batch has 6 rows, expected the 2 .* guidance=2 times as many"),
     (nested, RuntimeError, "already assigned"),
     (in_a_mixture, RuntimeError, "rule 'mixture' draws members for a trajectory"),
     (around_a_mixture, RuntimeError, "rule 'alternating' draws members"),

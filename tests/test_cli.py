@@ -1,13 +1,17 @@
 """The command line, as a user types it."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from PIL import Image
 
 from fastens.cli import main
 from fastens.ops import _choice
@@ -57,9 +61,29 @@ def test_sample_is_reproducible(folders, tmp_path):
     assert json.loads((tmp_path / "a" / "samples.json").read_text())["rule"] == "median"
 
 
+@pytest.mark.parametrize("shared", [[], ["--shared-noise"]], ids=["own_noise", "shared_noise"])
+def test_sample_of_each_member(folders, tmp_path, shared):
+    out = tmp_path / "out"
+    main(["sample", *folders, "--per-member", "3", *shared, "--steps", "2", "--seed", "4", "--out", str(out)])
+    samples = np.load(out / "samples.npy")
+    assert samples.shape == (2, 3, 8, 8, 1)
+    if shared:
+        pipe = DDIMPipeline(UNet2DModel.from_pretrained(folders[1]), DDIMScheduler(num_train_timesteps=1000))
+        alone = pipe(3, torch.Generator().manual_seed(4), num_inference_steps=2, output_type="np").images
+        np.testing.assert_allclose(samples[1], alone, atol=1e-4)
+    assert Image.open(out / "members.png").size == (24, 16)  # a row for each member
+    assert (out / "maps.png").stat().st_size > 1000
+    said = json.loads((out / "samples.json").read_text())
+    name = "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256((Path(folders[0]) / name).read_bytes()).hexdigest()
+    assert said["checkpoints"][0]["sha256"][name] == digest
+    assert (said["seed"], said["shared_noise"], said["versions"]["torch"]) == (4, bool(shared), torch.__version__)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["sample", "{member}", "--shared-noise"], "--shared-noise is of --per-member N"),
         (["sample", "nowhere"], "nowhere does not exist"),
         (["sample", "{member}", "--rule", "medain"], "median"),
         (["sample", "{member}", "--out", "{file}/below"], "cannot be written"),

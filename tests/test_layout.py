@@ -10,8 +10,8 @@ PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
-    {"demo", "interop", "evaluation", "tabular", "samplers"},
-    {"training"},
+    {"demo", "interop", "evaluation", "tabular", "samplers", "uncertainty"},
+    {"training", "runs"},
     {"checkpoints"},
     {
         "ensemble",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastens.draws import assigned_to
+from fastens.draws import Assignment, assigned_to
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.ode import AugmentedFlow, integrate
 from fastens.evaluation.progress import Progress
@@ -128,7 +128,7 @@ def likelihood(
         seed=seed,
     )
     assigned = assigned_to(denoiser.model)
-    settings |= {} if assigned is None else {"assigned": assigned.tolist()}
+    settings |= {"assigned": assigned.members.tolist()} if isinstance(assigned, Assignment) else {}
     rule = denoiser.rule.to_dict()
     prediction = denoiser.prediction.to_dict()
     key = fingerprint(model=denoiser.model, data=data, rule=rule, prediction=prediction, settings=settings)

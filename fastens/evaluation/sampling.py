@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastens import rules
-from fastens.draws import assigned_to
+from fastens.draws import Assignment, assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
 from fastens.evaluation.progress import Progress
@@ -64,7 +64,7 @@ def sample(
         )
     settings = dict(steps=steps, eta=eta, clip=clip, batch_size=batch_size, seed=seed, shape=shape)
     assigned = assigned_to(denoiser.model)
-    settings |= {} if assigned is None else {"assigned": assigned.tolist()}
+    settings |= {"assigned": assigned.members.tolist()} if isinstance(assigned, Assignment) else {}
     identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
     parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)

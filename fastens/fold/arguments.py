@@ -137,6 +137,18 @@ class PerMember:
             raise ValueError(f"PerMember: the values are of shapes {[list(x.shape) for x in tensors]}, expected one")
         self.stack = torch.stack(tensors)
 
+    @classmethod
+    def of(cls, stack: Tensor) -> PerMember:
+        """Values that are stacked already, [K, ...]."""
+        made = cls.__new__(cls)
+        made.stack = stack
+        return made
+
+    def check(self, num_members: int) -> None:
+        """Raise ValueError unless there is a value for each of K members."""
+        if len(self) != num_members:
+            raise ValueError(f"PerMember has {len(self)} values, expected one for each of {num_members} members")
+
     def __len__(self) -> int:
         return len(self.stack)
 
@@ -179,10 +191,8 @@ class Arguments:
             return
         self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
         for i in self.own:
-            if num_members is not None and len(self.leaves[i]) != num_members:
-                raise ValueError(
-                    f"PerMember has {len(self.leaves[i])} values, expected one for each of {num_members} members"
-                )
+            if num_members is not None:
+                self.leaves[i].check(num_members)
             self.leaves[i] = self.leaves[i].stack
 
     @functools.cached_property
@@ -225,8 +235,13 @@ class Arguments:
 
     @property
     def batch(self) -> Tensor:
-        """The tensor that shows the batch, [B, ...]."""
+        """The tensor that shows the batch, [B, ...]; a stack [K, B, ...] where each member has its own."""
         return self.leaves[self.primary]
+
+    @property
+    def members_batch(self) -> Tensor:
+        """The tensor that shows the batch as a member sees it, [B, ...]; the first's where each has its own."""
+        return self.batch[0] if self.primary in self.own else self.batch
 
     @property
     def batch_size(self) -> int:
@@ -323,6 +338,26 @@ class Arguments:
             row = torch.arange(len(at), device=x.device)
             other.leaves[i] = x[at, row] if i in self.rows_at else x.index_select(0, at)
         other.own, other.per_row = frozenset(), self.own - self.rows_at
+        return other
+
+    def of_equal_groups(self, order: Tensor | None, num_members: int) -> Arguments:
+        """The arguments of rows of which every member has as many, as a batch of its own for each.
+
+        Args:
+            order: of the rows by member; none where they are in it.
+            num_members: K.
+        """
+        other = copy.copy(self) if order is None else self.selected(order)
+        other.leaves = list(other.leaves)
+        for i in self.rows_at:
+            x = other.leaves[i]
+            if i not in self.own:
+                other.leaves[i] = x.unflatten(0, (num_members, -1))
+            else:
+                groups = x.unflatten(1, (num_members, -1))
+                other.leaves[i] = groups[range(num_members), range(num_members)]
+        other.own = self.own | self.rows_at
+        other._find_rows()
         return other
 
     def copied(self) -> Arguments:

@@ -235,7 +235,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if not members:
         if fold.recording and func in AS_STEPS:
             return AS_STEPS[func](fold, func, *args, **kwargs)
-        return _run_common(fold, func, args, kwargs, wrappers)
+        return run_common(fold, func, args, kwargs, wrappers)
     if torch.is_grad_enabled():
         check_derivatives((args, kwargs))
         if not fold.hidden.whole and _checkpoint() is not fold.checkpoint:
@@ -287,7 +287,7 @@ def _shallow(args: tuple[Any, ...]) -> Iterator[Any]:
             yield arg
 
 
-def _run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -> Any:
+def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -> Any:
     """Run a function whose arguments are the same for all members once, as it is."""
     if func in READS and wrappers | _has_tensor(args):
         if fold.recording:
@@ -356,7 +356,7 @@ def below_autograd(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     if func is torch.ops.aten.detach.default:
         return MemberTensor(args[0].stack.detach(), args[0].hidden, args[0].alias)
     if not any(member_valued(x) for x in leaves_of((args, kwargs))):
-        return _run_common(fold, func, args, kwargs, True)
+        return run_common(fold, func, args, kwargs, True)
     return entry_by_entry(fold, func, args, kwargs)
 
 

@@ -20,6 +20,8 @@ from tests.tolerances import relative_error
 class Preconditioned(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), arXiv 2206.00364 table 1; dropout by function only."""
 
+    precision = torch.float32
+
     def __init__(self, sigma_min=0.0, sigma_max=float("inf"), sigma_data=0.5):
         super().__init__()
         self.img_channels, self.img_resolution, self.label_dim = 2, 8, 3
@@ -30,9 +32,10 @@ class Preconditioned(nn.Module):
         self.outer = nn.Conv2d(8, 2, 3, padding=1)
 
     def forward(self, x, sigma, class_labels=None):
-        x = x.to(torch.float32)
-        sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
-        labels = torch.zeros(1, 3) if class_labels is None else class_labels.to(torch.float32).reshape(-1, 3)
+        x = x.to(self.precision)
+        sigma = sigma.to(self.precision).reshape(-1, 1, 1, 1)
+        labels = torch.zeros(1, 3) if class_labels is None else class_labels.reshape(-1, 3)
+        labels = labels.to(self.precision)
         data = self.sigma_data
         emb = self.model["noise"]((sigma.flatten().log() / 4)[:, None]) + self.model["label"](labels)
         h = torch.tanh(self.model["inner"](x / (data**2 + sigma**2).sqrt()) + emb[:, :, None, None])

@@ -89,7 +89,9 @@ def autograd_grad(
         else fold.entries(seed)
         for x, seed in zip(outs, seeds, strict=True)
     ]
-    outs = [fold.entries(x) for x in outs]
+    with torch.enable_grad():  # parts of the outputs belong to the graph, wherever it is differentiated
+        outs = [fold.entries(x) for x in outs]
+        parts = [[x[n] for x in outs] for n in range(fold.hidden.size)]
     if all(map(member_valued, ins)):
         found = func(outs, [fold.stack(x) for x in ins], seeds, *args, **kwargs)
         return tuple(None if x is None else fold.wrap(x) for x in found)
@@ -97,9 +99,7 @@ def autograd_grad(
         raise NotFoldable("derivatives by common and by member-valued tensors together")
     kwargs["retain_graph"] = True
     columns = [
-        func(
-            [x[n] for x in outs], [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs
-        )
-        for n in range(fold.hidden.size)
+        func(part, [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs)
+        for n, part in enumerate(parts)
     ]
     return tuple(None if c[0] is None else fold.wrap(torch.stack(c)) for c in zip(*columns, strict=True))

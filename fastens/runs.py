@@ -1,0 +1,428 @@
+"""Whole runs of every member: a sampler's own code is run once, with the member as a hidden dimension."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from fastens.draws import numbers_of
+from fastens.ensemble import Ensemble
+from fastens.fold.arguments import PerMember
+from fastens.fold.dispatch import RANDOM, Fold, run_common
+from fastens.fold.nested import leaves_of, mapped, plain
+from fastens.fold.rules.random import dropout
+from fastens.fold.slices import entry_by_entry
+from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
+from fastens.fold.writes import NeedsWrappers, promote, writes_to
+from fastens.ops._scores import seed_from
+
+_BY_SHAPE = frozenset(("rand_like", "randn_like", "randint_like"))  # no value of their argument matters
+
+
+def sample_members(
+    sampler: Any,
+    members: int | Sequence[int] | None = None,
+    num_samples: int = 1,
+    *,
+    ensemble: Ensemble | None = None,
+    shared_noise: bool = True,
+    branch_at: int | None = None,
+    generator: torch.Generator | int | None = None,
+    **arguments: Any,
+) -> Any:
+    """Run whole trajectories, N of each member, at the price of one run: one pass of all members an evaluation.
+
+    The sampler is not modified. Its own code runs once, for N samples, and every tensor in it that depends on the
+    members has a value for each: what it draws, steps by and decides is what it would for each member alone. With
+    ``shared_noise`` member k's samples are those that ``sampler`` itself gives with member k in the ensemble's place,
+    from the same state of its generators. Where its Python reads values that differ between members, as adaptive
+    solvers do, its runs are made one after the other, with a warning. Gradients are off, as in pipelines.
+
+    Args:
+        sampler: a diffusers pipeline or a :class:`fastens.samplers.Sampler` of the ensemble, or a function that calls
+            it: ``sampler(num_samples, **arguments)`` -> samples [N, ...].
+        members: which members, or how many of the first; none for all K.
+        num_samples: N, the samples of each member.
+        ensemble: that a function calls; pipelines and samplers say it.
+        shared_noise: all members start from the same noise, and where the sampler draws more, get the same; else
+            each has its own.
+        branch_at: how many evaluations are common to all, under the ensemble's rule and from shared noise, before each
+            member goes its own way; none for none.
+        generator: of all noise, or a seed: given to samplers that take one (``generator=``, ``seed=``); for others
+            torch's global generator is seeded from it, for the time of the run.
+        **arguments: of the sampler's call, as for one run of N samples; a :class:`fastens.PerMember` among them is
+            each member's own.
+
+    Returns:
+        [K, N, ...]; of a pipeline its samples, as an array unless ``output_type`` says otherwise; other structures keep
+        their structure.
+
+    Raises:
+        TypeError: no ensemble; a sampler that cannot be called, numbers of another kind.
+        ValueError: members that there are not, N below 1, ``branch_at`` outside the evaluations, a rule that draws
+            members before it.
+        RuntimeError: rows have members of their own already.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+        raise TypeError(f"sample_members: num_samples is a {type(num_samples).__name__}, expected a number of samples")
+    if num_samples < 1:
+        raise ValueError(f"sample_members: num_samples is {num_samples}, expected at least one sample of each member")
+    if branch_at is not None and branch_at < 0:
+        raise ValueError(f"sample_members: branch_at is {branch_at}, expected a number of evaluations")
+    call = _Call.of(sampler, ensemble, num_samples, arguments)
+    rule = call.ensemble.rule
+    if branch_at and rule.random:
+        raise ValueError(
+            f"sample_members: rule {rule.name!r} draws members, and evaluations before branch_at are of all; take "
+            "another rule, as the mean"
+        )
+    for each in pytree.tree_leaves(arguments):
+        if isinstance(each, PerMember):
+            each.check(call.ensemble.num_members)
+    chosen = _chosen(members, call.ensemble.num_members)
+    settings = call, chosen, num_samples, shared_noise, branch_at or 0
+    states = _States()
+    with torch.no_grad(), call.seeded(generator):
+        try:
+            return _together(settings, states)
+        except NotFoldable as error:
+            states.restore()
+            warnings.warn(f"fastens: the members' runs are made one after the other, because {error}", stacklevel=2)
+            return _one_by_one(settings, states)
+
+
+def _together(settings: tuple[Any, ...], states: _States) -> Any:
+    try:
+        return _Together(*settings, states).result()
+    except NeedsWrappers:  # a tensor that is common receives what differs: all must be wrappers from birth
+        states.restore()
+        return _Together(*settings, states, wrapped=True).result()
+
+
+def _one_by_one(settings: tuple[Any, ...], states: _States) -> Any:
+    call, chosen, num_samples, shared, branch_at = settings
+    results = []
+    for i, k in enumerate(chosen):
+        if shared and i:
+            states.restore()
+        results.append(_Alone(call, k, 0 if shared else i * num_samples, branch_at, states).result())
+
+    def join(*parts: Any) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts)
+        return np.stack(parts) if isinstance(parts[0], np.ndarray) else list(parts)
+
+    return pytree.tree_map(join, *results)
+
+
+class _Call:
+    """A sampler, the ensemble that it calls, and its arguments.
+
+    Attributes:
+        rows_last: whether arrays that it makes of tensors are its samples, row by row, and nothing comes after them.
+    """
+
+    def __init__(self, function: Callable[..., Any], ensemble: Ensemble, arguments: dict[str, Any]) -> None:
+        self.function, self.ensemble, self.arguments = function, ensemble, arguments
+        self.rows_last = False
+        self._names = inspect.signature(function).parameters
+
+    @classmethod
+    def of(cls, sampler: Any, ensemble: Ensemble | None, num_samples: int, arguments: dict[str, Any]) -> _Call:
+        """Find out what a sampler is, and which ensemble it calls."""
+        if not callable(sampler):
+            raise TypeError(f"sample_members: sampler is a {type(sampler).__name__}, expected one that can be called")
+        parts = getattr(sampler, "components", None)
+        if isinstance(parts, dict):  # a diffusers pipeline
+            return cls._of_pipeline(sampler, list(parts.values()), ensemble, num_samples, arguments)
+        if ensemble is None:
+            ensemble = getattr(getattr(sampler, "denoiser", None), "model", None)
+        if not isinstance(ensemble, Ensemble):
+            found = "none" if ensemble is None else f"a {type(ensemble).__name__}"
+            raise TypeError(
+                f"sample_members: expected the fastens.Ensemble that the sampler calls, got {found}; pass ensemble="
+            )
+        return cls(functools.partial(sampler, num_samples), ensemble, arguments)
+
+    @classmethod
+    def _of_pipeline(
+        cls, pipeline: Any, parts: list[Any], ensemble: Ensemble | None, num_samples: int, arguments: dict[str, Any]
+    ) -> _Call:
+        found = [part for part in parts if isinstance(part, Ensemble)] if ensemble is None else [ensemble]
+        if len(found) != 1:
+            raise TypeError(
+                f"sample_members: the pipeline has {len(found)} ensembles among its parts, expected one; pass ensemble="
+            )
+        call = cls(pipeline, found[0], {"output_type": "np", **arguments})
+        for name in ("batch_size", "num_images_per_prompt"):
+            if name in call._names:
+                call.arguments.setdefault(name, num_samples)
+                break
+        call.rows_last = True
+        return call
+
+    @contextlib.contextmanager
+    def seeded(self, generator: torch.Generator | int | None) -> Iterator[None]:
+        """Give the sampler its generator or seed, or seed torch's own for the time of the run."""
+        if "generator" in self._names:
+            if isinstance(generator, int):
+                generator = torch.Generator(self.ensemble.device).manual_seed(generator)
+            self.arguments.setdefault("generator", generator)
+            yield
+        elif "seed" in self._names:
+            if generator is not None:
+                self.arguments["seed"] = generator if isinstance(generator, int) else seed_from(generator)
+            yield
+        elif generator is None:
+            yield
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(generator if isinstance(generator, int) else seed_from(generator))
+                yield
+
+    def samples(self, output: Any) -> Any:
+        """Of what a pipeline returns its samples; else what the sampler returned."""
+        return output[0] if self.rows_last else output
+
+
+class _States:
+    """The generators that the runs draw from, as they were before."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._numpy, self._python = np.random.get_state(), random.getstate()
+        self._own: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def note(self, generator: Any) -> None:
+        """Keep the state of a sampler's own generator that is about to be drawn from."""
+        if isinstance(generator, torch.Generator):
+            self._own.setdefault(id(generator), (generator, generator.get_state()))
+
+    def restore(self) -> None:
+        """Let everything draw again what it drew."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+        for generator, state in self._own.values():
+            generator.set_state(state)
+
+
+class _Assigned:
+    """What the ensemble does in a run in place of its rule."""
+
+    def __init__(self, call: _Call, branch_at: int) -> None:
+        self._call, self._branch_at = call, branch_at
+        self._evaluations = 0
+
+    @property
+    def branched(self) -> bool:
+        """Whether the members are on their own by now."""
+        return self._evaluations >= self._branch_at
+
+    def evaluate(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate the ensemble where the sampler calls it."""
+        common = not self.branched
+        self._evaluations += 1
+        with _suspended(self), ensemble._draws.unassigned():
+            return self._evaluated(ensemble, args, kwargs, common)
+
+    def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """Run the sampler."""
+        ensemble, arguments = self._call.ensemble, pytree.tree_map(self._argument, self._call.arguments)
+        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]
+            output = self._call.samples(self._call.function(**arguments))
+        if self._branch_at and not self._evaluations > self._branch_at:
+            raise ValueError(
+                f"sample_members: branch_at is {self._branch_at}, but the sampler evaluated the ensemble "
+                f"{self._evaluations} times; expected fewer"
+            )
+        return output
+
+    def _argument(self, x: Any) -> Any:
+        return x
+
+
+class _Together(_Assigned, Fold):
+    """The runs of all members at once: a pass over the sampler's own code."""
+
+    def __init__(
+        self,
+        call: _Call,
+        chosen: list[int],
+        num_samples: int,
+        shared: bool,
+        branch_at: int,
+        states: _States,
+        wrapped: bool = False,
+    ) -> None:
+        Fold.__init__(self, Hidden(len(chosen), len(chosen)), wrapped=wrapped)
+        _Assigned.__init__(self, call, branch_at)
+        self._chosen, self._num_samples, self._shared, self._states = chosen, num_samples, shared, states
+        self._ended = False
+
+    def _argument(self, x: Any) -> Any:
+        return self.wrap(x.stack[self._chosen]) if isinstance(x, PerMember) else x
+
+    def result(self) -> Any:
+        """Run the sampler; [K, N, ...]."""
+
+        def whole(x: Any) -> Any:
+            if isinstance(x, np.ndarray) and self._ended:
+                return x.reshape(len(self._chosen), -1, *x.shape[1:])
+            if not isinstance(x, Tensor):
+                return x
+            return self.stack(x) if member_valued(x) else plain(x).expand(len(self._chosen), *x.shape).clone()
+
+        output = super().result()
+        if self._ended and isinstance(output, list):  # images
+            count = len(output) // len(self._chosen)
+            return [output[i : i + count] for i in range(0, len(output), count)]
+        return pytree.tree_map(whole, output)
+
+    def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
+        if self._ended:
+            raise NotFoldable("the sampler goes on after it made an array of its samples")
+        if common:
+            if any(map(member_valued, leaves_of((args, kwargs)))):
+                raise NotFoldable("the members' states differ before branch_at")
+            return self.common(ensemble(*mapped(plain, args), **mapped(plain, kwargs)))
+        chosen = torch.tensor(self._chosen, device=ensemble.device)
+        place = {k: i for i, k in enumerate(self._chosen)}  # members that were not asked for see any other's arguments
+        entries = torch.tensor([place.get(k, 0) for k in range(ensemble.num_members)], device=ensemble.device)
+        every = self._chosen == [*range(ensemble.num_members)]
+
+        def given(x: Any) -> Any:
+            if not member_valued(x):
+                return plain(x)
+            stack = self.stack(x)
+            return PerMember.of(stack if every else stack[entries.to(stack.device)])
+
+        def own(scores: Any) -> Tensor:
+            stack = scores if isinstance(scores, Tensor) else torch.stack(scores)
+            return self.wrap(stack if every else stack[chosen.to(stack.device)])
+
+        args, kwargs = pytree.tree_map(given, (args, kwargs))
+        return ensemble._combine(ensemble._evaluate(args, kwargs), own)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sharing = self._shared or not self.branched
+        if func in RANDOM and RANDOM[func] is not dropout:
+            self._states.note(kwargs.get("generator"))
+            if sharing:
+                return self._drawn_alike(func, args, kwargs)
+        elif not sharing:
+            count = self._num_samples
+            args, kwargs = _renumbered(
+                func, args, kwargs, lambda x: self.wrap(torch.stack([x + i * count for i in range(len(self._chosen))]))
+            )
+        if self._call.rows_last and func is Tensor.numpy and member_valued(args[0]):
+            self._ended = True
+            return self.stack(args[0]).flatten(0, 1).numpy()
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _drawn_alike(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Draw once for all members, or, where what is drawn depends on values, for each from the same state."""
+        leaves = list(leaves_of((args, kwargs)))
+        if not any(map(member_valued, leaves)):
+            return run_common(self, func, args, kwargs, any(type(x) is MemberTensor for x in leaves))
+        if func.__name__ in _BY_SHAPE:
+            first = mapped(lambda x: self.stack(x)[0] if member_valued(x) else plain(x), (args, kwargs))
+            return self.common(func(*first[0], **first[1]))
+        if writes_to(func, args) and not member_valued(args[0]):
+            promote(self, args[0])
+        source = kwargs.get("generator") or _global_generator(self.device_type(args))
+        state, ends = source.get_state(), []
+
+        @functools.wraps(func)
+        def again(*args: Any, **kwargs: Any) -> Any:
+            source.set_state(state)
+            result = func(*args, **kwargs)
+            ends.append(source.get_state())
+            return result
+
+        result = entry_by_entry(self, again, args, kwargs)
+        if any(not torch.equal(end, ends[0]) for end in ends):
+            raise NotFoldable(f"{func.__name__} draws more numbers for one member than for another")
+        return result
+
+
+class _Alone(_Assigned, TorchFunctionMode):
+    """The run of one member, its rows assigned to it."""
+
+    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int, states: _States) -> None:
+        TorchFunctionMode.__init__(self)
+        _Assigned.__init__(self, call, branch_at)
+        self._member, self._first_sample, self._states = member, first_sample, states
+
+    def _argument(self, x: Any) -> Any:
+        return x.stack[self._member] if isinstance(x, PerMember) else x
+
+    def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
+        if common:
+            return ensemble(*args, **kwargs)
+        with ensemble.assigned([self._member]):
+            return ensemble(*args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM:
+            self._states.note(kwargs.get("generator"))
+        if self._first_sample and self.branched:
+            args, kwargs = _renumbered(func, args, kwargs, lambda x: x + self._first_sample)
+        return func(*args, **kwargs)
+
+
+def _renumbered(func: Any, args: Any, kwargs: Any, other: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    """The arguments of one of our ops, whose noise is that of numbered samples, with other numbers."""
+    if not isinstance(func, torch._ops.OpOverloadPacket) or not str(func).startswith("fastens."):
+        return args, kwargs
+    names = [argument.name for argument in func.default._schema.arguments]
+    at = names.index("samples") if "samples" in names else len(args)
+    given = [other(plain(x)) if i == at and isinstance(x, Tensor) else x for i, x in enumerate(args)]
+    return given, {n: other(plain(x)) if n == "samples" and isinstance(x, Tensor) else x for n, x in kwargs.items()}
+
+
+@contextlib.contextmanager
+def _suspended(mode: Any) -> Iterator[None]:
+    """Leave a mode, and those inside it, for the time of an evaluation of the ensemble."""
+    left: list[TorchFunctionMode] = []
+    while not left or left[-1] is not mode:
+        left.append(_pop_mode())
+    try:
+        yield
+    finally:
+        for each in reversed(left):
+            _push_mode(each)
+
+
+def _global_generator(device: str) -> torch.Generator:
+    return torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator
+
+
+def _chosen(members: Any, num_members: int) -> list[int]:
+    """The members that run, by number."""
+    if members is None:
+        return [*range(num_members)]
+    if isinstance(members, int) and not isinstance(members, bool):
+        if not 1 <= members <= num_members:
+            raise ValueError(f"sample_members: members is {members}, expected 1 to {num_members}, or which they are")
+        return [*range(members)]
+    return numbers_of(members, num_members, "sample_members").tolist()
