@@ -242,11 +242,11 @@ class Ensemble(MemberLike, Capturing):
         arguments = self._arguments(args, kwargs)
         if self.rule.random:  # otherwise fresh masks have begun it
             self._begin(arguments)
-        return self._by_rows(arguments, assigned.of_batch(arguments.batch_size), lasting=True)
+        return self._by_rows(arguments, assigned.of_batch(arguments.batch_size))
 
-    def _by_rows(self, arguments: Arguments, members: Tensor, lasting: bool = False) -> Any:
+    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
         if self._engine is not None:
-            return self._engine.evaluate_drawn(arguments, members, lasting)
+            return self._engine.evaluate_drawn(arguments, members)
         return run_drawn(self._call_module, arguments, members)
 
     def _begin(self, arguments: Arguments) -> Evaluation:

@@ -340,26 +340,6 @@ class Arguments:
         other.own, other.per_row = frozenset(), self.own - self.rows_at
         return other
 
-    def of_equal_groups(self, order: Tensor | None, num_members: int) -> Arguments:
-        """The arguments of rows of which every member has as many, as a batch of its own for each.
-
-        Args:
-            order: of the rows by member; none where they are in it.
-            num_members: K.
-        """
-        other = copy.copy(self) if order is None else self.selected(order)
-        other.leaves = list(other.leaves)
-        for i in self.rows_at:
-            x = other.leaves[i]
-            if i not in self.own:
-                other.leaves[i] = x.unflatten(0, (num_members, -1))
-            else:
-                groups = x.unflatten(1, (num_members, -1))
-                other.leaves[i] = groups[range(num_members), range(num_members)]
-        other.own = self.own | self.rows_at
-        other._find_rows()
-        return other
-
     def copied(self) -> Arguments:
         """The same call on copies of the tensors, for a network that writes to its arguments."""
         other = self.with_tensors(copies(self.tensors))

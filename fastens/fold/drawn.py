@@ -83,12 +83,10 @@ class DrawnCall:
         engine: of the members.
         arguments: of the whole batch.
         members: int64 [B] on the CPU.
-        lasting: whether later calls have the same members; else each may be of other numbers of rows.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor, lasting: bool = False) -> None:
+    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor) -> None:
         self._engine = engine
-        self._lasting = lasting
         self._arguments = arguments
         self._members = members
 
@@ -105,14 +103,6 @@ class DrawnCall:
             return self._looped()  # members mix the samples
         arguments = arguments.excluding(excluded)
         order, offsets = grouped(members, engine.num_members)
-        if (
-            self._lasting
-            and eager
-            and not engine.stateful
-            and engine.masks is None
-            and len(set(offsets.diff().tolist())) == 1
-        ):
-            return self._in_equal_groups(arguments, None if bool((members.diff() >= 0).all()) else order)
         row_members = members.index_select(0, order)
         dealt = arguments.selected(order).of_rows(row_members)
         if eager and not dealt.per_row and engine.can_plan(dealt) and not engine.stateful:
@@ -158,20 +148,6 @@ class DrawnCall:
                 engine.fold(arguments)
             engine.fills.add(key)
         return True
-
-    def _in_equal_groups(self, arguments: Arguments, order: Tensor | None) -> Any:
-        """An ordinary pass, in which each member has rows of its own, as many as the others."""
-        engine = self._engine
-        own = arguments.of_equal_groups(order, engine.num_members)
-        *columns, spec = engine.evaluate(own, engine.network.training)
-
-        def joined(column: Any) -> Any:
-            if isinstance(column, Tensor):
-                return column.flatten(0, 1)
-            return torch.cat(column) if isinstance(column[0], Tensor) else column[0]
-
-        output = pytree.tree_unflatten([joined(x) for x in columns], spec)
-        return output if order is None else reordered(output, order)
 
     def _looped(self) -> Any:
         return run_drawn(self._engine.call_member, self._arguments, self._members)

@@ -248,9 +248,9 @@ class FoldEngine:
         self.give_up(f"the fold failed where they do not: {why}")
         return result
 
-    def evaluate_drawn(self, arguments: Arguments, members: Tensor, lasting: bool = False) -> Any:
+    def evaluate_drawn(self, arguments: Arguments, members: Tensor) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
-        return DrawnCall(self, arguments, members, lasting).run()
+        return DrawnCall(self, arguments, members).run()
 
     def can_plan(self, arguments: Arguments) -> bool:
         """Whether a call may run as a plan."""
