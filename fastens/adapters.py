@@ -55,10 +55,10 @@ class MemberLike(nn.Module):
             network = self.__dict__.get("_modules", {}).get("network")
             if network is None or name.startswith("__"):
                 raise
-        looped = self.__dict__["_engine"] is None
-        member = next(network.children()) if looped else network
+        engine = self.__dict__["_engine"]
+        member = next(network.children()) if engine is None else network
         try:
-            value = getattr(member, name)
+            value = getattr(member, name) if engine is None else engine.attribute(name)
         except AttributeError:
             error = AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             error.add_note(f"its members, of class {type(member).__name__}, have none either")

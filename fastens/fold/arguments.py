@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -184,6 +183,7 @@ class Arguments:
     own: frozenset[int] = frozenset()
     per_row: frozenset[int] = frozenset()
     owned: bool = False
+    _found: tuple[int | None, frozenset[int]] | None = None
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
         self.leaves, self._nesting = _flattened(args, kwargs)
@@ -195,8 +195,13 @@ class Arguments:
                 self.leaves[i].check(num_members)
             self.leaves[i] = self.leaves[i].stack
 
-    @functools.cached_property
+    @property
     def _rows(self) -> tuple[int | None, frozenset[int]]:
+        if self._found is None:
+            self._found = self._find_rows()
+        return self._found
+
+    def _find_rows(self) -> tuple[int | None, frozenset[int]]:
         """The position of the tensor that shows the batch, and of those that look like it."""
         shaped = [(i, self._shape(i)) for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
         shaped = [(i, shape) for i, shape in shaped if shape]

@@ -158,6 +158,11 @@ class FoldEngine:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
         return self._views.get()
 
+    def attribute(self, name: str) -> Any:
+        """An attribute of the network, or the first member's where members write to attributes of their own."""
+        own = self._views.attributes
+        return own[name] if name in own else getattr(self.network, name)
+
     def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, by its own Python."""
         view, remembers = self.views[k], self.stateful or self.engine == "loop"

@@ -97,6 +97,11 @@ class MemberViews:
         if not self._given:
             self._given = self._anew()
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Those of the first member that are its own, where members keep what they write to themselves."""
+        return {} if not self._given else {n: v for n, v in vars(self.get()[0]).items() if n not in _TABLES}
+
     def own_states(self) -> list[State]:
         """What each member wrote to itself."""
         return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]

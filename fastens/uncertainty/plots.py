@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastens.files import whole
 from fastens.uncertainty.measures import Array, Sparsification, decompose
 
 
@@ -25,7 +26,8 @@ def _image(x: np.ndarray) -> np.ndarray:
 def _save(figure: Any, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with whole(Path(path)) as (partial,):
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -396,3 +396,18 @@ def test_state_that_is_first_written_in_a_later_branch(reads, rows):
             theirs = {k: members[k](*args) for k in sorted(set(rows))}
             with ensemble.assigned(rows):
                 near(ensemble(*args), torch.stack([theirs[k][i] for i, k in enumerate(rows)]))
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+def test_an_attribute_of_looped_members_reads_as_it_was_set(by_method, inputs):
+    class Scaled(Counts):
+        def set_scale(self, value):
+            self.scale = value
+
+    members = [made(lambda _: Scaled(), k) for k in range(K)]
+    ensemble = fastens.Ensemble(members, engine="loop")
+    with torch.no_grad():
+        ensemble(inputs[0])
+    assert ensemble.calls == 1
+    ensemble.set_scale(0.5) if by_method else setattr(ensemble, "scale", 0.5)
+    assert ensemble.scale == 0.5
