@@ -258,7 +258,7 @@ class Arguments:
         if not positions:
             return self
         other = self._copy()
-        other._rows = self._primary, self.rows_at - positions
+        other._found = self._primary, self.rows_at - positions
         return other
 
     @property

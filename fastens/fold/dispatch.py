@@ -325,7 +325,11 @@ def _checkpoint() -> Any:
 def check_derivatives(tree: Any) -> None:
     """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
     for leaf in leaves_of(tree):
-        if type(leaf) is MemberTensor and not leaf.stack.requires_grad:
+        if (
+            type(leaf) is MemberTensor
+            and not leaf.stack.requires_grad
+            and not isinstance(leaf.stack, torch.nn.Parameter)
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 detached, made = Tensor.requires_grad.__get__(leaf), Tensor.grad_fn.__get__(leaf)
             if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from fastens.fold.network import state_kept
 from fastens.fold.remembered import remembers_calls
 from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
-from fastens.fold.writes import WritesInput
+from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -105,10 +106,13 @@ class DrawnCall:
         order, offsets = grouped(members, engine.num_members)
         row_members = members.index_select(0, order)
         dealt = arguments.selected(order).of_rows(row_members)
-        if eager and not dealt.per_row and engine.can_plan(dealt) and not engine.stateful:
-            planned = self._planned(dealt, order, offsets, row_members)
-            if planned is not None:
-                return planned
+        planned = None
+        if eager and not dealt.per_row and not engine.stateful and engine.can_plan(dealt):
+            hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
+            planned = PlannedCall(engine, dealt, hidden)
+            found = planned.run()
+            if found is not None:
+                return _result(found, order)
         key = (
             "drawn",
             dealt.signature(),
@@ -118,6 +122,12 @@ class DrawnCall:
         )
         first = eager and key not in engine.checked and not capturing()
         expected = self._expected() if first else None
+        if first and engine.stateful and not self._caches_filled():
+            return self._looped()
+        if planned is not None and not engine.stateful and not (first and expected is None):
+            found = self._planned(planned, dealt, order, expected)
+            if found is not None:
+                return _result(found, order)
         try:
             folded = engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
             if expected is not None:
@@ -128,6 +138,11 @@ class DrawnCall:
         except WritesInput:
             engine.copies_inputs = True
             return DrawnCall(engine, self._arguments.copied(), members).run()
+        except NeedsWrappers as error:
+            if not engine.wrapped:
+                engine.wrapped = True
+                return self.run()
+            why = str(error)
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
@@ -150,18 +165,23 @@ class DrawnCall:
         return True
 
     def _looped(self) -> Any:
-        return run_drawn(self._engine.call_member, self._arguments, self._members)
+        return run_drawn(functools.partial(self._engine.call_member, remembers=True), self._arguments, self._members)
 
     def _expected(self) -> list[Tensor] | None:
-        """What the members give, which a first fold is held against; none where they draw random numbers."""
+        """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        views = engine.views
+
+        def answer(k: int, arguments: Arguments) -> Any:
+            return engine.call_module(views[k], k, arguments, "forward")
+
         with torch.random.fork_rng(devices=devices), torch.no_grad(), ExitStack() as kept:
-            for network in (engine.network, *engine.views):
-                kept.enter_context(state_kept(network))
+            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *views)]
             before = torch.random.get_rng_state()
-            output = run_drawn(engine.call_member, self._arguments.copied(), self._members)
+            output = run_drawn(answer, self._arguments.copied(), self._members)
             random = not torch.equal(before, torch.random.get_rng_state())
+        engine.stateful = engine.stateful or any(changed)
         return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
     def _check(self, folded: Any, expected: list[Tensor]) -> None:
@@ -201,24 +221,23 @@ class DrawnCall:
         leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
         return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
 
-    def _planned(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
-        """Run the plan of a call whose samples go to one member each, whichever; none where there is no plan."""
+    def _planned(
+        self, planned: PlannedCall, dealt: Arguments, order: Tensor, expected: list[Tensor] | None
+    ) -> list[Any] | None:
+        """Make the plan of a call whose samples go to one member each, whichever, and run it; none without plan."""
         engine = self._engine
-        hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
-        planned = PlannedCall(engine, dealt, hidden)
-        found = planned.run()
-        if found is None:
-            key = ("drawn", dealt.signature(), engine.network.training, False)
-            if planned.refused or not engine.cap.holds_recording(key, len(order)):
-                return None
-            with torch.no_grad(), suppress_out_of_memory():
-                leaves = pytree.tree_leaves(self._looped())
-                expected = [[x.index_select(0, order.to(x.device)) for x in leaves if isinstance(x, Tensor)]]
-                found = planned.make(expected)
-        if found is None:
+        key = ("drawn", dealt.signature(), engine.network.training, False)
+        if planned.refused or not engine.cap.holds_recording(key, len(order)):
             return None
-        *leaves, spec = found
-        return reordered(pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec), order)
+        with torch.no_grad(), suppress_out_of_memory():
+            ours = None if expected is None else [[x.index_select(0, order.to(x.device)) for x in expected]]
+            return planned.make(ours)
+        return None
+
+
+def _result(found: list[Any], order: Tensor) -> Any:
+    *leaves, spec = found
+    return reordered(pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec), order)
 
 
 def _device(arguments: Arguments) -> torch.device:

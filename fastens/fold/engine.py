@@ -163,9 +163,9 @@ class FoldEngine:
         own = self._views.attributes
         return own[name] if name in own else getattr(self.network, name)
 
-    def call_member(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
-        """What member k returns, by its own Python."""
-        view, remembers = self.views[k], self.stateful or self.engine == "loop"
+    def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
+        """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""
+        view, remembers = self.views[k], remembers or self.stateful or self.engine == "loop"
         if remembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)
@@ -186,7 +186,7 @@ class FoldEngine:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         outputs = []
         for k in range(self.num_members):
-            outputs.append(pytree.tree_flatten(self.call_member(k, arguments, method)))
+            outputs.append(pytree.tree_flatten(self.call_member(k, arguments, method, remembers=True)))
         return columns_of(outputs)
 
     def give_up(self, why: str) -> None:

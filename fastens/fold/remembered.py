@@ -32,7 +32,7 @@ def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "for
             with state_kept(engine.network):
                 view = unwatched(view_of_member(engine.network, 0))
                 engine.call_module(view, 0, drawn_like(arguments), method)
-                settle(view, keeps=True)
+                settle(view, keeps=True, apart=True)
                 with state_kept(engine.network) as tables, state_kept(view) as again:
                     engine.call_module(view, 0, drawn_like(arguments), method)
                 if tables or again:

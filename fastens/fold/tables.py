@@ -231,14 +231,16 @@ class OfMember(dict[str, Any]):
             (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
         )
 
-    def settle(self, keeps: bool) -> set[str]:
-        """Keep what the member replaced in a call, or drop it; return the names."""
+    def settle(self, keeps: bool, apart: bool = False) -> set[str]:
+        """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names."""
         replaced = {name: tensor for name, (tensor, address) in self._given.items() if tensor.data_ptr() != address}
         replaced |= self._put
         self._put = {}
         for name, value in replaced.items():
             self._given.pop(name, None)
-            if keeps:
+            if apart:
+                self._keep_here(name, value)
+            elif keeps:
                 self.keep(name, value)
             elif name not in self.source and name not in self.own:
                 super().__delitem__(name)
@@ -251,8 +253,7 @@ class OfMember(dict[str, Any]):
         if like is None or not isinstance(value, Tensor) or (
             (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
         ):  # fmt: skip
-            self.own.add(name)
-            super().__setitem__(name, value)
+            self._keep_here(name, value)
             return
         self.own.discard(name)
         if name in self.source.common:
@@ -260,6 +261,10 @@ class OfMember(dict[str, Any]):
         place = dict.__getitem__(self.source, name).data[self.k]
         with torch.inference_mode() if place.is_inference() else torch.no_grad():
             place.copy_(value.detach())
+
+    def _keep_here(self, name: str, value: Any) -> None:
+        self.own.add(name)
+        super().__setitem__(name, value)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a name."""
@@ -309,9 +314,9 @@ def members_tables(view: nn.Module) -> list[tuple[str, OfMember]]:
     ]
 
 
-def settle(view: nn.Module, keeps: bool) -> set[str]:
+def settle(view: nn.Module, keeps: bool, apart: bool = False) -> set[str]:
     """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
-    return {name for _, table in members_tables(view) for name in table.settle(keeps)}
+    return {name for _, table in members_tables(view) for name in table.settle(keeps, apart)}
 
 
 def view_of_member(network: nn.Module, k: int) -> nn.Module:

@@ -336,3 +336,27 @@ def test_an_argument_of_the_batchs_size_that_carries_no_batch(rule, engine):
     for entries in (5, 7, 5):
         held.drawn(lambda g, n=entries: (torch.randn(5, 4, generator=g), torch.randn(n, 4, generator=g)), rule)
     held.drawn(lambda g: tuple(torch.randn(5, 4, generator=g) for _ in range(3)), rule)
+
+
+def test_parameters_that_are_frozen_stay_frozen():
+    members = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2)]
+    ensemble, x = fastens.Ensemble(members), torch.randn(3, 4)
+    ensemble(x)
+    ensemble.requires_grad_(False)
+    for given in (x, x.clone().requires_grad_(), x):
+        ensemble(given)
+        assert not any(p.requires_grad for p in ensemble.parameters())
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_instance_norm_by_running_statistics(format):
+    """They do not depend on how the gradient of the output is laid out, as torch's own do."""
+    members = [nn.InstanceNorm2d(4, affine=True, track_running_stats=True).double().eval() for _ in range(2)]
+    for k, m in enumerate(members):
+        m.running_var.fill_(k + 1.0)
+    ensemble = fastens.Ensemble(members)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(1, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=format)
+    (gradient,) = torch.autograd.grad(ensemble(x), x, direction)
+    rate = sum(1 / (m.running_var + m.eps).sqrt() for m in members) / 2
+    assert float((gradient - direction * rate.view(1, 4, 1, 1)).abs().max()) < 1e-12

@@ -42,6 +42,15 @@ class CountsInBuffer(Remembers):
         return self.linear(x) * self.calls
 
 
+class CountsInParameter(Remembers):
+    def begin(self):
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        self.scale.data = self.scale.data * 0.9
+        return self.linear(x) * self.scale
+
+
 class Appends(Remembers):
     def begin(self):
         self.history = []
@@ -122,7 +131,7 @@ class SetUpByFirstBatch(Remembers):
 
 
 CACHES = [CachesByMember, CachesInDictionary, CachesTable, CachesBuffer, CacheGrows]
-KINDS = [Counts, CountsInBuffer, Appends, RemembersActivation, SetUpByFirstBatch, *CACHES]
+KINDS = [Counts, CountsInBuffer, CountsInParameter, Appends, RemembersActivation, SetUpByFirstBatch, *CACHES]
 INPUT = batch(6, 4)
 
 

@@ -112,6 +112,8 @@ def instance(fold: Fold, func: Any, input: Any, running_mean: Any = None, runnin
              bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
              ) -> Any:  # fmt: skip
     """Statistics over each channel of each row: a group norm with one channel a group."""
+    if not use_input_stats and input.ndim > 2:
+        return batch(fold, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if not use_input_stats or running_mean is not None or running_var is not None or input.ndim < 3:
         if use_input_stats:
             _own_statistics(fold, running_mean, running_var)
