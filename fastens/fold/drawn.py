@@ -159,8 +159,18 @@ class DrawnCall:
             if remembers_calls(engine, arguments):
                 engine.give_up("the network remembers its calls, and a draw calls some members only")
                 return False
-            with torch.no_grad():
-                engine.fold(arguments)
+            try:
+                with torch.no_grad():
+                    engine.fold(arguments)
+            except NeedsWrappers as error:
+                if engine.wrapped:
+                    engine.give_up(str(error))
+                    return False
+                engine.wrapped = True
+                return self._caches_filled()
+            except NotFoldable as error:
+                engine.give_up(str(error))
+                return False
             engine.fills.add(key)
         return True
 
