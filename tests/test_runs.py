@@ -1,7 +1,6 @@
 """Whole runs of every member in one run of a sampler that does not know of it, against the members' own runs."""
 
 import inspect
-import warnings
 
 import pytest
 import torch
@@ -17,37 +16,7 @@ from fastens.evaluation import Denoiser
 from fastens.evaluation import sample as sample_by_ddim
 from tests.networks import mlp, randomised, unet_2d
 from tests.tolerances import relative_error
-
-K, N = 3, 2
-DOUBLE = 1e-10
-CONDITION = torch.randn(N, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture(autouse=True)
-def runs_are_made_together():
-    """A warning that they are not is a failure, where a test does not expect it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "fastens: the members' runs")
-        yield
-
-
-def unets(dtype=torch.float64):
-    return [randomised(lambda: unet_2d(True), k).to(dtype) for k in range(K)]
-
-
-def alone(sample, models, seed=0):
-    """Each member's own run, from one seed."""
-    found = []
-    for model in models:
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            found.append(sample(model)(N))
-    return torch.stack(found)
-
-
-def together(sample, ensemble, seed=0, **options):
-    torch.manual_seed(seed)
-    return fastens.sample_members(sample(ensemble), None, N, ensemble=ensemble, **options)
+from tests.whole_runs import CONDITION, DOUBLE, K, N, alone, runs_are_made_together, together, unets  # noqa: F401
 
 
 class Which(nn.Module):

@@ -207,12 +207,12 @@ class PlannedCall:
 
     def _alone(self, k: int, arguments: Arguments) -> list[Tensor]:
         """What member k returns now, by the network's own modules on its tensors; nothing where they need the fold."""
-        engine, arguments = self._engine, arguments.copied()  # the network may write to them
+        engine = self._engine
         if engine.masks is not None or lists_weights(engine.network):
             return []
         try:
             with state_kept(engine.network), alone(k):
-                args, kwargs = arguments.of_member(k)
+                args, kwargs = arguments.of_member(k)  # copies, which the network may write to
                 output = engine.network(*args, **kwargs)
         except Exception:  # whatever it is, the fold decides
             return []

@@ -17,7 +17,7 @@ from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
-from fastens.fold.network import state_kept
+from fastens.fold.network import random_kept, state_kept
 from fastens.fold.remembered import remembers_calls
 from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
@@ -93,15 +93,34 @@ class DrawnCall:
 
     def run(self) -> Any:
         """What a member returns for the whole batch, each sample by its own member."""
+        engine = self._engine
+        if engine.engine == "loop" or not len(self._members) or transformed():
+            return self._looped()
+        try:
+            found = self._dealt_out()
+        except WritesInput:
+            engine.copies_inputs = True
+            return DrawnCall(engine, self._arguments.copied(), self._members).run()
+        except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            if isinstance(error, NeedsWrappers) and not engine.wrapped:
+                engine.wrapped = True
+                return self.run()
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return self._looped() if found is None else found
+        result = self._looped()
+        engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
+        return result
+
+    def _dealt_out(self) -> Any:
+        """The answer of one pass over the rows, each with its member, or of its plan; none where members are looped."""
         engine, arguments, members = self._engine, self._arguments, self._members
         eager = not torch.compiler.is_compiling()
-        if engine.engine == "loop" or not len(members) or transformed():
-            return self._looped()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
-        if eager and engine.stateful and not self._caches_filled():
-            return self._looped()
-        if excluded is None:
-            return self._looped()  # members mix the samples
+        if (eager and engine.stateful and not self._caches_filled()) or excluded is None:  # or members mix the samples
+            return None
         arguments = arguments.excluding(excluded)
         order, offsets = grouped(members, engine.num_members)
         row_members = members.index_select(0, order)
@@ -113,43 +132,23 @@ class DrawnCall:
             found = planned.run()
             if found is not None:
                 return _result(found, order)
-        key = (
-            "drawn",
-            dealt.signature(),
-            engine.network.training,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(),
-        )
+        kind = "drawn", dealt.signature(), engine.network.training
+        key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
         first = eager and key not in engine.checked and not capturing()
         expected = self._expected() if first else None
         if first and engine.stateful and not self._caches_filled():
-            return self._looped()
+            return None
         if planned is not None and not engine.stateful and not (first and expected is None):
-            found = self._planned(planned, dealt, order, expected)
+            found = self._planned(planned, (*kind, False), order, expected)
             if found is not None:
                 return _result(found, order)
-        try:
-            folded = engine.fold_apart(lambda: self._folded(dealt, order, offsets, row_members))
-            if expected is not None:
-                self._check(folded, expected)
-            if first:
-                engine.checked.add(key)
-            return folded
-        except WritesInput:
-            engine.copies_inputs = True
-            return DrawnCall(engine, self._arguments.copied(), members).run()
-        except NeedsWrappers as error:
-            if not engine.wrapped:
-                engine.wrapped = True
-                return self.run()
-            why = str(error)
-        except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            why = f"{type(error).__name__}: {error}"
-        result = self._looped()
-        engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
-        return result
+        memory = (*kind, torch.is_grad_enabled())
+        folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        if expected is not None:
+            self._check(folded, expected)
+        if first:
+            engine.checked.add(key)
+        return folded
 
     def _caches_filled(self) -> bool:
         """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""
@@ -159,18 +158,8 @@ class DrawnCall:
             if remembers_calls(engine, arguments):
                 engine.give_up("the network remembers its calls, and a draw calls some members only")
                 return False
-            try:
-                with torch.no_grad():
-                    engine.fold(arguments)
-            except NeedsWrappers as error:
-                if engine.wrapped:
-                    engine.give_up(str(error))
-                    return False
-                engine.wrapped = True
-                return self._caches_filled()
-            except NotFoldable as error:
-                engine.give_up(str(error))
-                return False
+            with torch.no_grad():
+                engine.fold(arguments)
             engine.fills.add(key)
         return True
 
@@ -180,13 +169,12 @@ class DrawnCall:
     def _expected(self) -> list[Tensor] | None:
         """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         views = engine.views
 
         def answer(k: int, arguments: Arguments) -> Any:
             return engine.call_module(views[k], k, arguments, "forward")
 
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), ExitStack() as kept:
+        with random_kept(), torch.no_grad(), ExitStack() as kept:
             changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *views)]
             before = torch.random.get_rng_state()
             output = run_drawn(answer, self._arguments.copied(), self._members)
@@ -209,7 +197,7 @@ class DrawnCall:
         output = run_drawn(lambda k, _: found[k], self._arguments, self._members)
         return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
-    def _folded(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
+    def _folded(self, dealt: Arguments, key: Any, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
         engine = self._engine
 
         def some(start: int, stop: int) -> Any:
@@ -223,7 +211,6 @@ class DrawnCall:
             output = engine.run(engine.new_pass(hidden, given), given, rows=True)
             return pytree.tree_map(lambda x: without_hidden(x, hidden), output)
 
-        key = ("drawn", dealt.signature(), engine.network.training, torch.is_grad_enabled())
         if torch.compiler.is_compiling():
             return reordered(some(0, len(order)), order)
         parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, len(order), some)]
@@ -232,11 +219,10 @@ class DrawnCall:
         return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
 
     def _planned(
-        self, planned: PlannedCall, dealt: Arguments, order: Tensor, expected: list[Tensor] | None
+        self, planned: PlannedCall, key: Any, order: Tensor, expected: list[Tensor] | None
     ) -> list[Any] | None:
         """Make the plan of a call whose samples go to one member each, whichever, and run it; none without plan."""
         engine = self._engine
-        key = ("drawn", dealt.signature(), engine.network.training, False)
         if planned.refused or not engine.cap.holds_recording(key, len(order)):
             return None
         with torch.no_grad(), suppress_out_of_memory():

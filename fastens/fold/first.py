@@ -13,7 +13,7 @@ from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
 from fastens.fold.memory_cap import is_out_of_memory
-from fastens.fold.network import state_kept
+from fastens.fold.network import random_kept, state_kept
 from fastens.fold.structure import Structure
 from fastens.fold.writes import NeedsWrappers, WritesInput
 
@@ -44,8 +44,7 @@ class FirstPass:
     def run(self) -> list[Any] | None:
         """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
         engine = self._engine
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
+        with random_kept():
             with torch.no_grad():
                 self._run_members()
             random = self._random

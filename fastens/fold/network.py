@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -89,14 +89,15 @@ class NetworkState:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._saved = [(path, module, _snapshot(module), _tensors(module)) for path, module in network.named_modules()]
-        tables = [(path, t) for path, m in network.named_modules() for t in (m._parameters, m._buffers)]
-        self._names = [(path, table, set(table)) for path, table in tables if type(table) in (dict, Stacks)]
+        self._saved = [
+            (path, module, _snapshot(module), _tensors(module), _names(module))
+            for path, module in network.named_modules()
+        ]
 
     def put_back(self) -> set[str]:
         """Undo what happened to it; return the names of what had been changed."""
         changed = settle(self._network, keeps=False)
-        for path, module, before, tensors in self._saved:
+        for path, module, before, tensors, tables in self._saved:
             prefix = f"{path}." if path else ""
             now = vars(module)
             for name in [n for n in now if n not in before and n not in (*_TABLES, *_REREAD)]:
@@ -113,11 +114,16 @@ class NetworkState:
             for tensor in tensors:
                 if tensor.restored():
                     changed.add(f"{prefix}{tensor.name}")
-        for path, table, names in self._names:
-            for name in set(table) - names:  # registered meanwhile
-                changed.add(f"{path}.{name}" if path else name)
-                dict.pop(table, name)
+            for table, names in tables:
+                for name in set(table) - names:  # registered meanwhile
+                    changed.add(f"{prefix}{name}")
+                    dict.pop(table, name)
         return changed
+
+
+def random_kept() -> AbstractContextManager[None]:
+    """Undo what is drawn from torch's generators."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 @contextmanager
@@ -195,6 +201,11 @@ def _tensors(module: nn.Module) -> list[_Kept]:
             names = table.own if isinstance(table, OfMember) else table  # the others are the stacks'
             found += [_Kept(table, n, x) for n, x in table.items() if n in names and x is not None]
     return found
+
+
+def _names(module: nn.Module) -> list[tuple[dict[str, Any], set[str]]]:
+    """The module's tables, those of a member's stacks aside, and the names in each."""
+    return [(table, set(table)) for table in (module._parameters, module._buffers) if type(table) in (dict, Stacks)]
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, list[tuple[Any, Any]]]]:

@@ -9,7 +9,7 @@ import torch
 from fastens.fold.alike import first_difference, tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.barrier import unwatched
-from fastens.fold.network import state_kept
+from fastens.fold.network import random_kept, state_kept
 from fastens.fold.rows import drawn_like
 from fastens.fold.tables import settle, view_of_member
 
@@ -26,8 +26,7 @@ def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "for
     if engine.masks is not None:  # one network for all members
         return True
     left = []
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_kept():
         for _ in range(2):
             with state_kept(engine.network):
                 view = unwatched(view_of_member(engine.network, 0))

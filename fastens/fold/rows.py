@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import HALVES, relative_error, tolerance_for
-from fastens.fold.network import state_kept
-from fastens.fold.tables import seen_as
+from fastens.fold.network import random_kept, state_kept
+from fastens.fold.tables import converted, seen_as
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -57,8 +57,7 @@ def _established(engine: FoldEngine, arguments: Arguments, method: str) -> froze
 
     In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), random_kept():
         drawn = drawn_like(arguments)
         try:
             member = _Member(engine, method, drawn.with_tensors([_double(x) for x in drawn.tensors]), exact=True)
@@ -136,11 +135,7 @@ def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
 
 
 def _double(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    with torch._C.DisableTorchFunction():
-        double = tensor.double()
-    return torch.nn.Parameter(double, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else double
+    return converted(tensor, torch.float64) if tensor.is_floating_point() else tensor
 
 
 def drawn_like(arguments: Arguments) -> Arguments:

@@ -18,7 +18,7 @@ from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import HALVES, relative_error, rounding_tolerance, tolerance_for
 from fastens.fold.network import state_kept
-from fastens.fold.tables import seen_as
+from fastens.fold.tables import converted, seen_as
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -31,18 +31,9 @@ def exactly(engine: FoldEngine, k: int, arguments: Arguments, method: str = "for
     device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
     given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
 
-    def wide(tensor: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            return _wide(tensor)
-
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-            state_kept(engine.network),
-            state_kept(view),
-            seen_as(wide),
-        ):
+        precise = torch.no_grad(), torch.autocast(device, enabled=False), seen_as(_wide)
+        with precise[0], precise[1], state_kept(engine.network), state_kept(view), precise[2]:
             output = engine.call_module(view, k, given, method)
     except Exception:  # it casts itself
         return None
@@ -189,10 +180,7 @@ def _is_zero(x: Tensor) -> bool:
 
 def _wide(x: Tensor) -> Tensor:
     """A tensor in float32 where it is of half precision."""
-    if x.dtype not in HALVES:
-        return x
-    wide = x.float()
-    return torch.nn.Parameter(wide, x.requires_grad) if isinstance(x, torch.nn.Parameter) else wide
+    return converted(x, torch.float32) if x.dtype in HALVES else x
 
 
 def _shows_nothing(x: Tensor) -> bool:

@@ -28,6 +28,15 @@ def seen_as(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         _SEEN.reset(token)
 
 
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, a parameter as one; common tensors of a pass in progress are no wrappers."""
+    if tensor.dtype == dtype:
+        return tensor
+    with torch._C.DisableTorchFunction():
+        other = tensor.to(dtype)
+    return nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+
+
 def as_seen(tensor: Tensor) -> Tensor:
     """What a network reads in the place of a stack."""
     change = _SEEN.get()

@@ -1,0 +1,40 @@
+"""Whole runs of every member at once, and the members' own runs that they are held against."""
+
+import warnings
+
+import pytest
+import torch
+
+import fastens
+from tests.networks import randomised, unet_2d
+
+K, N = 3, 2
+DOUBLE = 1e-10
+CONDITION = torch.randn(N, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(autouse=True)
+def runs_are_made_together():
+    """A warning that they are not is a failure, where a test does not expect it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fastens: the members' runs")
+        yield
+
+
+def unets(dtype=torch.float64):
+    return [randomised(lambda: unet_2d(True), k).to(dtype) for k in range(K)]
+
+
+def alone(sample, models, seed=0):
+    """Each member's own run, from one seed."""
+    found = []
+    for model in models:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(sample(model)(N))
+    return torch.stack(found)
+
+
+def together(sample, ensemble, seed=0, **options):
+    torch.manual_seed(seed)
+    return fastens.sample_members(sample(ensemble), None, N, ensemble=ensemble, **options)
