@@ -134,14 +134,14 @@ class Draws:
     evaluate twice in a step, and churn raises the noise level. So the caller says it, with :meth:`trajectory`.
     """
 
-    def __init__(self, num_members: int) -> None:
+    def __init__(self, num_members: int, evaluations: int = 0) -> None:
         self.num_members = num_members
-        self._evaluations_outside = 0
+        self._evaluations_outside = evaluations
         self._assignments = 0  # in all contexts together
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:
-        return Draws, (self.num_members,)
+        return Draws, (self.num_members, self._evaluations_outside)
 
     @contextmanager
     def trajectory(self, batch_size: int, generator: torch.Generator | int | None, rule: rules.Rule) -> Iterator[None]:

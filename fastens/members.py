@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.alike import first_difference, reaches_back
+from fastens.fold.alike import first_difference
+from fastens.fold.closures import reaches_back
 from fastens.fold.members import make_skeleton, replaced, tensors_of
 
 if TYPE_CHECKING:

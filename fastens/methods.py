@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.fold.network import Structure
+from fastens.fold.state import Rollback
 from fastens.fold.tables import settle
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
@@ -37,7 +37,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         if any(map(any, engine.own_states()[0])):
             result = set_members(engine, name, *args, **kwargs)
             return ensemble if result is engine.views[0] else result
-        before = Structure(ensemble.network)
+        before = Rollback(ensemble.network)
         try:
             result = getattr(ensemble.network, name)(*args, **kwargs)
         except Exception:

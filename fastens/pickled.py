@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
 
 
+_MODULE = vars(nn.Module())
+_REMADE = {
+    *(
+        "num_members",
+        "training",
+        "forward",
+        "_rule",
+        "_settings",
+        "_draws",
+        "_recorded",
+        "_views",
+        "_engine",
+        "_why_loop",
+    ),
+    *(name for name in _MODULE if "_hooks" not in name),
+}
+
+
 def kept(ensemble: Ensemble) -> tuple[Any, ...]:
     """The arguments of :func:`rebuild`: skeleton and stacks, so that classes made on the fly are not pickled."""
     engine = ensemble._engine
@@ -20,11 +38,21 @@ def kept(ensemble: Ensemble) -> tuple[Any, ...]:
         content: Any = (None, list(ensemble.network), ensemble.__dict__["_why_loop"])
     else:
         content = (engine.skeleton, tensors_of(ensemble.network), engine.shared, *engine.own_states())
-    return ensemble.num_members, ensemble.rule, ensemble._settings, content, ensemble.training, ensemble._kind()
+    own = {
+        name: value for name, value in vars(ensemble).items() if name not in _REMADE and (name not in _MODULE or value)
+    }
+    mode = ensemble.training
+    return ensemble.num_members, ensemble.rule, ensemble._settings, content, mode, ensemble._kind(), own
 
 
 def rebuild(
-    num_members: int, rule: rules.Rule, settings: dict[str, Any], content: Any, training: bool, kind: type[Ensemble]
+    num_members: int,
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    content: Any,
+    training: bool,
+    kind: type[Ensemble],
+    attributes: dict[str, Any] | None = None,
 ) -> Ensemble:
     """Put an ensemble together.
 
@@ -36,6 +64,7 @@ def rebuild(
             and why they are looped; or none, modules, and why.
         training: its mode.
         kind: its class, before a framework's own base class is added.
+        attributes: of its own, hooks and the count of its draws among them; none from files.
     """
     ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
@@ -51,4 +80,5 @@ def rebuild(
         ensemble._adopt(skeleton, stacks, shared)
         if own:  # files have none
             ensemble._engine.adopt_states(*own)
-    return ensemble.train(training)
+    vars(ensemble).update(attributes or {}, training=training)
+    return ensemble

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastens.fold.closures import content_of, writes_to_closure
+from fastens.fold.tensor import tensors_of
+
 # Where a checkpoint came from, which changes nothing that its network computes.
 _PROVENANCE = {
     "_name_or_path",
@@ -26,17 +29,14 @@ _PROVENANCE = {
     "_class_name",
 }
 _TABLES = {"_parameters", "_buffers", "_modules"}
+HOOK_TABLES = {name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _VALUES = (
     int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, torch.dtype, torch.device,
     torch.layout, torch.memory_format, torch.Size, np.generic, types.BuiltinFunctionType, types.ModuleType,
 )  # fmt: skip
+_EMPTY = (dict, list, set)
 _CLASS_NAMES = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__qualname__"}
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each tied tensor once under its first name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def first_difference(first: nn.Module, other: nn.Module) -> str | None:
@@ -132,32 +132,33 @@ class _Comparison:
         if a is b:
             return None
         if type(a) is not type(b) and not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):
-            return f"{path}: {_shown(a)} against {_shown(b)}"
+            return _differ(path, a, b)
+        if type(a) in _EMPTY and not a and not b:
+            return None
+        if isinstance(a, _VALUES) and not isinstance(a, enum.Enum):
+            zeros = isinstance(a, float) and a == 0 and str(a) != str(b)  # of other signs
+            return None if (a == b and not zeros) or (a != a and b != b) else _differ(path, a, b)
         if (id(a), id(b)) in self._seen:
             return None
         self._seen.add((id(a), id(b)))
         self._kept.append((a, b))
-        different = f"{path}: {_shown(a)} against {_shown(b)}"
         if isinstance(a, nn.Module):
             return self._modules_elsewhere(a, b, path)
         if isinstance(a, Tensor):
             names = [self._names[i].get(id(x)) for i, x in enumerate((a, b))]
             if names[0] is not None or names[1] is not None:
-                return None if names[0] == names[1] else different
+                return None if names[0] == names[1] else _differ(path, a, b)
             if a.layout is not b.layout or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-                return different
+                return _differ(path, a, b)
             return None if _equal(a, b) else f"{path}: tensors of different values"
         if isinstance(a, enum.Enum):
-            return different
-        if isinstance(a, _VALUES):
-            zeros = isinstance(a, float) and a == 0 and str(a) != str(b)  # of other signs
-            return None if (a == b and not zeros) or (a != a and b != b) else different
+            return _differ(path, a, b)
         if isinstance(a, np.ndarray):
             same = a.dtype == b.dtype and a.shape == b.shape and _equal_arrays(a, b)
             return None if same else f"{path}: arrays of different values"
-        return self._container(a, b, path, different)
+        return self._container(a, b, path)
 
-    def _container(self, a: Any, b: Any, path: str, different: str) -> str | None:
+    def _container(self, a: Any, b: Any, path: str) -> str | None:
         if isinstance(a, dict):
             found, keys = None, [[key for key in each if key not in _PROVENANCE] for each in (a, b)]
             if keys[0] != keys[1]:
@@ -171,11 +172,11 @@ class _Comparison:
             return found or self._own_attributes(a, b, path)
         if isinstance(a, list | tuple | collections.deque):
             if len(a) != len(b) or getattr(a, "maxlen", None) != getattr(b, "maxlen", None):
-                return different
+                return _differ(path, a, b)
             found = (self._same(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
             return next((each for each in found if each is not None), None) or self._own_attributes(a, b, path)
         if isinstance(a, set | frozenset):
-            return None if a == b else different
+            return None if a == b else _differ(path, a, b)
         if isinstance(a, types.FunctionType):
             return self._functions(a, b, path)
         if isinstance(a, types.MethodType):
@@ -193,12 +194,12 @@ class _Comparison:
         if isinstance(a, staticmethod | classmethod):
             return self._same(a.__func__, b.__func__, path)
         if isinstance(a, types.CellType):
-            return self._same(_content(a), _content(b), path)
+            return self._same(content_of(a), content_of(b), path)
         if isinstance(a, _LOCKS) or type(a) is object:
             return None
-        return self._objects(a, b, path, different)
+        return self._objects(a, b, path)
 
-    def _objects(self, a: Any, b: Any, path: str, different: str) -> str | None:
+    def _objects(self, a: Any, b: Any, path: str) -> str | None:
         """Objects by their attributes, or by their own equality where they have none to look at."""
         if isinstance(a, torch.Generator):
             return f"{path}: random generators cannot be compared"
@@ -210,7 +211,7 @@ class _Comparison:
             if found is not None or mine or dataclasses.is_dataclass(a):
                 return found or self._behind_attributes(a, b, path)
         if type(a).__eq__ is not object.__eq__:
-            return None if bool(a == b) else different
+            return None if bool(a == b) else _differ(path, a, b)
         heap = type(a).__flags__ & (1 << 9)  # made by a class statement: no state but its attributes
         return None if heap and type(a).__module__ != "builtins" else f"{path}: {_shown(a)} cannot be compared"
 
@@ -243,6 +244,8 @@ class _Comparison:
     def _functions(self, a: types.FunctionType, b: types.FunctionType, path: str) -> str | None:
         if a.__code__ != b.__code__:
             return f"{path}: function {a.__qualname__} against {b.__qualname__}"
+        if writes_to_closure(a):
+            return f"{path}: {a.__qualname__} writes to its closure, which copies of a member would share"
         parts = (
             (a.__defaults__, b.__defaults__), (a.__kwdefaults__, b.__kwdefaults__),
             (a.__closure__, b.__closure__), (vars(a), vars(b)),
@@ -270,13 +273,6 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(n for n in names if n not in ("__dict__", "__weakref__"))
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.is_floating_point() or a.is_complex():
         return bool(((a == b) | ((a != a) & (b != b))).all())
@@ -287,80 +283,10 @@ def _equal_arrays(a: Any, b: Any) -> bool:
     return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
 
 
+def _differ(path: str, a: Any, b: Any) -> str:
+    return f"{path}: {_shown(a)} against {_shown(b)}"
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def reaches_back(member: nn.Module) -> str | None:
-    """A function of a member that reaches a module or tensor by a closure, which a copy of the member would share.
-
-    Returns:
-        The name of the function, none where a copy of the member is on its own.
-    """
-    own = {id(m) for m in member.modules()} | {id(t) for t in tensors_of(member).values()}
-    seen: set[int] = set()
-    for path, module in member.named_modules():
-        for name, value in _reachable(module):
-            for function in _functions_in(value, seen):
-                if any(_holds(cell, own) for cell in (*(function.__closure__ or ()), *_defaults(function))):
-                    return f"{f'{path}.' if path else ''}{name}"
-    return None
-
-
-def _reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if name not in _TABLES:
-            yield name, value
-    for kind in type(module).__mro__:
-        if "<locals>" in kind.__qualname__:
-            yield from ((name, value) for name, value in vars(kind).items())
-
-
-def _functions_in(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
-    """The functions that a value is made of."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, types.FunctionType):
-        yield value
-        for cell in value.__closure__ or ():
-            yield from _functions_in(_content(cell), seen)
-    elif isinstance(value, types.MethodType | staticmethod | classmethod):
-        yield from _functions_in(value.__func__, seen)
-    elif isinstance(value, functools.partial):
-        yield from _functions_in(value.func, seen)
-    elif isinstance(value, property):
-        for part in (value.fget, value.fset):
-            yield from _functions_in(part, seen)
-    elif isinstance(value, dict):
-        for item in list(value.values()):
-            yield from _functions_in(item, seen)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _functions_in(item, seen)
-
-
-def _defaults(function: types.FunctionType) -> list[Any]:
-    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-
-
-def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
-    """Whether a value is, or has among its items, a module or tensor of the member."""
-    value = _content(value) if isinstance(value, types.CellType) else value
-    if id(value) in own:
-        return True
-    if not depth:
-        return False
-    if isinstance(value, dict):
-        return any(_holds(item, own, depth - 1) for item in value.values())
-    if isinstance(value, list | tuple | set):
-        return any(_holds(item, own, depth - 1) for item in value)
-    if isinstance(value, types.MethodType):
-        return _holds(value.__self__, own, depth - 1)
-    if isinstance(value, functools.partial):
-        return any(_holds(item, own, depth - 1) for item in (*value.args, *value.keywords.values()))
-    if isinstance(value, type | types.ModuleType | types.FunctionType):
-        return False
-    kept = getattr(value, "__dict__", None)  # hooks keep in a record what they call
-    return isinstance(kept, dict) and _holds(kept, own, depth)

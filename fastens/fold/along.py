@@ -10,7 +10,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.engine import FoldEngine
 from fastens.fold.leaves import Leaves
-from fastens.fold.network import state_kept
+from fastens.fold.state import state_kept
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.plan.record import NotRecordable, record
 from fastens.plan.tangents import along

@@ -15,9 +15,10 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.check import beyond_rounding
 from fastens.fold.leaves import Leaves, recorded, recorded_rows
 from fastens.fold.memory_cap import suppress_out_of_memory
-from fastens.fold.network import lists_weights, state_kept
+from fastens.fold.network import lists_weights
 from fastens.fold.numbers import Numbers
 from fastens.fold.planned import Entry
+from fastens.fold.state import state_kept
 from fastens.fold.structure import exactly
 from fastens.fold.tables import alone
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, all_members, one_member

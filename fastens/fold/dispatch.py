@@ -349,17 +349,17 @@ def _into(fold: Fold, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def below_autograd(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     """An operation that came past Python's functions: entry by entry, where nothing is differentiated."""
-    wants = torch.is_grad_enabled() and any(
-        isinstance(x, MemberTensor) and x.stack.requires_grad for x in leaves_of((args, kwargs))
-    )
-    if wants:
+    leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, MemberTensor)]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x.stack) for x in leaves):
+        raise NotFoldable(f"{func} is of a transform of torch.func inside the network")
+    if torch.is_grad_enabled() and any(x.stack.requires_grad for x in leaves):
         raise NotFoldable(f"{func} of a scripted function or an extension cannot be differentiated for all members")
     reads = torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten._local_scalar_dense.default
-    if reads and any(member_valued(x) for x in leaves_of((args, kwargs))):
+    if reads and any(x.hidden is not None for x in leaves):
         raise ReadsValues(f"{func} of a tensor that differs between members has no one answer")
     if func is torch.ops.aten.detach.default:
         return MemberTensor(args[0].stack.detach(), args[0].hidden, args[0].alias)
-    if not any(member_valued(x) for x in leaves_of((args, kwargs))):
+    if all(x.hidden is None for x in leaves):
         return run_common(fold, func, args, kwargs, True)
     return entry_by_entry(fold, func, args, kwargs)
 

@@ -17,8 +17,8 @@ from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
-from fastens.fold.network import random_kept, state_kept
 from fastens.fold.remembered import remembers_calls
+from fastens.fold.state import random_kept, state_kept
 from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.fold.writes import NeedsWrappers, WritesInput

@@ -27,11 +27,12 @@ from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
 from fastens.fold.members import tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
-from fastens.fold.network import NetworkState, build_network, layer_reports, shared_names, skeleton_of, state_kept
+from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
 from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
+from fastens.fold.state import NetworkState, state_kept
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 from fastens.fold.views import MemberViews, State, standing_alone

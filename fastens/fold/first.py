@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
 from fastens.fold.memory_cap import is_out_of_memory
-from fastens.fold.network import random_kept, state_kept
+from fastens.fold.state import Changed, random_kept, state_kept
 from fastens.fold.structure import Structure
+from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
@@ -46,7 +49,10 @@ class FirstPass:
         engine = self._engine
         with random_kept():
             with torch.no_grad():
-                self._run_members()
+                problem = self._run_members()
+            if problem is not None:
+                engine.give_up(problem)
+                return None
             random = self._random
             planned = None
             if random and self._plannable:
@@ -69,18 +75,23 @@ class FirstPass:
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
         return leaves if useful and not engine.stateful else None
 
-    def _run_members(self) -> None:
-        """Run the members one by one: what each gives, and the memory of the second."""
+    def _run_members(self) -> str | None:
+        """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
         around: AbstractContextManager[None] = nullcontext()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
             arguments = self._arguments.copied()
-            drawn = torch.random.get_rng_state()
+            drawn, elsewhere = torch.random.get_rng_state(), _other_draws()
             versions = _versions(arguments)
-            with around, state_kept(engine.network) as written, state_kept(member) as changed:
+            network = nullcontext(Changed()) if own else state_kept(engine.network)
+            with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
+            if elsewhere != _other_draws():
+                return "their code draws from Python's or NumPy's random generators, each a number of its own"
+            if changed.outside or written.outside:
+                return f"their code changes what they share ({', '.join(sorted(changed | written)[:3])})"
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
                 engine.copies_inputs = True
@@ -92,6 +103,7 @@ class FirstPass:
         if engine.num_members == 1 and not isinstance(around, nullcontext):
             with around, state_kept(engine.views[0]):
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
+        return None
 
     def _equal_arguments(self, arguments: Arguments) -> bool:
         """Whether arguments still are those of the call; inference mode counts no writes."""
@@ -144,6 +156,11 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
+
+
+def _other_draws() -> tuple[Any, bytes]:
+    """The states of the global generators that are not torch's."""
+    return random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def _versions(arguments: Arguments) -> list[int]:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.alike import first_difference, reaches_back, tensors_of
+from fastens.fold.alike import HOOK_TABLES, attributes_apart, first_difference
+from fastens.fold.closures import reaches_back
 from fastens.fold.tables import tables_of
+from fastens.fold.tensor import tensors_of
 
 __all__ = [
     "AS_THEY_ARE",
@@ -184,6 +186,10 @@ def stack_members(
                 identical.discard(name)
                 if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
+    apart = attributes_apart(first, skeleton, HOOK_TABLES)
+    for (path, module), copied in zip(first.named_modules(), skeleton.modules(), strict=True):
+        for name in apart(module, copied):
+            raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")
     if num_members == 1:
         identical = set()
     shared = identical | equal

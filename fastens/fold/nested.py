@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastens.fold.tensor import MemberTensor
 
@@ -50,24 +47,3 @@ def name_of(func: Any) -> str:
     """What a function is called, an attribute by its own name."""
     name = getattr(func, "__name__", str(func))
     return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
-
-
-def contents(value: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any]]:
-    """The lists, dictionaries and sets in a value, attributes of objects among them, each with a copy."""
-    seen = set() if seen is None else seen
-    held = value if type(value) in (list, dict, set) else vars(value) if _is_plain(value) else None
-    if held is None or id(held) in seen:
-        return
-    seen.add(id(held))
-    yield held, copy.copy(held)
-    for item in held.values() if isinstance(held, dict) else held:
-        yield from contents(item, seen)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is an object of a class of users, whose attributes are state of who holds it."""
-    kind = type(value)
-    if kind is types.SimpleNamespace:
-        return True
-    of_a_library = kind.__module__.partition(".")[0] in (*sys.stdlib_module_names, "torch", "numpy", "fastens")
-    return hasattr(value, "__dict__") and not of_a_library and not isinstance(value, nn.Module | Tensor | type)

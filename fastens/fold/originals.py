@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.alike import tensors_of
+from fastens.fold.alike import HOOK_TABLES
+from fastens.fold.tensor import tensors_of
 
-_COUNTED = {"_parameters", "_buffers", "_modules", "_barrier", "training"}  # looked at otherwise
+_COUNTED = {"_parameters", "_buffers", "_modules", "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
 
 class Originals:
@@ -32,12 +34,16 @@ class Originals:
         theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
         return theirs, [_identity(t) for t in tensors_of(self._network).values()]
 
-    def _state(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """The attributes of every module, theirs and ours, which people set between construction and call."""
-        modules = [m for root in (self._network, *self._modules()) for m in root.modules()]
+    def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
+        """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
         return [
-            (m, {n: list(v.values()) if "_hooks" in n else v for n, v in vars(m).items() if n not in _COUNTED})
-            for m in modules
+            (
+                module,
+                {name: value for name, value in vars(module).items() if name not in _COUNTED},
+                {name: list(hooks.values()) for name in HOOK_TABLES if (hooks := vars(module)[name])},
+            )
+            for root in (self._network, *self._modules())
+            for module in root.modules()
         ]
 
     def usable(self) -> bool:
@@ -62,11 +68,9 @@ def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
     return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
-def _same(before: list[tuple[nn.Module, dict[str, Any]]], now: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
+def _same(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
     """Whether modules have the attributes that they had: the same objects, and the same hooks."""
     return len(before) == len(now) and all(
-        a is b
-        and mine.keys() == yours.keys()
-        and all(value == yours[name] if "_hooks" in name else value is yours[name] for name, value in mine.items())
-        for (a, mine), (b, yours) in zip(before, now, strict=True)
+        a is b and mine.keys() == yours.keys() and all(map(is_, mine.values(), yours.values())) and hooks == others
+        for (a, mine, hooks), (b, yours, others) in zip(before, now, strict=True)
     )

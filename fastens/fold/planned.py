@@ -15,7 +15,7 @@ from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
-from fastens.fold.network import state_kept
+from fastens.fold.state import state_kept
 from fastens.fold.tensor import NotFoldable
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import HALVES, relative_error, tolerance_for
-from fastens.fold.network import random_kept, state_kept
+from fastens.fold.state import random_kept, state_kept
 from fastens.fold.tables import converted, seen_as
 
 if TYPE_CHECKING:

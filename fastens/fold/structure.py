@@ -14,11 +14,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.fold.alike import tensors_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import HALVES, relative_error, rounding_tolerance, tolerance_for
-from fastens.fold.network import state_kept
+from fastens.fold.state import state_kept
 from fastens.fold.tables import converted, seen_as
+from fastens.fold.tensor import tensors_of
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.compiled import standing_in, tracing
-from fastens.fold.nested import contents, leaves_of
-from fastens.fold.tensor import MemberTensor, all_members
+from fastens.fold.held import member_values
+from fastens.fold.tensor import MemberTensor, all_members, modules_of
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
@@ -292,7 +292,7 @@ def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
     """Every table of a folded network, with the path of its module and the module."""
     return [
         (path, module, table)
-        for path, module in network.named_modules()
+        for path, module in modules_of(network)
         for table in (module._parameters, module._buffers)
         if isinstance(table, Stacks)
     ]
@@ -317,7 +317,7 @@ def members_tables(view: nn.Module) -> list[tuple[str, OfMember]]:
     """Every table of a member, with the path of its module."""
     return [
         (path, table)
-        for path, module in view.named_modules()
+        for path, module in modules_of(view)
         for table in (module._parameters, module._buffers)
         if isinstance(table, OfMember)
     ]
@@ -337,11 +337,8 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
                 own = stack if name in table.common else stack[k]
                 memo[id(stack)] = own
                 memo[id(table[name])] = own
-    for module in network.modules():  # what its forward left behind in attributes
-        held = [found for value in vars(module).values() for found, _ in contents(value)]
-        for value in leaves_of([*vars(module).values(), *held]):
-            if isinstance(value, MemberTensor):
-                memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
+    for value in member_values(network):  # what its forward left behind in attributes
+        memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
     view = copy.deepcopy(network, memo)
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):

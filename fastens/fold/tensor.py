@@ -213,6 +213,36 @@ class MemberTensor(Tensor):
         return below_autograd(Fold.of(args, kwargs or {}), func, args, kwargs or {})
 
 
+def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """A module and all inside it by path, as ``named_modules`` lists them, which asks a generator for each level."""
+    found: list[tuple[str, torch.nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(path: str, each: torch.nn.Module) -> None:
+        seen.add(id(each))
+        found.append((path, each))
+        for name, child in vars(each)["_modules"].items():
+            if child is not None and id(child) not in seen:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", module)
+    return found
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each tied tensor once under its first name."""
+    modules = [(f"{path}." if path else "", vars(each)) for path, each in modules_of(module)]
+    found: dict[str, Tensor] = {}
+    for table in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for prefix, attributes in modules:
+            for name, tensor in attributes[table].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[prefix + name] = tensor
+    return found
+
+
 def memory_of(x: Tensor) -> int | None:
     """Which memory a tensor is in; none where it is not strided, or of a transform, which shows none."""
     try:

@@ -9,25 +9,30 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from fastens.fold.alike import attributes_apart, tensors_of
+from fastens.fold.alike import HOOK_TABLES, attributes_apart
 from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.members import replaced
 from fastens.fold.tables import OfMember, view_of_member
+from fastens.fold.tensor import tensors_of
 
 _NO_STATE = {"_barrier", "training"}
 _TABLES = ("_parameters", "_buffers")
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
 Made = TypeVar("Made")
 State = list[dict[str, Any]]  # of a member: attributes for each of its modules
 
 
 def undisturbed(make: Callable[[], Made]) -> Made:
-    """What is made of state that calls of other threads write to, made again where they did meanwhile."""
+    """What is made of state that calls of other threads write to, made again where they did meanwhile.
+
+    It outlives a call in inference mode, so no tensor of it is an inference tensor.
+    """
     while True:
         try:
-            return make()
+            with torch.inference_mode(False):
+                return make()
         except RuntimeError as error:
             if "changed size during iteration" not in str(error):
                 raise
@@ -82,7 +87,7 @@ class MemberViews:
         for view in views:
             own = {id(theirs): mine for mine, theirs in zip(view.modules(), self._network.modules(), strict=True)}
             for module, original in zip(view.modules(), self._network.modules(), strict=True):
-                for name in _HOOKS:
+                for name in HOOK_TABLES:
                     hooks = original.__dict__[name]
                     rebound = {key: _rebound(hook, own) for key, hook in hooks.items()}
                     if any(rebound[key] is not hook for key, hook in hooks.items()):
