@@ -76,13 +76,16 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
-    """What all members return alike as it is; else their aggregate, without a conversion between parameterisations.
+    """What the members' weights do not enter as it is; else their aggregate, without a conversion of parameterisations.
+
+    In a fold that is a value common to all members; of members that are looped, what all of them return alike.
 
     Raises:
         ValueError: they differ, under a rule that draws members for calls of ``forward``.
     """
     first = scores[0]
-    if all(torch.equal(first, other) for other in scores[1:]):
+    folded = isinstance(scores, Tensor) and len(scores) > 1
+    if scores.stride(0) == 0 if folded else all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
     rule = ensemble.rule
     if ensemble._draws.assignment() is not None:
