@@ -292,7 +292,7 @@ def load_ensemble(
             stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
-    ensemble = rebuild(num_members, config["rule"], settings, content, False, kind).eval()
+    ensemble = rebuild(num_members, config["rule"], settings, content, kind).eval()
     return ensemble if device is None else ensemble.to(device)
 
 

@@ -32,14 +32,14 @@ from fastens.fold.members import (
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
-from fastens.pickled import kept, rebuild
+from fastens.pickled import Pickled
 from fastens.report import Report
 from fastens.settings import check_settings
 from fastens.summary import summary
 from fastens.views import Views, view_of
 
 
-class Ensemble(MemberLike, Capturing):
+class Ensemble(MemberLike, Capturing, Pickled):
     """An ensemble of score models that is called, and looks from outside, like one of its members.
 
     The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
@@ -413,10 +413,6 @@ class Ensemble(MemberLike, Capturing):
         return self
 
     # Copies and files
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Rebuild from skeleton and stacks, so that classes made on the fly are not pickled."""
-        return rebuild, kept(self)
 
     def save_pretrained(
         self,

@@ -15,34 +15,31 @@ if TYPE_CHECKING:
 
 _MODULE = vars(nn.Module())
 _REMADE = {
-    *(
-        "num_members",
-        "training",
-        "forward",
-        "_rule",
-        "_settings",
-        "_draws",
-        "_recorded",
-        "_views",
-        "_engine",
-        "_why_loop",
-    ),
-    *(name for name in _MODULE if "_hooks" not in name),
+    *("num_members", "forward", "_rule", "_settings", "_recorded", "_views", "_engine", "_why_loop"),
+    *(name for name in _MODULE if "_hooks" not in name and name != "training"),
 }
 
 
-def kept(ensemble: Ensemble) -> tuple[Any, ...]:
-    """The arguments of :func:`rebuild`: skeleton and stacks, so that classes made on the fly are not pickled."""
-    engine = ensemble._engine
-    if engine is None:
-        content: Any = (None, list(ensemble.network), ensemble.__dict__["_why_loop"])
-    else:
-        content = (engine.skeleton, tensors_of(ensemble.network), engine.shared, *engine.own_states())
-    own = {
-        name: value for name, value in vars(ensemble).items() if name not in _REMADE and (name not in _MODULE or value)
-    }
-    mode = ensemble.training
-    return ensemble.num_members, ensemble.rule, ensemble._settings, content, mode, ensemble._kind(), own
+class Pickled(nn.Module):
+    """How an ensemble is copied and pickled: from skeleton and stacks, so that classes made on the fly are not."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """What :func:`rebuild` takes; then what is its own and may refer to it: attributes, hooks, the count of draws."""
+        engine = self._engine
+        if engine is None:
+            content: Any = (None, list(self.network), self.__dict__["_why_loop"])
+        else:
+            content = (engine.skeleton, tensors_of(self.network), engine.shared, *engine.own_states())
+        own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
+        own["training"] = self.training
+        added = {name: module for name, module in self._modules.items() if name != "network"}
+        return rebuild, (self.num_members, self.rule, self._settings, content, self._kind()), (own, added)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take what was the ensemble's own."""
+        own, added = state
+        vars(self).update(own)
+        self._modules.update(added)
 
 
 def rebuild(
@@ -50,9 +47,7 @@ def rebuild(
     rule: rules.Rule,
     settings: dict[str, Any],
     content: Any,
-    training: bool,
     kind: type[Ensemble],
-    attributes: dict[str, Any] | None = None,
 ) -> Ensemble:
     """Put an ensemble together.
 
@@ -62,9 +57,7 @@ def rebuild(
         settings: as :func:`fastens.settings.check_settings` gives them.
         content: skeleton, stacks, names of shared tensors, and where members are looped what they wrote to themselves
             and why they are looped; or none, modules, and why.
-        training: its mode.
         kind: its class, before a framework's own base class is added.
-        attributes: of its own, hooks and the count of its draws among them; none from files.
     """
     ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
@@ -80,5 +73,4 @@ def rebuild(
         ensemble._adopt(skeleton, stacks, shared)
         if own:  # files have none
             ensemble._engine.adopt_states(*own)
-    vars(ensemble).update(attributes or {}, training=training)
     return ensemble

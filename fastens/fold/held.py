@@ -147,7 +147,7 @@ def _mapping(kind: Any) -> Kind:
         lambda value: list(kind.items(value)),
         lambda value, saved: _same_pairs(kind.items(value), saved),
         put_back,
-        lambda value: (each for pair in kind.items(value) for each in pair),
+        lambda value: [*kind.keys(value), *kind.values(value)],
     )
 
 
