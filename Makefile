@@ -30,13 +30,13 @@ help:
 	$(BIN)/$(PIP) ninja
 	@touch $@
 
-.venv/dev: .venv/python pyproject.toml setup.py tests/interop/requirements.txt
-	$(BIN)/$(PIP) -e ".[dev]"
+.venv/dev: .venv/python pyproject.toml demo/pyproject.toml setup.py tests/interop/requirements.txt
+	$(BIN)/$(PIP) -e demo -e ".[dev]"
 	$(BIN)/$(PIP) --no-deps -r tests/interop/requirements.txt
 	@touch $@
 
-.venv/demo: .venv/python pyproject.toml setup.py
-	$(BIN)/$(PIP) -e ".[demo]"
+.venv/demo: .venv/python pyproject.toml demo/pyproject.toml setup.py
+	$(BIN)/$(PIP) -e demo -e ".[demo]"
 	@touch $@
 
 # Follows the sources. Exit status 3: nothing to build with here, so the reference kernels serve.
