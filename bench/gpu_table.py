@@ -1,7 +1,8 @@
 """The GPU table: ``python -m bench.gpu_table table DIR`` prints that of a folder of results.
 
 ``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, writes the table of
-``docs/benchmarks.md`` from all that are kept, and makes the ways that were measured there those that the wheel ships for the device.
+``docs/benchmarks.md`` from all that are kept, and makes the ways that were measured there those that the wheel ships
+for the device.
 """
 
 import json

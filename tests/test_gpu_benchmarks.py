@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: a rehearsal of one part, resumed; the table, and what of it the documentation shows."""
+"""The GPU benchmarks without a GPU: a rehearsal of one part, resumed; the table, and what of it a page shows."""
 
 import json
 import math
