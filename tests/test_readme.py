@@ -1,6 +1,7 @@
 """What the README says is there: a family's lines to change and its tests, links; and the reference has every name."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_the_reference_has_every_public_name():
     page = (ROOT / "docs" / "reference.md").read_text()
     documented = set(re.findall(r"^::: fastens\.(\w+)", page, re.M))
     assert set(fastens.__all__) - documented == {"__version__", "demo"}
+
+
+def test_versions_agree():
+    demo = tomllib.loads((ROOT / "demo" / "pyproject.toml").read_text())["project"]["version"]
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert {demo, cited, newest} == {fastens.__version__}
 
 
 def test_the_readme_is_short():

@@ -1,11 +1,12 @@
 """The command line: one module for each command, and :func:`main`.
 
-Exit status: 0 where the command did what was asked, 2 for input that it cannot take (one line on standard error says
-why), 130 where it was interrupted.
+Exit status: 0 where the command did what was asked, 1 where its output was not read to the end, 2 for input that it
+cannot take (one line on standard error says why), 130 where it was interrupted.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _check_installed(getattr(options, "needs", lambda _: ())(options))
         options.run(options)
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(_failed(str(error)))
     except KeyboardInterrupt:
