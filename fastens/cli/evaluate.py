@@ -10,7 +10,7 @@ from typing import Any
 
 from fastens.cli.parsing import add_device, add_output, add_reading, command, ensemble_of, positive
 from fastens.cli.sample import add_scheduler, scheduler_folder
-from fastens.files import check_writable
+from fastens.files import check_writable, write_json
 
 _INCEPTION = "file of FID's network, torch-fidelity's weights-inception-2015-12-05-6726825d.pth, to judge samples with"
 
@@ -120,6 +120,7 @@ def _plan(options: argparse.Namespace, light: bool) -> Any:
 
 
 def _run_tabular(options: argparse.Namespace) -> None:
+    from fastens.provenance import provenance
     from fastens.tabular import finding, finding_report
 
     data = tuple(options.checkpoints[1:]) or tuple(finding.DATA)
@@ -127,5 +128,7 @@ def _run_tabular(options: argparse.Namespace) -> None:
     out = options.out / "tabular"
     check_writable(out)
     records = finding.run(settings, out, not options.quiet)
-    print("\n".join(finding_report.write(records, settings, out)))
+    said = finding_report.write(records, settings, out)
+    write_json(out / "provenance.json", provenance(seed=options.seed))
+    print("\n".join(said))
     print(f"\nreport: {out / 'report.md'} (also .csv, .png)")
