@@ -174,6 +174,11 @@ def test_sample_of_each_member(folders, tmp_path, shared):
         (["sample", "{member}", "--device", "nonsense"], "--device nonsense"),
         (["sample", "{state}"], "is a file of weights; say what its network is, by --like FOLDER or --factory"),
         (["sample", "{state}", "--like", "{file}"], "has no config.json"),
+        (
+            ["sample", "{parent}"],
+            "holds the models member_0, member_1: say which by --key, as in --key 'member_0'; if each is",
+        ),
+        (["sample", "{nested}"], "it has the folders run0, run1: if they are the members, pass them"),
         (["sample", "{state}", "--factory", "nowhere:net"], "expected MODULE:FUNCTION"),
         (["sample", "{conditional}"], "the members need encoder_hidden_states"),
         (["sample", "{member}", "--rule", "medain"], "median"),
@@ -191,6 +196,9 @@ def test_bad_input_is_one_line(arguments, message, folders, tmp_path, capsys):
         blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
         UNet2DConditionModel(sample_size=8, **widths, **blocks).save_pretrained(conditional)
     names = {"member": folders[0], "file": file, "state": state, "conditional": conditional}
+    names |= {"parent": Path(folders[0]).parent, "nested": tmp_path / "nested"}
+    for k in range(2):
+        (tmp_path / f"nested/run{k}/unet").mkdir(parents=True)
     arguments = [a.format(**names) for a in arguments]
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -22,6 +22,7 @@ _OPTIONS = {
     r"pass factory=[^;]*": "say what its network is, by --like FOLDER or --factory MODULE:FUNCTION",
     r"\ballow_pickle=True": "--allow-pickle",
     r"\bema=False": "--raw",
+    r"\b(key|prefix|variant|prediction|scheduler)=(?=\S?[,;.]|$)": r"--\1",
     r"\b(key|prefix|variant|prediction|scheduler)=": r"--\1 ",
 }
 

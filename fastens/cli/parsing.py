@@ -138,6 +138,8 @@ def model_folder(folder: Path) -> Path:
     from fastens.io.folders import CONFIG
     from fastens.io.folders import model_folder as found
 
+    if folder.name == CONFIG:
+        folder = folder.parent
     if folder.is_dir():
         folder, _ = found(folder, Wish(True, None, None, None))
     if not (folder / CONFIG).is_file():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.evaluation.classifier import Classifier, train_classifier
+from fastens.evaluation.denoiser import Denoiser
 from fastens.parameterisation import resolve
 from fastens.schedules import Discrete, Prediction, Schedule
 
@@ -133,6 +134,8 @@ def from_files(
         images = images / 127.5 - 1
     said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else scheduler_in(scheduler))
     assert schedule is not None
+    predicted = said.filled(kind="epsilon")
+    _check_shape(Denoiser(ensemble, schedule, predicted), images[:1], data)
     half = len(images) // 2
     network, logits, note = _random_features(images, half)
     if weights is not None:
@@ -149,7 +152,7 @@ def from_files(
         data=f"{data.name}, {half} images to fit weights on and {len(images) - half} held out",
         ensemble=ensemble,
         schedule=schedule,
-        prediction=said.filled(kind="epsilon"),
+        prediction=predicted,
         fit=images[:half],
         test=images[half:],
         levels=levels,
@@ -160,6 +163,20 @@ def from_files(
         dropout_note="member 0" if drops else "the members have no dropout layer with p above 0",
         checkpoints=checkpoints,
     )
+
+
+def _check_shape(denoiser: Denoiser, image: Tensor, data: Path) -> None:
+    """Raise ValueError where the members do not take images of this shape."""
+    t = torch.tensor(0.5 * (denoiser.schedule.t_data + denoiser.schedule.t_prior), dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            denoiser.outputs(image.to(denoiser.device), t)
+    except (RuntimeError, IndexError) as error:
+        shape = list(image.shape[1:])
+        raise ValueError(
+            f"data {data} has images of {shape}, expected [C, H, W] as the members take them; images [H, W, C] are "
+            f"transposed by array.transpose(0, 3, 1, 2). The members said: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _random_features(images: Tensor, half: int) -> tuple[Callable[[Tensor], Tensor] | None, None, str]:

@@ -168,6 +168,7 @@ def test_report_on_digits(tmp_path):
         (["{member}", "--data", "{text}"], "no .npy file"),
         (["{member}", "--data", "{flat}"], "expected images"),
         (["{member}", "--data", "{wide}"], r"scale the data"),
+        (["{member}", "--data", "{last}"], "has images of [8, 8, 1], expected [C, H, W]"),
         (["{member}", "--data", "{images}", "--prediction", "noise"], "epsilon"),
         (["{member}", "--data", "{images}", "--inception", "nowhere.pth"], "nowhere.pth does not exist"),
         (["digits", "--batch", "0"], "--batch is 0"),
@@ -179,8 +180,9 @@ def test_bad_input_is_one_line(arguments, message, folders, images, tmp_path, ca
     text, flat, wide = (tmp_path / name for name in ("text.npy", "flat.npy", "wide.npy"))
     text.write_text("no array")
     np.save(flat, np.zeros((8, 3)))
+    np.save(last := tmp_path / "last.npy", np.zeros((8, 8, 8, 1), np.float32))
     np.save(wide, np.full((8, 1, 8, 8), 2.0))
-    names = {"member": folders[0], "images": images, "text": text, "flat": flat, "wide": wide}
+    names = {"member": folders[0], "images": images, "text": text, "flat": flat, "wide": wide, "last": last}
     arguments = [argument.format(**names) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]
