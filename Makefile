@@ -77,12 +77,8 @@ test-gpu-build: .venv/dev
 test-gpu-code: .venv/dev
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
 
-.venv/docs: .venv/python pyproject.toml
-	@$(BIN)/$(PIP) mkdocs-material "mkdocstrings[python]"
-	@touch $@
-
 # Static: what it documents is parsed, not imported.
-docs: .venv/docs
+docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site: build/site/index.html"
 

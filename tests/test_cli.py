@@ -109,7 +109,8 @@ def test_help_names_defaults_and_examples(command, capsys):
     printed = capsys.readouterr().out
     assert f"  fastens {command}" in printed.partition("examples:")[2]
     if command == "sample":
-        assert "(default: mean)" in printed
+        assert "(default: mean)" in " ".join(printed.split())
+        assert all(rule in printed for rule in fastens.rules.names())
 
 
 def test_version_and_completion(capsys):

@@ -14,6 +14,8 @@ import numpy as np
 from fastens.cli.parsing import add_device, add_members, add_output, command, ensemble_of, positive
 from fastens.files import check_writable, whole, write_json
 
+_RULES = "mean, sum, median, geometric, dominant, max_abs, alternating, mixture, or a rule that a package offers"
+
 
 def add(commands: Any) -> None:
     """Describe the command."""
@@ -25,7 +27,7 @@ def add(commands: Any) -> None:
     parser = command(commands, "sample", run, "sample images by DDIM with an ensemble of your checkpoints", examples)
     parser.set_defaults(needs=lambda options: ("diffusers", *(("plot",) if options.per_member else ())))
     add_members(parser)
-    parser.add_argument("--rule", default="mean", help="aggregation rule, by name")
+    parser.add_argument("--rule", default="mean", help=_RULES)
     parser.add_argument("--num", type=positive, default=16, help="how many images")
     parser.add_argument("--batch", type=positive, default=16, help="images at a time")
     parser.add_argument("--steps", type=positive, default=50, help="sampler steps")
