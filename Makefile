@@ -9,7 +9,7 @@ PIP := python -m pip install -q --no-compile
 
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo test fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
@@ -17,6 +17,7 @@ help:
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
 	@echo "make atlas  hold public networks against the loop; writes docs/atlas.md"
+	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
 	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
@@ -25,18 +26,18 @@ help:
 
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; pass PYTHON=/path/to/python3"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/$(PIP) ninja
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@$(BIN)/$(PIP) ninja
 	@touch $@
 
-.venv/dev: .venv/python pyproject.toml setup.py tests/interop/requirements.txt
-	$(BIN)/$(PIP) -e ".[dev]"
+.venv/dev: .venv/python pyproject.toml demo/pyproject.toml setup.py tests/interop/requirements.txt
+	$(BIN)/$(PIP) -e demo -e ".[dev]"
 	$(BIN)/$(PIP) --no-deps -r tests/interop/requirements.txt
 	@touch $@
 
-.venv/demo: .venv/python pyproject.toml setup.py
-	$(BIN)/$(PIP) -e ".[demo]"
+.venv/demo: .venv/python pyproject.toml demo/pyproject.toml setup.py
+	@$(BIN)/$(PIP) -e demo -e ".[demo]"
 	@touch $@
 
 # Follows the sources. Exit status 3: nothing to build with here, so the reference kernels serve.
@@ -46,7 +47,7 @@ build/native: $(SOURCES) | .venv/python
 	  || { status=$$?; tail -n 30 build/native.log; test $$status -eq 3; }
 
 demo: .venv/demo build/native
-	$(BIN)/fastens demo
+	@$(BIN)/fastens demo
 
 test: .venv/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler" tests
@@ -76,6 +77,11 @@ test-gpu-build: .venv/dev
 test-gpu-code: .venv/dev
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
 
+# Static: what it documents is parsed, not imported.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site: build/site/index.html"
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,7 +96,7 @@ train: .venv/demo
 
 wheel: .venv/python
 	rm -rf dist
-	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	$(BIN)/python -m pip wheel -q --no-deps -w dist . ./demo
 	@ls dist
 
 build/wheel-venv/python: .venv/python
@@ -99,8 +105,8 @@ build/wheel-venv/python: .venv/python
 	@touch $@
 
 test-wheel: wheel build/wheel-venv/python
-	build/wheel-venv/bin/$(PIP) --force-reinstall --no-deps dist/*.whl
-	build/wheel-venv/bin/$(PIP) dist/*.whl
+	build/wheel-venv/bin/$(PIP) --force-reinstall --no-deps dist/fastens-*.whl
+	build/wheel-venv/bin/$(PIP) dist/fastens-*.whl
 	build/wheel-venv/bin/python -I tests/wheel_smoke.py
 	build/wheel-venv/bin/fastens info
 

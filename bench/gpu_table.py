@@ -1,7 +1,8 @@
 """The GPU table: ``python -m bench.gpu_table table DIR`` prints that of a folder of results.
 
-``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, writes the README's table from all
-that are kept, and makes the ways that were measured there those that the wheel ships for the device.
+``keep DIR`` makes them the latest of their device, ``bench/results/<device>.json``, writes the table of
+``docs/benchmarks.md`` from all that are kept, and makes the ways that were measured there those that the wheel ships
+for the device.
 """
 
 import json
@@ -76,17 +77,17 @@ def keep(folder, results=RESULTS, measured=MEASURED):
 
 
 def section(results=RESULTS):
-    """What stands between the README's marks: a table per device that has results."""
+    """What stands between the page's marks: a table per device that has results."""
     kept = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return "\n\n".join(table(rows) for rows in kept) or NOT_MEASURED
 
 
 def written(text, content):
-    """The README's text with ``content`` between its marks."""
+    """The page's text with ``content`` between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        raise SystemExit(f"README.md has no {BEGIN!r} followed by {END!r}")
+        raise SystemExit(f"docs/benchmarks.md has no {BEGIN!r} followed by {END!r}")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
@@ -97,5 +98,5 @@ if __name__ == "__main__":
         print(table(read(sys.argv[2])))
     else:
         print(keep(sys.argv[2]))
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text(), section()))
+        page = ROOT / "docs" / "benchmarks.md"
+        page.write_text(written(page.read_text(), section()))

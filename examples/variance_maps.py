@@ -23,14 +23,16 @@ def main(path: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     with VarianceMaps(ensemble) as maps:
         images = pipe(4, torch.Generator().manual_seed(0), num_inference_steps=STEPS, output_type="np").images
-    figure, axes = plt.subplots(4, STEPS + 1, figsize=(STEPS + 1, 4))
+    deviations = torch.stack(maps.steps)[:, :, 0].sqrt()  # [steps, B, H, W]
+    figure, axes = plt.subplots(4, STEPS + 1, figsize=(STEPS + 2, 4))
     for i in range(4):
         for step in range(STEPS):
-            axes[i, step].imshow(maps.steps[step][i].mean(0).sqrt(), cmap="magma")
+            shown = axes[i, step].imshow(deviations[step, i], cmap="magma", vmin=0, vmax=float(deviations.max()))
             axes[0, step].set_title(f"step {step}", fontsize=7)
         axes[i, STEPS].imshow(images[i].squeeze(), cmap="gray")
     for axis in axes.flat:
         axis.axis("off")
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="deviation over members")  # one scale for all steps
     figure.savefig(path, dpi=150)
     print(path)
 

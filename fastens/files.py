@@ -66,3 +66,20 @@ def write_whole(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, data: Any, **options: Any) -> None:
     """Write JSON, whole or not at all; ``options`` are those of :func:`json.dumps`."""
     write_whole(path, json.dumps(data, **{"indent": 1, **options}) + "\n")
+
+
+def check_writable(out: Path) -> None:
+    """Raise before any work is done if the output folder cannot be written.
+
+    Raises:
+        OSError: the folder cannot be made, or holds no new file.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".fastens-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"the output folder {out} cannot be written: {error.strerror}; choose another with --out"
+        ) from error

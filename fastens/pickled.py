@@ -24,7 +24,7 @@ class Pickled(nn.Module):
     """How an ensemble is copied and pickled: from skeleton and stacks, so that classes made on the fly are not."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """What :func:`rebuild` takes; then what is its own and may refer to it: attributes, hooks, the count of draws."""
+        """What :func:`rebuild` takes; then what is its own and may refer to it: attributes, hooks, draws."""
         engine = self._engine
         if engine is None:
             content: Any = (None, list(self.network), self.__dict__["_why_loop"])

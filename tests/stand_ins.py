@@ -97,6 +97,11 @@ def training_images() -> torch.Tensor:
     return torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def images_t() -> torch.Tensor:
+    """Noisy images [B, C, H, W]."""
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
 def batches() -> list[tuple[torch.Tensor, ...]]:
     """Noisy images, times and noise, each [K, B, ...]."""
     generator = torch.Generator().manual_seed(0)
@@ -104,12 +109,14 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
     return [(noisy, torch.randint(1000, (5, 2), generator=generator), noise)]
 
 
-STAND_INS = {made.__name__: made for made in (ens, pipe, paths, rf, X, x, model, schedule, training_images, batches)}
+STAND_INS = {
+    made.__name__: made for made in (ens, pipe, paths, rf, X, x, model, schedule, training_images, images_t, batches)
+}
 FUNCTIONS = {made.__name__: made for made in (make_unet, make_model)}
 
 
 def imported() -> dict[str, Any]:
-    """What the README's first snippet imports for all."""
+    """What the first snippet of the documents imports for all."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     return {"fastens": fastens, "torch": torch, "DDIMPipeline": DDIMPipeline, "DDIMScheduler": DDIMScheduler}

@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: a rehearsal of one part, resumed; the table, and what of it the README shows."""
+"""The GPU benchmarks without a GPU: a rehearsal of one part, resumed; the table, and what of it a page shows."""
 
 import json
 import math
@@ -150,8 +150,8 @@ def test_results_are_kept_by_device_and_the_table_says_what_was_missed(tmp_path)
         gpu_table.read(kept / "none")
 
 
-def test_the_readme_shows_the_results_that_are_kept():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_shows_the_results_that_are_kept():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert gpu_table.written(text, gpu_table.section()) == text, "run python -m bench.gpu_table keep DIR"
     with pytest.raises(SystemExit, match=r"has no .<!-- GPU table"):
         gpu_table.written("nothing", "table")

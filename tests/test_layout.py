@@ -35,7 +35,19 @@ LEVELS = [  # a module imports from its own level or below
     {"fold", "report"},
     {"plan"},
     {"ops"},
-    {"reference", "kernels", "_native", "_build", "rules", "schedules", "program", "_version", "files", "io"},
+    {
+        "reference",
+        "kernels",
+        "_native",
+        "_build",
+        "rules",
+        "schedules",
+        "program",
+        "_version",
+        "files",
+        "io",
+        "provenance",
+    },
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -201,7 +201,7 @@ def test_a_package_offers_rules_by_entry_points(package, tmp_path):
     randomised(lambda: unet_2d(False), 0).save_pretrained(folder)
     out = tmp_path / "out"
     main(["sample", str(folder), "--rule", "largest_of_others", "--num", "1", "--steps", "1", "--out", str(out)])
-    assert json.loads((out / "samples.json").read_text())["rule"] == "largest_of_others"
+    assert json.loads((out / "samples.json").read_text())["rule"]["rule"] == "largest_of_others"
 
 
 @pytest.mark.parametrize(

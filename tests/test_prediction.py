@@ -361,14 +361,15 @@ def test_the_evaluation_reads_a_folders_scheduler_as_its_own_class(scheduler, tm
     folders = fastens.demo.member_paths("digits")[:2]
     np.save(data := tmp_path / "data.npy", np.zeros((4, 1, 8, 8), np.float32))
     scheduler.save_pretrained(tmp_path / "scheduler")
-    subject = from_files(folders, data, tmp_path / "scheduler", None, 17, None)
+    ensemble = fastens.Ensemble(folders)
+    subject = from_files(ensemble, folders, data, tmp_path / "scheduler", None, 17, None)
     assert subject.prediction == schedules.prediction_of(scheduler)
     with pytest.raises(ValueError, match="by prediction=, but"):
-        from_files(folders, data, tmp_path / "scheduler", "x0", 17, None)
+        from_files(ensemble, folders, data, tmp_path / "scheduler", "x0", 17, None)
     config = tmp_path / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="expected a scheduler"):
-        from_files(folders, data, tmp_path / "scheduler", None, 17, None)
+        from_files(ensemble, folders, data, tmp_path / "scheduler", None, 17, None)
 
 
 def test_flow_networks_whose_pipelines_change_time_or_sign_are_refused():

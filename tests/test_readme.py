@@ -1,9 +1,12 @@
-"""What the README says about samplers is there: a family's lines to change, and the tests that it links."""
+"""What the README says is there: a family's lines to change and its tests, links; and the reference has every name."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import fastens
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,6 +32,23 @@ def test_a_family_changes_a_line_and_links_its_tests(family):
     assert links
     for link in links:
         assert "def test_" in (ROOT / link).read_text()
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    documented = set(re.findall(r"^::: fastens\.(\w+)", page, re.M))
+    assert set(fastens.__all__) - documented == {"__version__", "demo"}
+
+
+def test_versions_agree():
+    demo = tomllib.loads((ROOT / "demo" / "pyproject.toml").read_text())["project"]["version"]
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert {demo, cited, newest} == {fastens.__version__}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_links_lead_somewhere():

@@ -14,6 +14,7 @@ def check_installation() -> None:
     package = Path(fastens.__file__).resolve().parent
     assert not (package.parent / "setup.py").exists(), f"{package} is a checkout, not an installed wheel"
     assert fastens.backends()["native"] == "available", fastens.backends()
+    assert not list(package.rglob("*.safetensors")), "the demo's weights are a package of their own"
     assert (package / "csrc" / "cpu" / "aggregate.cpp").is_file(), "an installed package can build its library again"
 
 

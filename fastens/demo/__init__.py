@@ -1,15 +1,33 @@
-"""The demo: small U-Nets trained on real images that scikit-learn bundles, and samples of their ensembles."""
+"""The demo: small U-Nets trained on real images that scikit-learn bundles, and samples of their ensembles.
 
-from importlib.resources import files
+The weights are in a package of their own, ``fastens-demo``, so that an installation that only serves is without them.
+"""
+
+from importlib.util import find_spec
 from pathlib import Path
 
-FOLDERS = {"digits": "members", "photographs": "photograph_members"}
-DROPOUT_FOLDERS = {"digits": "dropout_member"}
+DATA = ("digits", "photographs")
+
+
+def weights_folder() -> Path | None:
+    """The folder of the shipped weights: of the checkout, or of the package ``fastens-demo``; none for neither."""
+    checkout = Path(__file__).resolve().parents[2] / "demo" / "fastens_demo"
+    if checkout.is_dir():
+        return checkout
+    spec = find_spec("fastens_demo")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def members_folder(data: str = "digits") -> Path:
-    """The folder of the members that ship with the package: of "digits" or of "photographs"."""
-    return Path(str(files("fastens") / "demo" / FOLDERS[data]))
+    """The folder of the shipped members of "digits" or of "photographs".
+
+    Raises:
+        ModuleNotFoundError: the package with the weights is not installed.
+    """
+    folder = weights_folder()
+    if folder is None:
+        raise ModuleNotFoundError("the demo's weights are in fastens-demo, not installed: pip install 'fastens[demo]'")
+    return folder / data
 
 
 def member_paths(data: str = "digits") -> list[Path]:
@@ -19,5 +37,5 @@ def member_paths(data: str = "digits") -> list[Path]:
 
 def dropout_path(data: str = "digits") -> Path | None:
     """The diffusers folder of a network that was trained with dropout; none where none ships for these images."""
-    name = DROPOUT_FOLDERS.get(data)
-    return None if name is None else Path(str(files("fastens") / "demo" / name / "member_0"))
+    path = members_folder(f"{data}_dropout") / "member_0"
+    return path if path.is_dir() else None

@@ -13,26 +13,10 @@ from fastens.demo import member_paths
 from fastens.demo.picture import draw
 from fastens.demo.train import make_scheduler
 from fastens.ensemble import Ensemble
-from fastens.files import write_json
+from fastens.files import check_writable, write_json
+from fastens.provenance import provenance
 
 RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
-
-
-def check_writable(out: Path) -> None:
-    """Raise before any work is done if the output folder cannot be written.
-
-    Raises:
-        OSError: the folder cannot be made, or holds no new file.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".fastens-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"the output folder {out} cannot be written: {error.strerror}; choose another with --out"
-        ) from error
 
 
 def sample(
@@ -122,9 +106,20 @@ def time_evaluations(ensemble: Ensemble, batches: tuple[int, ...], rounds: int, 
     return results
 
 
-def run_demo(out: Path, num: int = 100, steps: int = 50, seed: int = 0, batch: int = 100, rounds: int = 15) -> None:
-    """Sample, measure, draw; write ``demo.png`` and ``demo.json`` into ``out``."""
-    import diffusers
+def run_demo(
+    out: Path,
+    num: int = 100,
+    steps: int = 50,
+    seed: int = 0,
+    batch: int = 100,
+    rounds: int = 15,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Sample, measure, draw; write ``demo.png`` and ``demo.json`` into ``out``.
+
+    Returns:
+        What is in ``demo.json``.
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from tqdm import tqdm
 
@@ -134,19 +129,20 @@ def run_demo(out: Path, num: int = 100, steps: int = 50, seed: int = 0, batch: i
     scheduler = DDIMScheduler.from_config(make_scheduler().config, clip_sample=True)
     images: dict[str, np.ndarray] = {}
     sampling: dict[str, float] = {}
-    with tqdm(total=len(RULES) * num, unit="image") as progress:
+    batches = (1, 16)
+    evaluations = len(batches) * (rounds + 1)  # each counts as an image
+    with tqdm(total=len(RULES) * num + evaluations, unit="image", disable=not progress) as bar:
         for rule in RULES:
-            progress.set_description(f"sampling by {rule}")
+            bar.set_description(f"sampling by {rule}")
             ensemble.rule = rule
             begun = time.perf_counter()
-            images[rule] = sample(ensemble, scheduler, num, steps, seed, batch, progress)
+            images[rule] = sample(ensemble, scheduler, num, steps, seed, batch, bar)
             sampling[rule] = round(time.perf_counter() - begun, 3)
-    ensemble.rule = "mean"
-    clean = torch.from_numpy(images["mean"]).permute(0, 3, 1, 2) * 2 - 1
-    variance = variance_maps(ensemble, clean, 300, seed)
-    batches = (1, 16)
-    with tqdm(total=len(batches) * (rounds + 1), unit="round", desc="timing") as progress:
-        timing = time_evaluations(ensemble, batches, rounds, progress)
+        ensemble.rule = "mean"
+        clean = torch.from_numpy(images["mean"]).permute(0, 3, 1, 2) * 2 - 1
+        variance = variance_maps(ensemble, clean, 300, seed)
+        bar.set_description("timing evaluations")
+        timing = time_evaluations(ensemble, batches, rounds, bar)
     draw(images, variance, timing, ensemble.num_members, out / "demo.png")
     figures = {
         "members": ensemble.num_members,
@@ -159,9 +155,8 @@ def run_demo(out: Path, num: int = 100, steps: int = 50, seed: int = 0, batch: i
         "evaluation_seconds": timing,
         "mean_image_variance": float(variance.mean()),
         "rules": {rule: rules.get(rule).to_dict() for rule in RULES},
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        "threads": torch.get_num_threads(),
+        "provenance": provenance(member_paths(), seed=seed),
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(out / "demo.json", figures)
-    print(f"picture: {out / 'demo.png'}\nfigures: {out / 'demo.json'}")
+    return figures

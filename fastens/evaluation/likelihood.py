@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,27 @@ class Likelihood:
         """Standard error of the mean over samples."""
         return float(self.rows.std(ddof=1) / math.sqrt(len(self.rows))) if len(self.rows) > 1 else math.nan
 
+    def summary(self) -> str:
+        """The mean over samples, in a sentence."""
+        passes = sum(self.evaluations)
+        return f"{self.mean:.4f} ± {self.error:.4f} bits/dim over {len(self.rows)} samples, in {passes} evaluations"
+
+    def to_frame(self) -> Any:
+        """A pandas table: a row for each sample, a column for each repeat."""
+        import pandas as pd
+
+        return pd.DataFrame(self.bits_per_dim.T, columns=[f"repeat {r}" for r in range(len(self.bits_per_dim))])
+
+    def plot(self, axis: Any = None) -> Any:
+        """Draw a histogram of the samples' bits per dimension; the axes are returned."""
+        import matplotlib.pyplot as plt
+
+        axis = plt.subplots()[1] if axis is None else axis
+        axis.hist(self.rows, bins="auto")
+        axis.axvline(self.mean, color="black", linestyle="--", linewidth=1)
+        axis.set(xlabel="bits/dim", ylabel="samples")
+        return axis
+
 
 def bits_offset(data_range: tuple[float, float], levels: int) -> float:
     """What is added to ``-log2 p(x) / D`` for data whose ``levels`` values are equally spaced over ``data_range``.
@@ -79,7 +101,7 @@ def likelihood(
     batch_size: int = 64,
     seed: int = 0,
     cache: Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Likelihood:
     """Compute ``log p(x)`` by integrating from data to prior (Song et al., ICLR 2021) and return bits per dimension.
 
@@ -104,7 +126,7 @@ def likelihood(
         batch_size: samples integrated together.
         seed: of dequantisation and probes; each sample has its own noise.
         cache: folder in which finished batches are kept, so that an interrupted run goes on.
-        progress: show a progress bar.
+        progress: show a progress bar, with this text in front of it.
 
     Raises:
         TypeError: data that is no floating-point tensor.

@@ -77,6 +77,42 @@ class DenoisingLoss:
         """
         return self.estimate(self.rules[rule] - (self.member_mean if against is None else against))
 
+    def summary(self) -> str:
+        """The best rule and what it gains, in a sentence."""
+        best = min(self.rules, key=lambda rule: self.estimate(self.rules[rule]).value)
+        return (
+            f"{best} has the least loss of {len(self.rules)} rules, {self.estimate(self.rules[best])}; against the "
+            f"mean of the {len(self.members)} members' losses {self.compare(best)}, against the best member's "
+            f"{self.compare(best, self.members[self.best_member])}"
+        )
+
+    def to_frame(self) -> Any:
+        """A pandas table: a row for each member and rule, with its loss and its difference from the member mean."""
+        import pandas as pd
+
+        losses = {f"member {k}": member for k, member in enumerate(self.members)} | self.rules
+        rows = []
+        for name, values in losses.items():
+            loss, against = self.estimate(values), self.estimate(values - self.member_mean)
+            rows.append([name, loss.value, loss.error, against.value, against.error])
+        names = ["of", "loss", "error", "against_member_mean", "against_error"]
+        return pd.DataFrame(rows, columns=pd.Index(names)).set_index("of")
+
+    def plot(self, axis: Any = None) -> Any:
+        """Draw each rule's loss by noise level against the member mean, with standard errors; the axes are returned."""
+        import matplotlib.pyplot as plt
+
+        axis = plt.subplots()[1] if axis is None else axis
+        base = self.member_mean.mean(0)
+        for rule, values in self.rules.items():
+            difference = values - self.member_mean
+            error = difference.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros_like(base)
+            axis.errorbar(self.log_snr, 100 * difference.mean(0) / base, 100 * error / base, label=rule, capsize=2)
+        axis.axhline(0, color="0.5", linewidth=0.8)
+        axis.set(xlabel="log SNR", ylabel="change of the loss against the member mean, %")
+        axis.legend()
+        return axis
+
     def identity_gap(self) -> float:
         """Largest violation, over levels, of *member mean = mean ensemble + diversity*; rounding only."""
         ensemble = self.gram.mean((-1, -2))
@@ -152,7 +188,7 @@ def denoising_loss(
     batch_size: int = 512,
     seed: int = 0,
     data_range: tuple[float, float] = (-1.0, 1.0),
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> DenoisingLoss:
     """Measure the noise-prediction loss of members, rules and smaller ensembles, evaluating each member once per input.
 
@@ -172,7 +208,7 @@ def denoising_loss(
         batch_size: inputs in one pass; each member sees this many.
         seed: of the noise.
         data_range: what ``data`` must lie in.
-        progress: show a progress bar.
+        progress: show a progress bar, with this text in front of it.
 
     Raises:
         TypeError: data that is no floating-point tensor.

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
+from fastens.evaluation.table import Table
 
 RULES = ("mean", "geometric", "median")
 MASKS = ("fixed", "fresh")
@@ -44,37 +45,39 @@ def verdict(found: dict[str, Any]) -> str:
     return f"{sentence}; one evaluation takes {found['masks']} passes."
 
 
-def markdown(found: dict[str, Any]) -> list[str]:
-    """The section of the report's page."""
+def notes(found: dict[str, Any]) -> list[str]:
+    """What is said of the section's table."""
     if "loss" not in found:
         return [f"Not judged: {found['note']}."]
-    loss = found["loss"]
-    lines = [
+    bits = found["likelihood"]
+    said = [
         f"{found['note'][:1].upper()}{found['note'][1:]}; p = {', '.join(f'{p:g}' for p in found['p'])}, "
         f"{found['masks']} sets of masks, on the rows and noise of the tables above.",
-        "",
-        "| masks | rule | denoising loss | against dropout off | against one set of masks |",
-        "|---|---|---|---|---|",
-        f"| off | | {loss['off']['value']:.5f} | | |",
-    ]
-    for kind in MASKS:
-        lines.append(f"| {kind} | one set | {loss[kind]['one']['value']:.5f} | {_signed(loss[kind]['one_off'])} | |")
-        lines += [
-            f"| {kind} | {rule} | {values['value']:.5f} | {_signed(values['against_off'])} | "
-            f"{_signed(values['against_one'])} |"
-            for rule, values in loss[kind]["rules"].items()
-        ]
-    bits = found["likelihood"]
-    lines += [
-        "",
         f"Bits/dim: {bits['off']['value']:.4f} with dropout off, {bits['fixed']['value']:.4f} under fixed masks "
         f"({bits['against_off']['value']:+.4f} ± {bits['against_off']['error']:.4f}); fresh masks make no field that "
         "an ODE solver could integrate.",
     ]
     if "samples" in found:
         off, fixed = (_interval(found["samples"][name]["frechet"]) for name in ("off", "fixed"))
-        lines += ["", f"Fréchet distance of samples: {off} with dropout off, {fixed} under fixed masks."]
-    return lines
+        said.append(f"Fréchet distance of samples: {off} with dropout off, {fixed} under fixed masks.")
+    return said
+
+
+def table(found: dict[str, Any]) -> Table | None:
+    """The losses under masks; none where they were not judged."""
+    if "loss" not in found:
+        return None
+    loss = found["loss"]
+    rows = [["off", "", f"{loss['off']['value']:.5f}", "", ""]]
+    for kind in MASKS:
+        one = loss[kind]
+        rows.append([kind, "one set", f"{one['one']['value']:.5f}", _signed(one["one_off"]), ""])
+        rows += [
+            [kind, rule, f"{values['value']:.5f}", _signed(values["against_off"]), _signed(values["against_one"])]
+            for rule, values in one["rules"].items()
+        ]
+    head = ["masks", "rule", "denoising loss", "against dropout off", "against one set of masks"]
+    return Table("MC Dropout", head, rows)
 
 
 def _interval(found: dict[str, float]) -> str:

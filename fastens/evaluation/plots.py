@@ -18,7 +18,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    figure.suptitle(f"{report['members']} members on {report['subject']}")
+    figure.suptitle(f"{report['members']} members on {report['subject']} (bars: one standard error over rows)")
     _levels(axes[0, 0], report["loss"])
     _sizes(axes[0, 1], report)
     _bits(axes[1, 0], report)
@@ -34,7 +34,8 @@ def _levels(axis: Any, loss: dict[str, Any]) -> None:
     base = loss["member_mean_by_level"]
     for rule in SHOWN:
         relative = [100 * (value / mean - 1) for value, mean in zip(loss["rules"][rule]["by_level"], base, strict=True)]
-        axis.plot(loss["times"], relative, marker=".", label=rule, color=SHOWN[rule])
+        error = [100 * e / mean for e, mean in zip(loss["rules"][rule]["by_level_error"], base, strict=True)]
+        axis.errorbar(loss["times"], relative, error, marker=".", label=rule, color=SHOWN[rule], capsize=2)
     spread = [100 * d / mean for d, mean in zip(loss["diversity_by_level"], base, strict=True)]
     axis.plot(loss["times"], spread, "k:", label="diversity")
     axis.axhline(0, color="0.5", linewidth=0.8)
@@ -47,8 +48,9 @@ def _levels(axis: Any, loss: dict[str, Any]) -> None:
 def _sizes(axis: Any, report: dict[str, Any]) -> None:
     loss, total = report["loss"], report["members"]
     for rule in ("mean", "geometric", "median"):
-        values = [loss["by_size"][rule][str(k)]["value"] for k in range(1, total)] + [loss["rules"][rule]["value"]]
-        axis.plot(range(1, total + 1), values, marker="o", label=rule, color=SHOWN[rule])
+        found = [loss["by_size"][rule][str(k)] for k in range(1, total)] + [loss["rules"][rule]]
+        values, errors = ([each[key] for each in found] for key in ("value", "error"))
+        axis.errorbar(range(1, total + 1), values, errors, marker="o", label=rule, color=SHOWN[rule], capsize=2)
     axis.axhline(loss["best_member"]["value"], color="0.5", linestyle="--", label="best member")
     labels = {"xlabel": "members", "ylabel": "mean squared error of the noise"}
     axis.set(title="denoising loss by number of members", xticks=range(1, total + 1), **labels)
@@ -58,9 +60,11 @@ def _sizes(axis: Any, report: dict[str, Any]) -> None:
 def _bits(axis: Any, report: dict[str, Any]) -> None:
     bits, total = report["likelihood"], report["members"]
     sizes = sorted(int(k) for k in bits["by_size"])
-    axis.plot(sizes, [bits["by_size"][str(k)]["value"] for k in sizes], marker="o", label="mean", color=SHOWN["mean"])
+    values, errors = ([bits["by_size"][str(k)][key] for k in sizes] for key in ("value", "error"))
+    axis.errorbar(sizes, values, errors, marker="o", label="mean", color=SHOWN["mean"], capsize=2)
     for rule in ("geometric", "dominant"):
-        axis.plot(total, bits["rules"][rule]["value"], "x", markersize=8, label=rule, color=SHOWN[rule])
+        found = bits["rules"][rule]
+        axis.errorbar([total], found["value"], found["error"], fmt="x", label=rule, color=SHOWN[rule], capsize=2)
     axis.axhline(bits["best_member"], color="0.5", linestyle="--", label="best member")
     labels = {"xlabel": "members", "ylabel": "bits/dim (less is better)"}
     axis.set(title="bits per dimension by number of members", xticks=range(1, total + 1), **labels)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,36 @@ class Quality:
     score: Interval | None
     generated: int
     real: int
+
+    def _intervals(self) -> dict[str, Interval]:
+        found = {"Fréchet distance": self.frechet, "kernel distance": self.kernel}
+        return found if self.score is None else {**found, "Inception score": self.score}
+
+    def summary(self) -> str:
+        """Every measure with its interval, in a sentence."""
+        said = [f"{name} {found}" for name, found in self._intervals().items()]
+        said += [f"precision {self.precision:.3f}", f"recall {self.recall:.3f}"]
+        return f"{', '.join(said)}; {self.generated} generated and {self.real} real samples"
+
+    def to_frame(self) -> Any:
+        """A pandas table: a row for each measure, with its interval where it has one."""
+        import pandas as pd
+
+        rows = {name: dataclasses.asdict(found) for name, found in self._intervals().items()}
+        rows |= {"precision": {"value": self.precision}, "recall": {"value": self.recall}}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
+
+    def plot(self, axis: Any = None) -> Any:
+        """Draw the distances with their intervals; the axes are returned."""
+        import matplotlib.pyplot as plt
+
+        axis = plt.subplots()[1] if axis is None else axis
+        found = {"Fréchet": self.frechet, "kernel": self.kernel}
+        for name, interval in found.items():
+            error = [[interval.value - interval.low], [interval.high - interval.value]]
+            axis.errorbar([name], [interval.value], error, fmt="o", capsize=3)
+        axis.set(ylabel="distance (less is better)")
+        return axis
 
 
 @torch.no_grad()

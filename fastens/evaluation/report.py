@@ -19,12 +19,14 @@ from fastens.evaluation import mc_dropout
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.likelihood import Likelihood, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, level_weights, subsets_of
+from fastens.evaluation.progress import Bars
 from fastens.evaluation.quality import check_enough, features, quality
 from fastens.evaluation.results import Parts, fingerprint
 from fastens.evaluation.sampling import sample
 from fastens.evaluation.subjects import Subject
 from fastens.evaluation.weights import fit_weights, held_out_gain
 from fastens.files import write_json, write_whole
+from fastens.provenance import provenance
 
 LOSS_RULES = ("mean", "geometric", "median", "dominant", "max_abs", "sum", "alternating", "mixture")
 LIKELIHOOD_RULES = ("mean", "geometric", "dominant")
@@ -62,8 +64,19 @@ class Plan:
     progress: bool = True
 
 
+QUICK = {
+    "rows": 96,
+    "noise_levels": 10,
+    "likelihood_rows": 24,
+    "ode_steps": 6,
+    "samples": 128,
+    "sampler_steps": 15,
+    "most_subsets": 4,
+}
+
+
 def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
-    """Evaluate and write ``report.json``, ``report.csv``, ``report.md`` and ``report.png`` into ``out``.
+    """Evaluate and write ``report.json``, ``.csv``, ``.md``, ``.tex`` and ``.png`` into ``out``.
 
     Finished parts are kept in ``out/parts``: an interrupted run, started again, goes on.
 
@@ -90,18 +103,19 @@ def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
     report["settings"] = {**dataclasses.asdict(plan), "schedule": repr(subject.schedule), "features": subject.note}
     del report["settings"]["progress"]
     stages = {"loss": _loss, "likelihood": _likelihood, "quality": _quality, "mc_dropout": _mc_dropout, "cost": _cost}
-    for name, stage in stages.items():
+    for number, (name, stage) in enumerate(stages.items(), 1):
         begun = time.perf_counter()
-        report[name] = stage(subject, denoiser, plan, cache)
+        report[name] = stage(subject, denoiser, plan, cache, Bars(f"{number}/{len(stages)} {name}", plan.progress))
         seconds[name] = round(time.perf_counter() - begun, 1)
     report["seconds"] = seconds
-    report["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    report["provenance"] = provenance(subject.checkpoints, device=subject.ensemble.device, seed=plan.seed)
     report["threads"] = torch.get_num_threads()
     report["load"] = os.getloadavg()[0]
     report["verdict"] = tables.verdict(report)
     write_json(out / "report.json", report)
     write_whole(out / "report.csv", tables.csv(report))
     write_whole(out / "report.md", tables.markdown(report))
+    write_whole(out / "report.tex", tables.latex(report))
     draw(report, out / "report.png")
     return report
 
@@ -110,7 +124,14 @@ def _of(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "error": estimate.error}
 
 
-def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **options: Any) -> DenoisingLoss:
+def _errors(differences: np.ndarray) -> list[float]:
+    """Standard errors over rows of [N, L]."""
+    return (differences.std(0, ddof=1) / len(differences) ** 0.5).tolist()
+
+
+def _cached_loss(
+    denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, bars: Bars, **options: Any
+) -> DenoisingLoss:
     """The loss, read from an earlier run where it is there whole."""
     settings = {**options, "levels": plan.noise_levels, "seed": plan.seed, "most": plan.most_subsets, "kind": "loss"}
     identity = {"prediction": denoiser.prediction.to_dict(), "settings": settings}
@@ -124,7 +145,7 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
             most_subsets=plan.most_subsets,
             batch_size=plan.batch,
             seed=plan.seed,
-            progress=plan.progress,
+            progress=bars.next(),
             **options,
         )
         kept = {name: getattr(loss, name) for name in _WHOLE}
@@ -143,10 +164,10 @@ def _cached_loss(denoiser: Denoiser, data: Tensor, plan: Plan, cache: Path, **op
     )
 
 
-def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
-    loss = _cached_loss(
-        denoiser, subject.test[: plan.rows], plan, cache, rule_names=LOSS_RULES, by_size=("mean", "geometric", "median")
-    )
+def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path, bars: Bars) -> dict[str, Any]:
+    bars.total = 2
+    sizes = ("mean", "geometric", "median")
+    loss = _cached_loss(denoiser, subject.test[: plan.rows], plan, cache, bars, rule_names=LOSS_RULES, by_size=sizes)
     best = loss.members[loss.best_member]
     found: dict[str, Any] = {
         "times": loss.times.tolist(),
@@ -171,13 +192,14 @@ def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path) -> dict
             "against_member_mean": _of(loss.compare(name)),
             "against_best_member": _of(loss.compare(name, best)),
             "by_level": values.mean(0).tolist(),
+            "by_level_error": _errors(values - loss.member_mean),
         }
     for weighting in ("likelihood", "edm"):
         sigma_data = float(subject.fit.std())
         weights = level_weights(denoiser, torch.from_numpy(loss.times), weighting, sigma_data)
         other = dataclasses.replace(loss, level_weights=weights)
         found[f"against_member_mean_{weighting}"] = {name: _of(other.compare(name)) for name in loss.rules}
-    fitting = _cached_loss(denoiser, subject.fit[: plan.rows], plan, cache)
+    fitting = _cached_loss(denoiser, subject.fit[: plan.rows], plan, cache, bars)
     found["weights"] = {}
     for constraint in ("simplex", "affine"):
         fitted = fit_weights(fitting, constraint=constraint)
@@ -186,19 +208,20 @@ def _loss(subject: Subject, denoiser: Denoiser, plan: Plan, cache: Path) -> dict
     return found
 
 
-def _likelihood(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
+def _likelihood(subject: Subject, _: Denoiser, plan: Plan, cache: Path, bars: Bars) -> dict[str, Any]:
     data, total = subject.test[: plan.likelihood_rows], subject.ensemble.num_members
     members = list(subject.ensemble.members)
 
     def bits(subset: tuple[int, ...], rule: str) -> Likelihood:
         chosen = subject.ensemble if len(subset) == total else Ensemble([members[k] for k in subset])
-        return _bits(chosen, rule, subject, plan, cache)
+        return _bits(chosen, rule, subject, plan, cache, bars)
 
     whole = tuple(range(total))
     by_size: dict[int, np.ndarray] = {}
+    sizes = sorted({min(2**i, total) for i in range(1, total + 1)})  # doubling, each member in one ensemble of a size
+    bars.total = total + sum(total // size for size in sizes) + len(LIKELIHOOD_RULES)
     alone = [bits((k,), "mean") for k in whole]
     by_size[1] = np.mean([found.rows for found in alone], 0)
-    sizes = sorted({min(2**i, total) for i in range(1, total + 1)})  # doubling, each member in one ensemble of a size
     for size in sizes:
         by_size[size] = np.mean([bits(s, "mean").rows for s in subsets_of(total, size, total // size)], 0)
     best = min(alone, key=lambda found: found.mean)
@@ -222,7 +245,7 @@ def _likelihood(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[
     return found
 
 
-def _bits(model: Ensemble, rule: str, subject: Subject, plan: Plan, cache: Path) -> Likelihood:
+def _bits(model: Ensemble, rule: str, subject: Subject, plan: Plan, cache: Path, bars: Bars) -> Likelihood:
     before, model.rule = model.rule, rules.get(rule)
     try:
         return likelihood(
@@ -234,7 +257,7 @@ def _bits(model: Ensemble, rule: str, subject: Subject, plan: Plan, cache: Path)
             batch_size=plan.batch,
             seed=plan.seed,
             cache=cache,
-            progress=plan.progress,
+            progress=bars.next(),
         )
     finally:
         model.rule = before
@@ -244,23 +267,24 @@ def _row_estimate(rows: np.ndarray) -> dict[str, float]:
     return {"value": float(rows.mean()), "error": float(rows.std(ddof=1) / len(rows) ** 0.5)}
 
 
-def _quality(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
+def _quality(subject: Subject, _: Denoiser, plan: Plan, cache: Path, bars: Bars) -> dict[str, Any]:
     if subject.features is None:
         return {"note": subject.note}
     members = list(subject.ensemble.members)
     contenders: list[tuple[str, Any, str]] = [(rule, subject.ensemble, rule) for rule in SAMPLE_RULES]
     contenders += [(f"member {k}", Ensemble([member]), "mean") for k, member in enumerate(members)]
+    bars.total = len(contenders)
     before, found = subject.ensemble.rule, {}
     for name, model, rule in contenders:
         model.rule = rule
-        found[name] = _judged(model, subject, plan, cache)
+        found[name] = _judged(model, subject, plan, cache, bars)
     subject.ensemble.rule = before
     real = features(subject.features, subject.test)
     floor = _plain(quality(features(subject.features, subject.fit), real, seed=plan.seed))
     return {"note": subject.note, "contenders": found, "training_images": floor}
 
 
-def _judged(model: Ensemble, subject: Subject, plan: Plan, cache: Path) -> dict[str, Any]:
+def _judged(model: Ensemble, subject: Subject, plan: Plan, cache: Path, bars: Bars) -> dict[str, Any]:
     """The quality of a model's samples, which all start from the same noise."""
     images = sample(
         Denoiser(model, subject.schedule, subject.prediction),
@@ -270,7 +294,7 @@ def _judged(model: Ensemble, subject: Subject, plan: Plan, cache: Path) -> dict[
         batch_size=plan.batch,
         seed=plan.seed,
         cache=cache,
-        progress=plan.progress,
+        progress=bars.next(),
     )
     extract = subject.features
     assert extract is not None
@@ -279,16 +303,18 @@ def _judged(model: Ensemble, subject: Subject, plan: Plan, cache: Path) -> dict[
     return _plain(quality(features(extract, images), real, logits=logits, seed=plan.seed))
 
 
-def _mc_dropout(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[str, Any]:
+def _mc_dropout(subject: Subject, _: Denoiser, plan: Plan, cache: Path, bars: Bars) -> dict[str, Any]:
     if subject.dropout is None:
         return {"note": subject.dropout_note}
     models = mc_dropout.contenders(subject.dropout, subject.ensemble.num_members)
+    bars.total = len(models) + (2 if subject.features is None else 4)
     losses = {
         name: _cached_loss(
             Denoiser(model, subject.schedule, subject.prediction),
             subject.test[: plan.rows],
             plan,
             cache,
+            bars,
             rule_names=("mean",) if name == "off" else mc_dropout.RULES,
         )
         for name, model in models.items()
@@ -316,11 +342,11 @@ def _mc_dropout(subject: Subject, _: Denoiser, plan: Plan, cache: Path) -> dict[
                 for rule, values in loss.rules.items()
             },
         }
-    rows = {name: _bits(models[name], "mean", subject, plan, cache).rows for name in ("off", "fixed")}
+    rows = {name: _bits(models[name], "mean", subject, plan, cache, bars).rows for name in ("off", "fixed")}
     found["likelihood"] = {name: _row_estimate(values) for name, values in rows.items()}
     found["likelihood"]["against_off"] = _row_estimate(rows["fixed"] - rows["off"])
     if subject.features is not None:
-        found["samples"] = {name: _judged(models[name], subject, plan, cache) for name in ("off", "fixed")}
+        found["samples"] = {name: _judged(models[name], subject, plan, cache, bars) for name in ("off", "fixed")}
     return found
 
 
@@ -328,9 +354,10 @@ def _plain(value: Any) -> dict[str, Any]:
     return dataclasses.asdict(value)
 
 
-def _cost(subject: Subject, denoiser: Denoiser, plan: Plan, _: Path) -> dict[str, Any]:
+def _cost(subject: Subject, denoiser: Denoiser, plan: Plan, _: Path, __: Bars) -> dict[str, Any]:
     """Milliseconds of one evaluation of a batch, rounds interleaved, medians: by rule, of one member, of a loop."""
     x = torch.randn(plan.batch, *subject.test.shape[1:], generator=torch.Generator().manual_seed(plan.seed))
+    x = x.to(denoiser.device)
     t = torch.tensor(0.5 * (subject.schedule.t_data + subject.schedule.t_prior), dtype=torch.float64)
     single = [Denoiser(Ensemble([m]), subject.schedule, subject.prediction) for m in subject.ensemble.members]
     runs: dict[str, Any] = {"one member": lambda: single[0].epsilon(x, t)}

@@ -31,7 +31,7 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     cache: Path | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> Tensor:
     """Sample by DDIM (Song et al., "Denoising diffusion implicit models", ICLR 2021) under any schedule.
 
@@ -48,7 +48,7 @@ def sample(
         batch_size: samples at a time.
         seed: of all noise.
         cache: folder in which finished batches are kept.
-        progress: show a progress bar.
+        progress: show a progress bar, with this text in front of it.
 
     Returns:
         float32 [num, *shape] on the CPU.

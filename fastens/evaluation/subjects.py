@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.evaluation.classifier import Classifier, train_classifier
+from fastens.evaluation.denoiser import Denoiser
 from fastens.parameterisation import resolve
 from fastens.schedules import Discrete, Prediction, Schedule
 
@@ -38,6 +39,7 @@ class Subject:
         note: what the features are, or why there are none.
         dropout: a network that was trained with dropout, for MC Dropout; none for none.
         dropout_note: which network that is, or why there is none.
+        checkpoints: the members' files.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Subject:
     note: str
     dropout: nn.Module | None
     dropout_note: str
+    checkpoints: Sequence[Path]
 
 
 def bundled(name: str) -> Subject:
@@ -61,17 +64,17 @@ def bundled(name: str) -> Subject:
     from fastens.demo import dropout_path, member_paths
     from fastens.demo.data import LOADERS, load_labels
 
+    paths, path = member_paths(name), dropout_path(name)  # raise before a classifier is trained
     train, test = LOADERS[name]()
     labels, test_labels = load_labels(name)
     classifier = train_classifier(train, labels)
     with torch.no_grad():
         accuracy = float((classifier(test).argmax(1) == test_labels).double().mean())
-    path = dropout_path(name)
     what = "hand-written digits, 8x8" if name == "digits" else "patches of two colour photographs, 16x16"
     return Subject(
         name=name,
         data=f"{what}, {len(train)} training and {len(test)} test images (scikit-learn)",
-        ensemble=Ensemble(member_paths(name)),
+        ensemble=Ensemble(paths),
         schedule=Discrete.linear(),
         prediction="epsilon",
         fit=train,
@@ -85,6 +88,7 @@ def bundled(name: str) -> Subject:
         dropout_note="no network with dropout ships for these images"
         if path is None
         else "a sixth network of the members' architecture, trained by the same script with --dropout 0.1",
+        checkpoints=paths,
     )
 
 
@@ -93,6 +97,7 @@ def _width(classifier: Classifier) -> int:
 
 
 def from_files(
+    ensemble: Ensemble,
     checkpoints: Sequence[Path],
     data: Path,
     scheduler: Path | None,
@@ -100,10 +105,11 @@ def from_files(
     levels: int,
     weights: Path | None,
 ) -> Subject:
-    """Diffusers folders as members, and an array of images.
+    """Your members, and an array of images.
 
     Args:
-        checkpoints: folders that a diffusers model saved.
+        ensemble: of the members.
+        checkpoints: the members' files.
         data: ``.npy`` file [N, C, H, W], uint8, or floating point in [-1, 1]; the first half fits the weights, the
             second is held out.
         scheduler: folder of a diffusers scheduler; none for 1000 steps of linear beta.
@@ -126,18 +132,19 @@ def from_files(
     images = torch.from_numpy(array.astype(np.float32))
     if array.dtype == np.uint8:
         images = images / 127.5 - 1
-    said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else _scheduler(scheduler))
+    said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else scheduler_in(scheduler))
     assert schedule is not None
-    network, logits, note = None, None, "no feature network was given (--inception), so samples are not judged"
+    predicted = said.filled(kind="epsilon")
+    _check_shape(Denoiser(ensemble, schedule, predicted), images[:1], data)
+    half = len(images) // 2
+    network, logits, note = _random_features(images, half)
     if weights is not None:
         from fastens.evaluation.inception import Inception, inception
 
         extract = inception(weights)
-        network, note = (lambda x: extract(_bytes(x))), "features: Inception's 2048"
+        network, note = (lambda x: extract(_bytes(x))), f"features: Inception's 2048, of {weights.name}"
         if isinstance(extract, Inception):
             logits = lambda x: extract.logits(_bytes(x))  # noqa: E731
-    half = len(images) // 2
-    ensemble = Ensemble(list(checkpoints))
     first = ensemble.members[0]
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in first.modules())
     return Subject(
@@ -145,7 +152,7 @@ def from_files(
         data=f"{data.name}, {half} images to fit weights on and {len(images) - half} held out",
         ensemble=ensemble,
         schedule=schedule,
-        prediction=said.filled(kind="epsilon"),
+        prediction=predicted,
         fit=images[:half],
         test=images[half:],
         levels=levels,
@@ -154,10 +161,40 @@ def from_files(
         note=note,
         dropout=first if drops else None,
         dropout_note="member 0" if drops else "the members have no dropout layer with p above 0",
+        checkpoints=checkpoints,
     )
 
 
-def _scheduler(folder: Path) -> Any:
+def _check_shape(denoiser: Denoiser, image: Tensor, data: Path) -> None:
+    """Raise ValueError where the members do not take images of this shape."""
+    t = torch.tensor(0.5 * (denoiser.schedule.t_data + denoiser.schedule.t_prior), dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            denoiser.outputs(image.to(denoiser.device), t)
+    except (RuntimeError, IndexError) as error:
+        shape = list(image.shape[1:])
+        raise ValueError(
+            f"data {data} has images of {shape}, expected [C, H, W] as the members take them; images [H, W, C] are "
+            f"transposed by array.transpose(0, 3, 1, 2). The members said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _random_features(images: Tensor, half: int) -> tuple[Callable[[Tensor], Tensor] | None, None, str]:
+    """Features of small images without weights to fetch; none, and why, where there are too few or larger images."""
+    from fastens.evaluation.random_features import WIDTH, RandomFeatures
+
+    if max(images.shape[2:]) > 64:
+        return None, None, "no feature network was given (--inception FILE)"
+    if half <= WIDTH:
+        return None, None, f"{half} rows on each side are too few for {WIDTH} features"
+    note = (
+        f"features: {WIDTH} of a convolutional network with random weights (Naeem et al., ICML 2020), which "
+        "compare samples of one data set and are no FID; --inception FILE takes FID's network"
+    )
+    return RandomFeatures(images.shape[1]).eval(), None, note
+
+
+def scheduler_in(folder: Path) -> Any:
     """The scheduler of a folder, of the class that its config names: another class would read it as its own."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin

@@ -1,10 +1,12 @@
-"""The report in words and tables: Markdown, CSV, and the verdict."""
+"""The report in words and tables: Markdown, CSV, LaTeX, and the verdict."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastens.evaluation import mc_dropout
+from fastens.evaluation.table import Table
 
 ENOUGH = 0.9  # of the full ensemble's gain
 
@@ -96,125 +98,135 @@ def _interval(found: dict[str, float]) -> str:
     return f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
 
 
-def _loss_table(loss: dict[str, Any]) -> list[str]:
-    lines = ["| denoising loss | value | against the member mean | against the best member |", "|---|---|---|---|"]
-    lines.append(f"| member mean | {loss['member_mean']['value']:.5f} | | |")
-    lines.append(f"| best member | {loss['best_member']['value']:.5f} | | |")
+def _loss_table(loss: dict[str, Any]) -> Table:
+    rows = [[name, f"{loss[key]['value']:.5f}", "", ""] for name, key in _BASELINES.items()]
     for rule, found in loss["rules"].items():
         against = [_difference(found[key]) for key in ("against_member_mean", "against_best_member")]
-        lines.append(f"| {rule} | {found['value']:.5f} | {against[0]} | {against[1]} |")
-    return lines
+        rows.append([rule, f"{found['value']:.5f}", *against])
+    head = ["denoising loss", "value", "against the member mean", "against the best member"]
+    return Table("Denoising loss", head, rows)
 
 
-def _size_table(report: dict[str, Any]) -> list[str]:
+_BASELINES = {"member mean": "member_mean", "best member": "best_member"}
+
+
+def _size_table(report: dict[str, Any]) -> Table:
     loss, bits = report["loss"], report["likelihood"]
-    lines = ["| members | loss, mean | loss, geometric | loss, median | bits/dim, mean |", "|---|---|---|---|---|"]
+    rows = []
     for k in range(1, report["members"] + 1):
         losses = [
             loss["rules"][rule]["value"] if k == report["members"] else loss["by_size"][rule][str(k)]["value"]
             for rule in ("mean", "geometric", "median")
         ]
         measured = f"{bits['by_size'][str(k)]['value']:.4f}" if str(k) in bits["by_size"] else ""
-        lines.append(f"| {k} | " + " | ".join(f"{v:.5f}" for v in losses) + f" | {measured} |")
-    return lines
+        rows.append([str(k), *(f"{v:.5f}" for v in losses), measured])
+    head = ["members", "loss, mean", "loss, geometric", "loss, median", "bits/dim, mean"]
+    return Table("By number of members", head, rows)
 
 
-def _bits_table(bits: dict[str, Any]) -> list[str]:
-    lines = [
-        "| likelihood | bits/dim | against the member mean | rows better than their member mean |",
-        "|---|---|---|---|",
-    ]
-    lines.append(f"| member mean | {bits['by_size']['1']['value']:.4f} | | |")
-    lines.append(f"| best member | {bits['best_member']:.4f} | | |")
+def _bits_table(bits: dict[str, Any]) -> Table:
+    rows = [["member mean", f"{bits['by_size']['1']['value']:.4f}", "", ""]]
+    rows.append(["best member", f"{bits['best_member']:.4f}", "", ""])
     for rule, found in bits["rules"].items():
         share = f"{100 * found['rows_better_than_member_mean']:.1f} %"
-        lines.append(f"| {rule} | {found['value']:.4f} | {_difference(found['against_member_mean'], 4)} | {share} |")
-    return lines
+        rows.append([rule, f"{found['value']:.4f}", _difference(found["against_member_mean"], 4), share])
+    head = ["likelihood", "bits/dim", "against the member mean", "rows better than their member mean"]
+    return Table("Likelihood", head, rows)
 
 
-def _quality_table(quality: dict[str, Any]) -> list[str]:
-    if "contenders" not in quality:
-        return [quality["note"] + "."]
-    lines = [
-        "| samples | Fréchet distance | kernel distance | Inception score | precision | recall |",
-        "|---|---|---|---|---|---|",
-    ]
+def _quality_table(quality: dict[str, Any]) -> Table:
+    rows = []
     for name, found in {**quality["contenders"], "training images": quality["training_images"]}.items():
         score = _interval(found["score"]) if found["score"] else ""
-        lines.append(
-            f"| {name} | {_interval(found['frechet'])} | {_interval(found['kernel'])} | {score} "
-            f"| {found['precision']:.3f} | {found['recall']:.3f} |"
-        )
-    return lines
+        shares = [f"{found[key]:.3f}" for key in ("precision", "recall")]
+        rows.append([name, _interval(found["frechet"]), _interval(found["kernel"]), score, *shares])
+    head = ["samples", "Fréchet distance", "kernel distance", "Inception score", "precision", "recall"]
+    return Table("Samples", head, rows)
+
+
+def _weights_table(weights: dict[str, Any]) -> Table:
+    rows = [[name, *(_difference(found[key], 6) for key in ("fit", "held_out"))] for name, found in weights.items()]
+    head = ["constraint", "gain on the rows fitted on", "gain on held-out rows"]
+    return Table("Weights by noise level", head, rows)
+
+
+def _cost_table(cost: dict[str, Any]) -> Table:
+    return Table("Cost", list(cost["milliseconds"]), [[f"{value:.1f}" for value in cost["milliseconds"].values()]])
+
+
+def sections(report: dict[str, Any]) -> list[tuple[str, list[str], Table | None]]:
+    """Of each part its title, what is said of it, and its table; a part that was not done has none."""
+    loss, bits, cost, quality = report["loss"], report["likelihood"], report["cost"], report["quality"]
+    settings, dropout = report["settings"], report["mc_dropout"]
+    judged = "contenders" in quality
+    identity = (
+        f"The gain of the mean, {loss['gain_of_mean']:.7f}, is the diversity of the members, "
+        f"{loss['diversity']['value']:.7f}; at no level do the two differ by more than {loss['identity_gap']:.0e}."
+    )
+    levels = f"Mean squared error of the predicted noise: {loss['rows']} test rows, {len(loss['times'])} noise levels."
+    samples = (
+        f"{settings['samples']} samples of each, {settings['sampler_steps']} DDIM steps from the same noise, against "
+        f"the test images; {quality['note']}."
+    )
+    samples = samples if judged else f"Not judged: {quality['note']}."
+    ode = f"{bits['rows']} test rows, probability-flow ODE, {bits['evaluations']} evaluations; {bits['how']}."
+    clock = f"Milliseconds of one evaluation at batch {cost['batch']}, {report['threads']} threads, medians of five."
+    return [
+        ("Denoising loss", [levels, identity], _loss_table(loss)),
+        ("By number of members", [], _size_table(report)),
+        ("Likelihood", [ode], _bits_table(bits)),
+        (
+            "Samples",
+            [samples if judged else f"Not judged: {quality['note']}."],
+            _quality_table(quality) if judged else None,
+        ),
+        ("MC Dropout", mc_dropout.notes(dropout), mc_dropout.table(dropout)),
+        ("Weights by noise level", [], _weights_table(loss["weights"])),
+        ("Cost", [clock], _cost_table(cost)),
+    ]
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    loss, bits, cost = report["loss"], report["likelihood"], report["cost"]
-    settings, took = report["settings"], report["seconds"]
+    drawn = "loss by noise level and by number of members, likelihood"
+    drawn += ", Fréchet distance" if "contenders" in report["quality"] else ""
     lines = [
         f"# {report['members']} members on {report['subject']}",
         "",
         f"{report['data']}. ± is one standard error over rows, of paired differences where two are compared; brackets "
         "are 95 % intervals.",
         "",
-        "![loss by noise level, by number of members, likelihood and Fréchet distance](report.png)",
+        f"![{drawn}](report.png)",
         "",
         "## Verdict",
         "",
         *[f"- {line}" for line in report["verdict"]],
-        "",
-        "## Denoising loss",
-        "",
-        f"Mean squared error of the predicted noise: {loss['rows']} test rows, {len(loss['times'])} noise levels.",
-        "",
-        *_loss_table(loss),
-        "",
-        f"The gain of the mean, {loss['gain_of_mean']:.7f}, is the diversity of the members, "
-        f"{loss['diversity']['value']:.7f}; at no level do the two differ by more than {loss['identity_gap']:.0e}.",
-        "",
-        "## By number of members",
-        "",
-        *_size_table(report),
-        "",
-        "## Likelihood",
-        "",
-        f"{bits['rows']} test rows, probability-flow ODE, {bits['evaluations']} evaluations; {bits['how']}.",
-        "",
-        *_bits_table(bits),
-        "",
-        "## Samples",
-        "",
-        f"{settings['samples']} samples of each, {settings['sampler_steps']} DDIM steps from the same noise, against "
-        f"the test images; {report['quality']['note']}.",
-        "",
-        *_quality_table(report["quality"]),
-        "",
-        "## MC Dropout",
-        "",
-        *mc_dropout.markdown(report["mc_dropout"]),
-        "",
-        "## Weights by noise level",
-        "",
-        "| constraint | gain on the rows fitted on | gain on held-out rows |",
-        "|---|---|---|",
-        *[
-            f"| {name} | {_difference(found['fit'], 6)} | {_difference(found['held_out'], 6)} |"
-            for name, found in loss["weights"].items()
-        ],
-        "",
-        "## Cost",
-        "",
-        f"Milliseconds of one evaluation at batch {cost['batch']}, {report['threads']} threads, medians of five.",
-        "",
-        "| " + " | ".join(cost["milliseconds"]) + " |",
-        "|" + "---|" * len(cost["milliseconds"]),
-        "| " + " | ".join(f"{value:.0f}" for value in cost["milliseconds"].values()) + " |",
-        "",
-        f"Seconds of computing in the last run (parts of an earlier one are read): {took}.",
-        "",
     ]
+    for title, notes, table in sections(report):
+        lines += ["", f"## {title}"]
+        for note in notes:
+            lines += ["", note]
+        if table is not None:
+            lines += ["", *table.markdown()]
+    made = report["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    lines += [
+        "",
+        "## Made by",
+        "",
+        f"`{made['command']}` on {made['date']}, {made['device']}, {made['threads']} threads",
+    ]
+    lines[-1] += f", seed {made['seed']}; {versions}. Hashes of the checkpoints are in `report.json`."
+    seconds = ", ".join(f"{name} {value}" for name, value in report["seconds"].items())
+    lines += ["", f"Seconds of computing in the last run (parts of an earlier one are read): {seconds}.", ""]
     return "\n".join(lines)
+
+
+def latex(report: dict[str, Any]) -> str:
+    """The tables for a paper, with the package booktabs."""
+    label = re.sub(r"[^a-z0-9]+", "-", report["subject"].lower())
+    tables = [table.latex(label) for _, _, table in sections(report) if table is not None]
+    return "\n\n".join(["% \\usepackage{booktabs}", *tables]) + "\n"
 
 
 def csv(report: dict[str, Any]) -> str:

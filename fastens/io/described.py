@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastens.io import containers
+
+
+def factory(folder: Path) -> Callable[[], nn.Module]:
+    """A function that makes the network of a diffusers folder's ``config.json``, without its weights.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        ValueError: the file describes no model of diffusers.
+    """
+    file = folder / "config.json"
+    config = containers.read_json(file)
+    diffusers_class(file, config.get("_class_name"))
+    return lambda: make(file, config.get("_class_name"), config)
 
 
 def diffusers_class(where: Path, name: Any) -> Any:

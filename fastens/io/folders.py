@@ -154,7 +154,8 @@ def model_folder(folder: Path, wish: Wish) -> tuple[Path, Wish]:
     if denoisers:
         names = ", ".join(path.name for path in denoisers)
         raise ValueError(
-            f"checkpoint {folder} holds the models {names}: say which by key=, as in key={denoisers[0].name!r}"
+            f"checkpoint {folder} holds the models {names}: say which by key=, as in key={denoisers[0].name!r}; "
+            "if each is a member, pass them all"
         )
     return folder, wish
 

@@ -149,13 +149,10 @@ def report(path: Path, wish: Wish, factory: Factory | None = None, names: bool =
 
 
 def _described(folder: Path) -> Factory | None:
-    file = folder / folders.CONFIG
-    config = containers.read_json(file)
     try:
-        described.diffusers_class(file, config.get("_class_name"))
+        return described.factory(folder)
     except (ValueError, ImportError):
         return None
-    return lambda: described.make(file, config.get("_class_name"), config)
 
 
 def _taken(contents: Contents, wish: Wish, factory: Factory) -> str:

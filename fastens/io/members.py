@@ -69,9 +69,11 @@ def _made(make: Factory) -> nn.Module:
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / folders.CONFIG
     if not file.is_file():
+        inner = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+        advice = f"; it has the folders {', '.join(inner[:4])}: if they are the members, pass them" if inner else ""
         raise ValueError(
-            f"checkpoint {folder} has no {folders.CONFIG}, so it is no diffusers folder; pass factory=, which makes "
-            "the network"
+            f"checkpoint {folder} has no {folders.CONFIG}, so it is no diffusers folder{advice}; pass factory=, which "
+            "makes the network"
         )
     config = containers.read_json(file)
     described.diffusers_class(file, config.get("_class_name"))

@@ -41,7 +41,7 @@ class ForestDiffusion(BaseEstimator):
         columns_: the table's code.
         labels_: distinct labels, or [None].
         probabilities_: their frequencies.
-        forests_: [label][level][column], one column for all where one forest predicts every column.
+        forests_: indexed by label, level and column, one column for all where one forest predicts every column.
     """
 
     def __init__(

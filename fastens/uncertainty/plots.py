@@ -23,6 +23,11 @@ def _image(x: np.ndarray) -> np.ndarray:
     return x[..., 0] if x.ndim == 3 and x.shape[-1] == 1 else x
 
 
+def _grey(image: np.ndarray) -> np.ndarray:
+    """[H, W] of [H, W] or [H, W, 3]: the mean over channels."""
+    return image if image.ndim == 2 else image.mean(-1)
+
+
 def _save(figure: Any, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -34,6 +39,8 @@ def _save(figure: Any, path: str | Path) -> None:
 def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, given: Array | None = None) -> None:
     """Draw, for each of B problems, a sample, the mean, the epistemic and the aleatoric deviation side by side.
 
+    All deviations, and the error, are on one colour scale, which is drawn.
+
     Args:
         samples: [K, N, B, C, H, W], or without C: N samples of each member for B problems, in [-1, 1].
         path: of the picture.
@@ -44,6 +51,8 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
         ValueError: samples of fewer dimensions.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
     x = _array(samples)
     if x.ndim not in (5, 6):
@@ -54,8 +63,11 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
     if truth is not None:
         maps["error"] = np.abs(mean - _array(truth))
     images = {name: _array(value) for name, value in images.items() if value is not None}
+    maps = {name: [_grey(_image(each)) for each in found] for name, found in maps.items()}
+    top = max(float(each.max()) for found in maps.values() for each in found)
     columns = [*images, *maps]
-    figure, axes = plt.subplots(len(mean), len(columns), figsize=(1.5 * len(columns), 1.5 * len(mean)), squeeze=False)
+    size = (1.5 * len(columns) + 1, 1.5 * len(mean))
+    figure, axes = plt.subplots(len(mean), len(columns), figsize=size, squeeze=False, layout="constrained")
     for row, line in enumerate(axes):
         for axis, name in zip(line, columns, strict=True):
             axis.axis("off")
@@ -64,8 +76,9 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
             if name in images:
                 axis.imshow(_image(images[name][row].clip(-1, 1) / 2 + 0.5), cmap="gray", vmin=0, vmax=1)
             else:
-                found = _image(maps[name][row])
-                axis.imshow(found if found.ndim == 2 else found.mean(-1), cmap="magma", vmin=0)
+                axis.imshow(maps[name][row], cmap="magma", vmin=0, vmax=top)
+    scale = ScalarMappable(Normalize(0, top), "magma")
+    figure.colorbar(scale, ax=axes, shrink=min(1.0, 3 / len(mean)), label="deviation")
     _save(figure, path)
 
 

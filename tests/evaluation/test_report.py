@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastens.cli import main
+from fastens.demo.data import load_digits
+from fastens.evaluation import quality
+from fastens.evaluation.random_features import RandomFeatures
+from fastens.evaluation.report import QUICK
 from tests.networks import randomised, unet_2d
 
 likelihood = importlib.import_module("fastens.evaluation.likelihood")  # the package has the function by this name
@@ -41,7 +46,12 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     assert report["loss"]["gain_of_mean"] == pytest.approx(report["loss"]["diversity"]["value"], abs=1e-7)
     assert set(report["likelihood"]["by_size"]) == {"1", "2"}
     assert "no dropout layer" in report["mc_dropout"]["note"]
-    assert "not judged" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    assert "Not judged: 6 rows on each side are too few for 32 features" in page
+    assert "samples of each" not in page
+    tables = (tmp_path / "report.tex").read_text()
+    assert tables.count(r"\begin{tabular}") == tables.count(r"\end{table}") == 5  # no samples, no dropout
+    assert not re.search(r"[^\\][%&]\w|±|_(?!abs)", tables.replace("% \\usepackage", ""))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.csv").read_text().startswith("quantity,of,value")
     assert report["verdict"][0] in capsys.readouterr().out
@@ -52,6 +62,32 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["loss"] == report["loss"]
     assert again["likelihood"] == report["likelihood"]
+
+
+def test_a_quick_report_judges_samples_of_small_images(folders, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (80, 1, 8, 8), dtype=np.uint8)
+    np.save(data := tmp_path / "data.npy", images)
+    little = ["--likelihood-rows", "2", "--rows", "4", "--samples", "40", "--sampler-steps", "1", "--ode-steps", "1"]
+    main(["evaluate", *folders, "--data", str(data), "--quick", "--json", "--out", str(tmp_path / "out"), *little])
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["settings"]["noise_levels"] == QUICK["noise_levels"]
+    assert report["settings"]["samples"] == 40
+    assert report["quality"]["contenders"].keys() == {"mean", "geometric", "median", "dominant", "member 0", "member 1"}
+    assert "no FID" in report["quality"]["note"]
+    assert "1/5 loss, 1 of 2" in printed.err
+    assert "3/5 quality, 6 of 6" in printed.err
+
+
+def test_random_features_tell_samples_from_noise():
+    train, test = (x[:256] for x in load_digits())
+    network = RandomFeatures(1)
+    assert all(map(torch.equal, network.parameters(), RandomFeatures(1).parameters()))
+    noise = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blurred = torch.nn.functional.avg_pool2d(train, 3, 1, 1)
+    found = [float(quality(network(x), network(test), resamples=1).frechet.value) for x in (train, blurred, noise)]
+    assert found[0] < 0.2 * found[1]
+    assert found[0] < 0.2 * found[2]
 
 
 def arguments_of(folders, images, out):
@@ -75,8 +111,9 @@ def test_interrupted_report_goes_on(folders, images, tmp_path, monkeypatch):
         return run(*arguments)
 
     monkeypatch.setattr(likelihood, "_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         main(arguments_of(folders, images, cut))
+    assert stop.value.code == 130
     assert not list(cut.glob("report.*"))
     stamps = {path: path.stat().st_mtime_ns for path in cut.rglob("*.npz")}
     assert len(stamps) == 4  # two losses, two batches
@@ -131,6 +168,7 @@ def test_report_on_digits(tmp_path):
         (["{member}", "--data", "{text}"], "no .npy file"),
         (["{member}", "--data", "{flat}"], "expected images"),
         (["{member}", "--data", "{wide}"], r"scale the data"),
+        (["{member}", "--data", "{last}"], "has images of [8, 8, 1], expected [C, H, W]"),
         (["{member}", "--data", "{images}", "--prediction", "noise"], "epsilon"),
         (["{member}", "--data", "{images}", "--inception", "nowhere.pth"], "nowhere.pth does not exist"),
         (["digits", "--batch", "0"], "--batch is 0"),
@@ -142,8 +180,9 @@ def test_bad_input_is_one_line(arguments, message, folders, images, tmp_path, ca
     text, flat, wide = (tmp_path / name for name in ("text.npy", "flat.npy", "wide.npy"))
     text.write_text("no array")
     np.save(flat, np.zeros((8, 3)))
+    np.save(last := tmp_path / "last.npy", np.zeros((8, 8, 8, 1), np.float32))
     np.save(wide, np.full((8, 1, 8, 8), 2.0))
-    names = {"member": folders[0], "images": images, "text": text, "flat": flat, "wide": wide}
+    names = {"member": folders[0], "images": images, "text": text, "flat": flat, "wide": wide, "last": last}
     arguments = [argument.format(**names) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]

@@ -73,7 +73,10 @@ def test_halves_are_disjoint_and_keep_the_target():
 
 
 def test_bad_input(tmp_path, capsys):
-    for arguments, message in ((["mars"], "'mars' is no data set"), (["iris", "--seeds", "0"], "--seeds is 0")):
+    for arguments, message in (
+        (["mars"], "'mars' is no data set"),
+        (["iris", "--seeds", "0"], "--seeds: 0 is not at least 1"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["evaluate", "tabular", *arguments, "--out", str(tmp_path)])
         assert stop.value.code == 2

@@ -1,0 +1,1 @@
+"""The members of fastens' demo: weights and nothing else."""

@@ -1,0 +1,226 @@
+"""``fastens sample``: images by an ensemble of checkpoints, or by each of its members, with what they were made by."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastens.cli.parsing import add_device, add_members, add_output, command, ensemble_of, positive
+from fastens.files import check_writable, whole, write_json
+
+_RULES = "mean, sum, median, geometric, dominant, max_abs, alternating, mixture, or a rule that a package offers"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    examples = """
+    fastens sample run1/unet run2/unet run3/unet --rule median --num 64
+    fastens sample runs/*/last.ckpt --like run0/unet --scheduler run0/scheduler
+    fastens sample run1/unet run2/unet --per-member 8 --shared-noise
+    """
+    parser = command(commands, "sample", run, "sample images by DDIM with an ensemble of your checkpoints", examples)
+    parser.set_defaults(needs=lambda options: ("diffusers", *(("plot",) if options.per_member else ())))
+    add_members(parser)
+    parser.add_argument("--rule", default="mean", help=_RULES)
+    parser.add_argument("--num", type=positive, default=16, help="how many images")
+    parser.add_argument("--batch", type=positive, default=16, help="images at a time")
+    parser.add_argument("--steps", type=positive, default=50, help="sampler steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of drawn members")
+    add_scheduler(parser)
+    parser.add_argument(
+        "--shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="of an image, where no config says"
+    )
+    parser.add_argument(
+        "--per-member", type=positive, metavar="N", help="sample N of each member, in place of --num of the ensemble"
+    )
+    parser.add_argument("--shared-noise", action="store_true", help="with --per-member: the same noise for all members")
+    parser.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
+    add_device(parser)
+    add_output(parser)
+
+
+def add_scheduler(parser: argparse.ArgumentParser) -> None:
+    """``--scheduler``."""
+    parser.add_argument(
+        "--scheduler",
+        type=Path,
+        metavar="FOLDER",
+        help="of a diffusers scheduler; default: the one beside the first checkpoint, else linear beta in 1000 steps",
+    )
+
+
+def scheduler_folder(options: argparse.Namespace) -> Path | None:
+    """The folder of the scheduler that was named, or that a pipeline has beside its network; none for neither."""
+    if options.scheduler is not None:
+        return options.scheduler
+    first = Path(options.checkpoints[0])
+    beside = [first / "scheduler", first.parent / "scheduler"]
+    return next((folder for folder in beside if (folder / "scheduler_config.json").is_file()), None)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Sample and write."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    from fastens import rules
+    from fastens.evaluation.subjects import scheduler_in
+    from fastens.provenance import provenance
+
+    rule = rules.get(options.rule)
+    if options.shared_noise and options.per_member is None:
+        raise ValueError("--shared-noise is of --per-member N, samples of each member; samples of the ensemble are one")
+    check_writable(options.out)
+    folder = scheduler_folder(options)
+    scheduler = DDIMScheduler(num_train_timesteps=1000) if folder is None else scheduler_in(folder)
+    if "beta_schedule" not in scheduler.config:
+        raise ValueError(
+            f"--scheduler {folder}: {type(scheduler).__name__} has no betas, and DDIM needs them; put the ensemble "
+            "into a pipeline of its own kind"
+        )
+    scheduler = DDIMScheduler.from_config(scheduler.config)
+    ensemble = ensemble_of(options, rule)
+    _check_unconditional(ensemble)
+    shape = _shape(ensemble, options.shape)
+    kept = {
+        "command": "sample",
+        "rule": rule.to_dict(),
+        "members": ensemble.num_members,
+        **{name: getattr(options, name) for name in ("num", "batch", "steps", "seed", "per_member", "shared_noise")},
+        "scheduler": {"class": "DDIMScheduler", "from": str(folder) if folder else "linear beta", **_plain(scheduler)},
+        "layout": "float32 [N, C, H, W] in [-1, 1], as `fastens evaluate --data` reads it",
+        "provenance": provenance(options.checkpoints, device=ensemble.device, seed=options.seed),
+    }
+    if options.per_member is None:
+        found = _ensemble(ensemble, scheduler, shape, options)
+    else:
+        found = _each_member(ensemble, scheduler, shape, options)
+    write_json(options.out / "samples.json", kept | found)
+    if options.json:
+        print(json.dumps(kept | found, indent=1))
+        return
+    print(f"samples: {options.out / 'samples.npy'}")
+    print(f"pictures: {', '.join(str(options.out / name) for name in found['pictures'])}")
+    print(f"made by: {options.out / 'samples.json'}")
+
+
+def ddim(ensemble: Any, scheduler: Any, shape: tuple[int, ...], steps: int, num: int, generator: Any) -> Any:
+    """DDIM of an unconditional network, float32 [num, C, H, W] in [-1, 1]: what diffusers' pipeline does."""
+    import torch
+    from diffusers.utils.torch_utils import randn_tensor
+
+    x = randn_tensor((num, *shape), generator=generator, device=ensemble.device, dtype=torch.float32)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        output = ensemble(x.to(ensemble.dtype), t)
+        predicted = output[0] if not isinstance(output, torch.Tensor) else output
+        x = scheduler.step(predicted.to(x.dtype), t, x, generator=generator).prev_sample
+    return x.clamp(-1, 1)
+
+
+def _ensemble(ensemble: Any, scheduler: Any, shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(options.seed)
+    images = []
+    label = f"sampling by {ensemble.rule.name}"
+    with torch.no_grad(), tqdm(total=options.num, unit="image", desc=label, disable=options.quiet) as bar:
+        for start in range(0, options.num, options.batch):
+            size = min(options.batch, options.num - start)
+            with ensemble.trajectory(size, torch.Generator().manual_seed(options.seed + start)):
+                images.append(ddim(ensemble, scheduler, shape, options.steps, size, generator).cpu().numpy())
+            bar.update(size)
+    samples = np.concatenate(images)  # [N, C, H, W]
+    _save(options.out / "samples.npy", samples)
+    columns = math.ceil(math.sqrt(len(samples)))
+    _save_image(options.out / "samples.png", _sheet(samples, columns))
+    for i, sample in enumerate(samples):
+        _save_image(options.out / f"sample_{i:04}.png", sample)
+    return {"pictures": ["samples.png"]}
+
+
+def _each_member(ensemble: Any, scheduler: Any, shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
+    from fastens.runs import sample_members
+    from fastens.uncertainty.measures import decompose
+    from fastens.uncertainty.plots import plot_maps
+
+    def sampler(num: int, generator: Any = None) -> Any:
+        return ddim(ensemble, scheduler, shape, options.steps, num, generator)
+
+    found = sample_members(
+        sampler,
+        None,
+        options.per_member,
+        ensemble=ensemble,
+        shared_noise=options.shared_noise,
+        generator=options.seed,
+    )
+    samples = found.cpu().numpy()  # [K, N, C, H, W]
+    _save(options.out / "samples.npy", samples)
+    _save_image(options.out / "members.png", _sheet(samples.reshape(-1, *shape), options.per_member))
+    with whole(options.out / "maps.png") as (partial,):
+        # From shared noise sample n of each member is of the same start: as one problem each.
+        plot_maps(samples[:, None] if options.shared_noise else samples[:, :, None], partial)
+    parts = decompose(samples)
+    return {
+        "layout": "float32 [K, N, C, H, W] in [-1, 1], N samples of each of K members",
+        "pictures": ["members.png", "maps.png"],
+        "epistemic_variance": float(parts.epistemic.mean()),
+        "aleatoric_variance": float(parts.aleatoric.mean()),
+    }
+
+
+def _check_unconditional(ensemble: Any) -> None:
+    """Raise ValueError for a network that takes more than a sample and a time."""
+    parameters = list(inspect.signature(ensemble.forward).parameters.values())
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    if len(named) > 2:
+        raise ValueError(
+            f"the members need {', '.join(named[2:])} beside a sample and a time, which `fastens sample` has not; put "
+            "the ensemble into their pipeline in Python: Pipeline.from_pretrained(..., unet=fastens.Ensemble(paths))"
+        )
+
+
+def _shape(ensemble: Any, given: list[int] | None) -> tuple[int, ...]:
+    if given:
+        return tuple(given)
+    config = getattr(ensemble, "config", {})
+    size, channels = (config.get(name) for name in ("sample_size", "in_channels"))
+    if size is None or channels is None:
+        raise ValueError("the checkpoints do not say the shape of an image; give it as --shape C H W")
+    return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+
+def _plain(scheduler: Any) -> dict[str, Any]:
+    kept = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
+    return {name: value for name, value in kept.items() if isinstance(value, str | int | float | bool | None)}
+
+
+def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [n, C, H, W] side by side, in rows of ``columns``: [C, rows H, columns W]."""
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = np.ones((rows * columns, channels, height, width), images.dtype)
+    sheet[:n] = images
+    grid = sheet.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4)
+    return grid.reshape(channels, rows * height, columns * width)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with whole(path) as (partial,):
+        np.save(partial, array)
+
+
+def _save_image(path: Path, image: np.ndarray) -> None:
+    """Write [C, H, W] in [-1, 1] as PNG; of other than 1 or 3 channels the first."""
+    from PIL import Image
+
+    pixels = ((image.transpose(1, 2, 0) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    with whole(path) as (partial,):
+        Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]).save(partial, format="PNG")

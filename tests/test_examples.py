@@ -1,0 +1,38 @@
+"""The examples run as they are, on fewer steps, and every picture of the gallery is one that they draw."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("error:fastens")
+def test_the_gallery(tmp_path, monkeypatch):
+    gallery = example("gallery")
+    monkeypatch.setattr(gallery, "STEPS", 4)
+    monkeypatch.setattr(gallery, "SHOWN", 2)
+    gallery.main(tmp_path, [])
+    shown = set(re.findall(r"\(gallery/(\w+)\.png\)", (ROOT / "docs" / "gallery.md").read_text()))
+    assert len(shown) >= 10
+    assert shown == gallery.PICTURES.keys() == {path.stem for path in tmp_path.glob("*.png")}
+    assert shown == {path.stem for path in (ROOT / "docs" / "gallery").glob("*.png")}
+    for path in tmp_path.glob("*.png"):
+        assert len(Image.open(path).convert("L").getcolors()) > 10  # something is drawn
+
+
+def test_maps_of_steps(tmp_path, monkeypatch):
+    module = example("variance_maps")
+    monkeypatch.setattr(module, "STEPS", 3)
+    module.main(str(tmp_path / "maps.png"))
+    assert Image.open(tmp_path / "maps.png").size[0] > 500
