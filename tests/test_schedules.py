@@ -198,3 +198,10 @@ def test_values_survive(schedule):
 def test_bad_parameters(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("schedule", [Discrete.linear(), VP(), Flow(), EDM()], ids=repr)
+def test_a_time_that_is_nan_has_no_noise_level(schedule):
+    """Schedulers of diffusers give such timesteps where their tables overflow; as an index it would stop a device."""
+    noise = schedule.sigma(schedule.time(torch.tensor([float("nan"), 0.5])))
+    assert noise.isnan().tolist() == [True, False]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import inspect
 import types as python_types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import _CheckpointFrame
 
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
@@ -75,7 +79,7 @@ class Fold(TorchFunctionMode):
         self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
-        self.checkpoint = None if hidden.whole else _checkpoint()  # around the pass, which runs again as a whole
+        self.checkpoint = _checkpoint()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
 
     @staticmethod
@@ -177,6 +181,31 @@ class Fold(TorchFunctionMode):
         return dispatch(self, func, args, kwargs)
 
 
+_CURRENT: contextvars.ContextVar[Fold | None] = contextvars.ContextVar("fastens.fold", default=None)
+
+
+def current_fold() -> Fold | None:
+    """The pass in progress in this context."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def inside(fold: Fold, calls: dict[str, int] | None = None) -> Iterator[None]:
+    """Run Python in a pass; or a part of it again, before which ``calls`` counts the dropouts."""
+    masks = fold.masks
+    counted = None if masks is None else masks.calls
+    if masks is not None and calls is not None:
+        masks.calls = calls.copy()
+    token = _CURRENT.set(fold)
+    try:
+        with nullcontext() if fold in _get_current_function_mode_stack() else fold:
+            yield
+    finally:
+        _CURRENT.reset(token)
+        if masks is not None:
+            masks.calls = counted
+
+
 def rule(*functions: Any, own_op: bool = False) -> Callable[[Rule], Rule]:
     """Register what a function does to member-valued tensors; ``own_op`` where it calls one of our ops."""
 
@@ -230,16 +259,16 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
                 break
     if kwargs and not args:
         args, kwargs = _first_in_front(kwargs)
+    if torch.is_grad_enabled():
+        _resume(fold)
+        if wrappers:
+            check_derivatives((args, kwargs))
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
     if not members:
         if fold.recording and func in AS_STEPS:
             return AS_STEPS[func](fold, func, *args, **kwargs)
         return run_common(fold, func, args, kwargs, wrappers)
-    if torch.is_grad_enabled():
-        check_derivatives((args, kwargs))
-        if not fold.hidden.whole and _checkpoint() is not fold.checkpoint:
-            raise NotFoldable("an activation checkpoint runs again when the pass, of some members or rows, is over")
     if func in READS:
         raise ReadsValues(f"{name_of(func)} of a tensor that differs between members has no one answer")
     if kwargs.get("out") is not None:
@@ -317,9 +346,26 @@ def _has_tensor(args: Any) -> bool:
 
 
 def _checkpoint() -> Any:
-    """The innermost activation checkpoint in progress, by its hook, whose functions the backward pass runs again."""
+    """The innermost activation checkpoint in progress, whose functions the backward pass runs again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
+        return None
+    held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
+    return next((x for x in held if isinstance(x, _CheckpointFrame)), None)  # none in such a second run
+
+
+def _resume(fold: Fold) -> None:
+    """Let a checkpoint that began inside a pass run again inside it: under its hidden dimension, with its masks."""
+    frame = _checkpoint()
+    if frame is None or frame is fold.checkpoint or getattr(frame.recompute_fn, "func", None) is _again:
+        return
+    calls = None if fold.masks is None else fold.masks.calls.copy()
+    frame.recompute_fn = functools.partial(_again, fold, calls, frame.recompute_fn)
+
+
+def _again(fold: Fold, calls: dict[str, int] | None, run: Callable[..., None], *args: Any) -> None:
+    with inside(fold, calls):
+        run(*args)
 
 
 def check_derivatives(tree: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
-from fastens.fold.dispatch import Fold, check_derivatives
+from fastens.fold.dispatch import Fold, check_derivatives, inside
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
@@ -41,12 +40,6 @@ from fastens.ops.run_program import target
 from fastens.report import Report
 
 Result = TypeVar("Result")
-_CURRENT: contextvars.ContextVar[Fold | None] = contextvars.ContextVar("fastens.fold", default=None)
-
-
-def current_fold() -> Fold | None:
-    """The pass in progress in this context."""
-    return _CURRENT.get()
 
 
 class FoldEngine:
@@ -329,12 +322,8 @@ class FoldEngine:
     ) -> Any:
         """Run the network's own code, or a member's, in a pass; return what it returns, of wrappers."""
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
-        token = _CURRENT.set(fold)
-        try:
-            with fold:
-                output = call(network or self.network, method, args, kwargs)
-        finally:
-            _CURRENT.reset(token)
+        with inside(fold):
+            output = call(network or self.network, method, args, kwargs)
         if torch.is_grad_enabled():
             check_derivatives(pytree.tree_leaves(output))
         if fold.masks is not None and method == "forward" and not fold.masks.applied and arguments.batch_size:

@@ -6,7 +6,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.dispatch import Fold
+from fastens.fold.dispatch import Fold, inside
 from fastens.fold.leaves import unwrapped
 from fastens.fold.masks import MaskPass, Masks
 from fastens.fold.tensor import one_member
@@ -35,6 +35,6 @@ class MaskedMember(nn.Module):
         masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
         fold = Fold(hidden, wrapped=True, masks=masks)
         bound, named = arguments.bound(fold)
-        with fold:
+        with inside(fold):
             output = self.network(*bound, **named)
         return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)

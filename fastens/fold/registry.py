@@ -87,7 +87,7 @@ class _Forward:
         self.folded_class = folded_class
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        from fastens.fold.engine import current_fold
+        from fastens.fold.dispatch import current_fold
 
         fold = current_fold()
         if fold is None:

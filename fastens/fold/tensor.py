@@ -191,8 +191,7 @@ class MemberTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Outside a pass, as in a checkpoint's second run: evaluate for all members, as inside one."""
-        from fastens.fold.dispatch import Fold, dispatch
-        from fastens.fold.engine import current_fold
+        from fastens.fold.dispatch import Fold, current_fold, dispatch
 
         try:
             return dispatch(Fold.of(args, kwargs or {}), func, args, kwargs or {})

@@ -84,7 +84,7 @@ class Discrete(Schedule):
             tables[t.device] = tuple(x.to(t.device) for x in tables[torch.device("cpu")])
         table, logs, slopes = tables[t.device]
         t = t.clamp(0, self.num_steps - 1)
-        step = t.floor().clamp(max=self.num_steps - 2)
+        step = t.nan_to_num(0).floor().clamp(max=self.num_steps - 2)  # NaN is no index, and stays NaN in u
         index, u = step.long(), t - step
         y0, y1, m0, m1 = logs[index], logs[index + 1], slopes[index], slopes[index + 1]
         rise = y1 - y0
