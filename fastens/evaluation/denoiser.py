@@ -45,8 +45,9 @@ class Denoiser:
     ) -> None:
         given = prediction if isinstance(prediction, Prediction) else Prediction(prediction)
         found = given.with_(parameterisation.read(schedule), "prediction=", parameterisation.source_of(schedule))
-        if isinstance(model, Ensemble):
-            found = found.with_(model._prediction, "the denoiser's arguments", "the ensemble")
+        said = getattr(model, "_prediction", None)  # of an ensemble, or a composition
+        if isinstance(said, Prediction):
+            found = found.with_(said, "the denoiser's arguments", "the ensemble")
         if found.schedule is None:
             raise ValueError("schedule: expected the noise schedule that the model was trained under, got none")
         found.check_said()
