@@ -236,7 +236,7 @@ def test_variances_are_those_of_the_condition(x, order):
 @pytest.mark.parametrize("order", ["after", "before"])
 def test_autoguided_by_a_network_of_another_structure_and_parameterisation(x, kind, weak_kind, order):
     members, weak = made(), made(Unconditional, 2)
-    ensemble = fastens.Ensemble(members, "median", prediction=kind, schedule=SCHEDULE)
+    ensemble = fastens.Ensemble(members, "dominant", prediction=kind, schedule=SCHEDULE)
     guide = fastens.Ensemble(weak, prediction=weak_kind, schedule=SCHEDULE)
     composed = compose(ensemble, Autoguided(2.0, weak=guide), order=order)
     alpha, sigma = (c.view(-1, 1, 1, 1) for c in (SCHEDULE.alpha(T), SCHEDULE.sigma(T)))
@@ -251,21 +251,33 @@ def test_autoguided_by_a_network_of_another_structure_and_parameterisation(x, ki
     w = back(data(torch.stack([m(x, T) for m in weak]).mean(0), weak_kind))
     strong = [m(x, T, LABELS) for m in copy.deepcopy(members)]
     if order == "after":
-        s = combined("median", strong)
+        s = combined("dominant", strong)
         expected = w + 2 * (s - w)
     else:
-        expected = combined("median", [w + 2 * (s - w) for s in strong])
+        expected = combined("dominant", [w + 2 * (s - w) for s in strong])
     close(composed(x, T, LABELS), expected, 1e-9)
 
 
-def test_guided_and_autoguided_by_one_module(x):
+@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize("rule", ["mean", "dominant"])
+def test_guided_and_autoguided_by_one_module(x, rule, order):
     members, (weak,) = made(), made(Unconditional, 1)
     composed = compose(
-        fastens.Ensemble(members), Guided(3.0, unconditional={"class_labels": NULL}), Autoguided(1.5, weak=weak)
+        fastens.Ensemble(members, rule),
+        Guided(3.0, unconditional={"class_labels": NULL}),
+        Autoguided(1.5, weak=weak),
+        order=order,
     )
-    cond = torch.stack([m(x, T, LABELS) for m in members]).mean(0)
-    expected = by_hand(members, "mean", "after", 3.0, x, T) + 0.5 * (cond - weak(x, T))
+    cond, uncond = ([m(x, T, labels) for m in copy.deepcopy(members)] for labels in (LABELS, NULLS))
+    if order == "after":
+        c, u = combined(rule, cond), combined(rule, uncond)
+        expected = c + 2 * (c - u) + 0.5 * (c - weak(x, T))
+    else:
+        expected = combined(rule, [c + 2 * (c - u) + 0.5 * (c - weak(x, T)) for c, u in zip(cond, uncond, strict=True)])
+    calls = []
+    composed.weak[0].register_forward_hook(lambda *_: calls.append(1))
     close(composed(x, T, LABELS), expected)
+    assert len(calls) == 1
     with torch.no_grad():
         for _ in range(3):
             composed(x, T, LABELS)
