@@ -188,7 +188,7 @@ CASES = (
     ),
     Case(
         "guidance 3 in a mixture",
-        lambda d: [Mixture(SCHEDULE, _axis(d, 1.0), 1.0), Mixture(SCHEDULE, _axis(d, -1.0, 1.0), 1.0)],
+        lambda d: [Mixture(SCHEDULE, _axis(d, 1.0, 1.0), 1.0), Mixture(SCHEDULE, _axis(d, -1.0, 1.0), 1.0)],
         (3.0, -2.0),
         lambda n, d, g: _along_an_axis(
             lambda x: 3 * _line(x, (1.0,), 1.0, (1.0,)) - 2 * _line(x, (-1.0, 1.0), 1.0, (0.5, 0.5)), 1.0, n, d, g

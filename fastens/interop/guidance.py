@@ -98,8 +98,8 @@ class EnsembleGuidance(BaseGuidance):
             return
         if not isinstance(denoiser, Ensemble):
             raise TypeError(
-                f"EnsembleGuidance: the model is a {type(denoiser).__name__}, expected a fastens.Ensemble; other models "
-                "take diffusers.ClassifierFreeGuidance"
+                f"EnsembleGuidance: the model is a {type(denoiser).__name__}, expected a fastens.Ensemble; other "
+                "models take diffusers.ClassifierFreeGuidance"
             )
         if "forward" in denoiser.__dict__:
             raise RuntimeError(

@@ -156,7 +156,7 @@ class ByHand(nn.Module):
     def __init__(self, members, labels, null, scale):
         super().__init__()
         self.members, self.labels, self.null, self.scale = nn.ModuleList(copy.deepcopy(members)), labels, null, scale
-        self.config, self.dtype = members[0].config, torch.float64
+        self.config, self.dtype, self.device = members[0].config, torch.float64, torch.device("cpu")
 
     def forward(self, x, t):
         cond, uncond = (
