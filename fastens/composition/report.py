@@ -201,8 +201,8 @@ def page(results: list[Result], tracked: list[dict[str, Any]], settings: str, se
         "",
         "Two members, target *or*: root mean square errors of the tracked log-densities against the true ones, in "
         "nats. Mixtures and equal densities depend on differences between members only. Under the SDE, Ito's estimator "
-        "needs no probe and errs by its steps; under the ODE one probe of all members is taken at each step, drawn anew, and "
-        "the expected error is what the output's variance says of it.",
+        "needs no probe and errs by its steps; under the ODE one probe of all members is taken at each step, drawn "
+        "anew, and the expected error is what the output's variance says of it.",
         "",
         "| noise | steps | dimensions | error | of the difference | expected of probes | range of the difference |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,6 @@
 """Guidance of ensembles, held against loops over deep copies of the members in float64."""
 
 import copy
-import itertools
 import warnings
 
 import pytest
@@ -13,54 +12,12 @@ from fastens import rules, schedules
 from fastens.composition import Autoguided, Guided, compose
 from fastens.evaluation import Denoiser
 from fastens.samplers import Sampler
-from tests.networks import randomised
-
-SCHEDULE = schedules.VP()
-CLASSES, NULL = 4, 4
-B = 3
-
-
-class Network(nn.Module):
-    """A conditional network; ``out`` channels for 2 that come in."""
-
-    def __init__(self, out=2, width=6):
-        super().__init__()
-        self.first = nn.Conv2d(2, width, 3, padding=1)
-        self.last = nn.Conv2d(width, out, 3, padding=1)
-        self.time = nn.Linear(1, width)
-        self.label = nn.Embedding(CLASSES + 1, width)
-
-    def forward(self, x, t, class_labels=None, scale=1.0):
-        t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
-        h = self.first(x) + (self.time(t) + self.label(class_labels))[:, :, None, None]
-        return self.last(h.tanh()) * scale
-
-
-class Unconditional(nn.Module):
-    def __init__(self, width=4, depth=2):
-        super().__init__()
-        widths = [2, *[width] * depth, 2]
-        pairs = itertools.pairwise(widths)
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
-
-    def forward(self, x, t, class_labels=None):
-        for layer in self.layers:
-            x = layer(x).tanh()
-        return x
-
-
-def made(make=Network, number=3):
-    return [randomised(make, seed).double() for seed in range(number)]
+from tests.composition.networks import LABELS, NULL, NULLS, SCHEDULE, B, Network, T, Unconditional, made
 
 
 @pytest.fixture
 def x():
     return torch.randn(B, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-T = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-LABELS = torch.tensor([0, 3, 1])
-NULLS = torch.full((B,), NULL)
 
 
 def combined(rule, outputs):
@@ -384,78 +341,3 @@ def test_branches_that_cannot_stand_side_by_side_warn_and_are_evaluated_apart(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guided(x, T, LABELS, scale=1.0)
-
-
-class BatchNormed(Network):
-    def forward(self, x, t, class_labels=None):
-        y = super().forward(x, t, class_labels)
-        return y - y.mean(0)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda e: Guided(2.0), ValueError, "unconditional is empty"),
-        (lambda e: Guided("a", unconditional={"y": 1}), ValueError, "scale is 'a'"),
-        (lambda e: Guided(float("inf"), unconditional={"y": 1}), ValueError, "scale is inf"),
-        (lambda e: Guided(2.0, unconditional=3), TypeError, "arguments by name"),
-        (lambda e: Guided(2.0, interval=(2, 1), unconditional={"y": 1}), ValueError, "0 <= low < high"),
-        (lambda e: Guided([1, 2], log_snr=[2, 1], unconditional={"y": 1}), ValueError, "rising"),
-        (lambda e: Autoguided(2.0), TypeError, "expected a torch.nn.Module"),
-        (lambda e: Autoguided(2.0, weak=e.with_rule("alternating")), ValueError, "weak.with_rule"),
-        (lambda e: compose(e), TypeError, "expected Guided or Autoguided"),
-        (lambda e: compose(3, Guided(2.0, unconditional={"y": 1})), TypeError, "model is a int"),
-        (lambda e: compose(e, Guided(2.0, unconditional={"y": 1})), ValueError, "take no such argument"),
-        (
-            lambda e: compose(e, Guided(2.0, unconditional={"class_labels": 4}), order="during"),
-            ValueError,
-            "order 'during'",
-        ),
-        (
-            lambda e: compose(e, Guided(2.0, interval=(0, 1), unconditional={"class_labels": 4})),
-            ValueError,
-            "pass schedule= to the ensemble",
-        ),
-        (
-            lambda e: compose(e, Autoguided(2.0, weak=fastens.Ensemble(made(), prediction="v"))),
-            ValueError,
-            "predicts None and the weak one 'v'",
-        ),
-        (
-            lambda e: compose(
-                fastens.Ensemble(made(), schedule=SCHEDULE),
-                Autoguided(2.0, weak=fastens.Ensemble(made(), schedule=schedules.VE())),
-            ),
-            ValueError,
-            "trained under",
-        ),
-    ],
-)
-def test_bad_input(make, error, message):
-    with pytest.raises(error, match=message):
-        make(fastens.Ensemble(made()))
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        (lambda: made(Unconditional), "they are unconditional, or leave the argument unused"),
-        (lambda: made(BatchNormed), "it mixes the rows of a batch"),
-    ],
-)
-def test_members_that_cannot_be_guided_so(x, members, message):
-    guided = compose(fastens.Ensemble(members()), Guided(2.0, unconditional={"class_labels": NULL}))
-    with pytest.raises(ValueError, match=message):
-        guided(x, T, LABELS)
-
-
-def test_a_call_without_its_condition(x):
-    guided = compose(fastens.Ensemble(made()), Guided(2.0, unconditional={"class_labels": NULL}))
-    with pytest.raises(ValueError, match="no such argument, and so no condition"):
-        guided(x, T)
-
-
-def test_a_composition_is_not_saved_as_its_ensemble(tmp_path):
-    guided = compose(fastens.Ensemble(made()), Guided(2.0, unconditional={"class_labels": NULL}))
-    with pytest.raises(ValueError, match="compose them again"):
-        guided.save_pretrained(tmp_path)
