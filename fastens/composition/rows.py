@@ -108,7 +108,7 @@ def _joined(column: tuple[Any, ...], batch: int) -> Any:
         tensors = [each for each in column if isinstance(each, Tensor)]
         if not tensors and all(type(each) is type(first) and each == first for each in column):
             return first
-        like = max(tensors, key=lambda each: each.ndim) if tensors else torch.tensor(first)
+        like = next((each for each in tensors if each.ndim), tensors[0] if tensors else torch.tensor(first))
         return torch.cat([_rows(each, like, batch) for each in column])
     if all(type(each) is type(first) and not isinstance(each, Tensor) and each == first for each in column):
         return first
@@ -141,6 +141,8 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
         Apart: the member cannot be copied.
         ValueError: rows differ by what stands beside them; or the branches are equal, whatever their condition.
     """
+    if ensemble._fresh:
+        return  # masks of each sample, by its row
     member = ensemble.members[0]
     if any(member is each for each in ensemble.modules()):
         raise Apart("a member that cannot be copied cannot be asked whether it mixes rows")

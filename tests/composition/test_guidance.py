@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,6 +286,35 @@ def test_gradients(x):
     guided(y, T, LABELS).square().sum().backward()
     by_hand(members, "mean", "after", 3.0, z, T).square().sum().backward()
     close(y.grad, z.grad, 1e-8)
+
+
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+def test_masks_of_dropout_are_those_of_guided_rows(x, masks):
+    class Dropping(Network):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.3)
+
+        def forward(self, x, t, class_labels=None):
+            return self.drop(super().forward(x, t, class_labels))
+
+    ensemble = fastens.MCDropout(made(Dropping, 1)[0], 3, masks=masks)
+    guided = compose(ensemble, Guided(3.0, unconditional={"class_labels": NULL}))
+    with torch.no_grad(), ensemble.trajectory(B, 1):
+        found = guided(x, T, LABELS)
+    with torch.no_grad(), ensemble.trajectory(B, 1):
+        uncond, cond = ensemble(torch.cat([x, x]), T.repeat(2), torch.cat([NULLS, LABELS])).chunk(2)
+    close(found, uncond + 3 * (cond - uncond))
+
+
+def test_threads_and_compilers(x):
+    guided = compose(fastens.Ensemble(made()), Guided(3.0, unconditional={"class_labels": NULL}))
+    with torch.no_grad():
+        expected = guided(x, T, LABELS)
+        close(torch.compile(guided)(x, T, LABELS), expected)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: guided(x, T, LABELS).detach(), range(20)):
+            close(found, expected)
 
 
 def test_members_that_remember_are_not_asked_more_than_they_are_called(x):
