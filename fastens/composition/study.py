@@ -239,7 +239,7 @@ class Result:
         size: D.
         way: one of WAYS.
         error: KL divergence above that of as many exact samples, in nats; the mean over seeds.
-        spread: standard error of that.
+        spread: standard error of that, none of one.
         effective: the least effective sample size on the way, a share.
         seconds: of one run.
     """
@@ -248,7 +248,7 @@ class Result:
     size: int
     way: str
     error: float
-    spread: float
+    spread: float | None
     effective: float
     seconds: float
 
@@ -267,5 +267,5 @@ def study(num: int = 4096, steps: int = 200, seeds: int = 2, sizes: Sequence[int
                     effective = min(effective, *found.effective)
                 seconds = (time.perf_counter() - begun) / seeds
                 values = torch.tensor(errors, dtype=torch.float64)
-                spread = float(values.std() / math.sqrt(seeds)) if seeds > 1 else math.nan
+                spread = float(values.std() / math.sqrt(seeds)) if seeds > 1 else None
                 yield Result(case.name, size, way, float(values.mean()), spread, effective, seconds)
