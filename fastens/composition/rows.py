@@ -166,11 +166,18 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
             f"are alone: it mixes the rows of a batch, or a tensor of {batch} rows among its arguments has none of the "
             "batch; compose(..., together=False) evaluates the branches one after the other"
         )
-    if all(torch.equal(apart[0], other) for other in apart[1:]) and scale > 1e-30:
+    one_call = all(_same(calls[0], call) for call in calls[1:])  # a condition that is none
+    if all(torch.equal(apart[0], other) for other in apart[1:]) and scale > 1e-30 and not one_call:
         raise ValueError(
             "guidance: the members' output is the same under both conditions: they are unconditional, or leave the "
             "argument unused; guide by Autoguided, or take conditional members"
         )
+
+
+def _same(one: Call, other: Call) -> bool:
+    """Whether two calls have equal arguments."""
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b for a, b in pairs)
 
 
 def _first(member: Any, call: Call, wide: torch.dtype | None) -> Tensor:

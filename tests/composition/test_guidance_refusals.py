@@ -6,7 +6,7 @@ import torch
 import fastens
 from fastens import schedules
 from fastens.composition import Autoguided, Guided, compose
-from tests.composition.networks import LABELS, NULL, SCHEDULE, B, Network, T, Unconditional, made
+from tests.composition.networks import LABELS, NULL, NULLS, SCHEDULE, B, Network, T, Unconditional, made
 
 
 @pytest.fixture
@@ -75,6 +75,11 @@ def test_members_that_cannot_be_guided_so(x, members, message):
     guided = compose(fastens.Ensemble(members()), Guided(2.0, unconditional={"class_labels": NULL}))
     with pytest.raises(ValueError, match=message):
         guided(x, T, LABELS)
+
+
+def test_a_condition_that_is_none_is_no_error(x):
+    guided = compose(fastens.Ensemble(made()), Guided(2.0, unconditional={"class_labels": NULL}))
+    torch.testing.assert_close(guided(x, T, NULLS), guided.ensemble(x, T, NULLS))
 
 
 def test_a_call_without_its_condition(x):
