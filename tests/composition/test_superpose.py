@@ -11,8 +11,9 @@ import fastens
 from fastens import rules, schedules
 from fastens.composition import And, Or, superpose
 from fastens.composition.particles import effective_size, systematic
-from fastens.composition.path import Path, levels
+from fastens.composition.path import Path
 from fastens.evaluation import Denoiser
+from fastens.evaluation.levels import levels
 from fastens.ops.normal import normal
 from tests.evaluation.densities import MixtureNetwork
 from tests.networks import randomised
