@@ -15,7 +15,7 @@ from fastens.report import backends
 from fastens.rules import rule
 
 if TYPE_CHECKING:
-    from fastens import demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
+    from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "backends",
+    "composition",
     "demo",
     "evaluation",
     "interop",
@@ -45,7 +46,9 @@ __all__ = [
     "uncertainty",
 ]
 
-_MODULES = frozenset(("demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training", "uncertainty"))
+_MODULES = frozenset(
+    ("composition", "demo", "evaluation", "interop", "samplers", "schemes", "tabular", "training", "uncertainty")
+)
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
     "load_members": "fastens.checkpoints",

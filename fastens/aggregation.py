@@ -23,7 +23,7 @@ Combine = Callable[[Any], Tensor]
 def aggregation(
     rule: rules.Rule,
     settings: dict[str, Any],
-    schedule: schedules.Schedule | None,
+    prediction: schedules.Prediction,
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -32,8 +32,8 @@ def aggregation(
 
     Args:
         rule: a rule that evaluates all members.
-        settings: of the ensemble: backend, prediction and aggregate_in.
-        schedule: by which the time among the arguments becomes a noise level.
+        settings: of the ensemble: backend and aggregate_in.
+        prediction: what the members predict, and under which schedule the time among the arguments is a noise level.
         forward: the members' forward, by whose signature the time is found.
         args: positional arguments of the call.
         kwargs: keyword arguments.
@@ -44,15 +44,16 @@ def aggregation(
     linear = rule.linear  # commutes with conversions, and averages variances as they are
     if linear and not rule.needs_noise_level:
         return lambda scores: aggregate(scores, rule, backend=settings["backend"])
-    prediction, target = settings["prediction"].filled(schedule=schedule), settings["aggregate_in"]
+    target = applied_in(rule, prediction, settings["aggregate_in"])
     arguments = Arguments(args, kwargs)
-    if linear:
+    if rule.needs_noise_level:
         time = parameterisation.time_of(forward, arguments, args, kwargs)
-        return noise_dependent(rule, schedule, time, arguments.batch_size)
+        combined = noise_dependent(rule, prediction.schedule, time, arguments.batch_size)
+        if linear:
+            return combined
+    else:
+        combined = functools.partial(aggregate, rule=rule, backend=settings["backend"])
     x = parameterisation.noisy_input(forward, arguments, args, kwargs)
-
-    def combined(scores: Any) -> Tensor:
-        return aggregate(scores, rule, backend=settings["backend"])
 
     def whole(scores: Any) -> Tensor:
         shape = scores[0].shape
@@ -149,9 +150,9 @@ def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[st
 
 
 def noise_dependent(
-    rule: rules.NoiseDependentMean, schedule: schedules.Schedule | None, network_time: Any, batch_size: int
+    rule: rules.Rule, schedule: schedules.Schedule | None, network_time: Any, batch_size: int
 ) -> Combine:
-    """The weighted mean of a call at its noise level.
+    """The weighted mean, or sum, of a call at its noise level.
 
     Args:
         rule: weights by noise level.
@@ -171,6 +172,40 @@ def noise_dependent(
     return lambda scores: weighted_sum(scores, weights)
 
 
+def applied_in(rule: rules.Rule, prediction: schedules.Prediction, aggregate_in: str | None) -> str | None:
+    """What a rule is applied to; none for what the members predict.
+
+    Raises:
+        ValueError: a rule of scores, and what the members predict is not said, or is to be left for another.
+    """
+    if rule.linear or not rule.of_scores:
+        return aggregate_in
+    if aggregate_in not in (None, "epsilon", "score"):
+        raise ValueError(
+            f"rule {rule.name!r} is a sum of scores, and aggregate_in is {aggregate_in!r}; leave it out, or take "
+            "weights that sum to 1"
+        )
+    if prediction.kind is None:
+        raise ValueError(
+            f"rule {rule.name!r} is a sum of scores, and what the members predict is not known; pass prediction= "
+            "('epsilon', 'score', 'v', ...) to the ensemble, and schedule= where it is neither of the first two"
+        )
+    if prediction.kind in ("epsilon", "score"):  # one is the other scaled
+        return None
+    if prediction.schedule is None:
+        raise ValueError(
+            f"rule {rule.name!r} is a sum of scores, and the members predict {prediction.kind!r}, which a noise "
+            "schedule converts: pass schedule= to the ensemble, one of fastens.schedules or the diffusers scheduler"
+        )
+    return "epsilon"
+
+
+def check_rule(rule: rules.Rule, prediction: schedules.Prediction, settings: dict[str, Any]) -> None:
+    """Raise ValueError where a rule needs to know more of the members than was said."""
+    check_noise_level(rule, prediction.schedule)
+    applied_in(rule, prediction, settings["aggregate_in"])
+
+
 def check_noise_level(rule: rules.Rule, schedule: schedules.Schedule | None) -> None:
     """Raise ValueError where a rule needs the noise level and there is no schedule to tell it from the time."""
     if rule.needs_noise_level and schedule is None:
@@ -181,13 +216,13 @@ def check_noise_level(rule: rules.Rule, schedule: schedules.Schedule | None) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(rule: rules.NoiseDependentMean, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(rule: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Levels [L] and weights [L, K] in float64: once per device, so that a CUDA graph copies nothing from the host."""
     levels, weights = (torch.tensor(v, dtype=torch.float64) for v in (rule.log_snr, rule.weights))
     return levels.to(device), weights.to(device)
 
 
-def weights_at(rule: rules.NoiseDependentMean, log_snr: Tensor) -> Tensor:
+def weights_at(rule: Any, log_snr: Tensor) -> Tensor:
     """The members' weights at noise levels.
 
     Args:

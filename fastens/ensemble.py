@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
-from fastens.aggregation import aggregation, check_noise_level, summed
+from fastens.aggregation import aggregation, check_rule, summed
 from fastens.capture import Capturing
 from fastens.draws import Assignment, Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
@@ -148,7 +148,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
             base = importlib.import_module(adapter).ensemble_class(member, base)
         self.__class__ = with_signature(base, type(member))
         self._check_members()
-        check_noise_level(self.rule, self._noise_schedule)
+        check_rule(self.rule, self._prediction, self._settings)
 
     @classmethod
     def _kind(cls) -> "type[Ensemble]":
@@ -216,17 +216,12 @@ class Ensemble(MemberLike, Capturing, Pickled):
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
         forward = type(self).forward.__get__(self)
-        return aggregation(self.rule, self._settings, self._noise_schedule, forward, args, kwargs)
+        return aggregation(self.rule, self._settings, self._prediction, forward, args, kwargs)
 
     @property
     def _prediction(self) -> schedules.Prediction:
         """What the members' outputs mean, as far as it was said."""
         return self._settings["prediction"]
-
-    @property
-    def _noise_schedule(self) -> schedules.Schedule | None:
-        """By which the time among the arguments becomes a noise level; none where nobody said it."""
-        return self._prediction.schedule
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
@@ -309,7 +304,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
         resolved = rules.get(rule)
         resolved.check(self.num_members)
         if "_engine" in self.__dict__:  # before, it is not known whether the family has a schedule of its own
-            check_noise_level(resolved, self._noise_schedule)
+            check_rule(resolved, self._prediction, self._settings)
         self.__dict__["_rule"] = resolved
 
     @property

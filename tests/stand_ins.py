@@ -109,9 +109,34 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
     return [(noisy, torch.randint(1000, (5, 2), generator=generator), noise)]
 
 
-STAND_INS = {
-    made.__name__: made for made in (ens, pipe, paths, rf, X, x, model, schedule, training_images, images_t, batches)
-}
+def conditional() -> fastens.Ensemble:
+    """Members that take a class, or 10 for none."""
+    from diffusers import UNet2DModel
+
+    config = {**unet_2d(attention=False).config, "num_class_embeds": 11}
+    return fastens.Ensemble([randomised(lambda: UNet2DModel(**config), k) for k in range(2)], schedule=schedule())
+
+
+def weak() -> nn.Module:
+    """A narrower network that takes a class."""
+    from diffusers import UNet2DModel
+
+    config = {**unet_2d(attention=False).config, "num_class_embeds": 11, "block_out_channels": (8, 16)}
+    return randomised(lambda: UNet2DModel(**config), 9)
+
+
+def noisy() -> torch.Tensor:
+    """Noisy images [B, C, H, W]."""
+    return training_images()
+
+
+def labels() -> torch.Tensor:
+    """Their classes."""
+    return torch.arange(4)
+
+
+_VALUES = (ens, pipe, paths, rf, X, x, model, schedule, training_images, images_t, batches, conditional, weak, noisy, labels)
+STAND_INS = {made.__name__: made for made in _VALUES}
 FUNCTIONS = {made.__name__: made for made in (make_unet, make_model)}
 
 

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
-    {"demo", "interop", "evaluation", "tabular", "samplers", "uncertainty"},
+    {"composition", "demo", "interop", "evaluation", "tabular", "samplers", "uncertainty"},
     {"training", "runs"},
     {"checkpoints"},
     {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens import parameterisation, rules
-from fastens.aggregation import noise_dependent
+from fastens.aggregation import applied_in, noise_dependent
 from fastens.ensemble import Ensemble
 from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
@@ -44,8 +45,9 @@ class Denoiser:
     ) -> None:
         given = prediction if isinstance(prediction, Prediction) else Prediction(prediction)
         found = given.with_(parameterisation.read(schedule), "prediction=", parameterisation.source_of(schedule))
-        if isinstance(model, Ensemble):
-            found = found.with_(model._prediction, "the denoiser's arguments", "the ensemble")
+        said = getattr(model, "_prediction", None)  # of an ensemble, or a composition
+        if isinstance(said, Prediction):
+            found = found.with_(said, "the denoiser's arguments", "the ensemble")
         if found.schedule is None:
             raise ValueError("schedule: expected the noise schedule that the model was trained under, got none")
         found.check_said()
@@ -120,13 +122,16 @@ class Denoiser:
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
         """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
-        if isinstance(rule, rules.NoiseDependentMean):
-            return noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])(outputs)
         settings = self.model._settings if isinstance(self.model, Ensemble) else {}
         kind = self._kind
-        target, deviation = settings.get("aggregate_in") or kind, self.prediction.sigma_data
+        target = None if rule.linear else applied_in(rule, self.prediction, settings.get("aggregate_in"))
+        target, deviation = target or kind, self.prediction.sigma_data
         moved = parameterisation.convert(outputs, x, t, self.schedule, kind, target, deviation)
-        combined = aggregate(moved, rule, backend=settings.get("backend", "auto"))
+        if rule.needs_noise_level:
+            combine = noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])
+        else:
+            combine = functools.partial(aggregate, rule=rule, backend=settings.get("backend", "auto"))
+        combined = combine(moved)
         return parameterisation.convert(combined, x, t, self.schedule, target, kind, deviation)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from fastens.aggregation import applied_in
 from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 from fastens.methods import change_members
@@ -36,7 +37,8 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
 
     def _check_times(self) -> None:
         """Raise where the schedule is to be read at the network's times, and what those are is not known."""
-        said, target = self._prediction, self._settings["aggregate_in"]
+        said = self._prediction
+        target = applied_in(self.rule, said, self._settings["aggregate_in"])
         if target not in (None, said.kind) or self.rule.needs_noise_level:
             member = next(self.network.children()) if self._engine is None else self._engine.skeleton
             check_flow_network(type(member).__name__, said)

@@ -16,6 +16,7 @@ from fastens.rules.mean import WEIGHT_SUM_TOLERANCE, Mean
 from fastens.rules.median import Median
 from fastens.rules.mixture import Mixture
 from fastens.rules.noise_dependent_mean import NoiseDependentMean
+from fastens.rules.product import Product
 from fastens.rules.registry import RULES, from_dict, from_schema, get, names
 from fastens.rules.sum import Sum
 
@@ -31,6 +32,7 @@ __all__ = [
     "Median",
     "Mixture",
     "NoiseDependentMean",
+    "Product",
     "Rule",
     "Sum",
     "from_dict",

@@ -41,6 +41,7 @@ class Rule:
         per_evaluation: one member is drawn per sample at every evaluation, and only the drawn members need to run.
         per_trajectory: one member is drawn per sample for a whole trajectory, so the rule needs an ensemble.
         needs_noise_level: the rule depends on how noisy a sample is, so it needs an ensemble that has a schedule.
+        of_scores: the rule is of scores or noises, and not of data or velocities: an ensemble of those converts.
 
     Raises:
         TypeError: a parameter that JSON does not keep; a class with a definition of its own but without a name.
@@ -53,6 +54,7 @@ class Rule:
     per_evaluation: ClassVar[bool] = False
     per_trajectory: ClassVar[bool] = False
     needs_noise_level: ClassVar[bool] = False
+    of_scores: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Make the rule known by its name. What is said of a parent's definition does not hold for another one."""

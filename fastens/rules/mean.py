@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -34,6 +36,34 @@ def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
+def weighted(scores: Tensor, weights: Sequence[float]) -> Tensor:
+    """``sum_k w_k S_k`` over dimension 0, in which a member of weight zero is not used."""
+    at = [k for k, weight in enumerate(weights) if weight]
+    used = scores if len(at) == len(scores) else scores[at]
+    factors = torch.tensor([weights[k] for k in at], dtype=scores.dtype, device=scores.device)
+    return (used * factors.view(-1, *[1] * (scores.dim() - 1))).sum(0)
+
+
+def check_levels(rows: Sequence[Sequence[float]], levels: Sequence[float]) -> None:
+    """Raise ValueError unless there is one row of weights, of one length, at each of rising noise levels."""
+    if not rows or len(rows) != len(levels) or len({len(row) for row in rows}) != 1:
+        raise ValueError(
+            f"`weights`: expected one tuple of K weights per level, got {len(rows)} of "
+            f"{sorted({len(row) for row in rows})} weights for {len(levels)} levels"
+        )
+    if not all(map(math.isfinite, levels)) or any(b <= a for a, b in itertools.pairwise(levels)):
+        raise ValueError(f"`log_snr`: expected rising finite numbers, got {levels}")
+
+
+def interpolated(rows: Sequence[Sequence[float]], levels: Sequence[float], level: float) -> tuple[float, ...]:
+    """The weights at one noise level: linear between the levels, and the nearest one's beyond them."""
+    right = min(max(bisect.bisect_right(levels, level), 1), len(levels) - 1)
+    left = max(right - 1, 0)
+    span = levels[right] - levels[left]
+    share = min(max((level - levels[left]) / span, 0.0), 1.0) if span else 0.0
+    return tuple(a + share * (b - a) for a, b in zip(rows[left], rows[right], strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Mean(Rule):
     """Weighted arithmetic mean, ``sum_k w_k S_k``; ``w_k = 1/K`` by default.
@@ -61,12 +91,7 @@ class Mean(Rule):
 
     def combine(self, scores: Tensor) -> Tensor:
         """The mean over dimension 0."""
-        if self.weights is None:
-            return scores.mean(0)
-        at = [k for k, weight in enumerate(self.weights) if weight]
-        used = scores if len(at) == len(scores) else scores[at]
-        weights = torch.tensor([self.weights[k] for k in at], dtype=scores.dtype, device=scores.device)
-        return (used * weights.view(-1, *[1] * (scores.dim() - 1))).sum(0)
+        return scores.mean(0) if self.weights is None else weighted(scores, self.weights)
 
     def used(self, members: list[Tensor]) -> tuple[list[Tensor], Rule]:
         """The members of another weight than zero, and their mean."""

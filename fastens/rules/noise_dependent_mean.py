@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastens.rules.mean import Mean, checked_weights
+from fastens.rules.mean import Mean, check_levels, checked_weights, interpolated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +37,13 @@ class NoiseDependentMean(Mean):
         """Check weights and levels and keep them as tuples, so that the value hashes."""
         rows = tuple(checked_weights(row) for row in self.weights)
         levels = tuple(float(level) for level in self.log_snr)
-        if not rows or len(rows) != len(levels) or len({len(row) for row in rows}) != 1:
-            raise ValueError(
-                f"`weights`: expected one tuple of K weights per level, got {len(rows)} of "
-                f"{sorted({len(row) for row in rows})} weights for {len(levels)} levels"
-            )
-        if not all(map(math.isfinite, levels)) or any(b <= a for a, b in itertools.pairwise(levels)):
-            raise ValueError(f"`log_snr`: expected rising finite numbers, got {levels}")
+        check_levels(rows, levels)
         object.__setattr__(self, "weights", rows)
         object.__setattr__(self, "log_snr", levels)
 
     def at(self, log_snr: float) -> Mean:
         """The mean at one noise level."""
-        right = min(max(bisect.bisect_right(self.log_snr, log_snr), 1), len(self.log_snr) - 1)
-        left = max(right - 1, 0)
-        span = self.log_snr[right] - self.log_snr[left]
-        share = min(max((log_snr - self.log_snr[left]) / span, 0.0), 1.0) if span else 0.0
-        pairs = zip(self.weights[left], self.weights[right], strict=True)
-        return Mean(tuple(a + share * (b - a) for a, b in pairs))
+        return Mean(interpolated(self.weights, self.log_snr, log_snr))
 
     def combine(self, scores: Tensor) -> Tensor:
         """Raise ValueError: the weights are not known before the noise level is."""
