@@ -135,7 +135,23 @@ def labels() -> torch.Tensor:
     return torch.arange(4)
 
 
-_VALUES = (ens, pipe, paths, rf, X, x, model, schedule, training_images, images_t, batches, conditional, weak, noisy, labels)
+_VALUES = (
+    ens,
+    pipe,
+    paths,
+    rf,
+    X,
+    x,
+    model,
+    schedule,
+    training_images,
+    images_t,
+    batches,
+    conditional,
+    weak,
+    noisy,
+    labels,
+)
 STAND_INS = {made.__name__: made for made in _VALUES}
 FUNCTIONS = {made.__name__: made for made in (make_unet, make_model)}
 
