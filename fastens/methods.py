@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.state import Rollback
-from fastens.fold.tables import settle
+from fastens.fold.tables import parameter_tables, settle
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
 
@@ -50,7 +50,12 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     if engine is None:
         outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
     else:
+        tables = [t for view in engine.views for t in parameter_tables(view)] if engine.engine == "loop" else []
+        for table in tables:
+            table.forget_reads()
         outputs = engine.evaluate(arguments, ensemble.training, name)
+        if any(table.was_read for table in tables):
+            return ensemble._combine(outputs, lambda scores: combined(ensemble, name, scores))
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
 
 
@@ -78,15 +83,22 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
     """What the members' weights do not enter as it is; else their aggregate, without a conversion of parameterisations.
 
-    In a fold that is a value common to all members; of members that are looped, what all of them return alike.
-
-    Raises:
-        ValueError: they differ, under a rule that draws members for calls of ``forward``.
+    In a fold that is a value common to all members; of members that are looped, what all of them return alike without a
+    look at their parameters.
     """
     first = scores[0]
     folded = isinstance(scores, Tensor) and len(scores) > 1
     if scores.stride(0) == 0 if folded else all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
+    return combined(ensemble, name, scores)
+
+
+def combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
+    """The aggregate of what the members return, without a conversion of parameterisations.
+
+    Raises:
+        ValueError: under a rule that draws members for calls of ``forward``, or where rows have members.
+    """
     rule = ensemble.rule
     if ensemble._draws.assignment() is not None:
         raise ValueError(f"{name}: members differ, and rows have members of their own in calls of forward only")

@@ -19,7 +19,7 @@ from fastens.fold.outside import OutsideState
 from fastens.fold.tables import OfMember, Stacks
 from fastens.fold.tensor import modules_of, tensors_of
 
-_REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
+REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
 _TABLES = ("_parameters", "_buffers", "_modules")
 _LOOKED_AT_ELSEWHERE = frozenset((*_TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
 
@@ -77,14 +77,14 @@ class _OfModule:
         """Undo what happened to it, and add the names of what had been changed."""
         now, before, prefix = self._attributes, self._before, self._prefix
         if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
-            for name in [n for n in now if n not in before and n not in _REREAD]:
+            for name in [n for n in now if n not in before and n not in REREAD]:
                 changed.add(f"{prefix}{name}")
                 del now[name]
             for name, value in before.items():
-                if now.get(name, changed) is not value and name not in _REREAD:
+                if now.get(name, changed) is not value and name not in REREAD:
                     changed.add(f"{prefix}{name}")
                     now[name] = value
-        changed.update(f"{prefix}{name}" for name, held in self._held if held.restored() and name not in _REREAD)
+        changed.update(f"{prefix}{name}" for name, held in self._held if held.restored() and name not in REREAD)
         changed.update(f"{prefix}{tensor.name}" for tensor in self._tensors if tensor.restored())
         for table, names in self._names:
             if len(table) != len(names):

@@ -255,6 +255,15 @@ class OfMember(dict[str, Any]):
                 super().__delitem__(name)
         return set(replaced)
 
+    @property
+    def was_read(self) -> bool:
+        """Whether a value that differs between members was read since :meth:`forget_reads`."""
+        return bool(self._given)
+
+    def forget_reads(self) -> None:
+        """Begin anew, between two calls of the member."""
+        self._given.clear()
+
     def keep(self, name: str, value: Any) -> None:
         """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
         stack = dict.get(self.source, name)
@@ -321,6 +330,11 @@ def members_tables(view: nn.Module) -> list[tuple[str, OfMember]]:
         for table in (module._parameters, module._buffers)
         if isinstance(table, OfMember)
     ]
+
+
+def parameter_tables(view: nn.Module) -> list[OfMember]:
+    """A member's tables of parameters."""
+    return [t for _, module in modules_of(view) if isinstance(t := module._parameters, OfMember)]
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False) -> set[str]:

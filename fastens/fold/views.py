@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastens.fold.alike import HOOK_TABLES, attributes_apart
 from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.members import replaced
+from fastens.fold.state import REREAD
 from fastens.fold.tables import OfMember, view_of_member
 from fastens.fold.tensor import tensors_of
 
@@ -163,7 +164,7 @@ def own_state(member: nn.Module, given: nn.Module) -> State:
     """What a member wrote to itself, as against a member in which no code ran."""
     apart = attributes_apart(member, given, _NO_STATE)
     state = [
-        {name: vars(own).get(name, _GONE) for name in apart(own, other) if "_hooks" not in name}
+        {name: vars(own).get(name, _GONE) for name in apart(own, other) if "_hooks" not in name and name not in REREAD}
         for own, other in zip(member.modules(), given.modules(), strict=True)
     ]
     for module, attributes in zip(member.modules(), state, strict=True):
