@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+import triton.language as tl  # noqa: F401 - the interpreter looks for it where a function is defined
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq, current_target
 
