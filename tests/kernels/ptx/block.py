@@ -63,6 +63,8 @@ class Block:
             found = self.registers[name] if name in self.registers else np.full(self.threads, int(name) != 0)
             return found.astype(bool, copy=False)
         raw = self.raw(name, bits_of(kind)).astype(UNSIGNED[bits_of(kind)])
+        if kind.endswith("x2"):
+            raise NotImplementedError(f"pairs of numbers: {kind}")
         if kind == "bf16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.view({"s": f"i{bits_of(kind) // 8}", "f": f"f{bits_of(kind) // 8}"}.get(kind[0], raw.dtype))
@@ -96,10 +98,14 @@ class Block:
 
     # arithmetic
     def binary(self, opcode, operands, on, function):
-        a, b = (self.get(x, opcode[-1]) for x in operands[1:3])
+        kind = opcode[-1]
+        if kind in ("s16x2", "u16x2"):
+            a, b = (self.get(x, "b32").view(UNSIGNED[16]).view(f"{kind[0].replace('s', 'i')}2") for x in operands[1:3])
+            return self.put(operands[0], function(a, b).view(np.uint32), on)
+        a, b = (self.get(x, kind) for x in operands[1:3])
         with np.errstate(all="ignore"):
             result = function(a, b)
-        self.put(operands[0], result.astype(bool) if opcode[-1] == "pred" else result.astype(a.dtype), on)
+        return self.put(operands[0], result.astype(bool if kind == "pred" else a.dtype), on)
 
     def do_add(self, opcode, operands, on):
         self.binary(opcode, operands, on, np.add)
