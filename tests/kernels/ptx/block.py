@@ -405,9 +405,10 @@ class Block:
             self.put(name, found + self.get(before, "f32"), on)
 
     def drain(self, left):
-        for product in [product for group in self.groups[: len(self.groups) - left] for product in group]:
+        ended = max(0, len(self.groups) - left)
+        for product in [product for group in self.groups[:ended] for product in group]:
             product()
-        self.groups = self.groups[max(0, len(self.groups) - left) :]
+        self.groups = self.groups[ended:]
 
     def warp_group_product(self, opcode, operands):
         _, columns, depth = map(int, re.findall(r"\d+", opcode[4]))
