@@ -25,6 +25,17 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 65536  # of a multiprocessor of compute capability 9.0
 SHARED = 228 * 1024  # bytes of its shared memory, of which each block takes 1024 more than it asks for
 WARPS = 64
+OF_MEMORY = (
+    "LD.",
+    "LDG",
+    "ST.",
+    "STG",
+    "ATOM",
+    "RED.",
+    "UTMA",
+    "UBLK",
+    "CCTL",
+)  # of the GPU, not of a block or constant
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)\s*(.*?)\s*;")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 PRODUCT = re.compile(r"x(\d+)x(\d+)\.F32")  # of HGMMA.64: rows of a warp group are 64
@@ -89,7 +100,10 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """A kernel's machine code: resources, ptxas's complaint if it has one, loop, widths of access to global memory."""
+    """A kernel's machine code: resources, ptxas's complaint if it has one, loop, widths of access to global memory.
+
+    ``overlaps`` is whether its launch is beside the end of the one before, and it waits for that before memory.
+    """
 
     kernel: str
     grid: tuple[int, ...]
@@ -99,6 +113,7 @@ class Code:
     spilled: int
     shared: int
     complaint: str
+    overlaps: bool
     instructions: int
     loops: tuple[Loop, ...]
     stores: dict[int, int]
@@ -138,9 +153,16 @@ def read(kernel, grid, constants, binary):
     return Code(
         kernel, grid, constants, binary.metadata.num_warps, int(re.search(r"Used (\d+) registers", log)[1]),
         sum(map(int, re.findall(r"(\d+) bytes spill stores", log))), binary.metadata.shared, "\n".join(complaints),
-        len(instructions), loops, dict(Counter(width(name) for name in names if name.startswith("STG"))),
+        overlaps(names) and binary.metadata.launch_pdl, len(instructions), loops,
+        dict(Counter(width(name) for name in names if name.startswith("STG"))),
         dict(Counter(width(name) for name in names if name.startswith(("LDG.", "LDGSTS")))),
     )  # fmt: skip
+
+
+def overlaps(names):
+    """Whether a kernel lets the next begin, and waits for the one before, before it reads or writes memory."""
+    first = next((i for i, name in enumerate(names) if name.startswith(OF_MEMORY)), len(names))
+    return {"PREEXIT", "ACQBULK"} <= set(names[:first])
 
 
 def compiler_text():

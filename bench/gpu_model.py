@@ -3,8 +3,10 @@
 Each launch has a floor (operations, bytes, the time between kernels), and for each way of a convolution, whose kernels
 are compiled and read, the time of its products (tensor cores), of its instructions (schedulers, special functions), and
 of its loads (the second-level cache), with the pass before it; the largest counts, and of the ways the fastest. Blocks
-are counted in whole waves. What is left out (latency within a step, clocks below the highest) is of the same order
-everywhere: ± 25 % is expected, and ``--measured DIR`` prints the ratio to what ``bench.gpu_roofline`` measured.
+are counted in whole waves. Between two kernels is what an empty one takes but for its own start and end, and nothing
+where the second waits beside the first's end. What is left out (latency within a step, clocks below the highest) is of
+the same order everywhere: ± 25 % is expected, and ``--measured DIR`` prints the ratio to what ``bench.gpu_roofline``
+measured.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import torch
 
 from bench.gpu_launches import K, Work, convolutions, rest
 from bench.gpu_ways import codes
-from bench.gpu_work import H200, ITEM
+from bench.gpu_work import BETWEEN, H200, ITEM
 
 CLOCK = 1.755e9  # cycles per second
 MULTIPROCESSORS = 132
@@ -30,22 +32,28 @@ DRAIN = 600  # cycles from one step to the next where the loop waits for all its
 START = 1500  # cycles of a block before its first product, and behind its last until memory has its result
 
 
+def gap(overlaps):
+    """Seconds between the kernel before and this one's first block."""
+    return 0.0 if overlaps else BETWEEN - START / CLOCK
+
+
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of a launch at least, and what its products, instructions and loads take."""
+    """Seconds of a launch at least, what its products, instructions and loads take, and the gap before it."""
 
     floor: float
     products: float = 0.0
     instructions: float = 0.0
     loads: float = 0.0
+    gap: float = 0.0
 
     @property
     def seconds(self):
-        return max(dataclasses.astuple(self))
+        return max(self.floor, self.products, self.instructions, self.loads) + self.gap
 
     @property
     def bound(self):
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+        return max(("floor", "products", "instructions", "loads"), key=lambda name: getattr(self, name))
 
 
 def work_of_convolution(conv, batch):
@@ -78,13 +86,14 @@ def time_of_kernel(conv, code, work):
         return waves * (-(-steps // splits) * cycles + ending) / CLOCK
 
     loads = max(seconds(moved / LOADS), blocks * -(-steps // splits) * moved / CACHE)
-    return Time(work.floor(H200), seconds(products + drained), seconds(issued + drained), loads)
+    floor = work.floor(H200, START / CLOCK)
+    return Time(floor, seconds(products + drained), seconds(issued + drained), loads, gap(code.overlaps))
 
 
-def time_of_pass(conv, batch):
+def time_of_pass(conv, code, batch):
     """Seconds of the pass before a convolution: the image is read and written once."""
     elements = 2 * K * batch * (conv.channels + conv.skip) * conv.height**2
-    return Work(0, 0, elements).floor(H200)
+    return Work(0, 0, elements).floor(H200, START / CLOCK) + gap(code.overlaps)
 
 
 def times_of(conv, batch):
@@ -97,7 +106,7 @@ def times_of(conv, batch):
                 main = time_of_kernel(conv, code, work)
                 seconds += main.seconds
             else:
-                seconds += time_of_pass(conv, batch)
+                seconds += time_of_pass(conv, code, batch)
         found[way] = (seconds, main)
     return found
 
@@ -115,9 +124,11 @@ def model(name, batch):
             **{kind: 1e3 * number * getattr(main, kind) for kind in ("products", "instructions", "loads")},
         })  # fmt: skip
     for number, kind, work in rest(name):
-        least = 1e3 * number * work.at(batch).floor(H200)
+        least = 1e3 * number * work.at(batch).floor(H200, START / CLOCK)
+        between = 1e3 * number * gap(overlaps=not kind.startswith("aten."))  # torch's wait for the end
         rows.append({
-            "number": number, "launch": kind, "way": "", "bound": "floor", "ms": least, "floor": least, "products": 0.0,
+            "number": number, "launch": kind, "way": "", "bound": "floor", "ms": least + between, "floor": least,
+            "products": 0.0,
             "instructions": 0.0, "loads": 0.0, "operations": number * work.at(batch).operations,
         })  # fmt: skip
     return rows

@@ -1,13 +1,16 @@
 """Ours alone, without rivals: ``python -m bench.gpu_ours DIR`` times a step of each network and batch in minutes.
 
-``ours.json`` has, for each, the median milliseconds of a replayed step, of the first call, and what the device can do.
+``ours.json`` has, for each, the median milliseconds of a replayed step, of the first call, and what the device can do;
+and a step whose kernels do not overlap (``FASTENS_OVERLAP=0``), for what that is worth.
 """
 
 import json
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -19,6 +22,7 @@ from bench.gpu_roofline import limits
 
 ROUNDS = 3 if REHEARSAL else 20
 STEPS = [("songunet", 1), ("songunet", 16), ("songunet", 256), ("ddpmpp", 1), ("ffhq256", 1)]
+APART = ("songunet", 1)  # measured again with each kernel launched behind the end of the one before
 
 
 def step(name, batch):
@@ -47,8 +51,9 @@ def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     content = {**environment(), "limits": limits(), "steps": []}
     print({name: f"{value:.3g}" for name, value in content["limits"].items()})
-    for name, batch in STEPS[:1] if REHEARSAL else STEPS:
-        content["steps"].append(step(name, batch))
+    for name, batch, overlap in [(*each, "1") for each in (STEPS[:1] if REHEARSAL else STEPS)] + [(*APART, "0")]:
+        with mock.patch.dict(os.environ, FASTENS_OVERLAP=overlap):
+            content["steps"].append({**step(name, batch), "overlap": overlap})
         print(content["steps"][-1], flush=True)
         (folder / "ours.json").write_text(json.dumps(content, indent=1) + "\n")
         if not REHEARSAL:

@@ -45,9 +45,9 @@ class Work:
     def bytes(self):
         return ITEM * (self.weights + self.images)
 
-    def floor(self, limit):
+    def floor(self, limit, least=BETWEEN):
         """The least seconds."""
-        return max(self.operations / limit["operations per second"], self.bytes / limit["bytes per second"], BETWEEN)
+        return max(self.operations / limit["operations per second"], self.bytes / limit["bytes per second"], least)
 
 
 def work_of(launch):

@@ -15,18 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting, multiprocessors
 
 LARGEST = 256  # channels of a head
 
 
-@triton.jit
+@kernel
 def attention_kernel(
     q, k, v, out, heads, queries, keys, width, value_width, tiles, scale,
     q_r, q_h, q_t, q_c, k_r, k_h, k_t, k_c, v_r, v_h, v_t, v_c, out_r, out_h, out_t, out_c,
     WIDENED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one row; ``scale`` has the factor log2(e) in it."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     head, row = pid // tiles % heads, pid // tiles // heads
     query = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)

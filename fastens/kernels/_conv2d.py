@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastens.kernels._activation import activated
+from fastens.kernels._launch import kernel, wait_for_previous
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def channels_of_steps(begin, end, channels, skip_channels, TAPS: tl.constexpr, B
     return begin, tl.minimum(end, channels)
 
 
-@triton.jit
+@kernel
 def maps_kernel(
     maps, moments, skip_moments, weight, bias, scale, shift, member_of_row, rows, rows_per_member, channels,
     skip_channels, per_group, per_norm, space, span,
@@ -142,6 +143,7 @@ def maps_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """The maps of one row, where moments are too many for every tile to join."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     member = tl.program_id(0).to(tl.int64) // rows_per_member
     if member_of_row is not None:

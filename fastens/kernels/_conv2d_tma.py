@@ -21,12 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastens.kernels._conv2d import finish, has_whole_groups, joined
 from fastens.kernels._conv2d_launch import meeting, splits_of
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
 from fastens.reference.group_moments import SPAN, counts
 
 
-@triton.jit
+@kernel
 def conv2d_tma_kernel(
     x, weight, bias, y, workspace, arrivals, row_bias, residual, moments, rows_per_member, channels, outputs,
     out_height, out_width, above, before, row_tiles, tiles_down, tiles_across, output_tiles, steps, steps_per_split,
@@ -39,6 +40,7 @@ def conv2d_tma_kernel(
 
     It has ROWS rows, TILE_H by TILE_W places of each, and BLOCK_N channels.
     """
+    wait_for_previous()
     PLACES: tl.constexpr = TILE_H * TILE_W
     pid = tl.program_id(0)
     first_column = pid % output_tiles * BLOCK_N

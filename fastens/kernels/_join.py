@@ -12,15 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.kernels._launch import kernel, wait_for_previous
+
 TILE = 1024  # elements of a program
 
 
-@triton.jit
+@kernel
 def concatenate_kernel(
     out, images, firsts, strides, channels, height, width, channel_tiles, place_tiles, out_r, out_c, out_y, out_x,
     UP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of BLOCK_S places; image i has channels firsts[i] to firsts[i + 1] and four strides."""
+    wait_for_previous()
     pid = tl.program_id(0)
     channel = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     place = pid // channel_tiles % place_tiles * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._dropout import mask_scale
+from fastens.kernels._launch import kernel, wait_for_previous
 
 WORD = 32  # channels of a word
 PLACES = 32  # of a program that draws
@@ -24,7 +25,7 @@ TOGETHER = 64  # masks of one launch: a pointer and five numbers each, of the 40
 TILE = 1024  # elements of a program that applies bits
 
 
-@triton.jit
+@kernel
 def draw_bits_kernel(
     bits, drawn, keys, places_of, channels_of, steps_of, first_programs, members, samples, rows_per_member, programs,
     MASKS_DRAWN: tl.constexpr, ALONG: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, WORD: tl.constexpr,
@@ -35,6 +36,7 @@ def draw_bits_kernel(
     Each row has ``programs`` programs, those of one mask after the other; ``steps_of`` is how far a mask's lines are
     apart in the numbers of elements.
     """
+    wait_for_previous()
     pid = tl.program_id(0)
     row, own = (pid // programs).to(tl.int64), pid % programs
     to, which, first = bits[0], keys[0] + own * 0, own * 0
@@ -114,13 +116,14 @@ def draw_bits(
                 )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def apply_bits_kernel(
     out, x, bits, rows_per_mask, channels, height, width, words, channel_tiles, place_tiles, out_r, out_c, out_y,
     out_x, x_r, x_c, x_y, x_x,
     SCALE: tl.constexpr, WORD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of BLOCK_S places of a row."""
+    wait_for_previous()
     pid = tl.program_id(0)
     channel = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     place = pid // channel_tiles % place_tiles * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_images
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import members_of_rows
 from fastens.reference.group_moments import SPAN
 
@@ -63,12 +64,13 @@ def joined(
     return mean, squares
 
 
-@triton.jit
+@kernel
 def join_moments_kernel(
     moments, skip_moments, whole, groups, first, second, space, span,
     PARTS: tl.constexpr, SPANS: tl.constexpr, PER_PART: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """whole[r, g] = the moments of a whole group."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     group = pid % groups + tl.arange(0, 1)
     mean, squares = joined(
@@ -80,7 +82,7 @@ def join_moments_kernel(
     tl.store(at + 1, squares)
 
 
-@triton.jit
+@kernel
 def normalise_kernel(
     x, skip, y, moments, skip_moments, weight, bias, scale, shift, member_of_row, rows_per_member, channels,
     own_channels, groups, first, second, space, span, channel_tiles, space_tiles, x_r, x_c, x_s, skip_r, skip_c, skip_s,
@@ -89,6 +91,7 @@ def normalise_kernel(
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of BLOCK_S places of one row."""
+    wait_for_previous()
     pid = tl.program_id(0)
     place = (pid // channel_tiles % space_tiles).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     row = (pid // channel_tiles // space_tiles).to(tl.int64)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels import _members
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import result_like
 from fastens.kernels._rules import (
     beyond,
@@ -201,12 +202,13 @@ def median_many(ptr, stride, num_members, offs, mask, AVERAGE: tl.constexpr, WID
     return tl.where(nan, float("nan"), result)
 
 
-@triton.jit(do_not_specialize=["num_members"])
+@kernel(do_not_specialize=["num_members"])
 def smallest_kernel(
     ptrs, stride, lows, length, num_members,
     K: tl.constexpr, CHUNKS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """lows[b, c] = the smallest value of all members in part c, SPAN elements, of sample b."""
+    wait_for_previous()
     part = tl.program_id(0).to(tl.int64)
     sample, start = part // CHUNKS, (part % CHUNKS) * SPAN
     low = tl.full([BLOCK], float("inf"), WIDE)
@@ -223,7 +225,7 @@ def smallest_kernel(
     tl.store(lows + part, lowest_of(low))
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "batch", "chunks", "low_step", "num_members"])
+@kernel(do_not_specialize=["seed", "offset", "batch", "chunks", "low_step", "num_members"])
 def aggregate_kernel(
     ptrs, stride, weights, lows, out, variance_out, x, noise, coefficients, guidance,
     seed, offset, length, batch, chunks, low_step, num_members,
@@ -232,6 +234,7 @@ def aggregate_kernel(
     VARIANCE: tl.constexpr, UPDATES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of one output sample. K = 0 stands for members at equal distance, read in a loop."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     sample = pid // chunks
     within = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)

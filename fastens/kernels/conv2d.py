@@ -26,12 +26,13 @@ from fastens.kernels._conv2d import (
     write_maps,
 )
 from fastens.kernels._conv2d_launch import Norm, tiles_for
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
 from fastens.reference.group_moments import SPAN, counts
 
 
-@triton.jit
+@kernel
 def conv2d_kernel(
     x, skip, mask, weight, bias, y, workspace, arrivals, maps, in_moments, skip_moments, norm_weight, norm_bias, scale,
     shift, row_bias, residual, out_moments, first_row, rows_per_member, channels, skip_channels, outputs, height, width,
@@ -45,6 +46,7 @@ def conv2d_kernel(
     EVEN_N: tl.constexpr, OFFSET: tl.constexpr, PER_GROUP: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result, or of one split of its sum."""
+    wait_for_previous()
     member, begin, first, end, row, row_exists, at_row, place, valid, first_column, place_tile = place_of_tile(
         first_row, rows_per_member, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )

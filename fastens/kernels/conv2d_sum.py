@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import on_device
 from fastens.kernels._rows import interpreting
 from fastens.reference.group_moments import SPAN
 
 
-@triton.jit
+@kernel
 def conv2d_sum_kernel(
     x, weight, bias, member_weights, y, workspace, arrivals, maps, moments, norm_weight, norm_bias, scale, shift,
     members, rows, channels, outputs, height, width, out_height, out_width, down, right, above, before, row_tiles,
@@ -32,6 +33,7 @@ def conv2d_sum_kernel(
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, or of one split of its sum."""
+    wait_for_previous()
     zero, _, first_row, _, row, row_exists, at_row, place, valid, first_column, place_tile = place_of_tile(
         None, rows, row_tiles, place_tiles, output_tiles, out_height, out_width, ROWS, PLACES, BLOCK_N
     )

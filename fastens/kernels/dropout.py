@@ -15,18 +15,20 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels.group_norm import channels_last, dense
 
 TILE = 1024  # elements of a program
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(do_not_specialize=VARYING)
 def dropout_kernel(
     x, y, members, samples, channels, space, stride_c, stride_s, bundles, spans, evaluation, key_low, key_high,
     LINES: tl.constexpr, SPAN: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row: LINES channels times SPAN places."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     span, bundle, row = pid % spans, (pid // spans) % bundles, pid // spans // bundles
     channel = bundle * LINES + tl.arange(0, LINES)[:, None]

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_images
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normalise import normalise as normalise  # of moments that are known: one concept, two files
 from fastens.kernels._rows import members_of_rows
 
@@ -88,13 +89,14 @@ def finished(
     return activated(y, ACTIVATION)
 
 
-@triton.jit
+@kernel
 def partial_kernel(
     x, partial, channels, groups, space, bundles, stride_r, stride_c, stride_s,
     CG: tl.constexpr, NG: tl.constexpr, PADDED_CG: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """partial[r, g, span] = mean and sum of squared differences of one span of a group."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     span, bundle, row = pid % SPANS, (pid // SPANS) % bundles, pid // SPANS // bundles
     _, _, _, offs, mask = tile_of(
@@ -109,7 +111,7 @@ def partial_kernel(
     tl.store(partial + at + 1, squares, group < groups)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(do_not_specialize=VARYING)
 def group_norm_kernel(
     x, y, partial, weight, bias, scale, shift, member_of_row, channels, groups, space, bundles, stride_r, stride_c,
     stride_s, y_stride_r, y_stride_c, y_stride_s, rows_per_member, members, samples, evaluation, key_low, key_high,
@@ -118,6 +120,7 @@ def group_norm_kernel(
     MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result; the moments are the tile's own, or joined from those of the group's spans."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     span, bundle, row = pid % SPANS, (pid // SPANS) % bundles, pid // SPANS // bundles
     channel, exists, place, offs, mask = tile_of(

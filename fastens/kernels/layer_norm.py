@@ -15,6 +15,7 @@ from torch import Tensor
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_rows
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import members_of_rows
 
 TILE = 8192  # features that one program holds; longer vectors are read in parts, three times
@@ -40,7 +41,7 @@ def finished(
     return activated(y, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(do_not_specialize=VARYING)
 def layer_norm_kernel(
     x, y, weight, bias, scale, shift, member_of_row, vectors, per_row, rows_per_member, length, x_row, x_vector, y_row,
     y_vector,
@@ -49,6 +50,7 @@ def layer_norm_kernel(
     WIDE: tl.constexpr, MASKS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """VECTORS vectors; each is held whole, or read in parts of BLOCK."""
+    wait_for_previous()
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[:, None]
     row = vector // per_row
     member = row // rows_per_member

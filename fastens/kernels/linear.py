@@ -13,10 +13,11 @@ from torch import Tensor
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_vectors
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(do_not_specialize=VARYING)
 def linear_kernel(
     x, weight, bias, y, first_row, rows_per_member, outputs, inputs, row_tiles, output_tiles, per_row,
     weight_k, weight_out, weight_in, bias_k, x_stride, y_stride, members, samples, evaluation, key_low, key_high,
@@ -25,6 +26,7 @@ def linear_kernel(
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's result; vectors of x and y are contiguous, and equally far apart."""
+    wait_for_previous()
     pid = tl.program_id(0)
     tile_n, tile_m, member = pid % output_tiles, (pid // output_tiles) % row_tiles, pid // output_tiles // row_tiles
     begin = member.to(tl.int64) * rows_per_member

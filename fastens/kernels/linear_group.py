@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_vectors
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.linear import tiles
 
@@ -25,7 +26,7 @@ FEW_ROWS = 4  # of a member: up to here reading the weights is the work, and ten
 FEW_TILE = 4096  # weights that a program of few rows holds at a time: 64 bytes a thread in 16-bit
 
 
-@triton.jit
+@kernel
 def linear_group_kernel(
     x, weights, biases, ys, first_tiles, outputs_of, strides_of, weight_strides, bias_strides, rows_per_member,
     x_stride, inputs, row_tiles, tiles,
@@ -36,6 +37,7 @@ def linear_group_kernel(
 
     ``strides_of`` are between vectors of the results, ``weight_strides`` and ``bias_strides`` between members.
     """
+    wait_for_previous()
     pid = tl.program_id(0)
     tile_m, tile, member = pid % row_tiles, (pid // row_tiles) % tiles, (pid // row_tiles // tiles).to(tl.int64)
     weight, bias, y = weights[0], biases[0], ys[0]

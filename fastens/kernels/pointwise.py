@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastens.kernels._activation import activated
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.program.steps import Opcode
 from fastens.reference.pointwise import result_dtype
 
@@ -115,7 +116,7 @@ def computed(x, y, WHICH: tl.constexpr, CODE: tl.constexpr, NUMBERS: tl.constexp
     return x
 
 
-@triton.jit
+@kernel
 def pointwise_kernel(
     out, inputs, sizes, out_strides, strides, inner_size, outer_size, inner_tiles, out_inner, inners,
     CODE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, NUMBERS: tl.constexpr, DIMS: tl.constexpr,
@@ -127,6 +128,7 @@ def pointwise_kernel(
     Bit i of ALONG and ACROSS says whether input i varies along the innermost dimension, and across the others: what
     does not is loaded once for all.
     """
+    wait_for_previous()
     pid = tl.program_id(0)
     along = (pid % inner_tiles).to(tl.int64) * INNER + tl.arange(0, INNER)[None, :]
     tile = pid // inner_tiles

@@ -12,17 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normal import normal_at
 
 TILE = 512  # elements of a program
 
 
-@triton.jit
+@kernel
 def sampler_step_kernel(
     x, output, second, y, table, seed, draws, samples, numel, draw_step, tiles, low, high,
     KIND: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a sample."""
+    wait_for_previous()
     pid = tl.program_id(0).to(tl.int64)
     row = pid // tiles
     element = pid % tiles * TILE + tl.arange(0, TILE)

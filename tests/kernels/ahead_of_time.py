@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
+from bench.gpu_code import compiling, read
 from fastens import rules
 from fastens.kernels._attention import attention
 from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
@@ -40,23 +38,10 @@ from fastens.reference.pointwise import BINARY, NUMBERED
 
 PRODUCTS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 WIDE_LOAD = r"ld\.global\.v(\d)\.b(\d\d)"
+OF_MEMORY = re.compile(
+    r"\b(?:ld|st|atom|red|cp|prefetch\w*|discard)\.(?:\S*\bglobal\b|async\.bulk|reduce)"
+)  # of the GPU
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Target:
-    """What Triton asks of a driver to compile: the GPU it is for."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return self.capability
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def resources(kernel):
@@ -68,7 +53,11 @@ def resources(kernel):
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     registers, stack, _, local = map(int, found.groups())
     ptx = kernel.asm["ptx"]
+    waits = ptx.find("griddepcontrol.wait")
     return {
+        "complaint": read("", (), {}, kernel).complaint if "wgmma" in ptx else "",
+        "overlaps": kernel.metadata.launch_pdl and "griddepcontrol.launch_dependents" in ptx,
+        "waits": waits >= 0 and waits < min((found.start() for found in OF_MEMORY.finditer(ptx)), default=len(ptx)),
         "registers": registers,
         "stack": stack,
         "local": local,
@@ -336,19 +325,14 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
 
 
 def main(capability, sample):
-    driver.set_active(Target(capability))
-    compiled = []
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, warmup, **kwargs: compiled.append(
-        (self.fn.__name__, run(self, *args, warmup=True, **kwargs))
-    )
     rows = []
-    for name, launch in launches():
-        if (sample and name not in SAMPLE) or (re.search("^tma| wide ", name) and capability < 90):
-            continue
-        compiled.clear()
-        launch()
-        rows += [{"launch": name, "kernel": kernel, **resources(binary)} for kernel, binary in compiled]
+    with compiling(capability) as compiled:
+        for name, launch in launches():
+            if (sample and name not in SAMPLE) or (re.search("^tma| wide ", name) and capability < 90):
+                continue
+            compiled.clear()
+            launch()
+            rows += [{"launch": name, "kernel": kernel, **resources(binary)} for kernel, _, _, binary in compiled]
     json.dump(rows, sys.stdout)
 
 

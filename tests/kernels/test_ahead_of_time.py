@@ -48,6 +48,9 @@ def check_compiled(capability, *options):
         "apply_bits_kernel", *(["conv2d_tma_kernel"] if capability >= 90 else []),
     }  # fmt: skip
     for row in rows:
+        # where a kernel is launched beside the end of the one before, it waits before it reads or writes memory
+        assert (row["overlaps"], row["waits"]) == ((capability >= 90,) * 2), row
+        assert not row["complaint"], row  # of products that ptxas has serialised
         if row["kernel"] == "conv2d_tma_kernel":
             check_descriptors(row, capability)
             continue

@@ -33,6 +33,7 @@ def check(row, itemsize=2):
     about = {name: value for name, value in row.items() if name not in ("loops", "loads")}
     assert not row["complaint"], about  # C7515: ptxas has serialised the products
     assert row["spilled"] == 0, about
+    assert row["overlaps"], about  # and waits for the kernel before, before it reads or writes memory
     assert row["registers"] <= MAX_REGISTERS_OF_PRODUCTS, about
     assert row["shared"] <= MAX_SHARED_OF_DESCRIPTORS, about
     if row["kernel"] not in OF_PRODUCTS:
@@ -83,7 +84,7 @@ def test_a_loop_that_drains_its_products_is_seen(monkeypatch, in_flight):
     assert [name for name, _ in instructions][-1] == "STG.E.128"
     (loop,) = loops
     assert (loop.products, loop.waits, loop.instructions) == (((128, 16),), (in_flight,), 5)
-    code = Code("k", (1,), {}, 8, 128, 0, 98304, "", 6, loops, {}, {})
+    code = Code("k", (1,), {}, 8, 128, 0, 98304, "", True, 6, loops, {}, {})
     assert code.in_flight is bool(in_flight)
     assert code.blocks == 2
     assert [width(name) for name in ("STG.E.128", "STG.E.U16", "STG.E", "LDGSTS.E.BYPASS.128")] == [16, 2, 4, 16]
@@ -103,7 +104,7 @@ def test_the_model_counts_steps_waves_and_what_is_drained(monkeypatch):
 
     def products(blocks, splits=1, waits=(1,)):
         loop = Loop(0, {}, ((128, 16),) * 4, waits, ())
-        code = Code("conv2d_kernel", (blocks, splits), size, 8, 128, 0, 98304, "", 0, (loop,), {}, {})
+        code = Code("conv2d_kernel", (blocks, splits), size, 8, 128, 0, 98304, "", True, 0, (loop,), {}, {})
         return gpu_model.time_of_kernel(conv, code, gpu_model.work_of_convolution(conv, 1)).products
 
     cycle = 1 / gpu_model.CLOCK
