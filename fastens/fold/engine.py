@@ -84,6 +84,7 @@ class FoldEngine:
         self.ways: dict[int, str] = {}  # of convolutions in the last pass
         self.slices: dict[str, int] = {}  # functions without a rule
         self.originals = None if originals is None else Originals(originals, self.network)
+        self.one = frozenset() if self.originals is None else self.originals.of_one_object()  # names, in all members
         self.wrapped = masks is not None  # whether common tensors become member-valued in place
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
@@ -97,7 +98,7 @@ class FoldEngine:
         if masks is not None:
             masks.bind(self.network)
         if self.engine == "loop":
-            self._unshare_buffers()
+            self._unshare_all()
 
     @property
     def skeleton(self) -> nn.Module:
@@ -122,7 +123,7 @@ class FoldEngine:
         """Go on with what the members of another engine wrote to themselves, one by one."""
         if any(any(state) for state in states):
             self.engine, self.why = "loop", why
-            self._unshare_buffers()
+            self._unshare_all()
             self._views.adopt(states)
 
     def refresh(self, state: bool = True) -> None:
@@ -186,17 +187,17 @@ class FoldEngine:
     def give_up(self, why: str) -> None:
         """Take the loop from now on, and say why."""
         self.engine, self.why = "loop", why
-        self._unshare_buffers()
+        self._unshare_all()
         self.plans.clear()
         warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
 
     def unshare(self, names: Iterable[str]) -> bool:
-        """Give each member its own of the tensors of these names; return whether any was shared."""
-        return unshare(self.network, names)
+        """Give each member its own of these tensors, unless one object is in all; return whether there are."""
+        return unshare(self.network, set(names) - self.one)
 
-    def _unshare_buffers(self) -> None:
-        """Give each member its own of every buffer, which its own code may write."""
-        self.unshare(name for name, _ in self.network.named_buffers())
+    def _unshare_all(self) -> None:
+        """Give each member its own of what its own code may write; masks have one set of weights."""
+        self.unshare(dict(self.network.named_buffers()) if self.masks is not None else tensors_of(self.network))
 
     # All members at once
 

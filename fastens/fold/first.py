@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
+from fastens.fold.held import same_bits
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.state import Changed, random_kept, state_kept
 from fastens.fold.structure import Structure
@@ -86,17 +87,23 @@ class FirstPass:
             drawn, elsewhere = torch.random.get_rng_state(), _other_draws()
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
+            parameters = self._parameters(member, k, own)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
+            written_to = _put_back(parameters)
+            changed |= written_to
             if elsewhere != _other_draws():
                 return "their code draws from Python's or NumPy's random generators, each a number of its own"
-            if changed.outside or written.outside:
-                return f"their code changes what they share ({', '.join(sorted(changed | written)[:3])})"
+            touched = sorted(changed | written)
+            if changed.outside or written.outside or not engine.one.isdisjoint(touched):
+                return f"their code changes what they share ({', '.join(touched[:3])})"
+            if written_to:
+                return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
                 engine.copies_inputs = True
             engine.stateful = engine.stateful or bool(changed or written)
-            engine.unshare(changed | written)
+            engine.unshare(touched)
             self._expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
             del output
             around = self._measuring() if k == 0 else nullcontext()
@@ -104,6 +111,19 @@ class FirstPass:
             with around, state_kept(engine.views[0]):
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
         return None
+
+    def _parameters(self, member: nn.Module, k: int, own: bool) -> list[tuple[str, Tensor, Tensor]]:
+        """A member's parameters by name, with what they hold: the stacks know it of those that were handed in."""
+        if not own:
+            return [
+                (name, p, p.detach().clone()) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)
+            ]
+        stacks, common = tensors_of(self._engine.network), self._engine.shared
+        return [
+            (name, p, stacks[name].detach() if name in common else stacks[name].detach()[k])
+            for name, p in tensors_of(member).items()
+            if isinstance(p, nn.Parameter)
+        ]
 
     def _equal_arguments(self, arguments: Arguments) -> bool:
         """Whether arguments still are those of the call; inference mode counts no writes."""
@@ -156,6 +176,16 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
+
+
+def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
+    """Give parameters the values that they had; return the names of those that were written to."""
+    written = {name for name, p, values in parameters if not same_bits(p.detach(), values)}
+    for name, p, values in parameters:
+        if name in written:
+            with torch.inference_mode() if p.is_inference() else torch.no_grad():
+                p.detach().copy_(values)
+    return written
 
 
 def _other_draws() -> tuple[Any, bytes]:

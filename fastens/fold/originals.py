@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.alike import HOOK_TABLES
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import modules_of, tensors_of
 
 _COUNTED = {"_parameters", "_buffers", "_modules", "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
@@ -57,6 +57,18 @@ class Originals:
             if [m.training for m in member.modules()] != ours or theirs != device:
                 return False
         return True
+
+    def of_one_object(self) -> frozenset[str]:
+        """The names of tensors that are one object in the first two members, as what all of them share is."""
+        members = self._modules()
+        pairs = zip(modules_of(members[0]), modules_of(members[1]), strict=True) if len(members) > 1 else ()
+        return frozenset(
+            f"{path}.{name}" if path else name
+            for (path, first), (_, other) in pairs
+            for table in ("_parameters", "_buffers")
+            for name, tensor in vars(first)[table].items()
+            if tensor is not None and vars(other)[table].get(name) is tensor
+        )
 
     def member(self, k: int) -> nn.Module:
         """Member k, read from its file where it came from one."""

@@ -276,3 +276,42 @@ def test_what_members_share_goes_on_as_in_the_loop(kind, number):
         for answer in answers:
             near(answer, torch.stack([net(x) for net in nets]).mean(0))
     assert "random generators" in ensemble.report().why or "share" in ensemble.report().why
+
+
+class WritesParameter(nn.Module):
+    """Lets a parameter decay at each call."""
+
+    def __init__(self, decaying: nn.Parameter, how: str) -> None:
+        super().__init__()
+        self.linear, self.decaying, self.how = nn.Linear(4, 4), decaying, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "data replaced":
+            self.decaying.data = self.decaying.data * 0.9
+        elif self.how == "data in place":
+            self.decaying.data.mul_(0.9)
+        elif self.how == "in place":
+            with torch.no_grad():
+                self.decaying.mul_(0.9)
+        else:
+            self.decaying = nn.Parameter(self.decaying.detach() * 0.9, self.decaying.requires_grad)
+        return self.linear(x) * self.decaying
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("of_members", ["one object", "equal and frozen", "equal"])
+@pytest.mark.parametrize("how", ["data replaced", "data in place", "in place", "another parameter"])
+def test_what_a_forward_writes_to_parameters_is_each_members(how, of_members, engine, mode):
+    def nets() -> list[nn.Module]:
+        torch.manual_seed(0)
+        made = [nn.Parameter(torch.ones(4), of_members == "equal") for _ in range(K)]
+        return [WritesParameter(made[0 if of_members == "one object" else k], how).eval() for k in range(K)]
+
+    theirs, ensemble = nets(), fastens.Ensemble(nets(), engine=engine)
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        with mode():
+            answer = ensemble(x)
+        with torch.no_grad():
+            near(answer.clone(), torch.stack([member(x) for member in theirs]).mean(0))
