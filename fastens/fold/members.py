@@ -79,7 +79,10 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Copy a module with its parameters and buffers replaced, ties and second references kept."""
     originals = tensors_of(module)
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for one, other in zip(copied.modules(), module.modules(), strict=True):
+        one.training = other.training  # which some classes do not copy
+    return copied
 
 
 def make_skeleton(member: nn.Module) -> nn.Module:
@@ -186,7 +189,7 @@ def stack_members(
                 identical.discard(name)
                 if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
-    apart = attributes_apart(first, skeleton, HOOK_TABLES)
+    apart = attributes_apart(first, skeleton, {*HOOK_TABLES, "training"})
     for (path, module), copied in zip(first.named_modules(), skeleton.modules(), strict=True):
         for name in apart(module, copied):
             raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")

@@ -47,6 +47,7 @@ class StandIns:
 
 def library(name):
     """Import a library, or skip with how to install it."""
+    importlib.import_module("diffusers.models.unets.unet_2d")  # looks for some of them, and remembers what it found
     before = set(sys.modules)
     finder = StandIns()
     sys.meta_path.append(finder)  # last: packages that are installed win
