@@ -28,10 +28,15 @@ def run_case(case: Case, make: Callable[..., Any] = fastens.Ensemble) -> Outcome
     """Run one case on an ensemble of its members; see :func:`only_rounding` for what is no fault."""
     outcome = take(case, STEPS, make)
     fault = outcome.fault
-    small = fault is not None and fault.outcome == "wrong" and fault.size < SMALL
+    small = fault is not None and fault.outcome == "wrong" and (fault.size < SMALL or unlike_any(fault))
     if small and make is not Rounded and only_rounding(case, fault, make):
         outcome.fault, outcome.magnified = None, fault
     return outcome
+
+
+def unlike_any(fault: Fault) -> bool:
+    """Whether a drawn row is no member's after training, whose distance is not known."""
+    return fault.trained and fault.size == float("inf")
 
 
 def only_rounding(case: Case, fault: Fault, make: Callable[..., Any]) -> bool:

@@ -217,6 +217,10 @@ class InstanceNorm(Block):
         )
 
     def forward(self, h: Tensor) -> Tensor:
+        if (
+            torch.is_grad_enabled() and len(h) == 1
+        ):  # where torch's gradient is wrong if that of the result has channels last
+            return self.norm(torch.cat([h, h]))[:1]
         return self.norm(h)
 
 

@@ -76,6 +76,7 @@ class Run:
         self.case, self.spec, self.outcome = case, case.network, Outcome(case)
         self.dtype, self.training, self.rule = self.spec.torch_dtype, self.spec.training, "mean"
         self.trained = False
+        self.remembers_draws = False  # whether members remember what they drew, each its own
         self.altered = False  # in something that its files do not hold
         self.coarsest = self.dtype  # that weights and state have gone through
         self.members = members_of(self.spec)
@@ -178,7 +179,8 @@ class Run:
         """Hold an answer against the outputs of the members."""
         rule = self.rule if how != "members" else "mean"
         relative = oracle.tolerance(self._rounded(expected), rule)
-        if self.random:
+        self.remembers_draws |= self.random and self.stateful
+        if self.random or self.remembers_draws:
             shapes(answer, oracle.combined(expected, (lambda s: s) if how == "members" else oracle.mean), how)
         elif how == "members":
             oracle.check(answer, oracle.combined(expected, lambda scores: scores), relative)

@@ -163,7 +163,7 @@ def enabled(run: Run, draw: Random) -> None:
 @step(2)
 def gradients(run: Run, draw: Random) -> None:
     """Gradients with respect to the input and to the weights, each summed over members."""
-    if run.rule not in ("mean", "sum", "median") or run.random:
+    if run.rule not in ("mean", "sum", "median") or run.random or run.remembers_draws:
         return
     run.trained = True
     call = run.make(draw, replace(run.form(draw), layout="plain"))

@@ -63,7 +63,11 @@ def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
     if not member_valued(x):
         raise NotFoldable("a tensor that is the same for all members takes member-valued data")
-    func(fold.stack(x), fold.entries(value) if isinstance(value, Tensor) else value)
+    value = fold.entries(value) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and value.is_inference():  # the stack outlives inference mode
+        with torch.inference_mode(False):
+            value = value.clone()
+    func(fold.stack(x), value)
 
 
 @rule(Tensor.grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
