@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,16 +16,21 @@ def plain(x: Any) -> Any:
     return x.stack if type(x) is MemberTensor and x.hidden is None else x
 
 
-def leaves_of(tree: Any) -> Iterator[Any]:
+def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested lists, tuples and dictionaries."""
-    if isinstance(tree, list | tuple):
-        for item in tree:
-            yield from leaves_of(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from leaves_of(item)
-    else:
-        yield tree
+    found: list[Any] = []
+    _collect((tree,), found)
+    return found
+
+
+def _collect(items: Iterable[Any], found: list[Any]) -> None:
+    for item in items:
+        if isinstance(item, list | tuple):
+            _collect(item, found)
+        elif isinstance(item, dict):
+            _collect(item.values(), found)
+        else:
+            found.append(item)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
