@@ -167,7 +167,7 @@ def test_command_line(tmp_path, capsys):
     """The weights are read, and a Fréchet distance of 2048 features is refused with the number that it needs."""
     randomised(lambda: unet_2d(False), 0).save_pretrained(tmp_path / "member")
     saved(tmp_path / "inception.pt")
-    np.save(tmp_path / "images.npy", np.zeros((8, 3, 8, 8), dtype=np.uint8))
+    np.save(tmp_path / "images.npy", np.zeros((8, 1, 8, 8), dtype=np.uint8))
     arguments = ["evaluate", str(tmp_path / "member"), "--data", str(tmp_path / "images.npy")]
     arguments += ["--inception", str(tmp_path / "inception.pt"), "--samples", "40", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
