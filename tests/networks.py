@@ -25,11 +25,12 @@ def randomised(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model.eval()
 
 
-def unet_2d(attention: bool) -> nn.Module:
+def unet_2d(attention: bool, **options: Any) -> nn.Module:
+    """A small U-Net, with other ``options`` of its class where asked for."""
     from diffusers import UNet2DModel
 
     kind = "AttnDownBlock2D" if attention else "DownBlock2D"
-    return UNet2DModel(
+    config = dict(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -40,12 +41,14 @@ def unet_2d(attention: bool) -> nn.Module:
         up_block_types=(kind.replace("Down", "Up"), "UpBlock2D"),
         add_attention=attention,
     )
+    return UNet2DModel(**{**config, **options})
 
 
-def unet_2d_condition() -> nn.Module:
+def unet_2d_condition(**options: Any) -> nn.Module:
+    """A small U-Net with cross-attention, with other ``options`` of its class where asked for."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    config = dict(
         sample_size=8,
         in_channels=3,
         out_channels=3,
@@ -57,6 +60,7 @@ def unet_2d_condition() -> nn.Module:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
+    return UNet2DConditionModel(**{**config, **options})
 
 
 def dit() -> nn.Module:

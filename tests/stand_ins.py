@@ -111,18 +111,13 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
 
 def conditional() -> fastens.Ensemble:
     """Members that take a class, or 10 for none."""
-    from diffusers import UNet2DModel
-
-    config = {**unet_2d(attention=False).config, "num_class_embeds": 11}
-    return fastens.Ensemble([randomised(lambda: UNet2DModel(**config), k) for k in range(2)], schedule=schedule())
+    members = [randomised(lambda: unet_2d(False, num_class_embeds=11), k) for k in range(2)]
+    return fastens.Ensemble(members, schedule=schedule())
 
 
 def weak() -> nn.Module:
     """A narrower network that takes a class."""
-    from diffusers import UNet2DModel
-
-    config = {**unet_2d(attention=False).config, "num_class_embeds": 11, "block_out_channels": (8, 16)}
-    return randomised(lambda: UNet2DModel(**config), 9)
+    return randomised(lambda: unet_2d(False, num_class_embeds=11, block_out_channels=(8, 16)), 9)
 
 
 def noisy() -> torch.Tensor:

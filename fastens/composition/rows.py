@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments, PerMember
+from fastens.fold.state import random_kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _FAR = {torch.float64: 1e-7, torch.float32: 1e-3}  # rows that are mixed are further off, rounding is nearer
@@ -148,7 +149,7 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
         raise Apart("a member that cannot be copied cannot be asked whether it mixes rows")
     member = member.eval()
     device = "cuda" if ensemble.device.type == "cuda" else "cpu"
-    with torch.random.fork_rng(enabled=True), torch.autocast(device, enabled=False):
+    with random_kept(), torch.autocast(device, enabled=False):
         try:
             member, wide = member.double(), torch.float64
             together = [_first(member, joined, wide) for _ in range(2)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.closures import content_of, writes_to_closure
+from fastens.fold.held import same_bits, slots_in, slots_of
 from fastens.fold.tensor import tensors_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
@@ -150,7 +151,7 @@ class _Comparison:
                 return None if names[0] == names[1] else _differ(path, a, b)
             if a.layout is not b.layout or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
                 return _differ(path, a, b)
-            return None if _equal(a, b) else f"{path}: tensors of different values"
+            return None if same_bits(a, b) else f"{path}: tensors of different values"
         if isinstance(a, enum.Enum):
             return _differ(path, a, b)
         if isinstance(a, np.ndarray):
@@ -203,10 +204,11 @@ class _Comparison:
         """Objects by their attributes, or by their own equality where they have none to look at."""
         if isinstance(a, torch.Generator):
             return f"{path}: random generators cannot be compared"
-        slots = [n for c in type(a).__mro__ for n in _slots(c)]
+        slots = list(slots_of(type(a)))
         if hasattr(a, "__dict__") or slots:
-            mine = {**getattr(a, "__dict__", {}), **{n: getattr(a, n) for n in slots if hasattr(a, n)}}
-            yours = {**getattr(b, "__dict__", {}), **{n: getattr(b, n) for n in slots if hasattr(b, n)}}
+            mine, yours = (
+                {**getattr(x, "__dict__", {}), **{m.__name__: held for m, held in slots_in(x, slots)}} for x in (a, b)
+            )
             found = self._attributes(mine, yours, f"{path}.", set())
             if found is not None or mine or dataclasses.is_dataclass(a):
                 return found or self._behind_attributes(a, b, path)
@@ -237,7 +239,7 @@ class _Comparison:
         for name, t in tensors_of(a).items():
             other = tensors_of(b).get(name)
             known = id(t) in self._names[0]
-            if other is None or (not known and (t.shape != other.shape or not _equal(t, other))):
+            if other is None or (not known and (t.shape != other.shape or not same_bits(t, other))):
                 return f"{path}.{name}: a module that is not registered has other values"
         return None
 
@@ -265,18 +267,6 @@ class _Comparison:
                 return found
         mine, yours = ({n: v for n, v in vars(c).items() if n not in _CLASS_NAMES} for c in (a, b))
         return self._attributes(mine, yours, f"{path}: class {a.__qualname__}.", {"__slotnames__", "__firstlineno__"})
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(n for n in names if n not in ("__dict__", "__weakref__"))
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.is_floating_point() or a.is_complex():
-        return bool(((a == b) | ((a != a) & (b != b))).all())
-    return torch.equal(a, b)
 
 
 def _equal_arrays(a: Any, b: Any) -> bool:

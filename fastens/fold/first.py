@@ -81,10 +81,11 @@ class FirstPass:
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
         around: AbstractContextManager[None] = nullcontext()
+        elsewhere = _other_draws()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
             arguments = self._arguments.copied()
-            drawn, elsewhere = torch.random.get_rng_state(), _other_draws()
+            drawn = torch.random.get_rng_state()
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
             parameters = self._parameters(member, k, own)

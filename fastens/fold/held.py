@@ -125,7 +125,7 @@ def _find_kinds(kind: type) -> Iterable[Kind]:
     if kind.__module__.partition(".")[0] not in _LIBRARIES or issubclass(kind, nn.Module):
         if kind.__dictoffset__:
             yield _ATTRIBUTES
-        members = list(_slots_of(kind))
+        members = list(slots_of(kind))
         if members:
             yield _slotted(members)
 
@@ -177,7 +177,7 @@ def _refill_attributes(value: Any, saved: list[tuple[str, Any]]) -> None:
     vars(value).update(saved)
 
 
-def _slots_of(kind: type) -> Iterable[Any]:
+def slots_of(kind: type) -> Iterable[Any]:
     """The descriptors of a class's slots."""
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())
@@ -188,17 +188,22 @@ def _slots_of(kind: type) -> Iterable[Any]:
                 yield member
 
 
+def slots_in(value: Any, members: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The slots of these descriptors that are set in an object, with what they hold."""
+    found = []
+    for member in members:
+        try:
+            found.append((member, member.__get__(value)))
+        except AttributeError:  # not set
+            continue
+    return found
+
+
 def _slotted(members: list[Any]) -> Kind:
     """Objects by the slots of these descriptors."""
 
     def items(value: Any) -> list[tuple[Any, Any]]:
-        found = []
-        for member in members:
-            try:
-                found.append((member, member.__get__(value)))
-            except AttributeError:  # not set
-                continue
-        return found
+        return slots_in(value, members)
 
     def put_back(value: Any, saved: list[tuple[Any, Any]]) -> None:
         for member, _ in items(value):
@@ -231,7 +236,11 @@ def _refill_cells(_: types.FunctionType, saved: list[tuple[types.CellType, Any]]
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same values, NaN among them."""
-    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
+    if a.shape != b.shape or torch.equal(a, b):
+        return a.shape == b.shape
+    if torch.equal(a, a):  # no NaN, and nothing is allocated for the answer
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _of_tensor(tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastens.fold.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.fold.closures import reaches_back
+from fastens.fold.held import same_bits
 from fastens.fold.tables import tables_of
 from fastens.fold.tensor import tensors_of
 
@@ -214,13 +215,7 @@ def _equal_in_all(stack: Tensor) -> bool:
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta:
-        return False
-    if torch.equal(a, b):
-        return True
-    if torch.equal(a, a):  # no NaN, and nothing is allocated for the answer
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+    return not (a.is_meta or b.is_meta) and same_bits(a, b)
 
 
 def _statistics(member: nn.Module) -> Iterator[str]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLLoopDenoiser
 from torch import nn
@@ -13,26 +13,20 @@ from torch import nn
 import fastens
 from fastens.composition import Guided, compose
 from fastens.interop.guidance import EnsembleGuidance
-from tests.networks import randomised
+from tests.networks import randomised, unet_2d, unet_2d_condition
 
 B = 2
 
 
 def text_unet():
-    return UNet2DConditionModel(
-        sample_size=8,
+    return unet_2d_condition(
         in_channels=2,
         out_channels=2,
-        layers_per_block=1,
         block_out_channels=(8, 16),
         norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 + 4 * 6,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
 
 
@@ -139,17 +133,7 @@ def test_what_the_guider_refuses():
 
 
 def class_unet():
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=4,
-    )
+    return unet_2d(False, add_attention=True, block_out_channels=(8, 16), norm_num_groups=4, num_class_embeds=4)
 
 
 class ByHand(nn.Module):
