@@ -55,7 +55,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
             table.forget_reads()
         outputs = engine.evaluate(arguments, ensemble.training, name)
         if any(table.was_read for table in tables):
-            return ensemble._combine(outputs, lambda scores: combined(ensemble, name, scores))
+            return ensemble._combine(outputs, lambda scores: aggregated(ensemble, name, scores))
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
 
 
@@ -90,10 +90,10 @@ def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
     folded = isinstance(scores, Tensor) and len(scores) > 1
     if scores.stride(0) == 0 if folded else all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
-    return combined(ensemble, name, scores)
+    return aggregated(ensemble, name, scores)
 
 
-def combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
+def aggregated(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
     """The aggregate of what the members return, without a conversion of parameterisations.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastens.fold.closures import content_of, writes_to_closure
 from fastens.fold.held import same_bits, slots_in, slots_of
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import TABLES, tensors_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
 _PROVENANCE = {
@@ -29,7 +29,6 @@ _PROVENANCE = {
     "_use_default_values",
     "_class_name",
 }
-_TABLES = {"_parameters", "_buffers", "_modules"}
 HOOK_TABLES = {name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _VALUES = (
@@ -47,7 +46,7 @@ def first_difference(first: nn.Module, other: nn.Module) -> str | None:
 
 def attributes_apart(first: nn.Module, other: nn.Module, skipped: set[str]) -> Callable[..., list[str]]:
     """A function of a module of one member and a module of another: the attributes in which they differ."""
-    comparison, skipped = _Comparison(first, other), skipped | _TABLES
+    comparison, skipped = _Comparison(first, other), {*skipped, *TABLES}
 
     def apart(a: nn.Module, b: nn.Module) -> list[str]:
         mine, yours = vars(a), vars(b)
@@ -108,11 +107,11 @@ class _Comparison:
         if found is not None:
             return found
         prefix = f"{path}." if path else ""
-        for table in _TABLES - {"_modules"}:
+        for table in TABLES[:2]:
             mine, yours = a.__dict__[table], b.__dict__[table]
             if [(n, t is None) for n, t in mine.items()] != [(n, t is None) for n, t in yours.items()]:
                 return f"{prefix}{table[1:]}: {list(mine)} against {list(yours)}"
-        return self._attributes(vars(a), vars(b), prefix, _TABLES)
+        return self._attributes(vars(a), vars(b), prefix, {*TABLES})
 
     def _attributes(self, a: dict[str, Any], b: dict[str, Any], prefix: str, skipped: set[str]) -> str | None:
         for name in [*a, *b]:

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from fastens.fold.held import can_change
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import TABLES, tensors_of
 
-_TABLES = {"_parameters", "_buffers", "_modules"}
 IN_PLACE = {
     "add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft",
     "remove", "reverse", "rotate", "setdefault", "sort", "update",
@@ -68,7 +67,7 @@ def reaches_back(member: nn.Module) -> str | None:
 
 def _reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if name not in _TABLES:
+        if name not in TABLES:
             yield name, value
     for kind in type(module).__mro__:
         if "<locals>" in kind.__qualname__:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastens.fold.alike import HOOK_TABLES
-from fastens.fold.tensor import modules_of, tensors_of
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
 
-_COUNTED = {"_parameters", "_buffers", "_modules", "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
+_COUNTED = {*TABLES, "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
 
 class Originals:

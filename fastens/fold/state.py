@@ -17,11 +17,10 @@ from fastens.fold.barrier import class_of
 from fastens.fold.held import TENSOR, Held, held_by, is_atom
 from fastens.fold.outside import OutsideState
 from fastens.fold.tables import OfMember, Stacks
-from fastens.fold.tensor import modules_of, tensors_of
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
 
 REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
-_TABLES = ("_parameters", "_buffers", "_modules")
-_LOOKED_AT_ELSEWHERE = frozenset((*_TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
+_LOOKED_AT_ELSEWHERE = frozenset((*TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
 
 
 class Changed(set[str]):
@@ -62,7 +61,7 @@ class _OfModule:
     def __init__(self, prefix: str, module: nn.Module, seen: set[int]) -> None:
         self._prefix, self._attributes = prefix, vars(module)
         self._before = self._attributes.copy()
-        tables = [table for name in _TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, OfMember)]
+        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, OfMember)]
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
         self._names = [(table, set(table)) for table in tables if not isinstance(table, OfMember)]
@@ -132,10 +131,10 @@ class Rollback:
         seen = {id(each) for each in (*modules, *tensors_of(network).values())}
         self._state = [
             (module, vars(module).copy(), [held for name, value in vars(module).items()
-                                           if name not in (*_TABLES, "_barrier") for held in held_by(value, seen)])
+                                           if name not in (*TABLES, "_barrier") for held in held_by(value, seen)])
             for module in modules
         ]  # fmt: skip
-        tables = [state[name] for _, state, _ in self._state for name in _TABLES]
+        tables = [state[name] for _, state, _ in self._state for name in TABLES]
         self._tables = [(table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables]
         self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
         self._network = network

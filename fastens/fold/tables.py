@@ -322,16 +322,6 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     return bool(stacks)
 
 
-def members_tables(view: nn.Module) -> list[tuple[str, OfMember]]:
-    """Every table of a member, with the path of its module."""
-    return [
-        (path, table)
-        for path, module in modules_of(view)
-        for table in (module._parameters, module._buffers)
-        if isinstance(table, OfMember)
-    ]
-
-
 def parameter_tables(view: nn.Module) -> list[OfMember]:
     """A member's tables of parameters."""
     return [t for _, module in modules_of(view) if isinstance(t := module._parameters, OfMember)]
@@ -339,7 +329,13 @@ def parameter_tables(view: nn.Module) -> list[OfMember]:
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False) -> set[str]:
     """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
-    return {name for _, table in members_tables(view) for name in table.settle(keeps, apart)}
+    return {
+        name
+        for _, module in modules_of(view)
+        for table in (module._parameters, module._buffers)
+        if isinstance(table, OfMember)
+        for name in table.settle(keeps, apart)
+    }
 
 
 def view_of_member(network: nn.Module, k: int) -> nn.Module:

@@ -212,6 +212,9 @@ class MemberTensor(Tensor):
         return below_autograd(Fold.of(args, kwargs or {}), func, args, kwargs or {})
 
 
+TABLES = ("_parameters", "_buffers", "_modules")  # of a module, among its attributes
+
+
 def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """A module and all inside it by path, as ``named_modules`` lists them, which asks a generator for each level."""
     found: list[tuple[str, torch.nn.Module]] = []
