@@ -8,8 +8,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.entering import entering
 from fastens.fold.state import Rollback
-from fastens.fold.tables import parameter_tables, settle
+from fastens.fold.tables import settle
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
 
@@ -47,16 +48,12 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         ensemble._forget()
         return ensemble if result is ensemble.network else result
     arguments = ensemble._arguments(args, kwargs)
-    if engine is None:
-        outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
-    else:
-        tables = [t for view in engine.views for t in parameter_tables(view)] if engine.engine == "loop" else []
-        for table in tables:
-            table.forget_reads()
-        outputs = engine.evaluate(arguments, ensemble.training, name)
-        if any(table.was_read for table in tables):
-            return ensemble._combine(outputs, lambda scores: aggregated(ensemble, name, scores))
-    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores))
+    with entering() as parameters:
+        if engine is None:
+            outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
+        else:
+            outputs = engine.evaluate(arguments, ensemble.training, name)
+    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
 
 
 def set_members(engine: FoldEngine, name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -80,15 +77,10 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
     return result
 
 
-def alike_or_combined(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
-    """What the members' weights do not enter as it is; else their aggregate, without a conversion of parameterisations.
-
-    In a fold that is a value common to all members; of members that are looped, what all of them return alike without a
-    look at their parameters.
-    """
+def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bool) -> Tensor:
+    """The aggregate of what a method returns; where no parameter entered it, what all members return alike as it is."""
     first = scores[0]
-    folded = isinstance(scores, Tensor) and len(scores) > 1
-    if scores.stride(0) == 0 if folded else all(torch.equal(first, other) for other in scores[1:]):
+    if not parameters and all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
     return aggregated(ensemble, name, scores)
 

@@ -19,6 +19,7 @@ from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold, check_derivatives, inside
 from fastens.fold.drawn import DrawnCall
+from fastens.fold.entering import noted
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import columns_of, joined, unwrapped
@@ -438,4 +439,7 @@ class FoldEngine:
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
-    return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
+    if method == "forward":
+        return network(*args, **kwargs)
+    with noted(network):
+        return getattr(network, method)(*args, **kwargs)

@@ -215,7 +215,8 @@ class OfMember(dict[str, Any]):
         return own
 
     def __getitem__(self, name: str) -> Any:
-        return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
+        with torch._C.DisableTorchFunction():  # that it is read is no use that the member's own code makes of it
+            return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take a member's new value, which :meth:`settle` keeps unless what was there comes back."""
@@ -254,15 +255,6 @@ class OfMember(dict[str, Any]):
             elif name not in self.source and name not in self.own:
                 super().__delitem__(name)
         return set(replaced)
-
-    @property
-    def was_read(self) -> bool:
-        """Whether a value that differs between members was read since :meth:`forget_reads`."""
-        return bool(self._given)
-
-    def forget_reads(self) -> None:
-        """Begin anew, between two calls of the member."""
-        self._given.clear()
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
@@ -320,11 +312,6 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
         if id(tensor) in stacks:
             stacks[id(tensor)] = table.unshared(name, stacks[id(tensor)])
     return bool(stacks)
-
-
-def parameter_tables(view: nn.Module) -> list[OfMember]:
-    """A member's tables of parameters."""
-    return [t for _, module in modules_of(view) if isinstance(t := module._parameters, OfMember)]
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False) -> set[str]:

@@ -26,6 +26,7 @@ _READS = """
     register_hook backward retain_grad set_ resize_ resize_as_ as_subclass pin_memory _make_subclass
 """
 READS.update(named(_READS))
+METADATA: set[Any] = set()  # functions that tell nothing of a tensor's values
 
 
 def _getters(names: str) -> list[Any]:
@@ -33,7 +34,10 @@ def _getters(names: str) -> list[Any]:
     return [getter.__get__ for getter in found if hasattr(getter, "__get__") and not callable(getter)]
 
 
-@rule(*named(_METHODS), *_getters(_ATTRIBUTES))
+METADATA.update(named(_METHODS), _getters(_ATTRIBUTES))
+
+
+@rule(*METADATA)
 def metadata(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """The answer of one member, which is that of all."""
 
