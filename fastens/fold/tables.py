@@ -314,15 +314,12 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     return bool(stacks)
 
 
-def settle(view: nn.Module, keeps: bool, apart: bool = False) -> set[str]:
+def settle(view: nn.Module, keeps: bool, apart: bool = False) -> None:
     """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
-    return {
-        name
-        for _, module in modules_of(view)
-        for table in (module._parameters, module._buffers)
-        if isinstance(table, OfMember)
-        for name in table.settle(keeps, apart)
-    }
+    for _, module in modules_of(view):
+        for table in (module._parameters, module._buffers):
+            if isinstance(table, OfMember):
+                table.settle(keeps, apart)
 
 
 def view_of_member(network: nn.Module, k: int) -> nn.Module:
