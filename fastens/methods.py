@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,8 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         ensemble._forget()
         return ensemble if result is ensemble.network else result
     arguments = ensemble._arguments(args, kwargs)
-    with entering() as parameters:
+    # members that are looked into take other paths, such as torch's for attention: only where the answer matters
+    with nullcontext([]) if keeps_equal(ensemble) else entering() as parameters:
         if engine is None:
             outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
         else:
@@ -83,6 +85,14 @@ def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bo
     if not parameters and all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()
     return aggregated(ensemble, name, scores)
+
+
+def keeps_equal(ensemble: Ensemble) -> bool:
+    """Whether the rule's aggregate of equal values is that value, as it is of no sum."""
+    rule, values = ensemble.rule, torch.tensor([1.0, -2.0])
+    if rule.random or rule.needs_noise_level:
+        return True
+    return torch.allclose(aggregate(values.expand(ensemble.num_members, 2), rule, backend="reference"), values)
 
 
 def aggregated(ensemble: Ensemble, name: str, scores: Any) -> Tensor:

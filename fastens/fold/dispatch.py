@@ -20,8 +20,17 @@ from torch.utils.checkpoint import _CheckpointFrame
 
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
-from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, ReadsValues, all_members, member_valued, memory_of
-from fastens.fold.writes import WritesInput, depending, promote, writes_to
+from fastens.fold.tensor import (
+    Hidden,
+    MemberTensor,
+    NotFoldable,
+    ReadsValues,
+    all_members,
+    member_valued,
+    memory_of,
+    modules_of,
+)
+from fastens.fold.writes import WritesInput, check_weights, depending, promote, writes_to
 from fastens.reference._rows import rows_of
 
 if TYPE_CHECKING:
@@ -49,6 +58,7 @@ class Fold(TorchFunctionMode):
         masks: of an ensemble of dropout masks.
         numbers: of the call, which the plan that is recorded takes as inputs; none where it takes them as they are.
         reference: take torch's operations instead of kernels for the CPU.
+        network: whose pass it is; none of functions that are called outside one.
 
     Attributes:
         slices: functions that ran entry by entry, and how often.
@@ -66,8 +76,10 @@ class Fold(TorchFunctionMode):
         masks: Any = None,
         numbers: Numbers | None = None,
         reference: bool = False,
+        network: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.network = network
         self.hidden = hidden
         self.wrapped = wrapped or recording
         self.recording = recording
@@ -111,6 +123,16 @@ class Fold(TorchFunctionMode):
         memory = memory_of(wrapper.stack)
         if memory is not None:
             self._sharing.setdefault(memory, []).append(weakref.ref(wrapper))
+
+    @functools.cached_property
+    def weights(self) -> set[int | None]:
+        """The memory of the network's parameters, which a pass does not write to."""
+        tables = [] if self.network is None else [module._parameters for _, module in modules_of(self.network)]
+        return {memory_of(x) for table in tables for x in dict.values(table) if x is not None} - {None}
+
+    def aliases(self, x: MemberTensor) -> bool:
+        """Whether writing to a tensor reaches what a member's would: not an entry of a pass of some."""
+        return x.alias and x.hidden is self.hidden
 
     def sharing(self, storage: int) -> list[MemberTensor]:
         """The wrappers of common values in one memory."""
@@ -251,7 +273,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             return result
     members = False
     wrappers = False
-    for leaf in leaves_of((args, kwargs)) if kwargs else _shallow(args):
+    leaves = leaves_of((args, kwargs) if kwargs else args)
+    for leaf in leaves:
         if type(leaf) is MemberTensor:
             wrappers = True
             if leaf.hidden is not None:
@@ -262,7 +285,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if torch.is_grad_enabled():
         _resume(fold)
         if wrappers:
-            check_derivatives((args, kwargs))
+            check_derivatives(leaves)
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
     if not members:
@@ -275,9 +298,10 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return _into(fold, func, args, kwargs)
     if writes_to(func, args):
         target = args[0]
+        check_weights(fold, target)
         if not member_valued(target):
             promote(fold, target, next(x for x in leaves_of((args, kwargs)) if member_valued(x)))
-        elif not target.alias:
+        elif not fold.aliases(target):
             raise NotFoldable(f"{name_of(func)} writes to a view that had to be copied")
     found = RULES.get(func)
     if found is not None and not (found in OWN_OPS and torch.is_autocast_enabled(fold.device_type(args))):
@@ -308,23 +332,17 @@ def _takes(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def _shallow(args: tuple[Any, ...]) -> Iterator[Any]:
-    for arg in args:
-        if isinstance(arg, list | tuple | dict | slice):
-            yield from leaves_of(arg if not isinstance(arg, slice) else [arg.start, arg.stop, arg.step])
-        else:
-            yield arg
-
-
 def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -> Any:
     """Run a function whose arguments are the same for all members once, as it is."""
     if func in READS and wrappers | _has_tensor(args):
         if fold.recording:
             raise ReadsValues(f"{name_of(func)} reads values of the input in {calling_line()}")
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
+    writes = writes_to(func, args)
+    if writes:
+        check_weights(fold, args[0] if args else None)
     if not wrappers and not fold.wrapped and not fold.input_storages:
         return func(*args, **kwargs)
-    writes = writes_to(func, args)
     if writes and args and isinstance(args[0], Tensor) and memory_of(plain(args[0])) in fold.input_storages:
         raise WritesInput(f"{name_of(func)} writes to an argument of the call")
     if wrappers:
@@ -368,9 +386,9 @@ def _again(fold: Fold, calls: dict[str, int] | None, run: Callable[..., None], *
         run(*args)
 
 
-def check_derivatives(tree: Any) -> None:
+def check_derivatives(leaves: list[Any]) -> None:
     """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
-    for leaf in leaves_of(tree):
+    for leaf in leaves:
         if (
             type(leaf) is MemberTensor
             and not leaf.stack.requires_grad

@@ -312,6 +312,7 @@ class FoldEngine:
             masks=self.mask_pass(hidden, arguments, samples),
             numbers=numbers,
             reference=self.backend == "reference",
+            network=None if self.masks is not None and hidden.size == 1 else self.network,
         )
 
     def run(

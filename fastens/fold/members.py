@@ -168,6 +168,11 @@ def stack_members(
     except Exception as error:
         raise DifferentMembers(f"members cannot be copied ({type(error).__name__}: {error})") from error
     tensors = tensors_of(first)
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise DifferentMembers(
+                f"{name} is {str(tensor.layout).removeprefix('torch.')}, of which there are no stacks"
+            )
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     stacks: dict[str, Tensor] = {}

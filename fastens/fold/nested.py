@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastens.fold.tensor import MemberTensor
 
+_NESTS = (tuple, list, dict, slice)  # classes side by side: a union of them is slow to ask
+
 
 def plain(x: Any) -> Any:
     """A common value without its wrapper."""
@@ -17,7 +19,7 @@ def plain(x: Any) -> Any:
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """The leaves of nested lists, tuples and dictionaries."""
+    """The leaves of nested lists, tuples, dictionaries and slices."""
     found: list[Any] = []
     _collect((tree,), found)
     return found
@@ -25,12 +27,14 @@ def leaves_of(tree: Any) -> list[Any]:
 
 def _collect(items: Iterable[Any], found: list[Any]) -> None:
     for item in items:
-        if isinstance(item, list | tuple):
-            _collect(item, found)
+        if not isinstance(item, _NESTS):
+            found.append(item)
         elif isinstance(item, dict):
             _collect(item.values(), found)
+        elif isinstance(item, slice):
+            _collect((item.start, item.stop, item.step), found)
         else:
-            found.append(item)
+            _collect(item, found)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:

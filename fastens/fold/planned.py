@@ -16,7 +16,8 @@ from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.state import state_kept
-from fastens.fold.tensor import NotFoldable
+from fastens.fold.tensor import NotFoldable, memory_of
+from fastens.fold.weights import Weights
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
 from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record, trace_of
@@ -68,6 +69,7 @@ class Entry:
         leaves: what its outputs are.
         numbers: those of the call that are inputs; none where it has them as they were.
         trace: what it was recorded from, step by step.
+        constants: what else it rests on: tensors that are no weights, in attributes, lists, closures and globals.
         calls: how often it ran.
     """
 
@@ -75,7 +77,17 @@ class Entry:
     leaves: Leaves
     numbers: Numbers | None
     trace: list[str]
+    constants: Weights | None = None
     calls: int = 0
+
+    def __post_init__(self) -> None:
+        """Keep what the constants are now."""
+        self._state = None if self.constants is None else self.constants.state()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the constants are as they were."""
+        return self.constants is None or self.constants.state() == self._state
 
     def run(self, inputs: Tensors, values: Mapping[int, float], weights: list[float] | None = None) -> Tensors:
         """Run the program on the tensors of a call and its numbers by position."""
@@ -148,7 +160,7 @@ class Plans:
     def current(self, key: Any) -> Entry | None:
         """The plan of a signature that :meth:`can_plan` let through, while network and weights are as they were."""
         found = self._plans.get(key)
-        return None if found is None or self.guards.state() != self._rests_on else found
+        return None if found is None or self.guards.state() != self._rests_on or not found.holds else found
 
     @property
     def launched(self) -> bool:
@@ -280,7 +292,7 @@ class Plans:
         if masks is not None:
             recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
         plan = self._lowered(recording)
-        entry = Entry(plan, leaves, numbers, trace_of(recording))
+        entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
         values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
         outputs = entry.run(inputs, values)
 
@@ -306,6 +318,11 @@ class Plans:
         self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
         entry.calls = 1
         return entry, outputs
+
+    def _beside_weights(self, recording: Recording) -> Weights | None:
+        weights = {memory_of(x) for x in self.guards.tensors}
+        others = [x for x in recording.found() if memory_of(x) not in weights]
+        return Weights(others) if others else None
 
     def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package

@@ -189,8 +189,8 @@ class OfMember(dict[str, Any]):
         super().__init__(dict.fromkeys(source))
         self.source, self.k = source, k
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
-        # what was read last, and where it was: the member may give it other memory, by ``data``
-        self._given: dict[str, tuple[Tensor, int]] = {}
+        # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
+        self._given: dict[str, tuple[Tensor, int, tuple[bool, bool], int, bool]] = {}
         self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
 
     def _read(self, name: str) -> Any:
@@ -206,12 +206,16 @@ class OfMember(dict[str, Any]):
             return tensor if name in self.source.common else tensor[self.k]
         if name in self.source.common:
             return tensor
+        if torch._C._functorch.peek_interpreter_stack() is not None or tracing():
+            return part_of(tensor, self.k)
+        before, mode = self._given.get(name), (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if before is not None:
+            own, address, read_in, stack, required = before
+            current = (read_in, stack, required) == (mode, id(tensor), tensor.requires_grad)
+            if own.data_ptr() != address or (current and self._is_in_place(name, own)):
+                return own  # to a member, one object
         own = part_of(tensor, self.k)
-        before = self._given.get(name)
-        if before is not None and before[0].data_ptr() != before[1]:
-            return before[0]
-        if torch._C._functorch.peek_interpreter_stack() is None and not tracing():
-            self._given[name] = own, own.data_ptr()
+        self._given[name] = own, own.data_ptr(), mode, id(tensor), tensor.requires_grad
         return own
 
     def __getitem__(self, name: str) -> Any:
@@ -243,11 +247,10 @@ class OfMember(dict[str, Any]):
 
     def settle(self, keeps: bool, apart: bool = False) -> set[str]:
         """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names."""
-        replaced = {name: tensor for name, (tensor, address) in self._given.items() if tensor.data_ptr() != address}
+        replaced = {name: own for name, (own, address, *_) in self._given.items() if own.data_ptr() != address}
         replaced |= self._put
-        self._put = {}
+        self._put, self._given = {}, {}
         for name, value in replaced.items():
-            self._given.pop(name, None)
             if apart:
                 self._keep_here(name, value)
             elif keeps:

@@ -38,6 +38,14 @@ def writes_to(func: Any, args: Any) -> bool:
     )
 
 
+def check_weights(fold: Fold, targets: Any) -> None:
+    """Raise where what is written to is in the memory of the network's parameters: those are each member's own."""
+    for target in leaves_of(targets):
+        value = target.stack if type(target) is MemberTensor else target
+        if isinstance(value, Tensor) and memory_of(value) in fold.weights:
+            raise NotFoldable("the network writes to its parameters")
+
+
 def promote(fold: Fold, target: Any, source: Any = None) -> None:
     """Let a common tensor become member-valued, so that member-valued numbers can be written to it.
 

@@ -162,6 +162,11 @@ class Recording:
             base.untyped_storage(), ref.offset, ref.size, ref.stride
         )
 
+    def found(self) -> list[Tensor]:
+        """Constants that were there before the pass: weights, and tensors in attributes, lists and globals."""
+        inputs = {ref.storage for ref in self.inputs}
+        return [x for key, x in self.tensors.items() if key not in self._made | self._fresh | inputs]
+
     def depends(self, x: Tensor) -> bool:
         """Whether a tensor depends on the inputs."""
         return x.untyped_storage()._cdata in self._made

@@ -205,21 +205,17 @@ def functional(run: Run, draw: Random) -> None:
 
     def other(module: nn.Module) -> Any:
         tensors = {name: p.detach() * by for name, p in module.named_parameters()}
+        tables = [(each, dict(each._parameters), dict(each._buffers)) for each in module.modules()]
         args, kwargs = copied(call)
-        return torch.func.functional_call(module, tensors, args, kwargs)
-
-    def of_member(member: nn.Module) -> Any:
-        """Torch leaves the other weights in a plain module that has two names."""
-        tables = [(module, dict(module._parameters), dict(module._buffers)) for module in member.modules()]
         try:
-            return other(member)
-        finally:
-            for module, parameters, buffers in tables:
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
+            return torch.func.functional_call(module, tensors, args, kwargs)
+        finally:  # torch leaves the other weights behind in a module that is reached by two names
+            for each, parameters, buffers in tables:
+                each._parameters.update(parameters)
+                each._buffers.update(buffers)
 
     with torch.no_grad():
-        expected = run.loop(of_member)
+        expected = run.loop(other)
         run.outcome.calls += 1
         run.attempt(lambda: other(run.ensemble), lambda answer: run.compare(answer, expected))
         run.call(call)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _VariableFunctions
 
 from fastens.fold.dispatch import RANDOM, Fold, dispatch
 from fastens.fold.nested import leaves_of, mapped, plain
@@ -147,3 +148,13 @@ def multi_head_or_whole(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any
 
 
 RANDOM[F.multi_head_attention_forward] = multi_head_or_whole
+
+
+def left_aligned(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> bool:
+    """What ``nn.TransformerEncoder`` asks before it leaves padded places out, where it does not differentiate."""
+    if fold.network is not None and torch.is_grad_enabled() and any(p.requires_grad for p in fold.network.parameters()):
+        return False
+    raise NotFoldable("nn.TransformerEncoder leaves padded places out (enable_nested_tensor=False keeps them)")
+
+
+RANDOM[_VariableFunctions._nested_tensor_from_mask_left_aligned] = left_aligned

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, rule
 from fastens.fold.nested import leaves_of, mapped, plain
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued, memory_of
 from fastens.fold.writes import writes_to
 
 NAMES = """
@@ -61,7 +61,19 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         func(align(target), *rest, **named_rest)
         return target
     own_args, own_kwargs = mapped(cast, (args, kwargs))
-    return back(func(*own_args, **own_kwargs))
+    result = back(func(*own_args, **own_kwargs))
+    if func in _MAY_ALIAS and member_valued(target):
+        result.alias = _reaches(fold, target, result, kwargs)
+    return result
+
+
+_MAY_ALIAS = set(named("detach contiguous to type type_as float double half bfloat16 int long bool short"))
+
+
+def _reaches(fold: Fold, x: MemberTensor, result: MemberTensor, kwargs: Any) -> bool:
+    """Whether writing to what a member's own tensor may be itself reaches what it does there."""
+    itself = (result.dtype, result.device) == (x.dtype, x.device) and not kwargs.get("copy")
+    return not itself or (fold.aliases(x) and memory_of(result.stack) == memory_of(x.stack))
 
 
 _TAKES_OTHER = set(named("to type_as"))
@@ -74,7 +86,9 @@ def _converted(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     x, other, *rest = args
     other = fold.stack(other) if member_valued(other) else plain(other)
     if member_valued(x):
-        return fold.wrap(func(fold.stack(x), other, *rest, **kwargs))
+        result = fold.wrap(func(fold.stack(x), other, *rest, **kwargs))
+        result.alias = _reaches(fold, x, result, kwargs)
+        return result
     return fold.common(func(plain(x), other, *rest, **kwargs))
 
 

@@ -39,7 +39,7 @@ def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
         return NotImplemented
     if all(map(_basic, indices)):
         _check_bounds(x, indices)
-        return fold.wrap(fold.stack(x)[(slice(None), *indices)], x.alias)
+        return fold.wrap(fold.stack(x)[(slice(None), *indices)], fold.aliases(x))
     numbers = _one_tensor(indices)
     if numbers is None:
         return NotImplemented
@@ -122,7 +122,7 @@ def windows(fold: Fold, func: Any, x: Any, dimension: int, size: int, step: int)
     """Windows along a dimension, as views."""
     if not x.ndim:
         return NotImplemented
-    return fold.wrap(fold.stack(x).unfold(behind(dimension, x.ndim), size, step), x.alias)
+    return fold.wrap(fold.stack(x).unfold(behind(dimension, x.ndim), size, step), fold.aliases(x))
 
 
 @rule(*named("meshgrid"))

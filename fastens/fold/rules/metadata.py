@@ -8,6 +8,7 @@ from torch import Tensor
 from fastens.fold.dispatch import READS, Fold, named, rule
 from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.writes import check_weights
 
 _ATTRIBUTES = """
     device dtype is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
@@ -59,14 +60,17 @@ def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
 @rule(Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
     """The stack without its derivatives, in the same memory."""
-    return fold.wrap(fold.stack(x).data)
+    return fold.wrap(fold.stack(x).data, fold.aliases(x))
 
 
 @rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportAttributeAccessIssue]
 def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
+    check_weights(fold, x)
     if not member_valued(x):
         raise NotFoldable("a tensor that is the same for all members takes member-valued data")
+    if not fold.aliases(x):
+        raise NotFoldable("a tensor of which this pass has some members or rows takes other data")
     value = fold.entries(value) if isinstance(value, Tensor) else value
     if isinstance(value, Tensor) and value.is_inference():  # the stack outlives inference mode
         with torch.inference_mode(False):

@@ -9,7 +9,7 @@ from fastens.fold.dispatch import RANDOM, Fold, named
 from fastens.fold.nested import mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import NotFoldable, member_valued
-from fastens.fold.writes import promote
+from fastens.fold.writes import check_weights, promote
 
 _FACTORIES = "rand randn randint"
 _LIKE = "rand_like randn_like randint_like bernoulli"
@@ -60,9 +60,10 @@ def like(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 @draws(*named(_IN_PLACE))
 def in_place(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``x.normal_()``."""
+    check_weights(fold, x)
     if not member_valued(x):
         promote(fold, x)
-    elif not x.alias:
+    elif not fold.aliases(x):
         raise NotFoldable("random numbers are written to a view that had to be copied")
     if any(isinstance(a, Tensor) for a in args):
         entry_by_entry(fold, func, (x, *args), kwargs)

@@ -21,6 +21,8 @@ def _layers(
     name = func.__name__
     tall = input.ndim != 3 or isinstance(batch_first, Tensor)
     states = list(hx) if isinstance(hx, list | tuple) else [hx]
+    if torch.is_autocast_enabled(input.device.type):
+        return NotImplemented
     if tall or torch.is_grad_enabled() or (dropout and train) or input.device.type != "cpu":
         return NotImplemented
     time = input.shape[1 if batch_first else 0]

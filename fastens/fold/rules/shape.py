@@ -55,7 +55,7 @@ def reshape(fold: Fold, func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     out = stack.reshape(len(stack), *sizes)
     copied = memory_of(out) != memory_of(stack)
     views = getattr(func, "__name__", "").startswith("view")  # where a member's own tensor would have been seen
-    return fold.wrap(out, x.alias if not copied else fold.recording or not views)
+    return fold.wrap(out, fold.aliases(x) if not copied else fold.recording or not views)
 
 
 @rule(*named("flatten unflatten"), torch.unflatten)
@@ -69,7 +69,7 @@ def flattened(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def permute(fold: Fold, func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     """Dimensions in another order."""
     dims = _sizes((kwargs["dims"],) if "dims" in kwargs else dims)
-    return fold.wrap(fold.stack(x).permute(0, *(behind(d, x.ndim) for d in dims)), x.alias)
+    return fold.wrap(fold.stack(x).permute(0, *(behind(d, x.ndim) for d in dims)), fold.aliases(x))
 
 
 @rule(*named("transpose swapaxes swapdims movedim moveaxis"))
@@ -82,7 +82,7 @@ def moved(fold: Fold, func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
         return behind(dim, x.ndim) if isinstance(dim, int) else [behind(d, x.ndim) for d in dim]
 
     named_dims = {name: shift(value) for name, value in kwargs.items()}
-    return fold.wrap(func(fold.stack(x), *map(shift, dims), **named_dims), x.alias)
+    return fold.wrap(func(fold.stack(x), *map(shift, dims), **named_dims), fold.aliases(x))
 
 
 @rule(*named("t"), *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), *named("adjoint"))
@@ -91,16 +91,16 @@ def turned(fold: Fold, func: Any, x: Any) -> Any:
     name = getattr(getattr(func, "__self__", None), "__name__", "")
     stack = fold.stack(x)
     if name == "T" or getattr(func, "__name__", "") == "t":
-        return fold.wrap(stack.permute(0, *range(stack.ndim - 1, 0, -1)), x.alias)
+        return fold.wrap(stack.permute(0, *range(stack.ndim - 1, 0, -1)), fold.aliases(x))
     if name in ("mT", "mH"):
-        return fold.wrap(func(stack), x.alias)
-    return fold.wrap(stack.mH, x.alias) if x.ndim == 2 else NotImplemented
+        return fold.wrap(func(stack), fold.aliases(x))
+    return fold.wrap(stack.mH, fold.aliases(x)) if x.ndim == 2 else NotImplemented
 
 
 @rule(*named("unsqueeze"))
 def unsqueeze(fold: Fold, func: Any, x: Any, dim: int) -> Any:
     """A dimension of one more."""
-    return fold.wrap(fold.stack(x).unsqueeze(behind(dim, x.ndim + 1)), x.alias)
+    return fold.wrap(fold.stack(x).unsqueeze(behind(dim, x.ndim + 1)), fold.aliases(x))
 
 
 @rule(*named("squeeze"))
@@ -108,7 +108,7 @@ def squeeze(fold: Fold, func: Any, x: Any, dim: Any = None) -> Any:
     """Without dimensions of one."""
     dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
     ones = [behind(d, x.ndim) for d in dims if x.ndim and x.shape[d] == 1]
-    return fold.wrap(fold.stack(x).squeeze(ones) if ones else fold.stack(x).view_as(fold.stack(x)), x.alias)
+    return fold.wrap(fold.stack(x).squeeze(ones) if ones else fold.stack(x).view_as(fold.stack(x)), fold.aliases(x))
 
 
 @rule(*named("expand expand_as broadcast_to"))
@@ -121,7 +121,7 @@ def expand(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
         return fold.common(plain(x).expand(sizes))
     stack = fold.stack(x)
     stack = stack[(slice(None), *(None,) * (len(sizes) - x.ndim))]
-    return fold.wrap(stack.expand(len(stack), *sizes), x.alias)
+    return fold.wrap(stack.expand(len(stack), *sizes), fold.aliases(x))
 
 
 @rule(*named("broadcast_tensors"), torch.functional.broadcast_tensors)
@@ -136,7 +136,7 @@ def broadcast_tensors(fold: Fold, func: Any, *tensors: Any) -> Any:
 @rule(*named("view_as_complex view_as_real"))
 def complex_view(fold: Fold, func: Any, x: Any) -> Any:
     """Pairs of numbers seen as complex ones, as rotary embeddings do, and the other way round."""
-    stack, alias = fold.stack(x), x.alias
+    stack, alias = fold.stack(x), fold.aliases(x)
     if func.__name__ == "view_as_complex" and (x.ndim == 0 or x.shape[-1] != 2):
         return NotImplemented  # the member's own error
     if func.__name__ == "view_as_complex" and (stack.stride(0) % 2 or stack.storage_offset() % 2):
@@ -168,13 +168,13 @@ def cut(fold: Fold, func: Any, x: Any, sections: Any = None, dim: int = 0, **kwa
         if "split" in func.__name__ and "tensor" not in func.__name__
         else (func(stack, sections, dim))
     )
-    return type(parts)(fold.wrap(part, x.alias) for part in parts)
+    return type(parts)(fold.wrap(part, fold.aliases(x)) for part in parts)
 
 
 @rule(*named("unbind"), Tensor.__iter__)
 def unbind(fold: Fold, func: Any, x: Any, dim: int = 0) -> Any:
     """Every entry along a dimension."""
-    parts = tuple(fold.wrap(part, x.alias) for part in fold.stack(x).unbind(behind(dim, x.ndim)))
+    parts = tuple(fold.wrap(part, fold.aliases(x)) for part in fold.stack(x).unbind(behind(dim, x.ndim)))
     return iter(parts) if func is Tensor.__iter__ else parts
 
 
@@ -193,7 +193,7 @@ def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         dim, *rest = args
         if name == "select" and not -x.shape[dim] <= rest[0] < x.shape[dim]:
             raise IndexError(f"index {rest[0]} is out of bounds for dimension {dim} of size {x.shape[dim]}")
-        return fold.wrap(func(fold.stack(x), behind(dim, x.ndim), *rest), x.alias)
+        return fold.wrap(func(fold.stack(x), behind(dim, x.ndim), *rest), fold.aliases(x))
     if name == "flip":
         dims = _sizes((kwargs["dims"],) if kwargs else args)
         return fold.wrap(func(fold.stack(x), [behind(d, x.ndim) for d in dims]))

@@ -1,0 +1,112 @@
+"""Where torch itself takes another path for plain tensors, or a plan rests on tensors that are no weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+
+
+class Padded(nn.Module):
+    """A transformer over padded tokens: torch leaves padded places out, and zero, where it need not differentiate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+    def method(self, x, padding):
+        return self.forward(x, padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("method", ["__call__", "method"])
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_padded_places(engine, differentiated, method):
+    torch.manual_seed(0)
+    members = [Padded().eval() for _ in range(3)]
+    ensemble = fastens.Ensemble(members, engine=engine)
+    nothing = torch.zeros(4, 6, dtype=torch.bool)
+    padding = torch.arange(6) >= torch.tensor([[6], [3], [4], [2]])
+    with torch.set_grad_enabled(differentiated):
+        for mask in (nothing, nothing, padding, padding, nothing, padding):
+            x = torch.randn(4, 6, 8)
+            expected = torch.stack([getattr(member, method)(x, mask) for member in members]).mean(0)
+            torch.testing.assert_close(getattr(ensemble, method)(x, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+class OfTensors(nn.Module):
+    """Rests on tensors that are neither parameters nor buffers."""
+
+    def __init__(self, shared) -> None:
+        super().__init__()
+        self.layer, self.scale, self.scales = nn.Linear(4, 4), torch.tensor(2.5), [torch.ones(4), {"a": torch.ones(4)}]
+        self.gain = lambda h: h * shared
+
+    def forward(self, x):
+        return self.gain(self.layer(x) * (self.scale * 2) * self.scales[0] * self.scales[1]["a"])
+
+
+CHANGES = {
+    "attribute": lambda m, shared: m.scale.mul_(2),
+    "part of a list": lambda m, shared: m.scales[0].copy_(torch.arange(4.0)),
+    "nested": lambda m, shared: m.scales[1]["a"][1:].fill_(3.0),
+    "closure": lambda m, shared: shared.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_are_no_weights_are_written_to(change):
+    torch.manual_seed(0)
+    ours, theirs = torch.ones(4), torch.ones(4)
+    members = [OfTensors(theirs) for _ in range(3)]
+    own = [OfTensors(ours) for _ in range(3)]
+    for a, b in zip(own, members, strict=True):
+        a.load_state_dict(b.state_dict())
+    ensemble, x = fastens.Ensemble(own), torch.randn(5, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            for _ in range(3):
+                torch.testing.assert_close(ensemble(x), torch.stack([m(x) for m in members]).mean(0))
+            CHANGES[change](ensemble.network, ours)
+            for member in members if change != "closure" else members[:1]:
+                CHANGES[change](member, theirs)
+    assert "planned" in str(ensemble.report()) or ensemble.engine == "fold"
+
+
+class Sparse(nn.Module):
+    """Multiplies by a sparse matrix, as networks on graphs do."""
+
+    def __init__(self, buffer) -> None:
+        super().__init__()
+        self.layer, matrix = nn.Linear(8, 8), (torch.eye(8) * torch.arange(8.0)).to_sparse()
+        self.register_buffer("matrix", matrix) if buffer else setattr(self, "matrix", matrix)
+
+    def forward(self, x):
+        return torch.sparse.mm(self.matrix, self.layer(x).t()).t()
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("buffer", [False, True])
+def test_sparse_matrices(buffer):
+    members, x = [Sparse(buffer) for _ in range(3)], torch.randn(4, 8)
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    for _ in range(3):
+        torch.testing.assert_close(ensemble(x), torch.stack([m(x) for m in members]).mean(0))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_in_autocast(kind):
+    members, x = [kind(4, 6, batch_first=True).eval() for _ in range(3)], torch.randn(4, 7, 4)
+    ensemble = fastens.Ensemble(members)
+    for _ in range(3):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected, found = torch.stack([m(x)[0] for m in members]), ensemble.member_outputs(x)[0]
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
