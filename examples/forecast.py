@@ -141,8 +141,8 @@ def draw(found: Tensor, truth: Tensor, curves: list[tuple[float, float, float]])
     for k, runs in enumerate(found):
         for n, run in enumerate(runs):
             label = f"member {k}" if not n else None
-            left.plot(leads, torch.cat([truth[:1], run]), color=f"C{k}", alpha=0.3, linewidth=1, label=label)
-    left.plot(leads, truth, color="black", label="truth")
+            left.plot(leads, torch.cat([truth[:1], run]).numpy(), color=f"C{k}", alpha=0.3, linewidth=1, label=label)
+    left.plot(leads, truth.numpy(), color="black", label="truth")
     left.set(xlabel="steps ahead", ylabel="first variable")
     left.legend(fontsize=8)
     for curve, label in zip(zip(*curves, strict=True), ("spread", "error of the mean", "disagreement"), strict=True):

@@ -106,7 +106,7 @@ def draw(x: Tensor, truth: Tensor, mean: Tensor, doubt: Tensor) -> plt.Figure:
             scale = {"cmap": "magma", "vmin": 0, "vmax": top} if maps else {"cmap": "gray"}
             if name in ("truth", "mean"):
                 scale |= {"vmin": 0, "vmax": 1}
-            drawn = axis.imshow(values[row, 0], **scale)
+            drawn = axis.imshow(values[row, 0].numpy(), **scale)
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="deviation of 20 masks; error")
     return figure
 
