@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastens
+from tests.interop import stand_ins as families
 from tests.networks import randomised, unet_2d
 
 FOLDERS = ["run1/unet", "run2/unet", "run3/unet"]
@@ -18,6 +19,7 @@ def write_files(root: Path) -> None:
     """Files that snippets read: diffusers folders, pipelines, and a training script's checkpoints."""
     from diffusers import DDIMPipeline
 
+    families.write_files(root)
     for k, folder in enumerate(FOLDERS):
         network = randomised(make_unet, k)
         network.save_pretrained(root / folder)
@@ -42,6 +44,11 @@ def make_unet() -> nn.Module:
 def make_model(seed: int) -> nn.Module:
     """A network to be trained."""
     return randomised(make_unet, seed).train()
+
+
+def make_wider_model(seed: int) -> nn.Module:
+    """A network of another width."""
+    return randomised(lambda: unet_2d(attention=False, block_out_channels=(8, 16)), seed)
 
 
 @functools.cache
@@ -130,25 +137,74 @@ def labels() -> torch.Tensor:
     return torch.arange(4)
 
 
+def checkpoint() -> nn.Module:
+    """One trained network."""
+    return randomised(make_unet, 0)
+
+
+class Forecaster(nn.Module):
+    """Predicts the noise of a change from a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, change: torch.Tensor, t: int, state: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([change, state], 1)) + t / 1000
+
+
+def weather_models() -> list[nn.Module]:
+    """Networks that predict the noise of a change from (change, t, state)."""
+    return [randomised(Forecaster, k) for k in range(3)]
+
+
+def analysis() -> torch.Tensor:
+    """The present state [1, C, H, W]."""
+    return images_t()[:1]
+
+
+def runs() -> torch.Tensor:
+    """Forecasts [K, N, leads, C, H, W]."""
+    return torch.randn(3, 10, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def observed() -> torch.Tensor:
+    """What came [leads, C, H, W]."""
+    return torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def segmenter() -> nn.Module:
+    """A segmentation network with dropout."""
+    return randomised(lambda: nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Dropout2d(0.5), nn.Conv2d(8, 1, 1)), 0)
+
+
+def scans() -> torch.Tensor:
+    """Images to segment [B, C, H, W]."""
+    return images_t()
+
+
+def truth() -> torch.Tensor:
+    """Their segmentation."""
+    return (images_t() > 0).float()
+
+
+def segmentation() -> torch.Tensor:
+    """The mean of the members' probabilities."""
+    return images_t().sigmoid()
+
+
+def doubt() -> torch.Tensor:
+    """Their deviation."""
+    return images_t().abs()
+
+
 _VALUES = (
-    ens,
-    pipe,
-    paths,
-    rf,
-    X,
-    x,
-    model,
-    schedule,
-    training_images,
-    images_t,
-    batches,
-    conditional,
-    weak,
-    noisy,
-    labels,
+    *(ens, pipe, paths, rf, X, x, model, schedule, scheduler, training_images, images_t, batches),
+    *(conditional, weak, noisy, labels, checkpoint, weather_models, analysis, runs, observed),
+    *(segmenter, scans, truth, segmentation, doubt, *families.VALUES),
 )
 STAND_INS = {made.__name__: made for made in _VALUES}
-FUNCTIONS = {made.__name__: made for made in (make_unet, make_model)}
+FUNCTIONS = {made.__name__: made for made in (make_unet, make_model, make_wider_model, families.create_model)}
 
 
 def imported() -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_sample_is_reproducible(folders, tmp_path):
     assert first.shape == (3, 1, 8, 8)
     assert np.array_equal(first, second)
     assert len(list((tmp_path / "a").glob("sample_*.png"))) == 3
-    assert Image.open(tmp_path / "a" / "samples.png").size == (16, 16)  # three of them, two in a row
+    assert Image.open(tmp_path / "a" / "samples.png").size == (128, 128)  # three of them, two in a row
     assert json.loads((tmp_path / "a" / "samples.json").read_text())["rule"] == {"rule": "median", "even": "average"}
 
 
@@ -155,7 +155,7 @@ def test_sample_of_each_member(folders, tmp_path, shared):
         pipe = DDIMPipeline(UNet2DModel.from_pretrained(folders[1]), DDIMScheduler(num_train_timesteps=1000))
         alone = pipe(3, torch.Generator().manual_seed(4), num_inference_steps=2, output_type="np").images
         np.testing.assert_allclose(samples[1].transpose(0, 2, 3, 1) / 2 + 0.5, alone, atol=1e-4)
-    assert Image.open(out / "members.png").size == (24, 16)  # a row for each member
+    assert Image.open(out / "members.png").size == (192, 128)  # a row for each member
     assert (out / "maps.png").stat().st_size > 1000
     said = json.loads((out / "samples.json").read_text())
     name = "diffusion_pytorch_model.safetensors"

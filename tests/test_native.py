@@ -42,6 +42,24 @@ def test_has_every_kernel_that_the_ops_declare():
             assert "native" not in op.kernels or _native.has_kernel(op.kernels["native"]), op.name
 
 
+# Of the buffer protocol and the interpreter lock: in the stable ABI since 3.11.
+_CPP = tuple(f"ZN{const}{space}" for const in ("", "K") for space in ("2at", "3c10", "5torch"))
+STABLE = {"PyObject_GetBuffer", "PyBuffer_Release", "PyEval_SaveThread", "PyEval_RestoreThread"}
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+def test_one_library_serves_every_python():
+    """It asks Python for what all versions have, weakly, and torch for its stable ABI."""
+    assert _native.load()
+    command = ["objdump", "-T", str(_native._loaded["cpu"])]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    needed = {line.split()[-1]: line.split()[1] for line in lines if "*UND*" in line}
+    assert {name for name in needed if name.lstrip("_").startswith("Py")} == STABLE
+    changing = [name for name in needed if name.lstrip("_").startswith(("Py", *_CPP))]
+    assert {needed[name] for name in changing} == {"w"}  # it loads without, and asks before it calls
+
+
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     root = tmp_path / "a folder" / "csrc"

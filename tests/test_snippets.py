@@ -9,6 +9,11 @@ import pytest
 
 from fastens.checkpoints import Checkpoints
 from fastens.cli import _parser
+from fastens.fold import registry
+from fastens.fold.dispatch import RULES
+from fastens.ops import OPS
+from tests.interop.libraries import library
+from tests.interop.stand_ins import lucid_files
 from tests.stand_ins import FUNCTIONS, STAND_INS, ens, imported, write_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,11 +58,26 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def registries():
+    """Keep nothing of what a snippet registers."""
+    kept = [(table, dict(table)) for table in (OPS, RULES, registry._REGISTRY)]
+    yield
+    for table, before in kept:
+        table.clear()
+        table.update(before)
+
+
 @pytest.mark.parametrize("text", list(snippets()))
 @pytest.mark.filterwarnings("error:fastens")
+@pytest.mark.usefixtures("registries")
 def test_a_snippet_runs_as_it_is_written(text, folder, monkeypatch):
+    for name in re.findall(r"^(?:import|from) (k_diffusion|denoising_diffusion_pytorch|torchdiffeq)", text, re.M):
+        library(name)
     if "ForestDiffusion" in text:
         pytest.importorskip("ForestDiffusion.diffusion_with_trees_class", exc_type=ImportError)
+    if "GaussianDiffusion" in text:
+        lucid_files(folder)
     monkeypatch.chdir(folder)
     ens.cache_clear()
     code = compile(text, "snippet", "exec")

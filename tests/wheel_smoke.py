@@ -15,6 +15,8 @@ def check_installation() -> None:
     assert not (package.parent / "setup.py").exists(), f"{package} is a checkout, not an installed wheel"
     assert fastens.backends()["native"] == "available", fastens.backends()
     assert not list(package.rglob("*.safetensors")), "the demo's weights are a package of their own"
+    compiled = [path.name for path in package.rglob("*.so")]
+    assert compiled == ["libfastens_cpu.so"], f"{compiled}: modules of one Python are slow on every other"
     assert (package / "csrc" / "cpu" / "aggregate.cpp").is_file(), "an installed package can build its library again"
 
 

@@ -203,7 +203,9 @@ def _plain(scheduler: Any) -> dict[str, Any]:
 
 
 def _sheet(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images [n, C, H, W] side by side, in rows of ``columns``: [C, rows H, columns W]."""
+    """Images [n, C, H, W] side by side, in rows of ``columns``: [C, rows H, columns W]. Small ones are enlarged."""
+    factor = max(1, 64 // max(images.shape[2:]))
+    images = images.repeat(factor, 2).repeat(factor, 3)
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     sheet = np.ones((rows * columns, channels, height, width), images.dtype)

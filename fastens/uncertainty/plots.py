@@ -39,7 +39,8 @@ def _save(figure: Any, path: str | Path) -> None:
 def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, given: Array | None = None) -> None:
     """Draw, for each of B problems, a sample, the mean, the epistemic and the aleatoric deviation side by side.
 
-    All deviations, and the error, are on one colour scale, which is drawn.
+    All deviations, and the error, are on one colour scale, which is drawn. One sample of each member leaves nothing
+    aleatoric to see, and no column for it.
 
     Args:
         samples: [K, N, B, C, H, W], or without C: N samples of each member for B problems, in [-1, 1].
@@ -59,7 +60,9 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
         raise ValueError(f"samples is {list(x.shape)}, expected [K, N, B, C, H, W] or [K, N, B, H, W]")
     parts, mean = decompose(x), x.mean((0, 1))
     images = {"given": given, "sample": x[0, 0], "mean": mean, "truth": truth}
-    maps = {"epistemic": np.sqrt(parts.epistemic), "aleatoric": np.sqrt(parts.aleatoric)}
+    maps = {"epistemic": np.sqrt(parts.epistemic)}
+    if x.shape[1] > 1:
+        maps["aleatoric"] = np.sqrt(parts.aleatoric)
     if truth is not None:
         maps["error"] = np.abs(mean - _array(truth))
     images = {name: _array(value) for name, value in images.items() if value is not None}
