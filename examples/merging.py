@@ -53,12 +53,12 @@ def main(out: Path, snapshots: int = 8, apart: int = 100, distil: int = 4000, ro
     }
     minutes = (time.process_time() - begun) / 60
     intro = (
-        f"`python examples/merging.py` makes this page, in {minutes:.0f} minutes of a processor core: {snapshots} "
-        f"snapshots, {apart} steps apart, of a run that goes on from the first of the shipped digit networks at a constant "
-        "learning rate, and the five shipped networks, of different seeds. Merges are sums of weights: uniform, greedy, or "
-        "fitted by gradients through the fold. The student begins as the best member and is distilled from the ensemble "
-        f"on the training images in {distil} steps. All choices are made on the training images, and judged on test "
-        "images, which no network has seen."
+        f"`python examples/merging.py` makes this page, in {minutes:.0f} minutes of a processor core. {snapshots} "
+        f"snapshots, {apart} steps apart, are of a run that goes on from the first shipped digit network at a constant "
+        "learning rate; the five shipped networks are of different seeds. Merges are sums of weights: uniform, greedy, "
+        "or fitted by gradients through the fold. The student begins as the best member and is distilled from the "
+        f"ensemble on the training images, in {distil} steps. All choices are made on training images, and judged on "
+        "test images, which no network has seen."
     )
     facts = {
         "processor_minutes": minutes,
