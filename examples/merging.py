@@ -42,14 +42,14 @@ def continued(count: int, apart: int) -> list[torch.nn.Module]:
     return snapshots
 
 
-def main(out: Path, snapshots: int = 8, apart: int = 100, distil: int = 4000, rows: int = 397) -> None:
+def main(out: Path, snapshots: int = 8, apart: int = 100, student_steps: int = 4000, rows: int = 397) -> None:
     """Write the report."""
     begun = time.process_time()
     train, test = load_digits()
     study = functools.partial(merge_study, fit=train, test=test[:rows], schedule=Discrete.linear(), progress=True)
     studies = {
         "snapshots of one run": study(continued(snapshots, apart)),
-        "members of five seeds": study(fastens.load_members(member_paths("digits")), distil=distil),
+        "members of five seeds": study(fastens.load_members(member_paths("digits")), student_steps=student_steps),
     }
     minutes = (time.process_time() - begun) / 60
     intro = (
@@ -57,8 +57,8 @@ def main(out: Path, snapshots: int = 8, apart: int = 100, distil: int = 4000, ro
         f"snapshots, {apart} steps apart, are of a run that goes on from the first shipped digit network at a constant "
         "learning rate; the five shipped networks are of different seeds. Merges are sums of weights: uniform, greedy, "
         "or fitted by gradients through the fold. The student begins as the best member and is distilled from the "
-        f"ensemble on the training images, in {distil} steps. All choices are made on training images, and judged on "
-        "test images, which no network has seen."
+        f"ensemble on the training images, in {student_steps} steps. All choices are made on training images, and "
+        "judged on test images, which no network has seen."
     )
     facts = {
         "processor_minutes": minutes,

@@ -183,7 +183,7 @@ def merge_study(
     prediction: str | Prediction | None = None,
     *,
     student: nn.Module | None = None,
-    distil: int = 0,
+    student_steps: int = 0,
     pool: int = 8,
     times: int = 20,
     steps: int = 60,
@@ -203,7 +203,7 @@ def merge_study(
         schedule: that the members were trained under.
         prediction: what they predict.
         student: a network to judge beside them; none for none.
-        distil: steps of a student's training from the best member, where none is given; 0 for no student.
+        student_steps: of a student's training from the best member, where none is given; 0 for no student.
         pool: the most members of merges and ensemble: those of least loss on ``fit``.
         times: noise levels.
         steps: of the fitted merge.
@@ -252,21 +252,21 @@ def merge_study(
     networks: dict[str, tuple[nn.Module, str]] = {BEST: (best, f"member {int(order[0])}")}
     for how, found in weights.items():
         networks[f"{how} merge"] = merge(ensemble, found), ", ".join(f"{w:.2f}" for w in found[""])
-    if student is None and distil:
+    if student is None and student_steps:
         trained = distill(
             ensemble,
             best,
             fit,
             schedule=schedule,
             prediction=prediction,
-            steps=distil,
+            steps=student_steps,
             learning_rate=2e-3,
             seed=seed,
             progress=progress,
         )
         student = trained.student
     if student is not None:
-        networks[STUDENT] = student, f"distilled in {distil} steps" if distil else "as given"
+        networks[STUDENT] = student, f"distilled in {student_steps} steps" if student_steps else "as given"
 
     singles = {name: Ensemble([network]) for name, (network, _) in networks.items()}
     rows = {name: losses(single, test)[0] for name, single in singles.items()}
