@@ -49,7 +49,9 @@ def test_a_student_comes_to_predict_what_the_ensemble_does_under_its_rule(rule):
     ensemble, new = fastens.Ensemble([Net(k) for k in range(3)], rule), Net(9, width=32)
     kept = {name: value.clone() for name, value in (*ensemble.state_dict().items(), *new.state_dict().items())}
     found = distill(ensemble, new, points(64), schedule=VP(), steps=1500, learning_rate=1e-2)
-    assert difference(ensemble, found.student) < 0.01 < 0.1 < difference(ensemble, new)
+    other = ensemble.with_rule({"mean": "median", "median": "mean"}[rule])
+    assert difference(ensemble, found.student) < 0.03 < 0.3 < difference(other, found.student)
+    assert difference(ensemble, new) > 1
     assert found.losses[-1] < found.losses[0] / 10
     assert not found.student.training
     after = dict((*ensemble.state_dict().items(), *new.state_dict().items()))
