@@ -6,6 +6,7 @@ members, of different seeds, are merged, and their ensemble is distilled into a 
 
 import argparse
 import functools
+import inspect
 import time
 from pathlib import Path
 
@@ -42,33 +43,37 @@ def continued(count: int, apart: int) -> list[torch.nn.Module]:
     return snapshots
 
 
-def main(out: Path, snapshots: int = 8, apart: int = 100, student_steps: int = 4000, rows: int = 397) -> None:
+def main(
+    out: Path, snapshots: int = 8, apart: int = 100, rows: int = 397, levels: int = 20, student: int = 4000
+) -> None:
     """Write the report."""
     begun = time.process_time()
     train, test = load_digits()
-    study = functools.partial(merge_study, fit=train, test=test[:rows], schedule=Discrete.linear(), progress=True)
+    study = functools.partial(
+        merge_study, fit=train, test=test[:rows], schedule=Discrete.linear(), times=levels, fit_rows=rows, progress=True
+    )
     studies = {
         "snapshots of one run": study(continued(snapshots, apart)),
-        "members of five seeds": study(fastens.load_members(member_paths("digits")), student_steps=student_steps),
+        "members of five seeds": study(fastens.load_members(member_paths("digits")), student_steps=student),
     }
     minutes = (time.process_time() - begun) / 60
+    options = f"--snapshots {snapshots} --apart {apart} --rows {rows} --levels {levels} --student {student}"
+    distilled = " The student begins as the best member and learns what the ensemble predicts of noisy training images."
     intro = (
-        f"`python examples/merging.py` makes this page, in {minutes:.0f} minutes of a processor core. {snapshots} "
-        f"snapshots, {apart} steps apart, are of a run that goes on from the first shipped digit network at a constant "
-        "learning rate; the five shipped networks are of different seeds. Merges are sums of weights: uniform, greedy, "
-        "or fitted by gradients through the fold. The student begins as the best member and is distilled from the "
-        f"ensemble on the training images, in {student_steps} steps. All choices are made on training images, and "
-        "judged on test images, which no network has seen."
+        f"`python examples/merging.py {options}` makes this page, in {minutes:.0f} minutes of one core. The "
+        f"{snapshots} snapshots, {apart} steps apart, are of a run that goes on from the first shipped digit network "
+        "at a constant learning rate; the five shipped networks are of different seeds. Merges are sums of weights: "
+        f"uniform, greedy, or fitted by gradients through the fold.{distilled if student else ''} All choices are made "
+        f"on training images, and judged on {min(rows, len(test))} test images, which no network has seen."
     )
-    facts = {
-        "processor_minutes": minutes,
-        "threads": torch.get_num_threads(),
-        "provenance": provenance(member_paths("digits")),
-    }
+    facts = {"processor_minutes": minutes, "provenance": provenance(member_paths("digits"))}
     write(studies, out, "Merge, ensemble or distil", intro, **facts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/evaluation/merging"))
-    main(parser.parse_args().out)
+    for name, parameter in inspect.signature(main).parameters.items():
+        if name != "out":
+            parser.add_argument(f"--{name}", type=int, default=parameter.default)
+    main(**vars(parser.parse_args()))

@@ -1,6 +1,8 @@
 """Students of an ensemble: what they are trained on, and gradients through the frozen ensemble to what it is shown."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,11 @@ def test_the_ensemble_is_planned_where_no_gradient_goes_through_it():
     distill(ensemble, ensemble.members[0], torch.zeros(4, 1, 8, 8), schedule=Discrete.linear(), steps=4, batch_size=4)
     report = ensemble.report()
     assert report.plans or not report.target  # no library, no plans
+
+
+@pytest.mark.parametrize("module", ["training", "evaluation", "merging"])
+def test_a_module_can_be_imported_first(module):
+    subprocess.run([sys.executable, "-c", f"import fastens.{module}"], check=True)
 
 
 def test_bad_input():

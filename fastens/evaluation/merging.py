@@ -18,7 +18,6 @@ from fastens.evaluation.loss import denoising_loss, times_at
 from fastens.evaluation.quality import Interval
 from fastens.merging import merge, merge_weights
 from fastens.schedules import Prediction, Schedule
-from fastens.training.distillation import distill
 
 BEST = "best single"
 ENSEMBLE = "ensemble"
@@ -253,6 +252,8 @@ def merge_study(
     for how, found in weights.items():
         networks[f"{how} merge"] = merge(ensemble, found), ", ".join(f"{w:.2f}" for w in found[""])
     if student is None and student_steps:
+        from fastens.training.distillation import distill  # which imports this package
+
         trained = distill(
             ensemble,
             best,
