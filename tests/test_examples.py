@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,3 +37,8 @@ def test_maps_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 3)
     module.main(str(tmp_path / "maps.png"))
     assert Image.open(tmp_path / "maps.png").size[0] > 500
+
+
+def test_snapshots_of_a_run_that_goes_on():
+    first, second = example("merging").continued(2, 1)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
