@@ -17,6 +17,7 @@ from fastens.rules import rule
 if TYPE_CHECKING:
     from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
+    from fastens.merging import merge
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
@@ -34,6 +35,7 @@ __all__ = [
     "interop",
     "laplace",
     "load_members",
+    "merge",
     "register_layer",
     "rule",
     "rules",
@@ -52,6 +54,7 @@ _MODULES = frozenset(
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
     "load_members": "fastens.checkpoints",
+    "merge": "fastens.merging",
     "sample_members": "fastens.runs",
 } | dict.fromkeys(
     # A saved diffusers pipeline looks these classes up here; none may import diffusers before that.

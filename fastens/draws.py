@@ -76,7 +76,7 @@ class Assignment:
             raise ValueError(
                 f"the batch has {batch} rows, expected a multiple of the {rows} that members are assigned to"
             )
-        return self.members.repeat(times)
+        return self.members if times == 1 else self.members.repeat(times)
 
 
 # By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.

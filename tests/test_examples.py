@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,3 +57,8 @@ def test_segmentation(tmp_path, monkeypatch, capsys):
     module.main(tmp_path)
     assert "AUSE" in capsys.readouterr().out
     assert len(Image.open(tmp_path / "segmentation.png").convert("L").getcolors()) > 10
+
+
+def test_snapshots_of_a_run_that_goes_on():
+    first, second = example("merging").continued(2, 1)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -10,8 +10,18 @@ PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
-    {"composition", "demo", "interop", "evaluation", "tabular", "samplers", "uncertainty"},
-    {"training", "runs"},
+    {
+        "composition",
+        "demo",
+        "interop",
+        "evaluation",
+        "merging",
+        "tabular",
+        "samplers",
+        "training",
+        "uncertainty",
+    },
+    {"runs"},
     {"checkpoints"},
     {
         "ensemble",

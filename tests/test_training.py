@@ -187,3 +187,16 @@ def test_bad_input_is_named(call, error, message):
     ensemble = fastens.Ensemble([randomised(mlp, seed) for seed in range(2)])
     with pytest.raises(error, match=message):
         call(ensemble, torch.optim.SGD(ensemble.parameters()))
+
+
+def test_members_on_rows_of_their_own_are_planned():
+    make, arguments = NETWORKS["dit"]
+    members = [randomised(make, seed).eval() for seed in range(2)]
+    ensemble = fastens.Ensemble(members)
+    alone, args, kwargs = own_rows(arguments, 2, 3, torch.float32)
+    with torch.no_grad():
+        for _ in range(3):
+            found = member_forward(ensemble, *args, **kwargs)
+        for k, (own_args, own_kwargs) in enumerate(alone):
+            assert relative_error(found[k], tensor_of(members[k](*own_args, **own_kwargs))) < NETWORK[torch.float32]
+    assert ensemble.report().plans or not ensemble.report().target, ensemble.report().why_no_plan

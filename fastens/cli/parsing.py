@@ -165,13 +165,19 @@ def members_of(options: argparse.Namespace, paths: list[str] | None = None) -> A
     Raises:
         ValueError, OSError: as :func:`fastens.load_members`.
     """
-    import torch
-
     import fastens
 
+    return fastens.load_members(
+        paths or options.checkpoints, factory_of(options), not options.raw, **reading_of(options)
+    )
+
+
+def reading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How the options say that a checkpoint is read, and where its member is put."""
+    import torch
+
     where = {"device": device_of(options), "dtype": options.dtype and getattr(torch, options.dtype)}
-    reading = {name: getattr(options, name) for name in ("key", "prefix", "variant", "allow_pickle")}
-    return fastens.load_members(paths or options.checkpoints, factory_of(options), not options.raw, **reading, **where)
+    return {name: getattr(options, name) for name in ("key", "prefix", "variant", "allow_pickle")} | where
 
 
 def ensemble_of(options: argparse.Namespace, rule: Any = "mean") -> Any:

@@ -6,6 +6,7 @@ from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.inception import inception
 from fastens.evaluation.likelihood import Likelihood, bits_offset, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, noise_levels
+from fastens.evaluation.merging import MergeStudy, merge_loss, merge_study
 from fastens.evaluation.quality import Interval, Quality, features, quality
 from fastens.evaluation.sampling import sample
 from fastens.evaluation.weights import fit_weights, held_out_gain, weighted_loss
@@ -18,6 +19,7 @@ __all__ = [
     "Estimate",
     "Interval",
     "Likelihood",
+    "MergeStudy",
     "Quality",
     "anomaly",
     "auroc",
@@ -29,6 +31,8 @@ __all__ = [
     "held_out_gain",
     "inception",
     "likelihood",
+    "merge_loss",
+    "merge_study",
     "noise_levels",
     "quality",
     "sample",

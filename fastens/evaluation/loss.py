@@ -17,6 +17,7 @@ from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.progress import Progress
 from fastens.ops.draw_members import draw_members
 from fastens.reference.normal import normal
+from fastens.schedules import Schedule
 
 WEIGHTINGS = ("uniform", "likelihood", "edm")
 
@@ -132,8 +133,11 @@ def noise_levels(denoiser: Denoiser, num: int) -> Tensor:
     """
     if num < 1:
         raise ValueError(f"num is {num}, expected at least one noise level")
-    schedule = denoiser.schedule
-    share = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    return times_at(denoiser.schedule, (torch.arange(num, dtype=torch.float64) + 0.5) / num)
+
+
+def times_at(schedule: Schedule, share: Tensor) -> Tensor:
+    """Times at shares of the way from data to prior, float64; whole steps if discrete, in log sigma for EDM's."""
     if schedule.name == "edm":  # times are sigmas: equal intervals of their logarithm
         low, high = math.log(schedule.t_data), math.log(schedule.t_prior)
         return (low + share * (high - low)).exp()

@@ -121,21 +121,9 @@ def from_files(
         FileNotFoundError: a file or folder that does not exist.
         ValueError: an array of another kind, or a scheduler that is refused or contradicts ``prediction``.
     """
-    if not data.is_file():
-        raise FileNotFoundError(f"data {data} does not exist")
-    try:
-        array = np.load(data, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"data {data} is no .npy file: {error}") from error
-    if array.ndim != 4 or len(array) < 4:
-        raise ValueError(f"data {data} is {list(array.shape)}, expected images [N, C, H, W] with N >= 4")
-    images = torch.from_numpy(array.astype(np.float32))
-    if array.dtype == np.uint8:
-        images = images / 127.5 - 1
-    said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else scheduler_in(scheduler))
-    assert schedule is not None
-    predicted = said.filled(kind="epsilon")
-    _check_shape(Denoiser(ensemble, schedule, predicted), images[:1], data)
+    images = images_in(data)
+    schedule, predicted = path_of(scheduler, prediction)
+    check_shape(Denoiser(ensemble, schedule, predicted), images[:1], data)
     half = len(images) // 2
     network, logits, note = _random_features(images, half)
     if weights is not None:
@@ -165,7 +153,38 @@ def from_files(
     )
 
 
-def _check_shape(denoiser: Denoiser, image: Tensor, data: Path) -> None:
+def images_in(data: Path) -> Tensor:
+    """The images of a ``.npy`` file, [N, C, H, W] in [-1, 1].
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: an array of another kind.
+    """
+    if not data.is_file():
+        raise FileNotFoundError(f"data {data} does not exist")
+    try:
+        array = np.load(data, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"data {data} is no .npy file: {error}") from error
+    if array.ndim != 4 or len(array) < 4:
+        raise ValueError(f"data {data} is {list(array.shape)}, expected images [N, C, H, W] with N >= 4")
+    images = torch.from_numpy(array.astype(np.float32))
+    return images / 127.5 - 1 if array.dtype == np.uint8 else images
+
+
+def path_of(scheduler: Path | None, prediction: str | None) -> tuple[Schedule, Prediction]:
+    """The noise schedule of members, and what they predict; 1000 steps of linear beta and epsilon by default.
+
+    Raises:
+        FileNotFoundError: a folder that does not exist.
+        ValueError: a scheduler that is refused or contradicts ``prediction``.
+    """
+    said, _, schedule = resolve(prediction, None, Discrete.linear() if scheduler is None else scheduler_in(scheduler))
+    assert schedule is not None
+    return schedule, said.filled(kind="epsilon")
+
+
+def check_shape(denoiser: Denoiser, image: Tensor, data: Path) -> None:
     """Raise ValueError where the members do not take images of this shape."""
     t = torch.tensor(0.5 * (denoiser.schedule.t_data + denoiser.schedule.t_prior), dtype=torch.float64)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -27,18 +28,30 @@ if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
 
 
-def grouped(members: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
-    """The samples in the order of their members, and where each member's group begins, int64 [B] and [K+1]."""
-    counts = torch.bincount(members, minlength=num_members)
-    return torch.argsort(members, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+def grouped(members: Tensor, num_members: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The samples in the order of their members, int64 [B], or none where they are in it; members [B] in that order.
+
+    Third, where each member's group begins, int64 [K+1].
+    """
+    order = None
+    if torch.compiler.is_compiling() or not _rises(members.tolist()):
+        order = torch.argsort(members, stable=True)
+        members = members.index_select(0, order)
+    return order, members, torch.searchsorted(members, torch.arange(num_members + 1))
 
 
-def reordered(output: Any, order: Tensor) -> Any:
-    """An output whose rows are in an order of samples, in the samples' own."""
-    inverse = torch.argsort(order)
+def _rises(numbers: list[int]) -> bool:
+    return all(a <= b for a, b in itertools.pairwise(numbers))
+
+
+def reordered(output: Any, order: Tensor | None) -> Any:
+    """An output whose rows are in an order of samples, in the samples' own; a copy of it."""
+    inverse = None if order is None else torch.argsort(order)
 
     def one(leaf: Any) -> Any:
-        return leaf.index_select(0, inverse.to(leaf.device)) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.clone() if inverse is None else leaf.index_select(0, inverse.to(leaf.device))
 
     return pytree.tree_map(one, output)
 
@@ -122,12 +135,13 @@ class DrawnCall:
         if (eager and engine.stateful and not self._caches_filled()) or excluded is None:  # or members mix the samples
             return None
         arguments = arguments.excluding(excluded)
-        order, offsets = grouped(members, engine.num_members)
-        row_members = members.index_select(0, order)
-        dealt = arguments.selected(order).of_rows(row_members)
+        order, row_members, offsets = grouped(members, engine.num_members)
+        if order is None and engine.masks is not None:  # which depend on the samples of their rows
+            order = torch.arange(len(members))
+        dealt = (arguments if order is None else arguments.selected(order)).of_rows(row_members)
         planned = None
         if eager and not dealt.per_row and not engine.stateful and engine.can_plan(dealt):
-            hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
+            hidden = Hidden(len(members), engine.num_members, offsets=offsets, row_members=row_members)
             planned = PlannedCall(engine, dealt, hidden)
             found = planned.run()
             if found is not None:
@@ -197,8 +211,8 @@ class DrawnCall:
         output = run_drawn(lambda k, _: found[k], self._arguments, self._members)
         return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
-    def _folded(self, dealt: Arguments, key: Any, order: Tensor, offsets: Tensor, row_members: Tensor) -> Any:
-        engine = self._engine
+    def _folded(self, dealt: Arguments, key: Any, order: Tensor | None, offsets: Tensor, row_members: Tensor) -> Any:
+        engine, rows = self._engine, len(row_members)
 
         def some(start: int, stop: int) -> Any:
             hidden = Hidden(
@@ -207,33 +221,35 @@ class DrawnCall:
                 offsets=offsets.clamp(start, stop) - start,
                 row_members=row_members[start:stop].to(_device(dealt)),
             )
-            given = dealt if stop - start == len(order) else dealt.selected(torch.arange(start, stop))
+            given = dealt if stop - start == rows else dealt.selected(torch.arange(start, stop))
             output = engine.run(engine.new_pass(hidden, given), given, rows=True)
             return pytree.tree_map(lambda x: without_hidden(x, hidden), output)
 
         if torch.compiler.is_compiling():
-            return reordered(some(0, len(order)), order)
-        parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, len(order), some)]
+            return reordered(some(0, rows), order)
+        parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, rows, some)]
         columns = zip(*(leaves for leaves, _ in parts), strict=True)
         leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
         return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
 
     def _planned(
-        self, planned: PlannedCall, key: Any, order: Tensor, expected: list[Tensor] | None
+        self, planned: PlannedCall, key: Any, order: Tensor | None, expected: list[Tensor] | None
     ) -> list[Any] | None:
         """Make the plan of a call whose samples go to one member each, whichever, and run it; none without plan."""
         engine = self._engine
-        if planned.refused or not engine.cap.holds_recording(key, len(order)):
+        if planned.refused or not engine.cap.holds_recording(key, len(self._members)):
             return None
         with torch.no_grad(), suppress_out_of_memory():
-            ours = None if expected is None else [[x.index_select(0, order.to(x.device)) for x in expected]]
-            return planned.make(ours)
+            if expected is not None and order is not None:
+                expected = [x.index_select(0, order.to(x.device)) for x in expected]
+            return planned.make(None if expected is None else [expected])
         return None
 
 
-def _result(found: list[Any], order: Tensor) -> Any:
+def _result(found: list[Any], order: Tensor | None) -> Any:
     *leaves, spec = found
-    return reordered(pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec), order)
+    output = pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec)
+    return output if order is None else reordered(output, order)  # plans keep no outputs
 
 
 def _device(arguments: Arguments) -> torch.device:
