@@ -17,6 +17,7 @@ from fastens.rules import rule
 if TYPE_CHECKING:
     from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
+    from fastens.distributed.ensemble import distribute
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
@@ -30,6 +31,7 @@ __all__ = [
     "backends",
     "composition",
     "demo",
+    "distribute",
     "evaluation",
     "interop",
     "laplace",
@@ -51,6 +53,7 @@ _MODULES = frozenset(
 )
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
+    "distribute": "fastens.distributed.ensemble",
     "load_members": "fastens.checkpoints",
     "sample_members": "fastens.runs",
 } | dict.fromkeys(

@@ -11,7 +11,7 @@ LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
     {"composition", "demo", "interop", "evaluation", "tabular", "samplers", "uncertainty"},
-    {"training", "runs"},
+    {"training", "runs", "distributed"},
     {"checkpoints"},
     {
         "ensemble",

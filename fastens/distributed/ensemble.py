@@ -1,0 +1,528 @@
+"""An ensemble over a mesh: members over one dimension, the rows of a batch over the other."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastens import rules
+from fastens.distributed import states
+from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer, split
+from fastens.distributed.gradients import gathered, replicated
+from fastens.distributed.shares import Share, check_alike, checksum, facts_of
+from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
+from fastens.dropout import MCDropout
+from fastens.ensemble import Ensemble
+from fastens.fold.arguments import Arguments
+from fastens.fold.drawn import run_drawn
+from fastens.fold.engine import FoldEngine
+from fastens.fold.members import AS_THEY_ARE, check_members, stack_members, tensors_of
+from fastens.members import copied
+from fastens.ops._scores import seed_from
+from fastens.ops.member_variance import member_variance
+from fastens.outputs import agreed, columns, combined, is_scores, plain
+from fastens.settings import check_settings
+
+
+def distribute(
+    ensemble: Ensemble | Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    batch: str = "global",
+    timeout: float = 300.0,
+    **options: Any,
+) -> Any:
+    """Spread an ensemble over a mesh of dimensions ("member", "data"); all ranks call this, and then the result, alike.
+
+    What every rank gets from a call is what the ensemble would return in one process, for the whole batch. It is a
+    module that a sampler calls as it called the ensemble: the same program runs on all ranks, from the same seeds.
+    Whoever is called with another batch, fails or dies makes all ranks raise.
+
+    Args:
+        ensemble: the ensemble, which each rank has whole and may drop; or its members, as
+            :func:`fastens.load_members` names them, of which each rank reads its own only.
+        mesh: ``init_device_mesh(kind, (m, d), mesh_dim_names=("member", "data"))``; K members need not divide by m.
+        batch: ``"global"``: every rank is called with the same batch, whose rows are spread over "data"; ``"local"``:
+            each rank of "data" has a batch of its own, as large as it likes, and those of one place in it the same.
+        timeout: seconds that a rank is waited for.
+        **options: of :class:`fastens.Ensemble`, where members are given.
+
+    Raises:
+        TypeError: neither an ensemble nor members, a mesh that is none.
+        ValueError: other dimensions of the mesh.
+        RanksDiffer: versions, code, weights or settings differ between ranks.
+        RankLost: a rank did not answer.
+    """
+    if not isinstance(mesh, DeviceMesh) or tuple(mesh.mesh_dim_names or ()) != ("member", "data"):
+        raise ValueError(
+            "distribute: expected a mesh of dimensions ('member', 'data'), as of torch.distributed.device_mesh."
+            "init_device_mesh('cuda', (2, 4), mesh_dim_names=('member', 'data'))"
+        )
+    if batch not in ("global", "local"):
+        raise ValueError(f"distribute: batch {batch!r} is unknown, expected 'global' or 'local'")
+    place = Place(mesh, batch, timeout)
+    if isinstance(ensemble, Ensemble):
+        if options:
+            raise TypeError(f"distribute: {', '.join(options)} belong to the ensemble; give them to it")
+        return _of_ensemble(ensemble, place)
+    check_members(ensemble)
+    return _of_members(ensemble, place, **options)
+
+
+class Place:
+    """Where this process is in a mesh, and what it talks over.
+
+    Attributes:
+        members: with the ranks that hold the other members, for the same rows.
+        data: with those that have the same members for other rows; none where each has a batch of its own.
+        control: with all whose calls are the same, on the CPU.
+    """
+
+    def __init__(self, mesh: DeviceMesh, batch: str, timeout: float) -> None:
+        self.mesh, self.timeout = mesh, timeout
+        self.members = Exchange(mesh.get_group("member"), timeout)
+        self.data = Exchange(mesh.get_group("data"), timeout) if batch == "global" else None
+        every = mesh.mesh.T.tolist()  # by place in "data"
+        groups = [sorted(rank for ranks in every for rank in ranks)] if batch == "global" else every
+        for ranks in groups:  # all processes take part in making each
+            group = dist.new_group(ranks, datetime_of(timeout), backend="gloo")
+            if dist.get_rank() in ranks:
+                self.control = Exchange(group, timeout)
+
+    @property
+    def num_data(self) -> int:
+        """How many shares the rows of a call are cut into."""
+        return 1 if self.data is None else self.data.size
+
+
+def datetime_of(seconds: float) -> Any:
+    """Seconds as torch takes them."""
+    import datetime
+
+    return datetime.timedelta(seconds=seconds)
+
+
+def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
+    share = Share(ensemble.num_members, place.members.size, place.members.rank)
+    engine = ensemble._engine
+    whole = [t for _, t in sorted(ensemble.state_dict().items())]
+    member = next(ensemble.network.children()) if engine is None else engine.skeleton
+    facts = facts_of(member, ensemble.num_members, ensemble._settings, ensemble.rule)
+    check_alike(place.control, {**facts, "the weights": checksum(whole)})
+    made = _new(ensemble._kind(), ensemble.num_members, ensemble.rule, ensemble._settings, place, share)
+    if engine is None:
+        modules = [copied(each) for each in list(ensemble.network.children())[share.slice]]
+        made._adopt_held(modules, ensemble.__dict__["_why_loop"])
+    else:
+        if any(map(any, engine.own_states()[0])):
+            raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
+        masks = engine.masks is not None
+        stacks = {}
+        for name, stack in tensors_of(ensemble.network).items():
+            own = stack.detach() if name in engine.shared or masks else stack.detach()[share.slice]
+            own = own.clone(memory_format=torch.preserve_format)
+            stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
+        made._adopt(engine.skeleton, stacks, engine.shared)
+    made.train(ensemble.training)
+    return made
+
+
+def _of_members(members: Sequence[nn.Module], place: Place, rule: Any = "mean", **options: Any) -> Any:
+    placement = AS_THEY_ARE
+    if options.keys() & {"device", "dtype"}:
+        raise TypeError("distribute: say device= and dtype= of the members: fastens.load_members(..., device=...)")
+    named = ("engine", "backend", "max_fold", "prediction", "aggregate_in", "schedule")
+    unknown = sorted(options.keys() - {*named})
+    if unknown:
+        raise TypeError(f"distribute: unknown option {', '.join(unknown)}; expected some of {', '.join(named)}")
+    defaults = {"engine": "auto", "backend": "auto", **dict.fromkeys(named[2:])}
+    settings = check_settings(**{**defaults, **options})
+    share = Share(len(members), place.members.size, place.members.rank)
+    held = list(members[share.slice])
+    facts = facts_of(held[0], len(members), settings, rules.get(rule))
+    check_alike(place.control, facts)
+    with torch.inference_mode(False):
+        skeleton, stacks, shared = stack_members(held, placement)
+        shared = _shared_by_all(place, stacks, shared, share.held)
+    own = {name: checksum([stack]) for name, stack in stacks.items() if name in shared}
+    check_alike(place.control, {"the tensors that members share": own})
+    if place.data is not None and place.data.size > 1:
+        numbers = {"the weights": checksum(stacks[name] for name in sorted(stacks))}
+        _check_replicas(place, share, numbers)
+    made = _new(Ensemble, len(members), rule, settings, place, share)
+    made._adopt(skeleton, stacks, shared)
+    made.train(held[0].training)
+    return made
+
+
+def _check_replicas(place: Place, share: Share, facts: dict[str, Any]) -> None:
+    """Raise on every rank where two that hold the same members have other weights."""
+    every = place.control.objects((share.first, facts["the weights"]))
+    weights: dict[int, int] = {}
+    for rank, (first, number) in zip(place.control.ranks, every, strict=True):
+        if weights.setdefault(first, number) != number:
+            raise RanksDiffer(f"distribute: the weights of member {first} on rank {rank} are others than elsewhere")
+
+
+def _shared_by_all(place: Place, stacks: dict[str, Tensor], shared: frozenset[str], held: int) -> frozenset[str]:
+    """The tensors that are held once by every rank and are equal on all; others of them become stacks again."""
+    own = {name: checksum([stacks[name]]) for name in shared}
+    every = place.control.objects(own)
+    common = {name for name, number in own.items() if all(found.get(name) == number for found in every)}
+    for name in shared - common:
+        one = stacks[name]
+        stack = one.detach().expand(held, *one.shape).clone()
+        stacks[name] = nn.Parameter(stack, one.requires_grad) if isinstance(one, nn.Parameter) else stack
+    return frozenset(common)
+
+
+def _new(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
+    made = object.__new__(_with(kind))
+    nn.Module.__init__(made)
+    made.__dict__.update(_place=place, _share=share, _calls=0)
+    made._setup(num_members, rule, settings)
+    return made
+
+
+@functools.cache
+def _with(base: type) -> type:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (Distributed, base), names)
+
+
+class Distributed:
+    """What an ensemble over a mesh does otherwise: its engine has this rank's members, its numbers those of all."""
+
+    # Construction
+
+    def _adopt(self: Any, skeleton: nn.Module, stacks: Any, shared: frozenset[str], originals: Any = None) -> None:
+        if "masks" in self._settings:
+            super()._adopt(skeleton, stacks, shared)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
+        self.__dict__["_engine"] = engine
+        self.network = engine.network
+        self._become_member_like(skeleton)
+
+    def _adopt_held(self: Any, modules: list[nn.Module], why: str) -> None:
+        self.__dict__.update(_engine=None, _why_loop=why)
+        self.network = nn.ModuleList(modules)
+        self._become_member_like(modules[0])
+
+    def _become_member_like(self: Any, member: nn.Module) -> None:
+        super()._become_member_like(member)  # pyright: ignore[reportAttributeAccessIssue]
+        self.__class__ = _with(type(self))
+
+    # Calls
+
+    def _evaluated(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule, assigned = self.rule, self._draws.assignment()
+        if assigned is not None:
+            return assigned.evaluate(self, args, kwargs)
+        if rule.random:
+            return self._drawn(args, kwargs)
+        return self._reduced(args, kwargs, variance=False)[0]
+
+    def forward_with_variance(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Evaluate all members once and return their aggregate and their variance; see the ensemble's."""
+        if self.rule.random or self._draws.assignment() is not None:
+            return super().forward_with_variance(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._reduced(args, kwargs, variance=True)
+
+    def _reduced(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variance: bool) -> tuple[Any, Any]:
+        """The aggregate, and the variance where it is asked for: of slices, or where gradients or rules want all."""
+        if torch.is_grad_enabled() or not of_rows(self.rule):
+            outputs = self._evaluate(args, kwargs)
+            whole = self._combine(outputs, self._aggregation(args, kwargs))
+            return whole, plain(self._combine(outputs, member_variance)) if variance else None
+        arguments, rows = self._rows_here(args, kwargs)
+        *leaves, spec = self._local(arguments)
+        aggregate = self._aggregate_of(arguments)
+        found = [self._sliced(x, rows, aggregate, arguments, variance) if is_scores(x) else None for x in leaves]
+        parts = [
+            pytree.tree_unflatten(
+                [self._alike(x) if pair is None else pair[i] for pair, x in zip(found, leaves, strict=True)], spec
+            )
+            for i in range(1 + variance)
+        ]
+        return parts[0], plain(parts[1]) if variance else None
+
+    def _aggregate_of(self: Any, arguments: Arguments) -> Callable[[Arguments], Callable[[Any], Tensor]]:
+        """How scores of some rows become one, for the arguments of these rows as all members see them."""
+        return lambda given: self._aggregation(*given.call)
+
+    def _sliced(
+        self: Any, scores: Any, rows: list[int], aggregate: Any, arguments: Arguments, variance: bool
+    ) -> tuple[Tensor, ...]:
+        """A leaf [k, B, ...] of this rank's members as the aggregate [B, ...] of all, and their variance."""
+        place, share = self._place, self._share
+        if not scores[0].ndim:  # a number, as of one sample
+            whole = self._members_of(scores)
+            made = [combined(aggregate(arguments), whole)]
+            return (*made, combined(member_variance, whole)) if variance else tuple(made)
+        own, shape = scores[: share.count], scores[0].shape
+        simple = self.rule.linear and not self.rule.needs_noise_level
+        few = shape[0] < place.members.size and len(shape) > 1
+        slices = Slices(place.members, share.counts, shape, few and simple and of_elements(self.rule))
+        weights = weights_of(self.rule, self.num_members)
+        most = max(share.counts) * scores[0].element_size()
+        if simple and weights and not variance and most > 4 and not bits_matter():
+            total = slices.total(scores, [*weights[share.first : share.first + share.count], *[0.0] * share.held])
+            reduced = [total.to(scores[0].dtype)]
+        else:
+            stack = slices.members(own if isinstance(own, Tensor) else own or scores[0].new_empty((0, *shape)))
+            at = torch.arange(slices.start, slices.start + slices.size)
+            given = arguments if slices.by_elements else arguments.selected(at)
+            reduced = [aggregate(given)(stack) if stack.numel() else stack.sum(0)]
+            reduced += [member_variance(stack) if stack.numel() else stack.sum(0)] if variance else []
+        wholes = (slices.whole(each) for each in reduced)
+        return tuple(self._all_rows(each, rows) for each in wholes)
+
+    def _all_rows(self: Any, own: Tensor, rows: list[int], dim: int = 0) -> Tensor:
+        """The rows of all, where each rank of "data" has some."""
+        if len(rows) == 1 or self._place.data is None:
+            return own
+        shapes = [(*own.shape[:dim], count, *own.shape[dim + 1 :]) for count in rows]
+        return torch.cat(self._place.data.gather(own, shapes), dim)
+
+    def _rows_here(self: Any, args: Any, kwargs: Any) -> tuple[Arguments, list[int]]:
+        """The arguments of this rank's rows, and how many each rank of "data" has; all where rows are mixed."""
+        arguments, place = self._arguments(args, kwargs), self._place
+        size, engine = arguments.batch_size, self._engine
+        parts = place.num_data
+        if parts == 1 or size < parts or engine is None or not of_rows(self.rule) or torch.is_grad_enabled():
+            return arguments, [size]
+        rows = split(size, parts)
+        start = sum(rows[: place.data.rank])
+        with self._together(arguments, ("rows",)) as told:
+            independent = told(lambda: engine.rows.independent(engine, arguments))
+        if not independent:
+            return arguments, [size]
+        return engine.rows.part(engine, arguments, start, start + rows[place.data.rank]), rows
+
+    def _evaluate(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Leaves of this rank's members' outputs, for the whole batch."""
+        if torch.is_grad_enabled():
+            args, kwargs = pytree.tree_map(lambda x: replicated(x, self._place.members), (args, kwargs))
+        return self._local(self._arguments(args, kwargs))
+
+    def _local(self: Any, arguments: Arguments) -> list[Any]:
+        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("an ensemble over a mesh is not trained; train members apart, or call .eval()")
+        with self._together(arguments, ("all", repr(self.rule))) as told:
+            return told(lambda: self._held(arguments))
+
+    def _held(self: Any, arguments: Arguments) -> list[Any]:
+        engine, share = self._engine, self._share
+        if engine is None:
+            return columns([self._call_module(k, arguments) for k in range(share.held)])
+        if engine.masks is None:
+            return engine.evaluate(arguments, self.training)
+        if not engine.rows.independent(engine, arguments):
+            return columns([engine.call_member(k, arguments) for k in range(share.first, share.first + share.held)])
+        size = arguments.batch_size
+        members = torch.arange(share.first, share.first + share.held).repeat_interleave(size)
+        repeated = arguments.selected(torch.arange(size).repeat(share.held))
+        leaves, spec = pytree.tree_flatten(engine.evaluate_drawn(repeated, members))
+        return [
+            *(x.unflatten(0, (share.held, size)) if isinstance(x, Tensor) else [x] * share.held for x in leaves),
+            spec,
+        ]
+
+    def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Of a call; of :class:`fastens.PerMember` the values of the members that are held."""
+        arguments = super()._arguments(args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if arguments.own and "masks" not in self._settings:
+            arguments.leaves = list(arguments.leaves)
+            for i in arguments.own:
+                arguments.leaves[i] = arguments.leaves[i][self._share.slice]
+        return arguments
+
+    @contextlib.contextmanager
+    def _together(self: Any, arguments: Arguments, what: Any) -> Any:
+        """Let all ranks know of each other's failure, and that they are called with the same."""
+        outcome: list[Any] = []
+
+        def told(run: Callable[[], Any]) -> Any:
+            try:
+                outcome.append(run())
+            except RankLost:
+                raise
+            except Exception as error:
+                self._compare(arguments, what, error)
+                raise
+            self._compare(arguments, what, None)
+            return outcome[0]
+
+        yield told
+
+    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None) -> None:
+        place = self._place
+        self.__dict__["_calls"] += 1
+        number = self.__dict__["_calls"]
+        tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
+        reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
+        shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
+        rows = arguments.batch_size if place.data is None else None
+        kind = checksum([torch.frombuffer(bytearray(repr((what, shapes)).encode()), dtype=torch.uint8)])
+        content = checksum(tensors) if reads and what[0] != "part" else 0
+        _ = rows
+        every = place.control.agree([int(error is not None), kind, content])
+        ranks = place.control.ranks
+        failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
+        if failed:
+            if error is None:
+                raise RankLost(f"rank {', '.join(map(str, failed))} failed in this call; its own error says why")
+            return
+        for column, name in ((1, "shapes, rule or method"), (2, "values")):
+            others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
+            if others:
+                raise RanksDiffer(
+                    f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
+                    "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
+                )
+
+    # All members on every rank, where that is asked for
+
+    def _members_of(self: Any, scores: Any) -> Tensor:
+        """The scores of all members, [K, ...], in their order."""
+        own = scores if isinstance(scores, Tensor) else torch.stack(list(scores))
+        share = self._share
+        shapes = [(count, *own.shape[1:]) for count in share.counts]
+        return gathered(own[: share.count], shapes, self._place.members)
+
+    def _combine(self: Any, columns: list[Any], combine: Any) -> Any:
+        *leaves, spec = columns
+        return pytree.tree_unflatten(
+            [combined(combine, self._members_of(x)) if is_scores(x) else self._alike(x) for x in leaves], spec
+        )
+
+    def _alike(self: Any, column: Any) -> Any:
+        own = agreed(column)
+        if isinstance(own, Tensor):
+            every = self._place.members.gather(own, [own.shape] * self._place.members.size)
+            return agreed(every)
+        return own
+
+    # One member a row
+
+    def trajectory(self: Any, batch_size: int, generator: torch.Generator | int | None = None) -> Any:
+        """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
+        seed = generator if isinstance(generator, int) else seed_from(generator)
+        seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
+        return super().trajectory(batch_size, seed)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self._arguments(args, kwargs)
+        evaluation = self._begin(arguments)
+        members = self._draws.members(self.rule, evaluation, arguments.batch_size)
+        if evaluation.seed is None:  # else it is a function of what all have
+            members = self._place.control.from_first(members)
+        return self._by_rows(arguments, members)
+
+    def _by_rows(self: Any, arguments: Arguments, members: Tensor) -> Any:
+        """Each row by its member, on the rank that holds it; the ranks of "data" share a member's rows."""
+        place, share, engine = self._place, self._share, self._engine
+        owner = share.owner(members)
+        parts = place.num_data
+        rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
+        at = rows[place.members.rank][0 if place.data is None else place.data.rank]
+        first = 0 if engine is not None and engine.masks is not None else share.first
+
+        def run() -> Any:
+            apart = engine is not None and engine.rows.independent(engine, arguments)
+            if not apart:  # members see the whole batch
+                own = torch.full_like(members, share.first)
+                own[at] = members[at]
+                given, chosen = arguments, own - first
+                found = engine.evaluate_drawn(given, chosen) if engine else run_drawn(self._call_module, given, chosen)
+                return pytree.tree_map(lambda x: x[at.to(x.device)] if isinstance(x, Tensor) and x.ndim else x, found)
+            spare = not len(at) and len(members) > 0  # a row for the outputs' shape
+            chosen = torch.zeros(1, dtype=torch.int64) if spare else at
+            which = torch.full((1,), share.first) if spare else members[at]
+            found = engine.evaluate_drawn(arguments.selected(chosen), which - first)
+            return pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) and x.ndim else x, found) if spare else found
+
+        if torch.is_grad_enabled():
+            arguments = arguments.with_tensors([replicated(x, place.members) for x in arguments.tensors])
+        with self._together(arguments, ("rows", members.tolist())) as told:
+            found = told(run)
+        here = 0 if place.data is None else place.data.rank
+        order = torch.cat([rows[i][d] for d in range(parts) for i in range(place.members.size)])
+        inverse = torch.argsort(order)
+
+        def whole(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.ndim:
+                return x
+            shapes = [(len(rows[i][here]), *x.shape[1:]) for i in range(place.members.size)]
+            some = gathered(x, shapes, place.members)
+            if place.data is not None:
+                shapes = [(sum(len(rows[i][d]) for i in range(place.members.size)), *x.shape[1:]) for d in range(parts)]
+                some = gathered(some, shapes, place.data)
+            return some.index_select(0, inverse.to(some.device))
+
+        return pytree.tree_map(whole, found)
+
+    # States and copies
+
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The stacks [K, ...] as DTensors, which ``torch.distributed.checkpoint`` writes and cuts anew."""
+        found = super().state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return states.as_whole(found, self._stacked(), self._place.mesh, self._share, self.num_members)
+
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load stacks [K, ...], of which each rank takes its own: DTensors, or tensors that every rank has whole."""
+        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())  # pyright: ignore
+        return super().load_state_dict(own, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _stacked(self: Any) -> frozenset[str]:
+        engine = self._engine
+        if engine is None or engine.masks is not None:
+            return frozenset()
+        return frozenset(tensors_of(engine.network)) - engine.shared
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise TypeError: a process group is of one process."""
+        raise TypeError(
+            "an ensemble over a mesh is not copied or pickled; distribute the ensemble again, and save its state by "
+            "torch.distributed.checkpoint"
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raise ValueError: no rank has all stacks."""
+        raise ValueError(
+            "no rank has all members: write state_dict() by torch.distributed.checkpoint.save, and read it into the "
+            "ensemble of one process by torch.distributed.checkpoint.load"
+        )
+
+    def replace_member(self, *_: Any, **__: Any) -> None:
+        """Raise ValueError: only one rank has the member."""
+        raise ValueError("members are on several ranks: replace the member in the ensemble, and distribute it again")
+
+    @property
+    def members(self: Any) -> Any:
+        """Raise ValueError: no rank has all members."""
+        raise ValueError("no rank has all members; take them from the ensemble that was distributed")
+
+    def _why_not_recorded(self) -> str | None:
+        return "members are on several ranks, and what they send each other is no part of a recording"
+
+    def extra_repr(self: Any) -> str:
+        """What ``print`` shows above the network."""
+        place, share = self._place, self._share
+        where = f"{place.members.size} x {place.mesh.size(1)} ranks, here members {share.first} to "
+        return f"{self.num_members} members, rule={self.rule}, {where}{share.first + share.held - 1}"
+
+
+def is_masked(ensemble: Any) -> bool:
+    """Whether members are dropout masks."""
+    return isinstance(ensemble, MCDropout)
