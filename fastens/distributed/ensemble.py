@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer, split
 from fastens.distributed.gradients import gathered, replicated
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
-from fastens.dropout import MCDropout
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
@@ -244,9 +242,9 @@ class Distributed:
             whole = self._combine(outputs, self._aggregation(args, kwargs))
             return whole, plain(self._combine(outputs, member_variance)) if variance else None
         arguments, rows = self._rows_here(args, kwargs)
-        *leaves, spec = self._local(arguments)
-        aggregate = self._aggregate_of(arguments)
-        found = [self._sliced(x, rows, aggregate, arguments, variance) if is_scores(x) else None for x in leaves]
+        whole = arguments if len(rows) == 1 else self._arguments(args, kwargs)
+        *leaves, spec = self._local(arguments, whole)
+        found = [self._sliced(x, rows, arguments, variance) if is_scores(x) else None for x in leaves]
         parts = [
             pytree.tree_unflatten(
                 [self._alike(x) if pair is None else pair[i] for pair, x in zip(found, leaves, strict=True)], spec
@@ -255,18 +253,12 @@ class Distributed:
         ]
         return parts[0], plain(parts[1]) if variance else None
 
-    def _aggregate_of(self: Any, arguments: Arguments) -> Callable[[Arguments], Callable[[Any], Tensor]]:
-        """How scores of some rows become one, for the arguments of these rows as all members see them."""
-        return lambda given: self._aggregation(*given.call)
-
-    def _sliced(
-        self: Any, scores: Any, rows: list[int], aggregate: Any, arguments: Arguments, variance: bool
-    ) -> tuple[Tensor, ...]:
+    def _sliced(self: Any, scores: Any, rows: list[int], arguments: Arguments, variance: bool) -> tuple[Tensor, ...]:
         """A leaf [k, B, ...] of this rank's members as the aggregate [B, ...] of all, and their variance."""
         place, share = self._place, self._share
         if not scores[0].ndim:  # a number, as of one sample
             whole = self._members_of(scores)
-            made = [combined(aggregate(arguments), whole)]
+            made = [combined(self._aggregation(*arguments.call), whole)]
             return (*made, combined(member_variance, whole)) if variance else tuple(made)
         own, shape = scores[: share.count], scores[0].shape
         simple = self.rule.linear and not self.rule.needs_noise_level
@@ -281,7 +273,7 @@ class Distributed:
             stack = slices.members(own if isinstance(own, Tensor) else own or scores[0].new_empty((0, *shape)))
             at = torch.arange(slices.start, slices.start + slices.size)
             given = arguments if slices.by_elements else arguments.selected(at)
-            reduced = [aggregate(given)(stack) if stack.numel() else stack.sum(0)]
+            reduced = [self._aggregation(*given.call)(stack) if stack.numel() else stack.sum(0)]
             reduced += [member_variance(stack) if stack.numel() else stack.sum(0)] if variance else []
         wholes = (slices.whole(each) for each in reduced)
         return tuple(self._all_rows(each, rows) for each in wholes)
@@ -302,8 +294,7 @@ class Distributed:
             return arguments, [size]
         rows = split(size, parts)
         start = sum(rows[: place.data.rank])
-        with self._together(arguments, ("rows",)) as told:
-            independent = told(lambda: engine.rows.independent(engine, arguments))
+        independent = engine.rows.independent(engine, arguments)
         if not independent:
             return arguments, [size]
         return engine.rows.part(engine, arguments, start, start + rows[place.data.rank]), rows
@@ -314,12 +305,16 @@ class Distributed:
             args, kwargs = pytree.tree_map(lambda x: replicated(x, self._place.members), (args, kwargs))
         return self._local(self._arguments(args, kwargs))
 
-    def _local(self: Any, arguments: Arguments) -> list[Any]:
-        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise."""
+    def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
+        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
+
+        Args:
+            arguments: of this rank's rows.
+            called: of all of them, where they are others.
+        """
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("an ensemble over a mesh is not trained; train members apart, or call .eval()")
-        with self._together(arguments, ("all", repr(self.rule))) as told:
-            return told(lambda: self._held(arguments))
+        return self._together(called or arguments, ("all", repr(self.rule)), lambda: self._held(arguments))
 
     def _held(self: Any, arguments: Arguments) -> list[Any]:
         engine, share = self._engine, self._share
@@ -347,23 +342,17 @@ class Distributed:
                 arguments.leaves[i] = arguments.leaves[i][self._share.slice]
         return arguments
 
-    @contextlib.contextmanager
-    def _together(self: Any, arguments: Arguments, what: Any) -> Any:
-        """Let all ranks know of each other's failure, and that they are called with the same."""
-        outcome: list[Any] = []
-
-        def told(run: Callable[[], Any]) -> Any:
-            try:
-                outcome.append(run())
-            except RankLost:
-                raise
-            except Exception as error:
-                self._compare(arguments, what, error)
-                raise
-            self._compare(arguments, what, None)
-            return outcome[0]
-
-        yield told
+    def _together(self: Any, arguments: Arguments, what: Any, run: Callable[[], Any]) -> Any:
+        """Run, and let all ranks know of each other's failure, and that they are called with the same."""
+        try:
+            found = run()
+        except RankLost:
+            raise
+        except Exception as error:
+            self._compare(arguments, what, error)
+            raise
+        self._compare(arguments, what, None)
+        return found
 
     def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None) -> None:
         place = self._place
@@ -372,10 +361,8 @@ class Distributed:
         tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
         reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
         shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
-        rows = arguments.batch_size if place.data is None else None
         kind = checksum([torch.frombuffer(bytearray(repr((what, shapes)).encode()), dtype=torch.uint8)])
-        content = checksum(tensors) if reads and what[0] != "part" else 0
-        _ = rows
+        content = checksum(tensors) if reads else 0
         every = place.control.agree([int(error is not None), kind, content])
         ranks = place.control.ranks
         failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
@@ -454,8 +441,7 @@ class Distributed:
 
         if torch.is_grad_enabled():
             arguments = arguments.with_tensors([replicated(x, place.members) for x in arguments.tensors])
-        with self._together(arguments, ("rows", members.tolist())) as told:
-            found = told(run)
+        found = self._together(arguments, ("rows", members.tolist()), run)
         here = 0 if place.data is None else place.data.rank
         order = torch.cat([rows[i][d] for d in range(parts) for i in range(place.members.size)])
         inverse = torch.argsort(order)
@@ -521,8 +507,3 @@ class Distributed:
         place, share = self._place, self._share
         where = f"{place.members.size} x {place.mesh.size(1)} ranks, here members {share.first} to "
         return f"{self.num_members} members, rule={self.rule}, {where}{share.first + share.held - 1}"
-
-
-def is_masked(ensemble: Any) -> bool:
-    """Whether members are dropout masks."""
-    return isinstance(ensemble, MCDropout)
