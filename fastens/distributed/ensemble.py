@@ -241,8 +241,8 @@ class Distributed:
             outputs = self._evaluate(args, kwargs)
             whole = self._combine(outputs, self._aggregation(args, kwargs))
             return whole, plain(self._combine(outputs, member_variance)) if variance else None
-        arguments, rows = self._rows_here(args, kwargs)
-        whole = arguments if len(rows) == 1 else self._arguments(args, kwargs)
+        whole = self._arguments(args, kwargs)
+        arguments, rows = self._rows_here(whole)
         *leaves, spec = self._local(arguments, whole)
         found = [self._sliced(x, rows, arguments, variance) if is_scores(x) else None for x in leaves]
         parts = [
@@ -285,12 +285,11 @@ class Distributed:
         shapes = [(*own.shape[:dim], count, *own.shape[dim + 1 :]) for count in rows]
         return torch.cat(self._place.data.gather(own, shapes), dim)
 
-    def _rows_here(self: Any, args: Any, kwargs: Any) -> tuple[Arguments, list[int]]:
+    def _rows_here(self: Any, arguments: Arguments) -> tuple[Arguments, list[int]]:
         """The arguments of this rank's rows, and how many each rank of "data" has; all where rows are mixed."""
-        arguments, place = self._arguments(args, kwargs), self._place
-        size, engine = arguments.batch_size, self._engine
+        place, engine, size = self._place, self._engine, arguments.batch_size
         parts = place.num_data
-        if parts == 1 or size < parts or engine is None or not of_rows(self.rule) or torch.is_grad_enabled():
+        if parts == 1 or size < parts or engine is None:
             return arguments, [size]
         rows = split(size, parts)
         start = sum(rows[: place.data.rank])

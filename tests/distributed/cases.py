@@ -64,7 +64,7 @@ def close(a, b, tolerance=2e-6):
 def rules_are_the_single_process_ones(world):
     ens = fastens.Ensemble(nets(), prediction="epsilon")
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         with torch.no_grad():
             for rule in [*RULES, batch_centred()]:
                 ens.rule = spread.rule = rule
@@ -77,7 +77,7 @@ def rules_are_the_single_process_ones(world):
 def a_network_with_times_and_variance(world):
     ens = fastens.Ensemble(nets(3, lambda: unet_2d(True)))
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         x, t = batch(5, 1, 8, 8), torch.arange(5) + 3
         with torch.no_grad():
             for rule in ("mean", "median"):
@@ -109,7 +109,7 @@ def rules_in_another_parameterisation(world):
     ):
         ens = fastens.Ensemble(nets(3, Net), rule, **options, **extra)
         for mesh in meshes(world):
-            spread = fastens.distribute(ens, mesh, timeout=15)
+            spread = fastens.distribute(ens, mesh, timeout=60)
             for rows in (6, 1):
                 with torch.no_grad():
                     x, t = batch(rows, 4), torch.linspace(0.2, 0.8, rows)
@@ -120,7 +120,7 @@ def rules_in_another_parameterisation(world):
 def drawn_rules(world):
     ens = fastens.Ensemble(nets())
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         x = batch(6, 5)
         with torch.no_grad():
             for rule in ("mixture", "alternating"):
@@ -142,7 +142,7 @@ def drawn_rules(world):
 def assigned_rows(world):
     ens = fastens.Ensemble(nets())
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         x = batch(6, 5)
         with torch.no_grad():
             for members in ([4, 0, 0, 3, 4, 1], [2] * 6):
@@ -162,7 +162,7 @@ def dropout_masks(world):
     for masks in ("fixed", "fresh"):
         ens = fastens.MCDropout(net, K, masks=masks, seed=3)
         for mesh in meshes(world):
-            spread = fastens.distribute(ens, mesh, timeout=15)
+            spread = fastens.distribute(ens, mesh, timeout=60)
             x = batch(6, 5)
             with torch.no_grad():
                 for rule in ("mean", "median", "mixture"):
@@ -183,7 +183,7 @@ def members_of_different_structure(world):
         warnings.simplefilter("ignore")
         ens = fastens.Ensemble(members, "median")
         for mesh in meshes(world):
-            spread = fastens.distribute(ens, mesh, timeout=15)
+            spread = fastens.distribute(ens, mesh, timeout=60)
             with torch.no_grad():
                 close(spread(batch(4, 5)), ens(batch(4, 5)))
                 with ens.assigned([4, 3, 2, 0]), spread.assigned([4, 3, 2, 0]):
@@ -203,7 +203,7 @@ def arguments_of_each_member(world):
     ens = fastens.Ensemble(nets(K, Net))
     own = fastens.PerMember([float(k) for k in range(K)])
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         with torch.no_grad():
             close(spread(batch(4, 5), own), ens(batch(4, 5), own))
 
@@ -212,7 +212,7 @@ def arguments_of_each_member(world):
 def gradients(world):
     ens = fastens.Ensemble(nets())
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         for rule in ("mean", "median", "geometric"):
             ens.rule = spread.rule = rule
             got = []
@@ -232,7 +232,7 @@ def likelihood(world):
     data = batch(3, 1, 8, 8).clamp(-1, 1)
     options = dict(levels=None, dequantisation="none", method="euler", steps=3)
     for mesh in meshes(world)[:1]:
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         for rule in ("mean", "geometric"):
             ens.rule = spread.rule = rule
             a, b = (likelihood(Denoiser(model, schedule), data, **options).rows for model in (spread, ens))
@@ -243,7 +243,7 @@ def likelihood(world):
 def batches_of_each_rank(world):
     ens = fastens.Ensemble(nets(), "median")
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, batch="local", timeout=15)
+        spread = fastens.distribute(ens, mesh, batch="local", timeout=60)
         place = mesh.get_local_rank("data")
         with torch.no_grad():
             for call in range(1 + place):  # as many and as large as each likes
@@ -259,18 +259,21 @@ def members_are_read_by_the_rank_that_holds_them(world):
         member.register_buffer("own", torch.randn(3))
     members[0].own.zero_()
 
-    class Lazy(list):
+    class Lazy:
         read = 0
 
+        def __len__(self):
+            return K
+
         def __getitem__(self, k):
-            found = super().__getitem__(k)
+            found = members[k]
             Lazy.read += len(found) if isinstance(k, slice) else 1
             return found
 
     ens = fastens.Ensemble(members, "median")
     for mesh in meshes(world):
         Lazy.read = 0
-        spread = fastens.distribute(Lazy(members), mesh, rule="median", timeout=15)
+        spread = fastens.distribute(Lazy(), mesh, rule="median", timeout=60)
         assert Lazy.read <= -(-K // mesh.size(0))
         assert spread._engine.shared == ens._engine.shared
         with torch.no_grad():
@@ -287,19 +290,19 @@ def states_are_cut_anew(world):
     dist.broadcast_object_list(folder)
     ens, other = fastens.Ensemble(nets()), fastens.Ensemble(nets(2 * K)[K:])
     first, *more = meshes(world)
-    spread = fastens.distribute(ens, first, timeout=15)
+    spread = fastens.distribute(ens, first, timeout=60)
     dcp.save(spread.state_dict(), checkpoint_id=folder[0])
     x = batch(4, 5)
     with torch.no_grad():
         wanted = ens(x)
         for mesh in more:  # members over other ranks
-            again = fastens.distribute(other, mesh, timeout=15)
+            again = fastens.distribute(other, mesh, timeout=60)
             assert not torch.allclose(again(x), wanted)
             state = again.state_dict()
             dcp.load(state, checkpoint_id=folder[0])
             again.load_state_dict(state)
             close(again(x), wanted)
-        again = fastens.distribute(other, first, timeout=15)
+        again = fastens.distribute(other, first, timeout=60)
         again.load_state_dict(ens.state_dict())  # whole stacks
         close(again(x), wanted)
         state = other.state_dict()  # one process
@@ -314,7 +317,7 @@ def bits_do_not_depend_on_the_mesh_where_members_are_sent(world):
     ens = fastens.Ensemble(nets())
     outputs = ens.member_outputs(batch(6, 5)).detach()
     for mesh in meshes(world):
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
         share = spread._share
         spread._held = lambda _, share=share: [outputs[share.slice], torch.utils._pytree.tree_structure(0)]
         with torch.no_grad():
@@ -328,7 +331,7 @@ def bits_do_not_depend_on_the_mesh_where_members_are_sent(world):
 def bytes_sent_are_the_formulas(world):
     ens = fastens.Ensemble(nets(6))
     (mesh, *_) = meshes(world)
-    spread = fastens.distribute(ens, mesh, timeout=15)
+    spread = fastens.distribute(ens, mesh, timeout=60)
     exchange = spread._place.members
     for rule, partial in (("mean", True), ("median", False)):
         spread.rule = rule
@@ -346,7 +349,7 @@ def samplers_call_it(world):
     ens = fastens.Ensemble(nets(3, lambda: unet_2d(False)))
     images = []
     for mesh in meshes(world)[:1]:
-        for model in (fastens.distribute(ens, mesh, timeout=15), ens):
+        for model in (fastens.distribute(ens, mesh, timeout=60), ens):
             pipe = DDIMPipeline(model, DDIMScheduler(num_train_timesteps=100)).to("cpu")
             pipe.set_progress_bar_config(disable=True)
             run = pipe(3, torch.Generator().manual_seed(1), num_inference_steps=3, output_type="np")
@@ -359,7 +362,7 @@ def samplers_call_it(world):
 def whole_runs_of_each_member(world):
     ens = fastens.Ensemble(nets())
     for mesh in meshes(world)[:1]:
-        spread = fastens.distribute(ens, mesh, timeout=15)
+        spread = fastens.distribute(ens, mesh, timeout=60)
 
         def sampler(num, generator=None, model=None):
             x = torch.randn(num, 5, generator=generator)
@@ -384,7 +387,7 @@ def not_a_number_on_one_rank(world):
             members[3][-1].bias[1] = torch.nan
         ens = fastens.Ensemble(members, rule)
         for mesh in meshes(world):
-            spread = fastens.distribute(ens, mesh, timeout=15)
+            spread = fastens.distribute(ens, mesh, timeout=60)
             with torch.no_grad():
                 out = spread(batch(5, 5))
                 assert out[:, 1].isnan().all()
@@ -408,9 +411,9 @@ def other_weights_on_one_rank(world):
             members[0][0].bias[0] += 1e-3
     for mesh in meshes(world):
         ens = fastens.Ensemble(members)
-        raises(RanksDiffer, f"the weights of rank {world - 1}", lambda: fastens.distribute(ens, mesh, timeout=15))
+        raises(RanksDiffer, f"the weights of rank {world - 1}", lambda: fastens.distribute(ens, mesh, timeout=60))
     mesh = meshes(world)[1]
-    raises(RanksDiffer, "the weights of member", lambda: fastens.distribute(members, mesh, timeout=15))
+    raises(RanksDiffer, "the weights of member", lambda: fastens.distribute(members, mesh, timeout=60))
 
 
 @case
@@ -419,18 +422,18 @@ def other_code_or_settings_on_one_rank(world):
 
     ens = fastens.Ensemble(nets(), "median" if dist.get_rank() else "mean")
     mesh = meshes(world)[0]
-    raises(RanksDiffer, "the ensemble's rule of rank 1", lambda: fastens.distribute(ens, mesh, timeout=15))
+    raises(RanksDiffer, "the ensemble's rule of rank 1", lambda: fastens.distribute(ens, mesh, timeout=60))
     kept = shares._package
     shares._package = lambda: str(dist.get_rank()).encode()
     try:
-        raises(RanksDiffer, "the code", lambda: fastens.distribute(fastens.Ensemble(nets()), mesh, timeout=15))
+        raises(RanksDiffer, "the code", lambda: fastens.distribute(fastens.Ensemble(nets()), mesh, timeout=60))
     finally:
         shares._package = kept
 
 
 @case
 def other_batches_on_one_rank(world):
-    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=15)
+    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=60)
     with torch.no_grad():
         raises(RanksDiffer, "other values", lambda: spread(batch(4, 5, seed=dist.get_rank())))
         raises(RanksDiffer, "other shapes", lambda: spread(batch(4 + dist.get_rank(), 5)))
@@ -440,7 +443,7 @@ def other_batches_on_one_rank(world):
 @case
 def one_rank_fails(world):
     members = nets()
-    spread = fastens.distribute(fastens.Ensemble(members), meshes(world)[0], timeout=15)
+    spread = fastens.distribute(fastens.Ensemble(members), meshes(world)[0], timeout=60)
     held, own = spread._held, dist.get_rank() == world - 1
 
     def fails(_):
@@ -458,7 +461,7 @@ def one_rank_fails(world):
 def a_slow_rank_is_waited_for(world):
     import time
 
-    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=15)
+    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=60)
     if dist.get_rank() == 1:
         time.sleep(0.5)
     with torch.no_grad():
@@ -467,7 +470,7 @@ def a_slow_rank_is_waited_for(world):
 
 @case
 def what_no_rank_can_do_is_an_error(world):
-    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=15)
+    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=60)
     raises(TypeError, "distribute the ensemble again", lambda: copy.deepcopy(spread))
     raises(ValueError, "no rank has all members", lambda: spread.save_pretrained("nowhere"))
     raises(ValueError, "no rank has all members", lambda: spread.members[0])
