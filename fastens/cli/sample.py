@@ -160,7 +160,10 @@ def _ensemble(
     generator, drawn = torch.Generator().manual_seed(options.seed), 0  # of batches so far
     pieces = Pieces(options.out / "pieces", identity)
     label = f"sampling by {ensemble.rule.name}"
-    with torch.no_grad(), tqdm(total=len(starts), unit="batch", desc=label, disable=options.quiet or not job.first) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(total=len(starts), unit="batch", desc=label, disable=options.quiet or not job.first) as bar,
+    ):
 
         def run(piece: int) -> np.ndarray:
             nonlocal drawn

@@ -436,7 +436,9 @@ class Distributed:
             chosen = torch.zeros(1, dtype=torch.int64) if spare else at
             which = torch.full((1,), share.first) if spare else members[at]
             found = engine.evaluate_drawn(arguments.selected(chosen), which - first)
-            return pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) and x.ndim else x, found) if spare else found
+            return (
+                pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) and x.ndim else x, found) if spare else found
+            )
 
         if torch.is_grad_enabled():
             arguments = arguments.with_tensors([replicated(x, place.members) for x in arguments.tensors])

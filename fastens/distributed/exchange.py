@@ -1,4 +1,4 @@
-"""What ranks tell each other in a call: bytes in a fixed order, and whether all of them are well and in the same call."""
+"""What ranks tell each other in a call: bytes in a fixed order, and whether all are well and in the same call."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ class Pieces:
                 missing = sorted(set(range(count)) - there)
                 ranks = sorted({piece % job.size for piece in missing})
                 raise TimeoutError(
-                    f"{len(missing)} of {count} pieces are missing, of rank {', '.join(map(str, ranks))}, and none came "
-                    f"in {job.timeout:g} s: start the job again, it goes on from what is in {self.folder}"
+                    f"{len(missing)} of {count} pieces are missing, of rank {', '.join(map(str, ranks))}, and none "
+                    f"came in {job.timeout:g} s: start the job again, it goes on from what is in {self.folder}"
                 )
             time.sleep(0.05)
         done(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import sys
 import zlib
 from collections.abc import Iterable, Mapping
@@ -39,7 +40,7 @@ class Share:
     def __init__(self, num_members: int, ranks: int, rank: int) -> None:
         size = -(-num_members // ranks)
         starts = [min(i * size, num_members) for i in range(ranks + 1)]
-        self.counts = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        self.counts = [b - a for a, b in itertools.pairwise(starts)]
         self.count = self.counts[rank]
         self.held = max(self.count, 1)
         self.first = min(starts[rank], num_members - 1)

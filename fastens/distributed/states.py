@@ -19,9 +19,7 @@ def _is_stack(name: str, stacked: frozenset[str]) -> bool:
     return name.rpartition(_NETWORK)[2] in stacked
 
 
-def as_whole(
-    state: Any, stacked: frozenset[str], mesh: DeviceMesh, share: Share, num_members: int
-) -> Any:
+def as_whole(state: Any, stacked: frozenset[str], mesh: DeviceMesh, share: Share, num_members: int) -> Any:
     """A state dict of stacks of one rank's members as one of stacks [K, ...], in the same memory."""
     for name, own in state.items():
         if not isinstance(own, Tensor) or not _is_stack(name, stacked):

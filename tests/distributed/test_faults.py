@@ -1,0 +1,133 @@
+"""Ranks that die or hang: the others raise within the timeout and say who; a job that is started again ends alike."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastens.distributed.jobs import Job, Pieces
+from tests.networks import randomised, unet_2d
+
+CALLED = """
+import datetime, os, sys, time
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+import fastens
+from fastens.distributed.exchange import RankLost
+from tests.networks import mlp, randomised
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("member", "data"))
+spread = fastens.distribute(fastens.Ensemble([randomised(mlp, k) for k in range(3)]), mesh, timeout=float(sys.argv[2]))
+x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    spread(x)
+    print("called", flush=True)
+    if dist.get_rank() == 1:
+        if sys.argv[1] == "dies":
+            os.kill(os.getpid(), 9)
+        time.sleep(30)
+    begun = time.monotonic()
+    try:
+        spread(x)
+    except RankLost as error:
+        print("lost", error, flush=True)
+        os._exit(7 if time.monotonic() - begun < 20 else 8)
+os._exit(0)
+"""
+
+
+def environment(rank, world, port):
+    ours = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in ours.items()}}
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(("how", "timeout"), [("dies", 20), ("hangs", 3)])
+def test_a_lost_rank_is_an_error_on_the_others_and_is_named(how, timeout):
+    port, command = free_port(), [sys.executable, "-c", CALLED, how, str(timeout)]
+    ranks = [
+        subprocess.Popen(command, env=environment(rank, 2, port), stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        said, _ = ranks[0].communicate(timeout=120)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 7, said
+    assert "lost rank 1 of [0, 1] did not answer within" in said
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("members")
+    for seed in range(2):
+        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
+    return [str(root / f"member_{seed}") for seed in range(2)]
+
+
+def sampling(folders, out, rank=0, world=1, *options):
+    command = [sys.executable, "-m", "fastens", "sample", *folders, "--num", "10", "--batch", "2", "--steps", "4"]
+    command += ["--rule", "median", "--device", "cpu", "--quiet", "--timeout", "60", "--out", str(out), *options]
+    return subprocess.Popen(command, env=environment(rank, world, 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix != ".json"}
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path):
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    run = sampling(folders, alone)
+    assert run.wait(120) == 0, run.stderr.read()
+    ranks = [sampling(folders, several, rank, 2) for rank in range(2)]
+    pieces, end = several / "pieces", time.monotonic() + 100
+    while not list(pieces.glob("*.npy")) and time.monotonic() < end:
+        time.sleep(0.01)
+    for rank in ranks:  # in the middle, or a little later
+        rank.send_signal(signal.SIGKILL)
+        rank.wait()
+    kept = {path: path.stat().st_mtime_ns for path in pieces.glob("*.npy")}
+    assert kept
+    ranks = [sampling(folders, several, rank, 2) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.stderr.read() for rank in ranks]
+    assert digests(several) == digests(alone)
+    assert not pieces.exists()
+
+
+def test_pieces_of_another_job_are_refused(tmp_path):
+    job = Job()
+    Pieces(tmp_path, {"seed": 0}).make(job, 2, lambda piece: np.full(3, piece))
+    with pytest.raises(ValueError, match=r"pieces of another job: seed differ; take another --out"):
+        Pieces(tmp_path, {"seed": 1})
+    made = Pieces(tmp_path, {"seed": 0}).make(job, 3, lambda piece: np.full(3, 10 + piece))
+    assert [int(each[0]) for each in made] == [0, 1, 12]
+
+
+def test_a_job_that_lacks_a_rank_ends_with_an_error_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TimeoutError, match=r"2 of 4 pieces are missing, of rank 1, and none came in 0.2 s"):
+        Pieces(tmp_path, {}).make(Job(timeout=0.2), 4, lambda piece: np.zeros(1))
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["0000000.npy", "0000002.npy"]
+
+
+def test_a_part_that_was_not_written_whole_is_made_again(tmp_path):
+    (tmp_path / f".{2**22 + 1}.1.partial.0000000.npy").write_bytes(b"half")  # a process that is no more
+    made = Pieces(tmp_path, {}).make(Job(), 1, lambda _: torch.ones(2).numpy())
+    assert made[0].tolist() == [1, 1]
+    assert not list(tmp_path.glob(".*partial*"))
