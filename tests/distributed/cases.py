@@ -77,7 +77,7 @@ def rules_are_the_single_process_ones(world):
 
 @case
 def a_network_with_times_and_variance(world):
-    ens = fastens.Ensemble(nets(3, lambda: unet_2d(True)))
+    ens = fastens.Ensemble(nets(3, lambda: unet_2d(False)))
     for mesh in meshes(world):
         spread = fastens.distribute(ens, mesh, timeout=60)
         x, t = batch(5, 1, 8, 8), torch.arange(5) + 3
