@@ -17,7 +17,7 @@ from fastens.rules import rule
 if TYPE_CHECKING:
     from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
-    from fastens.distributed.ensemble import distribute
+    from fastens.distributed.spreading import distribute
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
@@ -53,7 +53,7 @@ _MODULES = frozenset(
 )
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
-    "distribute": "fastens.distributed.ensemble",
+    "distribute": "fastens.distributed.spreading",
     "load_members": "fastens.checkpoints",
     "sample_members": "fastens.runs",
 } | dict.fromkeys(

@@ -3,186 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from fastens import rules
 from fastens.distributed import states
-from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer, split
+from fastens.distributed.exchange import RankLost, RanksDiffer, split
 from fastens.distributed.gradients import gathered, replicated
-from fastens.distributed.shares import Share, check_alike, checksum, facts_of
+from fastens.distributed.place import Place
+from fastens.distributed.shares import Share, checksum
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
-from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
-from fastens.fold.members import AS_THEY_ARE, check_members, stack_members, tensors_of
-from fastens.members import copied
+from fastens.fold.members import tensors_of
 from fastens.ops._scores import seed_from
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain
-from fastens.settings import check_settings
 
 
-def distribute(
-    ensemble: Ensemble | Sequence[nn.Module],
-    mesh: DeviceMesh,
-    *,
-    batch: str = "global",
-    timeout: float = 300.0,
-    **options: Any,
-) -> Any:
-    """Spread an ensemble over a mesh of dimensions ("member", "data"); all ranks call this, and then the result, alike.
-
-    What every rank gets from a call is what the ensemble would return in one process, for the whole batch. It is a
-    module that a sampler calls as it called the ensemble: the same program runs on all ranks, from the same seeds.
-    Whoever is called with another batch, fails or dies makes all ranks raise.
+def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
+    """An ensemble over a mesh that has no members yet.
 
     Args:
-        ensemble: the ensemble, which each rank has whole and may drop; or its members, as
-            :func:`fastens.load_members` names them, of which each rank reads its own only.
-        mesh: ``init_device_mesh(kind, (m, d), mesh_dim_names=("member", "data"))``; K members need not divide by m.
-        batch: ``"global"``: every rank is called with the same batch, whose rows are spread over "data"; ``"local"``:
-            each rank of "data" has a batch of its own, as large as it likes, and those of one place in it the same.
-        timeout: seconds that a rank is waited for.
-        **options: of :class:`fastens.Ensemble`, where members are given.
-
-    Raises:
-        TypeError: neither an ensemble nor members, a mesh that is none.
-        ValueError: other dimensions of the mesh.
-        RanksDiffer: versions, code, weights or settings differ between ranks.
-        RankLost: a rank did not answer.
+        kind: of the ensemble in one process.
+        num_members: K, of all ranks together.
+        rule: of the ensemble.
+        settings: as :func:`fastens.settings.check_settings` gives them.
+        place: of this process.
+        share: of its members.
     """
-    if not isinstance(mesh, DeviceMesh) or tuple(mesh.mesh_dim_names or ()) != ("member", "data"):
-        raise ValueError(
-            "distribute: expected a mesh of dimensions ('member', 'data'), as of torch.distributed.device_mesh."
-            "init_device_mesh('cuda', (2, 4), mesh_dim_names=('member', 'data'))"
-        )
-    if batch not in ("global", "local"):
-        raise ValueError(f"distribute: batch {batch!r} is unknown, expected 'global' or 'local'")
-    place = Place(mesh, batch, timeout)
-    if isinstance(ensemble, Ensemble):
-        if options:
-            raise TypeError(f"distribute: {', '.join(options)} belong to the ensemble; give them to it")
-        return _of_ensemble(ensemble, place)
-    check_members(ensemble)
-    return _of_members(ensemble, place, **options)
-
-
-class Place:
-    """Where this process is in a mesh, and what it talks over.
-
-    Attributes:
-        members: with the ranks that hold the other members, for the same rows.
-        data: with those that have the same members for other rows; none where each has a batch of its own.
-        control: with all whose calls are the same, on the CPU.
-    """
-
-    def __init__(self, mesh: DeviceMesh, batch: str, timeout: float) -> None:
-        self.mesh, self.timeout = mesh, timeout
-        self.members = Exchange(mesh.get_group("member"), timeout)
-        self.data = Exchange(mesh.get_group("data"), timeout) if batch == "global" else None
-        every = mesh.mesh.T.tolist()  # by place in "data"
-        groups = [sorted(rank for ranks in every for rank in ranks)] if batch == "global" else every
-        for ranks in groups:  # all processes take part in making each
-            group = dist.new_group(ranks, datetime_of(timeout), backend="gloo")
-            if dist.get_rank() in ranks:
-                self.control = Exchange(group, timeout)
-
-    @property
-    def num_data(self) -> int:
-        """How many shares the rows of a call are cut into."""
-        return 1 if self.data is None else self.data.size
-
-
-def datetime_of(seconds: float) -> Any:
-    """Seconds as torch takes them."""
-    import datetime
-
-    return datetime.timedelta(seconds=seconds)
-
-
-def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
-    share = Share(ensemble.num_members, place.members.size, place.members.rank)
-    engine = ensemble._engine
-    whole = [t for _, t in sorted(ensemble.state_dict().items())]
-    member = next(ensemble.network.children()) if engine is None else engine.skeleton
-    facts = facts_of(member, ensemble.num_members, ensemble._settings, ensemble.rule)
-    check_alike(place.control, {**facts, "the weights": checksum(whole)})
-    made = _new(ensemble._kind(), ensemble.num_members, ensemble.rule, ensemble._settings, place, share)
-    if engine is None:
-        modules = [copied(each) for each in list(ensemble.network.children())[share.slice]]
-        made._adopt_held(modules, ensemble.__dict__["_why_loop"])
-    else:
-        if any(map(any, engine.own_states()[0])):
-            raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
-        masks = engine.masks is not None
-        stacks = {}
-        for name, stack in tensors_of(ensemble.network).items():
-            own = stack.detach() if name in engine.shared or masks else stack.detach()[share.slice]
-            own = own.clone(memory_format=torch.preserve_format)
-            stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
-        made._adopt(engine.skeleton, stacks, engine.shared)
-    made.train(ensemble.training)
-    return made
-
-
-def _of_members(members: Sequence[nn.Module], place: Place, rule: Any = "mean", **options: Any) -> Any:
-    placement = AS_THEY_ARE
-    if options.keys() & {"device", "dtype"}:
-        raise TypeError("distribute: say device= and dtype= of the members: fastens.load_members(..., device=...)")
-    named = ("engine", "backend", "max_fold", "prediction", "aggregate_in", "schedule")
-    unknown = sorted(options.keys() - {*named})
-    if unknown:
-        raise TypeError(f"distribute: unknown option {', '.join(unknown)}; expected some of {', '.join(named)}")
-    defaults = {"engine": "auto", "backend": "auto", **dict.fromkeys(named[2:])}
-    settings = check_settings(**{**defaults, **options})
-    share = Share(len(members), place.members.size, place.members.rank)
-    held = list(members[share.slice])
-    facts = facts_of(held[0], len(members), settings, rules.get(rule))
-    check_alike(place.control, facts)
-    with torch.inference_mode(False):
-        skeleton, stacks, shared = stack_members(held, placement)
-        shared = _shared_by_all(place, stacks, shared, share.held)
-    own = {name: checksum([stack]) for name, stack in stacks.items() if name in shared}
-    check_alike(place.control, {"the tensors that members share": own})
-    if place.data is not None and place.data.size > 1:
-        numbers = {"the weights": checksum(stacks[name] for name in sorted(stacks))}
-        _check_replicas(place, share, numbers)
-    made = _new(Ensemble, len(members), rule, settings, place, share)
-    made._adopt(skeleton, stacks, shared)
-    made.train(held[0].training)
-    return made
-
-
-def _check_replicas(place: Place, share: Share, facts: dict[str, Any]) -> None:
-    """Raise on every rank where two that hold the same members have other weights."""
-    every = place.control.objects((share.first, facts["the weights"]))
-    weights: dict[int, int] = {}
-    for rank, (first, number) in zip(place.control.ranks, every, strict=True):
-        if weights.setdefault(first, number) != number:
-            raise RanksDiffer(f"distribute: the weights of member {first} on rank {rank} are others than elsewhere")
-
-
-def _shared_by_all(place: Place, stacks: dict[str, Tensor], shared: frozenset[str], held: int) -> frozenset[str]:
-    """The tensors that are held once by every rank and are equal on all; others of them become stacks again."""
-    own = {name: checksum([stacks[name]]) for name in shared}
-    every = place.control.objects(own)
-    common = {name for name, number in own.items() if all(found.get(name) == number for found in every)}
-    for name in shared - common:
-        one = stacks[name]
-        stack = one.detach().expand(held, *one.shape).clone()
-        stacks[name] = nn.Parameter(stack, one.requires_grad) if isinstance(one, nn.Parameter) else stack
-    return frozenset(common)
-
-
-def _new(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
     made = object.__new__(_with(kind))
     nn.Module.__init__(made)
     made.__dict__.update(_place=place, _share=share, _calls=0)
