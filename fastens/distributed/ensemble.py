@@ -20,6 +20,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
+from fastens.methods import call_method
 from fastens.ops._scores import seed_from
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain
@@ -71,6 +72,20 @@ class Distributed:
     def _become_member_like(self: Any, member: nn.Module) -> None:
         super()._become_member_like(member)  # pyright: ignore[reportAttributeAccessIssue]
         self.__class__ = _with(type(self))
+
+    def __getattr__(self: Any, name: str) -> Any:
+        """What members have; a method of theirs that would combine what only this rank's compute is refused."""
+        found = super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
+        if not (isinstance(found, functools.partial) and found.func is call_method) or name.startswith("forward_"):
+            return found
+
+        @functools.wraps(call_method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+                raise ValueError(f"{name}: over a mesh members are evaluated by forward alone; call it in one process")
+            return found(*args, **kwargs)
+
+        return called
 
     # Calls
 

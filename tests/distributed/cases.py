@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fastens
 from fastens.distributed.exchange import RankLost, RanksDiffer
 from fastens.distributed.slices import wire_bytes
+from fastens.training import member_forward
 from tests.networks import mlp, randomised, unet_2d
 
 K = 5
@@ -475,3 +476,14 @@ def what_no_rank_can_do_is_an_error(world):
     raises(ValueError, "no rank has all members", getattr, spread, "members")
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("data",))
     raises(ValueError, "('member', 'data')", fastens.distribute, fastens.Ensemble(nets()), mesh)
+    with pytest.raises(RuntimeError, match="is not trained"):
+        spread.train()(batch(4, 5))
+    with pytest.raises(ValueError, match="is not trained"):
+        member_forward(spread, batch(K, 4, 5))
+
+    class Net(nn.Linear):
+        def encode(self, x):
+            return x + 1
+
+    named = fastens.distribute(fastens.Ensemble(nets(2, lambda: Net(5, 5))), meshes(world)[0], timeout=60)
+    raises(ValueError, "encode: over a mesh", named.encode, batch(4, 5))
