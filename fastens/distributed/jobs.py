@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ class Job:
     def mine(self, piece: int) -> bool:
         """Whether a piece is this rank's."""
         return piece % self.size == self.rank
+
+
+def from_own_place(pieces: Sequence[Any]) -> list[Any]:
+    """Pieces in the order in which a rank makes those that are not there: each begins elsewhere and goes round.
+
+    So ranks share work whose results are kept where all see them, wait for nobody, and do what a lost one did not.
+    """
+    job = Job()
+    start = job.rank * len(pieces) // job.size
+    return [*pieces[start:], *pieces[:start]]
 
 
 class Pieces:
