@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
+from fastens.cli import main
 from fastens.distributed.jobs import Job, Pieces
 from tests.networks import randomised, unet_2d
 
@@ -80,31 +80,48 @@ def folders(tmp_path_factory):
     return [str(root / f"member_{seed}") for seed in range(2)]
 
 
-def sampling(folders, out, rank=0, world=1, *options):
-    command = [sys.executable, "-m", "fastens", "sample", *folders, "--num", "10", "--batch", "2", "--steps", "4"]
-    command += ["--rule", "median", "--device", "cpu", "--quiet", "--timeout", "60", "--out", str(out), *options]
-    return subprocess.Popen(command, env=environment(rank, world, 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+KILLED = """
+import os, sys
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from fastens.cli import main
+save, saved = np.save, []
+
+def killed(path, array):
+    saved.append(path)
+    if len(saved) == 2:  # in the middle of a file
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), 9)
+    save(path, array)
+
+np.save = killed
+main(sys.argv[1:])
+"""
 
 
 def digests(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix != ".json"}
 
 
-def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path):
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, monkeypatch):
     alone, several = tmp_path / "alone", tmp_path / "several"
-    run = sampling(folders, alone)
-    assert run.wait(120) == 0, run.stderr.read()
-    ranks = [sampling(folders, several, rank, 2) for rank in range(2)]
-    pieces, end = several / "pieces", time.monotonic() + 100
-    while not list(pieces.glob("*.npy")) and time.monotonic() < end:
-        time.sleep(0.01)
-    for rank in ranks:  # in the middle, or a little later
-        rank.send_signal(signal.SIGKILL)
-        rank.wait()
+    options = ["--num", "10", "--batch", "2", "--steps", "4", "--rule", "median", "--device", "cpu", "--quiet"]
+    command = ["sample", *folders, *options, "--timeout", "60", "--out"]
+    main([*command, str(alone)])
+    run = [sys.executable, "-c", KILLED, *command, str(several)]
+    assert subprocess.run(run, env=environment(1, 2, 0), timeout=250).returncode == -signal.SIGKILL
+    pieces = several / "pieces"
     kept = {path: path.stat().st_mtime_ns for path in pieces.glob("*.npy")}
-    assert kept
-    ranks = [sampling(folders, several, rank, 2) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0], [rank.stderr.read() for rank in ranks]
+    assert [path.name for path in kept] == ["0000001.npy"]  # of 1 and 3, which are rank 1's
+    assert len(list(pieces.glob(".*.partial.*"))) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        main([*command, str(several)])
+        if rank:
+            assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+            assert len(list(pieces.glob("*.npy"))) == 2
     assert digests(several) == digests(alone)
     assert not pieces.exists()
 
