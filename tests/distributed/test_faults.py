@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+import fastens
 from fastens.cli import main
 from fastens.distributed.jobs import Job, Pieces
+from fastens.evaluation.denoiser import Denoiser
+from fastens.evaluation.likelihood import likelihood
+from fastens.evaluation.results import Parts
+from fastens.evaluation.sampling import sample
 from tests.networks import randomised, unet_2d
 
 CALLED = """
@@ -85,6 +90,7 @@ import os, sys
 import numpy as np
 import torch
 torch.set_num_threads(1)
+import fastens
 from fastens.cli import main
 save, saved = np.save, []
 
@@ -112,7 +118,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
     run = [sys.executable, "-c", KILLED, *command, str(several)]
     assert subprocess.run(run, env=environment(1, 2, 0), timeout=250).returncode == -signal.SIGKILL
     pieces = several / "pieces"
-    kept = {path: path.stat().st_mtime_ns for path in pieces.glob("*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in pieces.glob("0*.npy")}
     assert [path.name for path in kept] == ["0000001.npy"]  # of 1 and 3, which are rank 1's
     assert len(list(pieces.glob(".*.partial.*"))) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -121,7 +127,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
         main([*command, str(several)])
         if rank:
             assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
-            assert len(list(pieces.glob("*.npy"))) == 2
+            assert len(list(pieces.glob("0*.npy"))) == 2
     assert digests(several) == digests(alone)
     assert not pieces.exists()
 
@@ -140,7 +146,7 @@ def test_a_job_that_lacks_a_rank_ends_with_an_error_that_names_it(tmp_path, monk
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TimeoutError, match=r"2 of 4 pieces are missing, of rank 1, and none came in 0.2 s"):
         Pieces(tmp_path, {}).make(Job(timeout=0.2), 4, lambda piece: np.zeros(1))
-    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["0000000.npy", "0000002.npy"]
+    assert sorted(path.name for path in tmp_path.glob("0*.npy")) == ["0000000.npy", "0000002.npy"]
 
 
 def test_a_part_that_was_not_written_whole_is_made_again(tmp_path):
@@ -148,3 +154,36 @@ def test_a_part_that_was_not_written_whole_is_made_again(tmp_path):
     made = Pieces(tmp_path, {}).make(Job(), 1, lambda _: torch.ones(2).numpy())
     assert made[0].tolist() == [1, 1]
     assert not list(tmp_path.glob(".*partial*"))
+
+
+class Shrinks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+        self.calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.factor * x
+
+
+def test_ranks_share_the_parts_of_an_evaluation_and_its_numbers_are_those_of_one(tmp_path, monkeypatch):
+    def run(cache):
+        denoiser = Denoiser(Shrinks(), fastens.schedules.VP(), "epsilon")
+        samples = sample(denoiser, 7, (1, 2, 2), steps=3, batch_size=2, cache=cache)
+        options = dict(levels=None, method="euler", steps=2, batch_size=2, cache=cache)
+        return samples, likelihood(denoiser, samples, **options), denoiser.model.calls
+
+    alone, bits, calls = run(None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write, written = Parts.write, []
+    monkeypatch.setattr(Parts, "write", lambda self, name, arrays: (written.append(name), write(self, name, arrays)))
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        samples, found, used = run(tmp_path)
+        assert torch.equal(samples, alone)
+        assert np.array_equal(found.bits_per_dim, bits.bits_per_dim)
+        assert found.evaluations == bits.evaluations
+    assert written[0] == "samples_0000004_2"  # the second rank begins in the middle
+    assert len(written) == len(set(written)) == 8
+    assert used < calls
