@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
     from fastens.merging import merge
+    from fastens.distributed.spreading import distribute
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
@@ -31,6 +32,7 @@ __all__ = [
     "backends",
     "composition",
     "demo",
+    "distribute",
     "evaluation",
     "interop",
     "laplace",
@@ -53,6 +55,7 @@ _MODULES = frozenset(
 )
 _ATTRIBUTES = {
     "Forest": "fastens.tabular.forest",
+    "distribute": "fastens.distributed.spreading",
     "load_members": "fastens.checkpoints",
     "merge": "fastens.merging",
     "sample_members": "fastens.runs",

@@ -10,18 +10,8 @@ PACKAGE = ROOT / "fastens"
 LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
-    {
-        "composition",
-        "demo",
-        "interop",
-        "evaluation",
-        "merging",
-        "tabular",
-        "samplers",
-        "training",
-        "uncertainty",
-    },
-    {"runs"},
+    {"composition", "demo", "interop", "evaluation", "merging", "tabular", "samplers", "training", "uncertainty"},
+    {"runs", "distributed"},
     {"checkpoints"},
     {
         "ensemble",

@@ -85,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: arguments that do not fit together, or data that cannot be evaluated.
         OSError: files that cannot be read or written.
     """
+    from fastens.distributed.jobs import Job
     from fastens.evaluation.report import evaluate
     from fastens.evaluation.subjects import BUNDLED, bundled, from_files
 
@@ -106,6 +107,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--student and --distill are of a run's folder, in which there are two snapshots or more")
     out = options.out / names[0] if names else options.out
     check_writable(out)
+    job = Job()
+    options.device = options.device or job.device
+    options.quiet = options.quiet or not job.first
     plan = _plan(options, light=names == ["photographs"])
     if names:
         subject = bundled(names[0])
@@ -116,6 +120,8 @@ def run(options: argparse.Namespace) -> None:
         arguments = (scheduler_folder(options), options.prediction, options.levels, options.inception)
         subject = from_files(ensemble, options.checkpoints, options.data, *arguments)
     report = evaluate(subject, out, plan)
+    if not job.first:
+        return
     if options.json:
         print(json.dumps(report, indent=1))
         return

@@ -7,12 +7,15 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastens.cli.parsing import add_device, add_members, add_output, command, ensemble_of, positive
 from fastens.files import check_writable, whole, write_json
+
+if TYPE_CHECKING:
+    from fastens.distributed.jobs import Job
 
 _RULES = "mean, sum, median, geometric, dominant, max_abs, alternating, mixture, or a rule that a package offers"
 
@@ -23,6 +26,7 @@ def add(commands: Any) -> None:
     fastens sample run1/unet run2/unet run3/unet --rule median --num 64
     fastens sample runs/*/last.ckpt --like run0/unet --scheduler run0/scheduler
     fastens sample run1/unet run2/unet --per-member 8 --shared-noise
+    torchrun --nproc-per-node 8 -m fastens sample run1/unet run2/unet --num 50000
     """
     parser = command(commands, "sample", run, "sample images by DDIM with an ensemble of your checkpoints", examples)
     parser.set_defaults(needs=lambda options: ("diffusers", *(("plot",) if options.per_member else ())))
@@ -41,8 +45,15 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--shared-noise", action="store_true", help="with --per-member: the same noise for all members")
     parser.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
+    add_ranks(parser)
     add_device(parser)
     add_output(parser)
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """``--timeout``, of a job of several ranks."""
+    what = "under torchrun: give up where no rank has finished anything in so many seconds"
+    parser.add_argument("--timeout", type=positive, default=1800, help=what)
 
 
 def add_scheduler(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     from fastens import rules
+    from fastens.distributed.jobs import Job
     from fastens.evaluation.subjects import scheduler_in
     from fastens.provenance import provenance
 
@@ -84,6 +96,10 @@ def run(options: argparse.Namespace) -> None:
             "into a pipeline of its own kind"
         )
     scheduler = DDIMScheduler.from_config(scheduler.config)
+    job = Job(options.timeout)
+    options.device = options.device or job.device
+    if options.per_member is not None and not job.first:
+        return  # the members' runs are one piece
     ensemble = ensemble_of(options, rule)
     _check_unconditional(ensemble)
     shape = _shape(ensemble, options.shape)
@@ -97,7 +113,10 @@ def run(options: argparse.Namespace) -> None:
         "provenance": provenance(options.checkpoints, device=ensemble.device, seed=options.seed),
     }
     if options.per_member is None:
-        found = _ensemble(ensemble, scheduler, shape, options)
+        made_by = {name: kept["provenance"][name] for name in ("versions", "checkpoints")}
+        found = _ensemble(ensemble, scheduler, shape, options, job, {**kept, "provenance": made_by})
+        if found is None:
+            return
     else:
         found = _each_member(ensemble, scheduler, shape, options)
     write_json(options.out / "samples.json", kept | found)
@@ -123,25 +142,48 @@ def ddim(ensemble: Any, scheduler: Any, shape: tuple[int, ...], steps: int, num:
     return x.clamp(-1, 1)
 
 
-def _ensemble(ensemble: Any, scheduler: Any, shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
+def _ensemble(
+    ensemble: Any,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    options: argparse.Namespace,
+    job: Job,
+    identity: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Sample in batches, which the ranks of a job share; none on those that do not write the whole."""
     import torch
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(options.seed)
-    images = []
+    from fastens.distributed.jobs import Pieces
+
+    starts = range(0, options.num, options.batch)
+    generator, drawn = torch.Generator().manual_seed(options.seed), 0  # of batches so far
+    pieces = Pieces(options.out / "pieces", identity)
     label = f"sampling by {ensemble.rule.name}"
-    with torch.no_grad(), tqdm(total=options.num, unit="image", desc=label, disable=options.quiet) as bar:
-        for start in range(0, options.num, options.batch):
-            size = min(options.batch, options.num - start)
-            with ensemble.trajectory(size, torch.Generator().manual_seed(options.seed + start)):
-                images.append(ddim(ensemble, scheduler, shape, options.steps, size, generator).cpu().numpy())
-            bar.update(size)
+    with (
+        torch.no_grad(),
+        tqdm(total=len(starts), unit="batch", desc=label, disable=options.quiet or not job.first) as bar,
+    ):
+
+        def run(piece: int) -> np.ndarray:
+            nonlocal drawn
+            sizes = [min(options.batch, options.num - start) for start in starts]
+            for size in sizes[drawn:piece]:  # the noise of batches that other ranks make, or that are there
+                torch.randn((size, *shape), generator=generator)
+            drawn = piece + 1
+            with ensemble.trajectory(sizes[piece], torch.Generator().manual_seed(options.seed + starts[piece])):
+                return ddim(ensemble, scheduler, shape, options.steps, sizes[piece], generator).cpu().numpy()
+
+        images = pieces.make(job, len(starts), run, lambda done: bar.update(done - bar.n))
+    if images is None:
+        return None
     samples = np.concatenate(images)  # [N, C, H, W]
     _save(options.out / "samples.npy", samples)
     columns = math.ceil(math.sqrt(len(samples)))
     _save_image(options.out / "samples.png", _sheet(samples, columns))
     for i, sample in enumerate(samples):
         _save_image(options.out / f"sample_{i:04}.png", sample)
+    pieces.remove()
     return {"pictures": ["samples.png"]}
 
 

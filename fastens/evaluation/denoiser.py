@@ -95,7 +95,7 @@ class Denoiser:
         None where there is no plan that gives both, see :func:`fastens.fold.along.outputs_along`.
         """
         engine = self.model._engine if isinstance(self.model, Ensemble) else None
-        if engine is None:
+        if engine is None or "_share" in vars(self.model):  # over a mesh, whose other ranks have other members
             return None
         arguments = (self._input(x, t), self._network_time(x, t))
         found = outputs_along(engine, arguments, self.conditioning, self._input(tangent, t))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastens.distributed.jobs import from_own_place
 from fastens.draws import Assignment, assigned_to
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.ode import AugmentedFlow, integrate
@@ -156,24 +157,25 @@ def likelihood(
     key = fingerprint(model=denoiser.model, data=data, rule=rule, prediction=prediction, settings=settings)
     parts = Parts(cache, key if cache is not None else "")
     _check_deterministic(denoiser, data)
-    bits, evaluations, seconds = np.empty((repeats, len(data))), [], 0.0
+    bits, seconds = np.empty((repeats, len(data))), 0.0
+    pieces = [(repeat, start) for repeat in range(repeats) for start in range(0, len(data), batch_size)]
+    evaluations: dict[tuple[int, int], int] = {}
     with Progress("likelihood", repeats * len(data), "sample", progress) as bar:
-        for repeat in range(repeats):
-            for start in range(0, len(data), batch_size):
-                rows = torch.arange(start, min(start + batch_size, len(data)))
-                name = f"repeat_{repeat}_rows_{start:07}"
-                part = parts.read(name)
-                if part is None:
-                    begun = time.perf_counter()
-                    values, used = _batch(denoiser, data[rows], rows, repeat, settings)
-                    took = time.perf_counter() - begun
-                    part = {"bits": values, "evaluations": np.array(used), "seconds": np.array(took)}
-                    parts.write(name, part)
-                bits[repeat, start : start + len(rows)] = part["bits"]
-                evaluations.append(int(part["evaluations"]))
-                seconds += float(part["seconds"])
-                bar.update(len(rows), evaluations=evaluations[-1])
-    return Likelihood(bits, evaluations, seconds)
+        for repeat, start in pieces if cache is None else from_own_place(pieces):
+            rows = torch.arange(start, min(start + batch_size, len(data)))
+            name = f"repeat_{repeat}_rows_{start:07}"
+            part = parts.read(name)
+            if part is None:
+                begun = time.perf_counter()
+                values, used = _batch(denoiser, data[rows], rows, repeat, settings)
+                took = time.perf_counter() - begun
+                part = {"bits": values, "evaluations": np.array(used), "seconds": np.array(took)}
+                parts.write(name, part)
+            bits[repeat, start : start + len(rows)] = part["bits"]
+            evaluations[repeat, start] = int(part["evaluations"])
+            seconds += float(part["seconds"])
+            bar.update(len(rows), evaluations=evaluations[repeat, start])
+    return Likelihood(bits, [evaluations[piece] for piece in pieces], seconds)
 
 
 def _batch(denoiser: Denoiser, data: Tensor, rows: Tensor, repeat: int, settings: dict) -> tuple[np.ndarray, int]:

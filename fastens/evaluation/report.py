@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastens import rules
+from fastens.distributed.jobs import Job
 from fastens.ensemble import Ensemble
 from fastens.evaluation import mc_dropout
 from fastens.evaluation.denoiser import Denoiser, check_data
@@ -78,7 +79,8 @@ QUICK = {
 def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
     """Evaluate and write ``report.json``, ``.csv``, ``.md``, ``.tex`` and ``.png`` into ``out``.
 
-    Finished parts are kept in ``out/parts``: an interrupted run, started again, goes on.
+    Finished parts are kept in ``out/parts``: an interrupted run, started again, goes on, and the ranks of a job share
+    those of likelihood and samples. The first one writes.
 
     Returns:
         What is in ``report.json``.
@@ -107,6 +109,8 @@ def evaluate(subject: Subject, out: Path, plan: Plan) -> dict[str, Any]:
         begun = time.perf_counter()
         report[name] = stage(subject, denoiser, plan, cache, Bars(f"{number}/{len(stages)} {name}", plan.progress))
         seconds[name] = round(time.perf_counter() - begun, 1)
+    if not Job().first:  # the parts that it made are there
+        return report
     report["seconds"] = seconds
     report["provenance"] = provenance(subject.checkpoints, device=subject.ensemble.device, seed=plan.seed)
     report["threads"] = torch.get_num_threads()

@@ -37,7 +37,8 @@ def fingerprint(**parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: Any) -> bytes:
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of an ensemble over a mesh
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastens import rules
+from fastens.distributed.jobs import from_own_place
 from fastens.draws import Assignment, assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
@@ -68,9 +69,9 @@ def sample(
     identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
     parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)
-    batches = []
+    starts, batches = range(0, num, batch_size), {}
     with Progress(f"sampling by {denoiser.rule.name}", num, "sample", progress) as bar:
-        for start in range(0, num, batch_size):
+        for start in starts if cache is None else from_own_place(starts):
             rows = torch.arange(start, min(start + batch_size, num))
             name = f"samples_{start:07}_{len(rows)}"
             part = parts.read(name)
@@ -80,9 +81,9 @@ def sample(
                     raise RuntimeError(f"samples {start} to {int(rows[-1])} are not finite under {denoiser.rule}")
                 part = {"samples": images.numpy()}
                 parts.write(name, part)
-            batches.append(part["samples"])
+            batches[start] = part["samples"]
             bar.update(len(rows))
-    return torch.from_numpy(np.concatenate(batches))
+    return torch.from_numpy(np.concatenate([batches[start] for start in starts]))
 
 
 def _even(denoiser: Denoiser, steps: int) -> Tensor:

@@ -38,8 +38,10 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
         [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
 
     Raises:
-        ValueError: the first tensor has not one group of rows per member.
+        ValueError: the first tensor has not one group of rows per member; an ensemble over a mesh.
     """
+    if "_share" in vars(ensemble):
+        raise ValueError("an ensemble over a mesh is not trained; train the members apart, or in one process")
     arguments = member_arguments(ensemble.num_members, args, kwargs)
     if ensemble._engine is not None:
         leaves = ensemble._engine.evaluate(arguments, ensemble.training)

@@ -1,0 +1,1 @@
+"""Ensembles on several devices: members and rows over a mesh of torch.distributed."""

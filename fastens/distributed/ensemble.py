@@ -1,0 +1,378 @@
+"""An ensemble over a mesh: members over one dimension, the rows of a batch over the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastens.distributed import states
+from fastens.distributed.exchange import RankLost, RanksDiffer, split
+from fastens.distributed.gradients import gathered, replicated
+from fastens.distributed.place import Place
+from fastens.distributed.shares import Share, checksum
+from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
+from fastens.fold.arguments import Arguments
+from fastens.fold.drawn import run_drawn
+from fastens.fold.engine import FoldEngine
+from fastens.fold.members import tensors_of
+from fastens.methods import call_method
+from fastens.ops._scores import seed_from
+from fastens.ops.member_variance import member_variance
+from fastens.outputs import agreed, columns, combined, is_scores, plain
+
+
+def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
+    """An ensemble over a mesh that has no members yet.
+
+    Args:
+        kind: of the ensemble in one process.
+        num_members: K, of all ranks together.
+        rule: of the ensemble.
+        settings: as :func:`fastens.settings.check_settings` gives them.
+        place: of this process.
+        share: of its members.
+    """
+    made = object.__new__(_with(kind))
+    nn.Module.__init__(made)
+    made.__dict__.update(_place=place, _share=share, _calls=0)
+    made._setup(num_members, rule, settings)
+    return made
+
+
+@functools.cache
+def _with(base: type) -> type:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (Distributed, base), names)
+
+
+class Distributed:
+    """What an ensemble over a mesh does otherwise: its engine has this rank's members, its numbers those of all."""
+
+    # Construction
+
+    def _adopt(self: Any, skeleton: nn.Module, stacks: Any, shared: frozenset[str], originals: Any = None) -> None:
+        if "masks" in self._settings:
+            super()._adopt(skeleton, stacks, shared)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
+        self.__dict__["_engine"] = engine
+        self.network = engine.network
+        self._become_member_like(skeleton)
+
+    def _adopt_held(self: Any, modules: list[nn.Module], why: str) -> None:
+        self.__dict__.update(_engine=None, _why_loop=why)
+        self.network = nn.ModuleList(modules)
+        self._become_member_like(modules[0])
+
+    def _become_member_like(self: Any, member: nn.Module) -> None:
+        super()._become_member_like(member)  # pyright: ignore[reportAttributeAccessIssue]
+        self.__class__ = _with(type(self))
+
+    def __getattr__(self: Any, name: str) -> Any:
+        """What members have; a method of theirs that would combine what only this rank's compute is refused."""
+        found = super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
+        if not (isinstance(found, functools.partial) and found.func is call_method) or name.startswith("forward_"):
+            return found
+
+        @functools.wraps(call_method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+                raise ValueError(f"{name}: over a mesh members are evaluated by forward alone; call it in one process")
+            return found(*args, **kwargs)
+
+        return called
+
+    # Calls
+
+    def _evaluated(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule, assigned = self.rule, self._draws.assignment()
+        if assigned is not None:
+            return assigned.evaluate(self, args, kwargs)
+        if rule.random:
+            return self._drawn(args, kwargs)
+        return self._reduced(args, kwargs, variance=False)[0]
+
+    def forward_with_variance(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Evaluate all members once and return their aggregate and their variance; see the ensemble's."""
+        if self.rule.random or self._draws.assignment() is not None:
+            return super().forward_with_variance(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._reduced(args, kwargs, variance=True)
+
+    def _reduced(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variance: bool) -> tuple[Any, Any]:
+        """The aggregate, and the variance where it is asked for: of slices, or where gradients or rules want all."""
+        if torch.is_grad_enabled() or not of_rows(self.rule):
+            outputs = self._evaluate(args, kwargs)
+            whole = self._combine(outputs, self._aggregation(args, kwargs))
+            return whole, plain(self._combine(outputs, member_variance)) if variance else None
+        whole = self._arguments(args, kwargs)
+        arguments, rows = self._rows_here(whole)
+        *leaves, spec = self._local(arguments, whole)
+        found = [self._sliced(x, rows, arguments, variance) if is_scores(x) else None for x in leaves]
+        parts = [
+            pytree.tree_unflatten(
+                [self._alike(x) if pair is None else pair[i] for pair, x in zip(found, leaves, strict=True)], spec
+            )
+            for i in range(1 + variance)
+        ]
+        return parts[0], plain(parts[1]) if variance else None
+
+    def _sliced(self: Any, scores: Any, rows: list[int], arguments: Arguments, variance: bool) -> tuple[Tensor, ...]:
+        """A leaf [k, B, ...] of this rank's members as the aggregate [B, ...] of all, and their variance."""
+        place, share = self._place, self._share
+        if not scores[0].ndim:  # a number, as of one sample
+            whole = self._members_of(scores)
+            made = [combined(self._aggregation(*arguments.call), whole)]
+            return (*made, combined(member_variance, whole)) if variance else tuple(made)
+        own, shape = scores[: share.count], scores[0].shape
+        simple = self.rule.linear and not self.rule.needs_noise_level
+        few = shape[0] < place.members.size and len(shape) > 1
+        slices = Slices(place.members, share.counts, shape, few and simple and of_elements(self.rule))
+        weights = weights_of(self.rule, self.num_members)
+        most = max(share.counts) * scores[0].element_size()
+        if simple and weights and not variance and most > 4 and not bits_matter():
+            total = slices.total(scores, [*weights[share.first : share.first + share.count], *[0.0] * share.held])
+            reduced = [total.to(scores[0].dtype)]
+        else:
+            stack = slices.members(own if isinstance(own, Tensor) else own or scores[0].new_empty((0, *shape)))
+            at = torch.arange(slices.start, slices.start + slices.size)
+            given = arguments if slices.by_elements else arguments.selected(at)
+            reduced = [self._aggregation(*given.call)(stack) if stack.numel() else stack.sum(0)]
+            reduced += [member_variance(stack) if stack.numel() else stack.sum(0)] if variance else []
+        wholes = (slices.whole(each) for each in reduced)
+        return tuple(self._all_rows(each, rows) for each in wholes)
+
+    def _all_rows(self: Any, own: Tensor, rows: list[int], dim: int = 0) -> Tensor:
+        """The rows of all, where each rank of "data" has some."""
+        if len(rows) == 1 or self._place.data is None:
+            return own
+        shapes = [(*own.shape[:dim], count, *own.shape[dim + 1 :]) for count in rows]
+        return torch.cat(self._place.data.gather(own, shapes), dim)
+
+    def _rows_here(self: Any, arguments: Arguments) -> tuple[Arguments, list[int]]:
+        """The arguments of this rank's rows, and how many each rank of "data" has; all where rows are mixed."""
+        place, engine, size = self._place, self._engine, arguments.batch_size
+        parts = place.num_data
+        if parts == 1 or size < parts or engine is None:
+            return arguments, [size]
+        rows = split(size, parts)
+        start = sum(rows[: place.data.rank])
+        independent = engine.rows.independent(engine, arguments)
+        if not independent:
+            return arguments, [size]
+        return engine.rows.part(engine, arguments, start, start + rows[place.data.rank]), rows
+
+    def _evaluate(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Leaves of this rank's members' outputs, for the whole batch."""
+        if torch.is_grad_enabled():
+            args, kwargs = pytree.tree_map(lambda x: replicated(x, self._place.members), (args, kwargs))
+        return self._local(self._arguments(args, kwargs))
+
+    def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
+        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
+
+        Args:
+            arguments: of this rank's rows.
+            called: of all of them, where they are others.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("an ensemble over a mesh is not trained; train members apart, or call .eval()")
+        return self._together(called or arguments, ("all", repr(self.rule)), lambda: self._held(arguments))
+
+    def _held(self: Any, arguments: Arguments) -> list[Any]:
+        engine, share = self._engine, self._share
+        if engine is None:
+            return columns([self._call_module(k, arguments) for k in range(share.held)])
+        if engine.masks is None:
+            return engine.evaluate(arguments, self.training)
+        if not engine.rows.independent(engine, arguments):
+            return columns([engine.call_member(k, arguments) for k in range(share.first, share.first + share.held)])
+        size = arguments.batch_size
+        members = torch.arange(share.first, share.first + share.held).repeat_interleave(size)
+        repeated = arguments.selected(torch.arange(size).repeat(share.held))
+        leaves, spec = pytree.tree_flatten(engine.evaluate_drawn(repeated, members))
+        return [
+            *(x.unflatten(0, (share.held, size)) if isinstance(x, Tensor) else [x] * share.held for x in leaves),
+            spec,
+        ]
+
+    def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Of a call; of :class:`fastens.PerMember` the values of the members that are held."""
+        arguments = super()._arguments(args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if arguments.own and "masks" not in self._settings:
+            arguments.leaves = list(arguments.leaves)
+            for i in arguments.own:
+                arguments.leaves[i] = arguments.leaves[i][self._share.slice]
+        return arguments
+
+    def _together(self: Any, arguments: Arguments, what: Any, run: Callable[[], Any]) -> Any:
+        """Run, and let all ranks know of each other's failure, and that they are called with the same."""
+        try:
+            found = run()
+        except RankLost:
+            raise
+        except Exception as error:
+            self._compare(arguments, what, error)
+            raise
+        self._compare(arguments, what, None)
+        return found
+
+    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None) -> None:
+        place = self._place
+        self.__dict__["_calls"] += 1
+        number = self.__dict__["_calls"]
+        tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
+        reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
+        shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
+        kind = checksum([torch.frombuffer(bytearray(repr((what, shapes)).encode()), dtype=torch.uint8)])
+        content = checksum(tensors) if reads else 0
+        every = place.control.agree([int(error is not None), kind, content])
+        ranks = place.control.ranks
+        failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
+        if failed:
+            if error is None:
+                raise RankLost(f"rank {', '.join(map(str, failed))} failed in this call; its own error says why")
+            return
+        for column, name in ((1, "shapes, rule or method"), (2, "values")):
+            others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
+            if others:
+                raise RanksDiffer(
+                    f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
+                    "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
+                )
+
+    # All members on every rank, where that is asked for
+
+    def _members_of(self: Any, scores: Any) -> Tensor:
+        """The scores of all members, [K, ...], in their order."""
+        own = scores if isinstance(scores, Tensor) else torch.stack(list(scores))
+        share = self._share
+        shapes = [(count, *own.shape[1:]) for count in share.counts]
+        return gathered(own[: share.count], shapes, self._place.members)
+
+    def _combine(self: Any, columns: list[Any], combine: Any) -> Any:
+        *leaves, spec = columns
+        return pytree.tree_unflatten(
+            [combined(combine, self._members_of(x)) if is_scores(x) else self._alike(x) for x in leaves], spec
+        )
+
+    def _alike(self: Any, column: Any) -> Any:
+        own = agreed(column)
+        if isinstance(own, Tensor):
+            every = self._place.members.gather(own, [own.shape] * self._place.members.size)
+            return agreed(every)
+        return own
+
+    # One member a row
+
+    def trajectory(self: Any, batch_size: int, generator: torch.Generator | int | None = None) -> Any:
+        """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
+        seed = generator if isinstance(generator, int) else seed_from(generator)
+        seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
+        return super().trajectory(batch_size, seed)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self._arguments(args, kwargs)
+        evaluation = self._begin(arguments)
+        members = self._draws.members(self.rule, evaluation, arguments.batch_size)
+        if evaluation.seed is None:  # else it is a function of what all have
+            members = self._place.control.from_first(members)
+        return self._by_rows(arguments, members)
+
+    def _by_rows(self: Any, arguments: Arguments, members: Tensor) -> Any:
+        """Each row by its member, on the rank that holds it; the ranks of "data" share a member's rows."""
+        place, share, engine = self._place, self._share, self._engine
+        owner = share.owner(members)
+        parts = place.num_data
+        rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
+        at = rows[place.members.rank][0 if place.data is None else place.data.rank]
+        first = 0 if engine is not None and engine.masks is not None else share.first
+
+        def run() -> Any:
+            apart = engine is not None and engine.rows.independent(engine, arguments)
+            if not apart:  # members see the whole batch
+                own = torch.full_like(members, share.first)
+                own[at] = members[at]
+                given, chosen = arguments, own - first
+                found = engine.evaluate_drawn(given, chosen) if engine else run_drawn(self._call_module, given, chosen)
+                return pytree.tree_map(lambda x: x[at.to(x.device)] if isinstance(x, Tensor) and x.ndim else x, found)
+            spare = not len(at) and len(members) > 0  # a row for the outputs' shape
+            chosen = torch.zeros(1, dtype=torch.int64) if spare else at
+            which = torch.full((1,), share.first) if spare else members[at]
+            found = engine.evaluate_drawn(arguments.selected(chosen), which - first)
+            return (
+                pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) and x.ndim else x, found) if spare else found
+            )
+
+        if torch.is_grad_enabled():
+            arguments = arguments.with_tensors([replicated(x, place.members) for x in arguments.tensors])
+        found = self._together(arguments, ("rows", members.tolist()), run)
+        here = 0 if place.data is None else place.data.rank
+        order = torch.cat([rows[i][d] for d in range(parts) for i in range(place.members.size)])
+        inverse = torch.argsort(order)
+
+        def whole(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.ndim:
+                return x
+            shapes = [(len(rows[i][here]), *x.shape[1:]) for i in range(place.members.size)]
+            some = gathered(x, shapes, place.members)
+            if place.data is not None:
+                shapes = [(sum(len(rows[i][d]) for i in range(place.members.size)), *x.shape[1:]) for d in range(parts)]
+                some = gathered(some, shapes, place.data)
+            return some.index_select(0, inverse.to(some.device))
+
+        return pytree.tree_map(whole, found)
+
+    # States and copies
+
+    def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The stacks [K, ...] as DTensors, which ``torch.distributed.checkpoint`` writes and cuts anew."""
+        found = super().state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return states.as_whole(found, self._stacked(), self._place.mesh, self._share, self.num_members)
+
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load stacks [K, ...], of which each rank takes its own: DTensors, or tensors that every rank has whole."""
+        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())  # pyright: ignore
+        return super().load_state_dict(own, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _stacked(self: Any) -> frozenset[str]:
+        engine = self._engine
+        if engine is None or engine.masks is not None:
+            return frozenset()
+        return frozenset(tensors_of(engine.network)) - engine.shared
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise TypeError: a process group is of one process."""
+        raise TypeError(
+            "an ensemble over a mesh is not copied or pickled; distribute the ensemble again, and save its state by "
+            "torch.distributed.checkpoint"
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raise ValueError: no rank has all stacks."""
+        raise ValueError(
+            "no rank has all members: write state_dict() by torch.distributed.checkpoint.save, and read it into the "
+            "ensemble of one process by torch.distributed.checkpoint.load"
+        )
+
+    def replace_member(self, *_: Any, **__: Any) -> None:
+        """Raise ValueError: only one rank has the member."""
+        raise ValueError("members are on several ranks: replace the member in the ensemble, and distribute it again")
+
+    @property
+    def members(self: Any) -> Any:
+        """Raise ValueError: no rank has all members."""
+        raise ValueError("no rank has all members; take them from the ensemble that was distributed")
+
+    def _why_not_recorded(self) -> str | None:
+        return "members are on several ranks, and what they send each other is no part of a recording"
+
+    def extra_repr(self: Any) -> str:
+        """What ``print`` shows above the network."""
+        place, share = self._place, self._share
+        where = f"{place.members.size} x {place.mesh.size(1)} ranks, here members {share.first} to "
+        return f"{self.num_members} members, rule={self.rule}, {where}{share.first + share.held - 1}"

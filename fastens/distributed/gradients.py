@@ -1,0 +1,72 @@
+"""Gradients through what ranks exchange: every rank computes the same loss of what all of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastens.distributed.exchange import Exchange
+
+
+class _Gathered(torch.autograd.Function):
+    """Parts of all ranks, joined; a rank's part of the gradient, which is the same on all, goes back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, shapes: Any, exchange: Exchange) -> Tensor:
+        """Join the parts in the order of the ranks."""
+        ctx.start = sum(shape[0] for shape in shapes[: exchange.rank])
+        ctx.stop = ctx.start + shapes[exchange.rank][0]
+        return torch.cat(exchange.gather(own, shapes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Take this rank's part."""
+        return grads[0][ctx.start : ctx.stop], None, None
+
+
+class _Replicated(torch.autograd.Function):
+    """What all ranks have alike; gradients that come from each rank's members are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        """Return it."""
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Add up in the order of the ranks."""
+        return _Summed.apply(grads[0], ctx.exchange), None
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        """Add up in the order of the ranks, in float32 at least."""
+        ctx.exchange = exchange
+        parts = exchange.gather(x.to(torch.promote_types(x.dtype, torch.float32)), [x.shape] * exchange.size)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient of a sum that all ranks have is theirs."""
+        return grads[0], None
+
+
+def gathered(own: Tensor, shapes: Sequence[Sequence[int]], exchange: Exchange) -> Tensor:
+    """The parts of all ranks joined in dimension 0, where rank j has ``shapes[j]``."""
+    return own if exchange.size == 1 else _Gathered.apply(own, [tuple(s) for s in shapes], exchange)  # pyright: ignore
+
+
+def replicated(x: Any, exchange: Exchange) -> Any:
+    """An argument that all ranks have, whose gradient is the sum over their members."""
+    wants = isinstance(x, Tensor) and x.requires_grad and exchange.size > 1
+    return _Replicated.apply(x, exchange) if wants else x
