@@ -61,7 +61,7 @@ def oracle(prediction, given, network_time):
 
 
 @torch.no_grad()
-def run(scheduler, prediction, steps):
+def run(scheduler, prediction, steps, network=oracle):
     """The scheduler's own loop as its pipelines write it: where it ends, and the data that it finds on the way."""
     name = type(scheduler).__name__
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +77,7 @@ def run(scheduler, prediction, steps):
     found, old, back = [], None, None
     for i, t in enumerate(scheduler.timesteps):
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        output = oracle(prediction, given, scheduler.sigmas[i] if name == "ScoreSdeVeScheduler" else t)
+        output = network(prediction, given, scheduler.sigmas[i] if name == "ScoreSdeVeScheduler" else t)
         if name == "ScoreSdeVeScheduler":
             x = scheduler.step_pred(output, t, x, generator=generator).prev_sample_mean
             continue

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fastens.io.contents import Contents, Entry, components
-from fastens.io.names import BOOKKEEPING, EMA, STATE, UNCLEAR, decay_in, kind_of, split, unwrapped
+from fastens.io.names import (
+    BOOKKEEPING,
+    EMA,
+    STATE,
+    UNCLEAR,
+    decay_in,
+    is_average_in_state,
+    kind_of,
+    split,
+    unwrapped,
+)
 
 _SEPARATORS = ("", "_", "-", "/", "__")  # instead of dots: buffers' names have none (latent-diffusion's LitEma)
 
@@ -138,6 +148,8 @@ def candidates(contents: Contents, wanted: Wanted) -> list[Candidate]:
     for candidate in found:
         if any(candidate.path == name or candidate.path.startswith(f"{name}.") for name in contents.averaged):
             candidate.kind = EMA
+        elif is_average_in_state(candidate.prefix) and not wanted.trainable.intersection(candidate.missing):
+            candidate.kind = UNCLEAR  # of the weights, not of gradients or moments
         candidate.problem = candidate.problem or wanted.mismatch(candidate.tensors)
         candidate.decay = _decay(contents, candidate)
     _find_extras(contents, wanted, found)

@@ -141,14 +141,14 @@ def _average(
     plain: list[Candidate],
     found: list[Candidate],
 ) -> Candidate | None:
-    if averages and not unclear:
-        return _one(contents, averages)
+    if (averages and not unclear) or wish.explicit:
+        return _one(contents, [*averages, *unclear] or plain)
     if averages or unclear:
         raise ValueError(
             f"checkpoint {contents.source} has names that look like averages, and it is not clear which is meant: "
             f"{listed(averages + unclear)}; {_SETTLE}"
         )
-    left = [] if wish.explicit else _not_understood(contents, plain, found)
+    left = _not_understood(contents, plain, found)
     if left:
         shown = f"{'; '.join(left[:4])}{'; ...' if len(left) > 4 else ''}"
         raise ValueError(
@@ -174,7 +174,7 @@ def _one(contents: Contents, fitting: list[Candidate]) -> Candidate | None:
 def _fits(candidate: Candidate, wanted: Wanted) -> bool:
     if candidate.problem:
         return False
-    if candidate.kind == EMA:  # averages are kept of what is trained, and the rest is beside them
+    if candidate.kind in (EMA, UNCLEAR):  # averages are kept of what is trained, and the rest is beside them
         return not wanted.trainable.intersection(candidate.missing)
     return not candidate.missing
 
@@ -182,11 +182,11 @@ def _fits(candidate: Candidate, wanted: Wanted) -> bool:
 def _rivals(candidate: Candidate, other: Candidate, wanted: Wanted) -> bool:
     """Whether another set of its kind may be meant as well, though it does not fit.
 
-    It may hold all that is trained and lack the rest, as averages do that are not called so, or stand in a dictionary
-    that holds more than the network.
+    It may hold all that is trained and lack the rest, or the names, as averages do that are not called so, or stand in
+    a dictionary that holds more than the network.
     """
     trained = not (other.problem or other.kind == EMA or wanted.trainable.intersection(other.missing))
-    if not (other.larger or (trained and other.missing)) or not other.named:
+    if not (other.larger or (trained and (other.missing or not other.named))):
         return False
     alike = (candidate.kind == EMA) == (other.kind == EMA) and other.kind not in (UNCLEAR, STATE)
     return alike and not all(same(tensor, candidate.tensors[name]) for name, tensor in other.tensors.items())

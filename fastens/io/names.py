@@ -52,9 +52,17 @@ def kind_of(prefix: Iterable[str]) -> str:
             kind = RAW
         elif _AVERAGES.intersection(found):
             kind = EMA
-        elif any(word.startswith("ema") or word.endswith("ema") for word in set(found) - _WORDS):
+        elif any(
+            word.startswith("ema") or word.endswith("ema") for word in {*found, *words(component.lower())} - _WORDS
+        ):
             kind = UNCLEAR
     return kind
+
+
+def is_average_in_state(prefix: Sequence[str]) -> bool:
+    """Whether an average stands in what an optimiser keeps, as of optimisers that average the weights themselves."""
+    kinds = [kind_of((component,)) for component in prefix]
+    return STATE in kinds and EMA in kinds[kinds.index(STATE) :]
 
 
 def split(key: str) -> list[str]:

@@ -56,8 +56,18 @@ _RECORDS = (
 _HARMLESS_BUILTINS = ("set", "frozenset", "dict", "list", "tuple", "int", "float", "str", "bool", "slice", "complex")
 _TENSORS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    **{
+        ("torch._utils", name): getattr(torch._utils, name)
+        for name in (
+            "_rebuild_tensor_v2",
+            "_rebuild_tensor_v3",  # float8, unsigned integers
+            "_rebuild_parameter",
+            "_rebuild_meta_tensor_no_storage",
+            "_rebuild_qtensor",
+            "_rebuild_sparse_tensor",
+        )
+    },
+    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -217,7 +227,7 @@ def _inert(path: Path) -> tuple[Any, set[str]]:
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in _TENSORS:
                 return _TENSORS[module, name]
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.qscheme):
                 return getattr(torch, name)
             whole = f"{module}.{name}"
             named.add(whole)

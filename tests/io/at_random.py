@@ -20,6 +20,7 @@ from torch import nn
 import fastens
 from fastens.io.names import WRAPPERS
 from tests.checkpoint_layouts import lit_ema, shadow, spellings
+from tests.io import containers
 
 NAMES = (
     "block layers down mid norm attn to_q head embed net unet model mods schema avg_pool ema_proj online raw".split()
@@ -46,7 +47,7 @@ def network(seed):
         made = nn.Module()
         for name in rng.sample(NAMES, rng.randint(2, 4)):
             if rng.random() < 0.15:
-                made.register_parameter(name, nn.Parameter(torch.ones(rng.randint(2, 4))))
+                made.register_parameter(name, nn.Parameter(torch.ones(rng.choice(((2,), (3,), (4,), ())))))
             else:
                 made.add_module(
                     name, module(depth + 1) if rng.random() < 0.3 and depth < 2 else rng.choice(LAYERS)(rng)
@@ -62,10 +63,11 @@ def network(seed):
     return made
 
 
-def drawn(net, seed):
+def drawn(net, seed, dtype):
+    """The network with values of which ``dtype`` keeps every bit."""
     generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(net)
     for tensor in other.state_dict().values():
-        values = torch.randn(tensor.shape, generator=generator)
+        values = torch.randn(tensor.shape, generator=generator).to(dtype).float()
         tensor.copy_(values if tensor.is_floating_point() else values.mul(50).abs())
     return other
 
@@ -145,28 +147,56 @@ def content(rng, average, raw):
     )()
 
 
+def packed(rng, average, raw, dtype, folder):
+    """(where the checkpoint is, what ema=True means, what ema=False means, how to load it)."""
+    kind = rng.random()
+    if kind < 0.1:
+        both = rng.random() < 0.7
+        path = containers.snapshot(rng, average, raw if both else None, folder / "a.pkl")
+        return path, average, raw if both else None, {"allow_pickle": True}
+    if kind < 0.2:
+        kept, meant = rng.choice(
+            [
+                ({"decay": 0.9, "shadow_params": shadow(average)}, of_trained(average, raw)),
+                ({f"ema_model.{n}": t for n, t in average.state_dict().items()}, average),
+            ]
+        )
+        weights, kept = containers.mapped([wrapped(rng, raw), kept], containers.stored_as(dtype))
+        return containers.state_of_accelerate(rng, weights, kept, folder), meant, raw, {}
+    saved, *expected = content(rng, average, raw)
+    for name, value in beside(rng, average).items():
+        saved.setdefault(name, value)
+    saved = containers.mapped(saved, containers.stored_as(dtype))
+    if all(isinstance(value, torch.Tensor) for value in saved.values()):
+        if rng.random() < 0.5:
+            return containers.shards(rng, saved, folder), *expected, {}
+        path = folder / "a.safetensors"
+        save_file({name: value.contiguous().clone() for name, value in saved.items()}, path)
+    else:
+        path = folder / "a.pt"
+        saved = containers.views(saved) if rng.random() < 0.3 else saved
+        old = rng.random() < 0.3 and dtype.itemsize > 1  # which torch does not read itself
+        torch.save(saved, path, _use_new_zipfile_serialization=not old)
+    return path, *expected, {}
+
+
 def outcomes(seed, folder):
     """What two loads of one draw came to: "same", "refused", or what is wrong."""
     rng, net = random.Random(f"content {seed}"), network(seed)
-    average, raw = drawn(net, 2 * seed), drawn(net, 2 * seed + 1)
-    saved, *expected = content(rng, average, raw)
-    for name, value in beside(rng, net).items():
-        saved.setdefault(name, value)
-    path = Path(folder) / "a.pt"
-    if all(isinstance(value, torch.Tensor) for value in saved.values()):
-        save_file({name: value.clone() for name, value in saved.items()}, path)
-    else:
-        torch.save(saved, path, _use_new_zipfile_serialization=rng.random() < 0.7)
-    for ema, meant in zip((True, False), expected, strict=True):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                loaded = fastens.load_members([path], lambda: network(seed), ema)[0].state_dict()
-        except ValueError:
-            yield "refused"
-            continue
-        same = all(torch.equal(loaded[name], tensor) for name, tensor in meant.state_dict().items())
-        yield "same" if same else f"draw {seed}, ema={ema}: other weights than those of {list(saved)}"
+    dtype = rng.choice(containers.DTYPES)
+    average, raw = drawn(net, 2 * seed, dtype), drawn(net, 2 * seed + 1, dtype)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path, *expected, options = packed(rng, average, raw, dtype, Path(place))
+        for ema, meant in zip((True, False), expected, strict=True):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    loaded = fastens.load_members([path], lambda: network(seed), ema, **options)[0].state_dict()
+            except ValueError as error:
+                yield "refused" if str(path.parent) in str(error) else f"draw {seed}: {error} names no file"
+                continue
+            same = meant is not None and all(torch.equal(loaded[n], t) for n, t in meant.state_dict().items())
+            yield "same" if same else f"draw {seed}, ema={ema}: other weights than those of {path.name}"
 
 
 def main():

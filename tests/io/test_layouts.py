@@ -124,7 +124,9 @@ def test_what_looks_like_an_average_and_is_not_understood_is_named(name, pair, t
     assert_same(load(content, tmp_path / "a.pt", ema=False), pair[1])
 
 
-@pytest.mark.parametrize("keys", [("optimizer", "exp_avg"), ("train", "optim", "exp_avg"), ("grads",), ("opt", "ema")])
+@pytest.mark.parametrize(
+    "keys", [("optimizer", "exp_avg"), ("train", "optim", "exp_avg"), ("grads",), ("opt", "exp_avg_sq")]
+)
 def test_what_an_optimiser_keeps_is_no_set_of_weights(keys, pair, tmp_path):
     content = state(pair[0])
     for key in reversed(keys):
@@ -163,9 +165,36 @@ def test_a_frozen_factory_does_not_make_a_part_of_an_average_whole(pair, tmp_pat
     assert_same(load(BOTH["diffusers' EMAModel"](*pair), tmp_path / "a.pt", factory), pair[0])
 
 
-def test_lists_without_names_are_weights_where_they_are_averages(pair, tmp_path):
-    content = {"model": state(pair[1]), "updates": shadow(pair[0], trainable=False)}
-    assert_same(load(content, tmp_path / "a.pt"), pair[1])
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("name", ["updates", "smoothed", "teacher_params"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_lists_without_names_that_fit_are_not_passed_over(name, ema, trainable, pair, tmp_path):
+    content = {"model": state(pair[1]), name: shadow(pair[0], trainable)}
+    with pytest.raises(ValueError, match=rf"2 sets of weights that fit.*{name}"):
+        load(content, tmp_path / "a.pt", ema=ema)
+    assert_same(load(content, tmp_path / "a.pt", ema=ema, key="model"), pair[1])
+    assert_same(load({"model": state(pair[1]), "optim": shadow(pair[0], trainable)}, tmp_path / "a.pt"), pair[1])
+
+
+@pytest.mark.parametrize("name", ["EMAnet", "emanet", "modelema"])
+@pytest.mark.parametrize("kept", [shadow, state], ids=["a list", "names"])
+def test_an_average_inside_a_word_is_not_passed_over(name, kept, pair, tmp_path):
+    content = {"model": state(pair[1]), name: kept(pair[0])}
+    with pytest.raises(ValueError, match=rf"look like averages.*{name}"):
+        load(content, tmp_path / "a.pt")
+    assert_same(load(content, tmp_path / "a.pt", key=name), pair[0])
+    assert_same(load(content, tmp_path / "a.pt", ema=False), pair[1])
+
+
+@pytest.mark.parametrize("kept", [shadow, state], ids=["a list", "names"])
+def test_an_average_among_an_optimisers_states_is_not_passed_over(kept, pair, tmp_path):
+    """NeMo's optimiser keeps the average of the weights."""
+    states = [{"opt": {"state": {}}, "ema": kept(pair[0]), "current_step": 3, "decay": 0.999}]
+    content = {"state_dict": state(pair[1]), "optimizer_states": states}
+    with pytest.raises(ValueError, match=r"not clear which is meant: optimizer_states\.\[0\]\.ema"):
+        load(content, tmp_path / "a.pt")
+    assert_same(load(content, tmp_path / "a.pt", key="optimizer_states.[0].ema"), pair[0])
+    assert_same(load(content, tmp_path / "a.pt", ema=False), pair[1])
 
 
 def test_snapshots_without_a_factory(pair, tmp_path):
@@ -266,6 +295,14 @@ def test_a_part_of_a_larger_network_is_not_taken_for_the_whole(tmp_path):
         load(state(longer), tmp_path / "a.pt", lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(2))))
 
 
+def test_weights_in_a_layout_that_no_network_has_are_refused(tmp_path):
+    quantised = torch.quantize_per_tensor(torch.ones(4, 4), 0.5, 0, torch.qint8)
+    for weight in (torch.ones(4, 4).to_sparse(), quantised, torch.ones(4, 4, device="meta")):
+        content = {"model": {"weight": weight}, "args": argparse.Namespace(lr=0.1)}
+        with pytest.raises(ValueError, match="quantised"):
+            load(content, tmp_path / "a.pt", lambda: nn.Linear(4, 4, bias=False))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_quantised_weights_are_refused(dtype, tmp_path):
     with pytest.raises(ValueError, match="quantised"):
@@ -283,6 +320,13 @@ def test_names_that_the_network_renames_as_it_reads(tmp_path):
 def test_records_beside_the_weights_do_not_need_a_pickle(pair, tmp_path):
     content = {"model": state(pair[1]), "ema": state(pair[0]), "args": argparse.Namespace(lr=0.1, path=tmp_path)}
     assert_same(load(content, tmp_path / "a.pt"), pair[0])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "bfloat16", "float64"])
+def test_records_beside_weights_of_every_dtype(dtype, tmp_path):
+    content = {"model": {"weight": torch.ones(4, 4).to(getattr(torch, dtype))}, "args": argparse.Namespace(lr=0.1)}
+    loaded = load(content, tmp_path / "a.pt", lambda: nn.Linear(4, 4, bias=False))
+    assert torch.equal(loaded.weight, torch.ones(4, 4))
 
 
 @pytest.mark.parametrize("old", [True, False])
