@@ -12,6 +12,7 @@ from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
+from fastens.reproducible import deterministic
 from fastens.rules import rule
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "backends",
     "composition",
     "demo",
+    "deterministic",
     "evaluation",
     "interop",
     "laplace",

@@ -11,6 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens import reproducible
+from fastens.fold import row_by_row
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import beyond_rounding
@@ -93,6 +95,16 @@ class DrawnCall:
 
     def run(self) -> Any:
         """What a member returns for the whole batch, each sample by its own member."""
+        if reproducible.enabled() and not torch.compiler.is_compiling():
+            return row_by_row.drawn(self, self._engine, self._arguments, self._members)
+        return self.at_once()
+
+    def of_row(self, row: Arguments, i: int) -> DrawnCall:
+        """The call of sample i alone, whose arguments are ``row``."""
+        return DrawnCall(self._engine, row, self._members[i : i + 1])
+
+    def at_once(self) -> Any:
+        """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
         if engine.engine == "loop" or not len(self._members) or transformed():
             return self._looped()
@@ -100,13 +112,13 @@ class DrawnCall:
             found = self._dealt_out()
         except WritesInput:
             engine.copies_inputs = True
-            return DrawnCall(engine, self._arguments.copied(), self._members).run()
+            return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             if isinstance(error, NeedsWrappers) and not engine.wrapped:
                 engine.wrapped = True
-                return self.run()
+                return self.at_once()
             why = f"{type(error).__name__}: {error}"
         else:
             return self._looped() if found is None else found
@@ -125,10 +137,8 @@ class DrawnCall:
         order, offsets = grouped(members, engine.num_members)
         row_members = members.index_select(0, order)
         dealt = arguments.selected(order).of_rows(row_members)
-        planned = None
-        if eager and not dealt.per_row and not engine.stateful and engine.can_plan(dealt):
-            hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
-            planned = PlannedCall(engine, dealt, hidden)
+        planned = self._plannable(dealt, order, offsets, row_members) if eager else None
+        if planned is not None:
             found = planned.run()
             if found is not None:
                 return _result(found, order)
@@ -149,6 +159,44 @@ class DrawnCall:
         if first:
             engine.checked.add(key)
         return folded
+
+    def _plannable(self, dealt: Arguments, order: Tensor, offsets: Tensor, row_members: Tensor) -> PlannedCall | None:
+        """The call as plans see it, none where it may not run as one."""
+        engine = self._engine
+        if dealt.per_row or engine.stateful or not engine.can_plan(dealt):
+            return None
+        hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
+        return PlannedCall(engine, dealt, hidden)
+
+    def _as_plan(self) -> tuple[PlannedCall | None, Tensor]:
+        """The call as plans see it, none where it may not run as one, and the order of its samples there."""
+        engine, members = self._engine, self._members
+        order, offsets = grouped(members, engine.num_members)
+        row_members = members.index_select(0, order)
+        excluded = None if engine.engine == "loop" or transformed() else engine.rows.excluded(engine, self._arguments)
+        if excluded is None:
+            return None, order
+        dealt = self._arguments.excluding(excluded).selected(order).of_rows(row_members)
+        return self._plannable(dealt, order, offsets, row_members), order
+
+    def planned_answer(self) -> Any:
+        """The answer of the plan that there is; none where there is none."""
+        planned, order = self._as_plan()
+        found = None if planned is None else planned.run()
+        return None if found is None else _result(found, order)
+
+    def plan_exactly(self, leaves: list[Any]) -> None:
+        """Make a plan that gives ``leaves`` to the bit, where there is one."""
+        planned, order = self._as_plan()
+        if planned is None or planned.refused:
+            return
+        expected = [x.index_select(0, order.to(x.device)) for x in leaves if isinstance(x, Tensor)]
+
+        def differs(made: list[Any]) -> str:
+            return row_by_row.differs([x for x in made[:-1] if isinstance(x, Tensor)], expected)
+
+        with torch.no_grad(), suppress_out_of_memory():
+            planned.make([expected], differs)
 
     def _caches_filled(self) -> bool:
         """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""

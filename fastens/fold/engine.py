@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
-from fastens.fold import rules  # noqa: F401  (the rules register themselves)
+from fastens import reproducible
+from fastens.fold import row_by_row, rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
@@ -210,6 +211,12 @@ class FoldEngine:
             training: the mode of the ensemble.
             method: what is called.
         """
+        if reproducible.enabled() and not torch.compiler.is_compiling():
+            return row_by_row.evaluate(self, arguments, training, method)
+        return self.evaluate_at_once(arguments, training, method)
+
+    def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
+        """The same, whatever last bits depend on."""
         if self.engine == "loop" or transformed():
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
@@ -278,7 +285,7 @@ class FoldEngine:
 
         None where no plan of this call does that: then evaluate, and add.
         """
-        if self.engine == "loop" or not self.can_plan(arguments):
+        if self.engine == "loop" or reproducible.enabled() or not self.can_plan(arguments):
             return None
         return PlannedCall(self, arguments).run_sum(weights)
 
