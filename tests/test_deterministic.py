@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_numbers_among_the_arguments():
     """Whether a time came once or often does not matter: a plan has it as an input from the first call on."""
 
     class Timed(Eager):
-        def forward(self, x: Tensor, t: float) -> Tensor:
+        def forward(self, x: Tensor, t: Any) -> Tensor:
             return self.layers(x) * torch.sigmoid(torch.full((len(x), 1), 0.3 * t))
 
     ens, x, seen = fastens.Ensemble([randomised(Timed, k) for k in range(3)]), torch.randn(5, 37), Rows()

@@ -181,10 +181,8 @@ class FoldEngine:
 
     def loop(self, arguments: Arguments, method: str = "forward") -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
-        outputs = []
-        for k in range(self.num_members):
-            outputs.append(pytree.tree_flatten(self.call_member(k, arguments, method, remembers=True)))
-        return columns_of(outputs)
+        outputs = (self.call_member(k, arguments, method, remembers=True) for k in range(self.num_members))
+        return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def give_up(self, why: str) -> None:
         """Take the loop from now on, and say why."""

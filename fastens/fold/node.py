@@ -11,8 +11,8 @@ node = torch.compiler.allow_in_graph(evaluate_node)
 
 
 _WHY = (
-    "members or dropout masks are drawn anew in each call, which a graph would repeat; or deterministic mode is on, which "
-    "a compiler does not keep"
+    "members or dropout masks are drawn anew in each call, which a graph would repeat; or deterministic mode is on, "
+    "which a compiler does not keep"
 )
 
 
