@@ -134,6 +134,24 @@ def test_every_engine(ens):
     each(made, x.to(made.dtype), torch.rand(5, dtype=made.dtype))
 
 
+def test_launches_are_not_taken(monkeypatch):
+    """As on a GPU: which of their kernels runs is measured."""
+    monkeypatch.setattr("fastens.fold.planned.Plans._launched", True)
+    ens = fastens.Ensemble([randomised(Eager, k) for k in range(3)])
+    each(ens, torch.randn(5, 37), torch.rand(5))
+    assert "deterministic mode" in ens.report().why_no_plan
+
+
+def test_a_row_that_has_lost_its_plan_warns(monkeypatch):
+    """A plan's check looks at numbers, so that it may fail for others: torch answers then, with other bits."""
+    ens, x, t = fastens.Ensemble([randomised(Eager, k) for k in range(3)]), torch.randn(1, 37), torch.rand(1)
+    ens(x, t)
+    ens.refresh()
+    monkeypatch.setattr("fastens.fold.planned.beyond_rounding", lambda *_: 1.0)
+    with pytest.warns(UserWarning, match="no plan now, and had one"):
+        ens(x, t)
+
+
 @pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
 @pytest.mark.parametrize("rule", ["mean", "alternating"])
 def test_members_of_different_structure(rule):

@@ -168,7 +168,7 @@ class DrawnCall:
         hidden = Hidden(len(order), engine.num_members, offsets=offsets, row_members=row_members)
         return PlannedCall(engine, dealt, hidden)
 
-    def _as_plan(self) -> tuple[PlannedCall | None, Tensor]:
+    def as_plan(self) -> tuple[PlannedCall | None, Tensor]:
         """The call as plans see it, none where it may not run as one, and the order of its samples there."""
         engine, members = self._engine, self._members
         order, offsets = grouped(members, engine.num_members)
@@ -181,13 +181,13 @@ class DrawnCall:
 
     def planned_answer(self) -> Any:
         """The answer of the plan that there is; none where there is none."""
-        planned, order = self._as_plan()
+        planned, order = self.as_plan()
         found = None if planned is None else planned.run()
         return None if found is None else _result(found, order)
 
     def plan_exactly(self, leaves: list[Any]) -> None:
         """Make a plan that gives ``leaves`` to the bit, where there is one."""
-        planned, order = self._as_plan()
+        planned, order = self.as_plan()
         if planned is None or planned.refused:
             return
         expected = [x.index_select(0, order.to(x.device)) for x in leaves if isinstance(x, Tensor)]

@@ -94,6 +94,7 @@ class Plans:
     Attributes:
         known: signatures whose pass was held against the members once.
         why_not: why the last signature that got no plan has none, empty where all have one.
+        ways_of_rows: by signature of one row in deterministic mode, whether it has a plan.
     """
 
     _disturbed = 0  # recordings in succession during which weights were written to
@@ -106,6 +107,7 @@ class Plans:
         self.guards = Guards(network)
         self._num_members = num_members
         self._changes = 0
+        self.ways_of_rows: dict[Any, bool] = {}
         self.clear()
 
     def clear(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,15 +67,34 @@ def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCa
 
 
 def _evaluate_row(engine: FoldEngine, row: Arguments, training: bool, method: str) -> list[Any]:
-    def once() -> list[Any]:
-        return engine.evaluate_at_once(row, training, method)
+    once = functools.partial(engine.evaluate_at_once, row, training, method)
+    return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method))
 
-    planned = _as_plan(engine, row, method)
-    found = None if planned is None else planned.run()
-    if planned is not None and found is None and not planned.refused:
-        found = once()
-        found = found if PlannedCall(engine, row).known else None
-    return _by_torch(engine, once) if found is None else found
+
+def _by_plan_or_torch(
+    engine: FoldEngine, run: Callable[[], Result], as_plan: Callable[[], PlannedCall | None]
+) -> Result:
+    """Run a call of one row, which makes its plan where there can be one; else what torch computes of it."""
+    planned = as_plan()
+    if planned is None:
+        return _by_torch(engine, run)
+    found, known = None, False
+    if not planned.refused:
+        found = run()
+        known = _known(as_plan)
+    if engine.plans.ways_of_rows.setdefault(planned.key, known) != known:  # the check of a plan looks at numbers
+        warnings.warn(
+            f"fastens: deterministic: a row has {'a plan now, and had none' if known else 'no plan now, and had one'}, "
+            f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
+            stacklevel=8,
+        )
+    return _by_torch(engine, run) if found is None or not known else found
+
+
+def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
+    """Whether a call has a plan now."""
+    planned = as_plan()
+    return planned is not None and planned.known
 
 
 def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Tensor) -> Any:
@@ -85,8 +105,8 @@ def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Te
             return found
     rows = rows_of(engine, arguments, "forward")
     if len(rows) == 1:
-        found = call.at_once()
-        return found if call.planned_answer() is not None else _by_torch(engine, call.at_once)
+        alone = call.of_row(rows[0], 0)
+        return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0])
     parts = [pytree.tree_flatten(call.of_row(row, i).run()) for i, row in enumerate(rows)]
     leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(x for x, _ in parts), strict=True)]
     call.plan_exactly(leaves)
