@@ -287,6 +287,18 @@ def test_transforms_and_compilers():
     assert torch.equal(torch.compile(lambda x, t: ens(x, t), backend="eager")(x, t), ens(x, t))
 
 
+def test_beside_torchs_own_mode():
+    """Which is about one run and the next, and fills what is allocated."""
+    ens, x, t = fastens.Ensemble([randomised(Eager, k) for k in range(2)]), torch.randn(3, 37), torch.rand(3)
+    before = ens(x, t)
+    torch.use_deterministic_algorithms(True)
+    try:
+        each(ens, x.repeat(2, 1), t.repeat(2))
+        assert torch.equal(bits(ens(x, t)), bits(before))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_plan_with_other_bits_is_not_taken(monkeypatch):
     """Whatever makes a plan of several rows another: here the choice of Winograd's squares by the batch."""
     monkeypatch.setattr(
