@@ -12,13 +12,14 @@ from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
+from fastens.reproducible import deterministic
 from fastens.rules import rule
 
 if TYPE_CHECKING:
     from fastens import composition, demo, evaluation, interop, samplers, schemes, tabular, training, uncertainty
     from fastens.checkpoints import load_members
-    from fastens.merging import merge
     from fastens.distributed.spreading import distribute
+    from fastens.merging import merge
     from fastens.runs import sample_members
     from fastens.tabular.forest import Forest
 
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "composition",
     "demo",
+    "deterministic",
     "distribute",
     "evaluation",
     "interop",

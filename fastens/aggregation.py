@@ -9,10 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens import parameterisation, rules, schedules
+from fastens import parameterisation, reproducible, rules, schedules
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import capturing
 from fastens.kernels._graph import keep
+from fastens.ops import run_program
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import stacked
 from fastens.schedules.prediction import PREDICTIONS
@@ -131,6 +132,34 @@ def _warn_of_variances(rule: rules.Rule, shape: torch.Size, given: torch.Size) -
             "prediction=fastens.schedules.Prediction(variances=True) says so, variances=False that all are predictions",
             stacklevel=2,
         )
+
+
+def by_kernels(rule: rules.Rule, prediction: schedules.Prediction, settings: dict[str, Any]) -> bool:
+    """Whether a rule is applied by kernels alone, which give an element the same bits wherever it stands.
+
+    Raises:
+        NotReproducible: the rule's result of a row depends on other rows.
+    """
+    if isinstance(rule, rules.Geometric) and rule.shift == "batch":
+        raise reproducible.NotReproducible(
+            "deterministic: geometric(shift='batch') shifts a row by other rows; take shift='sample'"
+        )
+    compiled = settings["backend"] != "reference" and run_program.available()
+    plain = rule.linear or applied_in(rule, prediction, settings["aggregate_in"]) in (None, prediction.kind)
+    return rule.has_kernels and not rule.needs_noise_level and compiled and plain
+
+
+def of_each_row(combines: Sequence[Combine]) -> Combine:
+    """Scores [K, B, ...] combined row by row, each as its call has it, to bits that do not depend on other rows."""
+
+    def whole(scores: Any) -> Tensor:
+        with reproducible.one_thread():
+            if len(combines) == 1:
+                return combines[0](torch.stack(list(scores)))
+            rows = enumerate(combines)
+            return torch.cat([combine(torch.stack([score[i : i + 1] for score in scores])) for i, combine in rows])
+
+    return whole
 
 
 def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,6 +7,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens import reproducible
+from fastens.fold.compiled import drawn_pass
 from fastens.fold.guards import Guards, unmodified_context
 from fastens.kernels._graph import record_graph
 
@@ -144,10 +146,12 @@ class Capturing(nn.Module):
         kind = ensemble.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-        return tuple(of_leaves), str(spec), ensemble.rule, autocast, precision
+        return tuple(of_leaves), str(spec), ensemble.rule, autocast, precision, reproducible.enabled()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members and aggregate; the member's own signature and return type."""
+        if torch.compiler.is_compiling() and reproducible.enabled():  # a compiler chooses by the batch
+            return drawn_pass(self._evaluated, args, kwargs)
         step = self._recorded_step(args, kwargs)
         return self._evaluated(args, kwargs) if step is None else step(args, kwargs)
 

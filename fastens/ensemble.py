@@ -1,6 +1,7 @@
 """The ensemble: K members behind the interface of one."""
 
 import dataclasses
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import rules, schedules
+from fastens import reproducible, rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
-from fastens.aggregation import aggregation, check_rule, summed
+from fastens.aggregation import aggregation, by_kernels, check_rule, of_each_row, summed
 from fastens.capture import Capturing
 from fastens.draws import Assignment, Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
@@ -29,6 +30,7 @@ from fastens.fold.members import (
     set_format,
     stack_members,
 )
+from fastens.fold.row_by_row import Modules, each_row, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
@@ -203,7 +205,8 @@ class Ensemble(MemberLike, Capturing, Pickled):
         arguments = self._arguments(args, kwargs)
         if self._engine is not None:
             return self._engine.evaluate(arguments, self.training)
-        return columns([self._call_module(k, arguments) for k in range(self.num_members)])
+        ks = range(self.num_members)
+        return each_row(self.network, arguments, lambda x, _: columns([self._call_module(k, x) for k in ks]))
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         return Arguments(args, kwargs, self.num_members)
@@ -216,7 +219,11 @@ class Ensemble(MemberLike, Capturing, Pickled):
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
         forward = type(self).forward.__get__(self)
-        return aggregation(self.rule, self._settings, self._prediction, forward, args, kwargs)
+        make = functools.partial(aggregation, self.rule, self._settings, self._prediction, forward)
+        if not reproducible.enabled() or by_kernels(self.rule, self._prediction, self._settings):
+            return make(args, kwargs)
+        rows = rows_of(self._engine or Modules(self.network), Arguments(args, kwargs), "forward")
+        return of_each_row([make(*row.call) for row in rows])
 
     @property
     def _prediction(self) -> schedules.Prediction:
@@ -242,7 +249,9 @@ class Ensemble(MemberLike, Capturing, Pickled):
     def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
         if self._engine is not None:
             return self._engine.evaluate_drawn(arguments, members)
-        return run_drawn(self._call_module, arguments, members)
+        run = functools.partial(run_drawn, self._call_module)
+        *leaves, spec = each_row(self.network, arguments, lambda x, rows: columns([run(x, members[rows])]))
+        return pytree.tree_unflatten([leaf[0] for leaf in leaves], spec)
 
     def _begin(self, arguments: Arguments) -> Evaluation:
         evaluation = self._draws.begin(arguments.members_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens import reproducible
+from fastens.aggregation import by_kernels, of_each_row
 from fastens.fold.entering import entering
+from fastens.fold.row_by_row import each_row
 from fastens.fold.state import Rollback
 from fastens.fold.tables import settle
 from fastens.ops.aggregate import aggregate
@@ -52,7 +56,9 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     # members that are looked into take other paths, such as torch's for attention: only where the answer matters
     with nullcontext([]) if keeps_equal(ensemble) else entering() as parameters:
         if engine is None:
-            outputs = columns([ensemble._call_module(k, arguments, name) for k in range(ensemble.num_members)])
+            ks = range(ensemble.num_members)
+            call = ensemble._call_module
+            outputs = each_row(ensemble.network, arguments, lambda x, _: columns([call(k, x, name) for k in ks]), name)
         else:
             outputs = engine.evaluate(arguments, ensemble.training, name)
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
@@ -108,4 +114,8 @@ def aggregated(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
         raise ValueError(
             f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule"
         )
-    return aggregate(scores, "mean" if rule.needs_noise_level else rule, backend=ensemble._settings["backend"])
+    settings = ensemble._settings
+    combine = functools.partial(aggregate, rule="mean" if rule.needs_noise_level else rule, backend=settings["backend"])
+    if reproducible.enabled() and not by_kernels(rule, ensemble._prediction, settings) and scores[0].ndim:
+        combine = of_each_row([combine] * len(scores[0]))
+    return combine(scores)

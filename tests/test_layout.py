@@ -44,6 +44,7 @@ LEVELS = [  # a module imports from its own level or below
         "schedules",
         "program",
         "_version",
+        "reproducible",
         "files",
         "io",
         "provenance",

@@ -6,6 +6,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens import reproducible
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.engine import FoldEngine
@@ -36,7 +37,7 @@ def outputs_along(
     key = ("along", *arguments.plan_key(), tangent.stride())
     plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine.can_plan(arguments)
     fresh = engine.masks is not None and engine.masks.fresh
-    if not plannable or fresh or arguments.own or engine.plans.refused(key):
+    if not plannable or reproducible.enabled() or fresh or arguments.own or engine.plans.refused(key):
         return None
     entry = engine.plans.current(key)
     if entry is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens import reproducible
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import beyond_rounding
 from fastens.fold.leaves import Leaves, recorded, recorded_rows
@@ -58,6 +60,8 @@ class PlannedCall:
 
     def _key(self, varying: Any = ()) -> Any:
         key = self._arguments.plan_key(varying)
+        if reproducible.enabled():
+            key = ("deterministic", key)
         return ("drawn", key, self._arguments.rows_at) if self._dealt else key
 
     @property
@@ -110,15 +114,23 @@ class PlannedCall:
         return total, entry.leaves.spec
 
     @property
+    def known(self) -> bool:
+        """Whether there is one."""
+        return self.key is not None and self._engine.plans.current(self.key) is not None
+
+    @property
     def refused(self) -> bool:
         """Whether there is none and will be none."""
         return self.key is None or self._engine.plans.refused(self.key)
 
-    def make(self, expected: list[list[Tensor]] | None = None) -> list[Any] | None:
+    def make(
+        self, expected: list[list[Tensor]] | None = None, differs: Callable[[list[Any]], str] = lambda _: ""
+    ) -> list[Any] | None:
         """Make the plan, where the memory holds a recording, and run it.
 
         Args:
             expected: the members' own outputs; none where the fold was held against them already.
+            differs: given the plan's outputs, why there shall be no such plan; empty where there may be.
         """
         engine, arguments, hidden = self._engine, self._arguments, self._hidden
         if self.key is None:
@@ -132,7 +144,10 @@ class PlannedCall:
             if (
                 made is None and self._varies and engine.plans.why_refused(self.key)
             ):  # such as a flag, whose values have plans of their own
-                return PlannedCall(engine, arguments, self._hidden).make(expected)
+                return PlannedCall(engine, arguments, self._hidden).make(expected, differs)
+            if made is not None and (why := differs(made)):
+                engine.plans.refuse(self.key, why)
+                return None
             return made
         return None
 

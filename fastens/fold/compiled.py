@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from fastens import reproducible
 from fastens.fold.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -84,7 +85,15 @@ def evaluate_node(number: int, method: str, args: Any, kwargs: Any, stacks: Any)
 def compiled_pass(
     engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
 ) -> list[Any]:
-    """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last."""
+    """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last.
+
+    Raises:
+        NotReproducible: in deterministic mode, which what a compiler makes of the trace does not keep.
+    """
+    if reproducible.enabled():
+        raise reproducible.NotReproducible(
+            f"deterministic: a compiled graph chooses by the batch; {reproducible.REMEDY}"
+        )
     from fastens.fold.node import node  # as dynamo traces this line, which has been imported then
 
     tensors = list(node(engine.number, method, args, kwargs, engine.tensors))
@@ -102,7 +111,10 @@ def drawn_pass(
 
     Raises:
         RuntimeError: the trace is an export, which has no outside.
+        NotReproducible: likewise, in deterministic mode.
     """
+    if torch.compiler.is_exporting() and reproducible.enabled():
+        raise reproducible.NotReproducible(f"deterministic: an exported program keeps no bits; {reproducible.REMEDY}")
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "members or dropout masks are drawn anew in each call, which an exported program would repeat; export the "

@@ -12,6 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens import reproducible
+from fastens.fold import row_by_row
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import beyond_rounding
@@ -106,6 +108,16 @@ class DrawnCall:
 
     def run(self) -> Any:
         """What a member returns for the whole batch, each sample by its own member."""
+        if reproducible.enabled() and not torch.compiler.is_compiling():
+            return row_by_row.drawn(self, self._engine, self._arguments, self._members)
+        return self.at_once()
+
+    def of_row(self, row: Arguments, i: int) -> DrawnCall:
+        """The call of sample i alone, whose arguments are ``row``."""
+        return DrawnCall(self._engine, row, self._members[i : i + 1])
+
+    def at_once(self) -> Any:
+        """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
         if engine.engine == "loop" or not len(self._members) or transformed():
             return self._looped()
@@ -113,13 +125,13 @@ class DrawnCall:
             found = self._dealt_out()
         except WritesInput:
             engine.copies_inputs = True
-            return DrawnCall(engine, self._arguments.copied(), self._members).run()
+            return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             if isinstance(error, NeedsWrappers) and not engine.wrapped:
                 engine.wrapped = True
-                return self.run()
+                return self.at_once()
             why = f"{type(error).__name__}: {error}"
         else:
             return self._looped() if found is None else found
@@ -129,20 +141,15 @@ class DrawnCall:
 
     def _dealt_out(self) -> Any:
         """The answer of one pass over the rows, each with its member, or of its plan; none where members are looped."""
-        engine, arguments, members = self._engine, self._arguments, self._members
+        engine, arguments = self._engine, self._arguments
         eager = not torch.compiler.is_compiling()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
         if (eager and engine.stateful and not self._caches_filled()) or excluded is None:  # or members mix the samples
             return None
         arguments = arguments.excluding(excluded)
-        order, row_members, offsets = grouped(members, engine.num_members)
-        if order is None and engine.masks is not None:  # which depend on the samples of their rows
-            order = torch.arange(len(members))
-        dealt = (arguments if order is None else arguments.selected(order)).of_rows(row_members)
-        planned = None
-        if eager and not dealt.per_row and not engine.stateful and engine.can_plan(dealt):
-            hidden = Hidden(len(members), engine.num_members, offsets=offsets, row_members=row_members)
-            planned = PlannedCall(engine, dealt, hidden)
+        dealt, order, offsets, row_members = self._by_member(arguments)
+        planned = self._plannable(dealt, offsets, row_members) if eager else None
+        if planned is not None:
             found = planned.run()
             if found is not None:
                 return _result(found, order)
@@ -163,6 +170,51 @@ class DrawnCall:
         if first:
             engine.checked.add(key)
         return folded
+
+    def _by_member(self, arguments: Arguments) -> tuple[Arguments, Tensor | None, Tensor, Tensor]:
+        """The samples in the order of their members, that order, where each member's begin, and the members in it."""
+        order, row_members, offsets = grouped(self._members, self._engine.num_members)
+        if order is None and self._engine.masks is not None:  # which depend on the samples of their rows
+            order = torch.arange(len(row_members))
+        selected = arguments if order is None else arguments.selected(order)
+        return selected.of_rows(row_members), order, offsets, row_members
+
+    def _plannable(self, dealt: Arguments, offsets: Tensor, row_members: Tensor) -> PlannedCall | None:
+        """The call as plans see it, none where it may not run as one."""
+        engine = self._engine
+        if dealt.per_row or engine.stateful or not engine.can_plan(dealt):
+            return None
+        hidden = Hidden(len(row_members), engine.num_members, offsets=offsets, row_members=row_members)
+        return PlannedCall(engine, dealt, hidden)
+
+    def as_plan(self) -> tuple[PlannedCall | None, Tensor | None]:
+        """The call as plans see it, none where it may not run as one, and the order of its samples there."""
+        engine = self._engine
+        excluded = None if engine.engine == "loop" or transformed() else engine.rows.excluded(engine, self._arguments)
+        if excluded is None:
+            return None, None
+        dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))
+        return self._plannable(dealt, offsets, row_members), order
+
+    def planned_answer(self) -> Any:
+        """The answer of the plan that there is; none where there is none."""
+        planned, order = self.as_plan()
+        found = None if planned is None else planned.run()
+        return None if found is None else _result(found, order)
+
+    def plan_exactly(self, leaves: list[Any]) -> None:
+        """Make a plan that gives ``leaves`` to the bit, where there is one."""
+        planned, order = self.as_plan()
+        if planned is None or planned.refused:
+            return
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        expected = tensors if order is None else [x.index_select(0, order.to(x.device)) for x in tensors]
+
+        def differs(made: list[Any]) -> str:
+            return row_by_row.differs([x for x in made[:-1] if isinstance(x, Tensor)], expected)
+
+        with torch.no_grad(), suppress_out_of_memory():
+            planned.make([expected], differs)
 
     def _caches_filled(self) -> bool:
         """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
-from fastens.fold import rules  # noqa: F401  (the rules register themselves)
+from fastens import reproducible
+from fastens.fold import row_by_row, rules  # noqa: F401  (the rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import relative_error
@@ -180,10 +182,8 @@ class FoldEngine:
 
     def loop(self, arguments: Arguments, method: str = "forward") -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
-        outputs = []
-        for k in range(self.num_members):
-            outputs.append(pytree.tree_flatten(self.call_member(k, arguments, method, remembers=True)))
-        return columns_of(outputs)
+        outputs = (self.call_member(k, arguments, method, remembers=True) for k in range(self.num_members))
+        return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def give_up(self, why: str) -> None:
         """Take the loop from now on, and say why."""
@@ -210,6 +210,12 @@ class FoldEngine:
             training: the mode of the ensemble.
             method: what is called.
         """
+        if reproducible.enabled() and not torch.compiler.is_compiling():
+            return row_by_row.evaluate(self, arguments, training, method)
+        return self.evaluate_at_once(arguments, training, method)
+
+    def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
+        """The same, whatever last bits depend on."""
         if self.engine == "loop" or transformed():
             return self.loop(arguments, method)
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
@@ -278,7 +284,7 @@ class FoldEngine:
 
         None where no plan of this call does that: then evaluate, and add.
         """
-        if self.engine == "loop" or not self.can_plan(arguments):
+        if self.engine == "loop" or reproducible.enabled() or not self.can_plan(arguments):
             return None
         return PlannedCall(self, arguments).run_sum(weights)
 
@@ -440,7 +446,5 @@ class FoldEngine:
 
 def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a network; ``forward`` with its hooks."""
-    if method == "forward":
-        return network(*args, **kwargs)
-    with noted(network):
-        return getattr(network, method)(*args, **kwargs)
+    with nullcontext() if method == "forward" else noted(network):
+        return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)

@@ -10,7 +10,13 @@ from fastens.fold.compiled import evaluate_node
 node = torch.compiler.allow_in_graph(evaluate_node)
 
 
-@torch.compiler.disable(reason="members or dropout masks are drawn anew in each call, which a graph would repeat")
+_WHY = (
+    "members or dropout masks are drawn anew in each call, which a graph would repeat; or deterministic mode is on, "
+    "which a compiler does not keep"
+)
+
+
+@torch.compiler.disable(reason=_WHY)
 def untraced(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call a function outside the graph: torch.compile parts the graph there, or refuses under ``fullgraph=True``."""
     return function(args, kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens import reproducible
 from fastens.fold.arguments import Arguments
 from fastens.fold.dispatch import READS, Fold, calling_line, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
@@ -40,6 +41,9 @@ class SeenNumbers:
         at = [i for i, x in enumerate(arguments.leaves) if type(x) is float or type(x) is int]
         if not at:
             return
+        if reproducible.enabled():  # at once, since a constant's last bits may be others than an input's
+            arguments.varying = {i: _another(arguments.leaves[i]) for i in at}
+            return
         kind = arguments.kind()
         values: Any = self._seen.get(kind)
         if values is None:
@@ -53,6 +57,11 @@ class SeenNumbers:
         several = {i: of_one for i in at if len(of_one := values[i]) > 1}
         arguments.varying = {i: next(x for x in of_one if x != arguments.leaves[i]) for i, of_one in several.items()}
         arguments.free = frozenset(i for i, of_one in several.items() if len(of_one) > _MOST_VALUES)
+
+
+def _another(number: float) -> float:
+    """A number that may stand where another does."""
+    return abs(number - 1) if type(number) is int else 0.875 * number or 0.125
 
 
 def _functions(names: str) -> set[Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastens import reproducible
 from fastens.fold.arguments import duplicate, separate
 from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import Guards, ordinary_context
@@ -104,6 +106,7 @@ class Plans:
     Attributes:
         known: signatures whose pass was held against the members once.
         why_not: why the last signature that got no plan has none, empty where all have one.
+        ways_of_rows: by signature of one row in deterministic mode, whether it has a plan.
     """
 
     _disturbed = 0  # recordings in succession during which weights were written to
@@ -116,6 +119,7 @@ class Plans:
         self.guards = Guards(network)
         self._num_members = num_members
         self._changes = 0
+        self.ways_of_rows: dict[Any, bool] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -180,6 +184,7 @@ class Plans:
 
     def refuse(self, key: Any, why: str) -> None:
         """Keep that a signature has no plan."""
+        self._plans.pop(key, None)
         self._refused[key] = self.why_not = why
 
     def why_refused(self, key: Any) -> str | None:
@@ -223,8 +228,10 @@ class Plans:
             last; none where there is no plan.
         """
         before = self.guards.state()
+        patient = not reproducible.enabled()  # else the same call has a plan at one time and none at another
         if before != self._rests_on:
             self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
+            self._changes *= patient
             self.clear()
             self._rests_on = before
             self._quiet = 0
@@ -232,10 +239,11 @@ class Plans:
                 self.why_not = "the weights, or the state of the network, change from call to call"
                 return None
         self._quiet += 1
-        if self._disturbed > _MOST_CHANGES and self._quiet < 2**self._disturbed:  # rarer with each that was in vain
+        rarer = self._disturbed > _MOST_CHANGES and self._quiet < 2**self._disturbed  # with each that was in vain
+        if patient and rarer:
             self.why_not = "weights are written to while the network is recorded"
             return None
-        refused = key in self._refused or len(self._refused) >= _MOST_REFUSALS
+        refused = key in self._refused or (patient and len(self._refused) >= _MOST_REFUSALS)
         if refused or self._hooked():
             return None
         inputs = separate(inputs)
@@ -282,8 +290,10 @@ class Plans:
         masks: PlannedMasks | None,
         numbers: Numbers | None,
     ) -> tuple[Entry, Tensors]:
+        num_threads, exact = torch.get_num_threads(), reproducible.enabled()
         own = [duplicate(x) for x in inputs]  # the network may write to them
-        with state_kept(self._network) as changed:
+        alone = reproducible.one_thread() if exact else nullcontext()  # sums over weights are constants of a plan
+        with state_kept(self._network) as changed, alone:
             recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
@@ -291,7 +301,7 @@ class Plans:
         drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
         if masks is not None:
             recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
-        plan = self._lowered(recording)
+        plan = self._lowered(recording, num_threads, exact)
         entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
         values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
         outputs = entry.run(inputs, values)
@@ -324,12 +334,14 @@ class Plans:
         others = [x for x in recording.found() if memory_of(x) not in weights]
         return Weights(others) if others else None
 
-    def _lowered(self, recording: Recording) -> Plan | LaunchPlan:
+    def _lowered(self, recording: Recording, num_threads: int, exact: bool) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package
         if not self.launched:
             from fastens.plan.plan import Plan
 
-            return Plan(recording, self._num_members, self._constants)
+            return Plan(recording, self._num_members, self._constants, num_threads, exact)
+        if exact:
+            raise NotLowerable("in deterministic mode: the kernels of launches are chosen by what was measured")
         from fastens.plan.launches import LaunchPlan
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)

@@ -33,7 +33,7 @@ def convolution(emitter: Emitter, value: Convolved, at: At) -> None:
     pair = emitter.pair(source)
     # products of bfloat16 where the user's network is in it, the machine multiplies it, and channels come in pairs
     pairs = pixels.ref.dtype == torch.bfloat16 and in_channels % 2 == 0 and multiplies_bfloat16()
-    squares = 0 if pairs or emitter.typed else squares_of(value, emitter.num_threads)
+    squares = 0 if pairs or emitter.typed else squares_of(value, emitter.num_threads, emitter.exact)
     tiling = tile(value, in_channels, emitter.num_threads, squares)
     weight = emitter.packed(value, tiling.vectors, pairs, squares)
     padded = -(-out_channels // steps.LANES) * steps.LANES

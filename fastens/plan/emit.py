@@ -64,6 +64,7 @@ class Emitter:
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
         floats: dtypes that steps compute in.
+        exact: whether what a step computes is chosen by one row's shape.
         typed: whether buffers hold the dtypes that were recorded, and torch reads inputs in place; see plan/typed.py.
         row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
     """
@@ -71,10 +72,13 @@ class Emitter:
     floats: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     typed = False
 
-    def __init__(self, recording: Recording, num_members: int, num_threads: int, constants: Constants) -> None:
+    def __init__(
+        self, recording: Recording, num_members: int, num_threads: int, constants: Constants, exact: bool = False
+    ) -> None:
         self.recording = recording
         self.num_members = num_members
         self.num_threads = num_threads
+        self.exact = exact
         self.steps: list[Step | Call] = []
         self.values: dict[int, Value] = {}
         self.uses: Counter[int] = Counter()

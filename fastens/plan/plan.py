@@ -15,9 +15,10 @@ from fastens.ops.run_program import run_program
 from fastens.plan import attention, elementwise, layers, masks
 from fastens.plan.call import call
 from fastens.plan.emit import Call, Emitter
+from fastens.plan.exact import is_exact
 from fastens.plan.lower import constants_of, copy_out, lower
 from fastens.plan.memory import At, Buffer, Constants, lay_out
-from fastens.plan.record import Recording, Ref, mapped
+from fastens.plan.record import NotLowerable, Recording, Ref, mapped
 from fastens.plan.values import Leaf, Stored
 from fastens.plan.versions import contiguous, versioned
 from fastens.program import steps
@@ -113,6 +114,11 @@ class Plan:
         recording: of the pass.
         num_members: K.
         constants: the packed weights of the ensemble, which this plan adds its own to.
+        num_threads: that share the steps.
+        exact: whether a row's bits shall not depend on how many rows and threads there are.
+
+    Raises:
+        NotLowerable: a form that no plan has; a plan that shall be exact, and calls torch for what is not.
 
     Attributes:
         stretches: encoded steps with the number of threads that share them, and calls of torch between them.
@@ -121,10 +127,15 @@ class Plan:
 
     sums = False  # over the members, in its last layer; see fastens.plan.launches
 
-    def __init__(self, recording: Recording, num_members: int, constants: Constants) -> None:
-        self.num_threads = torch.get_num_threads()
-        emitter = Emitter(recording, num_members, self.num_threads, constants)
+    def __init__(
+        self, recording: Recording, num_members: int, constants: Constants, num_threads: int, exact: bool = False
+    ) -> None:
+        self.num_threads = num_threads
+        emitter = Emitter(recording, num_members, num_threads, constants, exact)
         self._outputs = [(ref.size, ref.dtype) for ref in lower_all(emitter)]
+        other = next((s for s in emitter.steps if exact and isinstance(s, Call) and not is_exact(s)), None)
+        if other is not None:
+            raise NotLowerable(f"{other.func} is torch's, whose last bits depend on batch and threads")
         self._assemble(emitter)
 
     def _assemble(self, emitter: Emitter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from fastens.plan.values import Convolved
@@ -16,14 +17,24 @@ _CACHED_BYTES = 2**22  # of a stack of weights that the next pass finds in a cac
 _FROM_CACHE, _FROM_MEMORY = 100, 20  # bytes of weights in a nanosecond, for all threads
 _TILE = 8  # rows of a matrix product are filled up to so many, about
 _WORTH = {2: 0.9, 4: 0.8}  # of the time, to take 16/9 or 4 times the memory for weights
+_USUAL = 8, 2  # rows of a member, and threads: the choice for them is within some percent of the best for 1 to 64 rows
 
 
-def squares_of(value: Convolved, num_threads: int) -> int:
+def squares_of(value: Convolved, num_threads: int, by_one_row: bool = False) -> int:
     """Pixels on a side of the squares that a convolution is computed in, 0 where the direct way is as good.
 
     Larger squares save products (9, 4 or 2.25 for a pixel and a pair of channels) and take more weights (9, 16 or 36
     for the pair), which count where few pixels share them.
+
+    Args:
+        value: the convolution.
+        num_threads: that share it.
+        by_one_row: whether rows and threads are taken to be those of ``_USUAL``, so that they do not change last bits.
     """
+    if by_one_row:
+        members, (rows, num_threads) = -(-value.pixels.rows // value.runs.rows), _USUAL
+        pixels = dataclasses.replace(value.pixels, rows=members * rows)
+        value = dataclasses.replace(value, pixels=pixels, runs=dataclasses.replace(value.runs, rows=rows))
     if value.weight.shape[3:] != (3, 3) or value.stride != (1, 1):
         return 0
     best = 0

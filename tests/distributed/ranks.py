@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 def main(folder, only=None):
     torch.set_num_threads(1)
-    from tests.distributed.cases import CASES
+    from tests.distributed.fault_cases import CASES
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, found = dist.get_rank(), {}

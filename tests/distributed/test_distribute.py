@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.distributed.cases import CASES
+from tests.distributed.fault_cases import CASES
 
 WORLDS = (2, 4)
 
@@ -22,7 +22,7 @@ def start(world, *command, **options):
 @pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    assert start(request.param, "-m", "tests.distributed.ranks", str(folder)).wait(200) == 0
+    assert start(request.param, "-m", "tests.distributed.ranks", str(folder)).wait(900) == 0
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

@@ -1,0 +1,106 @@
+"""Random networks in deterministic mode: ``python -m tests.fuzz.bits 0 1000``.
+
+Rows of one call are evaluated again in other batches, in another order, on one thread and two, planned and not, and by
+another ensemble of the same members. Each must have the bits that it had, or the call must be refused.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+import fastens
+from fastens.reproducible import NotReproducible
+from tests.fuzz.inputs import draw_form, make_call
+from tests.fuzz.networks import Network, draw_network, members_of
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of each element."""
+    return x.contiguous().view(_INTEGERS[x.element_size()])
+
+
+def draw(seed: int) -> tuple[Network, tuple[Any, Any], Random]:
+    """A network whose batch is in front, a call of it, and what draws the batches."""
+    chance = Random(f"bits {seed}")
+    rows, dtype = chance.choice([5, 9, 17]), chance.choice(["float32", "float32", "bfloat16", "float64"])
+    spec = dataclasses.replace(draw_network(seed), rows=rows, dtype=dtype, batch_second=False)
+    if spec.context == "bank":  # whose size may be that of the batch by chance
+        spec = dataclasses.replace(spec, context="none")
+    form = dataclasses.replace(draw_form(spec, chance, rows), layout="plain")
+    return spec, make_call(spec, form, seed, spec.torch_dtype), chance
+
+
+def outcome(seed: int) -> str:
+    """What became of a network: ``same``, why its calls were refused, or that members do not run.
+
+    Raises:
+        AssertionError: a row had other bits.
+    """
+    spec, call, chance = draw(seed)
+    with torch.no_grad():
+        try:
+            members_of(spec)[0](*call[0], **call[1])
+        except Exception as error:
+            return f"no call of a member: {type(error).__name__}"
+        known: dict[tuple[int, int], Tensor] = {}
+        for threads in (1, 2):
+            with _threads(threads):
+                ensemble = fastens.Ensemble(members_of(spec))
+                for size in (spec.rows, 1, 2, 1, spec.rows, 3):
+                    order = chance.sample(range(spec.rows), size)
+                    args, kwargs = _selected(call, order, spec)
+                    try:
+                        output = ensemble.member_outputs(*args, **kwargs)
+                    except NotReproducible as error:
+                        return f"refused: {str(error)[15:55]}"
+                    _meet(known, order, output, f"seed {seed}, {size} rows, {threads} threads: {spec}")
+    return f"same, {'planned' if ensemble.report().plans else 'by torch'}"
+
+
+def _selected(tree: Any, order: list[int], spec: Network) -> Any:
+    def one(x: Any) -> Any:
+        return x[order] if isinstance(x, Tensor) and x.ndim and x.shape[0] == spec.rows else x
+
+    return pytree.tree_map(one, tree)
+
+
+def _meet(known: dict[tuple[int, int], Tensor], order: list[int], output: Any, where: str) -> None:
+    for leaf, x in enumerate(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)):
+        for i, row in enumerate(order):
+            found = bits(x[:, i])
+            assert torch.equal(known.setdefault((leaf, row), found), found), f"row {row} has other bits in {where}"
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with fastens.deterministic(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that members are looped
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    tally: Counter[str] = Counter()
+    for number in range(*map(int, sys.argv[1:3])):
+        try:
+            tally[outcome(number)] += 1
+        except AssertionError as fault:
+            print(fault, flush=True)
+            tally["other bits"] += 1
+    for what, count in tally.most_common():
+        print(count, what)
