@@ -13,26 +13,24 @@ from torch import Tensor
 from fastens.ops._rows import is_dense
 
 
-def call(
-    outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool = True
-) -> None:
+def call(outs: Sequence[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool = True) -> None:
     """An operation of torch; one that changes an argument changes a copy, since values are written once.
 
     Args:
         outs: where its results go.
-        function: the operation.
+        func: the operation.
         args: its arguments.
         kwargs: its keyword arguments.
         exact: whether ``outs`` have the dtypes of the results.
     """
-    if function._schema.is_mutable:
+    if func._schema.is_mutable:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     elif exact and all(map(is_dense, outs)):
-        overload, names = _writing(function)
+        overload, names = _writing(func)
         if overload is not None and len(names) == len(outs):
             overload(*args, **kwargs, **dict(zip(names, outs, strict=True)))
             return
-    results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
+    results = [r for r in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(r, Tensor)]
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
 

@@ -101,14 +101,13 @@ def test_launches_of_a_score_network(parts, launches, scaled, batch):
     assert plan.kinds == {"pointwise": 1, "linear group": 1, **launches, "conv2d": launches["conv2d"] + 1}
     assert plan.sums
     first, *others = [launch for launch in plan._launches if launch.name == "conv2d"]
-    assert first.kwargs["shared"]
-    assert first.args[1].size[0] == batch
+    assert first.block.shared
+    assert first.block.x.size[0] == batch
     for launch in others:  # as the kernels read them, without a copy
-        vectors = [
-            launch.kwargs[name] for name in ("row_bias", "scale", "shift") if launch.kwargs.get(name) is not None
-        ]
+        before, behind = launch.block.prologue, launch.block.epilogue
+        vectors = [vector for vector in (behind.row_bias, before.scale, before.shift) if vector is not None]
         assert all(vector.stride == (vector.size[1], 1) for vector in vectors)
-        assert launch.args[1].is_dense()
+        assert launch.block.x.is_dense()
 
 
 def test_stacks_of_layers_that_became_one_are_kept_once_and_counted():

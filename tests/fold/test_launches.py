@@ -112,7 +112,7 @@ def test_networks_of_half_precision_hold_it(dtype):
     assert ensemble.report().plans, ensemble.report().why_no_plan
     assert outputs.dtype == dtype
     assert relative_error(outputs, expected) < HALF[dtype]
-    images = [launch.args[0] for launch in plan_of(ensemble)._launches if launch.name == "conv2d"]
+    images = [launch.out for launch in plan_of(ensemble)._launches if launch.name == "conv2d"]
     assert {image.where.dtype for image in images} == {dtype}
 
 

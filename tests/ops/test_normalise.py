@@ -5,6 +5,7 @@ import torch
 
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
+from fastens.program.block import Prologue
 from tests.ops.cases import DTYPES, needs_triton
 from tests.tolerances import OP, relative_error
 
@@ -59,8 +60,13 @@ def expected_of(x, skip, norm_groups, norm, activation, offsets=None):
 def normalised(x, skip, moments, skip_moments, norm_groups, norm, activation, **options):
     from fastens.kernels.group_norm import normalise
 
-    return normalise(x, moments, **norm, activation=activation, skip=skip, skip_moments=skip_moments,
-                     norm_groups=norm_groups, **options)  # fmt: skip
+    affine = {"norm_weight": norm["weight"], "norm_bias": norm["bias"]}
+    maps = {name: norm[name] for name in ("scale", "shift", "eps")}
+    prologue = Prologue(
+        moments, **affine, **maps, activation=activation, skip=skip, skip_moments=skip_moments,
+        norm_groups=norm_groups,
+    )  # fmt: skip
+    return normalise(x, prologue, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
