@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.plan import calls as run
-from fastens.plan.emit import Call
+from fastens.plan.call import Call
 from fastens.plan.launch import (
     Attention,
     Code,

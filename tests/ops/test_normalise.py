@@ -60,11 +60,10 @@ def expected_of(x, skip, norm_groups, norm, activation, offsets=None):
 def normalised(x, skip, moments, skip_moments, norm_groups, norm, activation, **options):
     from fastens.kernels.group_norm import normalise
 
-    affine = {"norm_weight": norm["weight"], "norm_bias": norm["bias"]}
-    maps = {name: norm[name] for name in ("scale", "shift", "eps")}
+    names = {"weight": "norm_weight", "bias": "norm_bias"}
     prologue = Prologue(
-        moments, **affine, **maps, activation=activation, skip=skip, skip_moments=skip_moments,
-        norm_groups=norm_groups,
+        moments, **{names.get(name, name): value for name, value in norm.items()}, activation=activation, skip=skip,
+        skip_moments=skip_moments, norm_groups=norm_groups,
     )  # fmt: skip
     return normalise(x, prologue, **options)
 
