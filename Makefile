@@ -7,12 +7,17 @@ export OMP_WAIT_POLICY := passive
 # Bytecode is compiled when a module is first imported; most of what pip would compile is never.
 PIP := python -m pip install -q --no-compile
 
+NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_native.py tests/ops/test_reductions.py \
+  tests/ops/test_aggregate.py tests/ops/test_dropout.py tests/ops/test_draw_members.py tests/ops/test_forest_predict.py \
+  tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
+	@echo "            make test-interpreted kernels in further dtypes, interpreted; make test-sanitizers the native"
+	@echo "            library under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
@@ -50,7 +55,23 @@ demo: .venv/demo build/native
 	@$(BIN)/fastens demo
 
 test: .venv/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler and not interpreted" tests
+
+# Kernels in Triton's interpreter in the dtypes that `make test` leaves out.
+test-interpreted: .venv/dev build/native
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted tests/ops tests/fold
+
+# The native library under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run it.
+SANITIZED := build/sanitized
+SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
+$(SANITIZED)/library: $(SOURCES) | .venv/python
+	FASTENS_SANITIZE=1 $(BIN)/python fastens/_build.py $(SANITIZED) $(SANITIZED)/objects > build/sanitized.log 2>&1 \
+	  || { tail -n 30 build/sanitized.log; false; }
+	@touch $@
+
+test-sanitizers: .venv/dev $(SANITIZED)/library
+	FASTENS_LIB=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q -p no:faulthandler $(NATIVE_TESTS) -k "not triton"
 
 # The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
 test-gpu-sample: .venv/dev

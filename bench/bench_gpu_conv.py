@@ -10,6 +10,7 @@ from fastens.ops.conv2d import conv2d
 from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
+from fastens.program.block import ConvBlock
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICE, reason="needs a CUDA device")]
 K = 5
@@ -79,28 +80,26 @@ def test_residual_block(batch, channels, size):
     first, second = (kernels(channels, channels, 3) for _ in "12")
     maps = [normal(K, channels) for _ in range(4)]
 
+    def blocks(x):
+        """The two convolutions: of the first, and of its result and moments."""
+        around = {"padding": (1, 1), "activation": "silu", "num_groups": groups}
+        begins = ConvBlock.of(
+            x, first, moments=before, norm_weight=maps[0], norm_bias=maps[1], row_bias=time, **around
+        )  # fmt: skip
+        return begins, lambda inner, moments: ConvBlock.of(
+            inner, second, moments=moments, norm_weight=maps[2], norm_bias=maps[3], residual=x,
+            output_scale=0.5**0.5, **around,
+        )  # fmt: skip
+
     def fused(backend="auto"):
-        inside = {"activation": "silu", "backend": backend}
-        inner, moments = conv2d(
-            x, first, None, (1, 1), (1, 1), moments=before, norm_weight=maps[0], norm_bias=maps[1], row_bias=time,
-            num_groups=groups, **inside,
-        )  # fmt: skip
-        y, after = conv2d(
-            inner, second, None, (1, 1), (1, 1), moments=moments, norm_weight=maps[2], norm_bias=maps[3], residual=x,
-            output_scale=0.5**0.5, num_groups=groups, **inside,
-        )  # fmt: skip
-        return y, after
+        begins, ends = blocks(x)
+        return conv2d(ends(*conv2d(begins, backend=backend)), backend=backend)
 
     def way(name, x=x):
         run, moments = _block_ways.CHOICE.ways[name].run, before.new_empty(before.shape)
-        here = (None, (1, 1), (1, 1), tuple(x.shape[2:]))
-        inner = run(
-            None, moments, x, first, *here, before, *maps[:2], 1e-5, None, None, "silu", time, None, 1.0, "none", groups
-        )
-        return run(
-            None, torch.empty_like(moments), inner, second, *here, moments, *maps[2:], 1e-5, None, None, "silu", None,
-            x, 0.5**0.5, "none", groups,
-        )  # fmt: skip
+        (begins, ends), size = blocks(x), tuple(x.shape[2:])
+        inner = run(begins, size, None, moments)
+        return run(ends(inner, moments), size, None, torch.empty_like(moments))
 
     def taken(name):
         call = (None, None, x, first, None, (1, 1), (1, 1), tuple(x.shape[2:]), before, *maps[:2], 1e-5, None, None)
@@ -162,7 +161,7 @@ def test_last_layer_under_the_mean(batch):
             name,
             "",
             f"K={K}, B={batch}, {channels} to 3 channels, {size}x{size}, 3x3, mean, {DTYPE}",
-            graphed(lambda: conv2d_sum(x, weight, None, [1 / K] * K, (1, 1), (1, 1))),
+            graphed(lambda: conv2d_sum(ConvBlock(x, weight, padding=(1, 1)), [1 / K] * K)),
             {"K cuDNN calls, mean": lambda: graphed(lambda: one_by_one(x, weight, 1).unflatten(0, (K, -1)).mean(0))},
             one_by_one(x.float(), weight.float(), 1).unflatten(0, (K, -1)).mean(0),
             TOLERANCE,
@@ -181,7 +180,7 @@ def test_first_layer_of_shared_input(batch):
             name,
             "",
             f"K={K}, B={batch}, 3 to {channels} channels, {size}x{size}, 3x3, one input, {DTYPE}",
-            graphed(lambda: conv2d(x, weight, None, (1, 1), (1, 1), shared=True)[0]),
+            graphed(lambda: conv2d(ConvBlock(x, weight, padding=(1, 1), shared=True))[0]),
             {
                 "one convolution of K O outputs": lambda: graphed(
                     lambda: F.conv2d(x, weight.flatten(0, 1), padding=1).unflatten(1, (K, -1)).transpose(0, 1)

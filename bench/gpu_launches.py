@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_work import K, Work, plan_of, size_of, work_of
+from bench.gpu_work import K, Work, plan_of, work_of
 from bench.score_networks import NETWORKS
 from fastens.fold import planned
-from fastens.ops._tma_ways import Block
-from fastens.plan import calls
+from fastens.ops._tma_ways import Call
+from fastens.plan.launch import Conv
+from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
 RECORDED = 2  # members, of which a plan's launches are those of K with other numbers of rows
@@ -70,7 +71,7 @@ class Convolution:
         """Multiplications and additions of the products of all members."""
         return 2 * K * batch * self.out_height**2 * self.outputs * (self.channels + self.skip) * self.taps**2
 
-    def block(self, batch, dtype):
+    def call(self, batch, dtype):
         """The arguments of its ways at so many images a member, of tensors without memory, channels last."""
         rows, both = K * batch, self.channels + self.skip
 
@@ -86,37 +87,42 @@ class Convolution:
             return torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
 
         weight = empty(K, self.outputs, self.taps, self.taps, both).movedim(4, 2)
-        y = image(self.outputs, self.out_height)
-        return Block(
-            None, None, image(self.channels, self.height), weight, empty(K, self.outputs) if self.bias else None,
-            (self.stride,) * 2, (self.padding,) * 2, (self.out_height,) * 2, moments(self.moments),
-            *[empty(K, both) if self.affine else None] * 2, 1e-6, *[empty(rows, both) if self.by_row else None] * 2,
-            self.activation, empty(rows, self.outputs) if self.row_bias else None, y if self.residual else None,
-            self.output_scale, self.output_activation, self.groups,
-            image(self.skip, self.height) if self.skip else None, moments(self.skip_moments), self.norm_groups,
+        block = ConvBlock.of(
+            image(self.channels, self.height), weight, empty(K, self.outputs) if self.bias else None,
+            (self.stride,) * 2, (self.padding,) * 2,
+            moments=moments(self.moments), norm_weight=empty(K, both) if self.affine else None,
+            norm_bias=empty(K, both) if self.affine else None, eps=1e-6,
+            scale=empty(rows, both) if self.by_row else None, shift=empty(rows, both) if self.by_row else None,
+            activation=self.activation, row_bias=empty(rows, self.outputs) if self.row_bias else None,
+            residual=image(self.outputs, self.out_height) if self.residual else None,
+            output_scale=self.output_scale, output_activation=self.output_activation, num_groups=self.groups,
+            skip=image(self.skip, self.height) if self.skip else None, skip_moments=moments(self.skip_moments),
+            norm_groups=self.norm_groups,
         )  # fmt: skip
+        return Call(block, (self.out_height,) * 2)
 
 
 def convolution(launch, summed):
     """The convolution that a launch of a plan is."""
-    out, x, weight, bias, stride, padding = launch.args
-    given = launch.kwargs
-    (height, width), (out_height, out_width) = size_of(x)[2:], size_of(out)[2:]
+    block, before, behind = launch.block, launch.block.prologue, launch.block.epilogue
+    (height, width), (out_height, out_width) = block.x.size[2:], launch.out.size[2:]
+    stride, padding = block.stride, block.padding
     if height != width or out_height != out_width or stride[0] != stride[1] or padding[0] != padding[1]:
-        raise ValueError(f"{launch.name}: {size_of(x)} to {size_of(out)}; only square images and kernels have a row")
-    if given.get("offsets") is not None or given.get("mask") is not None:
+        raise ValueError(
+            f"{launch.name}: {block.x.size} to {launch.out.size}; only square images and kernels have a row"
+        )
+    if block.offsets is not None or before.mask is not None:
         raise ValueError(f"{launch.name}: drawn rows and masks have no row")
 
-    def channels(name):
-        return 0 if given.get(name) is None else size_of(given[name])[1]
+    def channels(view):
+        return 0 if view is None else view.size[1]
 
     return Convolution(
-        size_of(x)[1], size_of(out)[1], size_of(weight)[3], height, out_height, channels("skip"), stride[0], padding[0],
-        channels("moments"), channels("skip_moments"), given.get("norm_groups", 0),
-        given.get("norm_weight") is not None, given.get("scale") is not None, given.get("activation", "none"),
-        bias is not None, given.get("row_bias") is not None, given.get("residual") is not None,
-        given.get("output_scale", 1.0), given.get("output_activation", "none"), given.get("num_groups", 0),
-        bool(given.get("shared")), summed,
+        block.x.size[1], launch.out.size[1], block.weight.shape[3], height, out_height, channels(before.skip),
+        stride[0], padding[0], channels(before.moments), channels(before.skip_moments), before.norm_groups,
+        before.norm_weight is not None, before.scale is not None, before.activation, block.bias is not None,
+        behind.row_bias is not None, behind.residual is not None, behind.output_scale, behind.output_activation,
+        behind.num_groups, block.shared, summed,
     )  # fmt: skip
 
 
@@ -124,7 +130,7 @@ def rows_of(plan):
     """A plan's launches as rows: how many there are of each convolution, and of what else does the same work."""
     convolutions, rest = Counter(), Counter()
     for i, launch in enumerate(plan._launches):
-        if launch.function is calls.conv2d:
+        if isinstance(launch, Conv):
             convolutions[convolution(launch, i == plan._last)] += 1
         else:
             work = work_of(launch)

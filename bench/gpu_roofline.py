@@ -29,12 +29,12 @@ def launches(name, batch, limit):
     del members
     labels = [label(launch) for launch in plan._launches]
     numbers = Counter(labels)
-    for launch, text, (function, args, kwargs) in zip(plan._launches, labels, plan._bound.launches, strict=True):
+    for launch, text, (_, operands) in zip(plan._launches, labels, plan._bound.launches, strict=True):
         if text not in numbers:
             continue
         work = work_of(launch)
         with torch.no_grad():
-            once = launch_clock(functools.partial(function, *args, **kwargs), torch.device(DEVICE))
+            once = launch_clock(functools.partial(launch.function, **operands), torch.device(DEVICE))
             seconds = statistics.median(once() for _ in range(ROUNDS))
         yield {
             "network": name, "batch": batch, "launch": text, "kind": launch.name, "number": numbers.pop(text),

@@ -13,7 +13,9 @@ from bench.gpu_launches import Convolution, K
 from bench.gpu_networks import in_float32, network
 from fastens.kernels._conv2d_launch import tiles_for
 from fastens.ops._block_ways import CHOICE
+from fastens.ops._tma_ways import Call
 from fastens.ops.group_moments import group_moments
+from fastens.program.block import ConvBlock
 
 WIDTH, SIDE = (16, 8) if REHEARSAL else (256, 32)
 AROUND = {"padding": 1, "bias": True, "affine": True, "activation": "silu", "groups": 4 if REHEARSAL else 32}
@@ -33,17 +35,20 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 
 
 def filled(conv, batch):
-    """The arguments of a convolution's ways with normal numbers, and moments that are those of its images."""
+    """A convolution's block with normal numbers, and moments that are those of its images."""
 
     def fill(x):
         if not isinstance(x, torch.Tensor):
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).normal_()
 
-    block = type(conv.block(1, DTYPE))(*map(fill, conv.block(batch, DTYPE)))
-    scaled = block.weight / (conv.taps * block.weight.shape[2] ** 0.5)
-    block = block._replace(weight=scaled, moments=moments_of(block.x, conv.moments))
-    return block._replace(skip_moments=moments_of(block.skip, conv.skip_moments))
+    block, size, *_ = conv.call(batch, DTYPE)
+    block = ConvBlock.from_flat([fill(x) for x in block.flat()])
+    block = block.replace(
+        weight=block.weight / (conv.taps * block.weight.shape[2] ** 0.5),
+        moments=moments_of(block.x, conv.moments), skip_moments=moments_of(block.prologue.skip, conv.skip_moments),
+    )  # fmt: skip
+    return Call(block, size)
 
 
 def moments_of(image, groups):
@@ -58,15 +63,16 @@ def error(actual, expected):
 def ways():
     """Each way of each convolution against the library's in double precision: yields name, error, tolerance."""
     for name, (conv, batch) in CONVOLUTIONS.items():
-        block = filled(conv, batch)
-        double = [x.double() if isinstance(x, torch.Tensor) else x for x in block]
-        expected = CHOICE.ways["library"].run(*double)
+        call = filled(conv, batch)
+        block, size, *_ = call
+        double = ConvBlock.from_flat([x.double() if isinstance(x, torch.Tensor) else x for x in block.flat()])
+        expected = CHOICE.ways["library"].run(double, size)
         for way in CHOICE.ways:
-            if CHOICE.ways[way].refuses(*block) is None:
-                yield f"{name}: {way}", error(CHOICE.ways[way].run(*block), expected), TOLERANCE[DTYPE]
+            if CHOICE.ways[way].refuses(*call) is None:
+                yield f"{name}: {way}", error(CHOICE.ways[way].run(*call), expected), TOLERANCE[DTYPE]
         if name == "split sums" and not REHEARSAL:
             sources = (block.x.shape[1], 0)
-            tiles = tiles_for(block.x, K, batch, block.size[0] * block.size[1], conv.outputs, sources, 9, 8)
+            tiles = tiles_for(block.x, K, batch, size[0] * size[1], conv.outputs, sources, 9, 8)
             yield f"{name}: {tiles.splits} splits, expected several", float(tiles.splits == 1), 0.5
 
 

@@ -15,6 +15,7 @@ from bench.gpu_code import Code, Loop, compiling, read
 from bench.gpu_launches import K, convolutions
 from fastens.ops import _sum_ways
 from fastens.ops._block_ways import CHOICE
+from fastens.program.block import Epilogue
 
 KEPT = Path("build/gpu-code")
 MEAN = [1 / K] * K
@@ -22,21 +23,18 @@ MEAN = [1 / K] * K
 
 def launched(conv, batch, dtype):
     """What runs a convolution in each way that takes it: name -> a call."""
-    block = conv.block(batch, dtype)
+    call = conv.call(batch, dtype)
     if conv.shared:
         from fastens.kernels.conv2d import conv2d
 
-        arguments = block[2:7]
-        return {"triton": lambda: conv2d(*arguments, num_groups=conv.groups, shared=True)}
+        return {"triton": lambda: conv2d(call.block.replace(shared=True))}
     calls = {}
     for name, way in CHOICE.ways.items():
-        if name != "library" and way.refuses(*block) is None:
-            calls[name] = lambda way=way: way.run(*block)
+        if name != "library" and way.refuses(*call) is None:
+            calls[name] = lambda way=way: way.run(*call)
     if conv.summed:
-        norm = (block.moments, block.norm_weight, block.norm_bias, block.eps, block.scale, block.shift)
-        call = (block.x, block.weight, block.bias, MEAN, block.stride, block.padding, *norm, block.activation)
-        ways = _sum_ways.CHOICE.ways.items()
-        calls = {f"sum {name}": lambda way=way: way.run(*call) for name, way in ways if way.refuses(*call) is None}
+        summed, ways = (call.block._replace(epilogue=Epilogue()), MEAN), _sum_ways.CHOICE.ways.items()
+        calls = {f"sum {name}": lambda way=way: way.run(*summed) for name, way in ways if way.refuses(*summed) is None}
     return calls
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastens
-from fastens.plan import calls
+from fastens.plan.launch import Attention, Conv, Linear, LinearGroup
 from fastens.plan.launches import View
 from fastens.plan.memory import Kept
 from fastens.plan.record import mapped
@@ -53,7 +53,7 @@ class Work:
 def work_of(launch):
     """What a launch of a plan must do."""
     found = []
-    mapped((View, torch.Tensor), found.append, (launch.args, launch.kwargs))
+    mapped((View, torch.Tensor), found.append, launch.operands)
     weights = images = 0
     for x in {id(x) if isinstance(x, torch.Tensor) else x: x for x in found}.values():
         elements = math.prod(n for n, step in zip(size_of(x), stride_of(x), strict=True) if step)
@@ -66,15 +66,14 @@ def work_of(launch):
 
 def operations_of(launch):
     """Multiplications and additions of the products of a launch."""
-    if launch.function in (calls.conv2d, calls.linear):
-        return 2 * math.prod(size_of(launch.args[0])) * math.prod(size_of(launch.args[2])[2:])
-    if launch.function is calls.linear_group:
-        outs, _, stacks = launch.args[:3]
-        return sum(2 * math.prod(size_of(y)) * size_of(w)[2] for y, w in zip(outs, stacks, strict=True))
-    if launch.function is calls.attention:
-        out, q, k = launch.args[:3]
-        rows, heads, queries, width = size_of(out)
-        return 2 * rows * heads * queries * size_of(k)[2] * (size_of(q)[3] + width)
+    if isinstance(launch, Conv | Linear):
+        weight = launch.block.weight if isinstance(launch, Conv) else launch.weight
+        return 2 * math.prod(launch.out.size) * math.prod(weight.shape[2:])
+    if isinstance(launch, LinearGroup):
+        return sum(2 * math.prod(y.size) * w.shape[2] for y, w in zip(launch.outs, launch.weights, strict=True))
+    if isinstance(launch, Attention):
+        rows, heads, queries, width = launch.out.size
+        return 2 * rows * heads * queries * launch.k.size[2] * (launch.q.size[3] + width)
     return 0
 
 
@@ -88,9 +87,9 @@ def stride_of(x):
 
 def label(launch):
     """A launch as text: those of one label do the same work."""
-    sizes = [list(size_of(x)) for x in launch.args[:3] if isinstance(x, View | torch.Tensor)]
-    more = [name for name, x in launch.kwargs.items() if isinstance(x, View | torch.Tensor)]
-    return " ".join([launch.name, *map(str, sizes), *more])
+    found = []
+    mapped((View, torch.Tensor), found.append, launch.operands)
+    return " ".join([launch.name, *(str(list(size_of(x))) for x in found)])
 
 
 def plan_of(members, size, batch):

@@ -30,6 +30,7 @@ INSTRUCTION_SETS = {
 LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
 CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
 TORCH_TARGET_VERSION = "0x020b000000000000"
+SANITIZERS = "address,undefined"
 
 
 CANNOT_BUILD_HERE = 3  # exit status; a compile error is 1
@@ -141,7 +142,13 @@ def compile_flags() -> list[str]:
         "-Wno-unknown-pragmas",
         "-Wno-psabi",  # 64-byte vectors are passed between inlined functions only
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        *(sanitizer_flags() if os.environ.get("FASTENS_SANITIZE") else ()),
     ]
+
+
+def sanitizer_flags() -> list[str]:
+    """Return the flags of a library that stops at the first error of memory or undefined behaviour."""
+    return ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}", f"-fno-sanitize-recover={SANITIZERS}"]
 
 
 def cuda_flags(quick: bool = False) -> list[str]:
@@ -172,7 +179,8 @@ def link_flags() -> list[str]:
     """Return the flags of the link, without library paths; no rpath, since torch is loaded before the library is."""
     if sys.platform == "darwin":
         return ["-dynamiclib", "-undefined", "dynamic_lookup"]
-    return ["-shared", "-Wl,--as-needed"]
+    sanitizers = [f"-fsanitize={SANITIZERS}"] if os.environ.get("FASTENS_SANITIZE") else []
+    return ["-shared", "-Wl,--as-needed", *sanitizers]
 
 
 def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:

@@ -1,9 +1,9 @@
 """The only place that loads the compiled libraries, of the CPU and of CUDA.
 
-A prebuilt library is looked for in the package, then in the user's cache (where :func:`build` puts one if the package
-folder is not writable). Nothing is compiled at import: where no library is found, the reference kernels serve and the
-cause is kept for :func:`status` and for the errors of ``backend="native"``. The CUDA library is loaded only where torch
-has CUDA: its undefined symbols are those of torch's own CUDA library.
+A prebuilt library is looked for in the package (in ``$FASTENS_LIB`` where), then in the user's cache
+(where :func:`build` puts one if the package folder is not writable). Nothing is compiled at import: where no library is
+found, the reference kernels serve and the cause is kept for :func:`status` and for the errors of ``backend="native"``.
+The CUDA library is loaded only where torch has CUDA: its undefined symbols are those of torch's own CUDA library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from fastens import _build
 
-PACKAGE_DIR = pathlib.Path(__file__).resolve().parent / "_lib"
+PACKAGE_DIR = pathlib.Path(os.environ.get("FASTENS_LIB") or pathlib.Path(__file__).resolve().parent / "_lib")
 
 
 _loaded: dict[str, pathlib.Path] = {}

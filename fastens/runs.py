@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from fastens.fold.rules.random import dropout
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import NeedsWrappers, promote, writes_to
+from fastens.generators import GeneratorStates, global_generator
 from fastens.ops._scores import seed_from
 
 _BY_SHAPE = frozenset(("rand_like", "randn_like", "randint_like"))  # no value of their argument matters
@@ -92,7 +92,7 @@ def sample_members(
             each.check(call.ensemble.num_members)
     chosen = _chosen(members, call.ensemble.num_members)
     settings = call, chosen, num_samples, shared_noise, branch_at or 0
-    states = _States()
+    states = GeneratorStates()
     with torch.no_grad(), call.seeded(generator):
         try:
             return _together(settings, states)
@@ -102,7 +102,7 @@ def sample_members(
             return _one_by_one(settings, states)
 
 
-def _together(settings: tuple[Any, ...], states: _States) -> Any:
+def _together(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
     try:
         return _Together(*settings, states).result()
     except NeedsWrappers:  # a tensor that is common receives what differs: all must be wrappers from birth
@@ -110,7 +110,7 @@ def _together(settings: tuple[Any, ...], states: _States) -> Any:
         return _Together(*settings, states, wrapped=True).result()
 
 
-def _one_by_one(settings: tuple[Any, ...], states: _States) -> Any:
+def _one_by_one(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
     call, chosen, num_samples, shared, branch_at = settings
     results = []
     for i, k in enumerate(chosen):
@@ -196,31 +196,6 @@ class _Call:
         return output[0] if self.rows_last else output
 
 
-class _States:
-    """The generators that the runs draw from, as they were before."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self._numpy, self._python = np.random.get_state(), random.getstate()
-        self._own: dict[int, tuple[torch.Generator, Tensor]] = {}
-
-    def note(self, generator: Any) -> None:
-        """Keep the state of a sampler's own generator that is about to be drawn from."""
-        if isinstance(generator, torch.Generator):
-            self._own.setdefault(id(generator), (generator, generator.get_state()))
-
-    def restore(self) -> None:
-        """Let everything draw again what it drew."""
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-        for generator, state in self._own.values():
-            generator.set_state(state)
-
-
 class _Assigned:
     """What the ensemble does in a run in place of its rule."""
 
@@ -269,7 +244,7 @@ class _Together(_Assigned, Fold):
         num_samples: int,
         shared: bool,
         branch_at: int,
-        states: _States,
+        states: GeneratorStates,
         wrapped: bool = False,
     ) -> None:
         Fold.__init__(self, Hidden(len(chosen), len(chosen)), wrapped=wrapped)
@@ -348,7 +323,7 @@ class _Together(_Assigned, Fold):
             return self.common(func(*first[0], **first[1]))
         if writes_to(func, args) and not member_valued(args[0]):
             promote(self, args[0])
-        source = kwargs.get("generator") or _global_generator(self.device_type(args))
+        source = kwargs.get("generator") or global_generator(self.device_type(args))
         state, ends = source.get_state(), []
 
         @functools.wraps(func)
@@ -367,7 +342,7 @@ class _Together(_Assigned, Fold):
 class _Alone(_Assigned, TorchFunctionMode):
     """The run of one member, its rows assigned to it."""
 
-    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int, states: _States) -> None:
+    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int, states: GeneratorStates) -> None:
         TorchFunctionMode.__init__(self)
         _Assigned.__init__(self, call, branch_at)
         self._member, self._first_sample, self._states = member, first_sample, states
@@ -411,10 +386,6 @@ def _suspended(mode: Any) -> Iterator[None]:
     finally:
         for each in reversed(left):
             _push_mode(each)
-
-
-def _global_generator(device: str) -> torch.Generator:
-    return torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator
 
 
 def _chosen(members: Any, num_members: int) -> list[int]:

@@ -301,7 +301,7 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     ensemble(*args)
     (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
     read = []
-    mapped(torch.Tensor, read.append, [(launch.args, launch.kwargs) for launch in plan._launches])
+    mapped(torch.Tensor, read.append, [launch.operands for launch in plan._launches])
     own = {id(p) for p in ensemble.parameters()}
     constants = [weakref.ref(tensor) for tensor in read if id(tensor) not in own]
     assert len(constants) > 20

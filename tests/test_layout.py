@@ -25,6 +25,7 @@ LEVELS = [  # a module imports from its own level or below
         "schemes",
         "adapters",
         "methods",
+        "generators",
         "settings",
         "members",
         "pickled",
@@ -57,27 +58,70 @@ def level(module):
     return next(i for i, names in enumerate(LEVELS) if module in names)
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
+def name_of(path):
+    parts = ("fastens", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def nodes_of(node):
+    """What a module runs: all but what is there for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from nodes_of(child)
+
+
+def imports_of(path):
+    """The modules of the package that a file imports, within functions too."""
+    for node in nodes_of(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "fastens" and len(parts) > 1:
-                yield parts[1]
+            names = [(alias.name, alias.name) for alias in node.names]
+        else:
+            continue
+        yield from (module if module in MODULES else within for module, within in names if within.startswith("fastens"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     own = level(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-    known = {name for names in LEVELS for name in names}
     lazily_up = {"checkpoints"} if path.name == "ensemble.py" else set()  # Ensemble(paths), from_pretrained
-    for module in imported(path):
-        if module in known - lazily_up:
-            assert level(module) >= own, f"{path} imports fastens.{module}"
+    for module in imports_of(path):
+        top = module.split(".")[1:2]
+        if top and top[0] not in lazily_up:
+            assert level(top[0]) >= own, f"{path} imports {module}"
+
+
+# Modules that import each other, within functions; the circles that are left to untie.
+CIRCLES = {
+    frozenset({"ensemble", "dropout", "checkpoints"}),
+    frozenset({"fold.tensor", "fold.dispatch", "fold.nested", "fold.slices", "fold.writes"}),
+    frozenset({"fold.compiled", "fold.node"}),
+}
+
+
+def test_no_modules_import_each_other():
+    graph = {name: {module for module in imports_of(path) if module in MODULES} for name, path in MODULES.items()}
+    reached = {name: set(modules) for name, modules in graph.items()}
+    for between in graph:  # Warshall
+        for modules in reached.values():
+            if between in modules:
+                modules |= reached[between]
+    circles = {
+        frozenset(other.removeprefix("fastens.") for other in reached[name] if name in reached[other])
+        for name in graph
+        if name in reached[name]
+    }
+    assert circles == CIRCLES
+
+
+def test_every_kernel_has_an_op():
+    for path in (PACKAGE / "kernels").glob("[a-z]*.py"):
+        assert (PACKAGE / "ops" / path.name).exists(), path.name
 
 
 def test_every_op_has_a_reference():
@@ -85,8 +129,18 @@ def test_every_op_has_a_reference():
         assert (PACKAGE / "reference" / path.name).exists(), path.name
 
 
+LONGER = """
+fastens/ensemble.py fastens/fold/arguments.py fastens/fold/dispatch.py fastens/fold/engine.py fastens/plan/emit.py
+tests/io/test_layouts.py tests/atlas/of_diffusers_images.py tests/atlas/of_diffusers_video.py
+tests/fold/test_contract_modes.py tests/fold/test_contract_state.py tests/fold/test_contract_transforms.py
+tests/fold/test_guards.py tests/fold/test_remembers.py tests/kernels/ptx/block.py
+""".split()  # which are to be split
+
+
 def test_files_are_short():
     for folder in ("fastens", "csrc", "tests", "bench"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h"):
-                assert len(path.read_text().splitlines()) <= 450, f"{path}: one concept, or several?"
+                name = str(path.relative_to(ROOT))
+                most = 450 if name in LONGER else 400
+                assert len(path.read_text().splitlines()) <= most, f"{name}: one concept, or several?"

@@ -18,7 +18,6 @@ from diffusers import (
 )
 from torch import nn
 
-import fastens
 import fastens.demo
 from fastens import schedules
 from fastens.evaluation import Denoiser, sample

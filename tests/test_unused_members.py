@@ -11,10 +11,10 @@ from torch import nn
 import fastens
 from fastens import rules, schedules
 from fastens.ops.aggregate_update import aggregate_update
-from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.reference.forest import Trees
 from tests.networks import randomised
 from tests.ops.cases import BACKENDS, DTYPES
+from tests.ops.convolutions import conv2d_sum
 from tests.tolerances import OP, relative_error
 
 POISONS = (float("nan"), float("inf"), -float("inf"))

@@ -24,6 +24,4 @@ def run(options: argparse.Namespace) -> None:
         import shtab
     except ImportError as error:
         raise ModuleNotFoundError("shtab, which writes completions, is not installed: pip install shtab") from error
-    from fastens.cli import _parser
-
-    print(shtab.complete(_parser(), options.shell))
+    print(shtab.complete(options.parser, options.shell))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastens import rules
+from fastens import reproducible, rules
 from fastens.distributed.exchange import Exchange, split
 
 Combine = Callable[[Any], Tensor]
@@ -30,8 +29,7 @@ def of_elements(rule: rules.Rule) -> bool:
 
 def bits_matter() -> bool:
     """Whether ``fastens.deterministic`` is on, so that the order of additions may not depend on the mesh."""
-    mode = sys.modules.get("fastens.reproducible")  # not imported before somebody asks for it
-    return mode is not None and mode.enabled()
+    return reproducible.enabled()
 
 
 def weights_of(rule: rules.Rule, num_members: int) -> list[float] | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastens.kernels._conv2d import maps_kernel
 from fastens.kernels._counters import counters
 from fastens.kernels._rows import members_of_rows, multiprocessors
+from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
 JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more are joined once, by a kernel before
@@ -34,35 +35,33 @@ class Norm:
     constants: dict[str, Any]
 
     @classmethod
-    def prepare(
-        cls, x: Tensor, moments: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-        shift: Tensor | None, eps: float, offsets: Tensor | None, num_members: int, skip: Tensor | None = None,
-        skip_moments: Tensor | None = None, norm_groups: int = 0, together: int = 1,
-    ) -> Norm:  # fmt: skip
+    def prepare(cls, block: ConvBlock, together: int) -> Norm:
         """Hand the moments on, or where they are many of a group, join them first into a map per row and channel.
 
-        ``together`` rows are of one tile. The rest is as for :func:`fastens.ops.conv2d.conv2d`.
+        ``together`` rows are of one tile.
         """
+        before, x, num_members = block.prologue, block.x, len(block.weight)
+        moments, eps = before.moments, before.eps
         if moments is None:
             return cls((None,) * 7, 1, 1, {"eps": eps, "SPANS": 1, "PARTS": 1, "PADDED_PARTS": 1, "BLOCK": 1})
         rows, x_channels, *space = x.shape
-        skip_channels = 0 if skip is None else skip.shape[1]
+        skip_channels = 0 if before.skip is None else before.skip.shape[1]
         channels = x_channels + skip_channels
         _, groups, spans, _ = moments.shape
-        per_group, per_norm = x_channels // groups, channels // (norm_groups or groups)
+        per_group, per_norm = x_channels // groups, channels // (before.norm_groups or groups)
         parts = per_norm // per_group * spans
         padded = triton.next_power_of_2(parts)
         by_tile = parts <= JOINED_PARTS
-        block = max(16, MAP_TILE // (padded * together)) if by_tile else max(1, MAP_TILE // padded)
-        block = min(512, triton.next_power_of_2(channels), block)
-        constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": block}
+        width = max(16, MAP_TILE // (padded * together)) if by_tile else max(1, MAP_TILE // padded)
+        width = min(512, triton.next_power_of_2(channels), width)
+        constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": width}
         maps = moments.new_empty(rows, 3, channels)
-        given = (moments, skip_moments, weight, bias, scale, shift)
+        given = (moments, before.skip_moments, before.norm_weight, before.norm_bias, before.scale, before.shift)
         tensors = (maps, *(None if t is None else t.contiguous() for t in given))
         if by_tile:
             return cls(tensors, per_group, per_norm, constants)
         maps_kernel[(rows,)](
-            *tensors, members_of_rows(offsets, num_members, rows, x.device), rows, max(1, rows // num_members),
+            *tensors, members_of_rows(block.offsets, num_members, rows, x.device), rows, max(1, rows // num_members),
             channels, skip_channels, per_group, per_norm, space[0] * space[1], SPAN, **constants,
             WIDE=tl.float64 if moments.dtype == torch.float64 else tl.float32,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from fastens.kernels._conv2d_launch import meeting, splits_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
+from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN, counts
 
 
@@ -129,32 +130,12 @@ TILINGS = {
 
 
 def conv2d_tma(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: list[int] | tuple[int, int] = (1, 1),
-    padding: list[int] | tuple[int, int] = (0, 0),
-    row_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 1.0,
-    output_activation: str = "none",
-    num_groups: int = 0,
-    tiling: str = "tma 128x128",
-    into: tuple[Tensor, Tensor | None] | None = None,
+    block: ConvBlock, tiling: str = "tma 128x128", into: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Convolve what :func:`fastens.ops._tma_ways.refuses_tma` does not refuse.
 
     Args:
-        x: [R, C, H, W], channels last in memory.
-        weight: [K, O, C, h, w], channels last in memory.
-        bias: [K, O], or none.
-        stride: 1 or 2, the same down and to the right.
-        padding: zeros above and to the left.
-        row_bias: [R, O], or none.
-        residual: [R, O, H', W'], or none.
-        output_scale: factor of the sum.
-        output_activation: of the result.
-        num_groups: groups of the O channels whose moments are wanted; 0 for none.
+        block: with nothing before it; images and weights channels last in memory.
         tiling: of :data:`TILINGS`.
         into: where result and moments are written; its size says how many zeros are below and to the right.
 
@@ -162,22 +143,19 @@ def conv2d_tma(
         [R, O, H', W'] with its channels last in memory, and its moments [R, num_groups, T, 2].
     """
     # Choices are remembered by shape: what has one that was taken, and lies otherwise in memory, is copied.
-    x, weight = _in_boxes(x), _in_boxes(weight)
+    block = block.channels_last()
+    x, weight, epilogue = _in_boxes(block.x), _in_boxes(block.weight), block.epilogue
+    stride, padding, num_groups = block.stride, block.padding, epilogue.num_groups
     num_members, outputs, channels, taps_h, taps_w = weight.shape
     rows, _, height, width = x.shape
-    y, found = into or (None, None)
-    if y is None:
-        space = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[3 + i]) // stride[i] + 1 for i in range(2)]
-        y = torch.empty(rows, outputs, *space, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y, found = into or (block.result(), None)
     out_height, out_width = y.shape[2:]
     if found is None:
         shape = (rows, num_groups, len(counts(out_height * out_width)), 2) if num_groups else 0
         found = x.new_empty(shape, dtype=torch.float32)
     if y.numel() == 0:
         return y, found
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    bias, row_bias = (None if t is None else t.contiguous() for t in (bias, row_bias))
+    bias, row_bias = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias))
     size, block_n, num_warps, num_stages = TILINGS[tiling]
     if x.element_size() == 4:
         num_warps = 8  # a warp of four would have more numbers of the epilogue than it has registers
@@ -211,10 +189,11 @@ def conv2d_tma(
                 weight, [taps_h * taps_w, num_members * outputs, channels], [channels, taps_h * taps_w * channels, 1],
                 [1, block_n, block_k],
             ),
-            bias, y, workspace, arrivals, row_bias, residual, found if with_moments else None, rows // num_members,
-            channels, outputs, at_h, at_w, *padding, row_tiles, tiles_down, tiles_across, output_tiles, steps,
-            triton.cdiv(steps, splits),
-            output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, PRECISION="tf32" if tf32 else "ieee",
+            bias, y, workspace, arrivals, row_bias, epilogue.residual, found if with_moments else None,
+            rows // num_members, channels, outputs, at_h, at_w, *padding, row_tiles, tiles_down, tiles_across,
+            output_tiles, steps, triton.cdiv(steps, splits),
+            output_scale=epilogue.output_scale, OUTPUT_ACTIVATION=epilogue.output_activation,
+            PRECISION="tf32" if tf32 else "ieee",
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             STRIDE=stride[0], SPLITS=splits, TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tile.rows, TILE_H=tile.height,
             TILE_W=tile.width, BLOCK_N=block_n, BLOCK_K=block_k, PER_GROUP=per_group, PART=part, num_warps=num_warps,

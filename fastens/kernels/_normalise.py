@@ -19,6 +19,7 @@ from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_images
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import members_of_rows
+from fastens.program.block import Prologue
 from fastens.reference.group_moments import SPAN
 
 TILE = 8192  # elements of an image that a program normalises: 32 registers of each of 256 threads in float32
@@ -134,48 +135,26 @@ def normalise_kernel(
     tl.store(y + row * y_r + channel[:, None] * y_c + place * y_s, result.to(y.dtype.element_ty), mask)
 
 
-def normalise(
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "none",
-    *,
-    offsets: Tensor | None = None,
-    skip: Tensor | None = None,
-    skip_moments: Tensor | None = None,
-    norm_groups: int = 0,
-    into: Tensor | None = None,
-) -> Tensor:
+def normalise(x: Tensor, prologue: Prologue, offsets: Tensor | None = None, into: Tensor | None = None) -> Tensor:
     """Normalise by moments that were taken before: one launch, or two where a group has very many spans.
 
     Args:
         x: [R, C1, *space], rows grouped by member.
-        moments: [R, G1, T, 2] of x, as :func:`fastens.ops.group_moments.group_moments` takes them.
-        weight: [K, C1 + C2], or none.
-        bias: [K, C1 + C2], or none.
-        eps: added to the variance.
-        scale: [R, C1 + C2], or none.
-        shift: [R, C1 + C2], or none.
-        activation: ``"none"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        prologue: of a convolution, with moments and without a mask.
         offsets: int64 [K+1], the first row of each member's group and R; none for K equal groups.
-        skip: [R, C2, *space], images whose channels follow those of x; none where C2 = 0.
-        skip_moments: [R, G2, T, 2] of ``skip``, whose groups are as large as those of ``moments``.
-        norm_groups: groups of the norm over all channels, each of one or more neighbouring groups of the moments; 0
-            where the two are the same.
         into: [R, C1 + C2, *space] to write to, of any dtype and strides; none for memory laid out as x is.
 
     Raises:
         ValueError: groups of the moments that do not make up those of the norm, or ``into`` whose places are not
             equally far apart.
     """
+    skip, moments, skip_moments = prologue.skip, prologue.moments, prologue.skip_moments
+    if moments is None:
+        raise ValueError("normalise: no moments of x; take them by group_moments")
     rows, own_channels = x.shape[:2]
     channels = own_channels + (0 if skip is None else skip.shape[1])
     first, second = moments.shape[1], 0 if skip_moments is None else skip_moments.shape[1]
-    norm_groups = norm_groups or first + second
+    norm_groups = prologue.norm_groups or first + second
     if (
         channels % norm_groups or (first + second) % norm_groups or own_channels * (first + second) != channels * first
         or (skip is None) is not (skip_moments is None)
@@ -196,8 +175,9 @@ def normalise(
         skip, skip_strides = strided_images(skip, copy=True)
     y_strides = strided_images(into)[1]
     wide = tl.float64 if moments.dtype == torch.float64 else tl.float32
+    maps = (prologue.norm_weight, prologue.norm_bias, prologue.scale, prologue.shift)
     moments, skip_moments, weight, bias, scale, shift = (
-        None if t is None else t.contiguous() for t in (moments, skip_moments, weight, bias, scale, shift)
+        None if t is None else t.contiguous() for t in (moments, skip_moments, *maps)
     )
     per_group, span = channels // norm_groups, SPAN
     by_channel = x_strides[1] == 1 and own_channels > 1
@@ -223,7 +203,8 @@ def normalise(
             x, skip, into, moments, skip_moments, weight, bias, scale, shift,
             members_of_rows(offsets, num_members, rows, x.device), max(1, rows // num_members), channels, own_channels,
             norm_groups, first, second, space, span, channel_tiles, space_tiles, *x_strides, *skip_strides, *y_strides,
-            eps=eps, PER_GROUP=per_group, PARTS=parts, SPANS=spans, HELD=held, BLOCK=block, BLOCK_C=block_c,
-            BLOCK_S=block_s, ACTIVATION=activation, WIDE=wide, num_warps=max(1, min(8, block_c * block_s // 512)),
+            eps=prologue.eps, PER_GROUP=per_group, PARTS=parts, SPANS=spans, HELD=held, BLOCK=block, BLOCK_C=block_c,
+            BLOCK_S=block_s, ACTIVATION=prologue.activation, WIDE=wide,
+            num_warps=max(1, min(8, block_c * block_s // 512)),
         )  # fmt: skip
     return into

@@ -29,6 +29,7 @@ from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
+from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN, counts
 
 
@@ -90,51 +91,20 @@ def conv2d_kernel(
 
 
 def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: list[int] | tuple[int, int] = (1, 1),
-    padding: list[int] | tuple[int, int] = (0, 0),
-    offsets: Tensor | None = None,
-    moments: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "none",
-    row_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    output_scale: float = 1.0,
-    output_activation: str = "none",
-    num_groups: int = 0,
-    shared: bool = False,
-    tiling: str = "auto",
-    skip: Tensor | None = None,
-    skip_moments: Tensor | None = None,
-    norm_groups: int = 0,
-    mask: Tensor | None = None,
-    mask_scale: float = 1.0,
-    into: tuple[Tensor, Tensor | None] | None = None,
+    block: ConvBlock, tiling: str = "auto", into: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Convolve; the arguments are those of ``fastens::conv2d``. The result has its channels last in memory.
 
     ``into`` is where result and moments are written. Its size says how many zeros are below and to the right.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
-    if skip is not None:
-        skip = skip.contiguous(memory_format=torch.channels_last)
+    block = block.channels_last()
+    x, weight, offsets, epilogue = block.x, block.weight, block.offsets, block.epilogue
+    skip, mask, num_groups = block.prologue.skip, block.prologue.mask, epilogue.num_groups
     skip_channels = 0 if skip is None else skip.shape[1]
     num_members, outputs, channels, taps_h, taps_w = weight.shape
-    rows = x.shape[0] * num_members if shared else x.shape[0]
+    rows = x.shape[0] * num_members if block.shared else x.shape[0]
     height, width = x.shape[2:]
-    out_height = (height + 2 * padding[0] - taps_h) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - taps_w) // stride[1] + 1
-    y, found = into or (None, None)
-    if y is None:
-        y = torch.empty(
-            rows, outputs, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
+    y, found = into or (block.result(), None)
     out_height, out_width = y.shape[2:]
     wide = torch.promote_types(x.dtype, torch.float32)
     space = out_height * out_width
@@ -142,8 +112,6 @@ def conv2d(
         found = x.new_empty((rows, num_groups, len(counts(space)), 2) if num_groups else 0, dtype=wide)
     if y.numel() == 0:
         return y, found
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
     per_member = rows // num_members
     most = rows if offsets is not None else per_member
     sources = (x.shape[1], skip_channels)
@@ -159,25 +127,24 @@ def conv2d(
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    bias, row_bias = (None if t is None else t.contiguous() for t in (bias, row_bias))
+    bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(
-            x, moments, norm_weight, norm_bias, scale, shift, eps, offsets, num_members, skip, skip_moments,
-            norm_groups, tiles.rows,
-        )  # fmt: skip
+        norm = Norm.prepare(block, tiles.rows)
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
-            x, skip, None if mask is None else mask.contiguous(), weight, bias, y, workspace, arrivals, *norm.tensors,
-            row_bias, residual, out_moments, first_row, per_member, channels, skip_channels, outputs, height, width,
-            out_height, out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            x, skip, mask, weight, bias, y, workspace, arrivals, *norm.tensors, row_bias, epilogue.residual,
+            out_moments, first_row, per_member, channels, skip_channels, outputs, height, width, out_height, out_width,
+            *block.stride, *block.padding, row_tiles, place_tiles, output_tiles, steps,
             triton.cdiv(steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
-            mask_scale=mask_scale, MASK_WORDS=mask_words, MASK_BY_MEMBER=mask is not None and len(mask) != rows,
-            ACTIVATION=activation, output_scale=output_scale, OUTPUT_ACTIVATION=output_activation, SHARED=shared,
-            SPLITS=tiles.splits, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
+            mask_scale=block.prologue.mask_scale, MASK_WORDS=mask_words,
+            MASK_BY_MEMBER=mask is not None and len(mask) != rows,
+            ACTIVATION=block.prologue.activation, output_scale=epilogue.output_scale,
+            OUTPUT_ACTIVATION=epilogue.output_activation, SHARED=block.shared, SPLITS=tiles.splits,
+            PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=PART, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, stride),
+            num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, block.stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

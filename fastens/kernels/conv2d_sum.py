@@ -18,6 +18,7 @@ from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import on_device
 from fastens.kernels._rows import interpreting
+from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
 
@@ -80,31 +81,15 @@ def conv2d_sum_kernel(
         )  # fmt: skip
 
 
-def conv2d_sum(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    member_weights: list[float],
-    stride: list[int] | tuple[int, int] = (1, 1),
-    padding: list[int] | tuple[int, int] = (0, 0),
-    moments: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
     """Convolve and sum; the arguments are those of ``fastens::conv2d_sum``. The result has its channels last."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    block = block.channels_last()
+    x, weight = block.x, block.weight
     num_members, outputs, channels, taps_h, taps_w = weight.shape
     rows = x.shape[0] // num_members
     height, width = x.shape[2:]
-    out_height = (height + 2 * padding[0] - taps_h) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - taps_w) // stride[1] + 1
-    y = torch.empty(
-        rows, outputs, out_height, out_width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y = block.result(rows=rows)
+    out_height, out_width = y.shape[2:]
     if y.numel() == 0:
         return y
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -118,20 +103,19 @@ def conv2d_sum(
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(
-            x, moments, norm_weight, norm_bias, scale, shift, eps, None, num_members, together=tiles.rows
-        )
+        norm = Norm.prepare(block, tiles.rows)
         maps, in_moments, _, *norm_maps = norm.tensors
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_sum_kernel[(programs, tiles.splits)](
-            x, weight, None if bias is None else bias.contiguous(), on_device(tuple(member_weights), wide, x.device), y,
-            workspace, arrivals, maps, in_moments, *norm_maps, num_members, rows, channels, outputs, height, width,
-            out_height, out_width, *stride, *padding, row_tiles, place_tiles, output_tiles, steps,
+            x, weight, None if block.bias is None else block.bias.contiguous(),
+            on_device(tuple(member_weights), wide, x.device), y, workspace, arrivals, maps, in_moments, *norm_maps,
+            num_members, rows, channels, outputs, height, width, out_height, out_width, *block.stride,
+            *block.padding, row_tiles, place_tiles, output_tiles, steps,
             triton.cdiv(num_members * steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
-            ACTIVATION=activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
+            ACTIVATION=block.prologue.activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **cut,
-            **tiles.evenness(x, (channels,), y, weight, stride),
+            **tiles.evenness(x, (channels,), y, weight, block.stride),
         )  # fmt: skip
     return y

@@ -11,6 +11,7 @@ from fastens.ops._conv_ways import Convolution, channels_last, of_convolution
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.ops._tma_ways import refuses_tma
 from fastens.ops.conv2d import conv2d, output_size
+from fastens.program.block import ConvBlock
 
 WIDE_OUTPUTS = 128  # up to as many output channels, a wide tile is an ordinary one
 
@@ -20,7 +21,7 @@ def run(tiling: str) -> Callable[..., Tensor]:
 
     @of_convolution
     def way(c: Convolution) -> Tensor:
-        y, _ = conv2d(c.x, c.weight, c.bias, c.stride, c.padding, c.offsets, tiling=tiling, backend="triton")
+        y, _ = conv2d(ConvBlock(c.x, c.weight, c.bias, c.stride, c.padding, c.offsets), tiling, "triton")
         return y if channels_last(c.x) or channels_last(c.weight[0]) else y.contiguous()  # as the library gives it
 
     return way
@@ -56,7 +57,7 @@ def run_tma(tiling: str) -> Callable[..., Tensor]:
     def way(c: Convolution) -> Tensor:
         from fastens.kernels._conv2d_tma import conv2d_tma
 
-        return conv2d_tma(c.x, c.weight, c.bias, c.stride, c.padding, tiling=tiling)[0]  # pyright: ignore[reportArgumentType]
+        return conv2d_tma(ConvBlock(c.x, c.weight, c.bias, c.stride, c.padding), tiling)[0]
 
     return way
 

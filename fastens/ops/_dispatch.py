@@ -33,6 +33,8 @@ class Op:
         schema: of the op, without namespace.
         reference: the naive PyTorch function of these arguments.
         kernels: backend -> fake of its kernel, strongest first.
+        record: how many of the arguments are one record, and what makes it of them: the reference, the fakes and
+            Triton's launcher take it in their place; none where they take the arguments as they are.
 
     Attributes:
         name: basename of the op in every folder (``ops/<name>.py``, ``reference/<name>.py``, ``csrc/cpu/<name>.cpp``).
@@ -41,17 +43,22 @@ class Op:
     """
 
     def __init__(
-        self, schema: str, reference: Callable[..., Result], kernels: dict[str, Callable[..., Result]] | None = None
+        self,
+        schema: str,
+        reference: Callable[..., Result],
+        kernels: dict[str, Callable[..., Result]] | None = None,
+        record: tuple[int, Callable[[tuple[Any, ...]], Any]] | None = None,
     ) -> None:
         self.name, arguments = schema.split("(", 1)
+        reference = _of_record(record, reference)
         self.kernels = {backend: f"_{self.name}_{backend}" for backend in kernels or {}}
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, reference, "CompositeImplicitAutograd")
         for backend, fake in (kernels or {}).items():
-            _define_kernel(self.kernels[backend], arguments, reference, fake)
+            _define_kernel(self.kernels[backend], arguments, reference, _of_record(record, fake))
         if "triton" in self.kernels:
             for key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
-                LIBRARY.impl(self.kernels["triton"], _launcher(self.name), key)
+                LIBRARY.impl(self.kernels["triton"], _of_record(record, _launcher(self.name)), key)
         self.default = getattr(torch.ops.fastens, self.name).default
         OPS[self.name] = self
 
@@ -80,6 +87,14 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _of_record(record: tuple[int, Callable[[tuple[Any, ...]], Any]] | None, function: Callable[..., Any]) -> Any:
+    """A function of an op's arguments, from one that takes a record in the place of the first."""
+    if record is None:
+        return function
+    count, made = record
+    return lambda *arguments: function(made(arguments[:count]), *arguments[count:])
 
 
 def check_backend(backend: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
+from fastens.program.block import ConvBlock, Prologue
 from fastens.reference._activation import activate
 
 LINE = 16  # bytes that addresses and strides in descriptors are multiples of
@@ -18,117 +19,95 @@ TILE = 128  # places, and output channels, of an ordinary tile
 TILINGS = ("tma 64x128", "tma 128x128", "tma 128x256")  # places by output channels
 
 
-class Block(NamedTuple):
-    """The arguments of the ways of ``conv2d``, in their order."""
+class Call(NamedTuple):
+    """The arguments of the ways of ``conv2d``, in their order.
 
-    into: Tensor | None
-    found: Tensor | None
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    size: tuple[int, int]
+    Attributes:
+        block: what is convolved, and how; ``padding`` is above and to the left.
+        size: of the result's space: how many zeros are below and to the right follows from it.
+        into: where the result is written; none for new memory.
+        moments: where its moments are written, or none.
+    """
+
+    block: ConvBlock
+    size: Sequence[int]
+    into: Tensor | None = None
     moments: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    eps: float = 1e-5
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    activation: str = "none"
-    row_bias: Tensor | None = None
-    residual: Tensor | None = None
-    output_scale: float = 1.0
-    output_activation: str = "none"
-    num_groups: int = 0
-    skip: Tensor | None = None
-    skip_moments: Tensor | None = None
-    norm_groups: int = 0
 
-    @property
-    def begins_plain(self) -> bool:
-        """Whether x itself is convolved: no norm, activation or second image before it."""
-        return self.moments is None and self.activation == "none" and self.skip is None
+    def written(self) -> tuple[Tensor, Tensor | None]:
+        """Where result and moments are written."""
+        return self.block.result(self.size) if self.into is None else self.into, self.moments
 
-    def prepared(self) -> Tensor:
-        """What is convolved, in memory of its own: normalised by the given moments, or joined and activated alone."""
-        if self.moments is None:
-            whole = self.x if self.skip is None else torch.cat([self.x, self.skip], 1)
-            return activate(whole.contiguous(memory_format=torch.channels_last), self.activation)
+
+def prepared(block: ConvBlock) -> ConvBlock:
+    """The block with its input in memory of its own: normalised by the given moments, or joined and activated alone."""
+    x, before = block.x, block.prologue
+    if block.begins_plain:
+        return block
+    if before.moments is None:
+        whole = x if before.skip is None else torch.cat([x, before.skip], 1)
+        y = activate(whole.contiguous(memory_format=torch.channels_last), before.activation)
+    else:
         from fastens.kernels.group_norm import normalise
 
-        size = (self.x.shape[0], self.weight.shape[2], *self.x.shape[2:])
-        return normalise(
-            self.x, self.moments, self.norm_weight, self.norm_bias, self.eps, self.scale, self.shift, self.activation,
-            skip=self.skip, skip_moments=self.skip_moments, norm_groups=self.norm_groups,
-            into=torch.empty(size, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last),
-        )  # fmt: skip
-
-    def result(self) -> Tensor:
-        """Where the result is written."""
-        if self.into is not None:
-            return self.into
-        shape = (self.x.shape[0], self.weight.shape[1], *self.size)
-        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+        size = (x.shape[0], block.weight.shape[2], *x.shape[2:])
+        into = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        y = normalise(x, before, into=into)
+    return block._replace(x=y, prologue=Prologue(mask=before.mask, mask_scale=before.mask_scale))
 
 
-def fills_less_than(c: Block, multiprocessors: int) -> bool:
+def fills_less_than(block: ConvBlock, size: Sequence[int], multiprocessors: int) -> bool:
     """Whether one ordinary tile for each multiprocessor holds all of the result."""
-    members = c.weight.shape[0]
-    places = -(-c.x.shape[0] // members) * c.size[0] * c.size[1]
-    return members * -(-places // TILE) * -(-c.weight.shape[1] // TILE) <= multiprocessors
+    members, outputs = block.weight.shape[:2]
+    places = -(-block.x.shape[0] // members) * size[0] * size[1]
+    return members * -(-places // TILE) * -(-outputs // TILE) <= multiprocessors
 
 
-def refuses_pass(*arguments: object) -> str | None:
+def refuses_pass(block: ConvBlock) -> str | None:
     """Why the kernel of what is before a convolution does not take it, or none."""
-    c = Block(*arguments)  # pyright: ignore[reportArgumentType]
-    images = [image for image in (c.x, c.skip) if image is not None]
+    images = [image for image in (block.x, block.prologue.skip) if image is not None]
     if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
         return "an image whose channels are not last in memory"
-    if c.x.dtype not in KERNEL_DTYPES or any(image.dtype != c.x.dtype for image in images):
+    if block.x.dtype not in KERNEL_DTYPES or any(image.dtype != block.x.dtype for image in images):
         return "a dtype that the kernel has not, or several"
-    if c.x.numel() == 0:
+    if block.x.numel() == 0:
         return "nothing to compute"
-    return missing_triton(c.x.device)
+    return missing_triton(block.x.device)
 
 
-def pointers_apart(*arguments: object) -> Tensor:
+def pointers_apart(*arguments: Any) -> Tensor:
     """What is before the convolution in a pass, then our kernel of pointer loads with all that follows."""
     from fastens.kernels.conv2d import conv2d
 
-    c = Block(*arguments)  # pyright: ignore[reportArgumentType]
-    y, _ = conv2d(
-        c.prepared(), c.weight, c.bias, c.stride, c.padding, row_bias=c.row_bias, residual=c.residual,
-        output_scale=c.output_scale, output_activation=c.output_activation, num_groups=c.num_groups,
-        into=(c.result(), c.found),
-    )  # fmt: skip
-    return y
+    c = Call(*arguments)
+    return conv2d(prepared(c.block), into=c.written())[0]
 
 
-def refuses_pointers_apart(*arguments: object) -> str | None:
+def refuses_pointers_apart(*arguments: Any) -> str | None:
     """Why that cannot be taken, or is another way's, or none."""
-    c = Block(*arguments)  # pyright: ignore[reportArgumentType]
-    if c.begins_plain:
+    c = Call(*arguments)
+    if c.block.begins_plain:
         return "nothing before the convolution"
-    if c.weight.dtype != c.x.dtype or (c.into is not None and c.into.dtype != c.x.dtype):
+    if c.block.weight.dtype != c.block.x.dtype:
         return "several dtypes"
+    return _refuses_into(c) or refuses_pass(c.block)
+
+
+def _refuses_into(c: Call) -> str | None:
+    """Why a kernel does not write the result there, or none."""
     if c.into is not None and not c.into.is_contiguous(memory_format=torch.channels_last):
         return "a result whose channels are not last in memory"
-    return refuses_pass(*arguments)
+    return "several dtypes" if c.into is not None and c.into.dtype != c.block.x.dtype else None
 
 
 def tma(tiling: str) -> Callable[..., Tensor]:
     """What is before the convolution, if anything, in a pass; then the kernel of descriptors with all that follows."""
 
-    def way(*arguments: object) -> Tensor:
+    def way(*arguments: Any) -> Tensor:
         from fastens.kernels._conv2d_tma import conv2d_tma
 
-        c = Block(*arguments)  # pyright: ignore[reportArgumentType]
-        y, _ = conv2d_tma(
-            c.x if c.begins_plain else c.prepared(), c.weight, c.bias, c.stride, c.padding, c.row_bias, c.residual,
-            c.output_scale, c.output_activation, c.num_groups, tiling, (c.result(), c.found),
-        )  # fmt: skip
-        return y
+        c = Call(*arguments)
+        return conv2d_tma(prepared(c.block), tiling, c.written())[0]
 
     return way
 
@@ -136,14 +115,12 @@ def tma(tiling: str) -> Callable[..., Tensor]:
 def refuses_block(tiling: str) -> Callable[..., str | None]:
     """Why that cannot be taken in this tiling, or none."""
 
-    def why(*arguments: object) -> str | None:
-        c = Block(*arguments)  # pyright: ignore[reportArgumentType]
-        if c.into is not None and not c.into.is_contiguous(memory_format=torch.channels_last):
-            return "a result whose channels are not last in memory"
-        if c.into is not None and c.into.dtype != c.x.dtype:
-            return "several dtypes"
-        before = refuses_pass(*arguments)
-        return before or refuses_tma(tiling, c.x, c.weight, c.stride, c.size, c.begins_plain)
+    def why(*arguments: Any) -> str | None:
+        c = Call(*arguments)
+        block = c.block
+        return _refuses_into(c) or refuses_pass(block) or refuses_tma(
+            tiling, block.x, block.weight, block.stride, c.size, block.begins_plain
+        )  # fmt: skip
 
     return why
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -11,28 +12,39 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.ops._rows import is_dense
+from fastens.plan.memory import At
+from fastens.plan.record import Ref
 
 
-def call(
-    outs: Sequence[Tensor], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool = True
-) -> None:
+@dataclasses.dataclass
+class Call:
+    """An operation that no step does: torch runs it between two stretches of steps."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Ref]
+    places: dict[Ref, At]
+
+
+def call(outs: Sequence[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool = True) -> None:
     """An operation of torch; one that changes an argument changes a copy, since values are written once.
 
     Args:
         outs: where its results go.
-        function: the operation.
+        func: the operation.
         args: its arguments.
         kwargs: its keyword arguments.
         exact: whether ``outs`` have the dtypes of the results.
     """
-    if function._schema.is_mutable:
+    if func._schema.is_mutable:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     elif exact and all(map(is_dense, outs)):
-        overload, names = _writing(function)
+        overload, names = _writing(func)
         if overload is not None and len(names) == len(outs):
             overload(*args, **kwargs, **dict(zip(names, outs, strict=True)))
             return
-    results = [r for r in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(r, Tensor)]
+    results = [r for r in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(r, Tensor)]
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,134 +23,65 @@ from fastens.ops import linear_group as group_op
 from fastens.ops._block_ways import CHOICE
 from fastens.ops._dispatch import missing_triton
 from fastens.ops._sum_ways import CHOICE as SUM_CHOICE
-from fastens.ops._sum_ways import Sum
-from fastens.ops._tma_ways import Block
+from fastens.ops._tma_ways import Call
 from fastens.ops.pointwise import Instruction
+from fastens.program.block import ConvBlock, Prologue
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
-from fastens.reference.conv2d import keeps
+from fastens.reference.conv2d import keeps, together
 from fastens.reference.pointwise import unrounded
 
 ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
 LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
 
 
-def conv2d(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    *,
-    backend: str,
-    shared: bool = False,
-    offsets: Tensor | None = None,
-    mask: Tensor | None = None,
-    mask_scale: float = 1.0,
-    **settings: Any,
-) -> None:
-    """A convolution with what is before and behind it, and moments of its result into ``found``.
+def conv2d(out: Tensor, block: ConvBlock, moments: Tensor | None, backend: str) -> None:
+    """A convolution with what is before and behind it, and moments of its result.
 
     ``padding`` is above and to the left; how many zeros are below and to the right follows from the size of ``out``.
-    ``settings`` are the further fields of :class:`fastens.ops._tma_ways.Block`. Rows that are dealt out by ``offsets``
-    or dropped by ``mask`` run in our kernel, whatever measures best.
+    Rows that are dealt out by ``offsets`` or dropped by ``mask`` run in our kernel, whatever measures best; rows that
+    all members share are read once by it, and repeated for the library.
     """
-    if shared:
-        _shared_conv2d(out, x, weight, bias, stride, padding, backend, settings)
-        return
-    block = _block(out, x, weight, bias, stride, padding, settings)
-    way, more = "library", {}
-    if offsets is not None or mask is not None:
-        more = {"offsets": offsets, "mask": mask, "mask_scale": mask_scale}
-    if _ours(block, backend):
-        # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
-        measured = x.is_cuda and not more
-        way = CHOICE.choose(block._replace(into=None, found=None), x.device, "auto" if measured else "triton")
-    CHOICE.ways[way].run(*block, **more)
-
-
-def conv2d_way(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    *,
-    backend: str,
-    shared: bool = False,
-    offsets: Tensor | None = None,
-    mask: Tensor | None = None,
-    mask_scale: float = 1.0,
-    **settings: Any,
-) -> str | None:
-    """The way that such a convolution takes, none where that is not measured yet; nothing runs."""
-    block = _block(out, x, weight, bias, stride, padding, settings)
-    if shared or not _ours(block, backend):
-        return "triton" if shared and uses_triton(x, backend) else "library"
-    if offsets is not None or mask is not None or not x.is_cuda:
-        return "triton"
-    return CHOICE.known(block._replace(into=None, found=None), x.device)
-
-
-def _block(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    settings: dict[str, Any],
-) -> Block:  # fmt: skip
-    return Block(out, settings.get("found"), x.to(weight.dtype), weight, bias, stride, padding, tuple(out.shape[2:]),
-                 **{name: value for name, value in settings.items() if name != "found"})  # fmt: skip
-
-
-def _ours(block: Block, backend: str) -> bool:
-    """Whether our kernel may run it."""
-    return uses_triton(block.x, backend) and CHOICE.ways["triton"].refuses(*block) is None
-
-
-def _shared_conv2d(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int],
-    backend: str, settings: dict[str, Any],
-) -> None:  # fmt: skip
-    """A convolution of rows that all members share, which the kernel reads once; the library reads them repeated."""
-    if uses_triton(x, backend):
+    block = block._replace(x=block.x.to(block.weight.dtype))
+    if block.shared and uses_triton(block.x, backend):
         from fastens.kernels.conv2d import conv2d as launch
 
-        behind = {name: value for name, value in settings.items() if name != "found"}
-        launch(x, weight, bias, stride, padding, **behind, shared=True, into=(out, settings.get("found")))
+        launch(block, into=(out, moments))
         return
-    repeated = x.repeat(weight.shape[0], 1, 1, 1)
-    conv2d(out, repeated, weight, bias, stride, padding, backend=backend, **settings)
+    if block.shared:
+        block = block._replace(x=block.x.repeat(block.weight.shape[0], 1, 1, 1), shared=False)
+    call, way = Call(block, tuple(out.shape[2:]), out, moments), "library"
+    if _ours(call, backend):
+        # ways are measured, and compared, on results in memory of their own; on the CPU nothing is measured
+        way = CHOICE.choose(call[:2], block.x.device, "auto" if _measured(block) else "triton")
+    CHOICE.ways[way].run(*call)
 
 
-def conv2d_sum(
-    weights: list[float],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    *,
-    backend: str,
-    moments: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "none",
-    **_: Any,
-) -> Tensor:
+def conv2d_way(out: Tensor, block: ConvBlock, moments: Tensor | None, backend: str) -> str | None:
+    """The way that such a convolution takes, none where that is not measured yet; nothing runs."""
+    call = Call(block._replace(x=block.x.to(block.weight.dtype)), tuple(out.shape[2:]), out, moments)
+    if block.shared:
+        return "triton" if uses_triton(block.x, backend) else "library"
+    if not _ours(call, backend):
+        return "library"
+    return CHOICE.known(call[:2], block.x.device) if _measured(block) else "triton"
+
+
+def _measured(block: ConvBlock) -> bool:
+    return block.x.is_cuda and block.offsets is block.prologue.mask is None
+
+
+def _ours(call: Call, backend: str) -> bool:
+    """Whether our kernel may run it."""
+    return uses_triton(call.block.x, backend) and CHOICE.ways["triton"].refuses(*call) is None
+
+
+def conv2d_sum(weights: list[float], block: ConvBlock, backend: str) -> Tensor:
     """The last convolution, summed over the members with their weights: [B, O, H', W'], contiguous."""
-    x = x.to(weight.dtype)
-    before = (moments, norm_weight, norm_bias, eps, scale, shift, activation)
-    if x.is_cuda and uses_triton(x, backend):
-        block = Sum(x, weight, bias, weights, stride, padding, *before)
-        return SUM_CHOICE.ways[SUM_CHOICE.choose(block, x.device)].run(*block).contiguous()
-    y = sum_op.conv2d_sum(
-        x, weight, bias, weights, stride, padding, moments=moments, norm_weight=norm_weight, norm_bias=norm_bias,
-        eps=eps, scale=scale, shift=shift, activation=activation, backend=_named(x, backend),
-    )  # fmt: skip
-    return y.contiguous()
+    block = block.replace(x=block.x.to(block.weight.dtype), num_groups=0)
+    if block.x.is_cuda and uses_triton(block.x, backend):
+        return SUM_CHOICE.ways[SUM_CHOICE.choose((block, weights), block.x.device)].run(block, weights).contiguous()
+    return sum_op.conv2d_sum(block, weights, _named(block.x, backend)).contiguous()
 
 
 def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
@@ -164,28 +94,27 @@ def moments(out: Tensor, x: Tensor, num_groups: int, backend: str) -> None:
         out.copy_(moments_op.group_moments(x, num_groups, backend="reference"))
 
 
-def group_norm(out: Tensor, x: Tensor, norm: dict[str, Any], activation: str, backend: str) -> None:
-    """Group norm by known moments, and activation, of an image; without a norm, the activation alone.
+def group_norm(out: Tensor, x: Tensor, prologue: Prologue, offsets: Tensor | None, backend: str) -> None:
+    """The prologue of a convolution in a pass of its own.
 
-    ``norm`` holds the settings that a convolution takes: ``moments``, ``norm_weight``, ``norm_bias``, ``eps``,
-    ``scale``, ``shift``, and where there are two images, or finer moments, ``skip``, ``skip_moments``, ``norm_groups``.
+    It is group norm by known moments, and activation; without moments the activation alone.
     """
-    if not norm:
+    activation = prologue.activation
+    if prologue.moments is None:
         pointwise(out, [x], [(ACTIVATIONS[activation], 0, 0, 0.0)], backend)
         return
-    norm = dict(norm)
-    arguments = [norm.pop(name) for name in ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift")]
     if uses_triton(x, backend) and merged(out.shape[2:], out.stride()[2:]) is not None:
         from fastens.kernels.group_norm import normalise
 
-        normalise(x, *arguments, activation, **norm, into=out)
+        normalise(x, prologue, offsets, out)
         return
-    moments, weight, bias, eps, scale, shift = arguments
-    image = x if norm.get("skip") is None else torch.cat([x, norm["skip"]], 1)
-    groups = norm.get("norm_groups") or sum(m.shape[1] for m in (moments, norm.get("skip_moments")) if m is not None)
+    image, whole = together(x, prologue)
+    assert whole is not None
     fused = activation if activation in ("none", "silu") else "none"
-    offsets = norm.get("offsets")
-    y = norm_op.group_norm(image, groups, weight, bias, eps, offsets, scale, shift, fused, backend=_named(x, backend))
+    y = norm_op.group_norm(
+        image, whole.shape[1], prologue.norm_weight, prologue.norm_bias, prologue.eps, offsets, prologue.scale,
+        prologue.shift, fused, backend=_named(x, backend),
+    )  # fmt: skip
     out.copy_(y if fused == activation else activate(y, activation))
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 
-from fastens.plan import calls as run
 from fastens.plan.dataflow import Dataflow, split
-from fastens.plan.launch import Entry, Launch, View, factors_through
+from fastens.plan.launch import Code, Conv, Entry, Join, Launch, Pointwise, View, factors_through
 from fastens.plan.record import Ref
 from fastens.plan.versions import contiguous
 from fastens.plan.views import joined
@@ -20,51 +18,46 @@ _MOST_INPUTS, _MOST_INSTRUCTIONS = 8, 16  # of an elementwise launch
 _CHEAP = 1 << 16  # elements that are computed twice sooner than launched once more
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-Code = list[tuple[Opcode, int, int, float]]
 
-
-def is_copy(launch: Launch | None) -> bool:
-    """Whether a launch only copies one operand."""
-    if launch is None or launch.function is not run.pointwise:
-        return False
-    code: Code = launch.args[2]
-    return len(launch.args[1]) == 1 and len(code) == 1 and code[0][0] is Opcode.COPY
+def copied(launch: Launch | None) -> Pointwise | None:
+    """A launch that only copies one operand, none where it does more."""
+    return launch if isinstance(launch, Pointwise) and launch.is_copy else None
 
 
 def read_through_copies(flow: Dataflow, inputs: list[Ref]) -> None:
     """Let what reads a copy read what was copied; inputs are given in the layout and dtype that they are read in."""
-    flow.outputs.args = ([], [_original(flow, view, any_dtype=True) for view in flow.outputs.args[1]])
+    flow.outputs.views = [_original(flow, view, any_dtype=True) for view in flow.outputs.views]
     flow.index()
     for launch in flow.launches:
-        if launch.function is run.conv2d:
+        if isinstance(launch, Conv):
             _read_image(flow, launch, inputs)
     flow.index()
     flow.remove_unread()
     fuse_elementwise(flow)
     for launch in flow.launches:
-        if is_copy(launch):
-            _enter(flow, launch, inputs)
+        if copy := copied(launch):
+            _enter(flow, copy, inputs)
     flow.index()
     fuse_elementwise(flow)
 
 
-def _enter(flow: Dataflow, copy: Launch, inputs: list[Ref]) -> None:
+def _enter(flow: Dataflow, copy: Pointwise, inputs: list[Ref]) -> None:
     """Let an input that is copied to another dtype have that dtype as it comes in."""
-    out, (source,), code = copy.args
+    out, (source,) = copy.out, copy.inputs
     if not _is_input(source, inputs) or flow.dtype(out) not in _FLOATS or flow.dtype(out) == flow.dtype(source):
         return
     ref = inputs[source.where - Slot.ARGUMENTS]
     stride = ref.stride if ref.span == ref.numel else contiguous(ref.size)
     entered = _entered(source, inputs, stride, flow.dtype(out))
     if entered is not None:
-        copy.args = (out, [entered], code)
+        copy.inputs = [entered]
 
 
 def _original(flow: Dataflow, view: View, any_dtype: bool = False) -> View:
     """A view where it was copied from first."""
-    while is_copy(copy := flow.writer(view)) and flow.is_settled(copy):  # pyright: ignore[reportArgumentType]
-        source = copy.args[1][0]  # pyright: ignore[reportOptionalMemberAccess]
-        moved = view.through(copy.args[0], source)  # pyright: ignore[reportOptionalMemberAccess]
+    while (copy := copied(flow.writer(view))) and flow.is_settled(copy):
+        (source,) = copy.inputs
+        moved = view.through(copy.out, source)
         if moved is None or not (any_dtype or flow.dtype(source) == flow.dtype(view)):
             break
         view = moved
@@ -84,14 +77,15 @@ def _entered(view: View, inputs: list[Ref], stride: tuple[int, ...], dtype: torc
     return view.through(whole, View(entry, 0, ref.size, stride))
 
 
-def _read_image(flow: Dataflow, launch: Launch, inputs: list[Ref]) -> None:
+def _read_image(flow: Dataflow, launch: Conv, inputs: list[Ref]) -> None:
     """Let a convolution read an input, or rows that all members share, once."""
-    x: View = launch.args[1]
+    block = launch.block
+    x, weight, bias = block.x, block.weight, block.bias
     dtype = flow.dtype(x)
     offset, dims, where = x.offset, [[(n, s)] if n > 1 else [] for n, s in zip(x.size, x.stride, strict=True)], x.where
     changes = 0
-    while is_copy(copy := flow.writer(View(where, offset, (), ()))) and flow.is_settled(copy):  # pyright: ignore[reportArgumentType]
-        out, source = copy.args[0], copy.args[1][0]  # pyright: ignore[reportOptionalMemberAccess]
+    while (copy := copied(flow.writer(View(where, offset, (), ())))) and flow.is_settled(copy):
+        out, (source,) = copy.out, copy.inputs
         flat = [pair for factors in dims for pair in factors]
         view = View(where, offset, tuple(n for n, _ in flat), tuple(s for _, s in flat))
         found = factors_through(view, out, source)
@@ -111,21 +105,19 @@ def _read_image(flow: Dataflow, launch: Launch, inputs: list[Ref]) -> None:
     if _is_input(view, inputs):
         view = _image_entered(view, inputs, dtype)
     usable = (
-        launch.kwargs["offsets"] is launch.kwargs["mask"] is None
+        block.offsets is block.prologue.mask is None
         and view is not None
         and view.is_dense()
         and flow.dtype(view) == dtype
     )
-    weight, bias = launch.args[2:4]
     if shared and weight.shape[0] == 1:  # of all rows: a member for each time that they are repeated
         weight = weight.expand(x.size[0] // size[0], *weight.shape[1:])
         bias = None if bias is None else bias.expand(len(weight), -1).contiguous()
     members = weight.shape[0]
     whole = x.size[0] == size[0] * (members if shared else 1)
-    plain = launch.kwargs["moments"] is None and launch.kwargs["activation"] == "none"
+    plain = block.prologue.moments is None and block.prologue.activation == "none"
     if usable and whole and (plain or not shared):
-        launch.args = (launch.args[0], view, weight, bias, *launch.args[4:])
-        launch.kwargs["shared"] = shared
+        launch.change(x=view, weight=weight, bias=bias, shared=shared)
 
 
 def _image_entered(view: View, inputs: list[Ref], dtype: torch.dtype) -> View | None:
@@ -140,22 +132,22 @@ def _image_entered(view: View, inputs: list[Ref], dtype: torch.dtype) -> View | 
 def fuse_elementwise(flow: Dataflow) -> None:
     """Compute what an elementwise launch reads from another one in the same launch."""
     for launch in list(flow.launches):
-        while launch.function is run.pointwise and _take_in(flow, launch):
+        while isinstance(launch, Pointwise) and _take_in(flow, launch):
             flow.index()
             flow.remove_unread()
 
 
-def _take_in(flow: Dataflow, launch: Launch) -> bool:
-    out, inputs, code = launch.args
+def _take_in(flow: Dataflow, launch: Pointwise) -> bool:
+    out, inputs, code = launch.out, launch.inputs, launch.code
     for i, view in enumerate(inputs):
         before = flow.writer(view)
-        if before is None or before.function is not run.pointwise or not flow.is_settled(before):
+        if not isinstance(before, Pointwise) or not flow.is_settled(before):
             continue
-        their_out, their_inputs, their_code = before.args
+        their_out, their_inputs, their_code = before.out, before.inputs, before.code
         once = len(flow.readers(view)) == 1
         floats = all(flow.dtype(v) in _FLOATS for v in (their_out, *their_inputs))
         same = all(flow.dtype(v) == flow.dtype(their_out) for v in their_inputs)
-        if not (same if is_copy(before) else floats) or not (once or math.prod(their_out.size) <= _CHEAP):
+        if not (same if before.is_copy else floats) or not (once or math.prod(their_out.size) <= _CHEAP):
             continue
         if len(inputs) - 1 + len(their_inputs) > _MOST_INPUTS or len(code) + len(their_code) > _MOST_INSTRUCTIONS:
             continue
@@ -167,7 +159,8 @@ def _take_in(flow: Dataflow, launch: Launch) -> bool:
             View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))  # pyright: ignore[reportOptionalSubscript]
             for theirs, f in zip(their_inputs, found, strict=True)
         ]
-        launch.args = _inlined(_cut(out, sizes), [_cut(v, sizes) for v in inputs], code, i, moved, their_code)
+        launch.out = _cut(out, sizes)
+        launch.inputs, launch.code = _inlined([_cut(v, sizes) for v in inputs], code, i, moved, their_code)
         return True
     return False
 
@@ -187,10 +180,8 @@ def _cut(view: View, sizes: list[list[int]]) -> View:
     return View(view.where, view.offset, *_flat(strides, sizes))
 
 
-def _inlined(
-    out: View, inputs: list[View], code: Code, at: int, theirs: list[View], their_code: Code
-) -> tuple[Any, ...]:
-    """Arguments of a launch whose input ``at`` is computed from other inputs."""
+def _inlined(inputs: list[View], code: Code, at: int, theirs: list[View], their_code: Code) -> tuple[list[View], Code]:
+    """Inputs and code of a launch whose input ``at`` is computed from other inputs."""
     kept = [view for i, view in enumerate(inputs) if i != at]
     operands = list(dict.fromkeys([*kept, *theirs]))
     registers: dict[int, int] = {}
@@ -204,7 +195,7 @@ def _inlined(
     for i, (opcode, a, b, value) in enumerate(code):
         whole.append((opcode, registers[a], registers.get(b, 0), value))
         registers[len(inputs) + i] = len(operands) + len(whole) - 1
-    return out, operands, _without_copies(whole, len(operands))
+    return operands, _without_copies(whole, len(operands))
 
 
 def _without_copies(code: Code, num_inputs: int) -> Code:
@@ -227,32 +218,29 @@ def _without_copies(code: Code, num_inputs: int) -> Code:
 def write_in_place(flow: Dataflow) -> None:
     """Let elementwise launches write into the image that their results are joined to, where only that reads them."""
     for launch in list(flow.launches):
-        if launch.function is not run.join or launch.args[2] != 1:
+        if not isinstance(launch, Join) or launch.up != 1:
             continue
-        whole, images = launch.args[:2]
-        start, moved = 0, []
-        for image in images:
+        whole, start, moved = launch.out, 0, []
+        for image in launch.images:
             before = flow.part_writer(image)
             part = View(whole.where, whole.offset + start * whole.stride[1], image.size, whole.stride)
             start += image.size[1]
-            alone = before is not None and before.function is run.pointwise and len(flow.readers(image)) == 1
-            out = before.args[0].through(image, part) if alone else None  # pyright: ignore[reportOptionalMemberAccess]
+            alone = isinstance(before, Pointwise) and len(flow.readers(image)) == 1
+            out = before.out.through(image, part) if alone else None
             if out is None or flow.dtype(whole) != flow.dtype(image):
                 break
             moved.append((before, out))
         else:
             for before, out in moved:
-                before.args = (out, *before.args[1:])
+                before.out = out
             flow.swap(launch, None)
 
 
 def tidy(flow: Dataflow) -> None:
     """Elementwise launches over as few dimensions as they have."""
     for launch in flow.launches:
-        if launch.function is run.pointwise:
-            out, inputs, code = launch.args
-            out, *inputs = _joined([out, *inputs])
-            launch.args = (out, inputs, code)
+        if isinstance(launch, Pointwise):
+            launch.out, *launch.inputs = _joined([launch.out, *launch.inputs])
 
 
 def _joined(operands: list[View]) -> list[View]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastens.plan.launch import Entry, Launch, View
+from fastens.plan.launch import Entry, Launch, Outputs, View
 from fastens.plan.memory import Buffer, Kept
 
 _MOST_COMPARED = 1 << 14  # elements of views that are told apart one by one
@@ -21,7 +21,7 @@ class Dataflow:
 
     Attributes:
         launches: in the order in which they run.
-        outputs: a launch that only stands for what reads the outputs of the pass, as its second argument.
+        outputs: stands for what reads the outputs of the pass.
         new_buffer: makes a buffer for a number of elements of a dtype.
 
     Args:
@@ -39,7 +39,7 @@ class Dataflow:
         new_buffer: Callable[[int, torch.dtype], Buffer],
     ) -> None:
         self.launches = launches
-        self.outputs = Launch("outputs", _nothing, ([], outputs))
+        self.outputs = Outputs(outputs)
         self.new_buffer = new_buffer
         self._dtypes = dtypes
         self.index()
@@ -115,7 +115,3 @@ def split(size: int, parts: list[int]) -> list[int]:
 def _elements(view: View) -> set[int]:
     steps = [range(0, n * s, s) if s else (0,) for n, s in zip(view.size, view.stride, strict=True)]
     return {view.offset + sum(place) for place in itertools.product(*steps)}
-
-
-def _nothing(*_: Any) -> None:
-    raise TypeError("the outputs of a pass are no launch")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastens.plan.call import Call
 from fastens.plan.convolution import convolution
 from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, address_unit, or_none
@@ -31,7 +31,7 @@ from fastens.plan.values import (
     Source,
     Stored,
     Value,
-    collect_leaves,
+    instructions,
     mask_step,
 )
 from fastens.program import steps
@@ -43,17 +43,6 @@ _ACTIVATIONS = {
     Activation.GELU_TANH: Opcode.GELU_TANH,
 }
 _POINTWISE_GRAIN = 8192  # elements that are worth a task
-
-
-@dataclasses.dataclass
-class Call:
-    """An operation that no step does: torch runs it between two stretches of steps."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outs: list[Ref]
-    places: dict[Ref, At]
 
 
 class Emitter:
@@ -404,27 +393,11 @@ class Emitter:
         self, root: Leaf | Apply, size: tuple[int, ...], at: At, stride: tuple[int, ...], dtype: int
     ) -> None:
         """Append the steps that compute an expression into a strided place."""
-        leaves: list[Leaf] = []
-        code: list[tuple[Opcode, int, int, float]] = []
-        collect_leaves(root, leaves)
+        leaves, code = instructions(root)
         inputs = []
         for leaf in leaves:
             place, strides, code_of = self.operand(leaf.ref, stride)
             missing = len(size) - len(strides)
             aligned = [0] * missing + [0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)]
             inputs.append(Strided(place, code_of, aligned))  # pyright: ignore[reportArgumentType]
-        registers: dict[int, int] = {}
-
-        def visit(node: Leaf | Apply) -> int:
-            if isinstance(node, Leaf):
-                return leaves.index(node)
-            if id(node) not in registers:
-                numbers = [visit(operand) for operand in node.operands]
-                code.append((node.opcode, numbers[0], numbers[1] if len(numbers) == 2 else 0, node.number))
-                registers[id(node)] = len(leaves) + len(code) - 1
-            return registers[id(node)]
-
-        last = visit(root)
-        if isinstance(root, Leaf):
-            code.append((Opcode.COPY, last, 0, 0.0))
         self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]

@@ -11,17 +11,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastens.kernels._graph import keep
+from fastens.ops.conv2d_sum import sums
 from fastens.plan import attention, elementwise, layers
 from fastens.plan import calls as run
 from fastens.plan.dataflow import Dataflow
-from fastens.plan.launch import Entry, View
+from fastens.plan.launch import Conv, Entry, Launch, View
 from fastens.plan.lowering import Launches
 from fastens.plan.memory import Buffer, Kept, KeptTensors, lay_out
 from fastens.plan.merging import merge
@@ -41,7 +41,7 @@ class _Bound:
 
     inputs: list[tuple[int, Tensor]]
     outputs: list[tuple[Tensor, torch.dtype]]
-    launches: list[tuple[Callable[..., None], Any, Any]]
+    launches: list[tuple[Launch, dict[str, Any]]]
 
     def read(self, given: list[Tensor]) -> None:
         """Copy what the launches read of a call to where they read it."""
@@ -49,15 +49,18 @@ class _Bound:
             static.copy_(given[number], non_blocking=True)
 
     def launch(self, last: int | None, weights: list[float] | None) -> list[Tensor]:
-        """Run all launches; with weights, launch ``last`` sums over the members, and its result is the only one."""
-        if last is None or weights is None:
-            for function, args, kwargs in self.launches:
-                function(*args, **kwargs)
+        """Run all launches, and return the outputs of the pass.
+
+        With weights, launch ``last`` sums its members by them instead of writing each, and only the sum is returned.
+        """
+        summed = None if weights is None else last
+        for i, (launch, operands) in enumerate(self.launches):
+            if i != summed:
+                launch.function(**operands)
+        if summed is None or weights is None:
             return [x for x, _ in self.outputs]
-        for function, args, kwargs in (*self.launches[:last], *self.launches[last + 1 :]):
-            function(*args, **kwargs)
-        _, args, kwargs = self.launches[last]
-        return [run.conv2d_sum(weights, *args[1:], **kwargs)]
+        _, operands = self.launches[summed]
+        return [run.conv2d_sum(weights, operands["block"], operands["backend"])]
 
     def copies(self, results: list[Tensor]) -> list[Tensor]:
         """The results in memory of their own, and of the dtypes of the pass."""
@@ -90,7 +93,7 @@ class LaunchPlan:
         outputs = [View(first + i, 0, ref.size, contiguous(ref.size)) for i, ref in enumerate(results)]
         flow = Dataflow(Launches(emitter, device, backend).list, outputs, slots, emitter.buffer)
         merge(flow, self._inputs, constants)
-        self._launches, self._outputs = flow.launches, flow.outputs.args[1]
+        self._launches, self._outputs = flow.launches, flow.outputs.views
         self._slots = {view.where: (view.size, dtype) for view, dtype in zip(outputs, self._dtypes, strict=True)}
         self._last = self._summable(flow)
         self.sums = self._last is not None
@@ -112,23 +115,21 @@ class LaunchPlan:
     @property
     def ways(self) -> dict[str, int]:
         """How many convolutions run in each way, as far as the choices have been made."""
-        found = [run.conv2d_way(*args, **kwargs) for f, args, kwargs in self._bound.launches if f is run.conv2d]
-        return Counter(way or "not measured yet" for way in found)
+        bound = [operands for launch, operands in self._bound.launches if isinstance(launch, Conv)]
+        return Counter(run.conv2d_way(**operands) or "not measured yet" for operands in bound)
 
     def _summable(self, flow: Dataflow) -> int | None:
         """The number of the convolution that makes the only output, where it may sum over the members."""
         source, *others = self._outputs
         last = flow.writer(source)
-        if others or last is None or last.function is not run.conv2d or len(flow.readers(source)) != 1:
+        if others or not isinstance(last, Conv) or len(flow.readers(source)) != 1:
             return None
-        (out, x, weight, _, stride, padding), settings = last.args, last.kwargs
+        out, block = last.out, last.block
         whole = source.size == out.size and source.same_image(out) and self._dtypes == [flow.dtype(out)]
-        space = zip(x.size[2:], weight.shape[3:], stride, padding, strict=True)
+        space = zip(block.x.size[2:], block.weight.shape[3:], block.stride, block.padding, strict=True)
         symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
-        plain = all(settings[name] is None for name in ("row_bias", "residual", "skip", "offsets", "mask"))
-        plain = plain and not settings["shared"] and weight.shape[0] == self._num_members
-        plain = plain and settings["output_scale"] == 1 and settings["output_activation"] == "none"
-        plain = plain and not settings["norm_groups"] and "found" not in settings
+        plain = sums(block) and last.moments is None and len(block.weight) == self._num_members
+        plain = plain and not block.prologue.norm_groups
         return flow.position(last) if whole and symmetric and plain else None
 
     def _bind(self) -> _Bound:
@@ -160,7 +161,7 @@ class LaunchPlan:
                 whole = slot(where)
             return whole.as_strided(view.size, view.stride, start)
 
-        launches = [(x.function, *mapped(View, tensor, (x.args, x.kwargs))) for x in self._launches]
+        launches = [(launch, mapped(View, tensor, launch.operands)) for launch in self._launches]
         outputs = list(zip(map(tensor, self._outputs), self._dtypes, strict=True))
         inputs = [(number, made) for where, (made, number) in slots.items() if where not in self._slots]
         return _Bound(inputs, outputs, launches)

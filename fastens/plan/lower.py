@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastens.plan.emit import Call, Emitter
+from fastens.plan.call import Call
+from fastens.plan.emit import Emitter
 from fastens.plan.memory import At, address_unit
 from fastens.plan.record import Node, NotLowerable, Ref, mapped, same_view
 from fastens.plan.values import (

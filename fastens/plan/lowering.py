@@ -12,21 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.plan import calls as run
-from fastens.plan.call import call
-from fastens.plan.emit import Call
-from fastens.plan.launch import Launch, View
+from fastens.plan.call import Call
+from fastens.plan.launch import (
+    Attention,
+    Code,
+    Conv,
+    Draw,
+    Gather,
+    GroupNorm,
+    Join,
+    Launch,
+    LayerNorm,
+    Masked,
+    Moments,
+    Pointwise,
+    TorchCall,
+    View,
+)
 from fastens.plan.lower import constants_of
 from fastens.plan.memory import At, Buffer, Kept, address_unit
 from fastens.plan.record import NotLowerable, Ref, mapped
 from fastens.plan.typed import Normalised, TypedEmitter
 from fastens.program import steps
+from fastens.program.block import ConvBlock, Epilogue, Prologue
 from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Strided
 from fastens.reference.group_moments import counts
 
 _NO_MASK = steps.Mask()
 _WORD = 32  # channels of a word of a mask
-_NOTHING_BEHIND = {"residual": None, "output_scale": 1.0, "output_activation": "none"}
-_NO_NORM = {"moments": None, "skip_moments": None, "norm_groups": 0}
 _ACTIVATIONS = {int(a): a.name.lower() for a in Activation}
 
 
@@ -107,7 +120,7 @@ class Launches:
         if key not in self._joined:
             channels = sum(image.size[1] for image in images)
             whole = self._fresh((images[0].size[0], channels, height, width), self._dtype(images[0]))
-            self.add("join", run.join, whole, images, up, backend=self.backend)
+            self.list.append(Join(whole, images, up, self.backend))
             self._joined[key] = whole
         return self._joined[key]
 
@@ -122,12 +135,6 @@ class Launches:
             return None
         values: Tensor = at.where.tensor
         return (values[None] if values.ndim == 1 else values.flatten(1))[:, :channels].contiguous()
-
-    def add(self, name: str, function: Callable[..., None], *args: Any, **kwargs: Any) -> Launch:
-        """Append a launch."""
-        launch = Launch(name, function, args, kwargs)
-        self.list.append(launch)
-        return launch
 
     def _offsets(self, step: Any) -> View | None:
         """Where each member's rows begin, [K+1], of a step whose rows are dealt out in every call.
@@ -149,77 +156,77 @@ class Launches:
         spans = len(counts(step.height * step.width))
         size, stride = (step.rows, step.groups, spans, 2), (step.groups * spans * 2, spans * 2, 2, 1)
         moments = View(self.emitter.buffer(math.prod(size)), 0, size, stride)
-        self.add("moments", run.moments, moments, image, step.groups, self.backend)
+        self.list.append(Moments(moments, image, step.groups, self.backend))
         self._norms[step.out_scale.where] = _Statistics(image, moments, step)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _settings(self, found: _Statistics) -> dict[str, Any]:
+    def _prologue(self, of: _Statistics) -> Prologue[View]:
         """The norm as a convolution applies it."""
-        step, channels = found.step, found.image.size[1]
-        return {
-            "moments": found.moments,
-            "skip_moments": None,
-            "norm_groups": 0,
-            "offsets": self._offsets(step),
-            "norm_weight": self._stack(step.weight, channels),
-            "norm_bias": self._stack(step.bias, channels),
-            "eps": step.eps,
-            "scale": self._rows(step.row_scale, step.row_scale_row, step.rows, channels),
-            "shift": self._rows(step.row_shift, step.row_shift_row, step.rows, channels),
-        }
+        step, channels = of.step, of.image.size[1]
+        return Prologue(
+            moments=of.moments,
+            norm_weight=self._stack(step.weight, channels),
+            norm_bias=self._stack(step.bias, channels),
+            eps=step.eps,
+            scale=self._rows(step.row_scale, step.row_scale_row, step.rows, channels),
+            shift=self._rows(step.row_shift, step.row_shift_row, step.rows, channels),
+        )
 
-    def _normed(self, scale: Any, sources: tuple[Image, Image], up: int, height: int, width: int) -> tuple[Any, Any]:
+    def _normed(
+        self, scale: Any, sources: tuple[Image, Image], up: int, height: int, width: int
+    ) -> tuple[View, Prologue[View]]:
         """The image that is normalised, and the norm; a norm of what is enlarged is computed before."""
-        found = self._norms[scale.where]
+        if scale == NONE:
+            return self._source(sources, up, height, width), Prologue()
+        of = self._norms[scale.where]
         if up == 1:
-            return self._source(sources, 1, height, width), self._settings(found)
-        rows, channels = found.image.size[:2]
-        small = self._fresh((rows, channels, height // up, width // up), self._dtype(found.image))
+            return self._source(sources, 1, height, width), self._prologue(of)
+        rows, channels = of.image.size[:2]
+        small = self._fresh((rows, channels, height // up, width // up), self._dtype(of.image))
         image = self._source(sources, 1, height // up, width // up)
-        self.add("group norm", run.group_norm, small, image, self._settings(found), "none", self.backend)
+        self.list.append(GroupNorm(small, image, self._prologue(of), self._offsets(of.step), self.backend))
         large = self._fresh((rows, channels, height, width), self._dtype(small))
-        self.add("join", run.join, large, [small], up, backend=self.backend)
-        return large, {}
+        self.list.append(Join(large, [small], up, self.backend))
+        return large, Prologue()
 
     def _normalised(self, step: Normalised) -> None:
-        out = self._image(step.out, step.height, step.width)
-        image, norm = self._normed(step.table_scale, step.sources, step.up, step.height, step.width)
-        self.add("group norm", run.group_norm, out, image, norm, _ACTIVATIONS[step.act_in], self.backend)
+        self._activated(self._image(step.out, step.height, step.width), step, step.table_scale, step.up, step.act_in)
+
+    def _activated(self, out: View, step: Normalised | steps.Drop, scale: Any, up: int, activation: int) -> None:
+        """Norm and activation into memory."""
+        image, prologue = self._normed(scale, step.sources, up, step.height, step.width)
+        prologue = prologue._replace(activation=_ACTIVATIONS[activation])
+        offsets = self._offsets(self._norms[scale.where].step) if prologue.moments is not None else None
+        self.list.append(GroupNorm(out, image, prologue, offsets, self.backend))
 
     def _conv(self, step: steps.Conv) -> None:
         out = self._image(step.out, step.out_h, step.out_w)
-        norm: dict[str, Any] = {"offsets": self._offsets(step)}
-        if step.table_scale != NONE:
-            x, before = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
-            norm = before | norm
-        else:
-            x = self._source(step.sources, step.up, step.in_h, step.in_w)
+        x, before = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
         weight: Tensor = step.weight.where.tensor  # pyright: ignore[reportAttributeAccessIssue]
-        bias = _of_each(self._stack(step.bias, step.out_channels), len(weight))
-        norm |= {name: _of_each(norm[name], len(weight)) for name in ("norm_weight", "norm_bias") if name in norm}
+        mask, mask_scale = self._mask(step, weight)
+        before = before._replace(
+            norm_weight=_of_each(before.norm_weight, len(weight)), norm_bias=_of_each(before.norm_bias, len(weight)),
+            activation=_ACTIVATIONS[step.act_in], mask=mask, mask_scale=mask_scale,
+        )  # fmt: skip
         row_bias = self._rows(step.row_vector, step.row_vector_row, step.rows, step.out_channels)
         residual = self._image(step.residual, step.out_h, step.out_w) if step.residual.channels else None
         if x.size[0] != step.rows or (residual is not None and residual.size[0] != step.rows):
             raise NotLowerable("rows that share an image, in launches")
-        behind = {
-            "residual": residual, "output_scale": step.scale, "output_activation": _ACTIVATIONS[step.act_out],
-        }  # fmt: skip
+        behind = Epilogue(row_bias, residual, step.scale, _ACTIVATIONS[step.act_out])
         dropped = step.mask_out != _NO_MASK
         result = self._fresh(out.size, self._dtype(out)) if dropped else out
-        self.add(
-            "conv2d", run.conv2d, result, x, weight, bias, (step.stride_h, step.stride_w),
-            (step.pad_top, step.pad_left), backend=self.backend, **(_NO_NORM | norm),
-            activation=_ACTIVATIONS[step.act_in], row_bias=row_bias, **(_NOTHING_BEHIND if dropped else behind),
-            shared=False, skip=None, **self._mask(step, weight),
+        block = ConvBlock(
+            x, weight, _of_each(self._stack(step.bias, step.out_channels), len(weight)),
+            (step.stride_h, step.stride_w), (step.pad_top, step.pad_left), self._offsets(step), prologue=before,
+            epilogue=Epilogue(row_bias) if dropped else behind,
         )  # fmt: skip
+        self.list.append(Conv(result, block, None, self.backend))
         if dropped:
-            self._behind_mask(step, result, out, **behind)
+            self._behind_mask(step, result, out, behind)
 
-    def _behind_mask(
-        self, step: steps.Conv, result: View, out: View, residual: View | None, output_scale: float,
-        output_activation: str,
-    ) -> None:  # fmt: skip
+    def _behind_mask(self, step: steps.Conv, result: View, out: View, behind: Epilogue[View]) -> None:
         """Drop elements of a convolution's result, and then what else is behind it."""
-        code: list[tuple[Opcode, int, int, float]] = []
+        residual, output_scale, output_activation = behind.residual, behind.output_scale, behind.output_activation
+        code: Code = []
         inputs = [result] if residual is None else [result, residual]
 
         def last() -> int:
@@ -233,10 +240,10 @@ class Launches:
             code.append((run.ACTIVATIONS[output_activation], last(), 0, 0.0))
         kept = self._fresh(out.size, self._dtype(out)) if code else out
         bits = self._bits_of(step.mask_out, step.out_channels, step.out_h, step.out_w, step.rows)
-        self.add("masked", run.masked, kept, result, bits, step.mask_out.scale, self.backend)
+        self.list.append(Masked(kept, result, bits, step.mask_out.scale, self.backend))
         if code:
             inputs[0] = kept
-            self.add("pointwise", run.pointwise, out, inputs, code, backend=self.backend)
+            self.list.append(Pointwise(out, inputs, code, self.backend))
 
     def _draw(self, step: steps.Draw) -> None:
         size = (step.rows, step.pixels, -(-step.channels // _WORD))
@@ -247,32 +254,29 @@ class Launches:
         which = step.key.num_bytes // 8 - 1  # pyright: ignore[reportAttributeAccessIssue]
         members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
         samples = self.view(step.samples, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
-        self.add(
-            "draw", run.draw, [bits], drawn, [which], members, samples, step.rows_per_member, step.threshold,
-            [step.channels], [(step.pixel_step, step.channel_step)], self.backend,
+        self.list.append(
+            Draw([bits], drawn, [which], members, samples, step.rows_per_member, step.threshold, [step.channels],
+                 [(step.pixel_step, step.channel_step)], self.backend)
         )  # fmt: skip
         self._bits[step.out.where] = bits  # pyright: ignore[reportAttributeAccessIssue]
 
     def _drop(self, step: steps.Drop) -> None:
         out = self._image(step.out, step.height, step.width)
-        activation = _ACTIVATIONS[step.activation]
-        x, norm = self._source(step.sources, 1, step.height, step.width), {}
-        if step.table_scale != NONE:
-            x, norm = self._normed(step.table_scale, step.sources, 1, step.height, step.width)
-        if norm or activation != "none":
-            before = self._fresh(out.size, self._dtype(out))
-            self.add("group norm", run.group_norm, before, x, norm, activation, self.backend)
-            x = before
+        if step.table_scale == NONE and step.activation == Activation.NONE:
+            x = self._source(step.sources, 1, step.height, step.width)
+        else:
+            x = self._fresh(out.size, self._dtype(out))
+            self._activated(x, step, step.table_scale, 1, step.activation)
         bits = self._bits_of(step.mask, out.size[1], step.height, step.width, step.rows)
-        self.add("masked", run.masked, out, x, bits, step.mask.scale, self.backend)
+        self.list.append(Masked(out, x, bits, step.mask.scale, self.backend))
 
-    def _mask(self, step: steps.Conv, weight: Tensor) -> dict[str, Any]:
-        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, ceil(C / 32)]."""
+    def _mask(self, step: steps.Conv, weight: Tensor) -> tuple[View | Tensor | None, float]:
+        """The bits of what dropout keeps of a convolution's input, int32 [K or R, H, W, words], and its factor."""
         if step.mask_in == _NO_MASK:
-            return {"mask": None, "mask_scale": 1.0}
+            return None, 1.0
         by_weights = weight.shape[0] if step.mask_in.members == step.members else 0
         bits = self._bits_of(step.mask_in, weight.shape[2], step.in_h, step.in_w, step.rows, by_weights)
-        return {"mask": bits, "mask_scale": step.mask_in.scale}
+        return bits, step.mask_in.scale
 
     def _bits_of(
         self, mask: steps.Mask, channels: int, height: int, width: int, rows: int, by_weights: int | None = None
@@ -301,7 +305,7 @@ class Launches:
         size, stride = (rows, *kept.shape[1:]), kept.stride()
         gathered = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
         members = self.view(mask.members, (rows,), (1,))  # pyright: ignore[reportArgumentType]
-        self.add("gather", run.gather, gathered, kept, members)
+        self.list.append(Gather(gathered, kept, members))
         return gathered
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
@@ -317,7 +321,7 @@ class Launches:
             opcode, number = self._as_torch(Opcode(word & 0xFFFF), float(number))
             code.append((opcode, word >> 16 & 0xFFFF, word >> 32, number))
         inputs = [self._operand(x, step.sizes) for x in step.inputs[: step.num_inputs]]
-        self.add("pointwise", run.pointwise, self._operand(step.out, step.sizes), inputs, code, backend=self.backend)
+        self.list.append(Pointwise(self._operand(step.out, step.sizes), inputs, code, self.backend))
         written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
         self._joined = {
             key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
@@ -334,7 +338,7 @@ class Launches:
         x = self.view(step.source, size, (step.source_row, step.source_token, 1))  # pyright: ignore[reportArgumentType]
         out = self.view(step.out, size, (step.out_row, step.out_token, 1))  # pyright: ignore[reportArgumentType]
         weight, bias = (self._stack(at, step.channels) for at in (step.weight, step.bias))
-        self.add("layer norm", run.layer_norm, out, x, weight, bias, step.eps, self.backend, self._offsets(step))
+        self.list.append(LayerNorm(out, x, weight, bias, step.eps, self.backend, self._offsets(step)))
 
     def _gather(self, step: steps.Gather) -> None:
         size = (step.rows, step.count)
@@ -342,17 +346,19 @@ class Launches:
         lines = (self.emitter.num_members, step.count)
         table = self.view(step.table, lines, (step.count, 1))  # pyright: ignore[reportArgumentType]
         members = self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
-        self.add("gather", run.gather, out, table, members)
+        self.list.append(Gather(out, table, members))
 
     def _attention(self, step: steps.Attention) -> None:
         def heads(of: steps.Heads, tokens: int, width: int) -> View:
             size = (step.rows, step.heads, tokens, width)
             return self.view(of.at, size, (of.row, of.head, of.token, of.channel))  # pyright: ignore[reportArgumentType]
 
-        self.add(
-            "attention", run.attention, heads(step.out, step.queries, step.value_width),
-            heads(step.q, step.queries, step.width), heads(step.k, step.keys, step.width),
-            heads(step.v, step.keys, step.value_width), step.scale, backend=self.backend,
+        self.list.append(
+            Attention(
+                heads(step.out, step.queries, step.value_width), heads(step.q, step.queries, step.width),
+                heads(step.k, step.keys, step.width), heads(step.v, step.keys, step.value_width), step.scale,
+                self.backend,
+            )
         )  # fmt: skip
 
     def _call(self, step: Call) -> None:
@@ -364,7 +370,7 @@ class Launches:
 
         args, kwargs = constants_of(self.emitter, (step.args, step.kwargs))
         args, kwargs = mapped(Ref, seen, (args, kwargs))
-        self.add(str(step.func), call, [seen(out) for out in step.outs], step.func, args, kwargs)
+        self.list.append(TorchCall([seen(out) for out in step.outs], step.func, args, kwargs))
 
 
 def _of_each(values: Tensor | None, num_members: int) -> Tensor | None:

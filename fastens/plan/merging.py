@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
@@ -9,18 +10,17 @@ from typing import Any
 
 import torch
 
-from fastens.plan import calls as run
 from fastens.plan.copies import fuse_elementwise, read_through_copies, tidy, write_in_place
 from fastens.plan.dataflow import Dataflow
-from fastens.plan.launch import Launch, View
+from fastens.plan.launch import Attention, Conv, Draw, Launch, Linear, LinearGroup, Pointwise, View
 from fastens.plan.memory import KeptTensors
 from fastens.plan.moments import place_moments, skip_joins
 from fastens.plan.record import Ref
 from fastens.plan.views import joined
+from fastens.program.block import ConvBlock
 from fastens.program.steps import Opcode
 
 _MOST_DRAWN = 64 * 2**20  # bytes of masks that are held at a time so that one launch draws them
-_BEHIND = ("row_bias", "residual", "found")
 
 
 def merge(flow: Dataflow, inputs: list[Ref], constants: KeptTensors) -> None:
@@ -47,15 +47,17 @@ def merge(flow: Dataflow, inputs: list[Ref], constants: KeptTensors) -> None:
     flow.remove_unread()
 
 
-def _is_linear(launch: Launch) -> bool:
+def _reads_pixels(block: ConvBlock[View]) -> bool:
     """Whether a convolution reads each pixel by itself, and has nothing before it."""
-    if launch.function is not run.conv2d:
-        return False
-    _, _, weight, _, stride, padding = launch.args
-    settings = launch.kwargs
-    alone = weight.shape[3:].numel() == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
-    nothing = settings["moments"] is settings["mask"] is settings["skip"] is None
-    return alone and nothing and settings["activation"] == "none" and not settings["shared"]
+    alone = block.weight.shape[3:].numel() == 1 and tuple(block.stride) == (1, 1) and tuple(block.padding) == (0, 0)
+    return alone and block.begins_plain and not block.shared
+
+
+def _linear(launch: Launch) -> Conv | None:
+    """A convolution that is a linear layer of the channels, but for factor and activation behind it; or none."""
+    if not isinstance(launch, Conv) or launch.moments is not None or not _reads_pixels(launch.block):
+        return None
+    return launch if launch.block.epilogue.row_bias is launch.block.epilogue.residual is None else None
 
 
 # What is behind a convolution
@@ -64,12 +66,12 @@ def _is_linear(launch: Launch) -> bool:
 def add_residuals(flow: Dataflow) -> None:
     """Let convolutions add what an elementwise launch adds to their result, and multiply by its number."""
     for launch in list(flow.launches):
-        if launch.function is run.pointwise:
+        if isinstance(launch, Pointwise):
             _added(flow, launch)
 
 
-def _added(flow: Dataflow, launch: Launch) -> None:
-    out, inputs, code = launch.args
+def _added(flow: Dataflow, launch: Pointwise) -> None:
+    out, inputs, code = launch.out, launch.inputs, launch.code
     added = code[0][0] is Opcode.ADD and len(inputs) == 2 and {code[0][1], code[0][2]} == {0, 1}
     rest = code[1:] if added else code
     if (len(inputs) != 1 and not added) or len(rest) > 1 or not all(c[0] is Opcode.MULTIPLY_NUMBER for c in rest):
@@ -77,13 +79,12 @@ def _added(flow: Dataflow, launch: Launch) -> None:
     factor = rest[0][3] if rest else 1.0
     for i in range(len(inputs)):
         before = flow.writer(inputs[i])
-        if before is None or before.function is not run.conv2d or len(flow.readers(inputs[i])) != 1:
+        if not isinstance(before, Conv) or len(flow.readers(inputs[i])) != 1:
             continue
-        settings, result = before.kwargs, before.args[0]
-        free = settings["output_activation"] == "none" and "found" not in settings and flow.is_settled(before)
-        if added:
-            free = free and settings["residual"] is None
-        free = free and settings["output_scale"] == 1  # two numbers as their product would round once, not twice
+        behind, result = before.block.epilogue, before.out
+        free = behind.output_activation == "none" and before.moments is None and flow.is_settled(before)
+        free = free and not (added and behind.residual is not None)
+        free = free and behind.output_scale == 1  # two numbers as their product would round once, not twice
         if not free or not _covers(inputs[i], result) or flow.writer(out) is None:
             continue
         if any(flow.dtype(view) != flow.dtype(result) for view in (out, *inputs)):
@@ -92,9 +93,8 @@ def _added(flow: Dataflow, launch: Launch) -> None:
         residual = result.through(inputs[i], inputs[1 - i]) if added else None
         if new is None or not new.is_dense() or (added and (residual is None or not residual.is_dense())):
             continue
-        before.args = (new, *before.args[1:])
-        settings["output_scale"] = factor
-        settings["residual"] = residual if added else settings["residual"]
+        before.out = new
+        before.change(output_scale=factor, residual=residual if added else behind.residual)
         flow.launches.remove(before)
         flow.swap(launch, before)
         return
@@ -113,31 +113,30 @@ def _extent(view: View) -> tuple[int, Any]:
 def activate_once(flow: Dataflow) -> None:
     """Apply an activation where a vector is made, where all linear layers that read it apply it."""
     for launch in flow.launches:
-        if (
-            launch.function is not run.conv2d
-            or launch.kwargs["output_activation"] != "none"
-            or "found" in launch.kwargs
-        ):
+        if not isinstance(launch, Conv) or launch.block.epilogue.output_activation != "none" or launch.moments:
             continue
-        out = launch.args[0]
-        readers = flow.readers(out)
-        kinds = {_before(reader, out) for reader in readers}
+        readers = flow.readers(launch.out)
+        kinds = {_before(reader, launch.out) for reader in readers}
         if (
-            flow.writer(out) is launch
+            flow.writer(launch.out) is launch
             and len(readers) > 1
             and len(kinds) == 1
             and kinds <= {"silu", "gelu", "gelu_tanh"}
         ):
-            launch.kwargs["output_activation"] = kinds.pop()
+            launch.change(output_activation=kinds.pop())
             for reader in readers:
-                reader.kwargs["activation"] = "none"
+                if isinstance(reader, Conv):  # they all are: nothing else has an activation before it
+                    reader.change(activation="none")
 
 
 def _before(launch: Launch, view: View) -> str:
     """The activation that a convolution applies to a view, and nothing where it does more, or reads it otherwise."""
-    if launch.function is not run.conv2d or not launch.args[1].same_image(view) or launch.kwargs["moments"] is not None:
+    if not isinstance(launch, Conv) or not launch.block.x.same_image(view):
         return ""
-    return launch.kwargs["activation"] if [v.where for v in launch.reads()].count(view.where) == 1 else ""
+    if launch.block.prologue.moments is not None:
+        return ""
+    once = [v.where for v in launch.reads()].count(view.where) == 1
+    return launch.block.prologue.activation if once else ""
 
 
 # Layers that read the same
@@ -145,25 +144,28 @@ def _before(launch: Launch, view: View) -> str:
 
 def stack_layers(flow: Dataflow, constants: KeptTensors) -> None:
     """One convolution for several of the same normalised image, whose results lie side by side."""
-    groups: dict[Any, list[Launch]] = defaultdict(list)
+    groups: dict[Any, list[Conv]] = defaultdict(list)
     for launch in flow.launches:
-        if launch.function is not run.conv2d or _is_linear(launch) or any(launch.kwargs.get(n) for n in _BEHIND):
+        if not isinstance(launch, Conv) or launch.moments or _reads_pixels(launch.block):
             continue
-        _, x, weight, bias, *rest = launch.args
-        same = {name: _identity(value) for name, value in launch.kwargs.items()}
-        key = (x, tuple(weight.shape[3:]), weight.dtype, bias is None, *map(tuple, rest), *sorted(same.items()))
-        groups[key].append(launch)
+        block = launch.block
+        if block.epilogue.row_bias is block.epilogue.residual is None:
+            own = block._replace(weight=None, bias=None)  # pyright: ignore[reportArgumentType]
+            of_weights = (tuple(block.weight.shape[3:]), block.weight.dtype, block.bias is None)
+            groups[of_weights, *map(_identity, own.flat()), launch.backend].append(launch)
     for group in groups.values():
         if len(group) > 1:
             _stacked(flow, group, constants)
 
 
 def _identity(value: Any) -> Any:
-    return (value.data_ptr(), tuple(value.shape)) if isinstance(value, torch.Tensor) else str(value)
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), tuple(value.shape)
+    return value if isinstance(value, View) else str(value)
 
 
-def _stacked(flow: Dataflow, group: list[Launch], constants: KeptTensors) -> None:
-    outs = [launch.args[0] for launch in group]
+def _stacked(flow: Dataflow, group: list[Conv], constants: KeptTensors) -> None:
+    outs = [launch.out for launch in group]
     total = sum(out.size[1] for out in outs)
     rows, _, height, width = outs[0].size
     moved: list[tuple[Launch, View, View]] = []
@@ -176,36 +178,31 @@ def _stacked(flow: Dataflow, group: list[Launch], constants: KeptTensors) -> Non
         for reader in flow.readers(out):
             for view in reader.reads():
                 new = view.through(out, part) if view.where is out.where else view
-                fits = reader.function is run.attention or (reader.function is run.pointwise)
-                if new is None or not fits:
+                if new is None or not isinstance(reader, Attention | Pointwise):
                     return
                 if view.where is out.where:
                     moved.append((reader, view, new))
         start += out.size[1]
     first = group[0]
-    weights, biases = [launch.args[2] for launch in group], [launch.args[3] for launch in group]
-    weight, bias = constants.joined(weights), None if biases[0] is None else constants.joined(biases)
-    out = View(whole, 0, (rows, total, height, width), (height * width * total, 1, width * total, total))
+    weight = constants.joined([launch.block.weight for launch in group])
+    biases = [launch.block.bias for launch in group if launch.block.bias is not None]
+    first.change(weight=weight, bias=constants.joined(biases) if biases else None)
+    first.out = View(whole, 0, (rows, total, height, width), (height * width * total, 1, width * total, total))
     for reader, old, new in moved:
         reader.replace(old, new)
     for launch in group[1:]:
         flow.launches.remove(launch)
-    first.args = (out, first.args[1], weight, bias, *first.args[4:])
     flow.index()
 
 
 def part_vectors(flow: Dataflow) -> None:
     """Let a layer whose results are read in parts, as scale and shift are, be several, each with memory of its own."""
     for launch in list(flow.launches):
-        plain = _is_linear(launch) and not any(launch.kwargs.get(name) for name in _BEHIND)
-        out: View = launch.args[0]
-        if (
-            not plain
-            or launch.kwargs["offsets"] is not None
-            or flow.writer(out) is not launch
-            or not out.is_dense()
-            or out.size[2:] != (1, 1)
-        ):
+        conv = _linear(launch)
+        if conv is None or conv.block.offsets is not None:
+            continue
+        out = conv.out
+        if flow.writer(out) is not conv or not out.is_dense() or out.size[2:] != (1, 1):
             continue
         reads = [(reader, view) for reader in flow.readers(out) for view in reader.reads() if view.where is out.where]
         parts = sorted({(view.offset, view.size[-1]) for _, view in reads})
@@ -214,17 +211,15 @@ def part_vectors(flow: Dataflow) -> None:
         apart = all(start + size <= other for (start, size), (other, _) in itertools.pairwise(parts))
         if len(parts) < 2 or not vectors or not apart or flow.outputs in flow.readers(out):
             continue
-        weight, bias = launch.args[2:4]
+        weight, bias = conv.block.weight, conv.block.bias
         made: dict[tuple[int, int], View] = {}
         at = flow.position(launch)
         flow.launches.pop(at)
         for start, size in parts:
             new = View(flow.new_buffer(rows * size, flow.dtype(out)), 0, (rows, size, 1, 1), (size, 1, size, size))
-            stacks = weight[:, start : start + size], None if bias is None else bias[:, start : start + size]
-            flow.launches.insert(
-                at, Launch(launch.name, launch.function, (new, launch.args[1], *stacks, *launch.args[4:]),
-                           dict(launch.kwargs)),
-            )  # fmt: skip
+            part = slice(start, start + size)
+            block = conv.block.replace(weight=weight[:, part], bias=None if bias is None else bias[:, part])
+            flow.launches.insert(at, dataclasses.replace(conv, out=new, block=block))
             made[start, size] = View(new.where, 0, (rows, size), (size, 1))
         for reader, view in reads:
             reader.replace(view, made[view.offset, view.size[1]])
@@ -233,23 +228,21 @@ def part_vectors(flow: Dataflow) -> None:
 
 def name_linear_layers(flow: Dataflow) -> None:
     """Let linear layers that read the same vectors run in one launch, and others in that of linear layers."""
-    groups: dict[Any, list[Launch]] = defaultdict(list)
+    groups: dict[Any, list[Conv]] = defaultdict(list)
     for launch in flow.launches:
-        plain = _is_linear(launch) and not any(launch.kwargs.get(name) for name in _BEHIND)
-        if plain and launch.kwargs["output_scale"] == 1 and flow.writer(launch.args[0]) is launch:
-            out, x = launch.args[:2]
-            offsets = launch.kwargs["offsets"]
-            alone = None if offsets is None else out
-            groups[x, launch.kwargs["output_activation"], out.size[2:], alone].append(launch)
+        conv = _linear(launch)
+        if conv is not None and conv.block.epilogue.output_scale == 1 and flow.writer(conv.out) is conv:
+            block, alone = conv.block, None if conv.block.offsets is None else conv.out
+            groups[block.x, block.epilogue.output_activation, conv.out.size[2:], alone].append(conv)
     for (x, activation, _, _), group in groups.items():
-        first, backend = group[0], group[0].kwargs["backend"]
-        outs, weights, biases = ([launch.args[i] for launch in group] for i in (0, 2, 3))
+        first = group[0]
         if len(group) == 1:
-            new = Launch(
-                "linear", run.linear, (outs[0], x, weights[0], biases[0], activation, backend, first.kwargs["offsets"])
-            )
+            block = first.block
+            new = Linear(first.out, x, block.weight, block.bias, activation, first.backend, block.offsets)
         else:
-            new = Launch("linear group", run.linear_group, (outs, x, weights, biases, activation, backend))
+            outs, blocks = [conv.out for conv in group], [conv.block for conv in group]
+            weights, biases = [block.weight for block in blocks], [block.bias for block in blocks]
+            new = LinearGroup(outs, x, weights, biases, activation, first.backend)
         for launch in group[1:]:
             flow.launches.remove(launch)
         flow.swap(first, new)
@@ -257,19 +250,18 @@ def name_linear_layers(flow: Dataflow) -> None:
 
 def draw_together(flow: Dataflow) -> None:
     """Let one launch draw the masks of all dropouts, which depend on inputs of the pass alone."""
-    groups: dict[Any, list[Launch]] = defaultdict(list)
+    groups: dict[Any, list[Draw]] = defaultdict(list)
     for launch in flow.launches:
-        if launch.function is run.draw:
-            _, drawn, _, *rows, threshold, _, _, backend = launch.args
-            groups[drawn, *rows, threshold, backend].append(launch)
+        if isinstance(launch, Draw):
+            rows = (launch.members, launch.samples, launch.rows_per_member)
+            groups[launch.drawn, *rows, launch.threshold, launch.backend].append(launch)
     for group in groups.values():
-        held = sum(bits.where.num_bytes for launch in group for bits in launch.args[0])
+        held = sum(bits.where.num_bytes for launch in group for bits in launch.bits)
         if len(group) == 1 or held > _MOST_DRAWN:
             continue
         first, *others = group
-        bits, keys, channels, steps = ([x for launch in group for x in launch.args[i]] for i in (0, 2, 7, 8))
-        _, drawn, _, *rows, threshold, _, _, backend = first.args
-        first.args = (bits, drawn, keys, *rows, threshold, channels, steps, backend)
         for launch in others:
+            first.bits, first.keys = first.bits + launch.bits, first.keys + launch.keys
+            first.channels, first.steps = first.channels + launch.channels, first.steps + launch.steps
             flow.launches.remove(launch)
         flow.index()

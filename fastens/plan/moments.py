@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fastens.plan import calls as run
 from fastens.plan.dataflow import Dataflow
-from fastens.plan.launch import Launch, View
+from fastens.plan.launch import Conv, GroupNorm, Join, Launch, Moments, MomentsOfTwo, View
 from fastens.reference.group_moments import counts
 
 
@@ -18,7 +17,7 @@ from fastens.reference.group_moments import counts
 class _Wanted:
     """Moments that a norm reads: of which images, in how many groups of all their channels."""
 
-    launch: Launch
+    launch: Moments
     images: list[View]
     groups: int
 
@@ -31,47 +30,46 @@ class _Wanted:
 def skip_joins(flow: Dataflow) -> None:
     """Let convolutions read two joined images where they are; moments of the joined image stay for later."""
     for join in list(flow.launches):
-        if join.function is not run.join or join.args[2] != 1 or len(join.args[1]) != 2:
+        if not isinstance(join, Join) or join.up != 1 or len(join.images) != 2:
             continue
-        whole, images = join.args[:2]
+        whole, (first, second) = join.out, join.images
         readers = flow.readers(whole)
-        single = flow.writer(whole) is join and all(flow.writer(image) is not None for image in images)
-        same = single and all(image.is_dense() and flow.dtype(image) == flow.dtype(whole) for image in images)
+        single = flow.writer(whole) is join and all(flow.writer(image) is not None for image in join.images)
+        same = single and all(image.is_dense() and flow.dtype(image) == flow.dtype(whole) for image in join.images)
         if not same or not readers or not all(_can_skip(reader, whole) for reader in readers):
             continue
         for reader in readers:
-            if reader.function is run.moments:
-                reader.args = (reader.args[0], images, *reader.args[2:])
-            else:
-                reader.args = (reader.args[0], images[0], *reader.args[2:])
-                reader.kwargs["skip"] = images[1]
+            if isinstance(reader, Moments):
+                flow.swap(reader, MomentsOfTwo(reader.out, first, reader.num_groups, reader.backend, second))
+            elif isinstance(reader, Conv):
+                reader.change(x=first, skip=second)
         flow.swap(join, None)
 
 
 def _can_skip(launch: Launch, whole: View) -> bool:
-    if launch.function is run.moments:
-        return isinstance(launch.args[1], View) and launch.args[1].same_image(whole)
-    if launch.function is not run.conv2d or launch.kwargs.get("skip") is not None or launch.kwargs["shared"]:
+    if isinstance(launch, Moments):
+        return not isinstance(launch, MomentsOfTwo) and launch.x.same_image(whole)
+    if not isinstance(launch, Conv) or launch.block.prologue.skip is not None or launch.block.shared:
         return False
     reads = [view for view in launch.reads() if view.where is whole.where]
-    return len(reads) == 1 and launch.args[1] == whole
+    return len(reads) == 1 and launch.block.x == whole
 
 
 def place_moments(flow: Dataflow) -> None:
     """Let what writes an image take its moments, in groups as fine as any norm of it needs."""
     wanted = [
-        _Wanted(launch, launch.args[1] if isinstance(launch.args[1], list) else [launch.args[1]], launch.args[2])
+        _Wanted(launch, [launch.x, *([launch.skip] if isinstance(launch, MomentsOfTwo) else [])], launch.num_groups)
         for launch in flow.launches
-        if launch.function is run.moments
+        if isinstance(launch, Moments)
     ]
-    ends = {id(flow.writer(view)) for view in flow.outputs.args[1]}
-    last = [want for want in wanted if any(id(reader) in ends for reader in flow.readers(want.launch.args[0]))]
+    ends = {id(flow.writer(view)) for view in flow.outputs.views}
+    last = [want for want in wanted if any(id(reader) in ends for reader in flow.readers(want.launch.out))]
     sizes = _group_sizes(wanted, last)
     taken: dict[Any, View] = {}
     for want in wanted:
         parts = [_taken(flow, want, image, sizes, taken) for image in want.images]
         groups = 0 if len(parts) == 1 and parts[0].size[1] == want.groups else want.groups
-        old = want.launch.args[0]
+        old = want.launch.out
         for reader in list(flow.readers(old)):
             _read_instead(reader, old, parts, groups)
         flow.swap(want.launch, None)
@@ -117,19 +115,22 @@ def _taken(flow: Dataflow, want: _Wanted, image: View, sizes: dict[Any, int], ta
         flow.new_buffer(image.size[0] * stride[0], wide), 0, (image.size[0], groups, spans, 2), stride
     )
     before = flow.writer(image)
-    free = before is not None and before.function is run.conv2d and "found" not in before.kwargs
-    if free and before.args[0].same_image(image):  # pyright: ignore[reportOptionalMemberAccess]
-        before.kwargs |= {"found": made, "num_groups": groups}  # pyright: ignore[reportOptionalMemberAccess]
+    if isinstance(before, Conv) and before.moments is None and before.out.same_image(image):
+        before.moments = made
+        before.change(num_groups=groups)
     else:
-        backend = want.launch.args[3]
-        flow.launches.insert(flow.position(want.launch), Launch("moments", run.moments, (made, image, groups, backend)))
+        flow.launches.insert(flow.position(want.launch), Moments(made, image, groups, want.launch.backend))
     flow.index()
     return made
 
 
 def _read_instead(launch: Launch, old: View, parts: list[View], groups: int) -> None:
-    settings = launch.kwargs if launch.function is run.conv2d else launch.args[2]
-    assert settings["moments"] == old
-    settings["moments"] = parts[0]
-    settings["skip_moments"] = parts[1] if len(parts) == 2 else None
-    settings["norm_groups"] = groups
+    assert isinstance(launch, Conv | GroupNorm)
+    prologue = launch.block.prologue if isinstance(launch, Conv) else launch.prologue
+    assert prologue.moments == old
+    first, *rest = parts
+    prologue = prologue._replace(moments=first, skip_moments=rest[0] if rest else None, norm_groups=groups)
+    if isinstance(launch, Conv):
+        launch.block = launch.block._replace(prologue=prologue)
+    else:
+        launch.prologue = prologue

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastens.ops.run_program import run_program
 from fastens.plan import attention, elementwise, layers, masks
-from fastens.plan.call import call
-from fastens.plan.emit import Call, Emitter
+from fastens.plan.call import Call, call
+from fastens.plan.emit import Emitter
 from fastens.plan.exact import is_exact
 from fastens.plan.lower import constants_of, copy_out, lower
 from fastens.plan.memory import At, Buffer, Constants, lay_out

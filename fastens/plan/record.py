@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastens.program.block import ConvBlock, Epilogue, Prologue
+
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -100,11 +102,10 @@ def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, list | tuple):
-        return (
-            [mapped(kind, function, item) for item in tree]
-            if type(tree) is list
-            else tuple([mapped(kind, function, item) for item in tree])
-        )
+        items = [mapped(kind, function, item) for item in tree]
+        if type(tree) is list:
+            return items
+        return tree._make(items) if isinstance(tree, ConvBlock | Prologue | Epilogue) else tuple(items)
     if isinstance(tree, dict):
         return {key: mapped(kind, function, item) for key, item in tree.items()}
     return tree

@@ -250,5 +250,27 @@ def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
         collect_leaves(operand, into)
 
 
+def instructions(root: Leaf | Apply) -> tuple[list[Leaf], list[tuple[Opcode, int, int, float]]]:
+    """The distinct leaves of an expression, which are the first registers, and what computes it from them."""
+    leaves: list[Leaf] = []
+    code: list[tuple[Opcode, int, int, float]] = []
+    collect_leaves(root, leaves)
+    registers: dict[int, int] = {}
+
+    def visit(node: Leaf | Apply) -> int:
+        if isinstance(node, Leaf):
+            return leaves.index(node)
+        if id(node) not in registers:
+            numbers = [visit(operand) for operand in node.operands]
+            code.append((node.opcode, numbers[0], numbers[1] if len(numbers) == 2 else 0, node.number))
+            registers[id(node)] = len(leaves) + len(code) - 1
+        return registers[id(node)]
+
+    last = visit(root)
+    if isinstance(root, Leaf):
+        code.append((Opcode.COPY, last, 0, 0.0))
+    return leaves, code
+
+
 Lazy = Activated | Dropped | Normed | Joined | Enlarged | Padded | Convolved | Expression | Scores
 Value = Stored | Lazy

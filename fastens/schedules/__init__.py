@@ -11,12 +11,12 @@ computed and returned in float64, shaped as the times; :meth:`Schedule.coefficie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastens.schedules.base import Schedule, Time, per_sample
 from fastens.schedules.continuous import EDM, VE, VP, Flow, SubVP
 from fastens.schedules.discrete import Discrete
+from fastens.schedules.names import SCHEDULES, from_dict
 from fastens.schedules.prediction import Prediction, prediction_from_dict
 from fastens.schedules.schedulers import prediction_of
 
@@ -37,24 +37,6 @@ __all__ = [
     "prediction_from_dict",
     "prediction_of",
 ]
-
-SCHEDULES: Mapping[str, type[Schedule]] = {cls.name: cls for cls in (VP, SubVP, VE, EDM, Flow, Discrete)}
-
-
-def from_dict(data: Mapping[str, Any]) -> Schedule:
-    """Return the schedule that :meth:`Schedule.to_dict` wrote.
-
-    Raises:
-        ValueError: "schedule" is missing or unknown, or a parameter is not one of the schedule's.
-    """
-    parameters = dict(data)
-    name = parameters.pop("schedule", None)
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; the schedules are {', '.join(SCHEDULES)}")
-    try:
-        return SCHEDULES[name](**parameters)
-    except TypeError as error:
-        raise ValueError(f"schedule {name!r}: {error}") from error
 
 
 def from_scheduler(scheduler: Any) -> Schedule:

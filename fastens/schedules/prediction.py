@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastens.schedules.base import Schedule
+from fastens.schedules.names import from_dict
 
 PREDICTIONS = ("epsilon", "x0", "v", "score", "flow")
 PRECONDITIONED = ("edm", "edm_v")
@@ -135,8 +136,6 @@ def prediction_from_dict(data: Mapping[str, Any] | str | None) -> Prediction:
     Raises:
         ValueError: a field that there is none of, or a value that does not fit.
     """
-    from fastens.schedules import from_dict
-
     if data is None or isinstance(data, str):
         return Prediction(data)
     fields = dict(data)

@@ -10,6 +10,7 @@ from fastens.fold import planned
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
 from fastens.plan.call import call
+from fastens.program.block import Prologue
 from fastens.program.steps import Opcode
 from tests.fold.test_plans import members_of
 from tests.ops.cases import needs_triton
@@ -58,17 +59,12 @@ def within(*shape, dtype=torch.float16):
 
 def norm_of(x, groups, skip=None, skip_groups=0, norm_groups=0):
     rows, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])
-    norm = {
-        "moments": group_moments(x.float(), groups),
-        "norm_weight": torch.randn(3, channels).to(x.dtype),
-        "norm_bias": torch.randn(3, channels).to(x.dtype),
-        "eps": 1e-3,
-        "scale": torch.randn(rows, channels).to(x.dtype),
-        "shift": None,
-    }
-    if skip is not None:
-        norm |= {"skip": skip, "skip_moments": group_moments(skip.float(), skip_groups), "norm_groups": norm_groups}
-    return norm
+    affine = (torch.randn(3, channels).to(x.dtype) for _ in "wb")
+    scale = torch.randn(rows, channels).to(x.dtype)
+    norm = Prologue(group_moments(x.float(), groups), *affine, 1e-3, scale, activation="silu")
+    if skip is None:
+        return norm
+    return norm._replace(skip=skip, skip_moments=group_moments(skip.float(), skip_groups), norm_groups=norm_groups)
 
 
 def launches(device="cpu"):
@@ -81,7 +77,8 @@ def launches(device="cpu"):
 def launches_here():
     """The launches, on the device that is the default."""
     x, skip = last(6, 16, 4, 5), last(6, 8, 4, 5)
-    norm, norm_of_both = norm_of(x, 8), norm_of(x, 8, skip, 4, 3)
+    norm, norm_of_both, silu = norm_of(x, 8), norm_of(x, 8, skip, 4, 3), Prologue(activation="silu")
+    gelu = norm._replace(activation="gelu")
     weight, bias = torch.randn(3, 10, 16, 1, 1).half(), torch.randn(3, 10).half()
     q, k, v = torch.randn(6, 20, 3, 2, 8).half().permute(2, 0, 3, 1, 4)
     tokens, stack, row = torch.randn(6, 7, 24).half(), torch.randn(3, 24).half(), torch.randn(6, 16, 1, 1).half()
@@ -92,10 +89,16 @@ def launches_here():
     heads = torch.full((6, 20, 2, 8), torch.nan).half().movedim(2, 1)
     return {
         "moments": (lambda out, b: calls.moments(out, x, 4, b), torch.full((6, 4, 1, 2), torch.nan)),
-        "group norm": (lambda out, b: calls.group_norm(out, x, norm, "silu", b), within(6, 16, 4, 5)),
-        "group norm, gelu": (lambda out, b: calls.group_norm(out, x, norm, "gelu", b), within(6, 16, 4, 5)),
-        "group norm of two": (lambda out, b: calls.group_norm(out, x, norm_of_both, "silu", b), within(6, 24, 4, 5)),
-        "activation": (lambda out, b: calls.group_norm(out, x, {}, "silu", b), within(6, 16, 4, 5)),
+        "group norm": (lambda out, b: calls.group_norm(out, x, norm, None, b), within(6, 16, 4, 5)),
+        "group norm, gelu": (
+            lambda out, b: calls.group_norm(out, x, gelu, None, b),
+            within(6, 16, 4, 5),
+        ),
+        "group norm of two": (lambda out, b: calls.group_norm(out, x, norm_of_both, None, b), within(6, 24, 4, 5)),
+        "activation": (
+            lambda out, b: calls.group_norm(out, x, silu, None, b),
+            within(6, 16, 4, 5),
+        ),
         "linear": (lambda out, b: calls.linear(out, x, weight, bias, "gelu", b), within(6, 10, 4, 5)),
         "layer norm": (lambda out, b: calls.layer_norm(out, tokens, stack, stack, 1e-3, b), places),
         "attention": (lambda out, b: calls.attention(out, q, k, v, 0.3, b), heads),
@@ -179,7 +182,7 @@ def test_places_that_a_kernel_cannot_write():
     norm = norm_of(x, 8)
     for run, channels in (
         (lambda out, b: calls.linear(out, x, weight, None, "none", b), 10),
-        (lambda out, b: calls.group_norm(out, x, norm, "silu", b), 16),
+        (lambda out, b: calls.group_norm(out, x, norm, None, b), 16),
     ):
         padded = torch.full((6, 6, 7, channels), torch.nan).movedim(-1, 1)
         out, expected = padded[:, :, 1:-1, 1:-1], torch.empty(6, channels, 4, 5)

@@ -33,6 +33,7 @@ from fastens.kernels.member_variance import member_variance
 from fastens.kernels.normal import normal
 from fastens.kernels.pointwise import pointwise
 from fastens.kernels.sampler_step import sampler_step
+from fastens.program.block import ConvBlock, Prologue
 from fastens.program.steps import Opcode
 from fastens.reference.pointwise import BINARY, NUMBERED
 
@@ -107,10 +108,12 @@ def launches():
                     for c in (own, skip))  # fmt: skip
             before, after = (torch.empty(5, c // 4, spans, 2) if c else None for c in (own, skip))
             w, s = torch.empty(5, own + skip, dtype=dtype), torch.empty(5, own + skip, dtype=dtype)
-            call = {"skip": y, "skip_moments": after, "norm_groups": 32}
+            norm = Prologue(
+                before, w, w, scale=s, shift=s, activation="silu", skip=y, skip_moments=after, norm_groups=32
+            )
             yield (
                 f"normalise {short} C={own}+{skip} {size}x{size}",
-                lambda x=x, m=before, w=w, s=s, call=call: normalise(x, m, w, w, 1e-5, s, s, "silu", **call),
+                lambda x=x, norm=norm: normalise(x, norm),
             )
         for length in (512, 768, 20000):
             x, w = torch.empty(10, 3, length, dtype=dtype), torch.empty(5, length, dtype=dtype)
@@ -188,7 +191,7 @@ def launches():
     for dtype, short in ((torch.float32, "f32 in full precision"), (torch.double, "f64")):
         weight = torch.empty(5, 48, 3, 3, 64, dtype=dtype).movedim(4, 2)
         call = (x.to(dtype), weight, None, (1, 1), (1, 1))
-        yield f"conv2d {short}", lambda call=call: in_full_precision(*call, num_groups=12)
+        yield f"conv2d {short}", lambda call=call: in_full_precision(ConvBlock.of(*call, num_groups=12))
     numbers = (torch.tensor(1), torch.tensor(2), torch.arange(4))
     yield "normal", lambda: normal(*numbers, shape[1:])
     state, row = torch.empty(shape), torch.empty(5)
@@ -198,10 +201,10 @@ def launches():
     yield "linear f64", lambda: linear(x, torch.empty(5, 24, 16, dtype=torch.double), None, None, "gelu")
 
 
-def in_full_precision(*arguments, **options):
+def in_full_precision(block):
     """A convolution without TF32, which torch allows in convolutions by default."""
     with torch.backends.cudnn.flags(allow_tf32=False):
-        conv2d(*arguments, **options)
+        conv2d(block)
 
 
 def convolutions(dtype, short):
@@ -221,49 +224,59 @@ def convolutions(dtype, short):
         weight = empty(5, channels, 3, 3, channels).movedim(4, 2)
         out = size // stride
         spans = -(-size * size // 128)
-        own = [empty(5 * batch, channels)] * 2
-        norm = (torch.empty(5 * batch, 32, spans, 2), *[empty(5, channels)] * 2, 1e-5, *own)
+        own = empty(5 * batch, channels)
+        affine = empty(5, channels)
+        norm = {
+            "moments": torch.empty(5 * batch, 32, spans, 2), "norm_weight": affine, "norm_bias": affine,
+            "scale": own, "shift": own, "activation": "silu",
+        }  # fmt: skip
         residual = empty(5 * batch, channels, out, out).to(memory_format=torch.channels_last)
         bias, row_bias = empty(5, channels), empty(5 * batch, channels)
-        geometry = ((stride, stride), (1, 1), None)
+        plain = ConvBlock.of(x, weight, bias, (stride, stride), (1, 1))
+        behind = {"row_bias": row_bias, "residual": residual, "output_scale": 0.7, "num_groups": 32}
         name = f"{short} C={channels} {size}x{size}/{stride} B={batch}"
-        call = (x, weight, bias, *geometry, *norm, "silu", row_bias, residual, 0.7, "none", 32)
-        yield f"conv2d block {name}", lambda call=call: conv2d(*call)
+        block = plain.replace(**norm, **behind)
+        yield f"conv2d block {name}", lambda block=block: conv2d(block)
         for tiling in ("auto", "wide", "narrow"):
-            plain = (x, weight, bias, *geometry)
-            yield f"conv2d {tiling} {name}", lambda call=plain, tiling=tiling: conv2d(*call, tiling=tiling)
+            yield f"conv2d {tiling} {name}", lambda block=plain, tiling=tiling: conv2d(block, tiling)
     for batch, size, (own, beyond) in ((1, 8, (256, 128)), (16, 32, (256, 256))):
         x, skip = (empty(5 * batch, c, size, size).to(memory_format=torch.channels_last) for c in (own, beyond))
         weight = empty(5, 256, 3, 3, own + beyond).movedim(4, 2)
         moments, skip_moments = (torch.empty(5 * batch, c // 4, -(-size * size // 128), 2) for c in (own, beyond))
-        norm = (moments, *[empty(5, own + beyond)] * 2, 1e-5, None, None, "silu")
-        behind = (empty(5 * batch, 256), None, 1.0, "none", 32, False, "auto", skip, skip_moments, 32)
-        call = (x, weight, empty(5, 256), (1, 1), (1, 1), None, *norm, *behind)
-        yield f"conv2d skip {short} {size}x{size} B={batch}", lambda call=call: conv2d(*call)
+        affine = empty(5, own + beyond)
+        block = ConvBlock.of(
+            x, weight, empty(5, 256), padding=(1, 1), moments=moments, norm_weight=affine, norm_bias=affine,
+            activation="silu", row_bias=empty(5 * batch, 256), num_groups=32, skip=skip, skip_moments=skip_moments,
+            norm_groups=32,
+        )  # fmt: skip
+        yield f"conv2d skip {short} {size}x{size} B={batch}", lambda block=block: conv2d(block)
     ones = empty(1, 1, 1, 1)  # all sizes that are compiled as constants because they are 1
-    norm = (torch.empty(1, 1, 1, 2), empty(1, 2), None, 1e-5, None, None, "silu")
-    behind = (None, None, 1.0, "none", 1, False, "auto", ones, torch.empty(1, 1, 1, 2), 1)
-    call = (ones, empty(1, 1, 2, 1, 1), None, (1, 1), (0, 0), None, *norm, *behind)
-    yield f"conv2d of ones {short}", lambda call=call: conv2d(*call)
+    block = ConvBlock.of(
+        ones, empty(1, 1, 2, 1, 1), moments=torch.empty(1, 1, 1, 2), norm_weight=empty(1, 2), activation="silu",
+        num_groups=1, skip=ones, skip_moments=torch.empty(1, 1, 1, 2), norm_groups=1,
+    )  # fmt: skip
+    yield f"conv2d of ones {short}", lambda block=block: conv2d(block)
     x, weight = empty(5, 256, 32, 32).to(memory_format=torch.channels_last), empty(5, 256, 3, 3, 256).movedim(4, 2)
     mask = torch.zeros(5, 32, 32, 8, dtype=torch.int32)
     yield (
         f"conv2d masked {short}",
-        lambda x=x, weight=weight: conv2d(x, weight, None, (1, 1), (1, 1), mask=mask, mask_scale=1.25),
+        lambda x=x, weight=weight: conv2d(ConvBlock.of(x, weight, padding=(1, 1), mask=mask, mask_scale=1.25)),
     )
     x, weight = empty(4, 3, 32, 32), empty(5, 256, 3, 3, 3)
     yield (
         f"conv2d first {short}",
-        lambda: conv2d(x, weight, empty(5, 256), (1, 1), (1, 1), num_groups=32, shared=True),
+        lambda: conv2d(ConvBlock.of(x, weight, empty(5, 256), padding=(1, 1), num_groups=32, shared=True)),
     )
     for batch in (1, 64):
         x, weight = empty(5 * batch, 256, 32, 32), empty(5, 3, 3, 3, 256).movedim(4, 2)
-        norm = (torch.empty(5 * batch, 32, 8, 2), *[empty(5, 256)] * 2, 1e-5, None, None, "silu")
-        call = (x, weight, empty(5, 3), [0.2] * 5, (1, 1), (1, 1), *norm)
-        yield f"conv2d_sum {short} B={batch}", lambda call=call: conv2d_sum(*call)
+        block = ConvBlock.of(
+            x, weight, empty(5, 3), padding=(1, 1), moments=torch.empty(5 * batch, 32, 8, 2),
+            norm_weight=empty(5, 256), norm_bias=empty(5, 256), activation="silu",
+        )  # fmt: skip
+        yield f"conv2d_sum {short} B={batch}", lambda block=block: conv2d_sum(block, [0.2] * 5)
     yield from descriptors(empty, short)
     point, mixing = empty(20, 384, 16, 16), empty(5, 256, 384, 1, 1)
-    yield f"conv2d 1x1 {short}", lambda: conv2d(point, mixing, empty(5, 256))
+    yield f"conv2d 1x1 {short}", lambda: conv2d(ConvBlock(point, mixing, empty(5, 256)))
 
 
 def descriptors(empty, short):
@@ -272,13 +285,15 @@ def descriptors(empty, short):
         x = empty(5 * batch, 256, size, size).to(memory_format=torch.channels_last)
         weight, out = empty(5, 256, taps, taps, 256).movedim(4, 2), size // stride
         residual = empty(5 * batch, 256, out, out).to(memory_format=torch.channels_last)
-        ending = (empty(5, 256), (stride,) * 2, (taps // 2,) * 2, empty(5 * batch, 256), residual, 0.7, "silu", 32)
+        block = ConvBlock.of(
+            x, weight, empty(5, 256), (stride,) * 2, (taps // 2,) * 2, row_bias=empty(5 * batch, 256),
+            residual=residual, output_scale=0.7, output_activation="silu", num_groups=32,
+        )  # fmt: skip
         for tiling in TILINGS:
             if tiling == "tma 128x256" and (x.element_size() == 4 or size // stride == 8):
                 continue  # refused: more sums than there are registers
             name = f"{tiling} {short} {taps}x{taps} {size}x{size}/{stride}"
-            call = (x, weight, *ending, tiling)
-            yield name, lambda call=call: conv2d_tma(*call)
+            yield name, lambda block=block, tiling=tiling: conv2d_tma(block, tiling)
 
 
 SAMPLE = {  # every kernel once, the more demanding ones twice

@@ -13,7 +13,8 @@ import torch
 from fastens import rules
 from fastens.kernels import _attention, aggregate, conv2d_sum, group_norm, linear, linear_group
 from fastens.ops._block_ways import CHOICE
-from fastens.ops._tma_ways import Block
+from fastens.ops._tma_ways import Call
+from fastens.program.block import ConvBlock, Epilogue
 from fastens.reference import aggregate as aggregate_reference
 from fastens.reference import conv2d_sum as sum_reference
 from fastens.reference import group_norm as norm_reference
@@ -37,12 +38,14 @@ def block(rows, channels, outputs, size, taps=3, skip=0, stride=1, norm=True, dt
     groups = 8
     moments, skip_moments = (group_moments(t.float(), groups) if norm and t.shape[1] else None for t in (x, second))
     affine = [normal(K, both, dtype=dtype) if norm else None for _ in range(2)]
-    return Block(
-        None, None, x, weight, normal(K, outputs, dtype=dtype), (stride,) * 2, (taps // 2,) * 2, (out,) * 2, moments,
-        *affine, 1e-5, None, None, "silu" if norm else "none", normal(rows, outputs, dtype=dtype),
-        normal(rows, outputs, out, out, dtype=dtype), 0.7, "none", 8, second if skip else None, skip_moments,
-        groups if skip and norm else 0,
+    block = ConvBlock.of(
+        x, weight, normal(K, outputs, dtype=dtype), (stride,) * 2, (taps // 2,) * 2, moments=moments,
+        norm_weight=affine[0], norm_bias=affine[1], activation="silu" if norm else "none",
+        row_bias=normal(rows, outputs, dtype=dtype), residual=normal(rows, outputs, out, out, dtype=dtype),
+        output_scale=0.7, num_groups=8, skip=second if skip else None, skip_moments=skip_moments,
+        norm_groups=groups if skip and norm else 0,
     )  # fmt: skip
+    return Call(block, (out,) * 2)
 
 
 BLOCKS = {
@@ -83,10 +86,13 @@ def launches():
 def of_block(c, way):
     if CHOICE.ways[way].refuses(*c) is not None:
         return None
-    found = torch.full((c.x.shape[0], 8, -(-c.size[0] * c.size[1] // 128), 2), torch.nan)
-    y = CHOICE.ways[way].run(*c._replace(found=found))
-    double = [t.double() if isinstance(t, torch.Tensor) else t for t in c]
-    return [(y, CHOICE.ways["library"].run(*double)), (found, group_moments(y.float(), 8))]
+    found = torch.full((c.block.x.shape[0], 8, -(-c.size[0] * c.size[1] // 128), 2), torch.nan)
+    y = CHOICE.ways[way].run(*c._replace(moments=found))
+    return [(y, CHOICE.ways["library"].run(in_double(c.block), c.size)), (found, group_moments(y.float(), 8))]
+
+
+def in_double(block):
+    return ConvBlock.from_flat([t.double() if isinstance(t, torch.Tensor) else t for t in block.flat()])
 
 
 def doubled(*tensors):
@@ -94,12 +100,9 @@ def doubled(*tensors):
 
 
 def of_sum():
-    c = block(4, 64, 3, 8)
-    norm = (c.moments, c.norm_weight, c.norm_bias)
-    ways = [(1, 1), (1, 1)]
-    y = conv2d_sum.conv2d_sum(c.x, c.weight, c.bias, [0.25, 0.75], *ways, *norm, 1e-5, None, None, "silu")
-    x, weight, bias, *norm = doubled(c.x, c.weight, c.bias, *norm)
-    return [(y, sum_reference.conv2d_sum(x, weight, bias, [0.25, 0.75], *ways, *norm, 1e-5, None, None, "silu"))]
+    own = block(4, 64, 3, 8).block._replace(epilogue=Epilogue())
+    y = conv2d_sum.conv2d_sum(own, [0.25, 0.75])
+    return [(y, sum_reference.conv2d_sum(in_double(own), [0.25, 0.75]))]
 
 
 def of_attention():

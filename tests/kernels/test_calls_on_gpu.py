@@ -8,6 +8,7 @@ from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
 from fastens.ops.linear_group import linear_group
 from fastens.ops.pointwise import pointwise
+from fastens.program.block import Prologue
 from fastens.program.steps import Opcode
 from tests.fold.test_plan_calls import last, launches
 from tests.ops.test_linear_group import arguments, each
@@ -114,8 +115,11 @@ def test_norms_by_moments(dtype, channels, size):
     expected = group_norm(torch.cat(images, 1).double(), groups, weight.double(), bias.double(), 1e-5,
                           activation="silu", backend="reference")  # fmt: skip
     (x, *skip), (before, *after) = ([t.to(DEVICE) for t in of] for of in (images, moments))
-    actual = normalise(x, before, weight.to(DEVICE), bias.to(DEVICE), 1e-5, activation="silu", norm_groups=groups,
-                       skip=next(iter(skip), None), skip_moments=next(iter(after), None))  # fmt: skip
+    prologue = Prologue(
+        before, weight.to(DEVICE), bias.to(DEVICE), activation="silu", norm_groups=groups,
+        skip=next(iter(skip), None), skip_moments=next(iter(after), None),
+    )  # fmt: skip
+    actual = normalise(x, prologue)
     assert relative_error(actual.cpu(), expected) <= OP[dtype]
 
 

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from fastens.ops.conv2d import conv2d
-from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.group_moments import group_moments
 from tests.ops.cases import DTYPES
-from tests.ops.convolutions import VARIANTS, block, in_double
+from tests.ops.convolutions import VARIANTS, block, conv2d, conv2d_sum, in_double
 from tests.tolerances import OP, relative_error
 
 _conv2d_launch = pytest.importorskip("fastens.kernels._conv2d_launch")

@@ -17,6 +17,7 @@ needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=f"no Triton on t
 KERNELS = (pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_triton))
 BACKENDS = ("reference", *KERNELS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+interpreted = pytest.mark.interpreted  # another dtype of what is interpreted in one: `make test-interpreted`
 SHAPES = ((3, 5), (1,), (2, 3, 7, 37), (4, 1300))
 FEW = {  # dtype -> numbers of members and shapes that the interpreter runs in a second
     torch.float32: ((1, 5, 17), ((3, 5),)),

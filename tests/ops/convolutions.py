@@ -2,9 +2,21 @@
 
 import torch
 
+from fastens.ops import conv2d as op
+from fastens.ops import conv2d_sum as sum_op
 from fastens.ops.group_moments import group_moments
+from fastens.program.block import ConvBlock
 
 RAGGED = torch.tensor([0, 1, 1, 4])
+
+
+def conv2d(*own, tiling="auto", backend="auto", **named):
+    """The op of a block of its own fields in their order, and of any by name."""
+    return op.conv2d(ConvBlock.of(*own, **named), tiling, backend)
+
+
+def conv2d_sum(x, weight, bias, member_weights, *own, backend="auto", **named):
+    return sum_op.conv2d_sum(ConvBlock.of(x, weight, bias, *own, **named), member_weights, backend)
 
 
 def normal(*shape, dtype=torch.float32):

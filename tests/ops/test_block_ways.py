@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fastens.ops._block_ways import CHOICE
+from fastens.ops._tma_ways import Call
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
+from fastens.program.block import ConvBlock
 from tests.tolerances import OP, relative_error
 
 K, B, C, OUT, SIZE = 2, 2, 8, 16, 5
@@ -15,27 +17,25 @@ def last(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def arguments(kind, into=None, found=None):
+def arguments(kind, into=None, moments=None):
     torch.manual_seed(0)
     x, taps = last(K * B, C, SIZE, SIZE), 3
     weight = torch.randn(K, OUT, C, taps, taps)
     stride, padding, size = {"strided": ((2, 2), (0, 0), (3, 3))}.get(kind, ((1, 1), (1, 1), (SIZE, SIZE)))
-    moments = norm_weight = norm_bias = scale = shift = row_bias = residual = None
-    beside = ()
+    around = {}
     if kind == "skip":  # 12 channels in 2 groups of 3 parts, of which x has 4 and skip has 2
         skip = last(K * B, 4, SIZE, SIZE)
-        weight, moments = torch.randn(K, OUT, C + 4, taps, taps), group_moments(x, 4)
-        beside = (skip, group_moments(skip, 2), 2)
+        weight = torch.randn(K, OUT, C + 4, taps, taps)
+        around = {"moments": group_moments(x, 4), "skip": skip, "skip_moments": group_moments(skip, 2),
+                  "norm_groups": 2}  # fmt: skip
     if kind == "block":
-        moments, norm_weight, norm_bias = group_moments(x, 4), torch.randn(K, C), torch.randn(K, C)
-        scale, shift, row_bias = torch.randn(K * B, C), torch.randn(K * B, C), torch.randn(K * B, OUT)
-        residual = last(K * B, OUT, *size)
-    activation, groups = ("silu", 4) if kind == "block" else ("none", 0)
-    return (
-        into, found, x, weight, torch.randn(K, OUT), stride, padding, size, moments, norm_weight, norm_bias, 1e-5,
-        scale, shift, activation, row_bias, residual, 0.7 if kind == "block" else 1.0, "none", groups,
-        *beside,
-    )  # fmt: skip
+        around = {
+            "moments": group_moments(x, 4), "norm_weight": torch.randn(K, C), "norm_bias": torch.randn(K, C),
+            "scale": torch.randn(K * B, C), "shift": torch.randn(K * B, C), "activation": "silu",
+            "row_bias": torch.randn(K * B, OUT), "residual": last(K * B, OUT, *size), "output_scale": 0.7,
+            "num_groups": 4,
+        }  # fmt: skip
+    return Call(ConvBlock.of(x, weight, torch.randn(K, OUT), stride, padding, **around), size, into, moments)
 
 
 @pytest.mark.parametrize("kind", ["plain", "strided", "skip", "block"])
@@ -61,13 +61,12 @@ def test_what_is_around_a_convolution_is_measured_apart():
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_library():
-    call = list(arguments("plain"))
-    call[2] = call[2].contiguous()
-    assert "channels are not last" in CHOICE.ways["triton"].refuses(*call)
-    beside = list(arguments("skip"))
-    beside[20] = beside[20].contiguous()
-    assert "channels are not last" in CHOICE.ways["triton"].refuses(*beside)
-    assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*arguments("plain"))
+    call, beside = arguments("plain"), arguments("skip")
+    block = call.block.replace(x=call.block.x.contiguous())
+    skip = beside.block.prologue.skip.contiguous()
+    assert "channels are not last" in CHOICE.ways["triton"].refuses(block, call.size)
+    assert "channels are not last" in CHOICE.ways["triton"].refuses(beside.block.replace(skip=skip), call.size)
+    assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*call)
     out = torch.empty(K * B, OUT, SIZE, SIZE)
-    calls.conv2d(out, call[2], *call[3:7], backend="triton")
-    assert relative_error(out, CHOICE.ways["library"].run(*arguments("plain"))) < OP[torch.float32]
+    calls.conv2d(out, block, None, "triton")
+    assert relative_error(out, CHOICE.ways["library"].run(*call)) < OP[torch.float32]

@@ -1,17 +1,18 @@
 """The convolution of a residual block, and the one that ends in a sum: every variant against the reference."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastens.ops import all_ops
-from fastens.ops.conv2d import conv2d
-from fastens.ops.conv2d_sum import conv2d_sum
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
-from tests.ops.cases import BACKENDS, DTYPES, KERNELS
-from tests.ops.convolutions import VARIANTS, block, in_double, masked, norm, normal, straddling
+from fastens.program.block import ConvBlock
+from tests.ops.cases import BACKENDS, DTYPES, KERNELS, interpreted
+from tests.ops.convolutions import VARIANTS, block, conv2d, conv2d_sum, in_double, masked, norm, normal, straddling
 from tests.tolerances import OP, relative_error
 
 OPS = all_ops()
@@ -53,9 +54,19 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+# every variant in one dtype, and the whole block in each; on a GPU all variants run in all
+IN_DTYPES = [*itertools.product(["block"], DTYPES), *zip(list(VARIANTS)[1:], itertools.cycle(DTYPES), strict=False)]
+
+
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in IN_DTYPES else interpreted)
+        for case in itertools.product(VARIANTS, DTYPES)
+    ],
+    ids=str,
+)
 def test_kernel_equals_reference(name, dtype, backend, launched, poison):
     torch.manual_seed(0)
     make, kernels = VARIANTS[name]
@@ -107,7 +118,7 @@ def test_splits_are_joined_in_order_whichever_is_last(op, backend, monkeypatch):
         if op.startswith("tma"):
             weights = weight.movedim(2, -1).contiguous().movedim(-1, 2)
             images = x.contiguous(memory_format=torch.channels_last)
-            return _conv2d_tma.conv2d_tma(images, weights, None, (1, 1), (1, 1), num_groups=5, tiling=op)[0]
+            return _conv2d_tma.conv2d_tma(ConvBlock.of(images, weights, padding=(1, 1), num_groups=5), op)[0]
         if op == "conv2d_sum":
             return conv2d_sum(x, weight, None, [1.0, 2.0], (1, 1), (1, 1), backend=backend)
         return conv2d(x, weight, None, (1, 1), (1, 1), num_groups=5, backend=backend)[0]
@@ -190,18 +201,13 @@ CALLS = {  # name that begins with an op's -> kernel's arguments in the order of
 
 
 def _by_schema(arguments, options):
-    names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation", "row_bias", "residual",
-             "output_scale", "output_activation", "num_groups")  # fmt: skip
-    skip = [options[name] for name in ("skip", "skip_moments", "norm_groups", "mask", "mask_scale") if name in options]
-    return (*arguments, *(options[name] for name in names), False, "auto", *skip)
+    return (*ConvBlock.of(*arguments, **options).flat(), "auto")
 
 
 def _sum_by_schema():
     x = normal(4, 8, 3, 4)
-    options = norm(x, 4, 2)
-    names = ("moments", "norm_weight", "norm_bias", "eps", "scale", "shift", "activation")
-    head = (x, normal(2, 3, 8, 3, 3), normal(2, 3), [0.25, 0.75], (2, 1), (1, 1))
-    return (*head, *(options[name] for name in names))
+    block = ConvBlock.of(x, normal(2, 3, 8, 3, 3), normal(2, 3), (2, 1), (1, 1), **norm(x, 4, 2))
+    return (*block.flat(), [0.25, 0.75])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -297,6 +303,7 @@ X, W = torch.zeros(4, 6, 5, 5), torch.zeros(2, 8, 6, 3, 3)
         (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1)), r"mask is torch.float32 .*expected int32 \[4, 5, 5, 1\]"),
         (lambda: conv2d(X, W, mask=torch.zeros(4, 5, 5, 1).int(), shared=True), "shared rows have no mask"),
         (lambda: conv2d_sum(X, W, None, [1.0]), "1 member_weights, expected 2"),
+        (lambda: conv2d_sum(X, W, None, [1.0, 1.0], residual=torch.zeros(4, 8, 3, 3)), "a norm and an activation"),
         (lambda: group_moments(X, 4), "with 4 groups"),
     ],
 )

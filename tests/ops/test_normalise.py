@@ -5,6 +5,7 @@ import torch
 
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
+from fastens.program.block import Prologue
 from tests.ops.cases import DTYPES, needs_triton
 from tests.tolerances import OP, relative_error
 
@@ -59,8 +60,12 @@ def expected_of(x, skip, norm_groups, norm, activation, offsets=None):
 def normalised(x, skip, moments, skip_moments, norm_groups, norm, activation, **options):
     from fastens.kernels.group_norm import normalise
 
-    return normalise(x, moments, **norm, activation=activation, skip=skip, skip_moments=skip_moments,
-                     norm_groups=norm_groups, **options)  # fmt: skip
+    names = {"weight": "norm_weight", "bias": "norm_bias"}
+    prologue = Prologue(
+        moments, **{names.get(name, name): value for name, value in norm.items()}, activation=activation, skip=skip,
+        skip_moments=skip_moments, norm_groups=norm_groups,
+    )  # fmt: skip
+    return normalise(x, prologue, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

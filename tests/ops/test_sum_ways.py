@@ -4,19 +4,22 @@ import pytest
 import torch
 
 from fastens.ops import conv2d_sum as op
-from fastens.ops._sum_ways import CHOICE, Sum
+from fastens.ops._sum_ways import CHOICE
 from fastens.ops._table import Table
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
+from fastens.program.block import ConvBlock
 from tests.ops.cases import needs_triton
+from tests.ops.convolutions import in_double
 from tests.tolerances import OP, relative_error
 
 pytestmark = needs_triton
 K, B, C, SIZE = 3, 2, 16, (5, 4)
+WEIGHTS = [0.7, -0.2, 0.3]
 
 
 def arguments(before, dtype=torch.float32):
-    """Of the ways: K members, a norm of four groups with maps by row, an activation alone, or nothing before."""
+    """K members, a norm of four groups with maps by row, an activation alone, or nothing before."""
     torch.manual_seed(0)
 
     def normal(*shape):
@@ -24,26 +27,20 @@ def arguments(before, dtype=torch.float32):
 
     x = (2 * normal(K * B, C, *SIZE) + 1).contiguous(memory_format=torch.channels_last)
     weight, bias = normal(K, 3, 3, 3, C).movedim(-1, 2) / (3 * C**0.5), normal(K, 3)
-    given = [x, weight, bias, [0.7, -0.2, 0.3], (1, 1), (1, 1)]
+    around = {"activation": "none" if before == "nothing" else "silu"}
     if before == "norm":
-        moments = group_moments(x, 4, backend="reference")
-        given += [moments, normal(K, C), normal(K, C), 1e-3, normal(K * B, C), normal(K * B, C), "silu"]
-    elif before == "activation":
-        given += [None, None, None, 1e-5, None, None, "silu"]
-    return Sum(*given)
-
-
-def in_double(call):
-    return [x.double() if isinstance(x, torch.Tensor) else x for x in call]
+        around |= {
+            "moments": group_moments(x, 4, backend="reference"), "norm_weight": normal(K, C),
+            "norm_bias": normal(K, C), "eps": 1e-3, "scale": normal(K * B, C), "shift": normal(K * B, C),
+        }  # fmt: skip
+    return ConvBlock.of(x, weight, bias, (1, 1), (1, 1), **around)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("before", ["norm", "activation", "nothing"])
 def test_all_ways_agree(before, dtype):
-    call = arguments(before, dtype)
-    double = Sum(*in_double(call))
-    names = Sum._fields[6:]
-    expected = op.conv2d_sum(*double[:6], **dict(zip(names, double[6:], strict=True)), backend="reference")
+    call = (arguments(before, dtype), WEIGHTS)
+    expected = op.conv2d_sum(ConvBlock.from_flat(in_double(call[0].flat())), WEIGHTS, "reference")
     taken = [name for name, way in CHOICE.ways.items() if way.refuses(*call) is None]
     assert taken == (["triton"] if before == "nothing" else ["triton", "triton apart"])
     for name in taken:
@@ -52,7 +49,7 @@ def test_all_ways_agree(before, dtype):
 
 @torch.no_grad()
 def test_the_plan_takes_the_way_that_measures_best(tmp_path, monkeypatch):
-    call = arguments("norm")
+    call = (arguments("norm"), WEIGHTS)
     seconds = {"fused": 2e-3, "apart": 1e-3}
     monkeypatch.setattr(CHOICE, "table", Table(tmp_path / "choices.json"))
     monkeypatch.setattr(CHOICE, "devices", ("cpu",))
@@ -65,22 +62,19 @@ def test_the_plan_takes_the_way_that_measures_best(tmp_path, monkeypatch):
 
 
 def test_a_key_tells_calls_apart():
-    call = arguments("norm")
+    block = arguments("norm")
     others = [
         arguments("norm", torch.bfloat16), arguments("activation"), arguments("nothing"),
-        call._replace(scale=None, shift=None), call._replace(activation="none"), call._replace(x=call.x[:, :, :4]),
-        call._replace(weight=call.weight[:, :2]), call._replace(weight=call.weight.contiguous()),
-        call._replace(padding=(0, 0)),
+        block.replace(scale=None, shift=None), block.replace(activation="none"), block.replace(x=block.x[:, :, :4]),
+        block.replace(weight=block.weight[:, :2]), block.replace(weight=block.weight.contiguous()),
+        block.replace(padding=(0, 0)),
     ]  # fmt: skip
-    keys = [CHOICE.key(*each) for each in (call, *others)]
+    keys = [CHOICE.key(each, WEIGHTS) for each in (block, *others)]
     assert len(set(keys)) == len(keys)
-    assert CHOICE.key(*call._replace(member_weights=[1.0, 2.0, 3.0])) == keys[0]
+    assert CHOICE.key(block, [1.0, 2.0, 3.0]) == keys[0]
 
 
 def test_a_plan_on_a_cpu_measures_nothing(monkeypatch):
     monkeypatch.setattr(CHOICE, "choose", lambda *_: pytest.fail("measured"))
-    call = arguments("norm")
-    given = dict(zip(Sum._fields[6:], call[6:], strict=True))
-    found = calls.conv2d_sum(call.member_weights, *call[:3], *call[4:6], backend="reference", **given)
-    expected = op.conv2d_sum(*call[:6], **given, backend="reference")
-    assert torch.equal(found, expected)
+    block = arguments("norm")
+    assert torch.equal(calls.conv2d_sum(WEIGHTS, block, "reference"), op.conv2d_sum(block, WEIGHTS, "reference"))

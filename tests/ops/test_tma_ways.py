@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from fastens.ops._block_ways import CHOICE
-from fastens.ops._tma_ways import TILINGS, Block, fills_less_than
-from fastens.ops.conv2d import conv2d, output_size
+from fastens.ops._tma_ways import TILINGS, Call, fills_less_than
+from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
+from fastens.program.block import ConvBlock
 from tests.ops.cases import needs_triton
+from tests.ops.convolutions import conv2d
+from tests.ops.convolutions import in_double as doubled
 from tests.tolerances import OP, relative_error
 
 pytestmark = needs_triton
@@ -44,11 +47,18 @@ def block(
         scale, shift = normal(rows, total, dtype=dtype), normal(rows, total, dtype=dtype)
     row_bias = normal(rows, outputs, dtype=dtype) if "row_bias" in around else None
     residual = last(normal(rows, outputs, *out, dtype=dtype)) if "residual" in around else None
-    return (
-        None, None, x, weight, normal(members, outputs, dtype=dtype), (stride,) * 2, (padding,) * 2, out, moments,
-        norm_weight, norm_bias, 1e-3, scale, shift, "silu" if norm else "none", row_bias, residual, 0.7,
-        "silu" if "silu" in around else "none", groups, beyond, beyond_moments, norm if skip else 0,
+    block = ConvBlock.of(
+        x, weight, normal(members, outputs, dtype=dtype), (stride,) * 2, (padding,) * 2, moments=moments,
+        norm_weight=norm_weight, norm_bias=norm_bias, eps=1e-3, scale=scale, shift=shift,
+        activation="silu" if norm else "none", row_bias=row_bias, residual=residual, output_scale=0.7,
+        output_activation="silu" if "silu" in around else "none", num_groups=groups, skip=beyond,
+        skip_moments=beyond_moments, norm_groups=norm if skip else 0,
     )  # fmt: skip
+    return Call(block, out)
+
+
+def in_double(call):
+    return call._replace(block=ConvBlock.from_flat(doubled(call.block.flat())))
 
 
 # name -> arguments of block, and whether the kernel of descriptors takes it, in float16 and in float32
@@ -102,8 +112,7 @@ CASES = {
 def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
     shape, descriptors = CASES[name]
     call = block(dtype, **shape)
-    double = [t.double() if isinstance(t, torch.Tensor) else t for t in call]
-    expected = CHOICE.ways["library"].run(*double)
+    expected = CHOICE.ways["library"].run(*in_double(call))
     taken = [way for way in CHOICE.ways if CHOICE.ways[way].refuses(*call) is None]
     assert taken[0] == "library"
     assert ("tma 64x128" in taken, "tma 128x128" in taken) == (descriptors, descriptors)
@@ -115,7 +124,7 @@ def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
         into = last(torch.full(expected.shape, torch.nan, dtype=dtype))
         spans = -(-expected[0, 0].numel() // 128)
         found = torch.full((len(into), groups, spans, 2), torch.nan) if groups else None
-        assert CHOICE.ways[way].run(into, found, *call[2:]).data_ptr() == into.data_ptr()
+        assert CHOICE.ways[way].run(*call[:2], into, found).data_ptr() == into.data_ptr()
         assert relative_error(into, expected) <= OP[dtype], way
         if groups:  # of the result as it is stored
             assert relative_error(found, group_moments(into, groups, backend="reference")) <= 1e-5, way
@@ -123,22 +132,20 @@ def test_every_shape_is_taken_and_all_that_take_it_agree(name, dtype):
 
 def test_a_partial_step_takes_nothing_of_the_next_tap():
     """A step's channels beyond the last are zero in both operands: no infinity meets a zero there."""
-    call = Block(*block(torch.bfloat16, 1, 1, 24, 8, (5, 5), padding=0))
-    call.weight[:, :, :, 0, 1] = torch.inf
-    call = call._replace(x=call.x.abs() + 1)
+    own, size, *_ = block(torch.bfloat16, 1, 1, 24, 8, (5, 5), padding=0)
+    own.weight[:, :, :, 0, 1] = torch.inf
+    call = Call(own.replace(x=own.x.abs() + 1), size)
     assert torch.equal(CHOICE.ways["tma 128x128"].run(*call), torch.full((1, 8, 3, 3), torch.inf, dtype=torch.bfloat16))
 
 
 def test_why_descriptors_are_refused_is_said(monkeypatch):
-    def why(change=lambda call: None, tiling="tma 128x128", **shape):
+    def why(change=lambda x: x, tiling="tma 128x128", **shape):
         sizes = {"members": 1, "rows": 2, "channels": 64, "outputs": 8, "size": (4, 4), **shape}
-        call = list(block(sizes.pop("dtype", torch.bfloat16), **sizes))
-        change(call)
-        return CHOICE.ways[tiling].refuses(*call)
+        own, size, *_ = block(sizes.pop("dtype", torch.bfloat16), **sizes)
+        return CHOICE.ways[tiling].refuses(own.replace(x=change(own.x)), size)
 
-    def shifted(call):
-        x = torch.zeros(call[2].numel() + 1, dtype=call[2].dtype)[1:]
-        call[2] = x.view(2, 4, 4, 64).movedim(-1, 1)
+    def shifted(x):
+        return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(2, 4, 4, 64).movedim(-1, 1)
 
     assert why() is None
     assert "no multiples of 16 bytes" in why(channels=4)
@@ -149,7 +156,7 @@ def test_why_descriptors_are_refused_is_said(monkeypatch):
     assert "odd" in why(size=(4, 5), stride=2)
     assert "stride of 2 over channels" in why(channels=32, stride=2)
     assert "image or weights" in why(weights="first")
-    assert "not last in memory" in why(lambda call: call.__setitem__(2, call[2].contiguous()))
+    assert "not last in memory" in why(torch.Tensor.contiguous)
     assert "nothing before" in why(tiling="triton apart")
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert "full precision" in why(dtype=torch.float32)
@@ -165,9 +172,10 @@ def test_why_descriptors_are_refused_is_said(monkeypatch):
 
 def test_what_lies_otherwise_than_what_was_measured_is_copied():
     """Choices are remembered by shape, so that a way may meet an image that it refuses."""
-    call = Block(*block(torch.float16, 2, 4, 16, 8, (4, 5)))
-    shifted = torch.empty(call.x.numel() + 1, dtype=call.x.dtype)[1:].view(4, 4, 5, 16).movedim(-1, 1)
-    otherwise = call._replace(x=shifted.copy_(call.x), weight=call.weight.contiguous())
+    call = block(torch.float16, 2, 4, 16, 8, (4, 5))
+    own = call.block
+    shifted = torch.empty(own.x.numel() + 1, dtype=own.x.dtype)[1:].view(4, 4, 5, 16).movedim(-1, 1)
+    otherwise = Call(own.replace(x=shifted.copy_(own.x), weight=own.weight.contiguous()), call.size)
     way = CHOICE.ways["tma 128x128"]
     assert way.refuses(*otherwise) is not None
     assert torch.equal(way.run(*otherwise), way.run(*call))
@@ -177,19 +185,16 @@ def test_what_lies_otherwise_than_what_was_measured_is_copied():
 def test_plain_convolutions_take_it_too(tiling):
     from fastens.ops import conv
 
-    call = block(torch.float16, 2, 4, 40, 136, (9, 15))
-    plain = (*call[2:7], (1, 1), False, (0, 0), 1, None)
-    expected, _ = conv2d(*(t.double() for t in call[2:5]), *call[5:7], backend="reference")
-    assert relative_error(conv.conv(*call[2:7], way=tiling), expected) <= OP[torch.float16]
+    own = block(torch.float16, 2, 4, 40, 136, (9, 15)).block[:5]
+    plain = (*own, (1, 1), False, (0, 0), 1, None)
+    expected, _ = conv2d(*doubled(own), backend="reference")
+    assert relative_error(conv.conv(*own, way=tiling), expected) <= OP[torch.float16]
     assert "unequal" in conv.CHOICE.ways[tiling].refuses(*plain[:-1], torch.tensor([0, 1, 4]))
 
 
 @pytest.mark.parametrize(("rows", "outputs", "tiles"), [(5, 256, 80), (10, 256, 160), (5, 130, 80), (5, 128, 40)])
 def test_tiles_are_counted(rows, outputs, tiles):
     x, weight = torch.empty(rows, 8, 32, 32), torch.empty(5, outputs, 8, 3, 3)
-    call = Block(
-        None, None, x, weight, None, (1, 1), (1, 1), (32, 32), None, None, None, 0.0, None, None, "none", None, None,
-        1.0, "none", 0,
-    )  # fmt: skip
-    assert fills_less_than(call, tiles)
-    assert not fills_less_than(call, tiles - 1)
+    block = ConvBlock(x, weight, padding=(1, 1))
+    assert fills_less_than(block, (32, 32), tiles)
+    assert not fills_less_than(block, (32, 32), tiles - 1)

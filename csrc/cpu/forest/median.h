@@ -61,7 +61,8 @@ void select_middles(const Rank* ranks, int64_t members, int64_t stride, int bits
   };
   V lower{};
   for (int bit = bits - 1; bit >= 0; --bit) {
-    const V probe = lower | static_cast<Rank>(Rank{1} << bit);
+    const Rank value = static_cast<Rank>(Rank{1} << bit);  // named: under sanitizers a cast's operand is an int
+    const V probe = lower | value;
     lower = count_below(probe) <= below ? probe : lower;
   }
   V upper = lower;
