@@ -21,7 +21,8 @@ from fastens.draws import Assignment, Draws, Evaluation, assignment_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.drawn import run_drawn
-from fastens.fold.engine import FoldEngine, call
+from fastens.fold.engine import FoldEngine
+from fastens.fold.entering import call
 from fastens.fold.members import (
     AS_THEY_ARE,
     DifferentMembers,
@@ -213,8 +214,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
 
     def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, where members are modules of their own."""
-        args, kwargs = arguments.of_member(k)
-        return call(list(self.network.children())[k], method, args, kwargs)
+        return call(list(self.network.children())[k], method, *arguments.of_member(k))
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,47 +11,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.copies import copies, is_plain
 from fastens.fold.dispatch import Fold
 from fastens.fold.tensor import MemberTensor
 
-_PLAIN = int | float | str | torch.dtype | torch.device | None
 _LEAVES = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device})
-
-
-def _is_plain(x: Any) -> bool:
-    """Whether a leaf is a number, a name or the like, or a tensor whose elements are where its strides say."""
-    if not isinstance(x, Tensor):
-        return isinstance(x, _PLAIN)
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.layout is torch.strided
-        and not (x._is_zerotensor() or x.is_conj() or x.is_neg())
-    )
-
-
-def separate(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, each in memory of its own: one that shares another's is copied."""
-    seen: set[int] = set()
-    apart = []
-    for x in tensors:
-        storage = x.untyped_storage()._cdata
-        apart.append(torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) if storage in seen else x)
-        seen.add(storage)
-    return apart
-
-
-def duplicate(x: Tensor, factor: float = 1.0) -> Tensor:
-    """A copy that is laid out as a tensor is, in memory of its own; of one of floating point times a factor."""
-    dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
-    apart = x.numel() and all(outer >= s * n for (s, n), (outer, _) in itertools.pairwise([(1, 1), *dims]))
-    if apart:
-        made = flat = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-    else:  # elements share memory
-        flat = x.as_strided((_span(x),), (1,), x.storage_offset()).clone()
-        made = flat.as_strided(x.shape, x.stride())
-    if factor != 1.0 and x.is_floating_point():
-        flat.mul_(factor)
-    return made
 
 
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -61,56 +24,6 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     if not torch.compiler.is_compiling() and _LEAVES.issuperset(map(type, leaves)):
         return leaves, (len(args), tuple(kwargs))
     return pytree.tree_flatten((args, kwargs))
-
-
-def copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies that are laid out as the tensors are, and share memory where these do.
-
-    Tensors that are differentiated share it only where they are views of one, as far as torch knows.
-    """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return [x.clone() for x in tensors]
-    groups: dict[int, list[Tensor]] = {}
-    for x in tensors:
-        if _is_plain(x):
-            groups.setdefault(x.untyped_storage()._cdata, []).append(x)
-    wholes = {storage: _whole(group) for storage, group in groups.items() if len(group) > 1}
-
-    def copied(x: Tensor) -> Tensor:
-        if not _is_plain(x):
-            return x.clone()
-        whole = wholes.get(x.untyped_storage()._cdata)
-        return duplicate(x) if whole is None else whole(x)
-
-    return [copied(x) for x in tensors]
-
-
-def _whole(group: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Copy the memory that tensors share; return what makes a tensor's copy of it."""
-    first = group[0]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in group)):
-        spans = [(x.storage_offset() * x.element_size(), _span(x) * x.element_size()) for x in group]
-        start = min(offset for offset, _ in spans) // 16 * 16
-        stop = max(offset + size for offset, size in spans)
-        memory = torch.empty(0, dtype=torch.uint8, device=first.device)
-        memory = memory.set_(first.untyped_storage(), start, (stop - start,), (1,)).clone().untyped_storage()
-
-        def part(x: Tensor) -> Tensor:
-            offset = x.storage_offset() - start // x.element_size()
-            return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, offset, x.shape, x.stride())
-
-        return part
-    roots = {id(root): root for x in group for root in (x if x._base is None else x._base,)}
-    if len(roots) > 1:
-        return duplicate
-    (root,) = roots.values()
-    own, start = duplicate(root), root.storage_offset()
-    return lambda x: own if x is root else own.as_strided(x.shape, x.stride(), x.storage_offset() - start)
-
-
-def _span(x: Tensor) -> int:
-    """How many elements of its memory a tensor reaches over."""
-    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
 class PerMember:
@@ -266,10 +179,27 @@ class Arguments:
         """The leaves that are tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
+    @property
+    def _same(self) -> tuple[int, ...]:
+        """For each tensor, the first that is the same object, which a network may ask for; empty where all differ."""
+        ids = [id(x) for x in self.leaves if isinstance(x, Tensor)]
+        return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
+
+    def _each(self, function: Callable[[int, Any], Any]) -> list[Any]:
+        """Something made of every leaf by its position, once where leaves are one tensor."""
+        made: dict[Any, Any] = {}
+        found = []
+        for i, x in enumerate(self.leaves):
+            key = (id(x), i in self.own, i in self.rows_at, i in self.per_row) if isinstance(x, Tensor) else i
+            if key not in made:
+                made[key] = function(i, x)
+            found.append(made[key])
+        return found
+
     def with_tensors(self, tensors: list[Tensor]) -> Arguments:
         """The same arguments with other tensors in the place of theirs."""
-        other = self._copy()
-        replacements = iter(tensors)
+        other, same = self._copy(), self._same
+        replacements = iter([tensors[i] for i in same] if same else tensors)
         other.leaves = [next(replacements) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         other.owned = False
         return other
@@ -298,7 +228,7 @@ class Arguments:
                 return MemberTensor(hidden.entries(x), hidden)
             return fold.common(x)
 
-        return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
+        return self._with_leaves(self._each(leaf))
 
     def bound_rows(self, fold: Fold) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a pass whose hidden dimension is the rows: a logical batch of one for each."""
@@ -312,36 +242,42 @@ class Arguments:
                 return MemberTensor(x.unsqueeze(1), fold.hidden)
             return fold.common(x)
 
-        return self._with_leaves([leaf(i, x) for i, x in enumerate(self.leaves)])
+        return self._with_leaves(self._each(leaf))
 
     def _number(self, fold: Fold, i: int, x: Any) -> Any:
         return fold.numbers.argument(fold, i) if fold.numbers is not None and i in self.varying else x
 
     def of_member(self, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of member k alone, in memory of its own: it may write to them."""
-        leaves = (self if self.owned else self.copied()).leaves
-        return self._with_leaves([x[k] if i in self.own else x for i, x in enumerate(leaves)])
+        owned = self if self.owned else self.copied()
+        return self._with_leaves(owned._each(lambda i, x: x[k] if i in self.own else x))
 
     def selected(self, index: Tensor) -> Arguments:
         """The arguments for the samples ``index``, int64 [n]."""
+
+        def leaf(i: int, x: Any) -> Any:
+            if i not in self.rows_at | self.per_row:
+                return x
+            return x.index_select(1 if i in self.own else 0, index.to(x.device))
+
         other = self._copy()
-        other.leaves = list(self.leaves)
-        for i in self.rows_at | self.per_row:
-            x = self.leaves[i]
-            other.leaves[i] = x.index_select(1 if i in self.own else 0, index.to(x.device))
+        other.leaves = self._each(leaf)
         samples = index % max(self.num_samples, 1) if self.num_samples else index
         other.samples = samples if self.samples is None else self.samples.index_select(0, index)
         return other
 
     def of_rows(self, members: Tensor) -> Arguments:
         """The arguments of rows that have a member each, ``members`` int64 [B]: of :class:`PerMember`, its member's."""
-        other = self._copy()
-        other.leaves = list(self.leaves)
-        for i in self.own:
-            x = self.leaves[i]
+
+        def leaf(i: int, x: Any) -> Any:
+            if i not in self.own:
+                return x
             at = members.to(x.device)
             row = torch.arange(len(at), device=x.device)
-            other.leaves[i] = x[at, row] if i in self.rows_at else x.index_select(0, at)
+            return x[at, row] if i in self.rows_at else x.index_select(0, at)
+
+        other = self._copy()
+        other.leaves = self._each(leaf)
         other.own, other.per_row = frozenset(), self.own - self.rows_at
         return other
 
@@ -353,7 +289,7 @@ class Arguments:
 
     def share_memory(self) -> bool:
         """Whether a network that writes to one of the tensors may change another."""
-        tensors = [x for x in self.tensors if _is_plain(x)]
+        tensors = [x for x in self.tensors if is_plain(x)]
         return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)
 
     # What tells calls apart
@@ -364,7 +300,7 @@ class Arguments:
         Args:
             varying: positions of numbers that are inputs of the plan.
         """
-        key = [self._nesting, self.own, self.per_row]
+        key = [self._nesting, self.own, self.per_row, self._same]
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
                 key += (leaf.shape, leaf.stride(), leaf.dtype)
@@ -388,7 +324,7 @@ class Arguments:
 
     def plain(self) -> bool:
         """Whether :meth:`plan_key` says everything: leaves are ordinary tensors, numbers, names or dtypes."""
-        return all(map(_is_plain, self.leaves))
+        return all(map(is_plain, self.leaves))
 
     def signature(self) -> tuple[Any, ...]:
         """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
@@ -404,7 +340,7 @@ class Arguments:
                 return type(leaf)
             return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
 
-        return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row)
+        return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row, self._same)
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -24,6 +24,7 @@ from fastens.fold.remembered import remembers_calls
 from fastens.fold.state import random_kept, state_kept
 from fastens.fold.structure import exactly
 from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.fold.transformed import in_transform
 from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
-        if engine.engine == "loop" or not len(self._members) or transformed():
+        if engine.engine == "fold" and transformed():
+            return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
+        if engine.engine == "loop" or not len(self._members):
             return self._looped()
         try:
             found = self._dealt_out()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from fastens.fold.check import relative_error
 from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold, check_derivatives, inside
 from fastens.fold.drawn import DrawnCall
-from fastens.fold.entering import noted
+from fastens.fold.entering import call
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import columns_of, joined, unwrapped
@@ -37,6 +36,7 @@ from fastens.fold.rows import RowsOfMembers
 from fastens.fold.state import NetworkState, state_kept
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
+from fastens.fold.transformed import in_transform
 from fastens.fold.views import MemberViews, State, standing_alone
 from fastens.fold.writes import WritesInput
 from fastens.ops.run_program import target
@@ -180,9 +180,10 @@ class FoldEngine:
         output = self.run(self.new_pass(hidden, arguments), arguments, method, network=module)
         return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
 
-    def loop(self, arguments: Arguments, method: str = "forward") -> list[Any]:
+    def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
-        outputs = (self.call_member(k, arguments, method, remembers=True) for k in range(self.num_members))
+        call_member = call_member or functools.partial(self.call_member, remembers=True)
+        outputs = (call_member(k, arguments, method) for k in range(self.num_members))
         return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def give_up(self, why: str) -> None:
@@ -216,8 +217,10 @@ class FoldEngine:
 
     def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
         """The same, whatever last bits depend on."""
-        if self.engine == "loop" or transformed():
+        if self.engine == "loop":
             return self.loop(arguments, method)
+        if transformed():
+            return in_transform(self, lambda call: self.loop(arguments, method, call))
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return self.fold(arguments, None, method)
         plannable = method == "forward" and self.can_plan(arguments)
@@ -442,9 +445,3 @@ class FoldEngine:
         where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
         found = (layers, plans.kinds, why_not, plans.num_bytes)
         return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)
-
-
-def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a method of a network; ``forward`` with its hooks."""
-    with nullcontext() if method == "forward" else noted(network):
-        return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Whether members' parameters enter what a method of theirs computes."""
+"""Calls of members' methods, and whether their parameters enter what a method computes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ def entering() -> Iterator[list[bool]]:
         _NOTED.reset(token)
 
 
-def noted(network: nn.Module) -> AbstractContextManager[Any]:
+def _noted(network: nn.Module) -> AbstractContextManager[Any]:
     """Scope of a call of a network, in which its parameters are looked for where :func:`entering` asks."""
     found = _NOTED.get()
     return nullcontext() if found is None or torch.compiler.is_compiling() else _Entering(network, found)
+
+
+def call(network: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a network; ``forward`` with its hooks."""
+    with nullcontext() if method == "forward" else _noted(network):
+        return network(*args, **kwargs) if method == "forward" else getattr(network, method)(*args, **kwargs)
 
 
 class _Entering(TorchFunctionMode):

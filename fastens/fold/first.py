@@ -49,8 +49,7 @@ class FirstPass:
         """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
         engine = self._engine
         with random_kept():
-            with torch.no_grad():
-                problem = self._run_members()
+            problem = self._run_members()
             if problem is not None:
                 engine.give_up(problem)
                 return None
@@ -60,8 +59,7 @@ class FirstPass:
                 engine.plans.decline("members draw random numbers in this mode")
             elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-            with torch.no_grad():
-                problem, leaves = self._folded() if planned is None else (None, planned)
+            problem, leaves = self._folded() if planned is None else (None, planned)
             if problem is None and leaves is not None and not random:
                 problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
         if problem is not None:
@@ -105,7 +103,7 @@ class FirstPass:
                 engine.copies_inputs = True
             engine.stateful = engine.stateful or bool(changed or written)
             engine.unshare(touched)
-            self._expected.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+            self._expected.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
             del output
             around = self._measuring() if k == 0 else nullcontext()
         if engine.num_members == 1 and not isinstance(around, nullcontext):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastens import reproducible
-from fastens.fold.arguments import duplicate, separate
 from fastens.fold.check import beyond_rounding
+from fastens.fold.copies import duplicate, separate
 from fastens.fold.guards import Guards, ordinary_context
 from fastens.fold.leaves import Leaves
 from fastens.fold.memory_cap import is_out_of_memory

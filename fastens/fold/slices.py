@@ -23,6 +23,12 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     fold.slices[name] += 1
     columns: dict[int, Any] = {}
     writes = writes_to(func, args)
+    if (
+        writes
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in leaves_of((args, kwargs)) if isinstance(x, Tensor))
+    ):
+        raise NotFoldable(f"{name} writes in place to what is differentiated")
 
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:

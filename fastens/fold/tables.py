@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.held import member_values
@@ -254,7 +255,8 @@ class OfMember(dict[str, Any]):
             if apart:
                 self._keep_here(name, value)
             elif keeps:
-                self.keep(name, value)
+                with temporarily_clear_interpreter_stack():  # a transform lets nothing from outside be written to
+                    self.keep(name, value)
             elif name not in self.source and name not in self.own:
                 super().__delitem__(name)
         return set(replaced)
@@ -265,6 +267,7 @@ class OfMember(dict[str, Any]):
         like = None if stack is None else stack if name in self.source.common else stack[self.k]
         if like is None or not isinstance(value, Tensor) or (
             (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
+            or torch._C._functorch.is_functorch_wrapped_tensor(value)
         ):  # fmt: skip
             self._keep_here(name, value)
             return

@@ -110,3 +110,118 @@ def test_recurrent_layers_in_autocast(kind):
             expected, found = torch.stack([m(x)[0] for m in members]), ensemble.member_outputs(x)[0]
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected)
+
+
+class AsksWhich(nn.Module):
+    """Asks whether two of its arguments are one object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, context=None, more=()):
+        h = self.layer(x)
+        return h if context is x or any(y is x for y in more) else h * 2
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("settings", [{}, {"engine": "loop"}, {"max_fold": 4}], ids=["folded", "looped", "in passes"])
+def test_arguments_that_are_one_object(settings):
+    members, x = [AsksWhich() for _ in range(3)], torch.randn(5, 4)
+    ensemble = fastens.Ensemble(members, **settings)
+    calls = [(x, x), (x, x.clone()), (x, x.view(5, 4)), (x, None, [x]), (x, None, [x.view_as(x)]), (x, x, [x, x])]
+    with torch.no_grad():
+        for call in calls * 3:
+            torch.testing.assert_close(ensemble(*call), torch.stack([m(*call) for m in members]).mean(0))
+            with ensemble.assigned([0, 2, 1, 1, 0]):
+                rows = [members[k](*call)[i] for i, k in enumerate([0, 2, 1, 1, 0])]
+                torch.testing.assert_close(ensemble(*call), torch.stack(rows))
+
+
+class Counts(nn.Module):
+    """Counts its calls, in an attribute and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(8, 8), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count = self.count + 1
+        return self.layer(x) * (self.calls + self.count)
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda f, x: torch.vmap(f, randomness="same")(x[:, None])[:, 0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("rows", [None, [2, 0, 1, 1]], ids=["all members", "assigned"])
+@pytest.mark.parametrize("first", [0, 2], ids=["the first call", "a later one"])
+@pytest.mark.parametrize("transform", ["jvp", "vmap"])
+def test_what_members_write_inside_a_transform(transform, first, rows):
+    if rows is not None and transform == "vmap":
+        pytest.skip("each row alone has no member of its own")
+    members, x = [Counts() for _ in range(3)], torch.randn(4, 8)
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    with torch.no_grad():
+        for step in range(5):
+            inside = step == first
+            call = (lambda f: TRANSFORMS[transform](f, x)) if inside else (lambda f: f(x))
+            if rows is not None and inside:
+                with ensemble.assigned(rows):
+                    found = call(ensemble)
+                for k in sorted(set(rows)):
+                    alone = call(members[k])
+                    for i in [i for i, row in enumerate(rows) if row == k]:
+                        torch.testing.assert_close(found[i], alone[i])
+            else:
+                torch.testing.assert_close(call(ensemble), torch.stack([call(m) for m in members]).mean(0))
+
+
+IN_PLACE = {
+    "clamp": lambda p, x: torch.clamp(x, p, x + 1),
+    "clamp of a number": lambda p, x: torch.clamp(p * x, -0.5, 0.5),
+    "cumprod": lambda p, x: (p * x).cumprod_(0),
+    "scatter": lambda p, x: (p * x).scatter_reduce_(0, torch.zeros(5, 5, dtype=torch.long), p * 1.0, "prod"),
+    "index": lambda p, x: (p * x).index_reduce_(0, torch.tensor([0, 0, 1, 2, 3]), p * 1.0, "prod"),
+}
+
+
+class Applies(nn.Module):
+    """A function of a parameter and the input."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.p, self.function = nn.Parameter(torch.randn(5, 5)), function
+
+    def forward(self, x):
+        return self.function(self.p, x)
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one", "ignore:index_reduce")
+@pytest.mark.parametrize("function", IN_PLACE)
+def test_gradients_of_what_is_written_in_place(function):
+    torch.manual_seed(0)
+    members = [Applies(IN_PLACE[function]) for _ in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    for _ in range(2):
+        x = torch.randn(5, 5).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        ensemble(x).square().sum().backward()
+        torch.stack([m(y) for m in members]).mean(0).square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    (stack,) = ensemble.parameters()
+    torch.testing.assert_close(stack.grad, torch.stack([m.p.grad for m in members]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:fastens. members are evaluated one by one")
+def test_padded_places_in_autocast():
+    members, x = [Padded().eval() for _ in range(3)], torch.randn(4, 6, 8)
+    ensemble, padding = fastens.Ensemble(members), torch.arange(6) >= torch.tensor([[6], [3], [4], [2]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.stack([m(x, padding) for m in members]).mean(0)
+        torch.testing.assert_close(ensemble(x, padding), expected, atol=3e-2, rtol=3e-2)

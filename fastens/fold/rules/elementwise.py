@@ -42,6 +42,8 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in _TAKES_OTHER and len(args) > 1 and isinstance(args[1], Tensor):
         return _converted(fold, func, args, kwargs)
     tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+    if func in _CLAMPS and len(tensors) > 1 and torch.is_grad_enabled():
+        return NotImplemented  # torch's derivative knows no broadcasting between its limits
     if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
     writes = writes_to(func, args)
@@ -76,6 +78,7 @@ def _reaches(fold: Fold, x: MemberTensor, result: MemberTensor, kwargs: Any) -> 
     return not itself or (fold.aliases(x) and memory_of(result.stack) == memory_of(x.stack))
 
 
+_CLAMPS = set(named("clamp clip clamp_ clip_"))
 _TAKES_OTHER = set(named("to type_as"))
 _FILLS = set(named("masked_fill masked_fill_"))
 _UNLIKE = _FILLS | set(named("where"))

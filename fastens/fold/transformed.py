@@ -1,0 +1,40 @@
+"""Calls inside function transforms and forward-mode differentiation: the members' own code, one by one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from fastens.fold.state import state_kept
+
+if TYPE_CHECKING:
+    from fastens.fold.arguments import Arguments
+    from fastens.fold.engine import FoldEngine
+
+Result = TypeVar("Result")
+
+
+def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
+    """What a loop over members gives; where they write to themselves, which no fold learns of, they stay looped.
+
+    Args:
+        engine: that folds otherwise.
+        run: the loop, of what calls a member: by its number, arguments and method.
+    """
+
+    def call(k: int, arguments: Arguments, method: str = "forward") -> Any:
+        return engine.call_module(engine.views[k], k, arguments, method)
+
+    if not engine.stateful:
+        with ExitStack() as stack:
+            changed = [stack.enter_context(state_kept(module)) for module in (engine.network, *engine.views)]
+            result = run(call)
+        if not any(changed):
+            return result
+    with temporarily_clear_interpreter_stack():  # what members are given of their own outlives the transform
+        engine.give_up("members that write to themselves were called inside a transform")
+    return run(functools.partial(engine.call_member, remembers=True))
