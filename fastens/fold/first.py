@@ -49,7 +49,8 @@ class FirstPass:
         """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
         engine = self._engine
         with random_kept():
-            problem = self._run_members()
+            with _members_mode():
+                problem = self._run_members()
             if problem is not None:
                 engine.give_up(problem)
                 return None
@@ -59,7 +60,8 @@ class FirstPass:
                 engine.plans.decline("members draw random numbers in this mode")
             elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-            problem, leaves = self._folded() if planned is None else (None, planned)
+            with _members_mode():
+                problem, leaves = self._folded() if planned is None else (None, planned)
             if problem is None and leaves is not None and not random:
                 problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
         if problem is not None:
@@ -175,6 +177,12 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
+
+
+def _members_mode() -> AbstractContextManager[Any]:
+    """The call's own gradient mode, on which paths of torch depend; a checkpoint around it would count what is saved."""
+    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch.no_grad() if saves else nullcontext()
 
 
 def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,7 @@ class Constants:
         self._known: dict[object, tuple[At, Tensor]] = {}
         self._elements = 0
         self._capacity = capacity
+        self._lock = threading.Lock()  # several threads may record plans
         self.memory = torch.empty(0)
 
     def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
@@ -116,17 +118,18 @@ class Constants:
 
     def write(self, key: object, size: int, fill: Callable[[Tensor], object], source: Tensor) -> At:
         """As :meth:`add`, of ``size`` values that ``fill`` writes into a flat tensor."""
-        found = self._known.get(key)
-        if found is None:
-            start = self._elements
-            self._elements += size + -size % (ALIGNMENT // 4)
-            if self._elements > len(self.memory):
-                grown = torch.empty(max(2 * self._elements, self._capacity))
-                grown[:start].copy_(self.memory[:start])
-                self.memory = grown
-            fill(self.memory[start : start + size])
-            found = self._known[key] = (At(Slot.WEIGHTS, start * 4), source)
-        return found[0]
+        with self._lock:
+            found = self._known.get(key)
+            if found is None:
+                start = self._elements
+                self._elements += size + -size % (ALIGNMENT // 4)
+                if self._elements > len(self.memory):
+                    grown = torch.empty(max(2 * self._elements, self._capacity))
+                    grown[:start].copy_(self.memory[:start])
+                    self.memory = grown
+                fill(self.memory[start : start + size])
+                found = self._known[key] = (At(Slot.WEIGHTS, start * 4), source)
+            return found[0]
 
     @property
     def num_bytes(self) -> int:
