@@ -180,7 +180,7 @@ class FirstPass:
 
 
 def _members_mode() -> AbstractContextManager[Any]:
-    """The call's own gradient mode, on which paths of torch depend; a checkpoint around it would count what is saved."""
+    """The call's own gradient mode, on which torch's paths depend; not in a checkpoint, which counts what is saved."""
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return torch.no_grad() if saves else nullcontext()
 
