@@ -82,3 +82,29 @@ def test_weights_that_do_not_sum_to_one(method, members, settings):
                 for leaf, column in zip(leaves, columns, strict=True):
                     torch.testing.assert_close(leaf, 0.7 * torch.stack(list(column)).sum(0))
             ensemble(x + call)
+
+
+@fastens.rule("of_corners")
+def of_corners(scores):
+    """A user's rule, of images alone."""
+    return scores.mean(0) + scores[:, :, :, :1, :1].mean(0)
+
+
+class Image(nn.Module):
+    """A network of images with a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def twice(self, x):
+        return self(self(x))
+
+
+def test_a_rule_for_images_alone():
+    members, x = [Image() for _ in range(3)], torch.randn(2, 1, 3, 3)
+    found, stack = fastens.Ensemble(members, of_corners()).twice(x), torch.stack([m.twice(x) for m in members])
+    torch.testing.assert_close(found, stack.mean(0) + stack[:, :, :, :1, :1].mean(0))
