@@ -142,7 +142,7 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
 
 LIGHT = """_build _native _version adapters adaptive aggregation capture draws dropout ensemble files fold
     kernels laplace members methods ops outputs parameterisation pickled plan program reference
-    report rules schedules settings summary views""".split()
+    report reproducible rules schedules settings summary views""".split()
 
 
 def run_python(code):

@@ -81,7 +81,7 @@ def k_image_v1():
     return make, lambda b, r: (r(b, 3, 8, 8), r.unit(b), r(b, 4))
 
 
-@network("k-diffusion", unplanned="the weights, or the state of the network, change from call to call")
+@network("k-diffusion", looped="the network writes to its parameters")
 def k_image_transformer_v1():
     """Axial rotary positions; clamps a parameter in each pass. Not compiled inside, which takes half a minute."""
     os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")
