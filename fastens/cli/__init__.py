@@ -49,7 +49,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)
-    parser.set_defaults(parser=parser)  # of all commands, which one of them describes
+    parser.set_defaults(whole=parser)  # of all commands, which one of them describes
     return parser
 
 

@@ -24,4 +24,4 @@ def run(options: argparse.Namespace) -> None:
         import shtab
     except ImportError as error:
         raise ModuleNotFoundError("shtab, which writes completions, is not installed: pip install shtab") from error
-    print(shtab.complete(options.parser, options.shell))
+    print(shtab.complete(options.whole, options.shell))
