@@ -17,15 +17,6 @@ import fastens
 from fastens.cli import main
 from fastens.ops import _choice
 from fastens.ops.run_program import target
-from tests.networks import randomised, unet_2d
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("members")
-    for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
-    return [str(root / f"member_{seed}") for seed in range(2)]
 
 
 def test_info(capsys, monkeypatch, tmp_path):

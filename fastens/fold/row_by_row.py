@@ -165,8 +165,6 @@ def _joined(parts: list[list[Any]]) -> list[Any]:
 
     def one(column: tuple[Any, ...]) -> Any:
         first = column[0]
-        if isinstance(first, Tensor) and first.stride(0) == 0:  # the same for all members, and known as such
-            return torch.cat([x[:1] for x in column], 1).expand(len(first), *[-1] * (first.ndim - 1))
         if isinstance(first, Tensor):
             return torch.cat(column, 1)
         return [torch.cat(of_member) if isinstance(of_member[0], Tensor) else of_member[0]

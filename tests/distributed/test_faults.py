@@ -17,7 +17,6 @@ from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.likelihood import likelihood
 from fastens.evaluation.results import Parts
 from fastens.evaluation.sampling import sample
-from tests.networks import randomised, unet_2d
 
 CALLED = """
 import datetime, os, sys, time
@@ -75,14 +74,6 @@ def test_a_lost_rank_is_an_error_on_the_others_and_is_named(how, timeout):
             rank.wait()
     assert ranks[0].returncode == 7, said
     assert "lost rank 1 of [0, 1] did not answer within" in said
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("members")
-    for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
-    return [str(root / f"member_{seed}") for seed in range(2)]
 
 
 KILLED = """

@@ -15,18 +15,9 @@ from fastens.demo.data import load_digits
 from fastens.evaluation import quality
 from fastens.evaluation.random_features import RandomFeatures
 from fastens.evaluation.report import QUICK
-from tests.networks import randomised, unet_2d
 
 likelihood = importlib.import_module("fastens.evaluation.likelihood")  # the package has the function by this name
 LITTLE = "--rows 4 --likelihood-rows 3 --noise-levels 2 --ode-steps 2 --sampler-steps 2 --batch 16".split()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("members")
-    for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
-    return [str(root / f"member_{seed}") for seed in range(2)]
 
 
 @pytest.fixture(scope="module")
