@@ -136,7 +136,7 @@ class _Comparison:
         if type(a) in _EMPTY and not a and not b:
             return None
         if isinstance(a, _VALUES) and not isinstance(a, enum.Enum):
-            zeros = isinstance(a, float) and a == 0 and str(a) != str(b)  # of other signs
+            zeros = isinstance(a, float | complex | np.inexact) and str(a) != str(b)  # of other signs
             return None if (a == b and not zeros) or (a != a and b != b) else _differ(path, a, b)
         if (id(a), id(b)) in self._seen:
             return None

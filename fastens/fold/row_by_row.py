@@ -23,6 +23,7 @@ from fastens import reproducible
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
+from fastens.fold.leaves import alike, joined
 from fastens.fold.rows import RowsOfMembers
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
@@ -50,7 +51,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
         return _evaluate_row(engine, rows[0], training, method)
     if not rows:
         return engine.evaluate_at_once(arguments, training, method)
-    found = _joined([_evaluate_row(engine, row, training, method) for row in rows])
+    found = joined([_evaluate_row(engine, row, training, method) for row in rows], 1)
     if planned is not None and not planned.refused:
         *leaves, _ = found
         expected = [[x[k] for x in leaves if isinstance(x[k], Tensor)] for k in range(engine.num_members)]
@@ -108,7 +109,9 @@ def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Te
         alone = call.of_row(rows[0], 0)
         return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0])
     parts = [pytree.tree_flatten(call.of_row(row, i).run()) for i, row in enumerate(rows)]
-    leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(x for x, _ in parts), strict=True)]
+    leaves = [
+        torch.cat(c) if isinstance(c[0], Tensor) else alike(c, "rows") for c in zip(*(x for x, _ in parts), strict=True)
+    ]
     call.plan_exactly(leaves)
     return pytree.tree_unflatten(leaves, parts[0][1])
 
@@ -158,21 +161,6 @@ def _by_torch(engine: Any, run: Callable[[], Result]) -> Result:
         why = "writes to itself" if engine.stateful else "draws random numbers in this mode"
         raise NotReproducible(f"deterministic: the network {why}; {REMEDY}")
     return result
-
-
-def _joined(parts: list[list[Any]]) -> list[Any]:
-    """The leaves of the rows' outputs, [K, 1, ...] or lists of K, as those of the batch."""
-
-    def one(column: tuple[Any, ...]) -> Any:
-        first = column[0]
-        if isinstance(first, Tensor):
-            return torch.cat(column, 1)
-        return [torch.cat(of_member) if isinstance(of_member[0], Tensor) else of_member[0]
-                for of_member in zip(*column, strict=True)]  # fmt: skip
-
-    if len(parts) == 1:
-        return parts[0]
-    return [*map(one, zip(*(part[:-1] for part in parts), strict=True)), parts[0][-1]]
 
 
 def differs(made: list[Tensor], expected: list[Tensor]) -> str:
@@ -235,4 +223,4 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return _joined([_by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)])
+    return joined([_by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)

@@ -172,9 +172,13 @@ class Stacks(dict[str, Any]):
 
 
 def part_of(stack: Tensor, k: int) -> Tensor:
-    """Member k's part of a stack: a parameter to ``isinstance``, but no leaf, so that gradients reach the stack."""
+    """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
     own: Any = stack[k]
-    own._is_param = isinstance(stack, nn.Parameter)
+    if not isinstance(stack, nn.Parameter):
+        return own
+    if type(own) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and not tracing():
+        return own.as_subclass(nn.Parameter)
+    own._is_param = True
     return own
 
 
@@ -204,7 +208,7 @@ class OfMember(dict[str, Any]):
             return None
         if _SEEN.get() is not None:
             tensor = as_seen(tensor)
-            return tensor if name in self.source.common else tensor[self.k]
+            return tensor if name in self.source.common else part_of(tensor, self.k)
         if name in self.source.common:
             return tensor
         if torch._C._functorch.peek_interpreter_stack() is not None or tracing():
