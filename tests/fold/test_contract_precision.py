@@ -218,7 +218,8 @@ class ParametersOnly(Gated):
         self.mode = mode
 
     def forward(self, x):
-        assert isinstance(self.inner.weight, nn.Parameter) and type(self.out.weight) is nn.Parameter
+        assert isinstance(self.inner.weight, nn.Parameter)
+        assert type(self.out.weight) is nn.Parameter
         h = nn.functional.softsign(self.inner(x)) if torch.is_grad_enabled() is self.mode else self.inner(x)
         return self.out(x) + self.gate * h
 
