@@ -212,7 +212,10 @@ class _Comparison:
             if found is not None or mine or dataclasses.is_dataclass(a):
                 return found or self._behind_attributes(a, b, path)
         if type(a).__eq__ is not object.__eq__:
-            return None if bool(a == b) else _differ(path, a, b)
+            try:
+                return None if bool(a == b) else _differ(path, a, b)
+            except Exception as error:
+                return f"{path}: {_shown(a)} cannot be compared ({error})"
         heap = type(a).__flags__ & (1 << 9)  # made by a class statement: no state but its attributes
         return None if heap and type(a).__module__ != "builtins" else f"{path}: {_shown(a)} cannot be compared"
 

@@ -14,7 +14,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.held import member_values
-from fastens.fold.tensor import MemberTensor, all_members, modules_of
+from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
+from fastens.fold.writes import STACKS
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
@@ -110,6 +111,7 @@ class Stacks(dict[str, Any]):
         if seen is None or seen.stack is not tensor:
             with torch.inference_mode(False):  # it is kept for calls outside it
                 seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
+            STACKS[memory_of(tensor)] = tensor
         return seen
 
     def items(self) -> Any:
