@@ -66,10 +66,26 @@ def _written(module: nn.Module, name: str) -> None:
 
 
 @functools.cache
+def _watching(kind: type) -> type:
+    """A class of classes that leave attributes to the class that they watch, as ``type(self).calls += 1`` sets."""
+
+    def owner(cls: Any, name: str) -> Any:
+        return cls if name.startswith(("__", "_abc_")) else cls.watches
+
+    def set_(cls: Any, name: str, value: Any) -> None:
+        kind.__setattr__(owner(cls, name), name, value)
+
+    def delete(cls: Any, name: str) -> None:
+        kind.__delattr__(owner(cls, name), name)
+
+    return type(kind.__name__, (kind,), {"__setattr__": set_, "__delattr__": delete})
+
+
+@functools.cache
 def _watched(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass that differs from a class in nothing but that it counts writes."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "watches": kind}
-    return type(kind.__name__, (Watched, kind), names)
+    return _watching(type(kind))(kind.__name__, (Watched, kind), names)
 
 
 @functools.cache

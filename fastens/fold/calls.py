@@ -19,7 +19,7 @@ from fastens.fold.leaves import Leaves, recorded, recorded_rows
 from fastens.fold.memory_cap import suppress_out_of_memory
 from fastens.fold.network import lists_weights
 from fastens.fold.numbers import Numbers
-from fastens.fold.planned import Entry
+from fastens.fold.planned import Entry, OtherNumbers
 from fastens.fold.state import state_kept
 from fastens.fold.structure import exactly
 from fastens.fold.tables import alone
@@ -91,9 +91,10 @@ class PlannedCall:
             last; none without plan.
         """
         entry = None if self.key is None else self._engine.plans.current(self.key)
-        if entry is None:
+        outputs = None if entry is None else self._run(entry, self.inputs)
+        if entry is None or outputs is None:
             return None
-        leaves = entry.leaves.whole(entry.run(self.inputs, self._values))
+        leaves = entry.leaves.whole(outputs)
         if not _due(entry.calls):
             return leaves
         return leaves if self._holds(entry, leaves) else None
@@ -104,7 +105,10 @@ class PlannedCall:
         if entry is None or not entry.plan.sums or entry.leaves.kinds != ("rows",):
             return None
         inputs = self.inputs
-        total = entry.run(inputs, self._values, weights)[0]
+        outputs = self._run(entry, inputs, weights)
+        if outputs is None:
+            return None
+        total = outputs[0]
         if _due(entry.calls):
             calls = entry.calls
             leaves = entry.leaves.whole(entry.run(inputs, self._values))
@@ -112,6 +116,14 @@ class PlannedCall:
             if not self._holds(entry, leaves):
                 return None
         return total, entry.leaves.spec
+
+    def _run(self, entry: Entry, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor] | None:
+        """Run a plan; none where it takes no such numbers, and none for their kind of call from now on."""
+        try:
+            return entry.run(inputs, self._values, weights)
+        except OtherNumbers as error:
+            self._engine.plans.refuse(self.key, f"{error}")
+            return None
 
     @property
     def known(self) -> bool:

@@ -286,6 +286,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         _resume(fold)
         if wrappers:
             check_derivatives(leaves)
+    if fold.network is None and args and writes_to(func, args):
+        count_write(args[0])
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
     if not members:
@@ -299,8 +301,6 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if writes_to(func, args):
         target = args[0]
         check_weights(fold, target)
-        if fold.network is None:
-            count_write(target)
         if not member_valued(target):
             promote(fold, target, next(x for x in leaves_of((args, kwargs)) if member_valued(x)))
         elif not fold.aliases(target):

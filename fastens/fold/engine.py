@@ -33,7 +33,7 @@ from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.state import NetworkState, state_kept
+from fastens.fold.state import NetworkState
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 from fastens.fold.transformed import in_transform
@@ -254,6 +254,7 @@ class FoldEngine:
             if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
             why = f"{type(error).__name__}: {error}"
+        self._unshare_all()  # what they write to is each one's own
         result = self.loop(arguments, method)
         self.give_up(f"the fold failed where they do not: {why}")
         return result
@@ -350,6 +351,8 @@ class FoldEngine:
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
             leaves = self._in_passes(arguments, key, method)
+            if shared := state.shared():
+                raise NotFoldable(shared)
         except StopRecomputation:
             raise
         except BaseException:
@@ -370,15 +373,16 @@ class FoldEngine:
         """
         if torch.compiler.is_compiling() or capturing():
             return run()
-        changed: set[str] = set()
+        state, shared = NetworkState(self.network), ""
         try:
-            with state_kept(self.network) as changed:
-                result = run()
+            result = run()
+            shared = state.shared()
         finally:
+            changed = state.put_back()
             self._remembers(changed)
-        if changed:
+        if shared or changed:
             names = ", ".join(sorted(changed)[:3])
-            raise NotFoldable(f"the network writes to itself ({names}), here for some members only")
+            raise NotFoldable(shared or f"the network writes to itself ({names}), here for some members only")
         return result
 
     def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:

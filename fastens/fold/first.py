@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -16,7 +13,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.check import relative_error
 from fastens.fold.held import same_bits
 from fastens.fold.memory_cap import is_out_of_memory
-from fastens.fold.state import Changed, random_kept, state_kept
+from fastens.fold.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
 from fastens.fold.structure import Structure, own_mode
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
@@ -81,7 +78,7 @@ class FirstPass:
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
         around: AbstractContextManager[None] = nullcontext()
-        elsewhere = _other_draws()
+        elsewhere = GlobalDraws()
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.views[k]
             arguments = self._arguments.copied()
@@ -93,8 +90,8 @@ class FirstPass:
                 output = engine.call_module(member, k, arguments, self._method)
             written_to = _put_back(parameters)
             changed |= written_to
-            if elsewhere != _other_draws():
-                return "their code draws from Python's or NumPy's random generators, each a number of its own"
+            if elsewhere.drawn():
+                return DRAWS_ELSEWHERE
             touched = sorted(changed | written)
             if changed.outside or written.outside or not engine.one.isdisjoint(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
@@ -187,11 +184,6 @@ def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
             with torch.inference_mode() if p.is_inference() else torch.no_grad():
                 p.detach().copy_(values)
     return written
-
-
-def _other_draws() -> tuple[Any, bytes]:
-    """The states of the global generators that are not torch's."""
-    return random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def _versions(arguments: Arguments) -> list[int]:

@@ -127,13 +127,19 @@ class Numbers:
     def __init__(self, values: Values, others: Values) -> None:
         self.values = values
         self.others = others
-        self.used: list[tuple[Expression, torch.dtype]] = []
+        self.used: list[tuple[Expression, torch.dtype, type]] = []
         self._known: dict[int, tuple[MemberTensor, Expression]] = {}
         self._inputs: dict[tuple[int, torch.dtype], MemberTensor] = {}
 
-    def tensors(self, values: Values) -> list[Tensor]:
-        """The plan's inputs for other numbers."""
-        return [torch.tensor(expression(values), dtype=dtype) for expression, dtype in self.used]
+    def tensors(self, values: Values) -> list[Tensor] | None:
+        """The plan's inputs for other numbers; none where what Python makes of them is an error or of another type."""
+        try:
+            found = [expression(values) for expression, *_ in self.used]
+            if any(type(x) is not kind for x, (_, _, kind) in zip(found, self.used, strict=True)):
+                return None
+            return [torch.tensor(x, dtype=dtype) for x, (_, dtype, _) in zip(found, self.used, strict=True)]
+        except Exception:  # which the network's own code may catch
+            return None
 
     def argument(self, fold: Fold, position: int) -> MemberTensor:
         """What the network gets in the place of a number."""
@@ -141,7 +147,10 @@ class Numbers:
 
     def _symbol(self, fold: Fold, expression: Expression) -> MemberTensor:
         """What stands for a number: a tensor of no dimension without memory, so that nothing can read it."""
-        dtype = torch.float64 if isinstance(expression(self.values), float) else torch.int64
+        kind = type(expression(self.values))
+        if kind not in (int, float):
+            raise NotRecordable(f"a number of the call becomes a {kind.__name__}")
+        dtype = torch.float64 if kind is float else torch.int64
         symbol: MemberTensor = fold.common(torch.empty((), dtype=dtype, device="meta"))
         symbol._known = symbol.shape, dtype, torch.device("cpu")
         symbol.symbol = True
@@ -196,9 +205,10 @@ class Numbers:
             recording, expression = in_progress(), self._expression(symbol)
             assert recording is not None
             assert expression is not None
-            value = torch.tensor(expression(self.values), dtype=dtype)
+            number = expression(self.values)
+            value = torch.tensor(number, dtype=dtype)
             recording.add_input(value)
-            self.used.append((expression, dtype))
+            self.used.append((expression, dtype, type(number)))
             found = self._inputs[id(symbol), dtype] = fold.common(value)
         return found
 

@@ -7,10 +7,13 @@ class, and is nothing for nearly all of them.
 from __future__ import annotations
 
 import dis
+import random
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastens.fold.closures import IN_PLACE
 from fastens.fold.held import can_change, held_by
@@ -43,19 +46,36 @@ class Place:
             setattr(self._owner, self.name, value)
 
 
-_PLACES: weakref.WeakKeyDictionary[type, list[Place]] = weakref.WeakKeyDictionary()
+class _Reach(NamedTuple):
+    """What code can change outside of a member, and whether it may draw from Python's or NumPy's generators."""
+
+    places: list[Place]
+    draws: bool
+    values: dict[str, type]  # attributes of classes that are no code, by name
+    assigned: set[str]  # names in code that assigns attributes or changes values, where it is of no class itself
+
+
+_REACH: weakref.WeakKeyDictionary[type | types.FunctionType, _Reach] = weakref.WeakKeyDictionary()
 
 
 class OutsideState:
     """What the code of a network's modules can change outside of them, as it is.
 
     Args:
-        classes: of the modules.
+        code: classes of the modules, and functions that are attributes of theirs.
         seen: identities of what is looked at elsewhere.
+
+    Attributes:
+        draws: whether the code may draw from Python's or NumPy's generators.
     """
 
-    def __init__(self, classes: set[type], seen: set[int]) -> None:
-        places = {place.key: place for kind in classes for place in _places_of(kind)}
+    def __init__(self, code: set[type | types.FunctionType], seen: set[int]) -> None:
+        reaches = [_reach_of(each) for each in code]
+        places = {place.key: place for reach in reaches for place in reach.places}
+        for name in {name for reach in reaches for name in reach.assigned}:  # whose ``self`` is any of the modules
+            found = (Place(reach.values[name], name) for reach in reaches if name in reach.values)
+            places.update((place.key, place) for place in found)
+        self.draws = any(reach.draws for reach in reaches)
         self._values = [(place, place.get()) for place in places.values()]
         self._held = [
             (place, held) for place, value in self._values if value is not _ABSENT for held in held_by(value, seen)
@@ -72,38 +92,52 @@ class OutsideState:
         return changed
 
 
-def _places_of(kind: type) -> list[Place]:
-    places = _PLACES.get(kind)
-    if places is None:
-        places = _PLACES[kind] = list(_find_places(kind))
-    return places
+def _reach_of(code: type | types.FunctionType) -> _Reach:
+    reach = _REACH.get(code)
+    if reach is None:
+        reach = _REACH[code] = _read(code)
+    return reach
 
 
-def _find_places(kind: type) -> Iterator[Place]:
-    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
-    values = {name: base for base in reversed(bases) for name, x in vars(base).items() if not _is_code(x)}
-    waiting, followed = [f for base in bases for x in vars(base).values() for f in _functions_of(x)], set()
+def _read(code: type | types.FunctionType) -> _Reach:
+    if isinstance(code, types.FunctionType):
+        values: dict[str, type] = {}
+        waiting = [code]
+    else:
+        bases = [base for base in code.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
+        values = {name: base for base in reversed(bases) for name, x in vars(base).items() if not _is_code(x)}
+        waiting = [f for base in bases for x in vars(base).values() for f in _functions_of(x)]
+    followed, places, draws, assigned = set(), [], False, set()
     while waiting:
         function = waiting.pop()
         if function in followed:
             continue
         followed.add(function)
         names, changes, stored = _reads(function.__code__)
+        if changes and function is code:
+            assigned = names
         globals_ = function.__globals__
         for name in names:
             owner = values.get(name)
             if owner is not None and (stored or (changes and can_change(vars(owner)[name]))):
-                yield Place(owner, name)
+                places.append(Place(owner, name))
             value = globals_.get(name, _ABSENT)
+            draws = draws or _is_generator(value)
             if isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
                 waiting.append(value)
             elif changes and value is not _ABSENT and can_change(value):
-                yield Place(globals_, name)
-        yield from (Place(globals_, name) for name in _assigned_globals(function.__code__))
+                places.append(Place(globals_, name))
+        places += [Place(globals_, name) for name in _assigned_globals(function.__code__)]
         if changes:
-            for name in ("__defaults__", "__kwdefaults__"):
-                if getattr(function, name):
-                    yield Place(function, name)
+            places += [Place(function, name) for name in ("__defaults__", "__kwdefaults__") if getattr(function, name)]
+    return _Reach(places, draws, values, assigned)
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether a global is Python's or NumPy's random numbers, or a function of theirs."""
+    if isinstance(value, types.ModuleType):
+        return value in (random, np, np.random)
+    return isinstance(getattr(value, "__self__", None), random.Random | np.random.RandomState)
 
 
 def _is_code(value: Any) -> bool:

@@ -62,6 +62,10 @@ class PlannedMasks(Protocol):
         ...
 
 
+class OtherNumbers(NotRecordable):
+    """A plan takes numbers of one type, and Python makes another of those of a call."""
+
+
 @dataclasses.dataclass
 class Entry:
     """A plan with what makes members' outputs of its own, and of numbers among the arguments inputs.
@@ -92,10 +96,17 @@ class Entry:
         return self.constants is None or self.constants.state() == self._state
 
     def run(self, inputs: Tensors, values: Mapping[int, float], weights: list[float] | None = None) -> Tensors:
-        """Run the program on the tensors of a call and its numbers by position."""
-        self.calls += 1
+        """Run the program on the tensors of a call and its numbers by position.
+
+        Raises:
+            OtherNumbers: Python makes something else of these numbers than of those that it was recorded with.
+        """
         if self.numbers is not None:
-            inputs = [*inputs, *self.numbers.tensors(values)]
+            made = self.numbers.tensors(dict(values))
+            if made is None:
+                raise OtherNumbers("what Python makes of it is an error or of another type for another value")
+            inputs = [*inputs, *made]
+        self.calls += 1
         inputs = separate(inputs)
         return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -19,6 +21,7 @@ from fastens.fold.outside import OutsideState
 from fastens.fold.tables import OfMember, Stacks
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 
+DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
 REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
 _LOOKED_AT_ELSEWHERE = frozenset((*TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
 
@@ -42,7 +45,17 @@ class NetworkState:
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
-        self._outside = OutsideState({class_of(module) for _, module in modules}, seen)
+        code = {class_of(module) for _, module in modules}
+        code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
+        self._outside = OutsideState(code, seen)
+        self._draws = GlobalDraws() if self._outside.draws else None
+
+    def shared(self) -> str:
+        """Undo what was changed outside of the network, which members share; say what it was, empty where nothing."""
+        changed = sorted(self._outside.put_back())
+        if self._draws is not None and self._draws.put_back():
+            return DRAWS_ELSEWHERE
+        return f"their code changes what they share ({', '.join(changed[:3])})" if changed else ""
 
     def put_back(self) -> Changed:
         """Undo what happened to it; return the names of what had been changed."""
@@ -98,16 +111,34 @@ def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:
     return list(own)
 
 
+class GlobalDraws:
+    """Where the global generators of Python and NumPy are; to go back there."""
+
+    def __init__(self) -> None:
+        self._python, self._array = random.getstate(), np.random.get_state()
+
+    def drawn(self) -> bool:
+        """Whether numbers were drawn since."""
+        return random.getstate() != self._python or pickle.dumps(np.random.get_state()) != pickle.dumps(self._array)
+
+    def put_back(self) -> bool:
+        """Go back; return whether numbers had been drawn."""
+        drawn = self.drawn()
+        if drawn:
+            random.setstate(self._python)
+            np.random.set_state(self._array)
+        return drawn
+
+
 @contextmanager
 def random_kept() -> Iterator[None]:
     """Undo what is drawn from the global generators of torch, Python and NumPy."""
-    python, array = random.getstate(), np.random.get_state()
+    elsewhere = GlobalDraws()
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(array)
+        elsewhere.put_back()
 
 
 @contextmanager

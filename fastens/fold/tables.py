@@ -109,9 +109,9 @@ class Stacks(dict[str, Any]):
             return part_of(tensor, k)
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
-            with torch.inference_mode(False):  # it is kept for calls outside it
+            with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
                 seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
-            STACKS[memory_of(tensor)] = tensor
+                STACKS[memory_of(tensor)] = tensor
         return seen
 
     def items(self) -> Any:

@@ -236,3 +236,38 @@ def test_plans_come_back_when_nothing_writes_to_the_weights_any_more(monkeypatch
         assert len(ensemble.report().plans) == 1
         stack = torch.stack([member(x, 2.0) for member in ensemble.members])
         assert relative_error(ensemble(x, 2.0), stack.mean(0)) < 1e-5
+
+
+OTHER_TYPES = {
+    "product with integers": lambda net, x, n: torch.arange(8) * 2 ** (n - 3),
+    "tensor": lambda net, x, n: net.inner(x) * torch.tensor(2 ** (n - 3)),
+    "full": lambda net, x, n: net.inner(x) * torch.full((8,), 2 ** (n - 3)),
+    "complex": lambda net, x, n: (net.inner(x) * (n - 3) ** 0.5).abs(),
+}
+
+
+class Reciprocal(Timed):
+    """Catches an error that Python makes of a number."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def forward(self, x, t):
+        try:
+            scale = 1 / (t - 3)
+        except ZeroDivisionError:
+            scale = 7.0
+        return self.out(torch.tanh(self.inner(x) * scale))
+
+
+@planned
+@pytest.mark.parametrize("make", [*(lambda use=use: Timed(use) for use in OTHER_TYPES.values()), Reciprocal])
+def test_a_number_of_another_type_or_an_error_is_no_input(make, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
+    members = [randomised(make, k) for k in range(3)]
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        for t in (5, 4, 6, 4, 5, 1, 2, 7, 1, 3, 5):
+            x = torch.randn(2, 4)
+            expected = torch.stack([m(x, t) for m in members]).mean(0)
+            assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
