@@ -231,7 +231,7 @@ def test_members_and_rows(members, rows_per_member):
 @pytest.mark.parametrize("row_chunk", [1, 2, 5, 100])
 @pytest.mark.parametrize("chunks", [0, 1, 40])
 def test_rows_of_given_members(given, rows_per_member, row_chunk, chunks):
-    """Whose rows they are is read when the program runs. Chunks too many are empty; the last of too few takes the rest."""
+    """Whose rows they are is read when the program runs. Chunks too many are empty; of too few the last takes all."""
     cut = {"row_chunk": row_chunk, "block_chunk": 1, "num_threads": 2, "chunks": chunks}
     check(members=3, given=given, rows_per_member=rows_per_member, out_channels=70, row_vector=True, **cut)
     check(members=3, given=given, rows_per_member=rows_per_member, kernel=(1, 1), padding=(0, 0, 0, 0), **cut)

@@ -49,8 +49,8 @@ inline int64_t member_of(const Slots& slots, Address members, int64_t rows_per_m
   return given ? given[run] : run;
 }
 
-// The first run of another member after run `begin`, by bisection: given members come in order. Where they do not, it is
-// some run after `begin`.
+// The first run of another member after run `begin`, by bisection: given members come in order. Where they do not, it
+// is some run after `begin`.
 inline int64_t end_of_member(const Slots& slots, Address members, int64_t begin, int64_t runs) {
   const int64_t* const given = slots.at<const int64_t>(members);
   int64_t low = begin + 1, high = given ? runs : low;
