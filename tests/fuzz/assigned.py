@@ -1,7 +1,7 @@
 """Random networks, their rows assigned to members at random: ``python -m tests.fuzz.assigned 0 1000``.
 
 Assignments come in any order, leave members out and repeat them; batches are guided or not, arguments each member's own
-or not, and beside the scope there are others. Each row must be what its member alone gives, looped over and in float64.
+or not, and beside the scope there are others. Each row must be what a loop over the members gives for it.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def expected(members: list[Any], one: Assigned, rows: int, mixing: bool) -> list
 
 def check(answer: Any, candidates: list[list[Any]], members: list[int], relative: float) -> None:
     """Raise Mismatch unless each row is its member's."""
-    leaves = [x for x in pytree.tree_leaves(answer)]
+    leaves = pytree.tree_leaves(answer)
     for row in range(len(members)):
         options = candidates[members[row]]
         close = [_close(leaves, pytree.tree_leaves(option), row, relative) for option in options]
@@ -99,7 +99,7 @@ def check(answer: Any, candidates: list[list[Any]], members: list[int], relative
 
 def _close(ours: list[Any], theirs: list[Any], row: int, relative: float) -> bool:
     for a, b in zip(ours, theirs, strict=True):
-        if not isinstance(b, Tensor) or not b.is_floating_point():
+        if not oracle.is_score(b) or not bool(b.isfinite().all()):  # half precision overflows in some networks
             continue
         if a.shape != b.shape:
             return False
@@ -122,8 +122,7 @@ def outcome(seed: int) -> str:
         return "draws random numbers"
     rows, times = spec.rows, chance.choice([1, 1, 2, 3])
     calls = [draw_call(spec, chance, rows, times) for _ in range(CALLS)]
-    wide = spec.torch_dtype == torch.bfloat16
-    relative = 0.15 if wide else oracle.tolerance(spec.torch_dtype)
+    relative = oracle.tolerance(spec.torch_dtype)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that members are looped
         ensemble = fastens.Ensemble(members_of(spec), **made)
