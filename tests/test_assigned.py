@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from torch import nn
+from torchdiffeq import odeint
 
 import fastens
 from fastens.evaluation import Denoiser
@@ -248,6 +249,33 @@ def test_all_members_are_there_for_who_asks_for_all(which):
         assert which.member_outputs(torch.zeros(2, 3))[:, 0, 0].tolist() == [0, 1, 2, 3]
 
 
+def test_draws_of_a_posterior_have_rows_too():
+    model = randomised(mlp, 0)
+    ens = fastens.laplace(model, lambda m, x: (m(x) - x).square().mean(1), [torch.randn(4, 5)], K)
+    x, rows = torch.randn(3, 5), [3, 0, 3]
+    with torch.no_grad(), ens.assigned(rows):
+        torch.testing.assert_close(ens(x), RowByRow(ens.members, rows)(x))
+
+
+def test_an_adaptive_solver_runs_in_it():
+    """The field of each row is fixed; its steps are those that the rows together ask for."""
+    members, rows = [randomised(mlp, k).double() for k in range(K)], [2, 0, 3]
+    ens, x, t = fastens.Ensemble(members), torch.randn(3, 5, dtype=torch.float64), torch.tensor([0.0, 1.0])
+    with torch.no_grad():
+        with ens.assigned(rows):
+            ours = odeint(lambda t, y: ens(y), x, t, method="dopri5")
+        theirs = odeint(lambda t, y: RowByRow(members, rows)(y), x, t, method="dopri5")
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_an_ensemble_of_one_has_rows_too():
+    member, x = randomised(mlp, 0), torch.randn(4, 5)
+    ens = fastens.Ensemble([member])
+    with torch.no_grad(), ens.assigned(per_member=2):
+        for _ in range(3):
+            torch.testing.assert_close(ens(x), member(x))
+
+
 def nested(which):
     with which.assigned([0]), which.assigned([0]):
         pass
@@ -278,6 +306,15 @@ def with_variance(which):
 def other_batch(which):
     with which.assigned([0, 1]):
         which(torch.zeros(3, 3))
+
+
+def other_count(which):
+    with which.assigned([0, 1]):
+        which(fastens.PerMember([torch.zeros(2, 3)] * 2))
+
+
+def other_count_unassigned(which):
+    which(fastens.PerMember([torch.zeros(2, 3)] * 2))
 
 
 def other_guidance(which):
@@ -323,6 +360,8 @@ BAD = [
     (of_other_samples, ValueError, "the trajectory has 2 samples, and members are assigned to 1"),
     (with_variance, ValueError, "no variance over members"),
     (other_batch, ValueError, "the batch has 3 rows, expected a multiple of the 2"),
+    (other_count, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
+    (other_count_unassigned, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
     (compiled, Exception, "call it uncompiled"),
 ]
 
