@@ -53,7 +53,7 @@ class Smaller(deepinv.physics.LinearPhysics):
         """[B, 1, 8, 8] to [B, 1, 16, 16]."""
         return enlarged(y) / 4
 
-    def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor, **_: object) -> Tensor:
+    def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor, *_: object, **__: object) -> Tensor:
         """(1 + gamma A^T A)^-1 (z + gamma A^T y), by Woodbury's identity."""
         right = z + gamma * self.A_adjoint(y)
         return right - gamma / (1 + gamma / 4) * self.A_adjoint(self.A(right))
