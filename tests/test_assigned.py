@@ -224,25 +224,6 @@ def test_no_ensemble_has_the_rows_of_another(which):
             assert (drawn(which, 1), drawn(other, 1)) == ([3], [2])
 
 
-@pytest.mark.parametrize("masks", ["fixed", "fresh"])
-def test_masks_are_members_too(masks):
-    model = randomised(lambda: nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Dropout(0.5), nn.Linear(16, 5)), 0)
-    ens, x = fastens.MCDropout(model, K, masks=masks), torch.randn(K, 5)
-    with torch.no_grad():
-        with ens.trajectory(K, 3):
-            whole = ens.member_outputs(x)
-        for _ in range(2):
-            with ens.assigned(per_member=1), ens.trajectory(K, 3):
-                torch.testing.assert_close(ens(x), whole[range(K), range(K)])
-
-
-def test_members_of_different_structure_have_rows_too():
-    members = [nn.Linear(5, 5).eval(), nn.Sequential(nn.Linear(5, 5)).eval()]
-    ens, x = fastens.Ensemble(members, engine="loop"), torch.randn(3, 5)
-    with torch.no_grad(), ens.assigned([1, 0, 1]):
-        torch.testing.assert_close(ens(x), RowByRow(members, [1, 0, 1])(x))
-
-
 def test_all_members_are_there_for_who_asks_for_all(which):
     with torch.no_grad(), which.assigned([1, 2]):
         assert which.member_outputs(torch.zeros(2, 3))[:, 0, 0].tolist() == [0, 1, 2, 3]
@@ -278,6 +259,15 @@ def with_variance(which):
 def other_batch(which):
     with which.assigned([0, 1]):
         which(torch.zeros(3, 3))
+
+
+def other_count(which):
+    with which.assigned([0, 1]):
+        which(fastens.PerMember([torch.zeros(2, 3)] * 2))
+
+
+def other_count_unassigned(which):
+    which(fastens.PerMember([torch.zeros(2, 3)] * 2))
 
 
 def other_guidance(which):
@@ -323,6 +313,8 @@ BAD = [
     (of_other_samples, ValueError, "the trajectory has 2 samples, and members are assigned to 1"),
     (with_variance, ValueError, "no variance over members"),
     (other_batch, ValueError, "the batch has 3 rows, expected a multiple of the 2"),
+    (other_count, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
+    (other_count_unassigned, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
     (compiled, Exception, "call it uncompiled"),
 ]
 
@@ -345,34 +337,3 @@ def test_no_recording_is_made_or_replayed_in_it(which):
             assert drawn(which, 2) == [3, 2]
             with pytest.raises(ValueError, match=r"leave ens\.assigned"):
                 which._record((x,), {})
-
-
-class Conditioned(nn.Module):
-    def __init__(self, k):
-        super().__init__()
-        self.net = randomised(mlp, k)
-
-    def forward(self, x, condition, scale=1.0):
-        return scale * self.net(x + condition)
-
-
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (6, 5), ()])
-@pytest.mark.parametrize("drawn_rule", [False, True])
-@pytest.mark.parametrize("max_fold", [None, 4])
-def test_arguments_of_each_member_are_its_rows(shape, drawn_rule, max_fold):
-    members, rows, x = [Conditioned(k).eval() for k in range(K)], [3, 0, 1, 1, 2, 0], torch.randn(6, 5)
-    conditions, scales = torch.randn(K, *shape), [1.0, 2.0, 3.0, 4.0]
-    ens = fastens.Ensemble(members, "mixture" if drawn_rule else "mean", max_fold=max_fold)
-    given = fastens.PerMember(list(conditions)), fastens.PerMember(scales)
-    with torch.no_grad():
-        if drawn_rule:
-            with ens.trajectory(6, 5):
-                ours = ens(x, *given)
-                rows = ens._draws.members(ens.rule, ens._draws.begin(x), 6).tolist()
-        else:
-            with ens.assigned(rows):
-                ours = ens(x, *given)
-        for i, k in enumerate(rows):
-            own = conditions[k][i : i + 1] if shape == (6, 5) else conditions[k]
-            torch.testing.assert_close(ours[i : i + 1], members[k](x[i : i + 1], own, scales[k]))
-    assert ens.engine == "fold"

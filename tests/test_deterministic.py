@@ -340,9 +340,10 @@ def test_a_block_is_its_threads_own_and_a_setting_everybodys():
 @pytest.mark.parametrize("size", [4, 8, 16, 32])
 @pytest.mark.parametrize("channels", [16, 64, 256])
 def test_winograd_is_chosen_by_one_row(size, channels):
-    found = {
-        squares_of(convolved(rows, size, channels, channels), threads, True)
-        for rows in (1, 4, 64)
-        for threads in (1, 2)
-    }
-    assert len(found) == 1
+    for given in (False, True):
+        found = {
+            squares_of(convolved(rows, size, channels, channels, given=given), threads, True)
+            for rows in (1, 4, 64)
+            for threads in (1, 2)
+        }
+        assert len(found) == 1

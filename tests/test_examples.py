@@ -1,5 +1,6 @@
 """The examples run as they are, on fewer steps, and every picture of the gallery is one that they draw."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -62,3 +63,15 @@ def test_segmentation(tmp_path, monkeypatch, capsys):
 def test_snapshots_of_a_run_that_goes_on():
     first, second = example("merging").continued(2, 1)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("error:fastens")
+def test_super_resolution(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "super_resolution")
+    module = importlib.import_module("run")
+    for name, value in {"PATCHES": 3, "SAMPLES": 2, "STEPS": 2, "SHOWN": 2}.items():
+        monkeypatch.setattr(module, name, value)
+    module.main(tmp_path)
+    assert "AUSE by epistemic variance" in capsys.readouterr().out
+    for name in ("maps", "sparsification", "ranks"):
+        assert len(Image.open(tmp_path / f"{name}.png").convert("L").getcolors()) > 10

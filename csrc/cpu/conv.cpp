@@ -82,11 +82,11 @@ void pack(const float* weight, float* packed, int64_t members, int64_t outputs, 
 
 // How the convolution is cut into tasks, as plans cut theirs: first as much input as fits the cache, then enough tasks
 // for the threads.
-void cut(Conv& step, int64_t num_threads) {
+void cut(Conv& step, int64_t members, int64_t num_threads) {
   const int64_t total = over(step.out_channels, kLanes);
   step.vectors = total == 3 ? 3 : total == 1 ? 1 : 2;
   const int64_t blocks = over(total, step.vectors);
-  const int64_t own = step.members < 0 ? step.rows_per_member : step.rows;
+  const int64_t groups = std::min(members, step.rows), own = over(step.rows, groups);  // about, where rows are given
   const int64_t line =
       ((step.out_w - 1) * step.stride_w + step.kernel_w) * step.source[0].channels * int64_t{sizeof(float)};
   const auto patch = [&](int64_t lines) { return ((lines - 1) * step.stride_h + step.kernel_h) * line; };
@@ -96,13 +96,15 @@ void cut(Conv& step, int64_t num_threads) {
   step.row_chunk = whole ? std::clamp(kPatchBytes / patch(step.band), int64_t{1}, own) : 1;
   step.block_chunk = blocks;
   const auto tasks = [&] {
-    return step.rows / own * over(own, step.row_chunk) * over(step.out_h, step.band) * over(blocks, step.block_chunk);
+    return groups * over(own, step.row_chunk) * over(step.out_h, step.band) * over(blocks, step.block_chunk);
   };
   const int64_t wanted = num_threads > 1 ? kTasksPerThread * num_threads : 1;
   while (step.row_chunk > 1 && tasks() < wanted) step.row_chunk = over(step.row_chunk, 2);
   while (step.block_chunk > 1 && tasks() < wanted) step.block_chunk = over(step.block_chunk, 2);
   while (step.band > 4 && tasks() < wanted) step.band = over(step.band, 2);
-  step.header.tasks = tasks();
+  const int64_t most = step.members < 0 ? groups * over(own, step.row_chunk)
+                                        : (step.rows + groups * (step.row_chunk - 1)) / step.row_chunk;
+  step.header.tasks = most * over(step.out_h, step.band) * over(blocks, step.block_chunk);
 }
 
 std::vector<int64_t> members_of_rows(const Tensor& offsets, int64_t rows) {
@@ -183,7 +185,7 @@ Tensor conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int
   step.scale = step.divisor = 1;
   step.out = {place(kOutput), result.row(), result.width * outputs, outputs, outputs, result.rows};
   const int64_t num_threads = torch::stable::get_num_threads();
-  cut(step, num_threads);
+  cut(step, members, num_threads);
 
   std::vector<float> packed(members * step.weight_member + kLanes), filled;
   pack(static_cast<const float*>(kernels.data_ptr()), packed.data(), members, outputs, in.channels, taps, step.vectors);

@@ -30,7 +30,7 @@ def tile(value: Convolved, in_channels: int, num_threads: int, squares: int = 0)
     products.
     """
     pixels = value.pixels
-    own = value.runs.cut(pixels.rows)
+    members, own = value.share
     total = -(-value.weight.shape[1] // LANES)
     vectors = 3 if total == 3 else 1 if total == 1 else 4 if squares == 2 and total % 4 == 0 else 2
     blocks = -(-total // vectors)
@@ -51,8 +51,11 @@ def tile(value: Convolved, in_channels: int, num_threads: int, squares: int = 0)
     row_chunk = max(1, min(own, _PATCH_BYTES // patch(band))) if band == pixels.height else 1
     wanted = _TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
 
+    def parts(lines: int, chunk: int) -> int:
+        return -(-pixels.height // lines) * -(-blocks // chunk)
+
     def tasks(rows: int, lines: int, chunk: int) -> int:
-        return pixels.rows // own * -(-own // rows) * -(-pixels.height // lines) * -(-blocks // chunk)
+        return members * -(-own // rows) * parts(lines, chunk)
 
     block_chunk = blocks
     while row_chunk > 1 and tasks(row_chunk, band, block_chunk) < wanted:
@@ -61,4 +64,7 @@ def tile(value: Convolved, in_channels: int, num_threads: int, squares: int = 0)
         block_chunk = -(-block_chunk // 2)
     while band > 4 and tasks(row_chunk, band, block_chunk) < wanted:
         band = halved(band)
-    return Tiling(row_chunk, band, block_chunk, vectors, tasks(row_chunk, band, block_chunk))
+    chunks = members * -(-own // row_chunk)
+    if value.runs.members is not None:  # each member's rows may leave a rest; what is cut beyond the last row is empty
+        chunks = (pixels.rows + members * (row_chunk - 1)) // row_chunk
+    return Tiling(row_chunk, band, block_chunk, vectors, chunks * parts(band, block_chunk))

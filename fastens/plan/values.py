@@ -77,10 +77,6 @@ class Runs:
     rows: int
     members: At | None = None
 
-    def cut(self, total: int) -> int:
-        """How many rows a task may be cut from, of ``total``: those of one member, or all where that is not known."""
-        return self.rows if self.members is None else total
-
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -186,6 +182,13 @@ class Convolved:
     scale: float = 1.0
     divisor: float = 1.0
     activation: Activation = Activation.NONE
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Members that have rows, and rows of each: on average, where it is only said when the plan runs."""
+        runs = self.pixels.rows // self.runs.rows
+        members = runs if self.runs.members is None else min(runs, len(self.weight))
+        return members, -(-self.pixels.rows // members)
 
     @property
     def scaled(self) -> bool:

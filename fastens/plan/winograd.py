@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fastens.plan.values import Convolved
+from fastens.plan.values import Convolved, Runs
 from fastens.program.steps import LANES
 from fastens.program.winograd import TILES
 
@@ -32,9 +32,10 @@ def squares_of(value: Convolved, num_threads: int, by_one_row: bool = False) -> 
         by_one_row: whether rows and threads are taken to be those of ``_USUAL``, so that they do not change last bits.
     """
     if by_one_row:
-        members, (rows, num_threads) = -(-value.pixels.rows // value.runs.rows), _USUAL
+        members = 1 if value.runs.members is not None else value.share[0]  # a row has one
+        rows, num_threads = _USUAL
         pixels = dataclasses.replace(value.pixels, rows=members * rows)
-        value = dataclasses.replace(value, pixels=pixels, runs=dataclasses.replace(value.runs, rows=rows))
+        value = dataclasses.replace(value, pixels=pixels, runs=Runs(rows))
     if value.weight.shape[3:] != (3, 3) or value.stride != (1, 1):
         return 0
     best = 0
@@ -48,8 +49,8 @@ def cost(value: Convolved, squares: int, num_threads: int) -> float:
     """Expected nanoseconds of a 3x3 convolution of stride 1."""
     pixels = value.pixels
     side, taps = (squares, (squares + 2) ** 2) if squares else (1, 9)
-    members = -(-pixels.rows // value.runs.rows)
-    tiles = value.runs.rows * -(-pixels.height // side) * -(-pixels.width // side)  # of a member
+    members, rows = value.share
+    tiles = rows * -(-pixels.height // side) * -(-pixels.width // side)  # of a member
     channels, out_channels = (-(-n // LANES) * LANES for n in (value.weight.shape[2], value.weight.shape[1]))
     products = members * -(-tiles // _TILE) * _TILE * taps * value.weight.shape[2] * out_channels
     moved = members * tiles * side**2 * (channels + out_channels) * (_TRANSFORMED if squares else _MOVED)

@@ -39,8 +39,8 @@ def _save(figure: Any, path: str | Path) -> None:
 def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, given: Array | None = None) -> None:
     """Draw, for each of B problems, a sample, the mean, the epistemic and the aleatoric deviation side by side.
 
-    All deviations, and the error, are on one colour scale, which is drawn. One sample of each member leaves nothing
-    aleatoric to see, and no column for it.
+    All deviations, and the error, are on one colour scale, which is drawn; it goes by the square root, so that small
+    ones are seen. One sample of each member leaves nothing aleatoric to see, and no column for it.
 
     Args:
         samples: [K, N, B, C, H, W], or without C: N samples of each member for B problems, in [-1, 1].
@@ -53,7 +53,7 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
     """
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import PowerNorm
 
     x = _array(samples)
     if x.ndim not in (5, 6):
@@ -68,6 +68,7 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
     images = {name: _array(value) for name, value in images.items() if value is not None}
     maps = {name: [_grey(_image(each)) for each in found] for name, found in maps.items()}
     top = max(float(each.max()) for found in maps.values() for each in found)
+    scale = PowerNorm(0.5, 0, top)
     columns = [*images, *maps]
     size = (1.5 * len(columns) + 1, 1.5 * len(mean))
     figure, axes = plt.subplots(len(mean), len(columns), figsize=size, squeeze=False, layout="constrained")
@@ -79,9 +80,8 @@ def plot_maps(samples: Array, path: str | Path, truth: Array | None = None, give
             if name in images:
                 axis.imshow(_image(images[name][row].clip(-1, 1) / 2 + 0.5), cmap="gray", vmin=0, vmax=1)
             else:
-                axis.imshow(maps[name][row], cmap="magma", vmin=0, vmax=top)
-    scale = ScalarMappable(Normalize(0, top), "magma")
-    figure.colorbar(scale, ax=axes, shrink=min(1.0, 3 / len(mean)), label="deviation")
+                axis.imshow(maps[name][row], cmap="magma", norm=scale)
+    figure.colorbar(ScalarMappable(scale, "magma"), ax=axes, shrink=min(1.0, 3 / len(mean)), label="deviation")
     _save(figure, path)
 
 

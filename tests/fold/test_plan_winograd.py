@@ -1,5 +1,6 @@
 """Which convolutions of a plan run in Winograd's squares, and that they give what the members give."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,8 +10,11 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.ops.run_program import available
+from fastens.plan.memory import At
+from fastens.plan.tiling import tile
 from fastens.plan.values import Convolved, Pixels, Runs
 from fastens.plan.winograd import cost, squares_of
+from fastens.program.steps import Slot
 from fastens.program.winograd import TILES
 from tests.networks import randomised
 from tests.tolerances import NETWORK, relative_error
@@ -18,11 +22,12 @@ from tests.tolerances import NETWORK, relative_error
 pytestmark = pytest.mark.skipif(not available(), reason=f"no compiled library: {_native.status()}")
 
 
-def convolved(batch, size, channels=64, out_channels=64, kernel=(3, 3), stride=(1, 1), members=5):
+def convolved(batch, size, channels=64, out_channels=64, kernel=(3, 3), stride=(1, 1), members=5, given=False):
     rows = members * batch
     pixels = Pixels(None, rows, size, size, out_channels, 0, 0, 0)  # pyright: ignore[reportArgumentType]
     weight = torch.empty(members, out_channels, channels, *kernel, device="meta")
-    return Convolved(pixels, pixels, weight, None, None, stride, (1, 1), Runs(batch))
+    runs = Runs(1, At(Slot.ARGUMENTS)) if given else Runs(batch)
+    return Convolved(pixels, pixels, weight, None, None, stride, (1, 1), runs)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,18 @@ def test_the_choice(batch, size, channels, squares):
 @pytest.mark.parametrize("shape", [{"kernel": (1, 1)}, {"kernel": (5, 5)}, {"kernel": (1, 3)}, {"stride": (2, 2)}])
 def test_other_convolutions_are_direct(shape):
     assert squares_of(convolved(64, 32, **shape), 2) == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 8, 16, 64])
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_rows_whose_members_are_given_run_as_those_of_members_in_turn(batch, size):
+    """As many rows of each cost the same, so that both are cut into the same pieces."""
+    in_turn, given = convolved(batch, size), convolved(batch, size, given=True)
+    squares = squares_of(in_turn, 2)
+    assert squares_of(given, 2) == squares
+    ours, theirs = tile(given, 64, 2, squares), tile(in_turn, 64, 2, squares)
+    assert dataclasses.replace(ours, tasks=theirs.tasks) == theirs
+    assert ours.tasks >= theirs.tasks
 
 
 @pytest.mark.parametrize("squares", [0, *TILES])

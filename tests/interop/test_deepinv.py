@@ -1,5 +1,8 @@
 """deepinv's posterior samplers, unmodified, with an ensemble as their denoiser: all members' reconstructions."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +57,13 @@ def test_posterior_samplers(make):
         torch.manual_seed(0)
         theirs.append(make(member, physics, y)(N).detach())
     assert relative_error(ours, torch.stack(theirs)) < 1e-10
+
+
+@pytest.mark.filterwarnings("error:fastens")
+def test_the_example(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples" / "super_resolution")
+    module = importlib.import_module("by_deepinv")
+    for name, value in {"PATCHES": 3, "SAMPLES": 2, "STEPS": 3}.items():
+        monkeypatch.setattr(module, name, value)
+    module.main()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["DiffPIR", "DPS"]

@@ -57,6 +57,7 @@ class Case:
     bfloat16: bool = False
     squares: int = 0  # pixels on a side of Winograd's squares
     given: tuple[int, ...] | None = None  # the members of the runs of rows, where they do not come in turn
+    chunks: int = 0  # of rows; 0 for as many as there are where the members given come in order
     masks: tuple[bool, bool] = (False, False)  # on the way in and out: of the members in turn; of each row
 
 
@@ -108,13 +109,13 @@ def check(**changes):
 
     padded = -(-case.out_channels // steps.LANES) * steps.LANES
     blocks = -(-padded // (case.vectors * steps.LANES))
-    own = case.rows_per_member if case.given is None else rows
     row_chunk, band, block_chunk = (
-        min(case.row_chunk, own),
+        min(case.row_chunk, case.rows_per_member if case.given is None else rows),
         min(case.band, out_h),
         min(case.block_chunk, blocks),
     )
-    tasks = rows // own * -(-own // row_chunk) * -(-out_h // band) * -(-blocks // block_chunk)
+    chunks = case.chunks or sum(-(-given.count(k) * case.rows_per_member // row_chunk) for k in set(given))
+    tasks = chunks * -(-out_h // band) * -(-blocks // block_chunk)
     sources = [memory.image(source) for source in low] + [Image()]
     out, view = memory.image_room(rows, case.out_channels, out_h, out_w)
     kind = functools.partial(steps.Winograd, tile=case.squares) if case.squares else steps.Conv
@@ -228,9 +229,10 @@ def test_members_and_rows(members, rows_per_member):
 @pytest.mark.parametrize("given", [(0,), (2,), (0, 0, 1, 2, 2), (2, 0, 1, 1, 0, 2), (1,) * 7])
 @pytest.mark.parametrize("rows_per_member", [1, 3])
 @pytest.mark.parametrize("row_chunk", [1, 2, 5, 100])
-def test_rows_of_given_members(given, rows_per_member, row_chunk):
-    """A task meets several members; whose its rows are is read when the program runs."""
-    cut = {"row_chunk": row_chunk, "block_chunk": 1, "num_threads": 2}
+@pytest.mark.parametrize("chunks", [0, 1, 40])
+def test_rows_of_given_members(given, rows_per_member, row_chunk, chunks):
+    """Whose rows they are is read when the program runs. Chunks too many are empty; of too few the last takes all."""
+    cut = {"row_chunk": row_chunk, "block_chunk": 1, "num_threads": 2, "chunks": chunks}
     check(members=3, given=given, rows_per_member=rows_per_member, out_channels=70, row_vector=True, **cut)
     check(members=3, given=given, rows_per_member=rows_per_member, kernel=(1, 1), padding=(0, 0, 0, 0), **cut)
 

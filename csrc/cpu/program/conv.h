@@ -16,9 +16,24 @@ struct ConvTask {
   float* sums;  // [pixels, vectors * 16]
 };
 
-FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
-  const int64_t own = step.members < 0 ? step.rows_per_member : step.rows;  // rows that a chunk is cut from
-  const int64_t chunks = (own + step.row_chunk - 1) / step.row_chunk;
+// The rows of chunk `index` of `chunks`: each member's are cut by themselves. The last chunk takes what is left.
+FASTENS_INLINE void cut_rows(const Conv& step, const Slots& slots, int64_t index, int64_t chunks, ConvTask& task) {
+  const int64_t each = step.rows_per_member, runs = step.rows / each;
+  const bool last = index == chunks - 1;
+  for (int64_t begin = 0, end; begin < runs; begin = end) {
+    end = end_of_member(slots, step.members, begin, runs);
+    const int64_t own = (end - begin) * each, pieces = (own + step.row_chunk - 1) / step.row_chunk;
+    if (index < pieces) {
+      const int64_t within = index * step.row_chunk;
+      task.row0 = begin * each + within;
+      task.rows = last ? step.rows - task.row0 : std::min(step.row_chunk, own - within);
+      return;
+    }
+    index -= pieces;
+  }
+}
+
+FASTENS_INLINE ConvTask conv_task(const Conv& step, const Slots& slots, int64_t index) {
   const int64_t bands = (step.out_h + step.band - 1) / step.band;
   const int64_t width = step.vectors * kLanes;
   const int64_t all_blocks = (step.out_channels + width - 1) / width;
@@ -29,10 +44,7 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, int64_t index) {
   index /= block_tasks;
   task.y0 = index % bands * step.band;
   task.lines = std::min(step.band, step.out_h - task.y0);
-  index /= bands;
-  const int64_t within = index % chunks * step.row_chunk;
-  task.row0 = index / chunks * own + within;
-  task.rows = std::min(step.row_chunk, own - within);
+  cut_rows(step, slots, index / bands, step.header.tasks / (block_tasks * bands), task);
   task.channels = step.source[0].channels + step.source[1].channels;
   task.units = step.bfloat16 ? task.channels / 2 : task.channels;
   task.num_taps = step.kernel_h * step.kernel_w;
@@ -324,7 +336,7 @@ FASTENS_INLINE void convolve(const Conv& step, const Slots& slots, ConvTask& tas
 // Convolves a task by `Convolve`, the rows of one member after those of another.
 template <void (*Convolve)(const Conv&, const Slots&, ConvTask&, Scratch&)>
 FASTENS_INLINE void run_conv(const Conv& step, const Slots& slots, int64_t index, Scratch& scratch) {
-  ConvTask task = conv_task(step, index);
+  ConvTask task = conv_task(step, slots, index);
   const int64_t end = task.row0 + task.rows;
   for (int64_t row = task.row0; row < end;) {
     task.row0 = row;

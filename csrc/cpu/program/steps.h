@@ -49,6 +49,22 @@ inline int64_t member_of(const Slots& slots, Address members, int64_t rows_per_m
   return given ? given[run] : run;
 }
 
+// The first run of another member after run `begin`, by bisection: given members come in order. Where they do not, it
+// is some run after `begin`.
+inline int64_t end_of_member(const Slots& slots, Address members, int64_t begin, int64_t runs) {
+  const int64_t* const given = slots.at<const int64_t>(members);
+  int64_t low = begin + 1, high = given ? runs : low;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (given[middle] > given[begin]) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
 // A dropout mask, one bit for each channel of a pixel, 16 channels to a word: x * (bit ? scale : 0). Rows take a mask
 // each, or the runs of `rows` rows that of their member.
 struct Mask {
@@ -65,8 +81,7 @@ struct Mask {
 struct Conv {
   Header header;
   int64_t rows, rows_per_member;
-  int64_t row_chunk, band, block_chunk;  // a task: rows, lines of the output, blocks of channels; without `members`
-                                         // given, rows of one member
+  int64_t row_chunk, band, block_chunk;  // a task: rows of one member, lines of the output, blocks of channels
   int64_t vectors;                       // of one block of output channels
   Image source[2];                       // joined along the channels; the second may be absent (0 channels)
   int64_t up;                            // nearest-neighbour enlargement of the source

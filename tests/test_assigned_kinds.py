@@ -1,0 +1,87 @@
+"""Rows of members of every kind: masks, draws of a posterior, other structures; and arguments of each member."""
+
+import pytest
+import torch
+from torch import nn
+from torchdiffeq import odeint
+
+import fastens
+from tests.networks import mlp, randomised
+from tests.test_assigned import K, RowByRow
+
+
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+def test_masks_are_members_too(masks):
+    model = randomised(lambda: nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Dropout(0.5), nn.Linear(16, 5)), 0)
+    ens, x = fastens.MCDropout(model, K, masks=masks), torch.randn(K, 5)
+    with torch.no_grad():
+        with ens.trajectory(K, 3):
+            whole = ens.member_outputs(x)
+        for _ in range(2):
+            with ens.assigned(per_member=1), ens.trajectory(K, 3):
+                torch.testing.assert_close(ens(x), whole[range(K), range(K)])
+
+
+def test_members_of_different_structure_have_rows_too():
+    members = [nn.Linear(5, 5).eval(), nn.Sequential(nn.Linear(5, 5)).eval()]
+    ens, x = fastens.Ensemble(members, engine="loop"), torch.randn(3, 5)
+    with torch.no_grad(), ens.assigned([1, 0, 1]):
+        torch.testing.assert_close(ens(x), RowByRow(members, [1, 0, 1])(x))
+
+
+def test_draws_of_a_posterior_have_rows_too():
+    model = randomised(mlp, 0)
+    ens = fastens.laplace(model, lambda m, x: (m(x) - x).square().mean(1), [torch.randn(4, 5)], K)
+    x, rows = torch.randn(3, 5), [3, 0, 3]
+    with torch.no_grad(), ens.assigned(rows):
+        torch.testing.assert_close(ens(x), RowByRow(ens.members, rows)(x))
+
+
+def test_an_adaptive_solver_runs_in_it():
+    """The field of each row is fixed; its steps are those that the rows together ask for."""
+    members, rows = [randomised(mlp, k).double() for k in range(K)], [2, 0, 3]
+    ens, x, t = fastens.Ensemble(members), torch.randn(3, 5, dtype=torch.float64), torch.tensor([0.0, 1.0])
+    with torch.no_grad():
+        with ens.assigned(rows):
+            ours = odeint(lambda t, y: ens(y), x, t, method="dopri5")
+        theirs = odeint(lambda t, y: RowByRow(members, rows)(y), x, t, method="dopri5")
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_an_ensemble_of_one_has_rows_too():
+    member, x = randomised(mlp, 0), torch.randn(4, 5)
+    ens = fastens.Ensemble([member])
+    with torch.no_grad(), ens.assigned(per_member=2):
+        for _ in range(3):
+            torch.testing.assert_close(ens(x), member(x))
+
+
+class Conditioned(nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.net = randomised(mlp, k)
+
+    def forward(self, x, condition, scale=1.0):
+        return scale * self.net(x + condition)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (6, 5), ()])
+@pytest.mark.parametrize("drawn_rule", [False, True])
+@pytest.mark.parametrize("max_fold", [None, 4])
+def test_arguments_of_each_member_are_its_rows(shape, drawn_rule, max_fold):
+    members, rows, x = [Conditioned(k).eval() for k in range(K)], [3, 0, 1, 1, 2, 0], torch.randn(6, 5)
+    conditions, scales = torch.randn(K, *shape), [1.0, 2.0, 3.0, 4.0]
+    ens = fastens.Ensemble(members, "mixture" if drawn_rule else "mean", max_fold=max_fold)
+    given = fastens.PerMember(list(conditions)), fastens.PerMember(scales)
+    with torch.no_grad():
+        if drawn_rule:
+            with ens.trajectory(6, 5):
+                ours = ens(x, *given)
+                rows = ens._draws.members(ens.rule, ens._draws.begin(x), 6).tolist()
+        else:
+            with ens.assigned(rows):
+                ours = ens(x, *given)
+        for i, k in enumerate(rows):
+            own = conditions[k][i : i + 1] if shape == (6, 5) else conditions[k]
+            torch.testing.assert_close(ours[i : i + 1], members[k](x[i : i + 1], own, scales[k]))
+    assert ens.engine == "fold"
