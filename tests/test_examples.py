@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,15 @@ def test_segmentation(tmp_path, monkeypatch, capsys):
 def test_snapshots_of_a_run_that_goes_on():
     first, second = example("merging").continued(2, 1)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_enlargements(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "super_resolution")  # of its train.py
+    module = example("super_resolution/run")
+    monkeypatch.delitem(sys.modules, "train")
+    for name, value in {"PATCHES": 3, "SAMPLES": 2, "STEPS": 2, "SHOWN": 2}.items():
+        monkeypatch.setattr(module, name, value)
+    module.main(tmp_path)
+    assert "AUSE" in capsys.readouterr().out
+    for name in ("maps", "sparsification", "ranks"):
+        assert len(Image.open(tmp_path / f"{name}.png").convert("L").getcolors()) > 10
