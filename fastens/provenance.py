@@ -44,8 +44,13 @@ def provenance(checkpoints: Iterable[str | Path] = (), *, device: Any = "cpu", s
         record["seed"] = seed
     paths = [Path(path) for path in checkpoints]
     if paths:
-        record["checkpoints"] = [{"path": str(path), "sha256": digests(path)} for path in paths]
+        record["checkpoints"] = [{"path": _shown(path), "sha256": digests(path)} for path in paths]
     return record
+
+
+def _shown(path: Path) -> str:
+    """From the working folder where the path lies in it: a report can be given away without the names around it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def digests(path: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ from fastens.ops.normal import normal, number_on
 from fastens.ops.sampler_step import sampler_step
 from fastens.schedules.schedulers import ddim_steps, described, prediction_of
 
+__all__ = ["Sampler"]
+
 METHODS = ("ddim", "euler", "heun")
 _End = Tensor | tuple[float, float]  # a time, or alpha and sigma themselves
 _DATA: _End = (1.0, 0.0)

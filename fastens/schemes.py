@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastens.ensemble import Ensemble
 
+__all__ = ["ScoreNoise", "averaged_noise", "mean_of_samples"]
+
 
 def mean_of_samples(
     ensemble: Ensemble, sample: Callable[[nn.Module, torch.Generator], Tensor], seed: int = 0, device: Any = "cpu"

@@ -17,6 +17,7 @@ import fastens
 from fastens.cli import main
 from fastens.ops import _choice
 from fastens.ops.run_program import target
+from fastens.provenance import provenance
 
 
 def test_info(capsys, monkeypatch, tmp_path):
@@ -82,7 +83,17 @@ def test_files_of_training_code_are_sampled_and_evaluated(folders, tmp_path, mon
     assert report["members"] == 2
     made = report["provenance"]
     assert [len(each["sha256"]) for each in made["checkpoints"]] == [1, 1]
+    assert made["checkpoints"][0]["path"] == "run0.ckpt"
     assert made["checkpoints"][0]["sha256"]["run0.ckpt"] == hashlib.sha256(Path("run0.ckpt").read_bytes()).hexdigest()
+
+
+def test_a_result_names_its_checkpoints_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "run" / "a.ckpt", tmp_path / "b.ckpt"):
+        path.write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path / "run")
+    found = provenance([tmp_path / "run" / "a.ckpt", "a.ckpt", tmp_path / "b.ckpt"])["checkpoints"]
+    assert [each["path"] for each in found] == ["a.ckpt", "a.ckpt", str(tmp_path / "b.ckpt")]
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["sample", "{}", "--num", "1", "--steps", "1"]], ids=lambda a: a[0])

@@ -85,7 +85,7 @@ def _distances(axis: Any, quality: dict[str, Any]) -> None:
         label = ("rules" if of_rule else "single members") if first else None
         axis.barh(i, found["value"], xerr=error, color="tab:blue" if of_rule else "0.6", label=label)
     floor = quality["training_images"]["frechet"]["value"]
-    axis.axvline(floor, color="k", linestyle=":", label="training images")
+    axis.axvline(floor, color="k", linestyle=":", label="other real images")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set(xlabel="Fréchet distance (less is better)", ylim=(len(names) + 0.6, -0.6))

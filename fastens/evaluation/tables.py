@@ -25,12 +25,12 @@ def verdict(report: dict[str, Any]) -> list[str]:
     sizes = {int(k): v["value"] for k, v in loss["by_size"]["mean"].items()}
     sizes[report["members"]] = loss["rules"]["mean"]["value"]
     full = loss["member_mean"]["value"] - sizes[report["members"]]
-    if full > 0:
+    if full > 0 and report["members"] > 2:
         enough = min(k for k, v in sizes.items() if loss["member_mean"]["value"] - v >= ENOUGH * full)
         half = 100 * (loss["member_mean"]["value"] - sizes.get(2, sizes[report["members"]])) / full
+        needed = f"and {enough} give at least" if enough < report["members"] else "and fewer than all do not give"
         lines.append(
-            f"Members: 2 give {half:.0f} % of the gain of {report['members']}, and {enough} give at least "
-            f"{100 * ENOUGH:.0f} % of it."
+            f"Members: 2 give {half:.0f} % of the gain of {report['members']}, {needed} {100 * ENOUGH:.0f} % of it."
         )
     hurt = [r for r in by_loss if _above(loss["rules"][r]["against_member_mean"])]
     if hurt:
@@ -136,7 +136,7 @@ def _bits_table(bits: dict[str, Any]) -> Table:
 
 def _quality_table(quality: dict[str, Any]) -> Table:
     rows = []
-    for name, found in {**quality["contenders"], "training images": quality["training_images"]}.items():
+    for name, found in {**quality["contenders"], "other real images": quality["training_images"]}.items():
         score = _interval(found["score"]) if found["score"] else ""
         shares = [f"{found[key]:.3f}" for key in ("precision", "recall")]
         rows.append([name, _interval(found["frechet"]), _interval(found["kernel"]), score, *shares])

@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastens.interop import diffusers, edm, k_diffusion
+    from fastens.interop import diffusers, edm, guidance, k_diffusion
 
-__all__ = ["diffusers", "edm", "k_diffusion"]
+__all__ = ["diffusers", "edm", "guidance", "k_diffusion"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from fastens.demo.data import load_digits
 from fastens.evaluation import quality
 from fastens.evaluation.random_features import RandomFeatures
 from fastens.evaluation.report import QUICK
+from fastens.evaluation.tables import verdict
 
 likelihood = importlib.import_module("fastens.evaluation.likelihood")  # the package has the function by this name
 LITTLE = "--rows 4 --likelihood-rows 3 --noise-levels 2 --ode-steps 2 --sampler-steps 2 --batch 16".split()
@@ -40,6 +41,7 @@ def test_report_on_folders(folders, images, tmp_path, capsys):
     page = (tmp_path / "report.md").read_text()
     assert "Not judged: 6 rows on each side are too few for 32 features" in page
     assert "samples of each" not in page
+    assert "Members:" not in page  # 2 give the gain of 2
     tables = (tmp_path / "report.tex").read_text()
     assert tables.count(r"\begin{tabular}") == tables.count(r"\end{table}") == 5  # no samples, no dropout
     assert not re.search(r"[^\\][%&]\w|±|_(?!abs)", tables.replace("% \\usepackage", ""))
@@ -68,6 +70,13 @@ def test_a_quick_report_judges_samples_of_small_images(folders, tmp_path, capsys
     assert "no FID" in report["quality"]["note"]
     assert "1/5 loss, 1 of 2" in printed.err
     assert "3/5 quality, 6 of 6" in printed.err
+
+
+def test_the_verdict_says_how_many_members_suffice():
+    report = json.loads((Path(__file__).parents[2] / "docs" / "evaluation" / "digits" / "report.json").read_text())
+    assert "and 4 give at least 90 % of it" in " ".join(verdict(report))
+    report["loss"]["by_size"]["mean"]["4"] = report["loss"]["by_size"]["mean"]["3"] = report["loss"]["member_mean"]
+    assert "of the gain of 5, and fewer than all do not give 90 % of it" in " ".join(verdict(report))
 
 
 def test_random_features_tell_samples_from_noise():
