@@ -39,14 +39,14 @@ def attention(emitter: Emitter, node: Node) -> bool:
     for ref in (q, k, v):
         if emitter.constant(ref) is not None or not emitter.is_wide(ref):
             return False
-        heads.append(Heads(emitter.stored(ref), *ref.stride))  # pyright: ignore[reportArgumentType]
+        heads.append(Heads(emitter.stored(ref), *ref.stride))
     place = At(emitter.buffer(out.span, out.dtype))
     emitter.values[out.storage] = Stored(place)
     scale = named.get("scale")
     rows, count, queries, width = q.size
     shape = (rows, count // groups, queries, k.size[2], width, v.size[3])
     scale = float(width**-0.5 if scale is None else scale)
-    written = Heads(place, *out.stride)  # pyright: ignore[reportArgumentType]
+    written = Heads(place, *out.stride)
     if groups == count:
         _emit(emitter, (rows, count, *shape[2:]), heads, written, scale)
         return True
@@ -180,7 +180,7 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
     emitter.values[made.storage] = Stored(At(place))
     shape = (rows, count, queries, keys, width, value_width)
     scale = scores.scale * sources[0].scale * sources[1].scale
-    _emit(emitter, shape, heads, Heads(At(place), *stride), scale)  # pyright: ignore[reportArgumentType]
+    _emit(emitter, shape, heads, Heads(At(place), *stride), scale)
     row, token, channel = out.stride
     recorded = dataclasses.replace(out, size=size, stride=(row * count, row, token, channel))
     emitter.values[out.storage] = Expression(recorded, Leaf(made))

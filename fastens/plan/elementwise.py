@@ -340,8 +340,8 @@ def repeat(emitter: Emitter, node: Node) -> bool:
     place = At(emitter.buffer(out.numel, out.dtype))
     out_code = 0 if out.dtype in emitter.floats else code
     sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
-    source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
-    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
+    source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])
+    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])
     emitter.values[out.storage] = Stored(place, size)
     return True
 

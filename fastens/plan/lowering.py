@@ -96,7 +96,7 @@ class Launches:
     def _image(self, image: Image, height: int, width: int) -> View:
         """[R, C, H, W]."""
         size = (image.rows, image.channels, height, width)
-        return self.view(image.at, size, (image.row, 1, image.y, image.x))  # pyright: ignore[reportArgumentType]
+        return self.view(image.at, size, (image.row, 1, image.y, image.x))
 
     def _fresh(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> View:
         """A buffer of its own for an image [R, C, H, W] with its channels last."""
@@ -252,8 +252,8 @@ class Launches:
         number = step.evaluation.where - Slot.ARGUMENTS  # pyright: ignore[reportAttributeAccessIssue]
         drawn = View(step.evaluation.where, 0, self.inputs[number].size, (1,))  # pyright: ignore[reportAttributeAccessIssue]
         which = step.key.num_bytes // 8 - 1  # pyright: ignore[reportAttributeAccessIssue]
-        members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
-        samples = self.view(step.samples, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))
+        samples = self.view(step.samples, (step.rows,), (1,))
         self.list.append(
             Draw([bits], drawn, [which], members, samples, step.rows_per_member, step.threshold, [step.channels],
                  [(step.pixel_step, step.channel_step)], self.backend)
@@ -304,14 +304,14 @@ class Launches:
             return kept
         size, stride = (rows, *kept.shape[1:]), kept.stride()
         gathered = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
-        members = self.view(mask.members, (rows,), (1,))  # pyright: ignore[reportArgumentType]
+        members = self.view(mask.members, (rows,), (1,))
         self.list.append(Gather(gathered, kept, members))
         return gathered
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
         kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]
         size, stride = zip(*kept, strict=True)  # without strides of 0 that mean nothing: libraries believe them
-        return self.view(operand.at, size, stride)  # pyright: ignore[reportArgumentType]
+        return self.view(operand.at, size, stride)
 
     def _pointwise(self, step: steps.Pointwise) -> None:
         code = []
@@ -335,23 +335,23 @@ class Launches:
 
     def _layer_norm(self, step: steps.LayerNorm) -> None:
         size = (step.rows, step.tokens, step.channels)
-        x = self.view(step.source, size, (step.source_row, step.source_token, 1))  # pyright: ignore[reportArgumentType]
-        out = self.view(step.out, size, (step.out_row, step.out_token, 1))  # pyright: ignore[reportArgumentType]
+        x = self.view(step.source, size, (step.source_row, step.source_token, 1))
+        out = self.view(step.out, size, (step.out_row, step.out_token, 1))
         weight, bias = (self._stack(at, step.channels) for at in (step.weight, step.bias))
         self.list.append(LayerNorm(out, x, weight, bias, step.eps, self.backend, self._offsets(step)))
 
     def _gather(self, step: steps.Gather) -> None:
         size = (step.rows, step.count)
-        out = self.view(step.out, size, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        out = self.view(step.out, size, (step.count, 1))
         lines = (self.emitter.num_members, step.count)
-        table = self.view(step.table, lines, (step.count, 1))  # pyright: ignore[reportArgumentType]
-        members = self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        table = self.view(step.table, lines, (step.count, 1))
+        members = self.view(step.members, (step.rows,), (1,))
         self.list.append(Gather(out, table, members))
 
     def _attention(self, step: steps.Attention) -> None:
         def heads(of: steps.Heads, tokens: int, width: int) -> View:
             size = (step.rows, step.heads, tokens, width)
-            return self.view(of.at, size, (of.row, of.head, of.token, of.channel))  # pyright: ignore[reportArgumentType]
+            return self.view(of.at, size, (of.row, of.head, of.token, of.channel))
 
         self.list.append(
             Attention(

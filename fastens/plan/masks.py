@@ -95,14 +95,14 @@ def _mask(
             pixels.channels,
             pixel_step,
             channel_step,
-            drawn.plus(1 + inputs.keys[key], 8),  # pyright: ignore[reportArgumentType]
-            drawn,  # pyright: ignore[reportArgumentType]
-            emitter.stored(samples),  # pyright: ignore[reportArgumentType]
+            drawn.plus(1 + inputs.keys[key], 8),
+            drawn,
+            emitter.stored(samples),
             threshold,
-            bits,  # pyright: ignore[reportArgumentType]
+            bits,
             count * words,
             words,
-            steps.NONE if runs.members is None else runs.members,  # pyright: ignore[reportArgumentType]
+            steps.NONE if runs.members is None else runs.members,
             tasks=pixels.rows * splits,
         )
     )

@@ -56,6 +56,6 @@ class TypedEmitter(Emitter):
             super()._copied(value, at)
             return
         p = value.pixels
-        out = Image(at, p.row, p.y, p.x, p.channels, p.rows)  # pyright: ignore[reportArgumentType]
+        out = Image(at, p.row, p.y, p.x, p.channels, p.rows)
         pair, activation = self.pair(source), int(source.activation)
-        self.add(Normalised(source.tables[0], pair, source.factor, p.height, p.width, activation, out))  # pyright: ignore[reportArgumentType]
+        self.add(Normalised(source.tables[0], pair, source.factor, p.height, p.width, activation, out))

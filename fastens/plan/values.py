@@ -105,7 +105,7 @@ def mask_step(mask: Mask | None) -> steps.Mask:
     """A mask, or that there is none, as steps have it."""
     if mask is None:
         return steps.Mask()
-    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)  # pyright: ignore[reportArgumentType]
+    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)
 
 
 @dataclasses.dataclass
