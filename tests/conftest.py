@@ -1,4 +1,4 @@
-"""What tests share: two small members in folders, and the choice of the interpreter.
+"""What tests share: two small members in folders, samples of products, and the choice of the interpreter.
 
 Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before triton is imported.
 """
@@ -7,7 +7,23 @@ from tests import interpreter
 
 interpreter.choose()
 
+import itertools  # noqa: E402
+
 import pytest  # noqa: E402
+
+from tests.covering import covering  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as ``full`` what a test's ``covering(strength)`` sample leaves out of the product of its parameters."""
+    for _, group in itertools.groupby(items, key=lambda item: (item.parent, getattr(item, "originalname", None))):
+        tests = list(group)
+        mark = tests[0].get_closest_marker("covering")
+        if mark:
+            chosen = covering([tuple(test.callspec.indices.values()) for test in tests], *mark.args)
+            for number in set(range(len(tests))).difference(chosen):
+                tests[number].add_marker("full")
 
 
 @pytest.fixture(scope="module")
