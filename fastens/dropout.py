@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
+from fastens.checkpoints import KINDS
 from fastens.draws import Evaluation
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import Arguments
@@ -136,3 +137,6 @@ class MCDropout(Ensemble):
 def _copied(tensor: Tensor, place: Placement) -> Tensor:
     clone = tensor.detach().to(**place.like(tensor), copy=True)
     return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+
+KINDS[True] = MCDropout

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 def covering(combinations: Sequence[tuple[int, ...]], strength: int) -> list[int]:
     """Numbers of combinations that hold every choice of ``strength`` values that any combination holds.
 
-    Greedy: of those that hold the most that is missing, the first. Few bugs need three parameters to meet (Kuhn, Wallace
-    and Gallo, 2004), so pairs find most of what the product does at a fraction of its time.
+    Greedy: the first of those that hold the most that is missing. Few faults need three parameters to meet (Kuhn,
+    Wallace and Gallo, 2004), so pairs find most of what the product does, in a fraction of its time.
     """
 
     def meetings(values: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:

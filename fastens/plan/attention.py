@@ -68,7 +68,9 @@ def _emit(
     rows, count, queries, keys, width, value_width = shape
     chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
     tasks = rows * count * -(-queries // chunk)
-    emitter.add(steps.Attention(rows, count, queries, keys, width, value_width, chunk, *heads, out, scale, tasks=tasks))
+    q, k, v = heads
+    step = steps.Attention(rows, count, queries, keys, width, value_width, chunk, q, k, v, out, scale, tasks=tasks)
+    emitter.add(step)
 
 
 # Two products with a softmax between them

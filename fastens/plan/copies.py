@@ -225,8 +225,8 @@ def write_in_place(flow: Dataflow) -> None:
             before = flow.part_writer(image)
             part = View(whole.where, whole.offset + start * whole.stride[1], image.size, whole.stride)
             start += image.size[1]
-            alone = isinstance(before, Pointwise) and len(flow.readers(image)) == 1
-            out = before.out.through(image, part) if alone else None
+            alone = len(flow.readers(image)) == 1
+            out = before.out.through(image, part) if alone and isinstance(before, Pointwise) else None
             if out is None or flow.dtype(whole) != flow.dtype(image):
                 break
             moved.append((before, out))

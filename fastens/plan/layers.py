@@ -8,7 +8,7 @@ import torch
 
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import argument, image_pixels, lowers
-from fastens.plan.memory import At
+from fastens.plan.memory import At, or_none
 from fastens.plan.record import Node, Ref
 from fastens.plan.transposed import by_phases
 from fastens.plan.values import (
@@ -155,8 +155,10 @@ def _normed(emitter: Emitter, node: Node, groups: int, weight: Any, bias: Any, e
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
         return False
-    places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
-    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *places)
+    scale, shift = (
+        None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)
+    )
+    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, scale, shift)
     return True
 
 
@@ -228,7 +230,8 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
         image.at,
         image.row,
         image.x if pixels.width > 1 else image.y,
-        *affine,
+        affine[0],
+        affine[1],
         steps.NONE,
         0,
         steps.NONE,
@@ -237,7 +240,7 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
         buffer,
         out.row,
         out.step,
-        steps.NONE if runs.members is None else runs.members,
+        or_none(runs.members),
         tasks=out.rows,
     )
     emitter.add(step)

@@ -98,7 +98,7 @@ class Launches:
         size = (image.rows, image.channels, height, width)
         return self.view(image.at, size, (image.row, 1, image.y, image.x))
 
-    def _fresh(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> View:
+    def _fresh(self, size: tuple[int, ...], dtype: torch.dtype) -> View:
         """A buffer of its own for an image [R, C, H, W] with its channels last."""
         _, channels, height, width = size
         stride = (channels * height * width, 1, channels * width, channels)

@@ -11,7 +11,7 @@ from fastens.ops.dropout import dropout
 from fastens.plan.elementwise import relaid
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import image_pixels, lowers, pending
-from fastens.plan.memory import At
+from fastens.plan.memory import At, or_none
 from fastens.plan.record import Node, NotLowerable, Ref
 from fastens.plan.values import Convolved, Dropped, Mask, Pixels, Runs, pixels_of
 from fastens.program import steps
@@ -102,7 +102,7 @@ def _mask(
             bits,
             count * words,
             words,
-            steps.NONE if runs.members is None else runs.members,
+            or_none(runs.members),
             tasks=pixels.rows * splits,
         )
     )
