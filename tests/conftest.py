@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
         tests = list(group)
         mark = tests[0].get_closest_marker("covering")
         if mark:
-            chosen = covering([tuple(test.callspec.indices.values()) for test in tests], *mark.args)
+            chosen = covering([tuple(map(id, test.callspec.params.values())) for test in tests], *mark.args)
             for number in set(range(len(tests))).difference(chosen):
                 tests[number].add_marker("full")
 

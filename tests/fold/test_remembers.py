@@ -175,6 +175,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("kind", KINDS)
