@@ -21,15 +21,13 @@ from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
-from fastens.pickled import rebuild
+from fastens.pickled import KINDS, rebuild
 from fastens.settings import check_settings
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
 
 _CONFIG = "config.json"
-# Whether members are masks of one set of weights -> their class; each class puts itself here, being of modules above.
-KINDS: "dict[bool, type[Ensemble]]" = {}
 
 
 class Checkpoints(Sequence[nn.Module]):

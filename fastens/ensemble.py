@@ -17,7 +17,6 @@ from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, by_kernels, check_rule, of_each_row, summed
 from fastens.by_rows import ByRows
 from fastens.capture import Capturing
-from fastens.checkpoints import KINDS, load_ensemble, load_members, save_ensemble
 from fastens.draws import Draws
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
@@ -35,7 +34,7 @@ from fastens.fold.row_by_row import Modules, each_row, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, enters, plain, stacked
-from fastens.pickled import Pickled
+from fastens.pickled import KINDS, Pickled
 from fastens.report import Report
 from fastens.settings import check_settings
 from fastens.summary import summary
@@ -91,6 +90,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         check_members(members)
         place = Placement.of(device, dtype)
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
+            from fastens.checkpoints import load_members
+
             members = load_members(members)  # pyright: ignore[reportArgumentType]
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
@@ -366,6 +367,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         Raises:
             ValueError: another way of writing is asked for; see :func:`fastens.checkpoints.save_ensemble` for others.
         """
+        from fastens.checkpoints import save_ensemble
+
         if not safe_serialization or save_function is not None or push_to_hub:
             raise ValueError("an ensemble is written as safetensors, to a folder; upload that by `hf upload`")
         if is_main_process:
@@ -374,6 +377,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     @classmethod
     def from_pretrained(cls, directory: str | Path, factory: Any = None, **options: Any) -> "Ensemble":
         """Read what :meth:`save_pretrained` wrote; see :func:`fastens.checkpoints.load_ensemble`."""
+        from fastens.checkpoints import load_ensemble
+
         return load_ensemble(directory, factory, **options)
 
 
