@@ -7,6 +7,7 @@ from tests import interpreter
 
 interpreter.choose()
 
+import gc  # noqa: E402
 import itertools  # noqa: E402
 
 import pytest  # noqa: E402
@@ -35,3 +36,9 @@ def folders(tmp_path_factory):
     for seed in range(2):
         randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
     return [str(root / f"member_{seed}") for seed in range(2)]
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()
