@@ -18,6 +18,7 @@ from fastens.aggregation import aggregation, by_kernels, check_rule, of_each_row
 from fastens.by_rows import ByRows
 from fastens.capture import Capturing
 from fastens.draws import Draws
+from fastens.fold import inspection
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
 from fastens.fold.engine import FoldEngine
@@ -302,13 +303,13 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if self._engine is None:
             found = Report("loop", self.num_members, self.__dict__["_why_loop"], [])
         else:
-            found = self._engine.report(self._settings["backend"])
+            found = inspection.report(self._engine)
         own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
         return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
-        return 0.0 if self._engine is None else self._engine.verify(self._arguments(args, kwargs))
+        return 0.0 if self._engine is None else inspection.verify(self._engine, self._arguments(args, kwargs))
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""

@@ -128,13 +128,8 @@ def test_every_op_has_a_reference():
         assert (PACKAGE / "reference" / path.name).exists(), path.name
 
 
-LONGER = ["fastens/fold/dispatch.py", "fastens/fold/engine.py"]  # which are to be split
-
-
 def test_files_are_short():
     for folder in ("fastens", "csrc", "tests", "bench"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h"):
-                name = str(path.relative_to(ROOT))
-                most = 450 if name in LONGER else 400
-                assert len(path.read_text().splitlines()) <= most, f"{name}: one concept, or several?"
+                assert len(path.read_text().splitlines()) <= 400, f"{path}: one concept, or several?"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.fold.arguments import Arguments
-from fastens.fold.dispatch import READS, Fold, calling_line, named
+from fastens.fold.around import calling_line
+from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues
