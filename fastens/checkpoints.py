@@ -197,7 +197,7 @@ def save_ensemble(
         "shared": sorted(ensemble._engine.shared),
         "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
-        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
+        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,
     }
     files[_CONFIG] = json.dumps(config, indent=2) + "\n"
     first, *more = (directory / name for name in files)

@@ -107,7 +107,7 @@ class MCDropout(Ensemble):
         self.training = False
 
     @property
-    def _fresh(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _fresh(self) -> bool:
         return self._settings["masks"] == "fresh"
 
     def train(self, mode: bool = True) -> "MCDropout":

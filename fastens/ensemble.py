@@ -93,11 +93,11 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            members = load_members(members)  # pyright: ignore[reportArgumentType]
+            members = load_members(members)
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
-        self._take(members, place)  # pyright: ignore[reportArgumentType]
+        self._take(members, place)
         self.training = first.training
 
     # Construction

@@ -344,7 +344,7 @@ def _checked(members: Any) -> Any:
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            return load_members(members)  # pyright: ignore[reportArgumentType]
+            return load_members(members)
         return members
     if "masks" in members._settings:
         raise ValueError("merge: members are dropout masks on one set of weights; there is nothing to merge")

@@ -221,7 +221,7 @@ class _Assigned:
     def result(self) -> Any:
         """Run the sampler."""
         ensemble, arguments = self._call.ensemble, pytree.tree_map(self._argument, self._call.arguments)
-        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]
+        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]  # both are contexts
             output = self._call.samples(self._call.function(**arguments))
         if self._branch_at and not self._evaluations > self._branch_at:
             raise ValueError(

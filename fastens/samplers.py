@@ -182,7 +182,7 @@ class Sampler:
         self, x: Tensor, table: Tensor, times: Tensor, numbers: Tensor, seed: Tensor, first: Tensor, last: bool
     ) -> Tensor:
         """Take as many steps as ``table`` has rows; ``last`` where the run ends with the last of them."""
-        draws = torch.arange(1, len(table) + 1, device=x.device) + first if self.stochastic else None
+        draws: Any = torch.arange(1, len(table) + 1, device=x.device) + first if self.stochastic else None
         for i, (row, at) in enumerate(zip(table, times, strict=True)):
             ends = last and i == len(table) - 1
             output = self._predict(x, at[0])

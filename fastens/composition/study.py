@@ -111,7 +111,7 @@ def _of_gaussians(
     mean = sum(w / std**2 * m for (m, std), w in zip(components, weights, strict=True)) / precision
 
     def drawn(num: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(num, mean.shape[-1], dtype=torch.float64, generator=generator)  # pyright: ignore
+        noise = torch.randn(num, mean.shape[-1], dtype=torch.float64, generator=generator)
         return mean + noise / math.sqrt(precision)
 
     return drawn

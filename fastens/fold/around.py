@@ -39,7 +39,8 @@ def check_derivatives(leaves: list[Any]) -> None:
             and not isinstance(leaf.stack, torch.nn.Parameter)
         ):
             with torch._C.DisableTorchFunctionSubclass():
-                detached, made = Tensor.requires_grad.__get__(leaf), Tensor.grad_fn.__get__(leaf)
+                detached = Tensor.requires_grad.__get__(leaf)
+                made = Tensor.grad_fn.__get__(leaf)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
             if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
                 leaf.stack.requires_grad_()
             elif detached:

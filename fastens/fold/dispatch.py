@@ -162,8 +162,8 @@ class Fold(TorchFunctionMode):
             entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
         """
         given = [x for x in values if x is not None]
-        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):  # pyright: ignore[reportAttributeAccessIssue]
-            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]  # pyright: ignore[reportAttributeAccessIssue]
+        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):
+            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]
             return stacks, self.hidden.offsets is not None
         return [None if x is None else self.entries(x) for x in values], False
 
@@ -183,7 +183,7 @@ class Fold(TorchFunctionMode):
         """
         if self.hidden.offsets is None or not member_valued(x) or x.ndim < 3 or x.shape[0] == 1:
             return None
-        return self.wrap(self.stack(x).flatten(1, -2).unsqueeze(1))  # pyright: ignore[reportArgumentType]
+        return self.wrap(self.stack(x).flatten(1, -2).unsqueeze(1))
 
     def unrows(self, y: Tensor) -> MemberTensor:
         """The inverse of :meth:`rows`."""
@@ -380,20 +380,3 @@ def _into(fold: Fold, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(out, Tensor) or out.shape != result.shape:
         raise NotFoldable(f"{name_of(func)} resizes or fills several outputs")
     return dispatch(fold, Tensor.copy_, (out, result), {})
-
-
-def below_autograd(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation that came past Python's functions: entry by entry, where nothing is differentiated."""
-    leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, MemberTensor)]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x.stack) for x in leaves):
-        raise NotFoldable(f"{func} is of a transform of torch.func inside the network")
-    if torch.is_grad_enabled() and any(x.stack.requires_grad for x in leaves):
-        raise NotFoldable(f"{func} of a scripted function or an extension cannot be differentiated for all members")
-    reads = torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten._local_scalar_dense.default
-    if reads and any(x.hidden is not None for x in leaves):
-        raise ReadsValues(f"{func} of a tensor that differs between members has no one answer")
-    if func is torch.ops.aten.detach.default:
-        return MemberTensor(args[0].stack.detach(), args[0].hidden, args[0].alias)
-    if all(x.hidden is None for x in leaves):
-        return run_common(fold, func, args, kwargs, True)
-    return entry_by_entry(fold, func, args, kwargs)

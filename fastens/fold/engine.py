@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
-from fastens.fold import row_by_row, rules  # noqa: F401  (the rules register themselves)
+from fastens.fold import handlers, row_by_row, rules  # noqa: F401  (handlers and rules register themselves)
 from fastens.fold.arguments import Arguments
 from fastens.fold.around import check_derivatives
 from fastens.fold.calls import PlannedCall, capturing
-from fastens.fold.compiled import number_of, tracing
 from fastens.fold.dispatch import Fold, inside
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.entering import call
@@ -34,6 +33,7 @@ from fastens.fold.originals import Originals
 from fastens.fold.passes import in_passes
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
+from fastens.fold.stand_ins import number_of, tracing
 from fastens.fold.state import NetworkState, state_kept
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, one_member

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.compiled import tracing
 from fastens.fold.leaves import joined
 from fastens.fold.memory_cap import is_out_of_memory
+from fastens.fold.stand_ins import tracing
 from fastens.fold.tensor import Hidden, all_members, one_member
 
 if TYPE_CHECKING:

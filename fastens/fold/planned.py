@@ -97,7 +97,7 @@ class Entry:
         if self.numbers is not None:
             inputs = [*inputs, *self.numbers.tensors(values)]
         inputs = separate(inputs)
-        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]
+        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)
 
 
 class Plans:

@@ -145,7 +145,7 @@ class EnsembleGuidance(BaseGuidance):
 
     def forward(self, pred_cond: Any) -> GuiderOutput:
         """What the pipeline steps by: it is guided already."""
-        return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)  # pyright: ignore[reportCallIssue]
+        return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
 
 
 def _is(leaf: Any, condition: Any) -> bool:

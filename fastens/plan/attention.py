@@ -59,7 +59,7 @@ def attention(emitter: Emitter, node: Node) -> bool:
 
 def _head(of: Heads, number: int) -> Heads:
     """The heads from a number on."""
-    return dataclasses.replace(of, at=of.at.plus(number * of.head))  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(of, at=of.at.plus(number * of.head))
 
 
 def _emit(
@@ -169,10 +169,7 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
         split = [(row, 0, token, channel) for row, token, channel in split]
     if any(emitter.constant(s.ref) is not None or not emitter.is_wide(s.ref) for s in sources):
         return False
-    heads = [
-        Heads(emitter.stored(source.ref), *strides)  # pyright: ignore[reportArgumentType, reportOptionalIterable]
-        for source, strides in zip(sources, split, strict=True)
-    ]
+    heads = [Heads(emitter.stored(source.ref), *strides or ()) for source, strides in zip(sources, split, strict=True)]
     rows = number // count
     # token by token with the heads side by side, as the layer behind reads it; the recorded layout is a copy of that
     place = emitter.buffer(rows * queries * count * value_width, scores.ref.dtype)

@@ -152,12 +152,13 @@ def _take_in(flow: Dataflow, launch: Pointwise) -> bool:
         if len(inputs) - 1 + len(their_inputs) > _MOST_INPUTS or len(code) + len(their_code) > _MOST_INSTRUCTIONS:
             continue
         found = [factors_through(view, their_out, theirs) for theirs in their_inputs]
-        if any(f is None for f in found) or not found:
+        known = [f for f in found if f is not None]
+        if len(known) < len(found) or not found:
             continue
-        sizes = [[n for n, _ in factors] for factors in found[0][1]]  # pyright: ignore[reportOptionalSubscript]
+        sizes = [[n for n, _ in factors] for factors in known[0][1]]
         moved = [
-            View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))  # pyright: ignore[reportOptionalSubscript]
-            for theirs, f in zip(their_inputs, found, strict=True)
+            View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))
+            for theirs, f in zip(their_inputs, known, strict=True)
         ]
         launch.out = _cut(out, sizes)
         launch.inputs, launch.code = _inlined([_cut(v, sizes) for v in inputs], code, i, moved, their_code)

@@ -249,8 +249,9 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
 def _inlined(emitter: Emitter, ref: Ref) -> Leaf | Apply:
     """The expression that a value is kept as, where this is its only use; otherwise the value as a leaf."""
     value = emitter.values.get(ref.storage)
-    inline = emitter.uses[ref.storage] == 1 and isinstance(value, Expression) and same_view(value.ref, ref)
-    return value.root if inline else Leaf(ref)
+    if isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1:
+        return value.root
+    return Leaf(ref)
 
 
 def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:

@@ -30,7 +30,7 @@ def copied(emitter: Emitter, value: Activated | Dropped | Normed | Joined | Enla
         _dropped(emitter, source, pixels, at)
         return
     if source.mask is not None:
-        source = dataclasses.replace(emitter.plain(value.inner), factor=source.factor)  # pyright: ignore[reportAttributeAccessIssue]
+        source = dataclasses.replace(emitter.plain(value.inner), factor=source.factor)
     factor, tables = source.factor, source.tables
     channel = 0
     for part in source.images:

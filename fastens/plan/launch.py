@@ -285,7 +285,7 @@ class TorchCall(Launch):
     kwargs: dict[str, Any]
 
     @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # of a property
         """Of the operation."""
         return str(self.func)
 

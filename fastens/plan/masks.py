@@ -72,9 +72,12 @@ def _mask(
     if samples is None:
         constant = emitter.constant(members)
         masks = emitter.recording.masks
-        if constant is None and masks is None:
+        if constant is not None:
+            num_members = int(constant.max()) + 1
+        elif masks is not None:
+            num_members = masks.num_members
+        else:
             raise NotLowerable("masks of members that are not known")
-        num_members = int(constant.max()) + 1 if constant is not None else masks.num_members  # pyright: ignore[reportOptionalMemberAccess]
         elements = (count, pixels.channels, pixel_step, channel_step)
         identity = ("mask", key, p, num_members, *elements)
         bits = _fixed(num_members, math.prod(size[1:]), p, key, *elements)

@@ -48,7 +48,7 @@ class TypedEmitter(Emitter):
 
     def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
         """Where the stack of a convolution's weights is."""
-        return self.constants.stack(("stack", value.key), value.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.constants.stack(("stack", value.key), value.weight)
 
     def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
         source = self.source(value.pixels)
