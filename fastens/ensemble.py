@@ -256,7 +256,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     @property
     def device(self) -> torch.device:
-        """Where the stacks are."""
+        """The device of the stacks; all are on one."""
         return next(iter((*self.parameters(), *self.buffers()))).device
 
     @property

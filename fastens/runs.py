@@ -192,7 +192,7 @@ class _Call:
                 yield
 
     def samples(self, output: Any) -> Any:
-        """Of what a pipeline returns its samples; else what the sampler returned."""
+        """The samples in what a pipeline returned; what any other sampler returned is its samples."""
         return output[0] if self.rows_last else output
 
 

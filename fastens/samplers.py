@@ -163,7 +163,7 @@ class Sampler:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the state: that of the network, but at least float32."""
+        """The dtype of the state: the network's, but at least float32, or steps would round it away."""
         return torch.promote_types(self._network_dtype, torch.float32)
 
     @property

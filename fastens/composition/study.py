@@ -61,7 +61,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def log_density(self, x: Tensor) -> Tensor:
-        """Of the data noised to the schedule's time of least noise, [B]."""
+        """The log density [B] of the data with the schedule's least noise, not of the data themselves."""
         t = self.schedule.t_data
         alpha, variance = (
             self.schedule.alpha(t),

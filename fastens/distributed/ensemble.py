@@ -201,7 +201,7 @@ class Distributed:
         ]
 
     def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Of a call; of :class:`fastens.PerMember` the values of the members that are held."""
+        """The arguments of a call, with the values of a :class:`fastens.PerMember` for this rank's members alone."""
         arguments = super()._arguments(args, kwargs)
         if arguments.own and "masks" not in self._settings:
             arguments.leaves = list(arguments.leaves)

@@ -60,7 +60,7 @@ class EnsembleGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """Of branches that the pipeline calls its model for."""
+        """How many branches the pipeline calls its model for: one, since the composition evaluates the others."""
         return 1
 
     @property

@@ -20,7 +20,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def copied(launch: Launch | None) -> Pointwise | None:
-    """A launch that only copies one operand, none where it does more."""
+    """The launch as a copy of one operand; none where it computes or reads more."""
     return launch if isinstance(launch, Pointwise) and launch.is_copy else None
 
 

@@ -74,7 +74,7 @@ class Emitter:
     # Places
 
     def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
-        """Where the weights of a convolution are, packed as :func:`fastens.plan.packing.pack` says."""
+        """The place of a convolution's weights, packed as :func:`fastens.plan.packing.pack` says."""
         return packed(self.constants, value.key, value.weight, vectors, pairs, squares)
 
     def buffer(self, elements: int, dtype: torch.dtype = torch.float32) -> Buffer:
@@ -98,11 +98,11 @@ class Emitter:
         return None if ref.storage in self.values else self.recording.constant(ref)
 
     def kept(self, tensor: Tensor, key: object) -> At:
-        """Where a constant tensor is, in its logical order."""
+        """The place of a constant tensor, copied to its logical order if it is laid out otherwise."""
         return self.constants.add(key, tensor, tensor)
 
     def stored(self, ref: Ref) -> At:
-        """Where the first element of a value is, computing it now if that was not done yet."""
+        """The place of a value's first element; a value that was kept lazily is computed by a step added here."""
         value = self.values.get(ref.storage)
         if value is None:
             raise NotLowerable("a constant where a value was expected")

@@ -286,7 +286,7 @@ class TorchCall(Launch):
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # of a property
-        """Of the operation."""
+        """The name of the operation in torch, by which reports count launches."""
         return str(self.func)
 
 

@@ -142,7 +142,7 @@ class Recording:
         self._keep: list[Any] = []
 
     def ref(self, x: Tensor) -> Ref:
-        """Where a tensor is; its storage is kept alive, so that no other takes its place."""
+        """A reference to a tensor by its storage, which is kept alive so that no other tensor gets its address."""
         key = x.untyped_storage()._cdata
         if key not in self.tensors:
             self.tensors[key] = x

@@ -39,7 +39,7 @@ class TypedEmitter(Emitter):
         return dtype in steps.DTYPES or dtype in self.floats
 
     def code(self, dtype: torch.dtype) -> int:
-        """Nothing: what is read says its dtype itself."""
+        """Always 0: launches read tensors, which have dtypes of their own."""
         return 0
 
     def is_wide(self, ref: Ref) -> bool:
@@ -47,7 +47,7 @@ class TypedEmitter(Emitter):
         return ref.dtype.is_floating_point
 
     def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
-        """Where the stack of a convolution's weights is."""
+        """The place of a convolution's weights, stacked [K, ...] and not packed: kernels read torch's layout."""
         return self.constants.stack(("stack", value.key), value.weight)
 
     def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:

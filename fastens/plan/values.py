@@ -84,7 +84,7 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """In memory, laid out as it was recorded; ``element_size`` bytes an element."""
+    """A value in memory, laid out as torch laid it out when it was recorded; ``element_size`` bytes an element."""
 
     at: At
     element_size: int = 4

@@ -73,7 +73,7 @@ class Opcode(enum.IntEnum):
 
 
 def address(slot: int, num_bytes: int) -> int:
-    """Where ``num_bytes`` from the start of a slot is."""
+    """The address of the byte ``num_bytes`` from the start of a slot."""
     return slot << 48 | num_bytes
 
 
@@ -323,7 +323,7 @@ class Drop(Step):
 
 @dataclasses.dataclass
 class Gather(Step):
-    """For each row its member's line of a table [K, count]."""
+    """Copies to each row the line of a table [K, count] that is its member's."""
 
     kind: ClassVar[int] = 9
     rows: int
