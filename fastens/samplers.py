@@ -182,7 +182,7 @@ class Sampler:
         self, x: Tensor, table: Tensor, times: Tensor, numbers: Tensor, seed: Tensor, first: Tensor, last: bool
     ) -> Tensor:
         """Take as many steps as ``table`` has rows; ``last`` where the run ends with the last of them."""
-        draws: Any = torch.arange(1, len(table) + 1, device=x.device) + first if self.stochastic else None
+        draws = torch.arange(1, len(table) + 1, device=x.device) + first if self.stochastic else None
         for i, (row, at) in enumerate(zip(table, times, strict=True)):
             ends = last and i == len(table) - 1
             output = self._predict(x, at[0])
@@ -191,8 +191,9 @@ class Sampler:
                 x = sampler_step(x, output, row, "corrected", second=self._predict(moved, at[1]))
                 continue
             kind = "linear" if self.clip is None else "data" if ends and self._ends_in_data else "clipped"
-            drawn = draws is not None and kind != "data"
-            noise = {"seed": seed, "offset": draws[i], "samples": numbers} if drawn else {}
+            noise: dict[str, Tensor] = {}
+            if draws is not None and kind != "data":
+                noise = {"seed": seed, "offset": draws[i], "samples": numbers}
             x = sampler_step(x, output, row, kind, clip=self.clip or (), **noise)
         return x
 

@@ -335,7 +335,7 @@ class Distributed:
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load stacks [K, ...], of which each rank takes its own: DTensors, or tensors that every rank has whole."""
-        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())  # pyright: ignore[reportAttributeAccessIssue]
+        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())
         return super().load_state_dict(own, *args, **kwargs)
 
     def _stacked(self: Any) -> frozenset[str]:

@@ -144,12 +144,12 @@ class MemberTensor(Tensor):
         return self._known[1]
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """Where the stack is."""
         return self._known[2]
 
     @property
-    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
+    def requires_grad(self) -> bool:
         """Whether gradients reach the stack."""
         return self.stack.requires_grad
 
@@ -157,7 +157,7 @@ class MemberTensor(Tensor):
     def requires_grad(self, value: bool) -> None:
         self.stack.requires_grad_(value)
 
-    def size(self, dim: int | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # a wrapper tells what the member sees
+    def size(self, dim: int | None = None) -> Any:
         """The shape that a member sees, or one of its entries."""
         return self.shape if dim is None else self.shape[dim]
 

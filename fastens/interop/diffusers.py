@@ -22,7 +22,7 @@ _AS_SCHEDULED = """SD3Transformer2DModel WanTransformer3DModel HunyuanVideoTrans
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
 
-class DiffusersEnsemble(Ensemble, ModelMixin):
+class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]  # ensembles' go first
     """An ensemble of diffusers models. Its ``config`` is the members'; see :class:`fastens.Ensemble`."""
 
     __module__ = "fastens"  # where a saved pipeline looks for the class
