@@ -233,10 +233,10 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
     else:
         factor = emitter.values.get(other.storage)
         root = factor.root if isinstance(factor, Expression) and same_view(factor.ref, other) else None
-        if value.row_scale is not None or not isinstance(root, Apply) or root.opcode is not Opcode.ADD_NUMBER:
+        if not isinstance(root, Apply) or (root.opcode, root.number) != (Opcode.ADD_NUMBER, 1.0):
             return False
         scale = root.operands[0]
-        if root.number != 1.0 or not isinstance(scale, Leaf):
+        if value.row_scale is not None or not isinstance(scale, Leaf):
             return False
         vector = row_vector(emitter, scale.ref, out)
         if vector is None:
@@ -249,9 +249,8 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
 def _inlined(emitter: Emitter, ref: Ref) -> Leaf | Apply:
     """The expression that a value is kept as, where this is its only use; otherwise the value as a leaf."""
     value = emitter.values.get(ref.storage)
-    if isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1:
-        return value.root
-    return Leaf(ref)
+    alone = emitter.uses[ref.storage] == 1
+    return value.root if isinstance(value, Expression) and same_view(value.ref, ref) and alone else Leaf(ref)
 
 
 def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
