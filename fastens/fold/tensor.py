@@ -249,7 +249,8 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
 def memory_of(x: Tensor) -> int | None:
     """Which memory a tensor is in; none where it is not strided, or of a transform, which shows none."""
     try:
-        return x.untyped_storage()._cdata if x.layout is torch.strided else None
+        with torch._C.DisableTorchFunction():
+            return x.untyped_storage()._cdata if x.layout is torch.strided else None
     except NotImplementedError:
         return None
 
