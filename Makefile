@@ -12,10 +12,11 @@ NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_n
   tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test test-full test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
+	@echo "            make test-full all combinations of parameters of which make test runs a covering sample"
 	@echo "            make test-interpreted kernels in further dtypes, interpreted; make test-sanitizers the native"
 	@echo "            library under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
@@ -55,7 +56,11 @@ demo: .venv/demo build/native
 	@$(BIN)/fastens demo
 
 test: .venv/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler and not interpreted" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler and not interpreted and not full" tests
+
+# The combinations of parameters that `make test` samples.
+test-full: .venv/dev build/native
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "full and not interpreted" tests
 
 # Kernels in Triton's interpreter in the dtypes that `make test` leaves out.
 test-interpreted: .venv/dev build/native

@@ -118,7 +118,7 @@ def ninja() -> str:
     if found:
         return found
     try:
-        from ninja import BIN_DIR  # pyright: ignore[reportMissingImports]
+        from ninja import BIN_DIR
     except ImportError:
         raise ToolMissing("no ninja: `pip install ninja`") from None
     return str(pathlib.Path(BIN_DIR) / "ninja")

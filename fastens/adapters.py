@@ -84,7 +84,7 @@ def with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[
 
     forward.__doc__ = base.forward.__doc__
     with suppress(AttributeError, TypeError, ValueError):  # a TorchScript class has none
-        forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
+        forward.__signature__ = inspect.signature(member_class.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**_said_of_models(base, member_class), **names, "forward": forward})
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fastens import rules, schedules
-from fastens.dropout import MCDropout
-from fastens.ensemble import Ensemble
 from fastens.files import whole
 from fastens.fold.members import AS_THEY_ARE, Placement, make_skeleton, tensors_of
 from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
-from fastens.pickled import rebuild
+from fastens.pickled import KINDS, rebuild
 from fastens.settings import check_settings
+
+if TYPE_CHECKING:
+    from fastens.ensemble import Ensemble
 
 _CONFIG = "config.json"
 
@@ -156,7 +157,7 @@ def _natural(path: Path) -> list[tuple[bool, Any]]:
 
 
 def save_ensemble(
-    ensemble: Ensemble,
+    ensemble: "Ensemble",
     directory: str | Path,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
@@ -196,7 +197,7 @@ def save_ensemble(
         "shared": sorted(ensemble._engine.shared),
         "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
-        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,  # pyright: ignore
+        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,
     }
     files[_CONFIG] = json.dumps(config, indent=2) + "\n"
     first, *more = (directory / name for name in files)
@@ -241,7 +242,7 @@ def load_ensemble(
     variant: str | None = None,
     subfolder: str | None = None,
     **others: Any,
-) -> Ensemble:
+) -> "Ensemble":
     """Read what :func:`save_ensemble` wrote.
 
     Args:
@@ -282,8 +283,8 @@ def load_ensemble(
         member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
-    kind = MCDropout if "masks" in settings else Ensemble  # masks have one set of weights
-    _check_fit(weights, skeleton, found, shared, num_members if kind is Ensemble else 1)
+    masked = "masks" in settings  # masks have one set of weights
+    _check_fit(weights, skeleton, found, shared, 1 if masked else num_members)
     wanted: dict[str, Tensor] = {}
     exact = described.kept_in_float32(member)
     for name, like in tensors_of(skeleton).items():
@@ -292,7 +293,7 @@ def load_ensemble(
             stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
-    ensemble = rebuild(num_members, config["rule"], settings, content, kind).eval()
+    ensemble = rebuild(num_members, config["rule"], settings, content, KINDS[masked]).eval()
     return ensemble if device is None else ensemble.to(device)
 
 
@@ -330,7 +331,9 @@ def _shown(value: Any) -> str:
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     masks = {name: saved[name] for name in ("masks", "p", "seed") if name in saved}
     known = inspect.signature(check_settings).parameters
-    options = {name: None if each.default is each.empty else each.default for name, each in known.items()}
+    options: dict[str, Any] = {
+        name: None if each.default is each.empty else each.default for name, each in known.items()
+    }
     unknown = sorted(saved.keys() - options.keys() - masks.keys())
     if unknown:
         raise ValueError(f"settings has {unknown[:3]}, expected {', '.join(options)}")

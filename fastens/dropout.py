@@ -14,6 +14,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
 from fastens.fold.masks import Masks
 from fastens.fold.members import Placement, make_skeleton, tensors_of
+from fastens.pickled import KINDS
 from fastens.settings import check_settings
 
 
@@ -106,7 +107,7 @@ class MCDropout(Ensemble):
         self.training = False
 
     @property
-    def _fresh(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _fresh(self) -> bool:
         return self._settings["masks"] == "fresh"
 
     def train(self, mode: bool = True) -> "MCDropout":
@@ -136,3 +137,6 @@ class MCDropout(Ensemble):
 def _copied(tensor: Tensor, place: Placement) -> Tensor:
     clone = tensor.detach().to(**place.like(tensor), copy=True)
     return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+
+KINDS[True] = MCDropout

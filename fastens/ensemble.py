@@ -5,7 +5,6 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 from fastens import reproducible, rules, schedules
 from fastens.adapters import MemberLike, adapter_of, with_signature
 from fastens.aggregation import aggregation, by_kernels, check_rule, of_each_row, summed
+from fastens.by_rows import ByRows
 from fastens.capture import Capturing
-from fastens.draws import Assignment, Draws, Evaluation, assignment_of
+from fastens.draws import Draws
+from fastens.fold import inspection
 from fastens.fold.arguments import Arguments
 from fastens.fold.compiled import compiled_pass, drawn_pass
-from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.entering import call
 from fastens.fold.members import (
@@ -35,14 +35,14 @@ from fastens.fold.row_by_row import Modules, each_row, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, enters, plain, stacked
-from fastens.pickled import Pickled
+from fastens.pickled import KINDS, Pickled
 from fastens.report import Report
 from fastens.settings import check_settings
 from fastens.summary import summary
 from fastens.views import Views, view_of
 
 
-class Ensemble(MemberLike, Capturing, Pickled):
+class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     """An ensemble of score models that is called, and looks from outside, like one of its members.
 
     The members' weights are copied into stacks [K, ...], the ensemble's only parameters; the members themselves are
@@ -93,11 +93,11 @@ class Ensemble(MemberLike, Capturing, Pickled):
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            members = load_members(members)  # pyright: ignore[reportArgumentType]
+            members = load_members(members)
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
-        self._take(members, place)  # pyright: ignore[reportArgumentType]
+        self._take(members, place)
         self.training = first.training
 
     # Construction
@@ -234,73 +234,6 @@ class Ensemble(MemberLike, Capturing, Pickled):
         *leaves, spec = columns
         return pytree.tree_unflatten([combined(combine, x) if enters(x, combine) else agreed(x) for x in leaves], spec)
 
-    def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Evaluate, for each sample, only the member drawn for it."""
-        arguments = self._arguments(args, kwargs)
-        evaluation = self._begin(arguments)
-        return self._by_rows(arguments, self._draws.members(self.rule, evaluation, arguments.batch_size))
-
-    def _evaluated_by(self, assigned: Assignment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = self._arguments(args, kwargs)
-        if self.rule.random:  # otherwise fresh masks have begun it
-            self._begin(arguments)
-        return self._by_rows(arguments, assigned.of_batch(arguments.batch_size))
-
-    def _by_rows(self, arguments: Arguments, members: Tensor) -> Any:
-        if self._engine is not None:
-            return self._engine.evaluate_drawn(arguments, members)
-        run = functools.partial(run_drawn, self._call_module)
-        *leaves, spec = each_row(self.network, arguments, lambda x, rows: columns([run(x, members[rows])]))
-        return pytree.tree_unflatten([leaf[0] for leaf in leaves], spec)
-
-    def _begin(self, arguments: Arguments) -> Evaluation:
-        evaluation = self._draws.begin(arguments.members_batch)
-        arguments.evaluation = evaluation.seed, evaluation.number
-        arguments.num_samples = evaluation.num_samples
-        return evaluation
-
-    def trajectory(
-        self, batch_size: int, generator: torch.Generator | int | None = None
-    ) -> AbstractContextManager[None]:
-        """Scope of one run of a sampler: ``mixture`` draws one member per sample for all of it.
-
-        Inside it ``alternating`` draws, and fresh dropout masks, are reproducible from the generator. Rows i, i+B,
-        i+2B, ... of a guided batch are one sample and get the same member. Outside it, a batch that repeats itself is
-        taken for a guided one (a comparison, which on a GPU waits for the batch).
-
-        Args:
-            batch_size: samples in the trajectory, B.
-            generator: read once, here; or a seed; none for torch's global generator.
-
-        Raises:
-            RuntimeError: a trajectory is already in progress.
-            ValueError: a batch_size below one.
-        """
-        return self._draws.trajectory(batch_size, generator, self.rule)
-
-    def assigned(
-        self,
-        members: Tensor | Sequence[int] | None = None,
-        *,
-        per_member: int | None = None,
-        guidance: int | None = None,
-    ) -> AbstractContextManager[None]:
-        """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
-
-        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone.
-
-        Args:
-            members: int64 [B], the member of each row; or a sequence of integers.
-            per_member: N, for K N rows in the order of the members, in place of ``members``.
-            guidance: rows of a guided batch that are one sample: batches have B or guidance B rows; none for any.
-
-        Raises:
-            TypeError: both or neither; another dtype than int64.
-            ValueError: a member that there is not, no rows, other rows than the trajectory's; in a call, another batch.
-            RuntimeError: rows have members already, or a rule draws them; in a call, inside ``torch.compile``.
-        """
-        return self._draws.assigned(assignment_of(members, per_member, guidance, self.num_members), self.rule)
-
     # Inspection
 
     @property
@@ -323,7 +256,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
 
     @property
     def device(self) -> torch.device:
-        """Where the stacks are."""
+        """The device of the stacks; all are on one."""
         return next(iter((*self.parameters(), *self.buffers()))).device
 
     @property
@@ -370,13 +303,13 @@ class Ensemble(MemberLike, Capturing, Pickled):
         if self._engine is None:
             found = Report("loop", self.num_members, self.__dict__["_why_loop"], [])
         else:
-            found = self._engine.report(self._settings["backend"])
+            found = inspection.report(self._engine)
         own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
         return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""
-        return 0.0 if self._engine is None else self._engine.verify(self._arguments(args, kwargs))
+        return 0.0 if self._engine is None else inspection.verify(self._engine, self._arguments(args, kwargs))
 
     def refresh(self) -> None:
         """Forget what was derived from the weights or established about them; call it after changing weights."""
@@ -448,3 +381,6 @@ class Ensemble(MemberLike, Capturing, Pickled):
         from fastens.checkpoints import load_ensemble
 
         return load_ensemble(directory, factory, **options)
+
+
+KINDS[False] = Ensemble

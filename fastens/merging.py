@@ -221,7 +221,7 @@ class _Fit:
         self._shape = len(self._penalties), source.num_members, len(groups)
 
     def _weights(self, free: Tensor) -> Tensor:
-        """Of sum 1 over members."""
+        """The members' shares of each group of tensors, [G, K]: of sum 1, below zero only where that was allowed."""
         if not self._signed:
             return (free * self._shape[1]).softmax(1)
         return 1 / self._shape[1] + free - free.mean(1, keepdim=True)
@@ -344,7 +344,7 @@ def _checked(members: Any) -> Any:
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            return load_members(members)  # pyright: ignore[reportArgumentType]
+            return load_members(members)
         return members
     if "masks" in members._settings:
         raise ValueError("merge: members are dropout masks on one set of weights; there is nothing to merge")

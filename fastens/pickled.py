@@ -12,7 +12,8 @@ from fastens.fold.members import tensors_of
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
 
-
+# Whether members are masks of one set of weights -> their class; each class puts itself here, being of modules above.
+KINDS: dict[bool, type[Ensemble]] = {}
 _MODULE = vars(nn.Module())
 _REMADE = {
     *("num_members", "forward", "_rule", "_settings", "_recorded", "_views", "_engine", "_why_loop"),

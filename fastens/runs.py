@@ -192,7 +192,7 @@ class _Call:
                 yield
 
     def samples(self, output: Any) -> Any:
-        """Of what a pipeline returns its samples; else what the sampler returned."""
+        """The samples in what a pipeline returned; what any other sampler returned is its samples."""
         return output[0] if self.rows_last else output
 
 
@@ -221,7 +221,7 @@ class _Assigned:
     def result(self) -> Any:
         """Run the sampler."""
         ensemble, arguments = self._call.ensemble, pytree.tree_map(self._argument, self._call.arguments)
-        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]
+        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]  # both are contexts
             output = self._call.samples(self._call.function(**arguments))
         if self._branch_at and not self._evaluations > self._branch_at:
             raise ValueError(

@@ -165,7 +165,7 @@ class Sampler:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the state: that of the network, but at least float32."""
+        """The dtype of the state: the network's, but at least float32, or steps would round it away."""
         return torch.promote_types(self._network_dtype, torch.float32)
 
     @property
@@ -193,8 +193,9 @@ class Sampler:
                 x = sampler_step(x, output, row, "corrected", second=self._predict(moved, at[1]))
                 continue
             kind = "linear" if self.clip is None else "data" if ends and self._ends_in_data else "clipped"
-            drawn = draws is not None and kind != "data"
-            noise = {"seed": seed, "offset": draws[i], "samples": numbers} if drawn else {}
+            noise: dict[str, Tensor] = {}
+            if draws is not None and kind != "data":
+                noise = {"seed": seed, "offset": draws[i], "samples": numbers}
             x = sampler_step(x, output, row, kind, clip=self.clip or (), **noise)
         return x
 

@@ -1,4 +1,4 @@
-"""What tests share: two small members in folders, and the choice of the interpreter.
+"""What tests share: two small members in folders, samples of products, and the choice of the interpreter.
 
 Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before triton is imported.
 """
@@ -7,7 +7,24 @@ from tests import interpreter
 
 interpreter.choose()
 
+import gc  # noqa: E402
+import itertools  # noqa: E402
+
 import pytest  # noqa: E402
+
+from tests.covering import covering  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as ``full`` what a test's ``covering(strength)`` sample leaves out of the product of its parameters."""
+    for _, group in itertools.groupby(items, key=lambda item: (item.parent, getattr(item, "originalname", None))):
+        tests = list(group)
+        mark = tests[0].get_closest_marker("covering")
+        if mark:
+            chosen = covering([tuple(map(id, test.callspec.params.values())) for test in tests], *mark.args)
+            for number in set(range(len(tests))).difference(chosen):
+                tests[number].add_marker("full")
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +36,9 @@ def folders(tmp_path_factory):
     for seed in range(2):
         randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
     return [str(root / f"member_{seed}") for seed in range(2)]
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()

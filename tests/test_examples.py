@@ -19,6 +19,7 @@ def example(name):
     return module
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("error:fastens")
 def test_the_gallery(tmp_path, monkeypatch):
     gallery = example("gallery")

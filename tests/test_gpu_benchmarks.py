@@ -28,6 +28,7 @@ def gpu_sh(*arguments):
     )
 
 
+@pytest.mark.full
 def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
     result = gpu_sh("--rehearse", str(tmp_path), "tests", "mask", "G7_1")
     assert result.returncode == 0, result.stdout + "".join(path.read_text() for path in tmp_path.glob("*.log"))

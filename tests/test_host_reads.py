@@ -58,6 +58,7 @@ def test_a_read_is_seen():
         assert reads.found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{}, {"backend": "reference"}], ids=["planned", "folded"])
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_no_call_reads_values(name, options):

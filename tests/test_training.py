@@ -58,6 +58,7 @@ def check_gradients(ensemble, members, dtype):
             assert float((parameters[name].grad[k] - grad).abs().max()) < GRADIENT[dtype] * scale, name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_gradients_of_the_aggregate_equal_the_members(name, dtype):
     make, arguments = NETWORKS[name]
@@ -75,6 +76,7 @@ def test_gradients_of_the_aggregate_equal_the_members(name, dtype):
     check_gradients(ensemble, members, dtype)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_one_backward_gives_each_member_its_own_gradient(name, dtype):
     make, arguments = NETWORKS[name]

@@ -18,4 +18,4 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(1e-30))
+    return float((difference / expected.double().abs().max().clamp_min(1e-30)).detach())

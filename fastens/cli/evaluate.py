@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     if names:
         subject = bundled(names[0])
     else:
-        if not options.data.is_file():  # before the members are read
+        if options.data is None or not options.data.is_file():  # before the members are read
             raise FileNotFoundError(f"data {options.data} does not exist")
         ensemble = ensemble_of(options)
         arguments = (scheduler_folder(options), options.prediction, options.levels, options.inception)

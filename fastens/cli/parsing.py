@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         print(f"fastens: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # argparse's overloads
         """Parse; an unknown option is reported by the command that it was given to."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:

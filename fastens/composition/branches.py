@@ -88,7 +88,7 @@ class Branches:
         return [ensemble._combine(part, ensemble._aggregation(*call)) for part, call in zip(parts, calls, strict=True)]
 
     def _parts(self, joined: Call, number: int, batch: int) -> list[list[Any]]:
-        """Of each of several calls what all members return: leaves of K parts, and their structure."""
+        """What all members return for each of ``number`` calls: leaves of K parts, then their structure."""
         *leaves, spec = self.ensemble._evaluate(*joined)
         blocks = [list(zip(*(_blocks(y, number, batch) for y in leaf), strict=True)) for leaf in leaves]
         return [[*(list(leaf[i]) for leaf in blocks), spec] for i in range(number)]

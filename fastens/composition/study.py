@@ -61,7 +61,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def log_density(self, x: Tensor) -> Tensor:
-        """Of the data noised to the schedule's time of least noise, [B]."""
+        """The log density [B] of the data with the schedule's least noise, not of the data themselves."""
         t = self.schedule.t_data
         alpha, variance = (
             self.schedule.alpha(t),
@@ -111,7 +111,7 @@ def _of_gaussians(
     mean = sum(w / std**2 * m for (m, std), w in zip(components, weights, strict=True)) / precision
 
     def drawn(num: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(num, mean.shape[-1], dtype=torch.float64, generator=generator)  # pyright: ignore
+        noise = torch.randn(num, mean.shape[-1], dtype=torch.float64, generator=generator)
         return mean + noise / math.sqrt(precision)
 
     return drawn

@@ -60,11 +60,11 @@ class Term:
             t: [] or [B]; likewise.
         """
         if not self.needs_noise_level:
-            return float(self.scale) - 1  # pyright: ignore[reportArgumentType]
+            return float(self.scale) - 1
         assert schedule is not None
         assert t is not None
         level = schedule.log_snr(t)
-        rule: Any = self._rule  # pyright: ignore[reportAttributeAccessIssue]
+        rule: Any = self._rule
         factor = torch.full_like(level, rule.weights[0]) if not self.log_snr else None
         factor = weights_at(rule, level.reshape(-1))[0].view_as(level) if factor is None else factor
         if self.interval is not None:

@@ -65,7 +65,7 @@ def time_evaluations(ensemble: Ensemble, batches: tuple[int, ...], rounds: int, 
     Rounds are interleaved, so that a busy machine slows all contenders alike; median and quartiles are given.
     """
     members = list(ensemble.members)
-    params, buffers = torch.func.stack_module_state(members)  # pyright: ignore[reportPrivateImportUsage]
+    params, buffers = torch.func.stack_module_state(members)
 
     def one(p: Any, b: Any, x: Tensor, t: Tensor) -> Tensor:
         return torch.func.functional_call(members[0], (p, b), (x, t)).sample

@@ -57,7 +57,7 @@ class Distributed:
 
     def _adopt(self: Any, skeleton: nn.Module, stacks: Any, shared: frozenset[str], originals: Any = None) -> None:
         if "masks" in self._settings:
-            super()._adopt(skeleton, stacks, shared)  # pyright: ignore[reportAttributeAccessIssue]
+            super()._adopt(skeleton, stacks, shared)
             return
         engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
         self.__dict__["_engine"] = engine
@@ -70,12 +70,12 @@ class Distributed:
         self._become_member_like(modules[0])
 
     def _become_member_like(self: Any, member: nn.Module) -> None:
-        super()._become_member_like(member)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._become_member_like(member)
         self.__class__ = _with(type(self))
 
     def __getattr__(self: Any, name: str) -> Any:
         """What members have; a method of theirs that would combine what only this rank's compute is refused."""
-        found = super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue]
+        found = super().__getattr__(name)
         if not (isinstance(found, functools.partial) and found.func is call_method) or name.startswith("forward_"):
             return found
 
@@ -100,7 +100,7 @@ class Distributed:
     def forward_with_variance(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Evaluate all members once and return their aggregate and their variance; see the ensemble's."""
         if self.rule.random or self._draws.assignment() is not None:
-            return super().forward_with_variance(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().forward_with_variance(*args, **kwargs)
         return self._reduced(args, kwargs, variance=True)
 
     def _reduced(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variance: bool) -> tuple[Any, Any]:
@@ -201,8 +201,8 @@ class Distributed:
         ]
 
     def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Of a call; of :class:`fastens.PerMember` the values of the members that are held."""
-        arguments = super()._arguments(args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        """The arguments of a call, with the values of a :class:`fastens.PerMember` for this rank's members alone."""
+        arguments = super()._arguments(args, kwargs)
         if arguments.own and "masks" not in self._settings:
             arguments.leaves = list(arguments.leaves)
             for i in arguments.own:
@@ -273,7 +273,7 @@ class Distributed:
         """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
         seed = generator if isinstance(generator, int) else seed_from(generator)
         seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
-        return super().trajectory(batch_size, seed)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().trajectory(batch_size, seed)
 
     def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
@@ -293,8 +293,7 @@ class Distributed:
         first = 0 if engine is not None and engine.masks is not None else share.first
 
         def run() -> Any:
-            apart = engine is not None and engine.rows.independent(engine, arguments)
-            if not apart:  # members see the whole batch
+            if engine is None or not engine.rows.independent(engine, arguments):  # members see the whole batch
                 own = torch.full_like(members, share.first)
                 own[at] = members[at]
                 given, chosen = arguments, own - first
@@ -331,13 +330,13 @@ class Distributed:
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The stacks [K, ...] as DTensors, which ``torch.distributed.checkpoint`` writes and cuts anew."""
-        found = super().state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        found = super().state_dict(*args, **kwargs)
         return states.as_whole(found, self._stacked(), self._place.mesh, self._share, self.num_members)
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load stacks [K, ...], of which each rank takes its own: DTensors, or tensors that every rank has whole."""
-        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())  # pyright: ignore
-        return super().load_state_dict(own, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())
+        return super().load_state_dict(own, *args, **kwargs)
 
     def _stacked(self: Any) -> frozenset[str]:
         engine = self._engine

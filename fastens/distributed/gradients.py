@@ -63,7 +63,7 @@ class _Summed(torch.autograd.Function):
 
 def gathered(own: Tensor, shapes: Sequence[Sequence[int]], exchange: Exchange) -> Tensor:
     """The parts of all ranks joined in dimension 0, where rank j has ``shapes[j]``."""
-    return own if exchange.size == 1 else _Gathered.apply(own, [tuple(s) for s in shapes], exchange)  # pyright: ignore
+    return own if exchange.size == 1 else _Gathered.apply(own, [tuple(s) for s in shapes], exchange)
 
 
 def replicated(x: Any, exchange: Exchange) -> Any:

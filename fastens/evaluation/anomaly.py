@@ -27,7 +27,7 @@ class Anomaly:
 
     @property
     def single(self) -> Interval:
-        """Of the members alone the median one, by AUROC."""
+        """The AUROC of the median member; of an even number the lower of the two in the middle."""
         members = sorted((v for name, v in self.auroc.items() if name.startswith("member")), key=lambda v: v.value)
         return members[(len(members) - 1) // 2]
 

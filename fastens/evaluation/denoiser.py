@@ -78,7 +78,7 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """The device of the model's parameters."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def outputs(self, x: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Denoiser:
         return outputs, moved
 
     def _predicted(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """Of outputs [K, B, ...] the channels that are the prediction, shaped as ``x``."""
+        """The channels of outputs [K, B, ...] that are the prediction, shaped as ``x``; variances are left out."""
         predicted = outputs
         if outputs.ndim > 2:
             predicted = outputs[:, :, : parameterisation.predicted_channels(self.prediction, x, outputs[0].shape)]
@@ -148,7 +148,7 @@ class Denoiser:
         return self.to("epsilon", predicted, x, t)
 
     def factors(self, target: str, t: Tensor) -> tuple[float, float]:
-        """Of x and of the network's output in a parameterisation: each is linear in both."""
+        """The factors (a, b) of ``target = a x + b output`` at time ``t``: every parameterisation is linear in both."""
         of_x, of_output = parameterisation.conversion(self._kind, target, self.schedule, t, self.prediction.sigma_data)
         return float(of_x), float(of_output)
 
@@ -158,7 +158,7 @@ class Denoiser:
         return factor * x + noise_factor * epsilon
 
     def velocity_factors(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ``x`` and of the noise in the velocity; each [] or [B, 1, ...]."""
+        """The factors of ``x`` and of the noise in :meth:`velocity`; each [] or [B, 1, ...]."""
         drift = self.schedule.drift(t)
         noise = self.schedule.sigma_rate(t) - drift * self.schedule.sigma(t)
         return per_sample(drift, x), per_sample(noise, x)

@@ -81,7 +81,9 @@ STEM = {  # input and output channels, kernel, stride, padding
 class _Convolution(nn.Module):
     """A convolution, batch normalisation and ReLU."""
 
-    def __init__(self, channels: int, out: int, kernel: int | tuple[int, int], stride: int, padding: object) -> None:
+    def __init__(
+        self, channels: int, out: int, kernel: int | tuple[int, int], stride: int, padding: int | tuple[int, int]
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)

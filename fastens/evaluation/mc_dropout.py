@@ -64,7 +64,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> Table | None:
-    """The losses under masks; none where they were not judged."""
+    """The losses of the network under dropout masks; none where that part was left out."""
     if "loss" not in found:
         return None
     loss = found["loss"]

@@ -69,4 +69,4 @@ class Parts:
         if self._folder is None:
             return
         with whole(self._folder / f"{name}.npz") as (partial,):
-            np.savez(partial, **arrays)  # pyright: ignore[reportArgumentType]
+            np.savez(partial, **arrays)

@@ -155,7 +155,7 @@ def _cost_table(cost: dict[str, Any]) -> Table:
 
 
 def sections(report: dict[str, Any]) -> list[tuple[str, list[str], Table | None]]:
-    """Of each part its title, what is said of it, and its table; a part that was not done has none."""
+    """The parts of the report: title, paragraphs, and table; a part that was not computed has no table."""
     loss, bits, cost, quality = report["loss"], report["likelihood"], report["cost"], report["quality"]
     settings, dropout = report["settings"], report["mc_dropout"]
     judged = "contenders" in quality

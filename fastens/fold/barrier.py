@@ -147,4 +147,4 @@ def unwatched(module: nn.Module) -> nn.Module:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a module has for its author."""
-    return type(module).watches if isinstance(module, Watched) else type(module)  # pyright: ignore[reportAttributeAccessIssue]
+    return type(module).watches if isinstance(module, Watched) else type(module)

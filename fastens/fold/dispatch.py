@@ -16,8 +16,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils.checkpoint import _CheckpointFrame
 
+from fastens.fold.around import calling_line, check_derivatives, checkpoint_in_progress
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import (
@@ -41,9 +41,7 @@ Rule = Callable[..., Any]  # of (fold, func, *args, **kwargs); NotImplemented fo
 RULES: dict[Any, Rule] = {}
 OWN_OPS: set[Rule] = set()  # rules that call our ops, which autocast does not know
 READS: set[Any] = set()  # functions that give Python the values of a tensor
-AS_STEPS: dict[
-    Any, Rule
-] = {}  # of common values while a pass is recorded: our ops, which plans know better than torch's
+AS_STEPS: dict[Any, Rule] = {}  # of common values while a pass is recorded: our ops, which plans know
 RANDOM: dict[Any, Rule] = {}  # functions that draw, also where nothing among the arguments is a member's
 
 
@@ -91,7 +89,7 @@ class Fold(TorchFunctionMode):
         self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
-        self.checkpoint = _checkpoint()  # around the pass, which runs again as a whole
+        self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
 
     @staticmethod
@@ -164,8 +162,8 @@ class Fold(TorchFunctionMode):
             entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
         """
         given = [x for x in values if x is not None]
-        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):  # pyright: ignore[reportAttributeAccessIssue]
-            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]  # pyright: ignore[reportAttributeAccessIssue]
+        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):
+            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]
             return stacks, self.hidden.offsets is not None
         return [None if x is None else self.entries(x) for x in values], False
 
@@ -185,7 +183,7 @@ class Fold(TorchFunctionMode):
         """
         if self.hidden.offsets is None or not member_valued(x) or x.ndim < 3 or x.shape[0] == 1:
             return None
-        return self.wrap(self.stack(x).flatten(1, -2).unsqueeze(1))  # pyright: ignore[reportArgumentType]
+        return self.wrap(self.stack(x).flatten(1, -2).unsqueeze(1))
 
     def unrows(self, y: Tensor) -> MemberTensor:
         """The inverse of :meth:`rows`."""
@@ -336,7 +334,7 @@ def _takes(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -> Any:
     """Run a function whose arguments are the same for all members once, as it is."""
-    if func in READS and wrappers | _has_tensor(args):
+    if func in READS and (wrappers or any(isinstance(x, Tensor) for x in leaves_of(args))):
         if fold.recording:
             raise ReadsValues(f"{name_of(func)} reads values of the input in {calling_line()}")
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
@@ -361,22 +359,9 @@ def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) ->
     return fold.common(result) if fold.wrapped else result
 
 
-def _has_tensor(args: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in leaves_of(args))
-
-
-def _checkpoint() -> Any:
-    """The innermost activation checkpoint in progress, whose functions the backward pass runs again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
-        return None
-    held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
-    return next((x for x in held if isinstance(x, _CheckpointFrame)), None)  # none in such a second run
-
-
 def _resume(fold: Fold) -> None:
     """Let a checkpoint that began inside a pass run again inside it: under its hidden dimension, with its masks."""
-    frame = _checkpoint()
+    frame = checkpoint_in_progress()
     if frame is None or frame is fold.checkpoint or getattr(frame.recompute_fn, "func", None) is _again:
         return
     calls = None if fold.masks is None else fold.masks.calls.copy()
@@ -388,22 +373,6 @@ def _again(fold: Fold, calls: dict[str, int] | None, run: Callable[..., None], *
         run(*args)
 
 
-def check_derivatives(leaves: list[Any]) -> None:
-    """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
-    for leaf in leaves:
-        if (
-            type(leaf) is MemberTensor
-            and not leaf.stack.requires_grad
-            and not isinstance(leaf.stack, torch.nn.Parameter)
-        ):
-            with torch._C.DisableTorchFunctionSubclass():
-                detached, made = Tensor.requires_grad.__get__(leaf), Tensor.grad_fn.__get__(leaf)
-            if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
-                leaf.stack.requires_grad_()
-            elif detached:
-                raise NotFoldable("an autograd.Function of the network differentiates by itself")
-
-
 def _into(fold: Fold, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     rest = {name: value for name, value in kwargs.items() if name != "out"}
     out = kwargs["out"]
@@ -411,33 +380,3 @@ def _into(fold: Fold, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(out, Tensor) or out.shape != result.shape:
         raise NotFoldable(f"{name_of(func)} resizes or fills several outputs")
     return dispatch(fold, Tensor.copy_, (out, result), {})
-
-
-def below_autograd(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation that came past Python's functions: entry by entry, where nothing is differentiated."""
-    leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, MemberTensor)]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x.stack) for x in leaves):
-        raise NotFoldable(f"{func} is of a transform of torch.func inside the network")
-    if torch.is_grad_enabled() and any(x.stack.requires_grad for x in leaves):
-        raise NotFoldable(f"{func} of a scripted function or an extension cannot be differentiated for all members")
-    reads = torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten._local_scalar_dense.default
-    if reads and any(x.hidden is not None for x in leaves):
-        raise ReadsValues(f"{func} of a tensor that differs between members has no one answer")
-    if func is torch.ops.aten.detach.default:
-        return MemberTensor(args[0].stack.detach(), args[0].hidden, args[0].alias)
-    if all(x.hidden is None for x in leaves):
-        return run_common(fold, func, args, kwargs, True)
-    return entry_by_entry(fold, func, args, kwargs)
-
-
-def calling_line() -> str:
-    """File and line of the network's Python that called the function in progress."""
-    import sys
-
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch", "fastens.fold", "fastens.plan")):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "an unknown place"

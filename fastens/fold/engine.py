@@ -13,34 +13,33 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
-from fastens.fold import row_by_row, rules  # noqa: F401  (the rules register themselves)
+from fastens.fold import handlers, row_by_row, rules  # noqa: F401  (handlers and rules register themselves)
 from fastens.fold.arguments import Arguments
+from fastens.fold.around import check_derivatives
 from fastens.fold.calls import PlannedCall, capturing
-from fastens.fold.check import relative_error
-from fastens.fold.compiled import number_of, tracing
-from fastens.fold.dispatch import Fold, check_derivatives, inside
+from fastens.fold.dispatch import Fold, inside
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.entering import call
 from fastens.fold.first import FirstPass
 from fastens.fold.guards import transformed
-from fastens.fold.leaves import columns_of, joined, unwrapped
+from fastens.fold.leaves import columns_of, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
 from fastens.fold.members import tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
-from fastens.fold.network import build_network, layer_reports, shared_names, skeleton_of
+from fastens.fold.network import build_network, shared_names, skeleton_of
 from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
+from fastens.fold.passes import in_passes
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
+from fastens.fold.stand_ins import number_of, tracing
 from fastens.fold.state import NetworkState
 from fastens.fold.tables import settle, tables_of, unshare
-from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
+from fastens.fold.tensor import Hidden, NotFoldable, one_member
 from fastens.fold.transformed import in_transform
 from fastens.fold.views import MemberViews, State, standing_alone
 from fastens.fold.writes import WritesInput
-from fastens.ops.run_program import target
-from fastens.report import Report
 
 Result = TypeVar("Result")
 
@@ -347,10 +346,10 @@ class FoldEngine:
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
         if torch.compiler.is_compiling() or tracing() or capturing():
-            return self._in_passes(arguments, key, method)
+            return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
-            leaves = self._in_passes(arguments, key, method)
+            leaves = in_passes(self, arguments, key, method)
             if shared := state.shared():
                 raise NotFoldable(shared)
         except StopRecomputation:
@@ -385,67 +384,9 @@ class FoldEngine:
             raise NotFoldable(shared or f"the network writes to itself ({names}), here for some members only")
         return result
 
-    def _in_passes(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
-        members, batch = self.num_members, max(1, arguments.batch_size)
-        given = arguments.copied() if self.copies_inputs else arguments
-
-        def of_members(start: int, stop: int) -> list[Any]:
-            first, last = start // batch, stop // batch
-            some = all_members(members) if last - first == members else Hidden(last - first, members, first)
-            return self.one_pass(given, some, method)
-
-        def by_rows() -> list[Any]:
-            return joined([self._by_rows(given, key, k, method) for k in range(members)])
-
-        if torch.compiler.is_compiling() or tracing():
-            return self.one_pass(given, all_members(members), method)
-        if self.cap.rows(key, members * batch) < batch and self._may_part(arguments, method):
-            return self.fold_apart(by_rows)
-        several = self.cap.rows(key, members * batch) < members * batch
-        try:
-            whole = functools.partial(self.cap.run, key, members * batch, of_members, batch)
-            return joined(self.fold_apart(whole) if several else whole())
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or batch == 1 or not self._may_part(arguments, method):
-                raise
-        self.cap.halve(key, batch)
-        return self.fold_apart(by_rows)
-
-    def _may_part(self, arguments: Arguments, method: str) -> bool:
-        """Whether a member's rows may go through several passes; derivatives may depend on all of them at once."""
-        return not torch.is_grad_enabled() and self.rows.independent(self, arguments, method)
-
-    def _by_rows(self, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
-        """One member, some of its rows at a time."""
-        hidden = one_member(self.num_members, k)
-
-        def some(start: int, stop: int) -> list[Any]:
-            return self.one_pass(self.rows.part(self, arguments, start, stop), hidden, method)
-
-        return joined(self.cap.run(key, arguments.batch_size, some, 1), dim=1)
-
     def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward") -> list[Any]:
         """The leaves of one pass of the network's own code, [N, ...], and their structure last."""
         fold = self.new_pass(hidden, arguments)
         leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
         self.slices, self.ways = dict(fold.slices), fold.ways
         return [*(unwrapped(x, hidden) for x in leaves), spec]
-
-    def verify(self, arguments: Arguments) -> float:
-        """The largest relative error of a pass of all members against the loop."""
-        with torch.no_grad():
-            *folded, _ = (
-                self.evaluate(arguments, self.network.training) if self.engine == "fold" else self.fold(arguments)
-            )
-            *looped, _ = self.loop(arguments)
-        pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
-        return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
-
-    def report(self, backend: str) -> Report:
-        """What each module that owns tensors got."""
-        layers = layer_reports(self.network, self.num_members, self.ways, self.why if self.engine == "loop" else None)
-        plans = self.plans
-        why_not = "the members are called one by one" if self.engine == "loop" else plans.why_not
-        where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
-        found = (layers, plans.kinds, why_not, plans.num_bytes)
-        return Report(self.engine, self.num_members, self.why, *found, where, *plans.launches, slices=self.slices)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastens.fold.arguments import Arguments
-from fastens.fold.compiled import traced
 from fastens.fold.dispatch import Fold
+from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden
 from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel

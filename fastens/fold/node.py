@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastens.fold.compiled import evaluate_node
+from fastens.fold.stand_ins import evaluate_node
 
 node = torch.compiler.allow_in_graph(evaluate_node)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.fold.arguments import Arguments
-from fastens.fold.dispatch import READS, Fold, calling_line, named
+from fastens.fold.around import calling_line
+from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues
@@ -227,7 +228,8 @@ class Numbers:
         if dtype is None and func in _FILL and isinstance(like, Tensor):
             dtype = like.dtype
         elif dtype is None:
-            dtype = torch.get_default_dtype() if value.dtype == torch.float64 else torch.int64
+            double = value.dtype == torch.float64  # pyright: ignore[reportOptionalMemberAccess]  # by _is above
+            dtype = torch.get_default_dtype() if double else torch.int64
         made: Any = plain(self._input(fold, value, dtype))
         device = given.get("device") or (like.device if isinstance(like, Tensor) else None)
         made = made if device is None else made.to(device)

@@ -108,7 +108,7 @@ class Entry:
             inputs = [*inputs, *made]
         self.calls += 1
         inputs = separate(inputs)
-        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]
+        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)
 
 
 class Plans:

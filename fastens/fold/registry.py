@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.compiled import standing_in
 from fastens.fold.dispatch import Fold
 from fastens.fold.nested import plain
+from fastens.fold.stand_ins import standing_in
 from fastens.fold.tables import Stacks, as_seen
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 

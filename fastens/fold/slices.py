@@ -32,7 +32,7 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
 
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:
-            stack = fold.stack(x)  # pyright: ignore[reportArgumentType]
+            stack = fold.stack(x)
             columns[id(x)] = [stack[n] for n in range(len(stack))] if writes else stack.unbind(0)
         return x
 
@@ -57,7 +57,7 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     return stacked(fold, results, name, storages)
 
 
-def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None] = frozenset()) -> Any:  # pyright: ignore[reportArgumentType]
+def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None] = frozenset()) -> Any:
     """The results of one function for every entry as one: tensors stacked, anything else alike.
 
     Raises:

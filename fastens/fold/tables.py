@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.held import member_values
+from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
 from fastens.fold.writes import STACKS
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ def one_member(num_members: int, k: int) -> Hidden:
     return Hidden(1, num_members, k)
 
 
+# What ``__torch_function__`` outside a pass and ``__torch_dispatch__`` do, by fold/handlers.py, which knows the rules.
+HANDLERS: dict[str, Callable[..., Any]] = {}
+
+
 class MemberTensor(Tensor):
     """One tensor per member, of the shape that a member sees; or one for all, while a pass is recorded.
 
@@ -106,11 +111,11 @@ class MemberTensor(Tensor):
         with torch._C.DisableTorchFunction():
             shape, dtype, device = stack.shape, stack.dtype, stack.device
             shape = shape if hidden is None else torch.Size(shape[1:])
-            wrapper = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            wrapper = Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=device, requires_grad=stack.requires_grad
             )
         wrapper.stack, wrapper.hidden, wrapper.alias, wrapper.flat = stack, hidden, alias, None
-        wrapper._is_param = isinstance(stack, torch.nn.Parameter)  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper._is_param = isinstance(stack, torch.nn.Parameter)
         wrapper._known = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
         return wrapper
 
@@ -124,27 +129,27 @@ class MemberTensor(Tensor):
         self._known = shape, stack.dtype, stack.device
 
     @property
-    def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """The shape that a member sees."""
         return self._known[0]
 
     @property
-    def ndim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def ndim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """How many dimensions a member sees."""
         return len(self._known[0])
 
     @property
-    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """The dtype of every member's tensor."""
         return self._known[1]
 
     @property
-    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """Where the stack is."""
         return self._known[2]
 
     @property
-    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def requires_grad(self) -> bool:
         """Whether gradients reach the stack."""
         return self.stack.requires_grad
 
@@ -152,7 +157,7 @@ class MemberTensor(Tensor):
     def requires_grad(self, value: bool) -> None:
         self.stack.requires_grad_(value)
 
-    def size(self, dim: int | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def size(self, dim: int | None = None) -> Any:
         """The shape that a member sees, or one of its entries."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -194,26 +199,13 @@ class MemberTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Outside a pass, as in a checkpoint's second run: evaluate for all members, as inside one."""
-        from fastens.fold.dispatch import Fold, current_fold, dispatch
-
-        try:
-            return dispatch(Fold.of(args, kwargs or {}), func, args, kwargs or {})
-        except NotFoldable as error:
-            if current_fold() is not None:
-                raise
-            raise RuntimeError(
-                f"{error}: it is of all members at once; do this to the members, and make the ensemble of them"
-            ) from error
+        return HANDLERS["function"](func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Below Python, from scripted functions and ``autograd.Function``: entry by entry, and without derivatives."""
-        from fastens.fold.dispatch import Fold, below_autograd
-
-        return below_autograd(Fold.of(args, kwargs or {}), func, args, kwargs or {})
+        return HANDLERS["dispatch"](func, args, kwargs or {})
 
 
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module, among its attributes
@@ -257,7 +249,8 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
 def memory_of(x: Tensor) -> int | None:
     """Which memory a tensor is in; none where it is not strided, or of a transform, which shows none."""
     try:
-        return x.untyped_storage()._cdata if x.layout is torch.strided else None
+        with torch._C.DisableTorchFunction():
+            return x.untyped_storage()._cdata if x.layout is torch.strided else None
     except NotImplementedError:
         return None
 

@@ -22,7 +22,7 @@ _AS_SCHEDULED = """SD3Transformer2DModel WanTransformer3DModel HunyuanVideoTrans
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
 
-class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]  # ensembles' go first
     """An ensemble of diffusers models. Its ``config`` is the members'; see :class:`fastens.Ensemble`."""
 
     __module__ = "fastens"  # where a saved pipeline looks for the class
@@ -52,7 +52,7 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
         change_members(self, "enable_group_offload", *args, **kwargs)
 
     @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # diffusers' own signature, with K folders
         cls, directory: str | Path, factory: Any = None, **options: Any
     ) -> Ensemble:
         """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
@@ -76,7 +76,7 @@ def check_flow_network(name: str, said: Prediction) -> None:
         )
 
 
-class DiffusersMCDropout(MCDropout, DiffusersEnsemble):  # pyright: ignore[reportIncompatibleMethodOverride]
+class DiffusersMCDropout(MCDropout, DiffusersEnsemble):
     """A diffusers model with K sets of dropout masks; see :class:`fastens.MCDropout`."""
 
     __module__ = "fastens"

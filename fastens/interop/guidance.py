@@ -60,7 +60,7 @@ class EnsembleGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """Of branches that the pipeline calls its model for."""
+        """How many branches the pipeline calls its model for: one, since the composition evaluates the others."""
         return 1
 
     @property
@@ -145,7 +145,7 @@ class EnsembleGuidance(BaseGuidance):
 
     def forward(self, pred_cond: Any) -> GuiderOutput:
         """What the pipeline steps by: it is guided already."""
-        return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)  # pyright: ignore[reportCallIssue]
+        return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
 
 
 def _is(leaf: Any, condition: Any) -> bool:

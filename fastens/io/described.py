@@ -99,5 +99,5 @@ def adapted(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     """Tensors under the names that this diffusers gives them, where an older one named them otherwise."""
     if hasattr(network, "_fix_state_dict_keys_on_load"):
         tensors = dict(tensors)
-        network._fix_state_dict_keys_on_load(tensors)  # pyright: ignore[reportCallIssue]
+        network._fix_state_dict_keys_on_load(tensors)
     return tensors

@@ -105,7 +105,7 @@ class Inert(dict):
     def __setitem__(self, key: Any, value: Any) -> None:
         """Take an item of a dictionary, as unpickling does."""
 
-    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]  # by identity, since __eq__ is defined
 
 
 def _is_record(name: str) -> bool:

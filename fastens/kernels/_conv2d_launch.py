@@ -99,7 +99,7 @@ class Tiles:
         }
 
     def meeting(self, tiles: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """As :func:`meeting`."""
+        """Memory in which the splits of a tile meet, and a counter for each tile; none where sums are not split."""
         return meeting(self.splits, tiles, self.rows * self.places * self.block_n, y)
 
 

@@ -191,6 +191,7 @@ def normalise(x: Tensor, prologue: Prologue, offsets: Tensor | None = None, into
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         if held * parts * spans > MOST_MOMENTS and parts * spans > 1:
+            assert moments is not None
             whole = moments.new_empty(rows, norm_groups, 1, 2)
             join_moments_kernel[(rows * norm_groups,)](
                 moments, skip_moments, whole, norm_groups, first, second, space, span, PARTS=parts, SPANS=spans,

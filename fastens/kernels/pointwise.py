@@ -28,7 +28,7 @@ TILE = 1024  # elements of a program: 16 bytes a thread of four warps in 16-bit
 
 @triton.jit
 def tanh(x, WIDE: tl.constexpr):
-    """By the exponential, and near 0, where that cancels, by the series to x**11."""
+    """The hyperbolic tangent by the exponential, and near 0, where that cancels, by the series to x**11."""
     square = x * x
     series = 1.0 + square * (
         -1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835 + square * (-1382.0 / 155925))))

@@ -157,7 +157,7 @@ def _kernel(
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler for it: seconds.
-_kernel._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_kernel._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # read by dynamo
 
 
 @functools.cache

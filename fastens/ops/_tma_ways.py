@@ -35,7 +35,7 @@ class Call(NamedTuple):
     moments: Tensor | None = None
 
     def written(self) -> tuple[Tensor, Tensor | None]:
-        """Where result and moments are written."""
+        """The tensors that the kernel writes: the result, made here where none was given, and its moments or none."""
         return self.block.result(self.size) if self.into is None else self.into, self.moments
 
 

@@ -64,7 +64,7 @@ def aggregate(
     if weights is not None:
         if type(resolved) is not rules.Mean or resolved.weights is not None:
             raise ValueError(f"aggregate: weights given with {resolved}, which takes none or has its own")
-        resolved = rules.Mean(weights)  # pyright: ignore[reportArgumentType]
+        resolved = rules.Mean(weights)
     if resolved.needs_noise_level:
         raise ValueError(
             f"aggregate: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"

@@ -39,14 +39,14 @@ def attention(emitter: Emitter, node: Node) -> bool:
     for ref in (q, k, v):
         if emitter.constant(ref) is not None or not emitter.is_wide(ref):
             return False
-        heads.append(Heads(emitter.stored(ref), *ref.stride))  # pyright: ignore[reportArgumentType]
+        heads.append(Heads(emitter.stored(ref), *ref.stride))
     place = At(emitter.buffer(out.span, out.dtype))
     emitter.values[out.storage] = Stored(place)
     scale = named.get("scale")
     rows, count, queries, width = q.size
     shape = (rows, count // groups, queries, k.size[2], width, v.size[3])
     scale = float(width**-0.5 if scale is None else scale)
-    written = Heads(place, *out.stride)  # pyright: ignore[reportArgumentType]
+    written = Heads(place, *out.stride)
     if groups == count:
         _emit(emitter, (rows, count, *shape[2:]), heads, written, scale)
         return True
@@ -59,7 +59,7 @@ def attention(emitter: Emitter, node: Node) -> bool:
 
 def _head(of: Heads, number: int) -> Heads:
     """The heads from a number on."""
-    return dataclasses.replace(of, at=of.at.plus(number * of.head))  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(of, at=of.at.plus(number * of.head))
 
 
 def _emit(
@@ -68,7 +68,9 @@ def _emit(
     rows, count, queries, keys, width, value_width = shape
     chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
     tasks = rows * count * -(-queries // chunk)
-    emitter.add(steps.Attention(rows, count, queries, keys, width, value_width, chunk, *heads, out, scale, tasks=tasks))
+    q, k, v = heads
+    step = steps.Attention(rows, count, queries, keys, width, value_width, chunk, q, k, v, out, scale, tasks=tasks)
+    emitter.add(step)
 
 
 # Two products with a softmax between them
@@ -167,10 +169,7 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
         split = [(row, 0, token, channel) for row, token, channel in split]
     if any(emitter.constant(s.ref) is not None or not emitter.is_wide(s.ref) for s in sources):
         return False
-    heads = [
-        Heads(emitter.stored(source.ref), *strides)  # pyright: ignore[reportArgumentType, reportOptionalIterable]
-        for source, strides in zip(sources, split, strict=True)
-    ]
+    heads = [Heads(emitter.stored(source.ref), *strides or ()) for source, strides in zip(sources, split, strict=True)]
     rows = number // count
     # token by token with the heads side by side, as the layer behind reads it; the recorded layout is a copy of that
     place = emitter.buffer(rows * queries * count * value_width, scores.ref.dtype)
@@ -180,7 +179,7 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
     emitter.values[made.storage] = Stored(At(place))
     shape = (rows, count, queries, keys, width, value_width)
     scale = scores.scale * sources[0].scale * sources[1].scale
-    _emit(emitter, shape, heads, Heads(At(place), *stride), scale)  # pyright: ignore[reportArgumentType]
+    _emit(emitter, shape, heads, Heads(At(place), *stride), scale)
     row, token, channel = out.stride
     recorded = dataclasses.replace(out, size=size, stride=(row * count, row, token, channel))
     emitter.values[out.storage] = Expression(recorded, Leaf(made))

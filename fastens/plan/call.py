@@ -51,7 +51,7 @@ def call(outs: Sequence[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[
 
 @functools.cache
 def _writing(function: Any) -> tuple[Any, tuple[str, ...]]:
-    """The overload that is told where to write, and the names of those arguments; none where there is none."""
+    """The overload of an operation that writes into given tensors, and the names of those arguments; or none."""
 
     def described(arguments: Any) -> list[tuple[str, str]]:
         return [(a.name, str(a.type)) for a in arguments if not a.is_out]

@@ -66,7 +66,7 @@ def convolution(emitter: Emitter, value: Convolved, at: At) -> None:
             or_none(scale),
             or_none(shift),
             int(source.activation),
-            weight,  # pyright: ignore[reportArgumentType]
+            weight,
             packed_size((1, *value.weight.shape[1:]), pairs, squares),
             or_none(bias),
             padded,
@@ -75,7 +75,7 @@ def convolution(emitter: Emitter, value: Convolved, at: At) -> None:
             residual,
             float(value.scale),
             int(value.activation),
-            Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),  # pyright: ignore[reportArgumentType]
+            Image(at, pixels.row, pixels.y, pixels.x, out_channels, pixels.rows),
             int(pairs),
             or_none(value.runs.members),
             mask_step(source.mask),

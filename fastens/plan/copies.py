@@ -20,7 +20,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def copied(launch: Launch | None) -> Pointwise | None:
-    """A launch that only copies one operand, none where it does more."""
+    """The launch as a copy of one operand; none where it computes or reads more."""
     return launch if isinstance(launch, Pointwise) and launch.is_copy else None
 
 
@@ -152,12 +152,13 @@ def _take_in(flow: Dataflow, launch: Pointwise) -> bool:
         if len(inputs) - 1 + len(their_inputs) > _MOST_INPUTS or len(code) + len(their_code) > _MOST_INSTRUCTIONS:
             continue
         found = [factors_through(view, their_out, theirs) for theirs in their_inputs]
-        if any(f is None for f in found) or not found:
+        known = [f for f in found if f is not None]
+        if len(known) < len(found) or not found:
             continue
-        sizes = [[n for n, _ in factors] for factors in found[0][1]]  # pyright: ignore[reportOptionalSubscript]
+        sizes = [[n for n, _ in factors] for factors in known[0][1]]
         moved = [
-            View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))  # pyright: ignore[reportOptionalSubscript]
-            for theirs, f in zip(their_inputs, found, strict=True)
+            View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))
+            for theirs, f in zip(their_inputs, known, strict=True)
         ]
         launch.out = _cut(out, sizes)
         launch.inputs, launch.code = _inlined([_cut(v, sizes) for v in inputs], code, i, moved, their_code)
@@ -225,8 +226,8 @@ def write_in_place(flow: Dataflow) -> None:
             before = flow.part_writer(image)
             part = View(whole.where, whole.offset + start * whole.stride[1], image.size, whole.stride)
             start += image.size[1]
-            alone = isinstance(before, Pointwise) and len(flow.readers(image)) == 1
-            out = before.out.through(image, part) if alone else None
+            alone = len(flow.readers(image)) == 1
+            out = before.out.through(image, part) if alone and isinstance(before, Pointwise) else None
             if out is None or flow.dtype(whole) != flow.dtype(image):
                 break
             moved.append((before, out))

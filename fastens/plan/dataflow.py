@@ -76,7 +76,7 @@ class Dataflow:
         return self._readers[view.where]
 
     def dtype(self, view: View) -> torch.dtype:
-        """Of the elements of a view."""
+        """The dtype that elements of a view are stored in, which may be narrower than the one they are computed in."""
         if isinstance(view.where, Buffer | Entry):
             return view.where.dtype
         return view.where.tensor.dtype if isinstance(view.where, Kept) else self._dtypes[view.where]

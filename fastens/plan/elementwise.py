@@ -233,10 +233,12 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
     else:
         factor = emitter.values.get(other.storage)
         root = factor.root if isinstance(factor, Expression) and same_view(factor.ref, other) else None
-        plus_one = isinstance(root, Apply) and root.opcode is Opcode.ADD_NUMBER and root.number == 1.0
-        if value.row_scale is not None or not plus_one or not isinstance(root.operands[0], Leaf):
+        if not isinstance(root, Apply) or (root.opcode, root.number) != (Opcode.ADD_NUMBER, 1.0):
             return False
-        vector = row_vector(emitter, root.operands[0].ref, out)
+        scale = root.operands[0]
+        if value.row_scale is not None or not isinstance(scale, Leaf):
+            return False
+        vector = row_vector(emitter, scale.ref, out)
         if vector is None:
             return False
         value.row_scale = vector
@@ -244,16 +246,18 @@ def _modulated(emitter: Emitter, out: Ref, opcode: Opcode, x: Ref, other: Ref) -
     return True
 
 
+def _inlined(emitter: Emitter, ref: Ref) -> Leaf | Apply:
+    """The expression that a value is kept as, where this is its only use; otherwise the value as a leaf."""
+    value = emitter.values.get(ref.storage)
+    alone = emitter.uses[ref.storage] == 1
+    return value.root if isinstance(value, Expression) and same_view(value.ref, ref) and alone else Leaf(ref)
+
+
 def express(emitter: Emitter, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
     """Keep an elementwise operation as an expression, joined with those that it is the only use of."""
     if out.dtype not in emitter.floats or any(ref.dtype not in emitter.floats for ref in operands):
         return False
-    roots: list[Leaf | Apply] = []
-    for ref in operands:
-        value = emitter.values.get(ref.storage)
-        inline = isinstance(value, Expression) and same_view(value.ref, ref) and emitter.uses[ref.storage] == 1
-        operand = value.root if inline and ref.size == out.size else Leaf(ref)  # pyright: ignore[reportOptionalMemberAccess]
-        roots.append(operand)
+    roots = (_inlined(emitter, ref) if ref.size == out.size else Leaf(ref) for ref in operands)
     whole = Apply(opcode, tuple(roots), number)
     if not _fits(whole):
         whole = Apply(opcode, tuple(Leaf(ref) for ref in operands), number)
@@ -278,11 +282,9 @@ def silu_backward(emitter: Emitter, node: Node) -> bool:
     if any(ref.dtype not in emitter.floats for ref in (gradient, x, out)):
         return False
     share = Apply(Opcode.SIGMOID, (Leaf(x),))
-    given = emitter.values.get(gradient.storage)  # a product is taken along
-    only_use = isinstance(given, Expression) and same_view(given.ref, gradient) and emitter.uses[gradient.storage] == 1
     inner = Apply(Opcode.MULTIPLY, (Leaf(x), Apply(Opcode.NUMBER_MINUS, (share,), 1.0)))
     slope = Apply(Opcode.MULTIPLY, (share, Apply(Opcode.ADD_NUMBER, (inner,), 1.0)))
-    whole = Apply(Opcode.MULTIPLY, (given.root if only_use else Leaf(gradient), slope))  # pyright: ignore[reportOptionalMemberAccess]
+    whole = Apply(Opcode.MULTIPLY, (_inlined(emitter, gradient), slope))  # a product is taken along
     if not _fits(whole) or gradient.size != out.size:
         whole = Apply(Opcode.MULTIPLY, (Leaf(gradient), slope))
     emitter.values[out.storage] = Expression(out, whole)
@@ -302,7 +304,8 @@ def power(emitter: Emitter, node: Node) -> bool:
         return express(emitter, out, Opcode.NUMBER_OVER, (x,), 1.0)
     if node.name == "aten.neg":
         return express(emitter, out, Opcode.MULTIPLY_NUMBER, (x,), -1.0)
-    opcode = {2.0: Opcode.SQUARE, 0.5: Opcode.SQRT}.get(node.args[1] if isinstance(node.args[1], int | float) else None)
+    exponent = node.args[1]
+    opcode = {2.0: Opcode.SQUARE, 0.5: Opcode.SQRT}.get(exponent) if isinstance(exponent, int | float) else None
     return isinstance(x, Ref) and opcode is not None and express(emitter, out, opcode, (x,))
 
 
@@ -340,8 +343,8 @@ def repeat(emitter: Emitter, node: Node) -> bool:
     place = At(emitter.buffer(out.numel, out.dtype))
     out_code = 0 if out.dtype in emitter.floats else code
     sizes, out_stride = [times[0], *x.size], [x.size[0] * out.stride[0], *out.stride]
-    source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])  # pyright: ignore[reportArgumentType]
-    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])  # pyright: ignore[reportArgumentType]
+    source = steps.Strided(at, code, [0, *(0 if n == 1 else s for n, s in zip(x.size, stride, strict=True))])
+    emitter.pointwise(sizes, steps.Strided(place, out_code, out_stride), [source], [(Opcode.COPY, 0, 0, 0.0)])
     emitter.values[out.storage] = Stored(place, size)
     return True
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastens.plan.call import Call
 from fastens.plan.convolution import convolution
+from fastens.plan.images import copied, padded
 from fastens.plan.loops import simplified
 from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, address_unit, or_none
 from fastens.plan.packing import packed
@@ -32,16 +33,10 @@ from fastens.plan.values import (
     Stored,
     Value,
     instructions,
-    mask_step,
 )
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode, Step, Strided
 
-_ACTIVATIONS = {
-    Activation.SILU: Opcode.SILU,
-    Activation.GELU: Opcode.GELU,
-    Activation.GELU_TANH: Opcode.GELU_TANH,
-}
 _POINTWISE_GRAIN = 8192  # elements that are worth a task
 
 
@@ -79,7 +74,7 @@ class Emitter:
     # Places
 
     def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
-        """Where the weights of a convolution are, packed as :func:`fastens.plan.packing.pack` says."""
+        """The place of a convolution's weights, packed as :func:`fastens.plan.packing.pack` says."""
         return packed(self.constants, value.key, value.weight, vectors, pairs, squares)
 
     def buffer(self, elements: int, dtype: torch.dtype = torch.float32) -> Buffer:
@@ -103,11 +98,11 @@ class Emitter:
         return None if ref.storage in self.values else self.recording.constant(ref)
 
     def kept(self, tensor: Tensor, key: object) -> At:
-        """Where a constant tensor is, in its logical order."""
+        """The place of a constant tensor, copied to its logical order if it is laid out otherwise."""
         return self.constants.add(key, tensor, tensor)
 
     def stored(self, ref: Ref) -> At:
-        """Where the first element of a value is, computing it now if that was not done yet."""
+        """The place of a value's first element; a value that was kept lazily is computed by a step added here."""
         value = self.values.get(ref.storage)
         if value is None:
             raise NotLowerable("a constant where a value was expected")
@@ -159,7 +154,7 @@ class Emitter:
             )
             place = self.kept(dense, ("image", pixels))
             row, y, x = (n * pixels.channels for n in (pixels.height * pixels.width, pixels.width, 1))
-        return Image(place, row, y, x, pixels.channels, pixels.rows)  # pyright: ignore[reportArgumentType]
+        return Image(place, row, y, x, pixels.channels, pixels.rows)
 
     def is_wide(self, ref: Ref) -> bool:
         """Whether a value is held in float32."""
@@ -259,7 +254,7 @@ class Emitter:
                     or_none(shift[0]),
                     shift[1],
                     value.eps,
-                    *value.tables,  # pyright: ignore[reportArgumentType]
+                    *value.tables,
                     or_none(value.runs.members),
                     tasks=rows * splits,
                 )
@@ -299,74 +294,12 @@ class Emitter:
         elif isinstance(value, Convolved):
             convolution(self, value, at)
         elif isinstance(value, Padded):
-            self._padded(value, at)
+            padded(self, value, at)
         elif isinstance(value, Activated | Dropped | Normed | Joined | Enlarged):
             self._copied(value, at)
 
     def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
-        pixels = value.pixels
-        source = self.source(pixels)
-        if source.mask is not None and source.factor == 1:
-            self._dropped(source, pixels, at)
-            return
-        if source.mask is not None:
-            source = dataclasses.replace(self.plain(value.inner), factor=source.factor)  # pyright: ignore[reportAttributeAccessIssue]
-        factor, tables = source.factor, source.tables
-        channel = 0
-        for part in source.images:
-            image = self.image(part)
-            channels = image.channels
-            height, width = pixels.height // factor, pixels.width // factor
-            sizes = [pixels.rows, height, factor, width, factor, channels]
-            inputs = [Strided(image.at, 0, [image.row, image.y, 0, image.x, 0, 1])]
-            code: list[tuple[Opcode, int, int, float]] = []
-            if tables is not None:
-                for table in tables:
-                    inputs.append(Strided(table.plus(channel), 0, [pixels.channels, 0, 0, 0, 0, 1]))  # pyright: ignore[reportArgumentType]
-                code += [(Opcode.MULTIPLY, 0, 1, 0.0), (Opcode.ADD, 3, 2, 0.0)]
-            last = len(inputs) + len(code) - 1
-            code.append((_ACTIVATIONS.get(source.activation, Opcode.COPY), last, 0, 0.0))
-            out = Strided(
-                at.plus(channel),  # pyright: ignore[reportArgumentType]
-                0,
-                [pixels.row, factor * pixels.y, pixels.y, factor * pixels.x, pixels.x, 1],
-            )
-            self.pointwise(sizes, out, inputs, code)
-            channel += channels
-
-    def _dropped(self, source: Source, pixels: Pixels, at: At) -> None:
-        scale, shift = source.tables or (None, None)
-        splits = max(1, min(pixels.height, 4 * self.num_threads // pixels.rows))
-        out = Image(at, pixels.row, pixels.y, pixels.x, pixels.channels, pixels.rows)  # pyright: ignore[reportArgumentType]
-        self.add(
-            steps.Drop(
-                pixels.rows,
-                splits,
-                self.pair(source),
-                pixels.height,
-                pixels.width,
-                or_none(scale),
-                or_none(shift),
-                int(source.activation),
-                mask_step(source.mask),
-                out,
-                tasks=pixels.rows * splits,
-            )
-        )
-
-    def _padded(self, value: Padded, at: At) -> None:
-        pixels, inner = value.pixels, value.inner
-        left, _, top, _ = value.padding
-        zero = self.kept(torch.zeros(1), "zero")
-        strides = [0, 0, pixels.row, pixels.y, pixels.x, 1]
-        full = [1, 1, pixels.rows, pixels.height, pixels.width, pixels.channels]
-        copy = [(Opcode.COPY, 0, 0, 0.0)]
-        self.pointwise(full, Strided(at, 0, strides), [Strided(zero, 0, [0] * 6)], copy)  # pyright: ignore[reportArgumentType]
-        image = self.image(inner)
-        inside = [1, 1, inner.rows, inner.height, inner.width, inner.channels]
-        start = at.plus(top * pixels.y + left * pixels.x)
-        source = Strided(image.at, 0, [0, 0, image.row, image.y, image.x, 1])
-        self.pointwise(inside, Strided(start, 0, strides), [source], copy)  # pyright: ignore[reportArgumentType]
+        copied(self, value, at)
 
     def pointwise(
         self, sizes: list[int], out: Strided, inputs: list[Strided], code: list[tuple[Opcode, int, int, float]]
@@ -399,5 +332,5 @@ class Emitter:
             place, strides, code_of = self.operand(leaf.ref, stride)
             missing = len(size) - len(strides)
             aligned = [0] * missing + [0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)]
-            inputs.append(Strided(place, code_of, aligned))  # pyright: ignore[reportArgumentType]
-        self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)  # pyright: ignore[reportArgumentType]
+            inputs.append(Strided(place, code_of, aligned))
+        self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)

@@ -285,8 +285,8 @@ class TorchCall(Launch):
     kwargs: dict[str, Any]
 
     @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the operation."""
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # of a property
+        """The name of the operation in torch, by which reports count launches."""
         return str(self.func)
 
 

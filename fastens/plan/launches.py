@@ -83,7 +83,7 @@ class LaunchPlan:
         self, recording: Recording, num_members: int, constants: KeptTensors, device: torch.device, backend: str
     ) -> None:
         self._num_members = num_members
-        emitter = TypedEmitter(recording, num_members, 1, constants)  # pyright: ignore[reportArgumentType]
+        emitter = TypedEmitter(recording, num_members, 1, constants)
         results = lower_all(emitter)
         self._inputs = list(recording.inputs)
         self._dtypes = [ref.dtype for ref in results]

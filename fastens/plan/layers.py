@@ -8,7 +8,7 @@ import torch
 
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import argument, image_pixels, lowers
-from fastens.plan.memory import At
+from fastens.plan.memory import At, or_none
 from fastens.plan.record import Node, Ref
 from fastens.plan.transposed import by_phases
 from fastens.plan.values import (
@@ -155,8 +155,10 @@ def _normed(emitter: Emitter, node: Node, groups: int, weight: Any, bias: Any, e
     stacks = [None if ref is None else emitter.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
         return False
-    places = [None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)]
-    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *places)
+    scale, shift = (
+        None if s is None else emitter.kept(s, ("norm", r)) for s, r in zip(stacks, (weight, bias), strict=True)
+    )
+    emitter.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, scale, shift)
     return True
 
 
@@ -174,14 +176,14 @@ def _moments(emitter: Emitter, node: Node) -> bool:
         return False
     scale, shift = emitter.tables(Normed(pixels, pixels, groups, float(eps), runs, None, None))
     step = [0, 0, 0, 0, channels, channels // groups]
-    inputs = [steps.Strided(at, 0, step) for at in (shift, scale)]  # pyright: ignore[reportArgumentType]
+    inputs = [steps.Strided(at, 0, step) for at in (shift, scale)]
     code = {
         rate.storage: [(Opcode.COPY, 1, 0, 0.0)],
         mean.storage: [(Opcode.DIVIDE, 0, 1, 0.0), (Opcode.MULTIPLY_NUMBER, 2, 0, -1.0)],
     }
     for storage, instructions in code.items():
         place = At(emitter.buffer(x.size[0] * groups))
-        out = steps.Strided(place, 0, [0, 0, 0, 0, groups, 1])  # pyright: ignore[reportArgumentType]
+        out = steps.Strided(place, 0, [0, 0, 0, 0, groups, 1])
         emitter.pointwise([1, 1, 1, 1, x.size[0], groups], out, inputs, instructions)
         emitter.values[storage] = Stored(place)
     return True
@@ -228,16 +230,17 @@ def layer_norm(emitter: Emitter, node: Node) -> bool:
         image.at,
         image.row,
         image.x if pixels.width > 1 else image.y,
-        *affine,  # pyright: ignore[reportArgumentType]
+        affine[0],
+        affine[1],
         steps.NONE,
         0,
         steps.NONE,
         0,
         float(argument(node, 4, "eps", 1e-5)),
-        buffer,  # pyright: ignore[reportArgumentType]
+        buffer,
         out.row,
         out.step,
-        steps.NONE if runs.members is None else runs.members,  # pyright: ignore[reportArgumentType]
+        or_none(runs.members),
         tasks=out.rows,
     )
     emitter.add(step)
@@ -258,7 +261,7 @@ def gather(emitter: Emitter, node: Node) -> bool:
     # the recorded result is contiguous, and so are its lines
     place, count = At(emitter.buffer(out.numel)), out.numel // out.size[0]
     lines = emitter.stored(table) if values is None else emitter.kept(values, ("gathered", table))
-    emitter.add(steps.Gather(out.size[0], count, lines, emitter.stored(index), place))  # pyright: ignore[reportArgumentType]
+    emitter.add(steps.Gather(out.size[0], count, lines, emitter.stored(index), place))
     emitter.values[out.storage] = Stored(place)
     return True
 
@@ -288,7 +291,7 @@ def cat(emitter: Emitter, node: Node) -> bool:
     inner = [pixels_of(part, dim) for part in parts] if dim > 0 else []
     inside = all(emitter.constant(part) is not None or emitter.is_wide(part) for part in parts)
     if pixels is not None and len(parts) == 2 and all(p is not None for p in inner) and inside:
-        emitter.values[out.storage] = Joined(pixels, (inner[0], inner[1]))  # pyright: ignore[reportArgumentType]
+        emitter.values[out.storage] = Joined(pixels, (inner[0], inner[1]))
         return True
     place = At(emitter.buffer(out.span, out.dtype))
     start = 0
@@ -340,5 +343,5 @@ def pad(emitter: Emitter, node: Node) -> bool:
     value = argument(node, 2, "value", 0)
     if pixels is None or out is None or value or len(node.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
         return False
-    emitter.values[out.ref.storage] = Padded(out, pixels, tuple(padding))  # pyright: ignore[reportArgumentType]
+    emitter.values[out.ref.storage] = Padded(out, pixels, tuple(padding))
     return True

@@ -117,8 +117,9 @@ def _rearranged(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels:
 def pending(emitter: Emitter, ref: Ref) -> Convolved | None:
     """The convolution that a reference is the only use of, where it was not computed yet."""
     value = emitter.values.get(ref.storage)
-    whole = isinstance(value, Convolved) and same_view(value.pixels.ref, ref)
-    return value if whole and emitter.uses[ref.storage] == 1 else None  # pyright: ignore[reportReturnType]
+    if isinstance(value, Convolved) and same_view(value.pixels.ref, ref) and emitter.uses[ref.storage] == 1:
+        return value
+    return None
 
 
 def constants_of(emitter: Emitter, tree: Any) -> Any:

@@ -96,9 +96,9 @@ class Launches:
     def _image(self, image: Image, height: int, width: int) -> View:
         """[R, C, H, W]."""
         size = (image.rows, image.channels, height, width)
-        return self.view(image.at, size, (image.row, 1, image.y, image.x))  # pyright: ignore[reportArgumentType]
+        return self.view(image.at, size, (image.row, 1, image.y, image.x))
 
-    def _fresh(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> View:
+    def _fresh(self, size: tuple[int, ...], dtype: torch.dtype) -> View:
         """A buffer of its own for an image [R, C, H, W] with its channels last."""
         _, channels, height, width = size
         stride = (channels * height * width, 1, channels * width, channels)
@@ -157,7 +157,7 @@ class Launches:
         size, stride = (step.rows, step.groups, spans, 2), (step.groups * spans * 2, spans * 2, 2, 1)
         moments = View(self.emitter.buffer(math.prod(size)), 0, size, stride)
         self.list.append(Moments(moments, image, step.groups, self.backend))
-        self._norms[step.out_scale.where] = _Statistics(image, moments, step)  # pyright: ignore[reportAttributeAccessIssue]
+        self._norms[step.out_scale.where] = _Statistics(image, moments, step)
 
     def _prologue(self, of: _Statistics) -> Prologue[View]:
         """The norm as a convolution applies it."""
@@ -201,7 +201,7 @@ class Launches:
     def _conv(self, step: steps.Conv) -> None:
         out = self._image(step.out, step.out_h, step.out_w)
         x, before = self._normed(step.table_scale, step.sources, step.up, step.in_h, step.in_w)
-        weight: Tensor = step.weight.where.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        weight: Tensor = step.weight.where.tensor
         mask, mask_scale = self._mask(step, weight)
         before = before._replace(
             norm_weight=_of_each(before.norm_weight, len(weight)), norm_bias=_of_each(before.norm_bias, len(weight)),
@@ -249,16 +249,16 @@ class Launches:
         size = (step.rows, step.pixels, -(-step.channels // _WORD))
         stride = (size[1] * size[2], size[2], 1)
         bits = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
-        number = step.evaluation.where - Slot.ARGUMENTS  # pyright: ignore[reportAttributeAccessIssue]
-        drawn = View(step.evaluation.where, 0, self.inputs[number].size, (1,))  # pyright: ignore[reportAttributeAccessIssue]
-        which = step.key.num_bytes // 8 - 1  # pyright: ignore[reportAttributeAccessIssue]
-        members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
-        samples = self.view(step.samples, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        number = step.evaluation.where - Slot.ARGUMENTS
+        drawn = View(step.evaluation.where, 0, self.inputs[number].size, (1,))
+        which = step.key.num_bytes // 8 - 1
+        members = None if step.members == NONE else self.view(step.members, (step.rows,), (1,))
+        samples = self.view(step.samples, (step.rows,), (1,))
         self.list.append(
             Draw([bits], drawn, [which], members, samples, step.rows_per_member, step.threshold, [step.channels],
                  [(step.pixel_step, step.channel_step)], self.backend)
         )  # fmt: skip
-        self._bits[step.out.where] = bits  # pyright: ignore[reportAttributeAccessIssue]
+        self._bits[step.out.where] = bits
 
     def _drop(self, step: steps.Drop) -> None:
         out = self._image(step.out, step.height, step.width)
@@ -285,7 +285,7 @@ class Launches:
 
         ``by_weights`` is of a convolution: its weights' K where each row has its mask by them, none for other launches.
         """
-        where, words = mask.at.where, -(-channels // _WORD)  # pyright: ignore[reportAttributeAccessIssue]
+        where, words = mask.at.where, -(-channels // _WORD)
         if where in self._bits:
             size = (rows, height, width, words)
             return View(self._bits[where].where, 0, size, (height * width * words, width * words, words, 1))
@@ -299,19 +299,19 @@ class Launches:
         by_members = mask.members == NONE if by_weights is None else by_weights == len(held)
         if mask.members == NONE and not by_members:
             key, held = (*key, mask.rows), held.repeat_interleave(mask.rows, 0)
-        kept: Tensor = self.emitter.constants.add(key, held).where.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        kept: Tensor = self.emitter.constants.add(key, held).where.tensor
         if mask.members == NONE or by_members:
             return kept
         size, stride = (rows, *kept.shape[1:]), kept.stride()
         gathered = View(self.emitter.buffer(math.prod(size), torch.int32), 0, size, stride)
-        members = self.view(mask.members, (rows,), (1,))  # pyright: ignore[reportArgumentType]
+        members = self.view(mask.members, (rows,), (1,))
         self.list.append(Gather(gathered, kept, members))
         return gathered
 
     def _operand(self, operand: Strided, sizes: list[int]) -> View:
         kept = [(n, stride) for n, stride in zip(sizes, operand.strides, strict=True) if n > 1] or [(1, 1)]
         size, stride = zip(*kept, strict=True)  # without strides of 0 that mean nothing: libraries believe them
-        return self.view(operand.at, size, stride)  # pyright: ignore[reportArgumentType]
+        return self.view(operand.at, size, stride)
 
     def _pointwise(self, step: steps.Pointwise) -> None:
         code = []
@@ -322,7 +322,7 @@ class Launches:
             code.append((opcode, word >> 16 & 0xFFFF, word >> 32, number))
         inputs = [self._operand(x, step.sizes) for x in step.inputs[: step.num_inputs]]
         self.list.append(Pointwise(self._operand(step.out, step.sizes), inputs, code, self.backend))
-        written = step.out.at.where  # pyright: ignore[reportAttributeAccessIssue]
+        written = step.out.at.where
         self._joined = {
             key: view for key, view in self._joined.items() if all(v.where is not written for v in key[:-1])
         }
@@ -335,23 +335,23 @@ class Launches:
 
     def _layer_norm(self, step: steps.LayerNorm) -> None:
         size = (step.rows, step.tokens, step.channels)
-        x = self.view(step.source, size, (step.source_row, step.source_token, 1))  # pyright: ignore[reportArgumentType]
-        out = self.view(step.out, size, (step.out_row, step.out_token, 1))  # pyright: ignore[reportArgumentType]
+        x = self.view(step.source, size, (step.source_row, step.source_token, 1))
+        out = self.view(step.out, size, (step.out_row, step.out_token, 1))
         weight, bias = (self._stack(at, step.channels) for at in (step.weight, step.bias))
         self.list.append(LayerNorm(out, x, weight, bias, step.eps, self.backend, self._offsets(step)))
 
     def _gather(self, step: steps.Gather) -> None:
         size = (step.rows, step.count)
-        out = self.view(step.out, size, (step.count, 1))  # pyright: ignore[reportArgumentType]
+        out = self.view(step.out, size, (step.count, 1))
         lines = (self.emitter.num_members, step.count)
-        table = self.view(step.table, lines, (step.count, 1))  # pyright: ignore[reportArgumentType]
-        members = self.view(step.members, (step.rows,), (1,))  # pyright: ignore[reportArgumentType]
+        table = self.view(step.table, lines, (step.count, 1))
+        members = self.view(step.members, (step.rows,), (1,))
         self.list.append(Gather(out, table, members))
 
     def _attention(self, step: steps.Attention) -> None:
         def heads(of: steps.Heads, tokens: int, width: int) -> View:
             size = (step.rows, step.heads, tokens, width)
-            return self.view(of.at, size, (of.row, of.head, of.token, of.channel))  # pyright: ignore[reportArgumentType]
+            return self.view(of.at, size, (of.row, of.head, of.token, of.channel))
 
         self.list.append(
             Attention(

@@ -11,7 +11,7 @@ from fastens.ops.dropout import dropout
 from fastens.plan.elementwise import relaid
 from fastens.plan.emit import Emitter
 from fastens.plan.lower import image_pixels, lowers, pending
-from fastens.plan.memory import At
+from fastens.plan.memory import At, or_none
 from fastens.plan.record import Node, NotLowerable, Ref
 from fastens.plan.values import Convolved, Dropped, Mask, Pixels, Runs, pixels_of
 from fastens.program import steps
@@ -72,9 +72,12 @@ def _mask(
     if samples is None:
         constant = emitter.constant(members)
         masks = emitter.recording.masks
-        if constant is None and masks is None:
+        if constant is not None:
+            num_members = int(constant.max()) + 1
+        elif masks is not None:
+            num_members = masks.num_members
+        else:
             raise NotLowerable("masks of members that are not known")
-        num_members = int(constant.max()) + 1 if constant is not None else masks.num_members  # pyright: ignore[reportOptionalMemberAccess]
         elements = (count, pixels.channels, pixel_step, channel_step)
         identity = ("mask", key, p, num_members, *elements)
         bits = _fixed(num_members, math.prod(size[1:]), p, key, *elements)
@@ -95,14 +98,14 @@ def _mask(
             pixels.channels,
             pixel_step,
             channel_step,
-            drawn.plus(1 + inputs.keys[key], 8),  # pyright: ignore[reportArgumentType]
-            drawn,  # pyright: ignore[reportArgumentType]
-            emitter.stored(samples),  # pyright: ignore[reportArgumentType]
+            drawn.plus(1 + inputs.keys[key], 8),
+            drawn,
+            emitter.stored(samples),
             threshold,
-            bits,  # pyright: ignore[reportArgumentType]
+            bits,
             count * words,
             words,
-            steps.NONE if runs.members is None else runs.members,  # pyright: ignore[reportArgumentType]
+            or_none(runs.members),
             tasks=pixels.rows * splits,
         )
     )

@@ -117,7 +117,7 @@ class Constants:
         return self.write(key, values.numel(), lambda into: into.view(values.shape).copy_(values.detach()), keep)
 
     def write(self, key: object, size: int, fill: Callable[[Tensor], object], source: Tensor) -> At:
-        """As :meth:`add`, of ``size`` values that ``fill`` writes into a flat tensor."""
+        """The place of a constant of ``size`` values, which ``fill`` writes into a flat tensor if ``key`` is new."""
         with self._lock:
             found = self._known.get(key)
             if found is None:

@@ -150,7 +150,7 @@ def stack_layers(flow: Dataflow, constants: KeptTensors) -> None:
             continue
         block = launch.block
         if block.epilogue.row_bias is block.epilogue.residual is None:
-            own = block._replace(weight=None, bias=None)  # pyright: ignore[reportArgumentType]
+            own = block._replace(weight=None, bias=None)
             of_weights = (tuple(block.weight.shape[3:]), block.weight.dtype, block.bias is None)
             groups[of_weights, *map(_identity, own.flat()), launch.backend].append(launch)
     for group in groups.values():

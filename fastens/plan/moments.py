@@ -23,7 +23,7 @@ class _Wanted:
 
     @property
     def channels(self) -> int:
-        """Of all images."""
+        """How many channels the images have together."""
         return sum(image.size[1] for image in self.images)
 
 

@@ -181,7 +181,7 @@ class Plan:
 
     @staticmethod
     def _given(emitter: Emitter, at: At, leaf: Ref) -> _Given:
-        number = int(at.where) - Slot.ARGUMENTS  # pyright: ignore[reportArgumentType]
+        number = int(at.where) - Slot.ARGUMENTS
         if number >= len(emitter.recording.inputs):
             return _Given(number, leaf, 0, True)
         x = emitter.recording.inputs[number]

@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import UnionType
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Node:
         return found
 
 
-def mapped(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+def mapped(kind: type | UnionType, function: Callable[[Any], Any], tree: Any) -> Any:
     """The arguments of an operation with ``function`` applied to every leaf of one kind."""
     if isinstance(tree, kind):
         return function(tree)
@@ -141,7 +142,7 @@ class Recording:
         self._keep: list[Any] = []
 
     def ref(self, x: Tensor) -> Ref:
-        """Where a tensor is; its storage is kept alive, so that no other takes its place."""
+        """A reference to a tensor by its storage, which is kept alive so that no other tensor gets its address."""
         key = x.untyped_storage()._cdata
         if key not in self.tensors:
             self.tensors[key] = x

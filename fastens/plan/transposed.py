@@ -42,7 +42,7 @@ def by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
             y=pixels.y * value.stride[0],
             x=pixels.x * value.stride[1],
         )
-        key = (*value.key, "transposed", y, x)  # pyright: ignore[reportGeneralTypeIssues]
+        key = (*value.key, "transposed", y, x)  # pyright: ignore[reportGeneralTypeIssues]  # a tuple
         return dataclasses.replace(
             value, pixels=image, weight=kernels, key=key, stride=(1, 1), padding=(pads[0], pads[1])
         )

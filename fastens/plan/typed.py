@@ -39,7 +39,7 @@ class TypedEmitter(Emitter):
         return dtype in steps.DTYPES or dtype in self.floats
 
     def code(self, dtype: torch.dtype) -> int:
-        """Nothing: what is read says its dtype itself."""
+        """Always 0: launches read tensors, which have dtypes of their own."""
         return 0
 
     def is_wide(self, ref: Ref) -> bool:
@@ -47,8 +47,8 @@ class TypedEmitter(Emitter):
         return ref.dtype.is_floating_point
 
     def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
-        """Where the stack of a convolution's weights is."""
-        return self.constants.stack(("stack", value.key), value.weight)  # pyright: ignore[reportAttributeAccessIssue]
+        """The place of a convolution's weights, stacked [K, ...] and not packed: kernels read torch's layout."""
+        return self.constants.stack(("stack", value.key), value.weight)
 
     def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
         source = self.source(value.pixels)
@@ -56,6 +56,6 @@ class TypedEmitter(Emitter):
             super()._copied(value, at)
             return
         p = value.pixels
-        out = Image(at, p.row, p.y, p.x, p.channels, p.rows)  # pyright: ignore[reportArgumentType]
+        out = Image(at, p.row, p.y, p.x, p.channels, p.rows)
         pair, activation = self.pair(source), int(source.activation)
-        self.add(Normalised(source.tables[0], pair, source.factor, p.height, p.width, activation, out))  # pyright: ignore[reportArgumentType]
+        self.add(Normalised(source.tables[0], pair, source.factor, p.height, p.width, activation, out))

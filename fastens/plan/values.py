@@ -80,7 +80,7 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """In memory, laid out as it was recorded; ``element_size`` bytes an element."""
+    """A value in memory, laid out as torch laid it out when it was recorded; ``element_size`` bytes an element."""
 
     at: At
     element_size: int = 4
@@ -101,7 +101,7 @@ def mask_step(mask: Mask | None) -> steps.Mask:
     """A mask, or that there is none, as steps have it."""
     if mask is None:
         return steps.Mask()
-    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)  # pyright: ignore[reportArgumentType]
+    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)
 
 
 @dataclasses.dataclass

@@ -61,21 +61,21 @@ def origin(emitter: Emitter, ref: Ref, scaled: bool = False) -> Origin:
 
 
 class Layout(Protocol):
-    """Where elements are: offset, sizes and strides."""
+    """The place of a tensor's elements in a memory, counted in elements: offset, sizes and strides."""
 
     @property
     def offset(self) -> int:
-        """Of the first element."""
+        """The position of the first element."""
         ...
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Of each dimension."""
+        """The length of each dimension."""
         ...
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Of each dimension, in elements."""
+        """The distance between neighbours in each dimension."""
         ...
 
 

@@ -23,6 +23,7 @@ STEP_WIDTH = 96
 LANES = 16  # output channels of one vector of packed weights
 NONE = -1  # the address of what is absent
 MAX_DIMS, MAX_INPUTS, MAX_INSTRUCTIONS = 6, 4, 8
+Address = Any  # NONE, an address, or a place whose ``word()`` is the address once the arena is laid out
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.int32: 3, torch.bfloat16: 4}
 
 
@@ -72,7 +73,7 @@ class Opcode(enum.IntEnum):
 
 
 def address(slot: int, num_bytes: int) -> int:
-    """Where ``num_bytes`` from the start of a slot is."""
+    """The address of the byte ``num_bytes`` from the start of a slot."""
     return slot << 48 | num_bytes
 
 
@@ -80,7 +81,7 @@ def address(slot: int, num_bytes: int) -> int:
 class Image:
     """Channels of the rows' images: element strides between rows, lines and pixels."""
 
-    at: int = NONE
+    at: Address = NONE
     row: int = 0
     y: int = 0
     x: int = 0
@@ -92,7 +93,7 @@ class Image:
 class Strided:
     """A value of any dtype and up to six dimensions."""
 
-    at: int = NONE
+    at: Address = NONE
     dtype: int = 0
     strides: list[int] = dataclasses.field(default_factory=lambda: [0] * MAX_DIMS)
 
@@ -101,11 +102,11 @@ class Strided:
 class Mask:
     """A dropout mask: a bit for each channel of a pixel, 16 channels to a word; strides in words."""
 
-    at: int = NONE
+    at: Address = NONE
     row: int = 0  # from a mask to the next
     pixel: int = 0
     rows: int = 1  # rows that have one mask, that of their member
-    members: int = NONE
+    members: Address = NONE
     scale: float = 1.0  # of what is kept
 
 
@@ -113,7 +114,7 @@ class Mask:
 class Heads:
     """Tokens of the heads of the rows: element strides."""
 
-    at: int = NONE
+    at: Address = NONE
     row: int = 0
     head: int = 0
     token: int = 0
@@ -172,21 +173,21 @@ class Conv(Step):
     out_h: int
     out_w: int
     out_channels: int
-    table_scale: int
-    table_shift: int
+    table_scale: Address
+    table_shift: Address
     act_in: int
-    weight: int
+    weight: Address
     weight_member: int
-    bias: int
+    bias: Address
     bias_member: int
-    row_vector: int
+    row_vector: Address
     row_vector_row: int
     residual: Image
     scale: float
     act_out: int
     out: Image
     bfloat16: int = 0
-    members: int = NONE
+    members: Address = NONE
     mask_in: Mask = dataclasses.field(default_factory=Mask)
     mask_out: Mask = dataclasses.field(default_factory=Mask)
     divisor: float = 1.0  # of what is multiplied by `scale`
@@ -212,16 +213,16 @@ class Norm(Step):
     height: int
     width: int
     groups: int
-    weight: int
-    bias: int
-    row_scale: int
+    weight: Address
+    bias: Address
+    row_scale: Address
     row_scale_row: int
-    row_shift: int
+    row_shift: Address
     row_shift_row: int
     eps: float
-    out_scale: int
-    out_shift: int
-    members: int = NONE
+    out_scale: Address
+    out_shift: Address
+    members: Address = NONE
 
 
 @dataclasses.dataclass
@@ -246,20 +247,20 @@ class LayerNorm(Step):
     rows_per_member: int
     tokens: int
     channels: int
-    source: int
+    source: Address
     source_row: int
     source_token: int
-    weight: int
-    bias: int
-    row_scale: int
+    weight: Address
+    bias: Address
+    row_scale: Address
     row_scale_row: int
-    row_shift: int
+    row_shift: Address
     row_shift_row: int
     eps: float
-    out: int
+    out: Address
     out_row: int
     out_token: int
-    members: int = NONE
+    members: Address = NONE
 
 
 @dataclasses.dataclass
@@ -293,14 +294,14 @@ class Draw(Step):
     channels: int
     pixel_step: int
     channel_step: int
-    key: int
-    evaluation: int
-    samples: int
+    key: Address
+    evaluation: Address
+    samples: Address
     threshold: int
-    out: int
+    out: Address
     out_row: int
     out_pixel: int
-    members: int = NONE
+    members: Address = NONE
 
 
 @dataclasses.dataclass
@@ -313,8 +314,8 @@ class Drop(Step):
     sources: tuple[Image, Image]
     height: int
     width: int
-    table_scale: int
-    table_shift: int
+    table_scale: Address
+    table_shift: Address
     activation: int
     mask: Mask
     out: Image
@@ -322,14 +323,14 @@ class Drop(Step):
 
 @dataclasses.dataclass
 class Gather(Step):
-    """For each row its member's line of a table [K, count]."""
+    """Copies to each row the line of a table [K, count] that is its member's."""
 
     kind: ClassVar[int] = 9
     rows: int
     count: int
-    table: int
-    members: int
-    out: int
+    table: Address
+    members: Address
+    out: Address
 
 
 def encode(steps: list[Step]) -> Tensor:
@@ -367,7 +368,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, words: Iterator[int], **known: Any) -> Any:
-    if kind is int:
+    if kind in (int, Address):
         return next(words)
     if kind is float:
         return struct.unpack("<d", struct.pack("<q", next(words)))[0]

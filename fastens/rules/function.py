@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from inspect import Parameter
 from typing import Any, overload
 
 from torch import Tensor
@@ -46,13 +47,14 @@ def rule(name: Definition | str | None = None, /) -> type[Rule] | Callable[[Defi
 def _made(function: Definition, name: str) -> type[Rule]:
     if not inspect.isfunction(function):
         raise TypeError(f"rule: expected a function of scores, got {function!r}")
-    scores, *parameters = inspect.signature(function).parameters.values() or [None]
-    if scores is None or scores.kind not in (scores.POSITIONAL_ONLY, scores.POSITIONAL_OR_KEYWORD):
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
         raise TypeError(f"rule {name!r}: the function's first argument takes the scores [K, B, ...]; it has none")
+    del parameters[0]
     for parameter in parameters:
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        if parameter.kind not in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
             raise TypeError(f"rule {name!r}: {parameter} has no name to be kept under, expected named parameters")
-        if parameter.default is parameter.empty:
+        if parameter.default is Parameter.empty:
             raise TypeError(f"rule {name!r}: parameter {parameter.name} has no default, expected one")
         if hasattr(Rule, parameter.name) or parameter.name in ("name", "rule"):
             raise ValueError(f"rule {name!r}: parameter {parameter.name} is an attribute of rules; name it otherwise")
@@ -68,7 +70,7 @@ def _made(function: Definition, name: str) -> type[Rule]:
         "combine": combine,
         "name": name,
     }
-    fields = [(p.name, Any if p.annotation is p.empty else p.annotation, p.default) for p in parameters]
+    fields = [(p.name, Any if p.annotation is Parameter.empty else p.annotation, p.default) for p in parameters]
     made = dataclasses.make_dataclass(function.__name__, fields, bases=(Rule,), namespace=namespace, frozen=True)
     made.__module__ = function.__module__  # newer versions of Python put this module there
     made()  # defaults that JSON does not keep are an error here

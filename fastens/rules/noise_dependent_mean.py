@@ -30,7 +30,7 @@ class NoiseDependentMean(Mean):
     name: ClassVar[str] = "noise_dependent_mean"
     linear: ClassVar[bool] = True
     needs_noise_level: ClassVar[bool] = True
-    weights: tuple[tuple[float, ...], ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    weights: tuple[tuple[float, ...], ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]  # of a rule with weights of its own
     log_snr: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

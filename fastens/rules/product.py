@@ -55,12 +55,12 @@ class Product(Rule):
         object.__setattr__(self, "log_snr", levels)
 
     @property
-    def needs_noise_level(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_noise_level(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # of a property
         """Whether the weights depend on it."""
         return bool(self.log_snr)
 
     @property
-    def of_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def of_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # of a property
         """Whether some weights do not sum to 1: a sum of 1 commutes with conversions."""
         rows = self.weights if self.log_snr else (self.weights,)
         return self.weights is None or any(abs(math.fsum(row) - 1) > 1e-6 for row in rows)

@@ -64,14 +64,14 @@ class Dates:
         elif self._unit:
             times = self._first + counts.astype(f"m8[{self._unit}]")
         else:
-            return pd.Series(pd.PeriodIndex.from_ordinals(self._first + counts, freq=self.dtype.freq))  # pyright: ignore
+            return pd.Series(pd.PeriodIndex.from_ordinals(self._first + counts, freq=self.dtype.freq))
         out = pd.Series(times)
         if self.dtype == object:
             return pd.Series(list(out.dt.date if self.plain_dates else out.dt.to_pydatetime()), dtype=object)
         zone = getattr(self.dtype, "tz", None)
         if zone is not None:  # an hour that clocks skip is the next, one that they show twice the first
             first = np.ones(len(out), bool)
-            out = out.dt.tz_localize(zone, ambiguous=first, nonexistent="shift_forward")  # pyright: ignore
+            out = out.dt.tz_localize(zone, ambiguous=first, nonexistent="shift_forward")
         return out.astype(self.dtype)
 
     def _floor(self, times: Any) -> Any:

@@ -74,7 +74,7 @@ def _arrays(inputs: Inputs, X: Any) -> npt.NDArray:
 
 
 def _sklearn(inputs: Inputs, X: Any) -> npt.NDArray:
-    """By scikit-learn's own validation, which raises and warns as its forests do."""
+    """The rows as scikit-learn validates them, with the errors and warnings of its forests."""
     try:
         from sklearn.base import BaseEstimator
         from sklearn.utils.validation import validate_data

@@ -34,7 +34,7 @@ class _Frozen(torch.autograd.Function):
     """What a denoiser finds in x, whose gradient goes to x, and never to the denoiser's weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, denoiser: Denoiser) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, t: Tensor, denoiser: Denoiser) -> Tensor:
         """Keep the graph for the way back."""
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_()
@@ -42,7 +42,7 @@ class _Frozen(torch.autograd.Function):
         return ctx.found.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # its one gradient
         """Go back through it."""
         (to_x,) = torch.autograd.grad(ctx.found, ctx.x, gradient)
         return to_x, None, None

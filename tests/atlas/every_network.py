@@ -3,6 +3,7 @@
 import pytest
 
 from tests.atlas.registry import load
+from tests.atlas.sample import sample, uncovered
 from tests.atlas.test_atlas import check_network
 
 
@@ -10,3 +11,9 @@ from tests.atlas.test_atlas import check_network
 @pytest.mark.filterwarnings("ignore")
 def test_equals_the_loop(name):
     check_network(name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sample_calls_what_all_networks_call():
+    assert len(uncovered([])) > 20
+    assert not uncovered(sample()), "add these to COVER"

@@ -193,6 +193,7 @@ def test_changed_weights_and_modes():
     assert outputs_along(ensemble._engine, (x.double(), t), {}, x.double()) is None
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rule", ["mean", "geometric", "dominant", fastens.rules.Mean((0.2, 0.8))], ids=str)
 @pytest.mark.parametrize(
     ("prediction", "aggregate_in", "probes"),

@@ -11,6 +11,11 @@ from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
 
+def in_turn(first):
+    """Every other network; the others are for ``make test-full``."""
+    return [pytest.param(name, marks=pytest.mark.full if (i + first) % 2 else ()) for i, name in enumerate(NETWORKS)]
+
+
 def ensemble_of(name):
     make, arguments = NETWORKS[name]
     members = [randomised(make, seed) for seed in range(2)]
@@ -32,7 +37,7 @@ def check(run, ensemble, members, args, kwargs):
     assert ensemble.engine == "fold"
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", in_turn(0))
 def test_compiles_whole(name):
     ensemble, members, args, kwargs = ensemble_of(name)
     with torch.no_grad():
@@ -40,7 +45,7 @@ def test_compiles_whole(name):
         check(compiled(ensemble, args, kwargs), ensemble, members, args, kwargs)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", in_turn(1))
 def test_exports_whole(name):
     ensemble, members, args, kwargs = ensemble_of(name)
     with torch.no_grad():

@@ -163,6 +163,7 @@ def members(kind: str, own: bool, number: int) -> list[nn.Module]:
     return [Keeps(kind, own).eval() for _ in range(number)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("own", [False, True], ids=["common", "own"])
 @pytest.mark.parametrize("way", ["fold", "loop", "one member", "copied", "assigned"])
 @pytest.mark.parametrize("kind", STATES)

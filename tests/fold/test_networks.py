@@ -9,6 +9,7 @@ from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_members", [1, 2, 5])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folded_equals_the_members(name, num_members):

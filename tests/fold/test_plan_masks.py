@@ -41,6 +41,7 @@ def test_every_kind_of_dropout_is_planned(name, masks):
     assert report.plans, report.why_no_plan
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("masks", ["fixed", "fresh"])
 @pytest.mark.parametrize("name", WITH_LAYERS)
 def test_networks_that_were_built_without(name, masks):

@@ -26,6 +26,7 @@ def pointer(tensor):
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "guided update with variance"])
 @pytest.mark.parametrize("rule", CASES, ids=repr)
 def test_equals_reference(library, rule, everything):

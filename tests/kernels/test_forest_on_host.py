@@ -42,6 +42,7 @@ def on_host(library, forest, x, rule, weights=None):
     return out
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rule", CASES, ids=repr)
 @pytest.mark.parametrize("options", [{}, {"outputs": 1, "trees": 9}, {"name": "iris", "depth": None}], ids=str)

@@ -23,7 +23,10 @@ def test_stack_and_list_and_default_backend_agree(rule):
             assert relative_error(result, results[1]) <= OP[dtype]
 
 
-@pytest.mark.parametrize("rule", rules.names()[:-2])  # not those that read a generator
+# Not those that read a generator; the compiler sees one op with another name of its rule.
+@pytest.mark.parametrize(
+    "rule", [pytest.param(name, marks=pytest.mark.full if i % 2 else ()) for i, name in enumerate(rules.names()[:-2])]
+)
 def test_compiles_whole_with_gradients(rule):
     scores = [torch.randn(3, 4, requires_grad=True) for _ in range(5)]
     torch.compiler.reset()

@@ -80,6 +80,7 @@ def test_kernel_equals_reference(name, dtype, backend, launched, poison):
         assert relative_error(moments, group_moments(actual, options["num_groups"], backend="reference")) <= 1e-5
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["plain", "norm", "split", "norm split"])

@@ -22,6 +22,7 @@ def test_known_answer_of_philox(backend):
             assert bool(dropout(x, rows(0), None, p, 0, backend=backend).sum() > 0) is kept
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key", [0, 1, 2**63 - 1, -5])

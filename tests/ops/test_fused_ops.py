@@ -105,6 +105,7 @@ SMALL = {  # arguments after the rows x of 2 members: few numbers, because each 
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", PUBLIC)

@@ -107,6 +107,7 @@ def test_empty_batch(backend, name, shape):
     assert kernel(case, backend)([torch.empty(shape)] * 3, *case.arguments).shape == shape
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(backend, name):
@@ -119,6 +120,7 @@ def test_opcheck(backend, name):
     assert set(torch.library.opcheck(kernel(case, backend), (scores, *case.arguments)).values()) == {"SUCCESS"}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(backend, name):
@@ -149,6 +151,7 @@ def test_vmap(name, backend):
     assert relative_error(mapped, apart) <= OP[torch.float32]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", [case for case in CASES if "aggregate" in case])
 def test_compiles_whole(name, backend):

@@ -213,6 +213,7 @@ def test_windows(kernel, stride, padding, band):
     check(kernel=kernel, stride=stride, padding=padding, band=band)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("row_chunk", [1, 2, 3])
 @pytest.mark.parametrize("band", [1, 2, 3, 7])
 @pytest.mark.parametrize("block_chunk", [1, 2, 5])

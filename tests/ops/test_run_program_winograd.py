@@ -25,6 +25,7 @@ def test_channels(squares, in_channels, out_channels):
         check(squares=squares, vectors=vectors, **shape)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("height", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("width", [1, 2, 5, 6, 8, 17, 33])
 @pytest.mark.parametrize("padding", [(1, 1, 1, 1), (2, 2, 2, 2), (0, 3, 2, 1)])
@@ -36,6 +37,7 @@ def test_without_padding(squares):
     check(squares=squares, size=(9, 7), padding=(0, 0, 0, 0))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("row_chunk", [1, 2, 3])
 @pytest.mark.parametrize("band", [1, 2, 4, 6, 7])
 @pytest.mark.parametrize("block_chunk", [1, 2, 5])

@@ -65,6 +65,7 @@ def test_layouts_nan_and_no_rows(kind, backend):
     assert sampler_step(x[:0], output[:0], row, kind, **few, backend=backend).shape == (0, 2, 5, 7)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("backend", [BACKENDS[0], TRITON])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_and_opcheck(kind, backend):

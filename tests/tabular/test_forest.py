@@ -72,6 +72,7 @@ def test_the_loop_over_trees_is_the_definition_of_the_rule(rule):
     assert close(combine(members, value, 5), aggregate(torch.from_numpy(members), value, seed=5).numpy())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize(

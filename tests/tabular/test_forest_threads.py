@@ -27,6 +27,7 @@ assert time.process_time() - began < 0.1, "helpers do not sleep"
 """
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("policy", ["passive", None])  # under "active" the threads of OpenMP itself never sleep
 def test_helpers_give_the_same_result_and_sleep_afterwards(policy, threads, tmp_path):

@@ -101,7 +101,7 @@ def _aligned_stacks(fold: Fold, ndim: int) -> Any:
     def align(x: Tensor) -> Tensor:
         if not member_valued(x):
             return plain(x)
-        stack = fold.stack(x)  # pyright: ignore[reportArgumentType]
+        stack = fold.stack(x)
         missing = ndim + 1 - stack.ndim
         return stack if not missing else stack[(slice(None), *(None,) * missing)]
 
@@ -128,7 +128,7 @@ def _aligned_rows(fold: Fold, kept: Any, tensors: list[Tensor]) -> Any:
             return x.repeat(fold.hidden.size, *(1,) * (ndim - 1))
         if x.ndim == ndim and x.shape[0] == lead:
             return fold.rows(x)
-        stack = fold.stack(x)  # pyright: ignore[reportArgumentType]
+        stack = fold.stack(x)
         missing = ndim + 1 - stack.ndim
         stack = stack if not missing else stack[(slice(None), *(None,) * missing)]
         if stack.shape[1] != lead:

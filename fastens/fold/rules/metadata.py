@@ -31,7 +31,7 @@ METADATA: set[Any] = set()  # functions that tell nothing of a tensor's values
 
 
 def _getters(names: str) -> list[Any]:
-    found = (getattr(Tensor, name, None) for name in names.split())
+    found: list[Any] = [getattr(Tensor, name, None) for name in names.split()]
     return [getter.__get__ for getter in found if hasattr(getter, "__get__") and not callable(getter)]
 
 
@@ -57,13 +57,13 @@ def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
     return func(fold.stack(x))
 
 
-@rule(Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+@rule(Tensor.data.__get__)
 def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
     """The stack without its derivatives, in the same memory."""
     return fold.wrap(fold.stack(x).data, fold.aliases(x))
 
 
-@rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportAttributeAccessIssue]
+@rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
 def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
     check_weights(fold, x)
@@ -78,7 +78,7 @@ def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     func(fold.stack(x), value)
 
 
-@rule(Tensor.grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+@rule(Tensor.grad.__get__)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
 def grad(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor | None:
     """The gradient of the stack."""
     found = fold.stack(x).grad

@@ -75,7 +75,7 @@ def _kept(fold: Fold, func: Any, stack: Tensor, before: tuple[Any, ...], kwargs:
     found = _over_all(fold, func, stack, before, kwargs)
     if not isinstance(found, Tensor):
         return NotImplemented
-    return fold.wrap(fold.stack(found).reshape(len(stack), *(1,) * (stack.ndim - 1)))  # pyright: ignore[reportArgumentType]
+    return fold.wrap(fold.stack(found).reshape(len(stack), *(1,) * (stack.ndim - 1)))
 
 
 def _wrapped(fold: Fold, found: Any) -> Any:
