@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens import reproducible
 from fastens.distributed import states
 from fastens.distributed.exchange import RankLost, RanksDiffer, split
 from fastens.distributed.gradients import gathered, replicated
@@ -20,6 +21,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
+from fastens.fold.row_by_row import ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
 from fastens.ops.member_variance import member_variance
@@ -210,40 +212,50 @@ class Distributed:
         return arguments
 
     def _together(self: Any, arguments: Arguments, what: Any, run: Callable[[], Any]) -> Any:
-        """Run, and let all ranks know of each other's failure, and that they are called with the same."""
-        try:
-            found = run()
-        except RankLost:
-            raise
-        except Exception as error:
-            self._compare(arguments, what, error)
-            raise
-        self._compare(arguments, what, None)
-        return found
+        """Run, and let all ranks know of each other's failure, and that they are called with the same.
 
-    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None) -> None:
+        In deterministic mode a plan and torch give a row other bits: where a rank has no plan, the others take none.
+        """
+        while True:
+            with ways_seen() as ways:
+                try:
+                    found = run()
+                except RankLost:
+                    raise
+                except Exception as error:
+                    self._compare(arguments, what, error, False)
+                    raise
+            if self._compare(arguments, what, None, ways.planned):
+                return found
+            ways.refuse()
+
+    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None, planned: bool) -> bool:
+        """Raise where ranks differ; return whether all of them were answered by plans, or none."""
         place = self._place
         self.__dict__["_calls"] += 1
         number = self.__dict__["_calls"]
         tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
         reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
         shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
-        kind = checksum([torch.frombuffer(bytearray(repr((what, shapes)).encode()), dtype=torch.uint8)])
+        kind = checksum(
+            [torch.frombuffer(bytearray(repr((what, shapes, reproducible.enabled())).encode()), dtype=torch.uint8)]
+        )
         content = checksum(tensors) if reads else 0
-        every = place.control.agree([int(error is not None), kind, content])
+        every = place.control.agree([int(error is not None), kind, content, int(planned)])
         ranks = place.control.ranks
         failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
         if failed:
             if error is None:
                 raise RankLost(f"rank {', '.join(map(str, failed))} failed in this call; its own error says why")
-            return
-        for column, name in ((1, "shapes, rule or method"), (2, "values")):
+            return True
+        for column, name in ((1, "shapes, rule, method or mode"), (2, "values")):
             others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
             if others:
                 raise RanksDiffer(
                     f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
                     "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
                 )
+        return len(set(every[:, 3].tolist())) == 1
 
     # All members on every rank, where that is asked for
 

@@ -1,20 +1,26 @@
 """Deterministic mode: each row's result is that of the row by itself, to the bit.
 
 A row by itself is answered by its plan, where that consists of steps and of operations that are exact element by
-element; else by torch, on one thread and on a copy, since the address of a tensor may change last bits too. Rows that
+element; else by torch, one member after the other, so that its bits do not depend on the other members either, on one
+thread and on tensors that begin where a cache line does, since the products of MKL depend on addresses too. Rows that
 come together are answered by a plan of as many rows where that gave the rows' own bits when it was made, and else one
 by one. So whatever torch, Python or a plan does differently for another batch is found, and not relied on.
 """
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
+import pickle
+import random
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -24,15 +30,58 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
 from fastens.fold.rows import RowsOfMembers
+from fastens.fold.state import state_kept
+from fastens.fold.tables import read_through
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 
 if TYPE_CHECKING:
     from fastens.fold.drawn import DrawnCall
     from fastens.fold.engine import FoldEngine
+    from fastens.fold.planned import Plans
 
 Result = TypeVar("Result")
 _OTHER_BITS = "rows by themselves have other bits than in this plan"
+
+
+class Ways:
+    """How the rows of a call were answered, for ranks that have to agree on it."""
+
+    def __init__(self) -> None:
+        self._plans: list[tuple[Plans, Any]] = []
+        self.planned = True  # whether all were by plans
+
+    def note(self, engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
+        """Keep whether a plan answered."""
+        self.planned = self.planned and answered
+        if planned is not None and answered:
+            self._plans.append((engine.plans, planned.key))
+
+    def refuse(self) -> None:
+        """Let the plans that answered do so no more."""
+        for plans, key in self._plans:
+            plans.refuse(key, "members on another rank have no plan")
+            plans.ways_of_rows[key] = False
+
+
+_ways: contextvars.ContextVar[Ways | None] = contextvars.ContextVar("ways", default=None)
+
+
+@contextmanager
+def ways_seen() -> Iterator[Ways]:
+    """Look at how rows are answered."""
+    ways = Ways()
+    token = _ways.set(ways)
+    try:
+        yield ways
+    finally:
+        _ways.reset(token)
+
+
+def _note(engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
+    ways = _ways.get()
+    if ways is not None:
+        ways.note(engine, planned, answered)
 
 
 def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: str) -> list[Any]:
@@ -44,6 +93,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     planned = _as_plan(engine, arguments if arguments.batch_size > 1 else _laid_out(arguments), method)
     found = None if planned is None else planned.run()
     if found is not None:
+        _note(engine, planned, True)
         return found
     rows = rows_of(engine, arguments, method)
     if len(rows) == 1:
@@ -68,16 +118,21 @@ def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCa
 
 def _evaluate_row(engine: FoldEngine, row: Arguments, training: bool, method: str) -> list[Any]:
     once = functools.partial(engine.evaluate_at_once, row, training, method)
-    return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method))
+    by_members = functools.partial(engine.loop, row, method, engine.call_member)
+    return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method), by_members)
 
 
 def _by_plan_or_torch(
-    engine: FoldEngine, run: Callable[[], Result], as_plan: Callable[[], PlannedCall | None]
+    engine: FoldEngine,
+    run: Callable[[], Result],
+    as_plan: Callable[[], PlannedCall | None],
+    by_members: Callable[[], Result],
 ) -> Result:
-    """Run a call of one row, which makes its plan where there can be one; else what torch computes of it."""
+    """Run a call of one row, which makes its plan where there can be one; else what torch computes, by each member."""
     planned = as_plan()
     if planned is None:
-        return _by_torch(engine, run)
+        _note(engine, None, False)
+        return _by_torch(engine, by_members)
     found, known = None, False
     if not planned.refused:
         found = run()
@@ -88,7 +143,9 @@ def _by_plan_or_torch(
             f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
             stacklevel=8,
         )
-    return _by_torch(engine, run) if found is None or not known else found
+    answered = known and found is not None
+    _note(engine, planned, answered)
+    return found if answered else _by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
@@ -100,13 +157,14 @@ def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
 def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Tensor) -> Any:
     """What a call gives in which each row has its member."""
     if len(members) > 1:
-        found = call.planned_answer()
+        planned, found = call.planned_answer()
         if found is not None:
+            _note(engine, planned, True)
             return found
     rows = rows_of(engine, arguments, "forward")
     if len(rows) == 1:
         alone = call.of_row(rows[0], 0)
-        return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0])
+        return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0], alone.by_member)
     parts = [pytree.tree_flatten(call.of_row(row, i).run()) for i, row in enumerate(rows)]
     leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(x for x, _ in parts), strict=True)]
     call.plan_exactly(leaves)
@@ -145,18 +203,54 @@ def _laid_out(arguments: Arguments) -> Arguments:
     return arguments.with_tensors([_dense(x) for x in tensors])
 
 
+class _Read:
+    """The weights as members read them in calls by torch: from addresses at which cache lines begin."""
+
+    _LINE = 64  # bytes, at which torch allocates
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[Tensor, int, int]] = {}
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return one member's weight, or a copy, through which gradients go; to members it is one object."""
+        key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        if key not in self._found:
+            own: Any = weight
+            if weight.data_ptr() % self._LINE:
+                own = weight.clone()
+                own._is_param = isinstance(weight, nn.Parameter)
+            self._found[key] = own, own.data_ptr(), _version(own)
+        return self._found[key][0]
+
+    @property
+    def written(self) -> bool:
+        """Whether a member wrote to one, in place or by ``data``."""
+        return any((x.data_ptr(), _version(x)) != (address, version) for x, address, version in self._found.values())
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _generators() -> tuple[Any, ...]:
+    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state())
+
+
 def _by_torch(engine: Any, run: Callable[[], Result]) -> Result:
-    """Run what torch computes of one row, on one thread.
+    """Run what torch computes of one row, on one thread; what that leaves behind is undone.
 
     Raises:
         NotReproducible: it draws random numbers, or leaves something behind in the network.
     """
-    before = torch.random.get_rng_state()
-    with one_thread():
-        result = run()
-    if engine.stateful or not torch.equal(before, torch.random.get_rng_state()):
-        why = "writes to itself" if engine.stateful else "draws random numbers in this mode"
-        raise NotReproducible(f"deterministic: the network {why}; {REMEDY}")
+    before, read = _generators(), _Read()
+    with ExitStack() as kept:
+        changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
+        with one_thread(), read_through(read):
+            result = run()
+    if engine.stateful or read.written or any(changed):
+        raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
+    if before != _generators():
+        raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")
     return result
 
 
