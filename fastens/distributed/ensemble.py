@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from fastens import reproducible
 from fastens.distributed import states
 from fastens.distributed.exchange import RankLost, RanksDiffer, split
-from fastens.distributed.gradients import gathered, replicated
+from fastens.distributed.gradients import dealt, gathered, replicated
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, checksum
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.drawn import run_drawn
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
-from fastens.fold.row_by_row import ways_seen
+from fastens.fold.row_by_row import dealt_by, each_row, through_members, ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
 from fastens.ops.member_variance import member_variance
@@ -170,9 +169,14 @@ class Distributed:
 
     def _evaluate(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of this rank's members' outputs, for the whole batch."""
+        engine, members, share = self._engine, self._place.members, self._share
+        arguments = self._arguments(args, kwargs)
+        if reproducible.enabled() and engine is not None and not arguments.own:
+            with dealt_by(functools.partial(dealt, counts=share.counts, exchange=members)):
+                return self._local(arguments)
         if torch.is_grad_enabled():
-            args, kwargs = pytree.tree_map(lambda x: replicated(x, self._place.members), (args, kwargs))
-        return self._local(self._arguments(args, kwargs))
+            arguments = arguments.with_tensors([replicated(x, members) for x in arguments.tensors])
+        return self._local(arguments)
 
     def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
         """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
@@ -188,11 +192,15 @@ class Distributed:
     def _held(self: Any, arguments: Arguments) -> list[Any]:
         engine, share = self._engine, self._share
         if engine is None:
-            return columns([self._call_module(k, arguments) for k in range(share.held)])
+            call, held = self._call_module, range(share.held)
+            return each_row(self.network, arguments, lambda x, _: columns([call(k, x) for k in held]))
         if engine.masks is None:
             return engine.evaluate(arguments, self.training)
+        ks = range(share.first, share.first + share.held)
+        if reproducible.enabled() and any(x.requires_grad for x in arguments.tensors) and torch.is_grad_enabled():
+            return through_members(engine, arguments, ks)
         if not engine.rows.independent(engine, arguments):
-            return columns([engine.call_member(k, arguments) for k in range(share.first, share.first + share.held)])
+            return columns([engine.call_member(k, arguments) for k in ks])
         size = arguments.batch_size
         members = torch.arange(share.first, share.first + share.held).repeat_interleave(size)
         repeated = arguments.selected(torch.arange(size).repeat(share.held))
@@ -303,6 +311,7 @@ class Distributed:
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
         first = 0 if engine is not None and engine.masks is not None else share.first
+        by_rows = super()._by_rows  # pyright: ignore[reportAttributeAccessIssue]
 
         def run() -> Any:
             apart = engine is not None and engine.rows.independent(engine, arguments)
@@ -310,7 +319,7 @@ class Distributed:
                 own = torch.full_like(members, share.first)
                 own[at] = members[at]
                 given, chosen = arguments, own - first
-                found = engine.evaluate_drawn(given, chosen) if engine else run_drawn(self._call_module, given, chosen)
+                found = by_rows(given, chosen)
                 return pytree.tree_map(lambda x: x[at.to(x.device)] if isinstance(x, Tensor) and x.ndim else x, found)
             spare = not len(at) and len(members) > 0  # a row for the outputs' shape
             chosen = torch.zeros(1, dtype=torch.int64) if spare else at

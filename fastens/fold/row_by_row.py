@@ -16,7 +16,7 @@ import pickle
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +32,7 @@ from fastens.fold.guards import transformed
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.state import state_kept
 from fastens.fold.tables import read_through
+from fastens.outputs import columns
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 
@@ -96,11 +97,12 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
         _note(engine, planned, True)
         return found
     rows = rows_of(engine, arguments, method)
-    if len(rows) == 1:
-        return _evaluate_row(engine, rows[0], training, method)
     if not rows:
         return engine.evaluate_at_once(arguments, training, method)
-    found = _joined([_evaluate_row(engine, row, training, method) for row in rows])
+    own = _own_rows(engine, arguments, rows, engine.num_members, method)
+    found = _joined([_evaluate_row(engine, row, each, training, method) for row, each in zip(rows, own, strict=True)])
+    if len(rows) == 1:
+        return found
     if planned is not None and not planned.refused:
         *leaves, _ = found
         expected = [[x[k] for x in leaves if isinstance(x[k], Tensor)] for k in range(engine.num_members)]
@@ -116,10 +118,74 @@ def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCa
     return PlannedCall(engine, arguments) if plannable else None
 
 
-def _evaluate_row(engine: FoldEngine, row: Arguments, training: bool, method: str) -> list[Any]:
+def _evaluate_row(
+    engine: FoldEngine, row: Arguments, of_members: list[Arguments], training: bool, method: str
+) -> list[Any]:
+    def of_member(k: int, _: Any, method: str) -> Any:
+        return engine.call_member(k, of_members[k], method)
+
     once = functools.partial(engine.evaluate_at_once, row, training, method)
-    by_members = functools.partial(engine.loop, row, method, engine.call_member)
+    by_members = functools.partial(engine.loop, row, method, of_member)
     return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method), by_members)
+
+
+def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
+    """What some members return, by torch, where gradients are asked for; as :func:`evaluate` returns it.
+
+    Raises:
+        NotReproducible: likewise.
+    """
+    found = []
+    for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
+        calls = list(zip(members, row, strict=True))
+        found.append(_by_torch(engine, lambda calls=calls: columns([engine.call_member(k, x) for k, x in calls])))
+    return _joined(found)
+
+
+def _own_rows(
+    engine: FoldEngine, arguments: Arguments, rows: list[Arguments], count: int, method: str
+) -> list[list[Arguments]]:
+    """For each row the calls of each member; where gradients are asked for, torch would add them up in its order."""
+    tensors = arguments.tensors
+    if not torch.is_grad_enabled() or arguments.own or not any(x.requires_grad for x in tensors):
+        return [[row] * count for row in rows]
+    parts = [_deal.get()(x, count) if x.requires_grad else [x] * count for x in tensors]
+    given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
+    return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
+
+
+class _Dealt(torch.autograd.Function):
+    """A tensor for each member; the gradients that come back are added up in the order of the members."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Give it to each."""
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Add up."""
+        return added(grads), None
+
+
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors in their order, in float32 at least."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    return functools.reduce(torch.add, [part.to(wide) for part in parts]).to(parts[0].dtype)
+
+
+Deal = Callable[[Tensor, int], Sequence[Tensor]]
+_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)  # pyright: ignore
+
+
+@contextmanager
+def dealt_by(deal: Deal) -> Iterator[None]:
+    """Let members get the tensors that a function makes for each, through which gradients come back."""
+    token = _deal.set(deal)
+    try:
+        yield
+    finally:
+        _deal.reset(token)
 
 
 def _by_plan_or_torch(
