@@ -74,6 +74,28 @@ def aggregation(
     return whole
 
 
+def elements_apart(
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    prediction: schedules.Prediction,
+    forward: Callable[..., Any],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    shape: torch.Size,
+) -> bool:
+    """Whether elements of scores [B, ...] may be combined apart: nothing is converted, and no channels are variances.
+
+    In deterministic mode, whether kernels do it too, since torch's own functions look at where an array ends.
+    """
+    if rule.needs_noise_level or (reproducible.enabled() and not by_kernels(rule, prediction, settings)):
+        return False
+    if rule.linear:
+        return True
+    args, kwargs = call
+    x = parameterisation.noisy_input(forward, Arguments(args, kwargs), args, kwargs)
+    channels = parameterisation.predicted_channels(prediction, x, shape)
+    return applied_in(rule, prediction, settings["aggregate_in"]) in (None, prediction.kind) and channels == shape[1]
+
+
 def _converted(
     combined: Combine, scores: Any, prediction: schedules.Prediction, target: str, x: Tensor, time: Any
 ) -> Tensor:

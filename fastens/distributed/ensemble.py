@@ -10,7 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens import reproducible
+from fastens import reproducible, rules
+from fastens.aggregation import elements_apart
 from fastens.distributed import states
 from fastens.distributed.exchange import RankLost, RanksDiffer, split
 from fastens.distributed.gradients import dealt, gathered, replicated
@@ -23,6 +24,7 @@ from fastens.fold.members import tensors_of
 from fastens.fold.row_by_row import dealt_by, each_row, through_members, ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
+from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, is_scores, plain
 
@@ -132,7 +134,11 @@ class Distributed:
         own, shape = scores[: share.count], scores[0].shape
         simple = self.rule.linear and not self.rule.needs_noise_level
         few = shape[0] < place.members.size and len(shape) > 1
-        slices = Slices(place.members, share.counts, shape, few and simple and of_elements(self.rule))
+        forward = type(self).forward.__get__(self)
+        apart = functools.partial(elements_apart, self.rule, self._settings, self._prediction, forward)
+        slices = Slices(
+            place.members, share.counts, shape, few and of_elements(self.rule) and apart(arguments.call, shape)
+        )
         weights = weights_of(self.rule, self.num_members)
         most = max(share.counts) * scores[0].element_size()
         if simple and weights and not variance and most > 4 and not bits_matter():
@@ -140,12 +146,21 @@ class Distributed:
             reduced = [total.to(scores[0].dtype)]
         else:
             stack = slices.members(own if isinstance(own, Tensor) else own or scores[0].new_empty((0, *shape)))
-            at = torch.arange(slices.start, slices.start + slices.size)
-            given = arguments if slices.by_elements else arguments.selected(at)
-            reduced = [self._aggregation(*given.call)(stack) if stack.numel() else stack.sum(0)]
+            reduced = [self._of_slice(slices, stack, arguments)]
             reduced += [member_variance(stack) if stack.numel() else stack.sum(0)] if variance else []
         wholes = (slices.whole(each) for each in reduced)
         return tuple(self._all_rows(each, rows) for each in wholes)
+
+    def _of_slice(self: Any, slices: Slices, stack: Tensor, arguments: Arguments) -> Tensor:
+        """The aggregate of this rank's slice [K, ...] of all members."""
+        if slices.by_elements:
+            combine = functools.partial(aggregate, rule=self.rule, backend=self._settings["backend"])
+            if type(self.rule) is rules.Geometric:
+                return combine(slices.beside_smallest(stack))[:, :-1]
+        else:
+            at = torch.arange(slices.start, slices.start + slices.size)
+            combine = self._aggregation(*arguments.selected(at).call)
+        return combine(stack) if stack.numel() else stack.sum(0)
 
     def _all_rows(self: Any, own: Tensor, rows: list[int], dim: int = 0) -> Tensor:
         """The rows of all, where each rank of "data" has some."""

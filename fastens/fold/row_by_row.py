@@ -29,10 +29,10 @@ from fastens import reproducible
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
+from fastens.fold.leaves import columns_of
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.state import state_kept
 from fastens.fold.tables import read_through
-from fastens.outputs import columns
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 
@@ -138,8 +138,12 @@ def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[
     found = []
     for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
         calls = list(zip(members, row, strict=True))
-        found.append(_by_torch(engine, lambda calls=calls: columns([engine.call_member(k, x) for k, x in calls])))
+        found.append(_by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
     return _joined(found)
+
+
+def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
+    return columns_of([pytree.tree_flatten(engine.call_member(k, arguments)) for k, arguments in calls])
 
 
 def _own_rows(

@@ -338,6 +338,13 @@ def bytes_sent_are_the_formulas(world):
             spread(batch(7, 5))
         most = -(-6 // world) * 4 > 4
         assert exchange.sent - before == wire_bytes((7, 5), 4, 6, world, partial and most)[exchange.rank]
+    for rule, smallest in (("median", 0), ("geometric", 4 * (world - 1))):  # one row, cut by elements
+        spread.rule = rule
+        before = exchange.sent
+        with torch.no_grad():
+            spread(batch(1, 5))
+        wanted = wire_bytes((5,), 4, 6, world, False)[exchange.rank] + smallest
+        assert exchange.sent - before == (wanted if world > 1 else 0)
 
 
 @case
