@@ -123,6 +123,59 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
     assert not pieces.exists()
 
 
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import fastens.runs, fastens.uncertainty.plots, diffusers
+from fastens.cli import main
+
+seed, alone, several, *command = sys.argv[1:]
+chance, delay, kills = random.Random(int(seed)), 0.5, 0
+
+def started(rank, world, out):
+    child = os.fork()
+    if not child:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        try:
+            main([*command, "--out", out])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+begun = time.monotonic()
+assert os.waitpid(started(0, 1, alone), 0)[1] == 0
+took = time.monotonic() - begun
+running = {}
+while True:
+    world = chance.choice([1, 2, 3])  # as many as there happen to be
+    ranks = [started(rank, world, several) for rank in range(world)]
+    time.sleep(chance.uniform(0, took * (1 + kills / 4)))
+    ended = {rank: os.waitpid(rank, os.WNOHANG) for rank in ranks}
+    for rank in ranks:
+        if ended[rank][0] == 0:
+            os.kill(rank, signal.SIGKILL)
+            ended[rank] = os.waitpid(rank, 0)
+    kills += any(code for _, code in ended.values())
+    assert all(code in (0, signal.SIGKILL) for _, code in ended.values()), ended
+    if ended[ranks[0]][1] == 0:  # the first writes the whole
+        break
+print("kills", kills)
+"""
+
+
+@pytest.mark.parametrize("options", [["--num", "9", "--rule", "mixture"], ["--per-member", "4"]])
+def test_a_job_that_is_killed_at_random_times_ends_with_the_same_bytes(options, folders, tmp_path):
+    """On one to three ranks, each time on another number; until the first rank comes to its end."""
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    common = ["--batch", "2", "--steps", "4", "--device", "cpu", "--quiet", "--timeout", "60"]
+    run = [sys.executable, "-c", KILLED_AT_RANDOM, "0", str(alone), str(several), "sample", *folders, *options, *common]
+    assert subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500).returncode == 0
+    assert digests(several) == digests(alone)
+    assert not (several / "pieces").exists()
+
+
 def test_pieces_of_another_job_are_refused(tmp_path):
     job = Job()
     Pieces(tmp_path, {"seed": 0}).make(job, 2, lambda piece: np.full(3, piece))
