@@ -13,6 +13,7 @@ from tests.networks import mlp, randomised, unet_2d
 
 K = 5
 CASES = {}
+OF_SEVERAL = set()  # names of cases that one rank alone has not
 RULES = [
     "mean",
     "sum",
@@ -36,6 +37,11 @@ def batch_centred(scores):
 def case(function):
     CASES[function.__name__] = function
     return function
+
+
+def case_of_several(function):
+    OF_SEVERAL.add(function.__name__)
+    return case(function)
 
 
 def meshes(world):
@@ -71,7 +77,7 @@ def rules_are_the_single_process_ones(world):
                     close(spread(x), ens(x))
 
 
-@case
+@case_of_several
 def a_network_with_times_and_variance(world):
     ens = fastens.Ensemble(nets(3, lambda: unet_2d(False)))
     for mesh in meshes(world):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.distributed.ranks import CASES, WORLDS
+from tests.distributed.ranks import WORLDS, cases_of
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def found(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in WORLDS for case in cases_of(world)])
 def test_every_rank(found, world, case):
     failed = {rank: of_rank[case] for rank, of_rank in enumerate(found[world]) if of_rank[case]}
     assert not failed, "\n".join(f"rank {rank}:\n{error}" for rank, error in failed.items())
