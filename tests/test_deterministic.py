@@ -4,13 +4,16 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastens
-from fastens import reproducible
+from fastens import capture, reproducible
+from fastens.evaluation.denoiser import Denoiser
 from fastens.plan.winograd import squares_of
+from fastens.samplers import Sampler
 from tests.fold.test_plan_winograd import convolved
 from tests.fuzz.bits import bits, outcome
 from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
@@ -239,6 +242,35 @@ def test_layouts_of_the_batch():
             seen.meet(order, ens(given[order[0] : order[-1] + 1], t[order]).sample)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_trajectories_first_planned_and_captured(eta, monkeypatch):
+    """A sample is that of its number alone, in whatever company; recordings run again in place of CUDA graphs."""
+
+    replays = []
+
+    def record(run, device):
+        output = run()
+
+        def replay():
+            replays.append(1)
+            output.copy_(run())
+
+        return replay, output
+
+    monkeypatch.setattr(capture, "record_graph", record)
+    denoiser = Denoiser(fastens.Ensemble(members_of(unet, torch.float32, 2)), fastens.schedules.VP(), "epsilon")
+    sampler, seen = Sampler(denoiser, steps=4, eta=eta), Rows()
+    for numbers in ([0, 1, 2, 3, 4], [3], [4, 1], [0, 1, 2, 3, 4]):
+        seen.meet(numbers, sampler(torch.tensor(numbers), (3, 8, 8), seed=7))
+    sampler._record(2, (3, 8, 8))
+    seen.meet([2, 4], sampler(torch.tensor([2, 4]), (3, 8, 8), seed=7))
+    count = len(replays)
+    assert count
+    with fastens.deterministic(False):  # which the recording is not of
+        sampler(torch.tensor([2, 4]), (3, 8, 8), seed=7)
+    assert len(replays) == count
+
+
 # What cannot keep the promise
 
 
@@ -252,6 +284,23 @@ class Noisy(Eager):
         return super().forward(x, t) + torch.randn_like(x)
 
 
+class NumPys(Eager):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) + float(np.random.rand())
+
+
+class Writing(Eager):
+    """To a buffer that does not begin at a cache line, in members but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.mean.add_(1)
+        return super().forward(x, t) * self.mean[0]
+
+
 class Counting(Eager):
     calls = 0
 
@@ -261,11 +310,22 @@ class Counting(Eager):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Mixing, "depends on other rows"), (Noisy, "random numbers"), (Counting, "writes to itself")]
+    ("kind", "why"),
+    [
+        (Mixing, "depends on other rows"),
+        (Noisy, "random numbers"),
+        (NumPys, "random numbers|depends on other rows"),
+        (Counting, "writes to itself"),
+        (Writing, "writes to itself"),
+    ],
 )
+@pytest.mark.parametrize("how", ["fold", "loop", "modules"])
 @pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
-def test_what_has_no_rows_of_its_own_raises(kind, why):
-    ens, x, t = fastens.Ensemble([kind().eval() for _ in range(2)]), torch.randn(3, 37), torch.rand(3)
+def test_what_has_no_rows_of_its_own_raises(kind, why, how):
+    members, x, t = [kind().eval() for _ in range(2)], torch.randn(3, 37), torch.rand(3)
+    if how == "modules":
+        members.append(Wider().eval())
+    ens = fastens.Ensemble(members, engine="loop" if how == "loop" else "auto")
     with pytest.raises(reproducible.NotReproducible, match=why):
         ens(x, t)
     with fastens.deterministic(False):

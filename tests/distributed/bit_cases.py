@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastens
-from tests.distributed.cases import RULES, batch, case, meshes
+from tests.distributed.cases import RULES, Convolutional, batch, case, meshes
 from tests.distributed.fault_cases import CASES
 from tests.fuzz.bits import bits
 from tests.networks import randomised
@@ -15,19 +15,6 @@ __all__ = ["CASES"]  # these and the others
 
 K = 5
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Convolutional(nn.Module):
-    """A plan has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.time = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(1, 8)
-        self.norm, self.last = nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 3, padding=1)
-
-    def forward(self, x, t):
-        h = self.first(x) + self.time(t[:, None].to(x.dtype))[..., None, None]
-        return self.last(nn.functional.silu(self.norm(h)))
 
 
 class OfTorch(nn.Module):
