@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from fastens import reproducible, rules
 from fastens.aggregation import elements_apart
 from fastens.distributed import states
-from fastens.distributed.exchange import RankLost, RanksDiffer, split
+from fastens.distributed.exchange import RankLost, split
 from fastens.distributed.gradients import dealt, gathered, replicated
 from fastens.distributed.place import Place
-from fastens.distributed.shares import Share, checksum
+from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
 from fastens.fold.arguments import Arguments
+from fastens.fold.by_torch import dealt_by
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
-from fastens.fold.row_by_row import dealt_by, each_row, through_members, ways_seen
+from fastens.fold.row_by_row import each_row, through_members
+from fastens.fold.ways import ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
@@ -253,32 +255,8 @@ class Distributed:
             ways.refuse()
 
     def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None, planned: bool) -> bool:
-        """Raise where ranks differ; return whether all of them were answered by plans, or none."""
-        place = self._place
         self.__dict__["_calls"] += 1
-        number = self.__dict__["_calls"]
-        tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
-        reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
-        shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
-        kind = checksum(
-            [torch.frombuffer(bytearray(repr((what, shapes, reproducible.enabled())).encode()), dtype=torch.uint8)]
-        )
-        content = checksum(tensors) if reads else 0
-        every = place.control.agree([int(error is not None), kind, content, int(planned)])
-        ranks = place.control.ranks
-        failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
-        if failed:
-            if error is None:
-                raise RankLost(f"rank {', '.join(map(str, failed))} failed in this call; its own error says why")
-            return True
-        for column, name in ((1, "shapes, rule, method or mode"), (2, "values")):
-            others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
-            if others:
-                raise RanksDiffer(
-                    f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
-                    "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
-                )
-        return len(set(every[:, 3].tolist())) == 1
+        return check_call(self._place.control, self.__dict__["_calls"], arguments, what, error is not None, planned)
 
     # All members on every rank, where that is asked for
 

@@ -9,80 +9,34 @@ by one. So whatever torch, Python or a plan does differently for another batch i
 
 from __future__ import annotations
 
-import contextvars
 import copy
 import functools
-import pickle
-import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
 from fastens.fold.arguments import Arguments
+from fastens.fold.by_torch import by_torch, for_members
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
 from fastens.fold.leaves import columns_of
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.state import state_kept
-from fastens.fold.tables import read_through
+from fastens.fold.ways import note
 from fastens.plan.versions import contiguous
-from fastens.reproducible import REMEDY, NotReproducible, one_thread
+from fastens.reproducible import REMEDY, NotReproducible
 
 if TYPE_CHECKING:
     from fastens.fold.drawn import DrawnCall
     from fastens.fold.engine import FoldEngine
-    from fastens.fold.planned import Plans
 
 Result = TypeVar("Result")
 _OTHER_BITS = "rows by themselves have other bits than in this plan"
-
-
-class Ways:
-    """How the rows of a call were answered, for ranks that have to agree on it."""
-
-    def __init__(self) -> None:
-        self._plans: list[tuple[Plans, Any]] = []
-        self.planned = True  # whether all were by plans
-
-    def note(self, engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
-        """Keep whether a plan answered."""
-        self.planned = self.planned and answered
-        if planned is not None and answered:
-            self._plans.append((engine.plans, planned.key))
-
-    def refuse(self) -> None:
-        """Let the plans that answered do so no more."""
-        for plans, key in self._plans:
-            plans.refuse(key, "members on another rank have no plan")
-            plans.ways_of_rows[key] = False
-
-
-_ways: contextvars.ContextVar[Ways | None] = contextvars.ContextVar("ways", default=None)
-
-
-@contextmanager
-def ways_seen() -> Iterator[Ways]:
-    """Look at how rows are answered."""
-    ways = Ways()
-    token = _ways.set(ways)
-    try:
-        yield ways
-    finally:
-        _ways.reset(token)
-
-
-def _note(engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
-    ways = _ways.get()
-    if ways is not None:
-        ways.note(engine, planned, answered)
 
 
 def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: str) -> list[Any]:
@@ -94,7 +48,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     planned = _as_plan(engine, arguments if arguments.batch_size > 1 else _laid_out(arguments), method)
     found = None if planned is None else planned.run()
     if found is not None:
-        _note(engine, planned, True)
+        note(engine, planned, True)
         return found
     rows = rows_of(engine, arguments, method)
     if not rows:
@@ -138,7 +92,7 @@ def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[
     found = []
     for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
         calls = list(zip(members, row, strict=True))
-        found.append(_by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
+        found.append(by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
     return _joined(found)
 
 
@@ -153,43 +107,9 @@ def _own_rows(
     tensors = arguments.tensors
     if not torch.is_grad_enabled() or arguments.own or not any(x.requires_grad for x in tensors):
         return [[row] * count for row in rows]
-    parts = [_deal.get()(x, count) if x.requires_grad else [x] * count for x in tensors]
+    parts = [for_members(x, count) if x.requires_grad else [x] * count for x in tensors]
     given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
     return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
-
-
-class _Dealt(torch.autograd.Function):
-    """A tensor for each member; the gradients that come back are added up in the order of the members."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Give it to each."""
-        return tuple(x.view_as(x) for _ in range(count))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Add up."""
-        return added(grads), None
-
-
-def added(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of some tensors in their order, in float32 at least."""
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    return functools.reduce(torch.add, [part.to(wide) for part in parts]).to(parts[0].dtype)
-
-
-Deal = Callable[[Tensor, int], Sequence[Tensor]]
-_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)  # pyright: ignore
-
-
-@contextmanager
-def dealt_by(deal: Deal) -> Iterator[None]:
-    """Let members get the tensors that a function makes for each, through which gradients come back."""
-    token = _deal.set(deal)
-    try:
-        yield
-    finally:
-        _deal.reset(token)
 
 
 def _by_plan_or_torch(
@@ -201,8 +121,8 @@ def _by_plan_or_torch(
     """Run a call of one row, which makes its plan where there can be one; else what torch computes, by each member."""
     planned = as_plan()
     if planned is None:
-        _note(engine, None, False)
-        return _by_torch(engine, by_members)
+        note(engine, None, False)
+        return by_torch(engine, by_members)
     found, known = None, False
     if not planned.refused:
         found = run()
@@ -214,8 +134,8 @@ def _by_plan_or_torch(
             stacklevel=8,
         )
     answered = known and found is not None
-    _note(engine, planned, answered)
-    return found if answered else _by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
+    note(engine, planned, answered)
+    return found if answered else by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
@@ -229,7 +149,7 @@ def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Te
     if len(members) > 1:
         planned, found = call.planned_answer()
         if found is not None:
-            _note(engine, planned, True)
+            note(engine, planned, True)
             return found
     rows = rows_of(engine, arguments, "forward")
     if len(rows) == 1:
@@ -271,57 +191,6 @@ def _laid_out(arguments: Arguments) -> Arguments:
     if all(x.stride() == contiguous(x.shape) for x in tensors):
         return arguments
     return arguments.with_tensors([_dense(x) for x in tensors])
-
-
-class _Read:
-    """The weights as members read them in calls by torch: from addresses at which cache lines begin."""
-
-    _LINE = 64  # bytes, at which torch allocates
-
-    def __init__(self) -> None:
-        self._found: dict[Any, tuple[Tensor, int, int]] = {}
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return one member's weight, or a copy, through which gradients go; to members it is one object."""
-        key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-        if key not in self._found:
-            own: Any = weight
-            if weight.data_ptr() % self._LINE:
-                own = weight.clone()
-                own._is_param = isinstance(weight, nn.Parameter)
-            self._found[key] = own, own.data_ptr(), _version(own)
-        return self._found[key][0]
-
-    @property
-    def written(self) -> bool:
-        """Whether a member wrote to one, in place or by ``data``."""
-        return any((x.data_ptr(), _version(x)) != (address, version) for x, address, version in self._found.values())
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _generators() -> tuple[Any, ...]:
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state())
-
-
-def _by_torch(engine: Any, run: Callable[[], Result]) -> Result:
-    """Run what torch computes of one row, on one thread; what that leaves behind is undone.
-
-    Raises:
-        NotReproducible: it draws random numbers, or leaves something behind in the network.
-    """
-    before, read = _generators(), _Read()
-    with ExitStack() as kept:
-        changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
-        with one_thread(), read_through(read):
-            result = run()
-    if engine.stateful or read.written or any(changed):
-        raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
-    if before != _generators():
-        raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")
-    return result
 
 
 def _joined(parts: list[list[Any]]) -> list[Any]:
@@ -399,4 +268,4 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return _joined([_by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)])
+    return _joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)])

@@ -23,7 +23,7 @@ from fastens.distributed.shares import Share
 from fastens.distributed.spreading import stacks_of
 from fastens.fold.arguments import Arguments
 from fastens.fold.engine import FoldEngine
-from fastens.fold.row_by_row import ways_seen
+from fastens.fold.ways import ways_seen
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
