@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastens
-from fastens import capture, reproducible
-from fastens.evaluation.denoiser import Denoiser
+from fastens import reproducible
 from fastens.plan.winograd import squares_of
-from fastens.samplers import Sampler
 from tests.fold.test_plan_winograd import convolved
 from tests.fuzz.bits import bits, outcome
 from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
@@ -240,35 +238,6 @@ def test_layouts_of_the_batch():
     for given in (x, x.contiguous(memory_format=torch.channels_last), wide[..., 1::2]):
         for order in ([0, 1, 2, 3], [2]):
             seen.meet(order, ens(given[order[0] : order[-1] + 1], t[order]).sample)
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_trajectories_first_planned_and_captured(eta, monkeypatch):
-    """A sample is that of its number alone, in whatever company; recordings run again in place of CUDA graphs."""
-
-    replays = []
-
-    def record(run, device):
-        output = run()
-
-        def replay():
-            replays.append(1)
-            output.copy_(run())
-
-        return replay, output
-
-    monkeypatch.setattr(capture, "record_graph", record)
-    denoiser = Denoiser(fastens.Ensemble(members_of(unet, torch.float32, 2)), fastens.schedules.VP(), "epsilon")
-    sampler, seen = Sampler(denoiser, steps=4, eta=eta), Rows()
-    for numbers in ([0, 1, 2, 3, 4], [3], [4, 1], [0, 1, 2, 3, 4]):
-        seen.meet(numbers, sampler(torch.tensor(numbers), (3, 8, 8), seed=7))
-    sampler._record(2, (3, 8, 8))
-    seen.meet([2, 4], sampler(torch.tensor([2, 4]), (3, 8, 8), seed=7))
-    count = len(replays)
-    assert count
-    with fastens.deterministic(False):  # which the recording is not of
-        sampler(torch.tensor([2, 4]), (3, 8, 8), seed=7)
-    assert len(replays) == count
 
 
 # What cannot keep the promise
