@@ -84,9 +84,12 @@ def elements_apart(
 ) -> bool:
     """Whether elements of scores [B, ...] may be combined apart: nothing is converted, and no channels are variances.
 
-    In deterministic mode, whether kernels do it too, since torch's own functions look at where an array ends.
+    In deterministic mode, whether kernels do it whose elements have the same bits wherever they stand in a row: not
+    torch's own functions, and not the logarithms of ``geometric``, which are contracted otherwise where a row ends.
     """
-    if rule.needs_noise_level or (reproducible.enabled() and not by_kernels(rule, prediction, settings)):
+    if rule.needs_noise_level:
+        return False
+    if reproducible.enabled() and (isinstance(rule, rules.Geometric) or not by_kernels(rule, prediction, settings)):
         return False
     if rule.linear:
         return True

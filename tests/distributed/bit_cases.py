@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import fastens
-from tests.distributed.cases import RULES, Convolutional, batch, case, meshes
+from tests.distributed.cases import RULES, batch, case, meshes
 from tests.distributed.fault_cases import CASES
+from tests.distributed.networks import Convolutional, Deeper, OfTorch, Reading
 from tests.fuzz.bits import bits
 from tests.networks import randomised
 
@@ -15,32 +16,6 @@ __all__ = ["CASES"]  # these and the others
 
 K = 5
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class OfTorch(nn.Module):
-    """No plan has it: products of odd sizes, whose bits depend on how many there are and on where they begin."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(18, 37), nn.GELU(), nn.Linear(37, 18))
-
-    def forward(self, x, t):
-        h = x.flatten(1)
-        return (self.layers(h) * h.exp().mean(1, keepdim=True)).view_as(x) * t.view(-1, 1, 1, 1)
-
-
-class Reading(OfTorch):
-    """Its Python reads a weight's value, so that members are looped."""
-
-    def forward(self, x, t):
-        sign = 1.0 if float(self.layers[0].weight[0, 0]) > 0 else -1.0
-        return sign * super().forward(x, t)
-
-
-class Deeper(OfTorch):
-    def __init__(self):
-        super().__init__()
-        self.layers.append(nn.Tanh())
 
 
 def members_of(kind, dtype=torch.float32, count=K):

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fastens
 from fastens.distributed.slices import wire_bytes
+from tests.distributed.networks import Convolutional
 from tests.networks import mlp, randomised, unet_2d
 
 K = 5
@@ -26,19 +27,6 @@ RULES = [
     fastens.rules.Mean((0.5, 0.0, 0.25, 0.125, 0.125)),
     fastens.rules.Product((1.0, -0.5, 0.25, 0.0, 1.0)),
 ]
-
-
-class Convolutional(nn.Module):
-    """A plan has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.time = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(1, 8)
-        self.norm, self.last = nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 3, padding=1)
-
-    def forward(self, x, t):
-        h = self.first(x) + self.time(t[:, None].to(x.dtype))[..., None, None]
-        return self.last(nn.functional.silu(self.norm(h)))
 
 
 @fastens.rule
