@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -82,7 +83,8 @@ def with_signature(base: type[Ensemble], member_class: type[nn.Module]) -> type[
         return base.forward(self, *args, **kwargs)
 
     forward.__doc__ = base.forward.__doc__
-    forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    with suppress(AttributeError, TypeError, ValueError):  # a TorchScript class has none
+        forward.__signature__ = inspect.signature(member_class.forward)  # pyright: ignore[reportFunctionMemberAccess]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**_said_of_models(base, member_class), **names, "forward": forward})
 

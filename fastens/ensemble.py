@@ -34,7 +34,7 @@ from fastens.fold.members import (
 from fastens.fold.row_by_row import Modules, each_row, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
-from fastens.outputs import agreed, columns, combined, is_scores, plain, stacked
+from fastens.outputs import agreed, columns, combined, enters, plain, stacked
 from fastens.pickled import Pickled
 from fastens.report import Report
 from fastens.settings import check_settings
@@ -180,7 +180,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
         """Evaluate all members without combining them.
 
         Returns:
-            [K, B, ...]; for a diffusers output its tensor; other structures keep their structure, each tensor stacked.
+            [K, B, ...]; for a diffusers output its tensor; in other structures each tensor, of any dtype, is stacked.
         """
         return plain(self._combine(self._evaluate(args, kwargs), stacked))
 
@@ -232,7 +232,7 @@ class Ensemble(MemberLike, Capturing, Pickled):
 
     def _combine(self, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
-        return pytree.tree_unflatten([combined(combine, x) if is_scores(x) else agreed(x) for x in leaves], spec)
+        return pytree.tree_unflatten([combined(combine, x) if enters(x, combine) else agreed(x) for x in leaves], spec)
 
     def _drawn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""

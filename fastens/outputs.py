@@ -7,11 +7,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.fold.leaves import alike, columns_of
+
 
 def columns(outputs: list[Any]) -> list[Any]:
     """The leaves of several outputs side by side, and their structure last."""
-    flat = [pytree.tree_flatten(output) for output in outputs]
-    return [*(list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)), flat[0][1]]
+    return columns_of([pytree.tree_flatten(output) for output in outputs])
 
 
 def is_scores(x: Any) -> bool:
@@ -24,23 +25,27 @@ def agreed(column: Any) -> Any:
     """What all members return alike, where it is not scores.
 
     Raises:
-        TypeError: they differ, or it is an object whose tensors are not known.
+        TypeError: they differ, or it is an object that may hold tensors of a member.
     """
     first = column[0]
     if isinstance(first, Tensor):
         if any(not torch.equal(first, other) for other in column[1:]):
-            raise TypeError(f"members return different {first.dtype} tensors, which no rule combines")
-    elif type(first).__module__ not in ("builtins", "torch"):
-        raise TypeError(
-            f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
-            "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
-        )
-    return first
+            raise TypeError(
+                f"members return different {first.dtype} tensors, which no rule combines; "
+                "member_outputs(...) stacks them"
+            )
+        return first
+    return alike(column)
 
 
 def stacked(scores: Any) -> Tensor:
     """One tensor [K, B, ...]."""
     return scores if isinstance(scores, Tensor) else torch.stack(scores)
+
+
+def enters(column: Any, combine: Callable[[Any], Tensor]) -> bool:
+    """Whether a leaf is combined: scores are, and every tensor is stacked where nothing else is asked."""
+    return is_scores(column) or (combine is stacked and isinstance(column[0], Tensor))
 
 
 def combined(combine: Callable[[Any], Tensor], scores: Any) -> Tensor:

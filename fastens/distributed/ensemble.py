@@ -28,7 +28,7 @@ from fastens.methods import call_method
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
-from fastens.outputs import agreed, columns, combined, is_scores, plain
+from fastens.outputs import agreed, columns, combined, enters, is_scores, plain
 
 
 def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
@@ -270,7 +270,7 @@ class Distributed:
     def _combine(self: Any, columns: list[Any], combine: Any) -> Any:
         *leaves, spec = columns
         return pytree.tree_unflatten(
-            [combined(combine, self._members_of(x)) if is_scores(x) else self._alike(x) for x in leaves], spec
+            [combined(combine, self._members_of(x)) if enters(x, combine) else self._alike(x) for x in leaves], spec
         )
 
     def _alike(self: Any, column: Any) -> Any:

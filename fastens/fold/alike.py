@@ -136,7 +136,7 @@ class _Comparison:
         if type(a) in _EMPTY and not a and not b:
             return None
         if isinstance(a, _VALUES) and not isinstance(a, enum.Enum):
-            zeros = isinstance(a, float) and a == 0 and str(a) != str(b)  # of other signs
+            zeros = isinstance(a, float | complex | np.inexact) and str(a) != str(b)  # of other signs
             return None if (a == b and not zeros) or (a != a and b != b) else _differ(path, a, b)
         if (id(a), id(b)) in self._seen:
             return None
@@ -212,7 +212,10 @@ class _Comparison:
             if found is not None or mine or dataclasses.is_dataclass(a):
                 return found or self._behind_attributes(a, b, path)
         if type(a).__eq__ is not object.__eq__:
-            return None if bool(a == b) else _differ(path, a, b)
+            try:
+                return None if bool(a == b) else _differ(path, a, b)
+            except Exception as error:
+                return f"{path}: {_shown(a)} cannot be compared ({error})"
         heap = type(a).__flags__ & (1 << 9)  # made by a class statement: no state but its attributes
         return None if heap and type(a).__module__ != "builtins" else f"{path}: {_shown(a)} cannot be compared"
 

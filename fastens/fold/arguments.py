@@ -305,7 +305,7 @@ class Arguments:
             if isinstance(leaf, Tensor):
                 key += (leaf.shape, leaf.stride(), leaf.dtype)
             else:
-                key += (type(leaf), "any" if i in varying else leaf)
+                key += (type(leaf), "any" if i in varying else _told_apart(leaf))
         return tuple(key)
 
     def kind(self) -> tuple[Any, ...]:
@@ -338,9 +338,14 @@ class Arguments:
                 hash(leaf)
             except TypeError:
                 return type(leaf)
-            return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), leaf)
+            return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), _told_apart(leaf))
 
         return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row, self._same)
+
+
+def _told_apart(leaf: Any) -> Any:
+    """What a leaf that is no tensor is in a key: 0.0 and -0.0, which are equal, are two."""
+    return leaf.hex() if type(leaf) is float else leaf
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -30,7 +30,7 @@ from fastens.fold.tensor import (
     memory_of,
     modules_of,
 )
-from fastens.fold.writes import WritesInput, check_weights, depending, promote, writes_to
+from fastens.fold.writes import WritesInput, check_weights, count_write, depending, promote, writes_to
 from fastens.reference._rows import rows_of
 
 if TYPE_CHECKING:
@@ -299,6 +299,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if writes_to(func, args):
         target = args[0]
         check_weights(fold, target)
+        if fold.network is None:
+            count_write(target)
         if not member_valued(target):
             promote(fold, target, next(x for x in leaves_of((args, kwargs)) if member_valued(x)))
         elif not fold.aliases(target):
@@ -318,7 +320,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _first_in_front(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``f(input=x, dim=1)`` as ``f(x, dim=1)``."""
-    first = next((name for name in ("input", "self", "tensors") if name in kwargs), None)
+    first = next((name for name in ("input", "self", "tensor", "tensors") if name in kwargs), None)
     if first is None:
         return (), kwargs
     return (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}

@@ -18,7 +18,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import beyond_rounding
 from fastens.fold.guards import transformed
-from fastens.fold.leaves import without_hidden
+from fastens.fold.leaves import alike, columns_of, without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.fold.remembered import remembers_calls
 from fastens.fold.state import random_kept, state_kept
@@ -71,16 +71,17 @@ def run_drawn(call: Callable[[int, Arguments], Any], arguments: Arguments, membe
 
     Raises:
         ValueError: an output does not carry the samples.
+        TypeError: members return different values or structures.
     """
     drawn = sorted(set(members.tolist())) or [0]
     outputs = [pytree.tree_flatten(call(k, arguments)) for k in drawn]
     place = {k: i for i, k in enumerate(drawn)}
     which = torch.tensor([place[k] for k in members.tolist()], dtype=torch.int64)
 
-    def join(column: tuple[Any, ...]) -> Any:
+    def join(column: list[Any]) -> Any:
         first = column[0]
         if not isinstance(first, Tensor):
-            return first
+            return alike(column)
         if first.ndim == 0 or first.shape[0] != len(members):
             raise ValueError(
                 f"a rule that draws one member per sample needs outputs with the {len(members)} samples in dimension "
@@ -89,8 +90,8 @@ def run_drawn(call: Callable[[int, Arguments], Any], arguments: Arguments, membe
         rows = torch.arange(len(members), device=first.device)
         return torch.stack(column)[which.to(first.device), rows]
 
-    leaves = [join(c) for c in zip(*(leaves for leaves, _ in outputs), strict=True)]
-    return pytree.tree_unflatten(leaves, outputs[0][1])
+    *leaves, spec = columns_of(outputs)
+    return pytree.tree_unflatten([join(column) for column in leaves], spec)
 
 
 class DrawnCall:
@@ -288,7 +289,7 @@ class DrawnCall:
             return reordered(some(0, rows), order)
         parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, rows, some)]
         columns = zip(*(leaves for leaves, _ in parts), strict=True)
-        leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+        leaves = [torch.cat(c) if isinstance(c[0], Tensor) else alike(c, "rows") for c in columns]
         return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
 
     def _planned(

@@ -17,7 +17,7 @@ from fastens.fold.check import relative_error
 from fastens.fold.held import same_bits
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.state import Changed, random_kept, state_kept
-from fastens.fold.structure import Structure
+from fastens.fold.structure import Structure, own_mode
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 
@@ -49,7 +49,7 @@ class FirstPass:
         """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
         engine = self._engine
         with random_kept():
-            with _members_mode():
+            with own_mode():
                 problem = self._run_members()
             if problem is not None:
                 engine.give_up(problem)
@@ -60,7 +60,7 @@ class FirstPass:
                 engine.plans.decline("members draw random numbers in this mode")
             elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-            with _members_mode():
+            with own_mode():
                 problem, leaves = self._folded() if planned is None else (None, planned)
             if problem is None and leaves is not None and not random:
                 problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
@@ -177,12 +177,6 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
-
-
-def _members_mode() -> AbstractContextManager[Any]:
-    """The call's own gradient mode, on which torch's paths depend; not in a checkpoint, which counts what is saved."""
-    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return torch.no_grad() if saves else nullcontext()
 
 
 def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:

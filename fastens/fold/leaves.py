@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,16 +125,52 @@ def columns_of(outputs: list[tuple[list[Any], Any]]) -> list[Any]:
     return [*(list(column) for column in zip(*(leaves for leaves, _ in outputs), strict=True)), outputs[0][1]]
 
 
+# What a member may return beside tensors: values that hold none.
+VALUES = (
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, type, type(...)),
+    *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(torch.SymInt, torch.SymFloat, torch.SymBool),
+)
+
+
+def alike(column: Sequence[Any], of: str = "members") -> Any:
+    """The value, no tensor, that all members (or rows) return.
+
+    Raises:
+        TypeError: they differ, or it is an object that may hold tensors of a member.
+    """
+    first = column[0]
+    if not isinstance(first, VALUES):
+        raise TypeError(
+            f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
+            "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
+        )
+    different = next((other for other in column[1:] if not _same(first, other)), first)
+    if different is not first:
+        raise TypeError(
+            f"{of} return {first!r} and {different!r}: a rule combines floating-point tensors only; "
+            "return torch.tensor(...) of it, or what is the same for all"
+        )
+    return first
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and (a == b or (a != a and b != b)))
+
+
 def joined(parts: list[list[Any]], dim: int = 0) -> list[Any]:
     """The leaves of several passes as those of one: over some members each, or (dim 1) over some rows of one."""
+
+    def one(column: tuple[Any, ...]) -> Any:
+        if isinstance(column[0], Tensor):
+            return torch.cat(column, dim)
+        if dim == 0:
+            return [x for part in column for x in part]
+        return [
+            torch.cat(of_member) if isinstance(of_member[0], Tensor) else alike(of_member, "rows")
+            for of_member in zip(*column, strict=True)
+        ]
+
     if len(parts) == 1:
         return parts[0]
-    *_, spec = parts[0]
-    columns = zip(*(part[:-1] for part in parts), strict=True)
-    return [
-        *(
-            torch.cat(c, dim) if isinstance(c[0], Tensor) else c[0] if dim else [x for p in c for x in p]
-            for c in columns
-        ),
-        spec,
-    ]
+    return [*map(one, zip(*(part[:-1] for part in parts), strict=True)), parts[0][-1]]

@@ -160,6 +160,11 @@ def stack_members(
     """
     num_members = len(members)
     first = members[0]
+    for path, module in ((path, each) for member in members for path, each in member.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DifferentMembers(
+                f"{path or 'the member'} is a TorchScript module, whose functions the fold does not see"
+            )
     back = reaches_back(first)
     if back is not None:
         raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")

@@ -62,13 +62,13 @@ def skeleton_of(network: nn.Module) -> nn.Module:
 
 
 def shared_names(network: nn.Module) -> frozenset[str]:
-    """The names of the tensors that all members share."""
-    common: set[int] = set()
+    """The names of the tensors that all members share, those of modules that were put in later among them."""
+    stacked: set[int] = set()
     for module in network.modules():
         for table in (module._parameters, module._buffers):
             if isinstance(table, Stacks):
-                common.update(id(t) for name, t in table.items() if name in table.common)
-    return frozenset(name for name, t in tensors_of(network).items() if id(t) in common)
+                stacked.update(id(t) for name, t in table.items() if name not in table.common)
+    return frozenset(name for name, t in tensors_of(network).items() if id(t) not in stacked)
 
 
 def lists_weights(network: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.by_torch import by_torch, for_members
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
-from fastens.fold.leaves import columns_of
+from fastens.fold.leaves import alike, columns_of, joined
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.ways import note
 from fastens.plan.versions import contiguous
@@ -54,7 +54,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     if not rows:
         return engine.evaluate_at_once(arguments, training, method)
     own = _own_rows(engine, arguments, rows, engine.num_members, method)
-    found = _joined([_evaluate_row(engine, row, each, training, method) for row, each in zip(rows, own, strict=True)])
+    found = joined([_evaluate_row(engine, row, each, training, method) for row, each in zip(rows, own, strict=True)], 1)
     if len(rows) == 1:
         return found
     if planned is not None and not planned.refused:
@@ -93,7 +93,7 @@ def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[
     for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
         calls = list(zip(members, row, strict=True))
         found.append(by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
-    return _joined(found)
+    return joined(found, 1)
 
 
 def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
@@ -156,7 +156,9 @@ def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Te
         alone = call.of_row(rows[0], 0)
         return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0], alone.by_member)
     parts = [pytree.tree_flatten(call.of_row(row, i).run()) for i, row in enumerate(rows)]
-    leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in zip(*(x for x, _ in parts), strict=True)]
+    leaves = [
+        torch.cat(c) if isinstance(c[0], Tensor) else alike(c, "rows") for c in zip(*(x for x, _ in parts), strict=True)
+    ]
     call.plan_exactly(leaves)
     return pytree.tree_unflatten(leaves, parts[0][1])
 
@@ -191,21 +193,6 @@ def _laid_out(arguments: Arguments) -> Arguments:
     if all(x.stride() == contiguous(x.shape) for x in tensors):
         return arguments
     return arguments.with_tensors([_dense(x) for x in tensors])
-
-
-def _joined(parts: list[list[Any]]) -> list[Any]:
-    """The leaves of the rows' outputs, [K, 1, ...] or lists of K, as those of the batch."""
-
-    def one(column: tuple[Any, ...]) -> Any:
-        first = column[0]
-        if isinstance(first, Tensor):
-            return torch.cat(column, 1)
-        return [torch.cat(of_member) if isinstance(of_member[0], Tensor) else of_member[0]
-                for of_member in zip(*column, strict=True)]  # fmt: skip
-
-    if len(parts) == 1:
-        return parts[0]
-    return [*map(one, zip(*(part[:-1] for part in parts), strict=True)), parts[0][-1]]
 
 
 def differs(made: list[Tensor], expected: list[Tensor]) -> str:
@@ -268,4 +255,4 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return _joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)])
+    return joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)

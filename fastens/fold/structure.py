@@ -8,6 +8,7 @@ inputs. Stacks and members stay as they are: other values are made of them when 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from fastens.fold.arguments import Arguments
 from fastens.fold.check import HALVES, relative_error, rounding_tolerance, tolerance_for
+from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.state import state_kept
 from fastens.fold.tables import converted, seen_as
 from fastens.fold.tensor import tensors_of
+from fastens.fold.writes import NeedsWrappers, WritesInput
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -38,6 +41,12 @@ def exactly(engine: FoldEngine, k: int, arguments: Arguments, method: str = "for
     except Exception:  # it casts itself
         return None
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def own_mode() -> AbstractContextManager[Any]:
+    """The call's own gradient mode, on which torch's paths depend; not in a checkpoint, which counts what is saved."""
+    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch.no_grad() if saves else nullcontext()
 
 
 class Structure:
@@ -86,7 +95,7 @@ class Structure:
         tensors = [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)]
         own = self._engine.masks is None  # masks are the fold's, also where members run one by one
         exact = self._answers(drawn=False) if self.half and own else None
-        if exact is None:
+        if exact is None or isinstance(exact, str):
             network = self._engine.network
             found = _parting(tensors, self._expected, lambda expected: tolerance_for(expected, network.parameters()))
         else:
@@ -94,8 +103,8 @@ class Structure:
         if found is not None or not self.degenerate or not own:
             return found
         drawn = self._answers(drawn=True)
-        if drawn is None:
-            return None
+        if drawn is None or isinstance(drawn, str):
+            return drawn
         return _parting(*drawn, lambda expected: _DRAWN * tolerance_for(expected), "on drawn weights and inputs ")
 
     def _beyond_rounding(self, tensors: list[Tensor], exact: list[list[Tensor]]) -> str | None:
@@ -117,8 +126,11 @@ class Structure:
         network = self._engine.network
         return _parting(tensors, self._expected, allowed)
 
-    def _answers(self, drawn: bool) -> tuple[list[Tensor], list[list[Tensor]]] | None:
-        """What the fold and each member give for other values; none where the members give nothing to hold it to."""
+    def _answers(self, drawn: bool) -> tuple[list[Tensor], list[list[Tensor]]] | str | None:
+        """What the fold and each member give for other values, or why the fold gives nothing.
+
+        None where the members give nothing to hold it to.
+        """
         engine = self._engine
         arguments = self._given(drawn)
         views = engine.views
@@ -132,18 +144,28 @@ class Structure:
 
         members: list[list[Tensor]] = []
         try:
-            with torch.no_grad(), torch.autocast(device, enabled=enabled), state_kept(network):
+            with own_mode(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
                     with state_kept(views[k]), seen_as(change):
                         output = engine.call_module(views[k], k, arguments, self._method)
-                    members.append([x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+                    members.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
                     if not all(bool(torch.isfinite(x).all()) for x in members[-1] if x.is_floating_point()):
                         return None
                 with seen_as(change):
-                    leaves = engine.fold(arguments.copied(), (self._method, "structure"), self._method)
-        except Exception:  # it casts itself, or takes no other values, or the memory is for one precision only
+                    leaves = self._fold(arguments.copied())
+        except Exception:  # it casts itself, or takes no other values
             return None
-        return [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)], members
+        if leaves is None or isinstance(leaves, str):
+            return leaves
+        return [leaf.detach() for leaf in leaves[:-1] if isinstance(leaf, Tensor)], members
+
+    def _fold(self, arguments: Arguments) -> list[Any] | str | None:
+        try:
+            return self._engine.fold(arguments, (self._method, "structure"), self._method)
+        except Exception as error:  # the members have no such error
+            if self.half or is_out_of_memory(error) or isinstance(error, NeedsWrappers | WritesInput):
+                return None
+            return f"on drawn weights and inputs the fold fails where they do not: {type(error).__name__}: {error}"
 
     def _given(self, drawn: bool) -> Arguments:
         """The arguments in float32; where they are to be drawn, without those that show nothing of rows."""

@@ -14,7 +14,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.compiled import standing_in, tracing
 from fastens.fold.held import member_values
-from fastens.fold.tensor import MemberTensor, all_members, modules_of
+from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
+from fastens.fold.writes import STACKS
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
@@ -123,6 +124,7 @@ class Stacks(dict[str, Any]):
         if seen is None or seen.stack is not tensor:
             with torch.inference_mode(False):  # it is kept for calls outside it
                 seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
+            STACKS[memory_of(tensor)] = tensor
         return seen
 
     def items(self) -> Any:
@@ -185,9 +187,13 @@ class Stacks(dict[str, Any]):
 
 
 def part_of(stack: Tensor, k: int) -> Tensor:
-    """Member k's part of a stack: a parameter to ``isinstance``, but no leaf, so that gradients reach the stack."""
+    """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
     own: Any = stack[k]
-    own._is_param = isinstance(stack, nn.Parameter)
+    if not isinstance(stack, nn.Parameter):
+        return own
+    if type(own) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and not tracing():
+        return own.as_subclass(nn.Parameter)
+    own._is_param = True
     return own
 
 
@@ -217,7 +223,7 @@ class OfMember(dict[str, Any]):
             return None
         if _SEEN.get() is not None:
             tensor = as_seen(tensor)
-            return tensor if name in self.source.common else tensor[self.k]
+            return tensor if name in self.source.common else part_of(tensor, self.k)
         read = _READ.get()
         if read is not None:
             return read(tensor if name in self.source.common else part_of(tensor, self.k))

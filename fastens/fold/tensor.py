@@ -186,6 +186,10 @@ class MemberTensor(Tensor):
         memo[id(self)] = copied
         return copied
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as ``resize_`` is; torch asks no subclass by itself."""
+        return self.__torch_function__(Tensor.set_, (type(self),), (self, *args), kwargs)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -215,6 +219,11 @@ class MemberTensor(Tensor):
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module, among its attributes
 
 
+def table_of(module: torch.nn.Module, name: str) -> Any:
+    """The parameters, buffers or modules of a module; a traced one has them elsewhere."""
+    return vars(module)[name] if name in vars(module) else getattr(module, name)
+
+
 def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """A module and all inside it by path, as ``named_modules`` lists them, which asks a generator for each level."""
     found: list[tuple[str, torch.nn.Module]] = []
@@ -223,7 +232,7 @@ def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     def visit(path: str, each: torch.nn.Module) -> None:
         seen.add(id(each))
         found.append((path, each))
-        for name, child in vars(each)["_modules"].items():
+        for name, child in table_of(each, "_modules").items():
             if child is not None and id(child) not in seen:
                 visit(f"{path}.{name}" if path else name, child)
 
@@ -233,12 +242,12 @@ def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, each tied tensor once under its first name."""
-    modules = [(f"{path}." if path else "", vars(each)) for path, each in modules_of(module)]
+    modules = [(f"{path}." if path else "", each) for path, each in modules_of(module)]
     found: dict[str, Tensor] = {}
     for table in ("_parameters", "_buffers"):
         seen: set[int] = set()
-        for prefix, attributes in modules:
-            for name, tensor in attributes[table].items():
+        for prefix, each in modules:
+            for name, tensor in table_of(each, table).items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[prefix + name] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,9 @@ from fastens.plan.record import in_progress
 
 if TYPE_CHECKING:
     from fastens.fold.dispatch import Fold
+
+
+STACKS: weakref.WeakValueDictionary[int | None, Tensor] = weakref.WeakValueDictionary()  # that were read, by memory
 
 
 class NeedsWrappers(NotFoldable):
@@ -44,6 +48,13 @@ def check_weights(fold: Fold, targets: Any) -> None:
         value = target.stack if type(target) is MemberTensor else target
         if isinstance(value, Tensor) and memory_of(value) in fold.weights:
             raise NotFoldable("the network writes to its parameters")
+
+
+def count_write(written: Any) -> None:
+    """Count a write from outside a pass to a stack, which torch does not count where it is to its ``data``."""
+    stack = STACKS.get(memory_of(written.stack)) if type(written) is MemberTensor else None
+    if stack is not None and not stack.is_inference():
+        torch.autograd.graph.increment_version(stack)
 
 
 def promote(fold: Fold, target: Any, source: Any = None) -> None:

@@ -210,6 +210,57 @@ def test_a_closed_gate_hides_nothing(planted):
         ensemble(torch.randn(5, 4))
 
 
+class ParametersOnly(Gated):
+    """Looks at its parameters, and mixes rows behind a closed gate in one gradient mode only."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x):
+        assert isinstance(self.inner.weight, nn.Parameter)
+        assert type(self.out.weight) is nn.Parameter
+        h = nn.functional.softsign(self.inner(x)) if torch.is_grad_enabled() is self.mode else self.inner(x)
+        return self.out(x) + self.gate * h
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("mode", [False, True])
+def test_drawn_weights_are_parameters_and_seen_in_the_calls_own_mode(mode, planted):
+    planted(0.5)
+    members = [made(lambda j: ParametersOnly(mode), k) for k in range(3)]
+    for member in members:
+        nn.init.zeros_(member.gate)
+    ensemble, x = fastens.Ensemble(members), torch.randn(5, 4)
+    with torch.set_grad_enabled(mode):
+        ensemble(x)
+        for module in (*members, ensemble):
+            next(p for name, p in module.named_parameters() if name.endswith("gate")).data.fill_(1)
+        near(ensemble(x).detach(), averaged([m(x).detach() for m in members]))
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_parameter_is_one_to_type(engine, mode):
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("base", torch.ones(4))
+
+        def forward(self, x):
+            plain = type(self.layer.weight) is nn.Parameter and type(self.base) is torch.Tensor
+            kinds = [type(p) is nn.Parameter for p in self.parameters()]
+            return self.layer(x) * (3 if plain and all(kinds) else 1)
+
+    held, x = Held(lambda k: Typed()), torch.randn(5, 4)
+    ensemble = fastens.Ensemble(held.members, engine=engine)
+    with torch.set_grad_enabled(mode):
+        for _ in range(3):
+            near(ensemble(x).detach(), averaged(held.loop(x)).detach())
+
+
 def test_a_context_of_zeros_hides_nothing(planted):
     planted(0.5)
 

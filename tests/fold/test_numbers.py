@@ -133,6 +133,23 @@ def test_times_of_published_networks(name, kind):
 
 
 @planned
+@pytest.mark.parametrize("order", [(0.0, -0.0), (-0.0, 0.0)])
+@pytest.mark.parametrize("use", ["tensor", "python"])
+def test_zeros_of_both_signs_are_two_numbers(use, order, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
+    signs = {
+        "tensor": lambda net, x, t: torch.copysign(net.inner(x), t),
+        "python": lambda net, x, t: net.inner(x) * math.copysign(1.0, t),
+    }
+    members = [randomised(lambda: Timed(signs[use]), k) for k in range(3)]
+    ensemble, (a, b) = fastens.Ensemble(members), order
+    with torch.no_grad():
+        for t in (a, a, a, b, b, b, a, b, a):
+            x = torch.randn(2, 4)
+            expected = torch.stack([m(x, t) for m in members]).mean(0)
+            assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
+
+
 def test_drawn_rows_take_numbers_too():
     ensemble, members, x = ensemble_of(NUMBERS_ONLY["full"], rule="mixture")
     for i, t in enumerate(VALUES["float"]):

@@ -278,7 +278,10 @@ def strided(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*named("new_zeros new_ones new_empty new_full new_tensor"))
 def new(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """A tensor of the same dtype and device, which depends on nothing that differs between members."""
-    if any(member_valued(a) for a in (*args, *kwargs.values())):
+    """A tensor of the same dtype and device, which depends on nothing that differs between members.
+
+    Outside a pass, as in ``nn.init``, it may be filled with random numbers, which differ: each member gets its own.
+    """
+    if fold.network is None or any(member_valued(a) for a in (*args, *kwargs.values())):
         return NotImplemented
     return fold.common(func(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs))
