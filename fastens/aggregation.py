@@ -74,6 +74,31 @@ def aggregation(
     return whole
 
 
+def elements_apart(
+    rule: rules.Rule,
+    settings: dict[str, Any],
+    prediction: schedules.Prediction,
+    forward: Callable[..., Any],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    shape: torch.Size,
+) -> bool:
+    """Whether elements of scores [B, ...] may be combined apart: nothing is converted, and no channels are variances.
+
+    In deterministic mode, whether kernels do it whose elements have the same bits wherever they stand in a row: not
+    torch's own functions, and not the logarithms of ``geometric``, which are contracted otherwise where a row ends.
+    """
+    if rule.needs_noise_level:
+        return False
+    if reproducible.enabled() and (isinstance(rule, rules.Geometric) or not by_kernels(rule, prediction, settings)):
+        return False
+    if rule.linear:
+        return True
+    args, kwargs = call
+    x = parameterisation.noisy_input(forward, Arguments(args, kwargs), args, kwargs)
+    channels = parameterisation.predicted_channels(prediction, x, shape)
+    return applied_in(rule, prediction, settings["aggregate_in"]) in (None, prediction.kind) and channels == shape[1]
+
+
 def _converted(
     combined: Combine, scores: Any, prediction: schedules.Prediction, target: str, x: Tensor, time: Any
 ) -> Tensor:

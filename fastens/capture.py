@@ -14,7 +14,7 @@ from fastens.kernels._graph import record_graph
 
 
 class Facts:
-    """What a recording of a model rests on: its tensors, which are kept alive, and the Python state of an ensemble.
+    """What a recording of a model rests on: its tensors, which are kept alive, Python state, and deterministic mode.
 
     Args:
         model: an ensemble, or a module that holds some.
@@ -22,11 +22,11 @@ class Facts:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._state = _state_of(model)
+        self._state = reproducible.enabled(), _state_of(model)
 
     def hold(self, model: nn.Module) -> bool:
         """Whether all is as it was, and nobody wants to be told of calls, as hooks do."""
-        return not _hooked(model) and _state_of(model) == self._state
+        return not _hooked(model) and (reproducible.enabled(), _state_of(model)) == self._state
 
 
 def _guards_of(model: nn.Module) -> list[Guards]:

@@ -4,6 +4,7 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -252,6 +253,23 @@ class Noisy(Eager):
         return super().forward(x, t) + torch.randn_like(x)
 
 
+class NumPys(Eager):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) + float(np.random.rand())
+
+
+class Writing(Eager):
+    """To a buffer that does not begin at a cache line, in members but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.mean.add_(1)
+        return super().forward(x, t) * self.mean[0]
+
+
 class Counting(Eager):
     calls = 0
 
@@ -261,11 +279,22 @@ class Counting(Eager):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Mixing, "depends on other rows"), (Noisy, "random numbers"), (Counting, "writes to itself")]
+    ("kind", "why"),
+    [
+        (Mixing, "depends on other rows"),
+        (Noisy, "random numbers"),
+        (NumPys, "random numbers|depends on other rows"),
+        (Counting, "writes to itself"),
+        (Writing, "writes to itself"),
+    ],
 )
+@pytest.mark.parametrize("how", ["fold", "loop", "modules"])
 @pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
-def test_what_has_no_rows_of_its_own_raises(kind, why):
-    ens, x, t = fastens.Ensemble([kind().eval() for _ in range(2)]), torch.randn(3, 37), torch.rand(3)
+def test_what_has_no_rows_of_its_own_raises(kind, why, how):
+    members, x, t = [kind().eval() for _ in range(2)], torch.randn(3, 37), torch.rand(3)
+    if how == "modules":
+        members.append(Wider().eval())
+    ens = fastens.Ensemble(members, engine="loop" if how == "loop" else "auto")
     with pytest.raises(reproducible.NotReproducible, match=why):
         ens(x, t)
     with fastens.deterministic(False):

@@ -15,7 +15,7 @@ from fastens.cli.parsing import add_device, add_members, add_output, command, en
 from fastens.files import check_writable, whole, write_json
 
 if TYPE_CHECKING:
-    from fastens.distributed.jobs import Job
+    from fastens.distributed.jobs import Job, Pieces
 
 _RULES = "mean, sum, median, geometric, dominant, max_abs, alternating, mixture, or a rule that a package offers"
 
@@ -98,8 +98,6 @@ def run(options: argparse.Namespace) -> None:
     scheduler = DDIMScheduler.from_config(scheduler.config)
     job = Job(options.timeout)
     options.device = options.device or job.device
-    if options.per_member is not None and not job.first:
-        return  # the members' runs are one piece
     ensemble = ensemble_of(options, rule)
     _check_unconditional(ensemble)
     shape = _shape(ensemble, options.shape)
@@ -112,13 +110,11 @@ def run(options: argparse.Namespace) -> None:
         "layout": "float32 [N, C, H, W] in [-1, 1], as `fastens evaluate --data` reads it",
         "provenance": provenance(options.checkpoints, device=ensemble.device, seed=options.seed),
     }
-    if options.per_member is None:
-        made_by = {name: kept["provenance"][name] for name in ("versions", "checkpoints")}
-        found = _ensemble(ensemble, scheduler, shape, options, job, {**kept, "provenance": made_by})
-        if found is None:
-            return
-    else:
-        found = _each_member(ensemble, scheduler, shape, options)
+    made_by = {name: kept["provenance"][name] for name in ("versions", "checkpoints")}
+    sampled = _ensemble if options.per_member is None else _each_member
+    found = sampled(ensemble, scheduler, shape, options, job, {**kept, "provenance": made_by})
+    if found is None:
+        return
     write_json(options.out / "samples.json", kept | found)
     if options.json:
         print(json.dumps(kept | found, indent=1))
@@ -128,12 +124,20 @@ def run(options: argparse.Namespace) -> None:
     print(f"made by: {options.out / 'samples.json'}")
 
 
-def ddim(ensemble: Any, scheduler: Any, shape: tuple[int, ...], steps: int, num: int, generator: Any) -> Any:
-    """DDIM of an unconditional network, float32 [num, C, H, W] in [-1, 1]: what diffusers' pipeline does."""
+def ddim(
+    ensemble: Any,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    steps: int,
+    num: int,
+    generator: Any,
+    rows: slice = slice(None),
+) -> Any:
+    """DDIM of an unconditional network, some rows of [num, C, H, W] in [-1, 1]: what diffusers' pipeline does."""
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    x = randn_tensor((num, *shape), generator=generator, device=ensemble.device, dtype=torch.float32)
+    x = randn_tensor((num, *shape), generator=generator, device=ensemble.device, dtype=torch.float32)[rows]
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         output = ensemble(x.to(ensemble.dtype), t)
@@ -152,29 +156,23 @@ def _ensemble(
 ) -> dict[str, Any] | None:
     """Sample in batches, which the ranks of a job share; none on those that do not write the whole."""
     import torch
-    from tqdm import tqdm
 
     from fastens.distributed.jobs import Pieces
 
-    starts = range(0, options.num, options.batch)
+    sizes = [min(options.batch, options.num - start) for start in range(0, options.num, options.batch)]
     generator, drawn = torch.Generator().manual_seed(options.seed), 0  # of batches so far
+
+    def run(piece: int) -> np.ndarray:
+        nonlocal drawn
+        for size in sizes[drawn:piece]:  # the noise of batches that other ranks make, or that are there
+            torch.randn((size, *shape), generator=generator)
+        drawn = piece + 1
+        seed = options.seed + piece * options.batch
+        with torch.no_grad(), ensemble.trajectory(sizes[piece], torch.Generator().manual_seed(seed)):
+            return ddim(ensemble, scheduler, shape, options.steps, sizes[piece], generator).cpu().numpy()
+
     pieces = Pieces(options.out / "pieces", identity)
-    label = f"sampling by {ensemble.rule.name}"
-    with (
-        torch.no_grad(),
-        tqdm(total=len(starts), unit="batch", desc=label, disable=options.quiet or not job.first) as bar,
-    ):
-
-        def run(piece: int) -> np.ndarray:
-            nonlocal drawn
-            sizes = [min(options.batch, options.num - start) for start in starts]
-            for size in sizes[drawn:piece]:  # the noise of batches that other ranks make, or that are there
-                torch.randn((size, *shape), generator=generator)
-            drawn = piece + 1
-            with ensemble.trajectory(sizes[piece], torch.Generator().manual_seed(options.seed + starts[piece])):
-                return ddim(ensemble, scheduler, shape, options.steps, sizes[piece], generator).cpu().numpy()
-
-        images = pieces.make(job, len(starts), run, lambda done: bar.update(done - bar.n))
+    images = _made(pieces, options, job, len(sizes), f"sampling by {ensemble.rule.name}", run)
     if images is None:
         return None
     samples = np.concatenate(images)  # [N, C, H, W]
@@ -187,34 +185,63 @@ def _ensemble(
     return {"pictures": ["samples.png"]}
 
 
-def _each_member(ensemble: Any, scheduler: Any, shape: tuple[int, ...], options: argparse.Namespace) -> dict[str, Any]:
+def _made(pieces: Pieces, options: argparse.Namespace, job: Job, count: int, label: str, run: Any) -> Any:
+    """The pieces of a job, whose progress the first rank shows; none on the others."""
+    from tqdm import tqdm
+
+    with tqdm(total=count, unit="batch", desc=label, disable=options.quiet or not job.first) as bar:
+        return pieces.make(job, count, run, lambda done: bar.update(done - bar.n))
+
+
+def _each_member(
+    ensemble: Any,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    options: argparse.Namespace,
+    job: Job,
+    identity: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Sample of every member, in batches of all members, which the ranks of a job share; likewise."""
+    from fastens.distributed.jobs import Pieces
     from fastens.runs import sample_members
     from fastens.uncertainty.measures import decompose
     from fastens.uncertainty.plots import plot_maps
 
-    def sampler(num: int, generator: Any = None) -> Any:
-        return ddim(ensemble, scheduler, shape, options.steps, num, generator)
+    num, at_once = options.per_member, max(1, options.batch // ensemble.num_members)
 
-    found = sample_members(
-        sampler,
-        None,
-        options.per_member,
-        ensemble=ensemble,
-        shared_noise=options.shared_noise,
-        generator=options.seed,
-    )
-    samples = found.cpu().numpy()  # [K, N, C, H, W]
+    def run(piece: int) -> np.ndarray:
+        rows = slice(piece * at_once, (piece + 1) * at_once)
+
+        def sampler(_: int, generator: Any = None) -> Any:
+            return ddim(ensemble, scheduler, shape, options.steps, num, generator, rows)
+
+        found = sample_members(
+            sampler,
+            None,
+            len(range(num)[rows]),
+            ensemble=ensemble,
+            shared_noise=options.shared_noise,
+            generator=options.seed,
+        )
+        return found.cpu().numpy()
+
+    pieces = Pieces(options.out / "pieces", identity)
+    parts = _made(pieces, options, job, -(-num // at_once), "sampling each member", run)
+    if parts is None:
+        return None
+    samples = np.concatenate(parts, 1)  # [K, N, C, H, W]
     _save(options.out / "samples.npy", samples)
     _save_image(options.out / "members.png", _sheet(samples.reshape(-1, *shape), options.per_member))
     with whole(options.out / "maps.png") as (partial,):
         # From shared noise sample n of each member is of the same start: as one problem each.
         plot_maps(samples[:, None] if options.shared_noise else samples[:, :, None], partial)
-    parts = decompose(samples)
+    pieces.remove()
+    measured = decompose(samples)
     return {
         "layout": "float32 [K, N, C, H, W] in [-1, 1], N samples of each of K members",
         "pictures": ["members.png", "maps.png"],
-        "epistemic_variance": float(parts.epistemic.mean()),
-        "aleatoric_variance": float(parts.aleatoric.mean()),
+        "epistemic_variance": float(measured.epistemic.mean()),
+        "aleatoric_variance": float(measured.aleatoric.mean()),
     }
 
 

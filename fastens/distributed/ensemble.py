@@ -10,18 +10,23 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens import reproducible, rules
+from fastens.aggregation import elements_apart
 from fastens.distributed import states
-from fastens.distributed.exchange import RankLost, RanksDiffer, split
-from fastens.distributed.gradients import gathered, replicated
+from fastens.distributed.exchange import RankLost, split
+from fastens.distributed.gradients import dealt, gathered, replicated
 from fastens.distributed.place import Place
-from fastens.distributed.shares import Share, checksum
+from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
 from fastens.fold.arguments import Arguments
-from fastens.fold.drawn import run_drawn
+from fastens.fold.by_torch import dealt_by
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
+from fastens.fold.row_by_row import each_row, through_members
+from fastens.fold.ways import ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
+from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, enters, is_scores, plain
 
@@ -131,7 +136,11 @@ class Distributed:
         own, shape = scores[: share.count], scores[0].shape
         simple = self.rule.linear and not self.rule.needs_noise_level
         few = shape[0] < place.members.size and len(shape) > 1
-        slices = Slices(place.members, share.counts, shape, few and simple and of_elements(self.rule))
+        forward = type(self).forward.__get__(self)
+        apart = functools.partial(elements_apart, self.rule, self._settings, self._prediction, forward)
+        slices = Slices(
+            place.members, share.counts, shape, few and of_elements(self.rule) and apart(arguments.call, shape)
+        )
         weights = weights_of(self.rule, self.num_members)
         most = max(share.counts) * scores[0].element_size()
         if simple and weights and not variance and most > 4 and not bits_matter():
@@ -139,12 +148,21 @@ class Distributed:
             reduced = [total.to(scores[0].dtype)]
         else:
             stack = slices.members(own if isinstance(own, Tensor) else own or scores[0].new_empty((0, *shape)))
-            at = torch.arange(slices.start, slices.start + slices.size)
-            given = arguments if slices.by_elements else arguments.selected(at)
-            reduced = [self._aggregation(*given.call)(stack) if stack.numel() else stack.sum(0)]
+            reduced = [self._of_slice(slices, stack, arguments)]
             reduced += [member_variance(stack) if stack.numel() else stack.sum(0)] if variance else []
         wholes = (slices.whole(each) for each in reduced)
         return tuple(self._all_rows(each, rows) for each in wholes)
+
+    def _of_slice(self: Any, slices: Slices, stack: Tensor, arguments: Arguments) -> Tensor:
+        """The aggregate of this rank's slice [K, ...] of all members."""
+        if slices.by_elements:
+            combine = functools.partial(aggregate, rule=self.rule, backend=self._settings["backend"])
+            if type(self.rule) is rules.Geometric:
+                return combine(slices.beside_smallest(stack))[:, :-1]
+        else:
+            at = torch.arange(slices.start, slices.start + slices.size)
+            combine = self._aggregation(*arguments.selected(at).call)
+        return combine(stack) if stack.numel() else stack.sum(0)
 
     def _all_rows(self: Any, own: Tensor, rows: list[int], dim: int = 0) -> Tensor:
         """The rows of all, where each rank of "data" has some."""
@@ -168,9 +186,14 @@ class Distributed:
 
     def _evaluate(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of this rank's members' outputs, for the whole batch."""
+        engine, members, share = self._engine, self._place.members, self._share
+        arguments = self._arguments(args, kwargs)
+        if reproducible.enabled() and engine is not None and not arguments.own:
+            with dealt_by(functools.partial(dealt, counts=share.counts, exchange=members)):
+                return self._local(arguments)
         if torch.is_grad_enabled():
-            args, kwargs = pytree.tree_map(lambda x: replicated(x, self._place.members), (args, kwargs))
-        return self._local(self._arguments(args, kwargs))
+            arguments = arguments.with_tensors([replicated(x, members) for x in arguments.tensors])
+        return self._local(arguments)
 
     def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
         """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
@@ -186,11 +209,15 @@ class Distributed:
     def _held(self: Any, arguments: Arguments) -> list[Any]:
         engine, share = self._engine, self._share
         if engine is None:
-            return columns([self._call_module(k, arguments) for k in range(share.held)])
+            call, held = self._call_module, range(share.held)
+            return each_row(self.network, arguments, lambda x, _: columns([call(k, x) for k in held]))
         if engine.masks is None:
             return engine.evaluate(arguments, self.training)
+        ks = range(share.first, share.first + share.held)
+        if reproducible.enabled() and any(x.requires_grad for x in arguments.tensors) and torch.is_grad_enabled():
+            return through_members(engine, arguments, ks)
         if not engine.rows.independent(engine, arguments):
-            return columns([engine.call_member(k, arguments) for k in range(share.first, share.first + share.held)])
+            return columns([engine.call_member(k, arguments) for k in ks])
         size = arguments.batch_size
         members = torch.arange(share.first, share.first + share.held).repeat_interleave(size)
         repeated = arguments.selected(torch.arange(size).repeat(share.held))
@@ -210,40 +237,26 @@ class Distributed:
         return arguments
 
     def _together(self: Any, arguments: Arguments, what: Any, run: Callable[[], Any]) -> Any:
-        """Run, and let all ranks know of each other's failure, and that they are called with the same."""
-        try:
-            found = run()
-        except RankLost:
-            raise
-        except Exception as error:
-            self._compare(arguments, what, error)
-            raise
-        self._compare(arguments, what, None)
-        return found
+        """Run, and let all ranks know of each other's failure, and that they are called with the same.
 
-    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None) -> None:
-        place = self._place
+        In deterministic mode a plan and torch give a row other bits: where a rank has no plan, the others take none.
+        """
+        while True:
+            with ways_seen() as ways:
+                try:
+                    found = run()
+                except RankLost:
+                    raise
+                except Exception as error:
+                    self._compare(arguments, what, error, False)
+                    raise
+            if self._compare(arguments, what, None, ways.planned):
+                return found
+            ways.refuse()
+
+    def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None, planned: bool) -> bool:
         self.__dict__["_calls"] += 1
-        number = self.__dict__["_calls"]
-        tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
-        reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
-        shapes = [(tuple(x.shape), str(x.dtype)) for x in tensors]
-        kind = checksum([torch.frombuffer(bytearray(repr((what, shapes)).encode()), dtype=torch.uint8)])
-        content = checksum(tensors) if reads else 0
-        every = place.control.agree([int(error is not None), kind, content])
-        ranks = place.control.ranks
-        failed = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
-        if failed:
-            if error is None:
-                raise RankLost(f"rank {', '.join(map(str, failed))} failed in this call; its own error says why")
-            return
-        for column, name in ((1, "shapes, rule or method"), (2, "values")):
-            others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
-            if others:
-                raise RanksDiffer(
-                    f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
-                    "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
-                )
+        return check_call(self._place.control, self.__dict__["_calls"], arguments, what, error is not None, planned)
 
     # All members on every rank, where that is asked for
 
@@ -291,13 +304,14 @@ class Distributed:
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
         first = 0 if engine is not None and engine.masks is not None else share.first
+        by_rows = super()._by_rows  # pyright: ignore[reportAttributeAccessIssue]
 
         def run() -> Any:
             if engine is None or not engine.rows.independent(engine, arguments):  # members see the whole batch
                 own = torch.full_like(members, share.first)
                 own[at] = members[at]
                 given, chosen = arguments, own - first
-                found = engine.evaluate_drawn(given, chosen) if engine else run_drawn(self._call_module, given, chosen)
+                found = by_rows(given, chosen)
                 return pytree.tree_map(lambda x: x[at.to(x.device)] if isinstance(x, Tensor) and x.ndim else x, found)
             spare = not len(at) and len(members) > 0  # a row for the outputs' shape
             chosen = torch.zeros(1, dtype=torch.int64) if spare else at

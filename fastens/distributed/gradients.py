@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastens.distributed.exchange import Exchange
+from fastens.fold.by_torch import added
 
 
 class _Gathered(torch.autograd.Function):
@@ -50,15 +51,35 @@ class _Summed(torch.autograd.Function):
         """Add up in the order of the ranks, in float32 at least."""
         ctx.exchange = exchange
         parts = exchange.gather(x.to(torch.promote_types(x.dtype, torch.float32)), [x.shape] * exchange.size)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total.to(x.dtype)
+        return added(parts).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """The gradient of a sum that all ranks have is theirs."""
         return grads[0], None
+
+
+class _DealtOver(torch.autograd.Function):
+    """What all ranks have alike, for each member here; gradients are added up in the order of all members."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: int, counts: Any, exchange: Exchange) -> tuple[Tensor, ...]:
+        """Give it to each that is held."""
+        ctx.counts, ctx.exchange = counts, exchange
+        return tuple(x.view_as(x) for _ in range(held))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Add up, of all ranks' members."""
+        counts, exchange = ctx.counts, ctx.exchange
+        own = torch.stack(grads)[: counts[exchange.rank]]
+        every = gathered(own, [(count, *grads[0].shape) for count in counts], exchange)
+        return added(list(every)), None, None, None
+
+
+def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
+    """An argument that all ranks have, for each member that is held; see :func:`fastens.fold.by_torch.dealt_by`."""
+    return _DealtOver.apply(x, held, counts, exchange)  # pyright: ignore[reportReturnType]
 
 
 def gathered(own: Tensor, shapes: Sequence[Sequence[int]], exchange: Exchange) -> Tensor:

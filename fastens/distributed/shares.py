@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import fastens
+from fastens import reproducible
 from fastens._version import __version__
-from fastens.distributed.exchange import Exchange, RanksDiffer
+from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer
+from fastens.fold.arguments import Arguments
 
 
 class Share:
@@ -119,6 +121,43 @@ def check_alike(exchange: Exchange, facts: Mapping[str, Any]) -> None:
                 f"({_shown(every[exchange.ranks.index(others[0])].get(name))}, {_shown(every[0][name])}); start all "
                 "ranks with the same code, checkpoints and options"
             )
+
+
+def check_call(exchange: Exchange, number: int, arguments: Arguments, what: Any, failed: bool, planned: bool) -> bool:
+    """Let ranks know of each other's failure in a call, and that they are called with the same.
+
+    Args:
+        exchange: of all whose calls are the same.
+        number: of the call.
+        arguments: of it.
+        what: is asked for.
+        failed: whether this rank did.
+        planned: whether it was answered by plans alone.
+
+    Returns:
+        Whether all ranks were answered by plans, or none.
+
+    Raises:
+        RankLost: another rank failed.
+        RanksDiffer: they are called with different things.
+    """
+    tensors = [x for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own]
+    reads = all(x.device.type == "cpu" for x in tensors) or number & (number - 1) == 0
+    said = repr((what, [(tuple(x.shape), str(x.dtype)) for x in tensors], reproducible.enabled()))
+    kind = checksum([torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)])
+    every = exchange.agree([int(failed), kind, checksum(tensors) if reads else 0, int(planned)])
+    ranks = exchange.ranks
+    lost = [rank for rank, bad in zip(ranks, every[:, 0].tolist(), strict=True) if bad]
+    if lost and not failed:
+        raise RankLost(f"rank {', '.join(map(str, lost))} failed in this call; its own error says why")
+    for column, name in ((1, "shapes, rule, method or mode"), (2, "values")) if not lost else ():
+        others = [r for r, x in zip(ranks, every[:, column].tolist(), strict=True) if x != int(every[0, column])]
+        if others:
+            raise RanksDiffer(
+                f"rank {', '.join(map(str, others))} calls the ensemble with other {name} than rank {ranks[0]}; "
+                "seed all ranks alike, or take distribute(..., batch='local') where each has a batch of its own"
+            )
+    return len(set(every[:, 3].tolist())) == 1
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from fastens.distributed.exchange import Exchange, split
 Combine = Callable[[Any], Tensor]
 # Rules whose result of a row depends on that row alone. Of a user's nobody knows: those see all members and rows.
 _OF_ROWS = (rules.Mean, rules.NoiseDependentMean, rules.Sum, rules.Product, rules.Median, rules.Dominant, rules.MaxAbs)
-_OF_ELEMENTS = (rules.Mean, rules.Sum, rules.Median, rules.Dominant, rules.MaxAbs)
+_OF_ELEMENTS = (rules.Mean, rules.Sum, rules.Median, rules.Dominant, rules.MaxAbs, rules.Geometric)
 
 
 def of_rows(rule: rules.Rule) -> bool:
@@ -23,7 +23,7 @@ def of_rows(rule: rules.Rule) -> bool:
 
 
 def of_elements(rule: rules.Rule) -> bool:
-    """Whether elements of a row may be."""
+    """Whether elements of a row may be, once all ranks know what the smallest is."""
     return type(rule) in _OF_ELEMENTS
 
 
@@ -69,6 +69,13 @@ class Slices:
         shapes = [(count, *self._shape_of(self.size)) for count in self.counts]
         return torch.cat(self.exchange.all_to_all(self._cut(own), shapes))
 
+    def beside_smallest(self, stack: Tensor) -> Tensor:
+        """Slices of elements [K, B, n] with one more, the smallest in the row: what a shift by the sample goes by."""
+        infinite = stack.new_full((*stack.shape[:2], 1), torch.inf)
+        own = torch.cat([stack, infinite], 2).amin((0, 2))
+        smallest = torch.stack(self.exchange.gather(own, [own.shape] * self.exchange.size)).amin(0)
+        return torch.cat([stack, smallest[None, :, None].expand(len(stack), -1, 1)], 2)
+
     def total(self, scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """This rank's slice of the weighted sum, float32 at least: partial sums, added up in the order of the ranks."""
         wide = torch.promote_types(scores[0].dtype, torch.float32)
@@ -100,6 +107,9 @@ def wire_bytes(
         ranks: n, of the axis ``member``.
         partial: partial sums are sent, in float32; else the members' scores.
         extra: further results that are gathered beside the aggregate, as the variance.
+
+    Where elements of few rows are cut, the n ranks' numbers of them are in the place of rows, and ``geometric`` sends
+    the smallest of each row besides.
     """
     size, row = -(-num_members // ranks), torch.Size(shape[1:]).numel()
     rows = split(shape[0], ranks)

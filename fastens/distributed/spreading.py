@@ -15,6 +15,7 @@ from fastens.distributed.exchange import RanksDiffer
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
 from fastens.ensemble import Ensemble
+from fastens.fold.engine import FoldEngine
 from fastens.fold.members import check_members, stack_members, tensors_of
 from fastens.members import copied
 from fastens.settings import check_settings
@@ -79,15 +80,19 @@ def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
     else:
         if any(map(any, engine.own_states()[0])):
             raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
-        masks = engine.masks is not None
-        stacks = {}
-        for name, stack in tensors_of(ensemble.network).items():
-            own = stack.detach() if name in engine.shared or masks else stack.detach()[share.slice]
-            own = own.clone(memory_format=torch.preserve_format)
-            stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
-        made._adopt(engine.skeleton, stacks, engine.shared)
+        made._adopt(engine.skeleton, stacks_of(engine, share), engine.shared)
     made.train(ensemble.training)
     return made
+
+
+def stacks_of(engine: FoldEngine, share: Share) -> dict[str, Tensor]:
+    """Copies of the tensors of some members; of all where these are masks."""
+    stacks = {}
+    for name, stack in tensors_of(engine.network).items():
+        whole = name in engine.shared or engine.masks is not None
+        own = (stack.detach() if whole else stack.detach()[share.slice]).clone(memory_format=torch.preserve_format)
+        stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
+    return stacks
 
 
 def _of_members(members: Sequence[nn.Module], place: Place, rule: Any = "mean", **options: Any) -> Any:

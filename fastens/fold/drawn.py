@@ -200,11 +200,11 @@ class DrawnCall:
         dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))
         return self._plannable(dealt, offsets, row_members), order
 
-    def planned_answer(self) -> Any:
-        """The answer of the plan that there is; none where there is none."""
+    def planned_answer(self) -> tuple[PlannedCall | None, Any]:
+        """The call as plans see it, and the answer of the plan that there is; none where there is none."""
         planned, order = self.as_plan()
         found = None if planned is None else planned.run()
-        return None if found is None else _result(found, order)
+        return planned, None if found is None else _result(found, order)
 
     def plan_exactly(self, leaves: list[Any]) -> None:
         """Make a plan that gives ``leaves`` to the bit, where there is one."""
@@ -232,6 +232,10 @@ class DrawnCall:
                 engine.fold(arguments)
             engine.fills.add(key)
         return True
+
+    def by_member(self) -> Any:
+        """The answer of each member by itself."""
+        return run_drawn(self._engine.call_member, self._arguments, self._members)
 
     def _looped(self) -> Any:
         return run_drawn(functools.partial(self._engine.call_member, remembers=True), self._arguments, self._members)

@@ -1,7 +1,8 @@
 """Deterministic mode: each row's result is that of the row by itself, to the bit.
 
 A row by itself is answered by its plan, where that consists of steps and of operations that are exact element by
-element; else by torch, on one thread and on a copy, since the address of a tensor may change last bits too. Rows that
+element; else by torch, one member after the other, so that its bits do not depend on the other members either, on one
+thread and on tensors that begin where a cache line does, since the products of MKL depend on addresses too. Rows that
 come together are answered by a plan of as many rows where that gave the rows' own bits when it was made, and else one
 by one. So whatever torch, Python or a plan does differently for another batch is found, and not relied on.
 """
@@ -12,7 +13,7 @@ import copy
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 from fastens import reproducible
 from fastens.fold.arguments import Arguments
+from fastens.fold.by_torch import by_torch, for_members
 from fastens.fold.calls import PlannedCall
 from fastens.fold.guards import transformed
-from fastens.fold.leaves import alike, joined
+from fastens.fold.leaves import alike, columns_of, joined
 from fastens.fold.rows import RowsOfMembers
+from fastens.fold.ways import note
 from fastens.plan.versions import contiguous
-from fastens.reproducible import REMEDY, NotReproducible, one_thread
+from fastens.reproducible import REMEDY, NotReproducible
 
 if TYPE_CHECKING:
     from fastens.fold.drawn import DrawnCall
@@ -45,13 +48,15 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     planned = _as_plan(engine, arguments if arguments.batch_size > 1 else _laid_out(arguments), method)
     found = None if planned is None else planned.run()
     if found is not None:
+        note(engine, planned, True)
         return found
     rows = rows_of(engine, arguments, method)
-    if len(rows) == 1:
-        return _evaluate_row(engine, rows[0], training, method)
     if not rows:
         return engine.evaluate_at_once(arguments, training, method)
-    found = joined([_evaluate_row(engine, row, training, method) for row in rows], 1)
+    own = _own_rows(engine, arguments, rows, engine.num_members, method)
+    found = joined([_evaluate_row(engine, row, each, training, method) for row, each in zip(rows, own, strict=True)], 1)
+    if len(rows) == 1:
+        return found
     if planned is not None and not planned.refused:
         *leaves, _ = found
         expected = [[x[k] for x in leaves if isinstance(x[k], Tensor)] for k in range(engine.num_members)]
@@ -67,18 +72,57 @@ def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCa
     return PlannedCall(engine, arguments) if plannable else None
 
 
-def _evaluate_row(engine: FoldEngine, row: Arguments, training: bool, method: str) -> list[Any]:
+def _evaluate_row(
+    engine: FoldEngine, row: Arguments, of_members: list[Arguments], training: bool, method: str
+) -> list[Any]:
+    def of_member(k: int, _: Any, method: str) -> Any:
+        return engine.call_member(k, of_members[k], method)
+
     once = functools.partial(engine.evaluate_at_once, row, training, method)
-    return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method))
+    by_members = functools.partial(engine.loop, row, method, of_member)
+    return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method), by_members)
+
+
+def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
+    """What some members return, by torch, where gradients are asked for; as :func:`evaluate` returns it.
+
+    Raises:
+        NotReproducible: likewise.
+    """
+    found = []
+    for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
+        calls = list(zip(members, row, strict=True))
+        found.append(by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
+    return joined(found, 1)
+
+
+def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
+    return columns_of([pytree.tree_flatten(engine.call_member(k, arguments)) for k, arguments in calls])
+
+
+def _own_rows(
+    engine: FoldEngine, arguments: Arguments, rows: list[Arguments], count: int, method: str
+) -> list[list[Arguments]]:
+    """For each row the calls of each member; where gradients are asked for, torch would add them up in its order."""
+    tensors = arguments.tensors
+    if not torch.is_grad_enabled() or arguments.own or not any(x.requires_grad for x in tensors):
+        return [[row] * count for row in rows]
+    parts = [for_members(x, count) if x.requires_grad else [x] * count for x in tensors]
+    given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
+    return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
 
 
 def _by_plan_or_torch(
-    engine: FoldEngine, run: Callable[[], Result], as_plan: Callable[[], PlannedCall | None]
+    engine: FoldEngine,
+    run: Callable[[], Result],
+    as_plan: Callable[[], PlannedCall | None],
+    by_members: Callable[[], Result],
 ) -> Result:
-    """Run a call of one row, which makes its plan where there can be one; else what torch computes of it."""
+    """Run a call of one row, which makes its plan where there can be one; else what torch computes, by each member."""
     planned = as_plan()
     if planned is None:
-        return _by_torch(engine, run)
+        note(engine, None, False)
+        return by_torch(engine, by_members)
     found, known = None, False
     if not planned.refused:
         found = run()
@@ -89,7 +133,9 @@ def _by_plan_or_torch(
             f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
             stacklevel=8,
         )
-    return _by_torch(engine, run) if found is None or not known else found
+    answered = known and found is not None
+    note(engine, planned, answered)
+    return found if answered else by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
@@ -101,13 +147,14 @@ def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
 def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Tensor) -> Any:
     """What a call gives in which each row has its member."""
     if len(members) > 1:
-        found = call.planned_answer()
+        planned, found = call.planned_answer()
         if found is not None:
+            note(engine, planned, True)
             return found
     rows = rows_of(engine, arguments, "forward")
     if len(rows) == 1:
         alone = call.of_row(rows[0], 0)
-        return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0])
+        return _by_plan_or_torch(engine, alone.at_once, lambda: alone.as_plan()[0], alone.by_member)
     parts = [pytree.tree_flatten(call.of_row(row, i).run()) for i, row in enumerate(rows)]
     leaves = [
         torch.cat(c) if isinstance(c[0], Tensor) else alike(c, "rows") for c in zip(*(x for x, _ in parts), strict=True)
@@ -146,21 +193,6 @@ def _laid_out(arguments: Arguments) -> Arguments:
     if all(x.stride() == contiguous(x.shape) for x in tensors):
         return arguments
     return arguments.with_tensors([_dense(x) for x in tensors])
-
-
-def _by_torch(engine: Any, run: Callable[[], Result]) -> Result:
-    """Run what torch computes of one row, on one thread.
-
-    Raises:
-        NotReproducible: it draws random numbers, or leaves something behind in the network.
-    """
-    before = torch.random.get_rng_state()
-    with one_thread():
-        result = run()
-    if engine.stateful or not torch.equal(before, torch.random.get_rng_state()):
-        why = "writes to itself" if engine.stateful else "draws random numbers in this mode"
-        raise NotReproducible(f"deterministic: the network {why}; {REMEDY}")
-    return result
 
 
 def differs(made: list[Tensor], expected: list[Tensor]) -> str:
@@ -223,4 +255,4 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return joined([_by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
+    return joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)

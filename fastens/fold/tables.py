@@ -45,6 +45,19 @@ def as_seen(tensor: Tensor) -> Tensor:
     return tensor if change is None else change(tensor)
 
 
+_READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
+
+
+@contextmanager
+def read_through(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let members' own modules get what a function makes of their part of a stack."""
+    token = _READ.set(change)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
 
 
@@ -211,6 +224,9 @@ class OfMember(dict[str, Any]):
         if _SEEN.get() is not None:
             tensor = as_seen(tensor)
             return tensor if name in self.source.common else part_of(tensor, self.k)
+        read = _READ.get()
+        if read is not None:
+            return read(tensor if name in self.source.common else part_of(tensor, self.k))
         if name in self.source.common:
             return tensor
         if torch._C._functorch.peek_interpreter_stack() is not None or tracing():

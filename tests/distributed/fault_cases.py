@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fastens
 from fastens.distributed.exchange import RankLost, RanksDiffer
 from fastens.training import member_forward
-from tests.distributed.cases import CASES, K, batch, case, close, meshes, nets
+from tests.distributed.cases import CASES, K, batch, case, case_of_several, close, meshes, nets
 
 __all__ = ["CASES"]  # these and the others
 
@@ -37,7 +37,7 @@ def raises(kind, what, call, *args, **kwargs):
         call(*args, **kwargs)
 
 
-@case
+@case_of_several
 def other_weights_on_one_rank(world):
     members = nets()
     if dist.get_rank() == world - 1:
@@ -50,7 +50,7 @@ def other_weights_on_one_rank(world):
     raises(RanksDiffer, "the weights of member", fastens.distribute, members, mesh, timeout=60)
 
 
-@case
+@case_of_several
 def other_code_or_settings_on_one_rank(world):
     from fastens.distributed import shares
 
@@ -65,7 +65,7 @@ def other_code_or_settings_on_one_rank(world):
         shares._package = kept
 
 
-@case
+@case_of_several
 def other_batches_on_one_rank(world):
     spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[0], timeout=60)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def other_batches_on_one_rank(world):
         close(spread(batch(4, 5)), fastens.Ensemble(nets())(batch(4, 5)))
 
 
-@case
+@case_of_several
 def one_rank_fails(world):
     members = nets()
     spread = fastens.distribute(fastens.Ensemble(members), meshes(world)[0], timeout=60)
@@ -91,7 +91,7 @@ def one_rank_fails(world):
         close(spread(batch(4, 5)), fastens.Ensemble(members)(batch(4, 5)))
 
 
-@case
+@case_of_several
 def a_slow_rank_is_waited_for(world):
     import time
 

@@ -1,4 +1,4 @@
-"""Ensembles over 2 and 4 ranks on the CPU against one process; each world is started once for all cases."""
+"""Ensembles over 1, 2 and 4 ranks on the CPU against one process; each world is started once for all cases."""
 
 import json
 import os
@@ -7,26 +7,21 @@ import sys
 
 import pytest
 
-from tests.distributed.fault_cases import CASES
-
-WORLDS = (2, 4)
+from tests.distributed.ranks import WORLDS, cases_of
 
 
-def start(world, *command, **options):
-    """Ranks under torchrun."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **options.pop("env", {})}
-    return subprocess.Popen(run, env=environment, **options)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    run = [sys.executable, "-m", "tests.distributed.ranks", str(folder)]
+    assert subprocess.run(run, env=environment, timeout=900).returncode == 0
+    return {
+        world: [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)] for world in WORLDS
+    }
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def world(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    assert start(request.param, "-m", "tests.distributed.ranks", str(folder)).wait(900) == 0
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
-
-
-@pytest.mark.parametrize("case", list(CASES))
-def test_every_rank(world, case):
-    failed = {rank: found[case] for rank, found in enumerate(world) if found[case]}
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in WORLDS for case in cases_of(world)])
+def test_every_rank(found, world, case):
+    failed = {rank: of_rank[case] for rank, of_rank in enumerate(found[world]) if of_rank[case]}
     assert not failed, "\n".join(f"rank {rank}:\n{error}" for rank, error in failed.items())

@@ -19,31 +19,46 @@ from fastens.evaluation.results import Parts
 from fastens.evaluation.sampling import sample
 
 CALLED = """
-import datetime, os, sys, time
+import datetime, os, signal, sys, threading, time
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 import fastens
 from fastens.distributed.exchange import RankLost
 from tests.networks import mlp, randomised
 
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("member", "data"))
-spread = fastens.distribute(fastens.Ensemble([randomised(mlp, k) for k in range(3)]), mesh, timeout=float(sys.argv[2]))
-x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    spread(x)
-    print("called", flush=True)
-    if dist.get_rank() == 1:
-        if sys.argv[1] == "dies":
-            os.kill(os.getpid(), 9)
-        time.sleep(30)
-    begun = time.monotonic()
-    try:
+how, timeout = sys.argv[1], float(sys.argv[2])
+
+def run(rank):
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("member", "data"))
+    ens = fastens.Ensemble([randomised(mlp, k) for k in range(3)])
+    spread = fastens.distribute(ens, mesh, timeout=timeout)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
         spread(x)
-    except RankLost as error:
-        print("lost", error, flush=True)
-        os._exit(7 if time.monotonic() - begun < 20 else 8)
-os._exit(0)
+        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            if how == "dies in some call":
+                threading.Timer(0.3, kill).start()
+            else:
+                kill() if how == "dies" else time.sleep(45)
+        try:
+            while True:
+                begun = time.monotonic()
+                spread(x)
+        except RankLost as error:
+            print("lost", error, flush=True)
+            return 7 if time.monotonic() - begun < 25 else 8
+
+ranks = []
+for rank in range(2):
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        os._exit(run(rank) or 0)
+code = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
+os.kill(ranks[1], signal.SIGKILL)
+sys.exit(code)
 """
 
 
@@ -60,20 +75,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize(("how", "timeout"), [("dies", 20), ("hangs", 3)])
+@pytest.mark.parametrize(("how", "timeout"), [("dies", 20), ("dies in some call", 20), ("hangs", 10)])
 def test_a_lost_rank_is_an_error_on_the_others_and_is_named(how, timeout):
-    port, command = free_port(), [sys.executable, "-c", CALLED, how, str(timeout)]
-    ranks = [
-        subprocess.Popen(command, env=environment(rank, 2, port), stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    try:
-        said, _ = ranks[0].communicate(timeout=120)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert ranks[0].returncode == 7, said
-    assert "lost rank 1 of [0, 1] did not answer within" in said
+    run = [sys.executable, "-c", CALLED, how, str(timeout)]
+    found = subprocess.run(run, env=environment(0, 2, free_port()), stdout=subprocess.PIPE, text=True, timeout=200)
+    assert found.returncode == 7, found.stdout
+    assert "lost rank 1 of [0, 1] did not answer within" in found.stdout
 
 
 KILLED = """
@@ -121,6 +128,59 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
             assert len(list(pieces.glob("0*.npy"))) == 2
     assert digests(several) == digests(alone)
     assert not pieces.exists()
+
+
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import fastens.runs, fastens.uncertainty.plots, diffusers
+from fastens.cli import main
+
+seed, alone, several, *command = sys.argv[1:]
+chance, delay, kills = random.Random(int(seed)), 0.5, 0
+
+def started(rank, world, out):
+    child = os.fork()
+    if not child:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+        try:
+            main([*command, "--out", out])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+begun = time.monotonic()
+assert os.waitpid(started(0, 1, alone), 0)[1] == 0
+took = time.monotonic() - begun
+running = {}
+while True:
+    world = chance.choice([1, 2, 3])  # as many as there happen to be
+    ranks = [started(rank, world, several) for rank in range(world)]
+    time.sleep(chance.uniform(0, took * (1 + kills / 4)))
+    ended = {rank: os.waitpid(rank, os.WNOHANG) for rank in ranks}
+    for rank in ranks:
+        if ended[rank][0] == 0:
+            os.kill(rank, signal.SIGKILL)
+            ended[rank] = os.waitpid(rank, 0)
+    kills += any(code for _, code in ended.values())
+    assert all(code in (0, signal.SIGKILL) for _, code in ended.values()), ended
+    if ended[ranks[0]][1] == 0:  # the first writes the whole
+        break
+print("kills", kills)
+"""
+
+
+@pytest.mark.parametrize("options", [["--num", "9", "--rule", "mixture"], ["--per-member", "4"]])
+def test_a_job_that_is_killed_at_random_times_ends_with_the_same_bytes(options, folders, tmp_path):
+    """On one to three ranks, each time on another number; until the first rank comes to its end."""
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    common = ["--batch", "2", "--steps", "4", "--device", "cpu", "--quiet", "--timeout", "60"]
+    run = [sys.executable, "-c", KILLED_AT_RANDOM, "0", str(alone), str(several), "sample", *folders, *options, *common]
+    assert subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500).returncode == 0
+    assert digests(several) == digests(alone)
+    assert not (several / "pieces").exists()
 
 
 def test_pieces_of_another_job_are_refused(tmp_path):

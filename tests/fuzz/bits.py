@@ -1,7 +1,8 @@
 """Random networks in deterministic mode: ``python -m tests.fuzz.bits 0 1000``.
 
 Rows of one call are evaluated again in other batches, in another order, on one thread and two, planned and not, and by
-another ensemble of the same members. Each must have the bits that it had, or the call must be refused.
+another ensemble of the same members, and by some members apart, as the ranks of a mesh hold them. Each must have the
+bits that it had, or the call must be refused.
 """
 
 import contextlib
@@ -18,6 +19,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import fastens
+from fastens.distributed.shares import Share
+from fastens.distributed.spreading import stacks_of
+from fastens.fold.arguments import Arguments
+from fastens.fold.engine import FoldEngine
+from fastens.fold.ways import ways_seen
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
@@ -65,7 +71,37 @@ def outcome(seed: int) -> str:
                     except NotReproducible as error:
                         return f"refused: {str(error)[15:55]}"
                     _meet(known, order, output, f"seed {seed}, {size} rows, {threads} threads: {spec}")
+                if threads == 2 and ensemble._engine is not None:
+                    ranks, order = chance.choice([2, spec.members]), [0, spec.rows - 1]
+                    output = _over_ranks(ensemble, ranks, *_selected(call, order, spec))
+                    _meet(known, order, output, f"seed {seed}, {ranks} ranks: {spec}")
     return f"same, {'planned' if ensemble.report().plans else 'by torch'}"
+
+
+def _over_ranks(ensemble: Any, ranks: int, args: Any, kwargs: Any) -> list[Tensor]:
+    """Outputs [K, B, ...] of engines that hold some members each, and take plans where all of them have some."""
+    engine, parts, agreed = ensemble._engine, [], False
+    shares = [Share(ensemble.num_members, ranks, rank) for rank in range(ranks)]
+    engines = [
+        FoldEngine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
+        for share in shares
+    ]
+    while not agreed:
+        seen = []
+        parts = []
+        for each in engines:
+            with ways_seen() as ways:
+                parts.append(each.evaluate(Arguments(args, kwargs), ensemble.training))
+            seen.append(ways)
+        agreed = len({ways.planned for ways in seen}) == 1
+        for ways in () if agreed else seen:
+            ways.refuse()
+    columns = zip(*(part[:-1] for part in parts), strict=True)
+    return [
+        torch.cat([torch.stack(list(x))[: share.count] for x, share in zip(column, shares, strict=True)])
+        for column in columns
+        if isinstance(column[0][0], Tensor)
+    ]
 
 
 def _selected(tree: Any, order: list[int], spec: Network) -> Any:
