@@ -96,7 +96,7 @@ class FoldEngine:
         self.numbers = SeenNumbers()
         self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
-        self.traced: Any = None
+        self.nested: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
         if masks is not None:
             masks.bind(self.network)
@@ -195,7 +195,10 @@ class FoldEngine:
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of these tensors, unless one object is in all; return whether there are."""
-        return unshare(self.network, set(names) - self.one)
+        found = unshare(self.network, set(names) - self.one)
+        if found:
+            self.tensors = list(tensors_of(self.network).values())
+        return found
 
     def _unshare_all(self) -> None:
         """Give each member its own of what its own code may write; masks have one set of weights."""
@@ -217,12 +220,12 @@ class FoldEngine:
 
     def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
         """The same, whatever last bits depend on."""
+        if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
+            return self.evaluate_in_trace(arguments, method)
         if self.engine == "loop":
             return self.loop(arguments, method)
         if transformed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
-        if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
-            return self.fold(arguments, None, method)
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
             planned = PlannedCall(self, arguments).run()
@@ -243,6 +246,27 @@ class FoldEngine:
             if planned is not None:
                 return planned
         return self._fold_or_loop(arguments, key, method)
+
+    def evaluate_in_trace(self, arguments: Arguments, method: str = "forward") -> list[Any]:
+        """The same for a graph, which would not repeat what members write to themselves, in-place writes apart.
+
+        Raises:
+            NotFoldable: they write to themselves, which is undone, or have no one answer.
+        """
+        loops = self.engine == "loop"
+        states = [NetworkState(each) for each in (self.views if loops else [self.network])]
+        changed: set[str] = set()
+        try:
+            if loops:
+                return self.loop(arguments, method, lambda k, x, name: self.call_module(self.views[k], k, x, name))
+            return self._in_passes(arguments, None, method)
+        finally:
+            changed.update(*(state.put_back() for state in states))
+            if changed:
+                raise NotFoldable(
+                    f"the network writes to itself ({', '.join(sorted(changed)[:3])}), which a graph would not; where "
+                    "it keeps what it needs later, call the ensemble once before"
+                )
 
     def _fold_or_loop(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         try:
@@ -345,7 +369,7 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
-        if torch.compiler.is_compiling() or tracing() or capturing():
+        if torch.compiler.is_compiling() or capturing():
             return self._in_passes(arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
@@ -357,6 +381,7 @@ class FoldEngine:
             raise
         if self.stateful and self.engine == "fold":
             self._views.forget()  # members by themselves begin with the state that this pass left behind
+            self.tensors = list(tensors_of(self.network).values())
         return leaves
 
     def _remembers(self, changed: set[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from fastens.fold.compiled import standing_in, tracing
+from fastens.fold.compiled import standing_in, traced, tracing
 from fastens.fold.held import member_values
 from fastens.fold.tensor import MemberTensor, all_members, modules_of
 
@@ -202,12 +202,13 @@ class OfMember(dict[str, Any]):
         tensor = dict.__getitem__(self.source, name)
         if tensor is None:
             return None
+        tensor = standing_in(tensor)
         if _SEEN.get() is not None:
             tensor = as_seen(tensor)
             return tensor if name in self.source.common else tensor[self.k]
         if name in self.source.common:
             return tensor
-        if torch._C._functorch.peek_interpreter_stack() is not None or tracing():
+        if traced((tensor,)):
             return part_of(tensor, self.k)
         before, mode = self._given.get(name), (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if before is not None:
