@@ -48,7 +48,7 @@ def ensembles(of: type) -> type:
     return OfEnsembles("Ensembles", (), {"kind": of, "from_pretrained": staticmethod(fastens.Ensemble.from_pretrained)})
 
 
-def tests_of(module: str, config: str) -> type:
+def mixed(module: str, config: str) -> type:
     """The common tests of a model of diffusers, with ensembles of two in its place."""
     found = theirs(module)
     configured = getattr(found, config)
@@ -57,6 +57,6 @@ def tests_of(module: str, config: str) -> type:
     return type(config, (configured, common), {"model_class": ensembles(of)})
 
 
-TestUNet = tests_of("unets.test_models_unet_2d", "Unet2DModelTesterConfig")
-TestDiT = tests_of("transformers.test_models_dit_transformer2d", "DiTTransformer2DTesterConfig")
-TestFlux = tests_of("transformers.test_models_transformer_flux", "FluxTransformerTesterConfig")
+TestUNet = mixed("unets.test_models_unet_2d", "Unet2DModelTesterConfig")
+TestDiT = mixed("transformers.test_models_dit_transformer2d", "DiTTransformer2DTesterConfig")
+TestFlux = mixed("transformers.test_models_transformer_flux", "FluxTransformerTesterConfig")
