@@ -36,7 +36,7 @@ from fastens.fold.rows import RowsOfMembers
 from fastens.fold.state import NetworkState, state_kept
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
-from fastens.fold.transformed import in_transform
+from fastens.fold.transformed import in_trace, in_transform
 from fastens.fold.views import MemberViews, State, standing_alone
 from fastens.fold.writes import WritesInput
 from fastens.ops.run_program import target
@@ -196,8 +196,7 @@ class FoldEngine:
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of these tensors, unless one object is in all; return whether there are."""
         found = unshare(self.network, set(names) - self.one)
-        if found:
-            self.tensors = list(tensors_of(self.network).values())
+        self.tensors = list(tensors_of(self.network).values())
         return found
 
     def _unshare_all(self) -> None:
@@ -221,7 +220,7 @@ class FoldEngine:
     def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
         """The same, whatever last bits depend on."""
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
-            return self.evaluate_in_trace(arguments, method)
+            return in_trace(self, arguments, method)
         if self.engine == "loop":
             return self.loop(arguments, method)
         if transformed():
@@ -246,27 +245,6 @@ class FoldEngine:
             if planned is not None:
                 return planned
         return self._fold_or_loop(arguments, key, method)
-
-    def evaluate_in_trace(self, arguments: Arguments, method: str = "forward") -> list[Any]:
-        """The same for a graph, which would not repeat what members write to themselves, in-place writes apart.
-
-        Raises:
-            NotFoldable: they write to themselves, which is undone, or have no one answer.
-        """
-        loops = self.engine == "loop"
-        states = [NetworkState(each) for each in (self.views if loops else [self.network])]
-        changed: set[str] = set()
-        try:
-            if loops:
-                return self.loop(arguments, method, lambda k, x, name: self.call_module(self.views[k], k, x, name))
-            return self._in_passes(arguments, None, method)
-        finally:
-            changed.update(*(state.put_back() for state in states))
-            if changed:
-                raise NotFoldable(
-                    f"the network writes to itself ({', '.join(sorted(changed)[:3])}), which a graph would not; where "
-                    "it keeps what it needs later, call the ensemble once before"
-                )
 
     def _fold_or_loop(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         try:

@@ -32,7 +32,7 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
         _ = engine.engine == "loop" and engine.views  # made here, no tensors of theirs are fakes
     try:
         with with_stacks(engine, tuple(stacks)):
-            *leaves, spec = engine.evaluate_in_trace(arguments, method)
+            *leaves, spec = engine.evaluate_at_once(arguments, False, method)
     except (NotFoldable, GuardOnDataDependentSymNode) as error:
         raise NotImplementedError(f"fastens: {error}") from error
     tensors, nested = emptied(leaves, spec)
