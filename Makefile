@@ -12,7 +12,7 @@ NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_n
   tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test test-full test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
@@ -21,6 +21,7 @@ help:
 	@echo "            library under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
+	@echo "make test-diffusers  run diffusers' own tests of models on ensembles; SOURCE=FOLDER is a checkout of it"
 	@echo "make fuzz   hold 10000 random networks under random calls against the loop; NETWORKS=1000 SEED=0 JOBS=2"
 	@echo "make atlas  hold public networks against the loop; writes docs/atlas.md"
 	@echo "make docs   build the site into build/site, every link checked"
@@ -81,6 +82,12 @@ test-sanitizers: .venv/dev $(SANITIZED)/library
 # The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
 test-gpu-sample: .venv/dev
 	$(BIN)/python -m pytest -q -m gpu_compiler tests/kernels
+
+# diffusers' own tests of models on ensembles: SOURCE is a checkout of diffusers, whose wheel has no tests.
+SOURCE ?= ../diffusers
+test-diffusers: .venv/dev
+	$(BIN)/$(PIP) accelerate
+	DIFFUSERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -q tests/interop/test_diffusers_mixins.py
 
 # Prints shares folded, looped and planned, why not, and every fault with its seed and a small case that shows it.
 NETWORKS ?= 10000

@@ -201,7 +201,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
         if self._fresh and torch.compiler.is_compiling():
             return drawn_pass(self._evaluate, args, kwargs)
-        if torch.compiler.is_dynamo_compiling() and self._engine is not None and self._engine.engine == "fold":
+        if torch.compiler.is_dynamo_compiling() and self._engine is not None:
             return compiled_pass(self._engine, args, kwargs)
         arguments = self._arguments(args, kwargs)
         if self._engine is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
+from fastens.fold.compiled import drawn_pass
 from fastens.fold.entering import entering
 from fastens.fold.row_by_row import each_row
 from fastens.fold.state import Rollback
@@ -52,6 +53,14 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
             return change_members(ensemble, name, *args, **kwargs)
         ensemble._forget()
         return ensemble if result is ensemble.network else result
+    if torch.compiler.is_compiling():  # whether members return the same is a question of values
+        return drawn_pass(functools.partial(_combined, ensemble, name), args, kwargs)
+    return _combined(ensemble, name, args, kwargs)
+
+
+def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a method that is called with tensors gives for all members, combined where it differs."""
+    engine = ensemble._engine
     arguments = ensemble._arguments(args, kwargs)
     # members that are looked into take other paths, such as torch's for attention: only where the answer matters
     with nullcontext([]) if keeps_equal(ensemble) else entering() as parameters:

@@ -84,7 +84,13 @@ def drawn(seed):
     keys = [key for key in SETTINGS if key in taken]
     config = {key: rng.choice(SETTINGS[key]) for key in rng.sample(keys, min(len(keys), rng.randint(0, 5)))}
     steps = rng.choice((3, 5, 8, 20))
-    return name, config, 40 if name == "PNDMScheduler" else steps  # it extrapolates over several times
+    if name == "PNDMScheduler":  # it extrapolates over several times
+        steps = 40
+    if (
+        config.get("algorithm_type") == "sde-dpmsolver"
+    ):  # a step by h in log(alpha / sigma) leaves 2 - exp(h) of the noise
+        steps = config.get("num_train_timesteps", 1000) * 9 // 10
+    return name, config, steps
 
 
 def rounded(prediction, given, time):
@@ -102,6 +108,10 @@ def left_noise(scheduler, prediction, config):
     """What of the noise the last step leaves, as a deviation; zero of schedulers that end in the data."""
     ends_early = type(scheduler).__name__ in ("DEISMultistepScheduler", "SASolverScheduler", "TCDScheduler")
     ends_early |= scheduler.config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"
+    if type(scheduler).__name__ in ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"):
+        end = int(scheduler.timesteps[-1]) - scheduler.config["num_train_timesteps"] // scheduler.num_inference_steps
+        if end >= 0:  # where steps do not divide the training's, its last ends before the data
+            return float(prediction.schedule.sigma(end))
     sigmas = [float(prediction.schedule.sigma(0)), *map(float, getattr(scheduler, "sigmas", [0])[-1:])]
     if config.get("variance_type") == "fixed_large":  # drawn at every time but 0, where steps_offset ends before it
         return float(prediction.schedule.sigma(prediction.schedule.time(scheduler.timesteps[-1])))

@@ -168,6 +168,7 @@ VARIANTS = [
     *itertools.product(IN_SIGMA, [*KARRAS[:2], *SPACINGS, {"prediction_type": "v_prediction", **KARRAS[0]}]),
     *itertools.product(SOLVERS, [*SPACINGS, *BETAS, *ZERO, *STRAIGHT, *KARRAS, {"use_lu_lambdas": True}]),
     *itertools.product(("DEISMultistepScheduler", "SASolverScheduler"), STRAIGHT),
+    *(("UniPCMultistepScheduler", {**straight, **KARRAS[0]}) for straight in STRAIGHT),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("UniPCMultistepScheduler", {"predict_x0": False}),
@@ -207,11 +208,13 @@ def test_the_others_are_refused_by_name(name):
     [
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "needs use_flow_sigmas=True"),
         ("UniPCMultistepScheduler", {"prediction_type": "v_prediction", "use_flow_sigmas": True}, "straight path"),
+        *((name, {"use_flow_sigmas": True, "use_beta_sigmas": True}, "those of a variance preserving path")
+          for name in (*SOLVERS, "DEISMultistepScheduler", "SASolverScheduler")),
         ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "do not say the noise level"),
         ("FlowMatchLCMScheduler", {"invert_sigmas": True}, "another path"),
         ("DDIMScheduler", {"prediction_type": "noise"}, "expected one of epsilon, sample, v_prediction"),
     ],
-)
+)  # fmt: skip
 def test_configs_that_contradict_themselves_are_refused(name, config, message):
     assert message in refusal(made(name, **config))
 

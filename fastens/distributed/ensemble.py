@@ -304,7 +304,7 @@ class Distributed:
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
         first = 0 if engine is not None and engine.masks is not None else share.first
-        by_rows = super()._by_rows  # pyright: ignore[reportAttributeAccessIssue]
+        by_rows = super()._by_rows
 
         def run() -> Any:
             if engine is None or not engine.rows.independent(engine, arguments):  # members see the whole batch

@@ -79,7 +79,7 @@ class _DealtOver(torch.autograd.Function):
 
 def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
     """An argument that all ranks have, for each member that is held; see :func:`fastens.fold.by_torch.dealt_by`."""
-    return _DealtOver.apply(x, held, counts, exchange)  # pyright: ignore[reportReturnType]
+    return _DealtOver.apply(x, held, counts, exchange)
 
 
 def gathered(own: Tensor, shapes: Sequence[Sequence[int]], exchange: Exchange) -> Tensor:

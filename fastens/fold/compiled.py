@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastens import reproducible
+from fastens.fold.stand_ins import Nested
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
@@ -32,17 +33,14 @@ def compiled_pass(
     from fastens.fold.node import node  # as dynamo traces this line, which has been imported then
 
     tensors = list(node(engine.number, method, args, kwargs, engine.tensors))
-    traced = engine.traced  # of the trace that has just run
-    leaves = []
-    for value in traced.values:
-        leaves.append(tensors.pop(0) if value is None and tensors else [value] * engine.num_members)
-    return [*leaves, traced.spec]
+    nested = tensors.pop() if isinstance(tensors[-1], Nested) else engine.nested  # of the trace that has just run
+    return nested.filled(tensors)
 
 
 def drawn_pass(
     evaluate: Callable[[tuple[Any, ...], dict[str, Any]], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Evaluate, outside the trace in progress, what draws numbers anew in each call.
+    """Evaluate, outside the trace in progress, what draws numbers anew in each call, or asks for values.
 
     Raises:
         RuntimeError: the trace is an export, which has no outside.
@@ -52,8 +50,9 @@ def drawn_pass(
         raise reproducible.NotReproducible(f"deterministic: an exported program keeps no bits; {reproducible.REMEDY}")
     if torch.compiler.is_exporting():
         raise RuntimeError(
-            "members or dropout masks are drawn anew in each call, which an exported program would repeat; export the "
-            "ensemble under another rule, ens.with_rule('mean'), or MCDropout with masks='fixed'"
+            "members or dropout masks are drawn anew in each call, which an exported program would repeat, or a method "
+            "other than forward is called, of which values tell whether the members agree; export the ensemble itself, "
+            "under another rule, ens.with_rule('mean'), or MCDropout with masks='fixed'"
         )
     from fastens.fold.node import untraced  # as dynamo traces this line, which has been imported then
 

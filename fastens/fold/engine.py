@@ -33,11 +33,11 @@ from fastens.fold.originals import Originals
 from fastens.fold.passes import in_passes
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
-from fastens.fold.stand_ins import number_of, tracing
+from fastens.fold.stand_ins import number_of
 from fastens.fold.state import NetworkState
 from fastens.fold.tables import settle, tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, one_member
-from fastens.fold.transformed import in_transform
+from fastens.fold.transformed import in_trace, in_transform
 from fastens.fold.views import MemberViews, State, standing_alone
 from fastens.fold.writes import WritesInput
 
@@ -95,7 +95,7 @@ class FoldEngine:
         self.numbers = SeenNumbers()
         self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
-        self.traced: Any = None
+        self.nested: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
         if masks is not None:
             masks.bind(self.network)
@@ -194,7 +194,9 @@ class FoldEngine:
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of these tensors, unless one object is in all; return whether there are."""
-        return unshare(self.network, set(names) - self.one)
+        found = unshare(self.network, set(names) - self.one)
+        self.tensors = list(tensors_of(self.network).values())
+        return found
 
     def _unshare_all(self) -> None:
         """Give each member its own of what its own code may write; masks have one set of weights."""
@@ -216,12 +218,12 @@ class FoldEngine:
 
     def evaluate_at_once(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
         """The same, whatever last bits depend on."""
+        if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
+            return in_trace(self, arguments, method)
         if self.engine == "loop":
             return self.loop(arguments, method)
         if transformed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
-        if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
-            return self.fold(arguments, None, method)
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
             planned = PlannedCall(self, arguments).run()
@@ -345,7 +347,7 @@ class FoldEngine:
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
-        if torch.compiler.is_compiling() or tracing() or capturing():
+        if torch.compiler.is_compiling() or capturing():
             return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
@@ -359,6 +361,7 @@ class FoldEngine:
             raise
         if self.stateful and self.engine == "fold":
             self._views.forget()  # members by themselves begin with the state that this pass left behind
+            self.tensors = list(tensors_of(self.network).values())
         return leaves
 
     def _remembers(self, changed: set[str]) -> None:

@@ -246,7 +246,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _of_tensor(tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Its memory, and the values of what is no parameter, since some kernels write without counting a version."""
+    """Its memory, and the values of what is no parameter, since some kernels write without counting a version.
+
+    None where it has no memory, and in a trace, which holds what is written in place.
+    """
+    if torch.compiler.is_compiling():
+        return None
     tensor = tensor.stack if type(tensor) is MemberTensor else tensor
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_meta or memory_of(tensor) is None:
         return None

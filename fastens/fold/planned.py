@@ -101,13 +101,11 @@ class Entry:
         Raises:
             OtherNumbers: Python makes something else of these numbers than of those that it was recorded with.
         """
-        if self.numbers is not None:
-            made = self.numbers.tensors(dict(values))
-            if made is None:
-                raise OtherNumbers("what Python makes of it is an error or of another type for another value")
-            inputs = [*inputs, *made]
+        made = [] if self.numbers is None else self.numbers.tensors(dict(values))
+        if made is None:
+            raise OtherNumbers("what Python makes of it is an error or of another type for another value")
         self.calls += 1
-        inputs = separate(inputs)
+        inputs = separate([*inputs, *made])
         return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)
 
 

@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastens.fold.arguments import Arguments
-
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
 
-_ENGINES: weakref.WeakValueDictionary[int, FoldEngine] = weakref.WeakValueDictionary()
+ENGINES: weakref.WeakValueDictionary[str, FoldEngine] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 _STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("stacks", default=None)
 
 
-@dataclasses.dataclass
-class Traced:
-    """How the outputs of a traced pass are nested: their structure, and the leaves that are no tensors, else none."""
+class Nested(NamedTuple):
+    """How tensors and what else a call gives are nested, as :mod:`fastens.fold.engine` returns it."""
 
     spec: Any
-    values: tuple[Any, ...]
+    leaves: tuple[Any, ...]  # of a tensor [K, ...] none, of K tensors of their own K, else the members' K values
+
+    def filled(self, tensors: list[Any]) -> list[Any]:
+        """The leaves, with the tensors where they belong, and the structure last."""
+        found: list[Any] = []
+        for leaf in self.leaves:
+            if isinstance(leaf, list):
+                found.append(leaf)
+            elif leaf is None:
+                found.append(tensors.pop(0))
+            else:
+                found.append([tensors.pop(0) for _ in range(leaf)])
+        return [*found, self.spec]
+
+
+def emptied(leaves: list[Any], spec: Any) -> tuple[tuple[Tensor, ...], Nested]:
+    """The tensors of leaves, and the rest."""
+    tensors, kept = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            kept.append(None)
+        elif all(isinstance(x, Tensor) for x in leaf):
+            tensors.extend(leaf)
+            kept.append(len(leaf))
+        else:
+            kept.append(list(leaf))
+    return tuple(tensors), Nested(spec, tuple(kept))
 
 
 def standing_in(tensor: Tensor) -> Tensor:
@@ -50,7 +73,8 @@ def traced(tensors: Iterable[Tensor]) -> bool:
 
 
 @contextmanager
-def _with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None]:
+def with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None]:
+    """Scope of a trace, which has these in the place of the engine's stacks."""
     token = _STANDING_IN.set({id(t): own for t, own in zip(engine.tensors, given, strict=True)})
     try:
         yield
@@ -58,20 +82,8 @@ def _with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None
         _STANDING_IN.reset(token)
 
 
-def number_of(engine: FoldEngine) -> int:
-    """A number by which a compiled graph finds the engine."""
-    number = next(_NUMBERS)
-    _ENGINES[number] = engine
+def number_of(engine: FoldEngine) -> str:
+    """What a compiled graph finds the engine by: a string, which no compiler takes for a size that may change."""
+    number = str(next(_NUMBERS))
+    ENGINES[number] = engine
     return number
-
-
-def evaluate_node(number: int, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple[Tensor, ...]:
-    """The tensors that a pass of an engine's members gives, where a trace has these stand-ins for its stacks."""
-    engine = _ENGINES[number]
-    arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
-    with _with_stacks(engine, tuple(stacks)):
-        *leaves, spec = engine.fold(arguments, None, method)
-    traced = Traced(spec, tuple(None if isinstance(x, Tensor) else x[0] for x in leaves))
-    if engine.traced != traced:
-        engine.traced = traced
-    return tuple(x for x in leaves if isinstance(x, Tensor))

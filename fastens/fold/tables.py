@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.held import member_values
-from fastens.fold.stand_ins import standing_in, tracing
+from fastens.fold.stand_ins import standing_in, traced, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
 from fastens.fold.writes import STACKS
 
@@ -221,6 +221,7 @@ class OfMember(dict[str, Any]):
         tensor = dict.__getitem__(self.source, name)
         if tensor is None:
             return None
+        tensor = standing_in(tensor)
         if _SEEN.get() is not None:
             tensor = as_seen(tensor)
             return tensor if name in self.source.common else part_of(tensor, self.k)
@@ -229,7 +230,7 @@ class OfMember(dict[str, Any]):
             return read(tensor if name in self.source.common else part_of(tensor, self.k))
         if name in self.source.common:
             return tensor
-        if torch._C._functorch.peek_interpreter_stack() is not None or tracing():
+        if traced((tensor,)):
             return part_of(tensor, self.k)
         before, mode = self._given.get(name), (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if before is not None:

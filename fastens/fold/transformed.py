@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from fastens.fold.state import state_kept
+from fastens.fold.state import NetworkState, state_kept
+from fastens.fold.tensor import NotFoldable
 
 if TYPE_CHECKING:
     from fastens.fold.arguments import Arguments
@@ -38,3 +39,25 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
     with temporarily_clear_interpreter_stack():  # what members are given of their own outlives the transform
         engine.give_up("members that write to themselves were called inside a transform")
     return run(functools.partial(engine.call_member, remembers=True))
+
+
+def in_trace(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> list[Any]:
+    """Evaluate all members for a graph, which would not repeat what members write to themselves, in-place writes apart.
+
+    Raises:
+        NotFoldable: they write to themselves, which is undone, or have no one answer.
+    """
+    loops = engine.engine == "loop"
+    states = [NetworkState(each) for each in (engine.views if loops else [engine.network])]
+    changed: set[str] = set()
+    try:
+        if loops:
+            return engine.loop(arguments, method, lambda k, x, name: engine.call_module(engine.views[k], k, x, name))
+        return engine.fold(arguments, None, method)
+    finally:
+        changed.update(*(state.put_back() for state in states))
+        if changed:
+            raise NotFoldable(
+                f"the network writes to itself ({', '.join(sorted(changed)[:3])}), which a graph would not; where "
+                "it keeps what it needs later, call the ensemble once before"
+            )

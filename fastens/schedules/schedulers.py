@@ -41,6 +41,12 @@ _SOLVERS = (
     "UniPCMultistepScheduler",
     "SASolverScheduler",
 )
+_OTHER_SIGMAS = (
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)  # asked in this order
 # Their state is x_0 + sigma eps, and the network takes it over sqrt(sigma^2 + 1): the variance preserving path again.
 _IN_SIGMA = {
     "EulerDiscreteScheduler": (*_ALL, "original_sample"),
@@ -118,6 +124,13 @@ def _read(name: str, scheduler: Any, config: Any) -> Prediction:
         )
     variances = True if config.get("variance_type") in ("learned", "learned_range") else None
     if solver and config.get("use_flow_sigmas"):
+        other = next((c for c in _OTHER_SIGMAS if config.get(c)), None)
+        if other is not None and (name, other) != ("UniPCMultistepScheduler", "use_karras_sigmas"):
+            raise ValueError(
+                f"scheduler {name}: with {other}=True its sigmas and times are those of a variance preserving path, "
+                "which its step takes for the straight one of use_flow_sigmas=True; expected one of the two, or "
+                + _REMEDY
+            )
         if said == "v_prediction":
             raise ValueError(
                 f"scheduler {name}: prediction_type 'v_prediction' is none on the straight path of use_flow_sigmas; "

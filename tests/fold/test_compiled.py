@@ -1,10 +1,14 @@
 """Whole ensembles go through ``torch.compile`` in one graph and through ``torch.export``, whatever the network."""
 
+import functools
 import inspect
+import warnings
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
+from torch._dynamo.exc import Unsupported
 
 import fastens
 from tests.networks import NETWORKS, randomised, tensor_of
@@ -79,3 +83,133 @@ def test_traces_before_the_first_call(name, trace):
     ensemble, members, args, kwargs = ensemble_of(name)
     with torch.no_grad():
         check(trace(ensemble, args, kwargs), ensemble, members, args, kwargs)
+
+
+class Layer(nn.Module):
+    """What networks do in their forward that a graph may, or may not, hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(2)
+        self.calls = 0
+        self.register_buffer("number", torch.zeros(()))
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.linear(x)))
+
+
+class Linear(Layer):
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+class Counts(Layer):
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * self.calls
+
+
+class PutsBuffer(Layer):
+    def forward(self, x):
+        self.number = self.number + 1
+        return self.linear(x) * self.number
+
+
+class WritesBuffer(Layer):
+    def forward(self, x):
+        self.number.add_(1)
+        return self.linear(x) * self.number
+
+
+class Branches(Layer):
+    def forward(self, x):
+        y = self.linear(x)
+        return y if y.sum() > 0 else 2 * y
+
+
+class Encodes(Layer):
+    def encode(self, x):
+        return self.linear(x).sin()
+
+    def forward(self, x):
+        return self.linear(x), self.encode(x)
+
+
+def ensemble(kind, make):
+    members = [randomised(kind, seed).eval() for seed in range(3)]
+    return make(members)
+
+
+def different(member):
+    """The same structure, of another class and with another forward where it returns one tensor."""
+    kind = Linear if type(member) is Layer else type("Another", (type(member),), {})
+    return randomised(kind, 5).eval()
+
+
+MADE = {
+    "fold": lambda members: fastens.Ensemble(members, engine="fold"),
+    "loop": lambda members: fastens.Ensemble(members, engine="loop"),
+    "view": lambda members: fastens.Ensemble(members, engine="loop").with_rule("median"),
+    "training": lambda members: fastens.Ensemble(members, "geometric", engine="loop").train(),
+    "different": lambda members: fastens.Ensemble([*members[:2], different(members[2])], engine="loop"),
+    "masks": lambda members: fastens.MCDropout(nn.Sequential(nn.Dropout(0.3), members[0]), 3, engine="loop"),
+}
+BATCHES = [torch.randn(b, 2, generator=torch.Generator().manual_seed(b)) for b in (3, 5, 2, 16)]
+
+
+def programs(ensemble, **options):
+    torch._dynamo.reset()
+    return torch.compile(ensemble, dynamic=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_every_engine_compiles_whole_with_a_dynamic_batch_and_gradients(made):
+    """The loop too: members one by one are one graph."""
+    run, expected = programs(ensemble(Layer, MADE[made]), fullgraph=True), ensemble(Layer, MADE[made])
+    for x in BATCHES:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(run(x).square().sum(), x)
+        (own,) = torch.autograd.grad(expected(x).square().sum(), x)
+        assert relative_error(gradient, own) < NETWORK[torch.float32]
+
+
+@pytest.mark.parametrize("kind", [Layer, WritesBuffer, Encodes])
+@pytest.mark.parametrize("made", MADE)
+def test_every_engine_exports_with_a_dynamic_batch(made, kind):
+    sizes = ({0: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        run = torch.export.export(ensemble(kind, MADE[made]), (BATCHES[0],), dynamic_shapes=sizes).module()
+        expected = ensemble(kind, MADE[made])
+        for x in BATCHES:
+            for ours, theirs in zip(pytree.tree_leaves(run(x)), pytree.tree_leaves(expected(x)), strict=True):
+                assert relative_error(ours, theirs) < NETWORK[torch.float32]
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop", "auto"])
+@pytest.mark.parametrize("kind", [Counts, PutsBuffer, WritesBuffer, Branches])
+def test_what_no_graph_repeats_is_called_outside_it_or_refused(kind, engine):
+    """One member counts its calls in a graph; a graph of all members would count once."""
+    make = functools.partial(fastens.Ensemble, engine=engine)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that members are looped
+        called = ensemble(kind, make)
+        expected = [called(x) for x in BATCHES]
+        run = programs(ensemble(kind, make))
+        assert all(relative_error(run(x), y) < NETWORK[torch.float32] for x, y in zip(BATCHES, expected, strict=True))
+        if kind is WritesBuffer:
+            return
+        with pytest.raises(Unsupported, match=r"writes to itself|no one answer|data-dependent"):
+            programs(ensemble(kind, make), fullgraph=True)(BATCHES[0])
+        with pytest.raises(Exception, match=r"writes to itself|no one answer|data-dependent"):
+            torch.export.export(ensemble(kind, make), (BATCHES[0],))
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_methods_are_called_outside_the_graph(engine):
+    ens = ensemble(Encodes, functools.partial(fastens.Ensemble, engine=engine))
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: ens.encode(x) + 1, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for x in BATCHES:
+            assert relative_error(run(x), ens.encode(x) + 1) < NETWORK[torch.float32]
