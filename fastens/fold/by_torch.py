@@ -93,7 +93,7 @@ def added(parts: Sequence[Tensor]) -> Tensor:
 
 
 Deal = Callable[[Tensor, int], Sequence[Tensor]]
-_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)  # pyright: ignore
+_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)
 
 
 @contextmanager
