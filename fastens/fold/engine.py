@@ -30,7 +30,7 @@ from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, shared_names, skeleton_of
 from fastens.fold.numbers import Numbers, SeenNumbers
 from fastens.fold.originals import Originals
-from fastens.fold.passes import in_passes
+from fastens.fold.passes import ReadsRows, in_passes
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.stand_ins import number_of
@@ -387,9 +387,11 @@ class FoldEngine:
             raise NotFoldable(shared or f"the network writes to itself ({names}), here for some members only")
         return result
 
-    def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward") -> list[Any]:
-        """The leaves of one pass of the network's own code, [N, ...], and their structure last."""
+    def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward", part: bool = False) -> list[Any]:
+        """The leaves of one pass, [N, ...], and their structure last; of a part of the rows, where no value is read."""
         fold = self.new_pass(hidden, arguments)
         leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
+        if part and fold.reads:
+            raise ReadsRows(fold.reads)
         self.slices, self.ways = dict(fold.slices), fold.ways
         return [*(unwrapped(x, hidden) for x in leaves), spec]

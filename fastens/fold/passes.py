@@ -11,10 +11,14 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.leaves import joined
 from fastens.fold.memory_cap import is_out_of_memory
 from fastens.fold.stand_ins import tracing
-from fastens.fold.tensor import Hidden, all_members, one_member
+from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine
+
+
+class ReadsRows(NotFoldable):
+    """Python reads a value of the input in a pass over some rows."""
 
 
 def in_passes(engine: FoldEngine, arguments: Arguments, key: Any, method: str) -> list[Any]:
@@ -33,7 +37,10 @@ def in_passes(engine: FoldEngine, arguments: Arguments, key: Any, method: str) -
     if torch.compiler.is_compiling() or tracing():
         return engine.one_pass(given, all_members(members), method)
     if engine.cap.rows(key, members * batch) < batch and _may_part(engine, arguments, method):
-        return engine.fold_apart(by_rows)
+        try:
+            return engine.fold_apart(by_rows)
+        except ReadsRows:  # what Python does may depend on all rows, as no call has shown yet
+            engine.rows.mix(engine, arguments, method)
     several = engine.cap.rows(key, members * batch) < members * batch
     try:
         whole = functools.partial(engine.cap.run, key, members * batch, of_members, batch)
@@ -55,6 +62,6 @@ def _by_rows(engine: FoldEngine, arguments: Arguments, key: Any, k: int, method:
     hidden = one_member(engine.num_members, k)
 
     def some(start: int, stop: int) -> list[Any]:
-        return engine.one_pass(engine.rows.part(engine, arguments, start, stop), hidden, method)
+        return engine.one_pass(engine.rows.part(engine, arguments, start, stop), hidden, method, part=True)
 
     return joined(engine.cap.run(key, arguments.batch_size, some, 1), dim=1)

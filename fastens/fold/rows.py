@@ -38,7 +38,7 @@ class RowsOfMembers:
 
     def excluded(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> frozenset[int] | None:
         """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
-        key = (method, arguments.signature(), engine.network.training)
+        key = _key(engine, arguments, method)
         if key not in self._found:
             found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
@@ -46,10 +46,18 @@ class RowsOfMembers:
             self._found[key] = found
         return self._found[key]
 
+    def mix(self, engine: FoldEngine, arguments: Arguments, method: str) -> None:
+        """Keep that rows of such calls may be mixed."""
+        self._found[_key(engine, arguments, method)] = None
+
     def part(self, engine: FoldEngine, arguments: Arguments, start: int, stop: int) -> Arguments:
         """The arguments of some rows of a call whose rows are independent."""
         excluded = self.excluded(engine, arguments) or frozenset()
         return arguments.excluding(excluded).selected(torch.arange(start, stop))
+
+
+def _key(engine: FoldEngine, arguments: Arguments, method: str) -> tuple[str, Any, bool]:
+    return method, arguments.signature(), engine.network.training
 
 
 def _established(engine: FoldEngine, arguments: Arguments, method: str) -> frozenset[int] | None:

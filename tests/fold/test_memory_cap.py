@@ -209,3 +209,35 @@ def test_real_limit(way, notice):
     result = subprocess.run([sys.executable, "-c", LIMITED, way], capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["fold", "True"], result.stderr[-2000:]
     assert notice in result.stderr
+
+
+READS_OF_ROWS = {
+    "max": lambda h, t: h if t.max() > 0.5 else 2 * h,
+    "all": lambda h, t: h if (t < 0.7).all() else h - 1,
+    "item": lambda h, t: h * t[0].item(),
+    "list": lambda h, t: h * sum(t.tolist()),
+}
+
+
+class ReadsRows(torch.nn.Module):
+    def __init__(self, read, late):
+        super().__init__()
+        self.layer, self.read, self.late = torch.nn.Linear(4, 4), read, late
+
+    def forward(self, x, t):
+        h = self.layer(x)
+        return self.read(h, t) if x.shape[0] == 1 or not self.late or bool((t > 0.1).any()) else h
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", READS_OF_ROWS)
+def test_rows_whose_values_python_reads_stay_together(kind, late):
+    """Also where the first times show no difference between rows by themselves and together."""
+    torch.manual_seed(0)
+    members = [ReadsRows(READS_OF_ROWS[kind], late) for _ in range(3)]
+    ensemble, x = fastens.Ensemble(members, max_fold=1), torch.randn(4, 4)
+    for t in ([0.05] * 4, [0.05] * 4, [0.2, 0.6, 0.9, 0.3], [0.6, 0.2, 0.3, 0.65], [0.9, 0.8, 0.6, 0.7]):
+        times = torch.tensor(t)
+        with torch.no_grad():
+            expected = torch.stack([member(x, times) for member in members]).mean(0)
+            torch.testing.assert_close(ensemble(x, times), expected)
