@@ -64,7 +64,7 @@ def per_member(run: Run, draw: Random) -> None:
 @step(0.7)
 def assigned(run: Run, draw: Random) -> None:
     """Rows that are given their members."""
-    if not hasattr(run.ensemble, "assigned") or run.random or ambiguous(run):
+    if not hasattr(run.ensemble, "assigned") or run.random or run.remembers_draws or ambiguous(run):
         return
     rows, count = run.spec.rows, run.spec.members
     run.allowed = run.allowed or run.mixing
