@@ -261,6 +261,8 @@ class OfMember(dict[str, Any]):
         stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
         if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
             return value is stack
+        while torch._C._functorch.is_gradtrackingtensor(value):  # a part that was read in a transform is its own
+            value = torch._C._functorch.get_unwrapped(value)
         if torch._C._functorch.is_functorch_wrapped_tensor(value):
             return False
         own = 0 if name in self.source.common else 1

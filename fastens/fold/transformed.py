@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from fastens.fold.state import NetworkState, state_kept
+from fastens.fold.state import NetworkState
 from fastens.fold.tensor import NotFoldable
 
 if TYPE_CHECKING:
@@ -31,10 +30,16 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
         return engine.call_module(engine.views[k], k, arguments, method)
 
     if not engine.stateful:
-        with ExitStack() as stack:
-            changed = [stack.enter_context(state_kept(module)) for module in (engine.network, *engine.views)]
+        modules = (engine.network, *engine.views)
+        with temporarily_clear_interpreter_stack():  # what is kept is of no transform, which lets nothing be put back
+            states = [NetworkState(module) for module in modules]
+        changed: set[str] = set()
+        try:
             result = run(call)
-        if not any(changed):
+        finally:
+            with temporarily_clear_interpreter_stack():
+                changed.update(*(state.put_back() for state in states))
+        if not changed:
             return result
     with temporarily_clear_interpreter_stack():  # what members are given of their own outlives the transform
         engine.give_up("members that write to themselves were called inside a transform")

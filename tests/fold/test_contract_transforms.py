@@ -1,5 +1,6 @@
 """Function transforms, export and inference mode around the ensemble."""
 
+import copy
 import warnings
 
 import pytest
@@ -252,3 +253,38 @@ def test_gradients_of_instance_norm_by_running_statistics(format):
     (gradient,) = torch.autograd.grad(ensemble(x), x, direction)
     rate = sum(1 / (m.running_var + m.eps).sqrt() for m in members) / 2
     assert float((gradient - direction * rate.view(1, 4, 1, 1)).abs().max()) < 1e-12
+
+
+def normed(k):
+    torch.manual_seed(k)
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)).train()
+
+
+OUTLIVED = {
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "grad of grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(lambda z: f(z).square().sum())(y).sum())(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("kind", OUTLIVED)
+def test_buffers_written_in_a_transform_outlive_it(kind, called, engine):
+    """They are ordinary tensors afterwards, as a member's are, and can be copied."""
+    members, x = [normed(k) for k in range(3)], torch.randn(2, 8)
+    ensemble = fastens.Ensemble([normed(k) for k in range(3)], engine=engine)
+
+    def loop(z):
+        return torch.stack([member(z) for member in members]).mean(0)
+
+    if called:
+        near(ensemble(x).detach(), loop(x).detach())
+    near(OUTLIVED[kind](ensemble, x).detach(), OUTLIVED[kind](loop, x).detach())
+    for copied in (ensemble, copy.deepcopy(ensemble)):
+        for ours, theirs in zip(copied.members, members, strict=True):
+            for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+                near(a, b)
+    near(ensemble(x).detach(), loop(x).detach())
