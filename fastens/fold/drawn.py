@@ -17,7 +17,7 @@ from fastens.fold import row_by_row
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall, capturing
 from fastens.fold.check import beyond_rounding
-from fastens.fold.guards import transformed
+from fastens.fold.guards import observed
 from fastens.fold.leaves import alike, columns_of, without_hidden
 from fastens.fold.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.fold.remembered import remembers_calls
@@ -121,7 +121,7 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
-        if engine.engine == "fold" and transformed():
+        if engine.engine == "fold" and observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
         if engine.engine == "loop" or not len(self._members):
             return self._looped()
@@ -194,7 +194,7 @@ class DrawnCall:
     def as_plan(self) -> tuple[PlannedCall | None, Tensor | None]:
         """The call as plans see it, none where it may not run as one, and the order of its samples there."""
         engine = self._engine
-        excluded = None if engine.engine == "loop" or transformed() else engine.rows.excluded(engine, self._arguments)
+        excluded = None if engine.engine == "loop" or observed() else engine.rows.excluded(engine, self._arguments)
         if excluded is None:
             return None, None
         dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))

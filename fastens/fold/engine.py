@@ -21,7 +21,7 @@ from fastens.fold.dispatch import Fold, inside
 from fastens.fold.drawn import DrawnCall
 from fastens.fold.entering import call
 from fastens.fold.first import FirstPass
-from fastens.fold.guards import transformed
+from fastens.fold.guards import observed
 from fastens.fold.leaves import columns_of, unwrapped
 from fastens.fold.masked import MaskedMember
 from fastens.fold.masks import MaskPass, Masks, NothingDropped
@@ -222,7 +222,7 @@ class FoldEngine:
             return in_trace(self, arguments, method)
         if self.engine == "loop":
             return self.loop(arguments, method)
-        if transformed():
+        if observed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:

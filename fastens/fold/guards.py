@@ -96,6 +96,12 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def observed() -> bool:
+    """Whether somebody is to see what members call: a transform, or a function mode that is not torch's or ours."""
+    modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    return transformed() or any(type(m).__module__.partition(".")[0] not in ("torch", "fastens") for m in modes)
+
+
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Count a fused optimizer's writes, which torch's version counters do not see."""
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Calls inside function transforms and forward-mode differentiation: the members' own code, one by one."""
+"""Calls inside function transforms, forward-mode differentiation and function modes: the members' code, one by one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
         if not changed:
             return result
     with temporarily_clear_interpreter_stack():  # what members are given of their own outlives the transform
-        engine.give_up("members that write to themselves were called inside a transform")
+        engine.give_up("members that write to themselves were called inside a transform or a function mode")
     return run(functools.partial(engine.call_member, remembers=True))
 
 

@@ -1,10 +1,13 @@
 """Where torch itself takes another path for plain tensors, or a plan rests on tensors that are no weights."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fastens
 
@@ -225,3 +228,47 @@ def test_padded_places_in_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         expected = torch.stack([m(x, padding) for m in members]).mean(0)
         torch.testing.assert_close(ensemble(x, padding), expected, atol=3e-2, rtol=3e-2)
+
+
+class Doubles(TorchFunctionMode):
+    """Changes what one function gives, and counts what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen[getattr(func, "__name__", "")] += 1
+        return result * 2 if func is torch.tanh else result
+
+
+class Recurs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(4, 6, batch_first=True, bidirectional=True), nn.GRU(12, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.gru(self.lstm(x)[0].transpose(0, 1))[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("rows", ["all members", "assigned"])
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_function_mode_sees_what_members_call(engine, called, rows):
+    torch.manual_seed(0)
+    members, x, to = [Recurs() for _ in range(3)], torch.randn(3, 5, 4), torch.tensor([2, 0, 1])
+    ensemble = fastens.Ensemble(members, engine=engine)
+    assigned = rows == "assigned"
+    with torch.no_grad(), ensemble.assigned(to) if assigned else nullcontext():
+        if called:
+            ensemble(x), ensemble(x)
+        with Doubles() as ours:
+            answer = ensemble(x)
+        with Doubles() as theirs:
+            outputs = torch.stack([member(x) for member in members])
+        expected = outputs[to, torch.arange(3)] if assigned else outputs.mean(0)
+        torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
+        names = ("tanh", "lstm", "gru")
+        if called:  # a first call is checked besides
+            assert [ours.seen[name] for name in names] == [theirs.seen[name] for name in names]
