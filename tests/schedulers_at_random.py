@@ -112,6 +112,11 @@ def left_noise(scheduler, prediction, config):
         end = int(scheduler.timesteps[-1]) - scheduler.config["num_train_timesteps"] // scheduler.num_inference_steps
         if end >= 0:  # where steps do not divide the training's, its last ends before the data
             return float(prediction.schedule.sigma(end))
+    if type(scheduler).__name__ == "LCMScheduler":  # a consistency model's boundary: its last step keeps of its input
+        skip, out = map(float, scheduler.get_scalings_for_boundary_condition_discrete(scheduler.timesteps[-1]))
+        t = prediction.schedule.time(scheduler.timesteps[-1])
+        kept = abs(skip * float(prediction.schedule.alpha(t)) + out - 1) * float(X0.abs().max())
+        return skip * float(prediction.schedule.sigma(t)) + kept / 5
     sigmas = [float(prediction.schedule.sigma(0)), *map(float, getattr(scheduler, "sigmas", [0])[-1:])]
     if config.get("variance_type") == "fixed_large":  # drawn at every time but 0, where steps_offset ends before it
         return float(prediction.schedule.sigma(prediction.schedule.time(scheduler.timesteps[-1])))
