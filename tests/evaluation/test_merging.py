@@ -1,6 +1,7 @@
 """Merging against ensembling: a study of a run's snapshots, and ``fastens evaluate RUN_FOLDER``."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,3 +144,14 @@ def test_what_a_run_folder_cannot_take(run, tmp_path, capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="at least two of each"):
         merge_study([unet_2d(False)], images(4), images(4), Discrete.linear())
+
+
+def test_the_report_that_ships_keeps_its_word():
+    page = Path(__file__).resolve().parents[2] / "docs" / "evaluation" / "merging"
+    run, seeds = json.loads((page / "report.json").read_text())["studies"].values()
+    best = [run["contenders"][name]["against_best_single_percent"] for name in run["contenders"] if "merge" in name]
+    assert min(found["high"] for found in best) < 0  # merging works along one run
+    assert seeds["contenders"]["uniform merge"]["against_best_single_percent"]["low"] > 100  # and fails across seeds
+    assert seeds["contenders"][STUDENT]["kept_of_the_gain"]["value"] >= 0.7
+    text = (page / "report.md").read_text()
+    assert all(said in text for study in (run, seeds) for said in study["verdict"])
