@@ -198,9 +198,10 @@ class FoldEngine:
         self.tensors = list(tensors_of(self.network).values())
         return found
 
-    def _unshare_all(self) -> None:
+    def _unshare_all(self, weights: bool = True) -> None:
         """Give each member its own of what its own code may write; masks have one set of weights."""
-        self.unshare(dict(self.network.named_buffers()) if self.masks is not None else tensors_of(self.network))
+        some = dict(self.network.named_buffers()) if self.masks is not None or not weights else tensors_of(self.network)
+        self.unshare(some)
 
     # All members at once
 
@@ -254,8 +255,8 @@ class FoldEngine:
         except Exception as error:  # the members decide whether it is their own error
             if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
-            why = f"{type(error).__name__}: {error}"
-        self._unshare_all()  # what they write to is each one's own
+            why, weights = f"{type(error).__name__}: {error}", isinstance(error, NotFoldable)
+        self._unshare_all(weights)  # what they write to is each one's own; it may be the caller's error, and no fold's
         result = self.loop(arguments, method)
         self.give_up(f"the fold failed where they do not: {why}")
         return result

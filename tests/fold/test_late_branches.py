@@ -146,3 +146,18 @@ def test_a_branch_that_is_taken_later_in_rows_of_members(function):
             ensemble(x)
             after = COUNT[0], random.getstate(), np.random.get_state()[2]
             assert (before != after) == bool(x.max() > 50)
+
+
+def test_an_error_of_the_callers_leaves_shared_weights_shared():
+    """A frozen trunk is not held K times after one batch of a wrong shape."""
+    trunk = nn.Linear(6, 6).requires_grad_(False)
+    members = [nn.Sequential(copy.deepcopy(trunk), nn.Linear(6, 6)).eval() for _ in range(3)]
+    ensemble = fastens.Ensemble(members)
+    shapes = {name: p.shape for name, p in ensemble.named_parameters()}
+    with torch.no_grad():
+        ensemble(torch.randn(2, 6))
+        with pytest.raises(RuntimeError):
+            ensemble(torch.randn(2, 5))
+        ensemble(torch.randn(2, 6))
+    assert {name: p.shape for name, p in ensemble.named_parameters()} == shapes
+    assert ensemble.engine == "fold"
