@@ -283,8 +283,7 @@ def load_ensemble(
         member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(member.eval())
     shared = frozenset(config["shared"])
-    masked = "masks" in settings  # masks have one set of weights
-    _check_fit(weights, skeleton, found, shared, 1 if masked else num_members)
+    _check_fit(weights, skeleton, found, shared, num_members)
     wanted: dict[str, Tensor] = {}
     exact = described.kept_in_float32(member)
     for name, like in tensors_of(skeleton).items():
@@ -293,7 +292,7 @@ def load_ensemble(
             stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
-    ensemble = rebuild(num_members, config["rule"], settings, content, KINDS[masked]).eval()
+    ensemble = rebuild(num_members, config["rule"], settings, content, KINDS["masks" in settings]).eval()
     return ensemble if device is None else ensemble.to(device)
 
 

@@ -100,7 +100,7 @@ class MCDropout(Ensemble):
                 stacklevel=3,
             )
         masks = Masks(self.num_members, settings["seed"], settings["masks"] == "fresh", settings["p"])
-        engine = FoldEngine(skeleton, stacks, frozenset(stacks), self.num_members, settings, None, masks)
+        engine = FoldEngine(skeleton, stacks, shared, self.num_members, settings, None, masks)
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)

@@ -323,3 +323,64 @@ def test_bad_input_is_named(make, error, message):
 def test_recurrent_dropout_is_said_to_be_off():
     with pytest.warns(UserWarning, match="recurrent kernel"):
         fastens.MCDropout(nn.Sequential(nn.GRU(2, 2, 2, dropout=0.1), nn.Dropout(0.1)), 2)
+
+
+class Writes(nn.Module):
+    """Keeps a running mean of what its masks let through, in a way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.dropout, self.how = nn.Linear(3, 3), nn.Dropout(0.3), how
+        self.register_buffer("mean", torch.zeros(3))
+        self.last = torch.zeros(3)
+
+    def forward(self, x):
+        h = self.dropout(self.linear(x))
+        new = h.detach().mean(0)
+        if self.how == "in place":
+            self.mean.add_(new)
+        elif self.how == "replaced":
+            self.mean = self.mean + new
+        elif self.how == "attribute":
+            self.last = self.last + new
+        elif self.how == "read":
+            return h + self.mean if new.sum() > 0 else 2 * h
+        elif self.how == "item":
+            return h * new[0].item()
+        return h + self.mean + self.last
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("masks", ["fixed", "fresh"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "attribute", "read", "item"])
+def test_what_a_member_writes_and_reads_is_its_own(how, engine, masks):
+    """Each member as one network with its masks: another engine, and a member by itself, give the same."""
+    torch.manual_seed(0)
+    network, inputs = Writes(how), [torch.randn(2, 3) for _ in range(3)]
+    ensemble = fastens.MCDropout(network, 3, engine=engine, masks=masks)
+    looped = fastens.MCDropout(network, 3, engine="loop", masks=masks)
+    alone = [fastens.MCDropout(network, 3, engine="loop", masks=masks).members[k] for k in range(3)]
+    with torch.no_grad():
+        for x in inputs:
+            outputs = ensemble.member_outputs(x)
+            torch.testing.assert_close(outputs, looped.member_outputs(x))
+            if masks == "fixed":
+                torch.testing.assert_close(outputs, torch.stack([member(x) for member in alone]))
+        assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "saved"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_copies_keep_buffers_of_each_member(engine, how, tmp_path):
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3)), torch.randn(3, 8)
+    ensemble = fastens.MCDropout(network, 3, engine=engine)
+    with torch.no_grad():
+        expected = ensemble(x)
+        if how == "saved":
+            ensemble.save_pretrained(tmp_path)
+            copied = fastens.Ensemble.from_pretrained(tmp_path, factory=lambda: copy.deepcopy(network))
+        else:
+            copied = copy.deepcopy(ensemble) if how == "deepcopy" else pickle.loads(pickle.dumps(ensemble))
+        torch.testing.assert_close(copied(x), expected)

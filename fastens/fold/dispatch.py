@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastens.fold.around import calling_line, check_derivatives, checkpoint_in_progress
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
-from fastens.fold.slices import entry_by_entry
+from fastens.fold.slices import entry_by_entry, of_one
 from fastens.fold.tensor import (
     Hidden,
     MemberTensor,
@@ -91,6 +91,16 @@ class Fold(TorchFunctionMode):
         self.inputs = inputs
         self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
+
+    @property
+    def outside(self) -> bool:
+        """Whether a function was called outside a pass."""
+        return self.network is None and self.masks is None
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is one member with its masks, as the loop runs it."""
+        return self.masks is not None and self.hidden.size == 1 and not self.recording
 
     @staticmethod
     def of(args: Any, kwargs: Any) -> Fold:
@@ -284,7 +294,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         _resume(fold)
         if wrappers:
             check_derivatives(leaves)
-    if fold.network is None and args and writes_to(func, args):
+    if fold.outside and args and writes_to(func, args):
         count_write(args[0])
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
@@ -292,6 +302,9 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if fold.recording and func in AS_STEPS:
             return AS_STEPS[func](fold, func, *args, **kwargs)
         return run_common(fold, func, args, kwargs, wrappers)
+    if fold.alone and (func in READS or (writes_to(func, args) and not member_valued(args[0]))):
+        fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
+        return of_one(fold, func, args, kwargs)
     if func in READS:
         raise ReadsValues(f"{name_of(func)} of a tensor that differs between members has no one answer")
     if kwargs.get("out") is not None:

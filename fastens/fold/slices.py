@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from fastens.fold.dispatch import Fold
 
 
+def of_one(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a function that reads, or writes to its first argument, on the only entry: it is as good as common."""
+    own, named = mapped(lambda x: fold.stack(x)[0] if member_valued(x) else plain(x), (args, kwargs))
+    result = func(*own, **named)
+    return args[0] if writes_to(func, args) else result
+
+
 def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a function once for each entry of the hidden dimension and stack the results: right for any function."""
     name = name_of(func)

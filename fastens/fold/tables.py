@@ -248,8 +248,8 @@ class OfMember(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take a member's new value, which :meth:`settle` keeps unless what was there comes back."""
-        if isinstance(value, MemberTensor) and value.hidden is None:
-            value = value.stack
+        if isinstance(value, MemberTensor) and (value.hidden is None or value.hidden.size == 1):
+            value = value.stack if value.hidden is None else value.stack[0]
         if name in self.source and name not in self.own and self._is_in_place(name, value):
             self._put.pop(name, None)
             return

@@ -282,6 +282,6 @@ def new(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
     Outside a pass, as in ``nn.init``, it may be filled with random numbers, which differ: each member gets its own.
     """
-    if fold.network is None or any(member_valued(a) for a in (*args, *kwargs.values())):
+    if fold.outside or any(member_valued(a) for a in (*args, *kwargs.values())):
         return NotImplemented
     return fold.common(func(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs))
