@@ -7,6 +7,7 @@ meets a tensor, the expression becomes an input of the plan.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from fastens.plan.record import NotRecordable, in_progress
 Values = dict[int, float]  # by position among the leaves of the arguments
 Expression = Callable[[Values], float]
 
+_LEAST, _MOST = -(2**63), 2**63 - 1  # of what every dtype of a plan holds
 _MOST_VALUES = 4  # of a number that has plans of its own
 _MOST_KINDS = 64
 
@@ -137,6 +139,8 @@ class Numbers:
         try:
             found = [expression(values) for expression, *_ in self.used]
             if any(type(x) is not kind for x, (_, _, kind) in zip(found, self.used, strict=True)):
+                return None
+            if any(math.isfinite(x) and not _LEAST <= x <= _MOST for x in found):  # torch may refuse it
                 return None
             return [torch.tensor(x, dtype=dtype) for x, (_, dtype, _) in zip(found, self.used, strict=True)]
         except Exception:  # which the network's own code may catch

@@ -271,3 +271,18 @@ def test_a_number_of_another_type_or_an_error_is_no_input(make, monkeypatch):
             x = torch.randn(2, 4)
             expected = torch.stack([m(x, t) for m in members]).mean(0)
             assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
+
+
+@planned
+@pytest.mark.parametrize(("values", "last"), [((2, 3, 4, 5, 6, 7), 2**70), ((1.0, 2.0, 3.0, 4.0, 5.0), 1e300)])
+def test_a_number_that_torch_refuses_is_refused(values, last):
+    members = [randomised(lambda: Timed(lambda net, x, t: torch.where(net.inner(x) > 0, t, 0.5)), k) for k in range(2)]
+    ensemble, x = fastens.Ensemble(members), torch.randn(3, 4)
+    with torch.no_grad():
+        for t in values:
+            ensemble(x, t)
+        with pytest.raises((RuntimeError, OverflowError)) as theirs:
+            members[0](x, last)
+        with pytest.raises(theirs.type) as ours:
+            ensemble(x, last)
+    assert str(ours.value) == str(theirs.value)
