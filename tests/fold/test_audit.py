@@ -29,10 +29,6 @@ class Scaled(nn.Module):
         return self.second(torch.tanh(self.first(x)) * self.scales[0]) * self.scales[1]
 
 
-def in_data(ensemble):
-    ensemble.network.second.bias.data.add_(1.0)
-
-
 def in_memory(ensemble):
     next(ensemble.parameters()).detach().numpy()[...] *= 2
 
@@ -46,7 +42,7 @@ def through_the_stacks(ensemble):
         p.data.mul_(0.5)
 
 
-UNNOTICED = [in_data, in_memory, in_a_list, through_the_stacks]
+UNNOTICED = [in_memory, in_a_list, through_the_stacks]
 
 
 def planned_ensemble(rule="mean"):
