@@ -29,11 +29,22 @@ def is_score(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def stacked(scores: Tensor) -> Tensor:
+    return scores
+
+
 def combined(outputs: list[Any], combine: Callable[[Tensor], Tensor]) -> Any:
-    """What K outputs become when every score among their leaves is combined; other leaves are member 0's."""
+    """What K outputs become when every score among their leaves is combined; other leaves are member 0's.
+
+    Where they are stacked, every tensor is.
+    """
+
+    def enters(x: Any) -> bool:
+        return is_score(x) or (combine is stacked and isinstance(x, Tensor))
+
     flat = [pytree.tree_flatten(output) for output in outputs]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    leaves = [combine(torch.stack(column)) if is_score(column[0]) else column[0] for column in columns]
+    leaves = [combine(torch.stack(column)) if enters(column[0]) else column[0] for column in columns]
     return pytree.tree_unflatten(leaves, flat[0][1])
 
 

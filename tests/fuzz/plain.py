@@ -54,7 +54,7 @@ class PlainLoop(nn.Module):
         return self.combine(self.evaluate(args, kwargs), args[0])
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
-        return oracle.combined(self.evaluate(args, kwargs), lambda scores: scores)
+        return oracle.combined(self.evaluate(args, kwargs), oracle.stacked)
 
     def forward_with_variance(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.evaluate(args, kwargs)

@@ -181,9 +181,9 @@ class Run:
         relative = oracle.tolerance(self._rounded(expected), rule)
         self.remembers_draws |= self.random and self.stateful
         if self.random or self.remembers_draws:
-            shapes(answer, oracle.combined(expected, (lambda s: s) if how == "members" else oracle.mean), how)
+            shapes(answer, oracle.combined(expected, oracle.stacked if how == "members" else oracle.mean), how)
         elif how == "members":
-            oracle.check(answer, oracle.combined(expected, lambda scores: scores), relative)
+            oracle.check(answer, oracle.combined(expected, oracle.stacked), relative)
         else:
             picked = expected if rule == "dominant" and relative > 1e-6 else None
             wanted = oracle.combined(expected, oracle.RULES[rule])
