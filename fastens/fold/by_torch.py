@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import pickle
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.state import state_kept
+from fastens.fold.state import GlobalDraws, state_kept
 from fastens.fold.tables import read_through
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 
@@ -50,24 +47,20 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _generators() -> tuple[Any, ...]:
-    return torch.random.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state())
-
-
 def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
     """Run what torch computes of one row, on one thread; what that leaves behind is undone.
 
     Raises:
         NotReproducible: it draws random numbers, or leaves something behind in the network.
     """
-    before, read = _generators(), _Read()
+    before, elsewhere, read = torch.random.get_rng_state(), GlobalDraws(), _Read()
     with ExitStack() as kept:
         changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
         with one_thread(), read_through(read):
             result = run()
     if engine.stateful or read.written or any(changed):
         raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
-    if before != _generators():
+    if elsewhere.drawn() or not torch.equal(before, torch.random.get_rng_state()):
         raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")
     return result
 

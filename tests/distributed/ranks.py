@@ -1,6 +1,6 @@
 """The ranks of several worlds, forked from a process that has imported everything once.
 
-``python -m tests.distributed.ranks FOLDER [WORLDS [CASES]]``, as in ``/tmp/a 2,4 gradients,likelihood``.
+``python -m tests.distributed.ranks FOLDER [WORLDS [CASES]]``, as in ``runs 2,4 gradients,likelihood``.
 """
 
 import datetime

@@ -7,10 +7,8 @@ or not, and beside the scope there are others. Each row must be what a loop over
 import contextlib
 import copy
 import dataclasses
-import sys
 import threading
 import warnings
-from collections import Counter
 from random import Random
 from typing import Any
 
@@ -24,6 +22,7 @@ from tests.fuzz.draws import alone
 from tests.fuzz.inputs import Call, copied, draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
 from tests.fuzz.run import deliberate
+from tests.fuzz.tally import print_tally
 
 CALLS = 4
 
@@ -187,12 +186,4 @@ def _in_threads(
 
 
 if __name__ == "__main__":
-    tally: Counter[str] = Counter()
-    for number in range(*map(int, sys.argv[1:3])):
-        try:
-            tally[outcome(number)] += 1
-        except AssertionError as fault:
-            print(fault, flush=True)
-            tally["fault"] += 1
-    for what, count in tally.most_common():
-        print(count, what)
+    print_tally(outcome, "fault")

@@ -7,9 +7,7 @@ bits that it had, or the call must be refused.
 
 import contextlib
 import dataclasses
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from random import Random
 from typing import Any
@@ -27,6 +25,7 @@ from fastens.fold.ways import ways_seen
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
+from tests.fuzz.tally import print_tally
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -131,12 +130,4 @@ def _threads(number: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    tally: Counter[str] = Counter()
-    for number in range(*map(int, sys.argv[1:3])):
-        try:
-            tally[outcome(number)] += 1
-        except AssertionError as fault:
-            print(fault, flush=True)
-            tally["other bits"] += 1
-    for what, count in tally.most_common():
-        print(count, what)
+    print_tally(outcome, "other bits")
