@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import NeedsWrappers, promote, writes_to
 from fastens.generators import GeneratorStates, global_generator
-from fastens.ops._scores import seed_from
+from fastens.sampler_call import SamplerCall
 
 _BY_SHAPE = frozenset(("rand_like", "randn_like", "randint_like"))  # no value of their argument matters
 
@@ -58,7 +57,7 @@ def sample_members(
         shared_noise: all members start from the same noise, and where the sampler draws more, get the same; else
             each has its own.
         branch_at: how many evaluations are common to all, under the ensemble's rule and from shared noise, before each
-            member goes its own way; none for none.
+            member goes its own way; none for none. A :class:`fastens.PerMember` is each member's own in them, too.
         generator: of all noise, or a seed: given to samplers that take one (``generator=``, ``seed=``); for others
             torch's global generator is seeded from it, for the time of the run.
         **arguments: of the sampler's call, as for one run of N samples; a :class:`fastens.PerMember` among them is
@@ -71,7 +70,7 @@ def sample_members(
     Raises:
         TypeError: no ensemble; a sampler that cannot be called, numbers of another kind.
         ValueError: members that there are not, N below 1, ``branch_at`` outside the evaluations, a rule that draws
-            members before it.
+            members before it; arguments of the members' own before it where the runs cannot be made together.
         RuntimeError: rows have members of their own already.
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
@@ -80,34 +79,43 @@ def sample_members(
         raise ValueError(f"sample_members: num_samples is {num_samples}, expected at least one sample of each member")
     if branch_at is not None and branch_at < 0:
         raise ValueError(f"sample_members: branch_at is {branch_at}, expected a number of evaluations")
-    call = _Call.of(sampler, ensemble, num_samples, arguments)
+    call = SamplerCall.of(sampler, ensemble, num_samples, arguments)
     rule = call.ensemble.rule
     if branch_at and rule.random:
         raise ValueError(
             f"sample_members: rule {rule.name!r} draws members, and evaluations before branch_at are of all; take "
             "another rule, as the mean"
         )
-    for each in pytree.tree_leaves(arguments):
-        if isinstance(each, PerMember):
-            each.check(call.ensemble.num_members)
+    own = [x for x in pytree.tree_leaves(arguments) if isinstance(x, PerMember)]
+    for each in own:
+        each.check(call.ensemble.num_members)
     chosen = _chosen(members, call.ensemble.num_members)
+    asked = None
+    if own and branch_at:  # the rule asks all members, each by its own arguments
+        asked, chosen = chosen, [*range(call.ensemble.num_members)]
     settings = call, chosen, num_samples, shared_noise, branch_at or 0
     states = GeneratorStates()
     with torch.no_grad(), call.seeded(generator):
         try:
-            return _together(settings, states)
+            return _together(settings, states, asked)
         except NotFoldable as error:
+            if asked is not None:
+                raise ValueError(
+                    f"sample_members: the runs must be made one after the other, because {error}; but up to branch_at "
+                    "each evaluation needs all members' own arguments (PerMember); pass arguments that all share, or "
+                    "no branch_at"
+                ) from error
             states.restore()
             warnings.warn(f"fastens: the members' runs are made one after the other, because {error}", stacklevel=2)
             return _one_by_one(settings, states)
 
 
-def _together(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
+def _together(settings: tuple[Any, ...], states: GeneratorStates, asked: list[int] | None) -> Any:
     try:
-        return _Together(*settings, states).result()
+        return _Together(*settings, states, asked).result()
     except NeedsWrappers:  # a tensor that is common receives what differs: all must be wrappers from birth
         states.restore()
-        return _Together(*settings, states, wrapped=True).result()
+        return _Together(*settings, states, asked, wrapped=True).result()
 
 
 def _one_by_one(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
@@ -126,80 +134,10 @@ def _one_by_one(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
     return pytree.tree_map(join, *results)
 
 
-class _Call:
-    """A sampler, the ensemble that it calls, and its arguments.
-
-    Attributes:
-        rows_last: whether arrays that it makes of tensors are its samples, row by row, and nothing comes after them.
-    """
-
-    def __init__(self, function: Callable[..., Any], ensemble: Ensemble, arguments: dict[str, Any]) -> None:
-        self.function, self.ensemble, self.arguments = function, ensemble, arguments
-        self.rows_last = False
-        self._names = inspect.signature(function).parameters
-
-    @classmethod
-    def of(cls, sampler: Any, ensemble: Ensemble | None, num_samples: int, arguments: dict[str, Any]) -> _Call:
-        """Find out what a sampler is, and which ensemble it calls."""
-        if not callable(sampler):
-            raise TypeError(f"sample_members: sampler is a {type(sampler).__name__}, expected one that can be called")
-        parts = getattr(sampler, "components", None)
-        if isinstance(parts, dict):  # a diffusers pipeline
-            return cls._of_pipeline(sampler, list(parts.values()), ensemble, num_samples, arguments)
-        if ensemble is None:
-            ensemble = getattr(getattr(sampler, "denoiser", None), "model", None)
-        if not isinstance(ensemble, Ensemble):
-            found = "none" if ensemble is None else f"a {type(ensemble).__name__}"
-            raise TypeError(
-                f"sample_members: expected the fastens.Ensemble that the sampler calls, got {found}; pass ensemble="
-            )
-        return cls(functools.partial(sampler, num_samples), ensemble, arguments)
-
-    @classmethod
-    def _of_pipeline(
-        cls, pipeline: Any, parts: list[Any], ensemble: Ensemble | None, num_samples: int, arguments: dict[str, Any]
-    ) -> _Call:
-        found = [part for part in parts if isinstance(part, Ensemble)] if ensemble is None else [ensemble]
-        if len(found) != 1:
-            raise TypeError(
-                f"sample_members: the pipeline has {len(found)} ensembles among its parts, expected one; pass ensemble="
-            )
-        call = cls(pipeline, found[0], {"output_type": "np", **arguments})
-        for name in ("batch_size", "num_images_per_prompt"):
-            if name in call._names:
-                call.arguments.setdefault(name, num_samples)
-                break
-        call.rows_last = True
-        return call
-
-    @contextlib.contextmanager
-    def seeded(self, generator: torch.Generator | int | None) -> Iterator[None]:
-        """Give the sampler its generator or seed, or seed torch's own for the time of the run."""
-        if "generator" in self._names:
-            if isinstance(generator, int):
-                generator = torch.Generator(self.ensemble.device).manual_seed(generator)
-            self.arguments.setdefault("generator", generator)
-            yield
-        elif "seed" in self._names:
-            if generator is not None:
-                self.arguments["seed"] = generator if isinstance(generator, int) else seed_from(generator)
-            yield
-        elif generator is None:
-            yield
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(generator if isinstance(generator, int) else seed_from(generator))
-                yield
-
-    def samples(self, output: Any) -> Any:
-        """The samples in what a pipeline returned; what any other sampler returned is its samples."""
-        return output[0] if self.rows_last else output
-
-
 class _Assigned:
     """What the ensemble does in a run in place of its rule."""
 
-    def __init__(self, call: _Call, branch_at: int) -> None:
+    def __init__(self, call: SamplerCall, branch_at: int) -> None:
         self._call, self._branch_at = call, branch_at
         self._evaluations = 0
 
@@ -235,21 +173,26 @@ class _Assigned:
 
 
 class _Together(_Assigned, Fold):
-    """The runs of all members at once: a pass over the sampler's own code."""
+    """The runs of all members at once: a pass over the sampler's own code.
+
+    Those that were asked for, of the chosen, are its result.
+    """
 
     def __init__(
         self,
-        call: _Call,
+        call: SamplerCall,
         chosen: list[int],
         num_samples: int,
         shared: bool,
         branch_at: int,
         states: GeneratorStates,
+        asked: list[int] | None = None,
         wrapped: bool = False,
     ) -> None:
         Fold.__init__(self, Hidden(len(chosen), len(chosen)), wrapped=wrapped)
         _Assigned.__init__(self, call, branch_at)
         self._chosen, self._num_samples, self._shared, self._states = chosen, num_samples, shared, states
+        self._asked = [*range(len(chosen))] if asked is None else asked
         self._ended = False
 
     def _argument(self, x: Any) -> Any:
@@ -257,27 +200,24 @@ class _Together(_Assigned, Fold):
 
     def result(self) -> Any:
         """Run the sampler; [K, N, ...]."""
+        asked, count = self._asked, len(self._chosen)
 
         def whole(x: Any) -> Any:
             if isinstance(x, np.ndarray) and self._ended:
-                return x.reshape(len(self._chosen), -1, *x.shape[1:])
+                return x.reshape(count, -1, *x.shape[1:])[asked]
             if not isinstance(x, Tensor):
                 return x
-            return self.stack(x) if member_valued(x) else plain(x).expand(len(self._chosen), *x.shape).clone()
+            return self.stack(x)[asked] if member_valued(x) else plain(x).expand(len(asked), *x.shape).clone()
 
         output = super().result()
         if self._ended and isinstance(output, list):  # images
-            count = len(output) // len(self._chosen)
-            return [output[i : i + count] for i in range(0, len(output), count)]
+            rows = len(output) // count
+            return [output[k * rows : (k + 1) * rows] for k in asked]
         return pytree.tree_map(whole, output)
 
     def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
         if self._ended:
             raise NotFoldable("the sampler goes on after it made an array of its samples")
-        if common:
-            if any(map(member_valued, leaves_of((args, kwargs)))):
-                raise NotFoldable("the members' states differ before branch_at")
-            return self.common(ensemble(*mapped(plain, args), **mapped(plain, kwargs)))
         chosen = torch.tensor(self._chosen, device=ensemble.device)
         place = {k: i for i, k in enumerate(self._chosen)}  # members that were not asked for see any other's arguments
         entries = torch.tensor([place.get(k, 0) for k in range(ensemble.num_members)], device=ensemble.device)
@@ -294,6 +234,8 @@ class _Together(_Assigned, Fold):
             return self.wrap(stack if every else stack[chosen.to(stack.device)])
 
         args, kwargs = pytree.tree_map(given, (args, kwargs))
+        if common:
+            return self.common(ensemble(*args, **kwargs))
         return ensemble._combine(ensemble._evaluate(args, kwargs), own)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -342,7 +284,9 @@ class _Together(_Assigned, Fold):
 class _Alone(_Assigned, TorchFunctionMode):
     """The run of one member, its rows assigned to it."""
 
-    def __init__(self, call: _Call, member: int, first_sample: int, branch_at: int, states: GeneratorStates) -> None:
+    def __init__(
+        self, call: SamplerCall, member: int, first_sample: int, branch_at: int, states: GeneratorStates
+    ) -> None:
         TorchFunctionMode.__init__(self)
         _Assigned.__init__(self, call, branch_at)
         self._member, self._first_sample, self._states = member, first_sample, states

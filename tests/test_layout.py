@@ -11,7 +11,7 @@ LEVELS = [  # a module imports from its own level or below
     {"cli", "__main__"},
     {"ratios", "tune"},
     {"composition", "demo", "interop", "evaluation", "merging", "tabular", "samplers", "training", "uncertainty"},
-    {"runs", "distributed"},
+    {"runs", "sampler_call", "distributed"},
     {
         "ensemble",
         "by_rows",

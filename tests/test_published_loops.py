@@ -89,6 +89,19 @@ def test_branches_with_each_members_own_conditions():
     found = fastens.sample_members(lambda num: ddim(ensemble, start, y), None, N, ensemble=ensemble, branch_at=branch)
     assert relative_error(found, torch.stack(branched)) < 1e-10
 
+    x = start
+    with torch.no_grad():  # the same, where each has been guided by its own conditions from the start
+        for i in range(branch):
+            t, now, then = times[i].expand(N), ALPHAS[times[i]], ALPHAS[times[i + 1]]
+            plain = torch.stack([net(x, t, none[k]) for k, net in enumerate(nets)]).mean(0)
+            noise = plain + 3.0 * (torch.stack([net(x, t, own[k]) for k, net in enumerate(nets)]).mean(0) - plain)
+            x = then.sqrt() * (x - (1 - now).sqrt() * noise) / now.sqrt() + (1 - then).sqrt() * noise
+        branched = [ddim(net, x, own[k], none[k], first=branch) for k, net in enumerate(nets)]
+    found = fastens.sample_members(
+        lambda num, **c: ddim(ensemble, start, **c), None, N, ensemble=ensemble, branch_at=branch, **given
+    )
+    assert relative_error(found, torch.stack(branched)) < 1e-10
+
 
 def test_last_layers_that_are_drawn_and_overwritten():
     """DIFF-UQ (arXiv 2502.20946) and BayesDiff (arXiv 2310.11142): whole runs, the last layer overwritten between."""

@@ -64,6 +64,32 @@ def test_members_share_a_trajectory_up_to_the_branch(which):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("members", [None, [2, 0]])
+@pytest.mark.parametrize("branch", [1, 3])
+def test_arguments_of_the_members_own_before_the_branch(which, branch, members):
+    """The rule's answer is of all members, each by its own argument, whichever runs are asked for."""
+    own = torch.tensor([0.5, -1.0, 4.0])
+    given = fastens.PerMember(list(own))
+    found = fastens.sample_members(
+        steps(which, noise=torch.zeros_like), members, N, ensemble=which, generator=0, branch_at=branch, condition=given
+    )
+    asked = torch.tensor([0, 1, 2] if members is None else members)
+    moved = branch * (own.mean() + 1) + (4 - branch) * (asked + own[asked])
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, torch.randn(N, 3) + moved[:, None, None])
+
+
+def test_runs_that_must_be_apart_have_no_common_part_by_own_arguments(which):
+    def reads(num, condition):
+        x = which(torch.zeros(num, 3), condition)
+        return which(x if float(which(x, condition)[0, 0]) > 0 else -x, condition)
+
+    with pytest.raises(ValueError, match=r"one after the other.*all members' own arguments \(PerMember\)"):
+        fastens.sample_members(
+            reads, None, N, ensemble=which, branch_at=1, condition=fastens.PerMember(list(torch.arange(3.0)))
+        )
+
+
 def steps_by_number(which, k, branch):
     def sample(num):
         x = torch.randn(num, 3)
