@@ -18,8 +18,8 @@ from fastens.draws import numbers_of
 from fastens.ensemble import Ensemble
 from fastens.fold.arguments import PerMember
 from fastens.fold.dispatch import RANDOM, Fold, run_common
+from fastens.fold.leaves import same
 from fastens.fold.nested import leaves_of, mapped, plain
-from fastens.fold.rules.random import dropout
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import NeedsWrappers, promote, writes_to
@@ -70,7 +70,8 @@ def sample_members(
     Raises:
         TypeError: no ensemble; a sampler that cannot be called, numbers of another kind.
         ValueError: members that there are not, N below 1, ``branch_at`` outside the evaluations, a rule that draws
-            members before it; arguments of the members' own before it where the runs cannot be made together.
+            members before it; arguments of the members' own before it where the runs cannot be made together; runs
+            that return other shapes or structures.
         RuntimeError: rows have members of their own already.
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
@@ -126,12 +127,22 @@ def _one_by_one(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
             states.restore()
         results.append(_Alone(call, k, 0 if shared else i * num_samples, branch_at, states).result())
 
+    if call.rows_last and isinstance(results[0], list):  # images
+        return results
+
     def join(*parts: Any) -> Any:
         if isinstance(parts[0], Tensor):
             return torch.stack(parts)
-        return np.stack(parts) if isinstance(parts[0], np.ndarray) else list(parts)
+        if isinstance(parts[0], np.ndarray):
+            return np.stack(parts)
+        return parts[0] if all(same(parts[0], part) for part in parts) else list(parts)
 
-    return pytree.tree_map(join, *results)
+    try:
+        return pytree.tree_map(join, *results)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"sample_members: the members' runs return what cannot be stacked ({error}); return samples of one shape"
+        ) from error
 
 
 class _Assigned:
@@ -241,7 +252,7 @@ class _Together(_Assigned, Fold):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sharing = self._shared or not self.branched
-        if func in RANDOM and RANDOM[func] is not dropout:
+        if func in RANDOM:
             self._states.note(kwargs.get("generator"))
             if sharing:
                 return self._drawn_alike(func, args, kwargs)

@@ -16,35 +16,23 @@ from fastens.evaluation import Denoiser
 from fastens.evaluation import sample as sample_by_ddim
 from tests.networks import mlp, randomised, unet_2d
 from tests.tolerances import relative_error
-from tests.whole_runs import CONDITION, DOUBLE, K, N, alone, runs_are_made_together, together, unets  # noqa: F401
-
-
-class Which(nn.Module):
-    """A member that returns its own number, so that it can be read off; and adds a condition."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = nn.Parameter(torch.tensor([float(number)]))
-
-    def forward(self, x, condition=0.0):
-        return x * 0 + self.number + condition
+from tests.whole_runs import (  # noqa: F401
+    CONDITION,
+    DOUBLE,
+    K,
+    N,
+    Which,
+    alone,
+    runs_are_made_together,
+    steps,
+    together,
+    unets,
+)
 
 
 @pytest.fixture(params=["fold", "loop"])
 def which(request):
     return fastens.Ensemble([Which(k) for k in range(K)], engine=request.param)
-
-
-def steps(ensemble, count=4, condition=0.0, noise=torch.randn_like):
-    """Adds up what the ensemble returns, and then noise."""
-
-    def sample(num, condition=condition):
-        x = torch.randn(num, 3)
-        for _ in range(count):
-            x = x + ensemble(x, condition) + noise(x)
-        return x
-
-    return sample
 
 
 def test_which_members_run(which):

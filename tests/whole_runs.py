@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import fastens
 from tests.networks import randomised, unet_2d
@@ -38,3 +39,26 @@ def alone(sample, models, seed=0):
 def together(sample, ensemble, seed=0, **options):
     torch.manual_seed(seed)
     return fastens.sample_members(sample(ensemble), None, N, ensemble=ensemble, **options)
+
+
+class Which(nn.Module):
+    """A member that returns its own number, so that it can be read off; and adds a condition."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor([float(number)]))
+
+    def forward(self, x, condition=0.0):
+        return x * 0 + self.number + condition
+
+
+def steps(ensemble, count=4, condition=0.0, noise=torch.randn_like):
+    """Adds up what the ensemble returns, and then noise."""
+
+    def sample(num, condition=condition):
+        x = torch.randn(num, 3)
+        for _ in range(count):
+            x = x + ensemble(x, condition) + noise(x)
+        return x
+
+    return sample

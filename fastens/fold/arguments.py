@@ -30,7 +30,7 @@ class PerMember:
     """An argument of which every member has its own: ``ens(x, t, fastens.PerMember([c_0, ..., c_K-1]))``.
 
     Args:
-        values: K tensors of one shape, or K numbers, which a member gets as tensors of no dimension.
+        values: K tensors of one shape, or K numbers, which a member gets as tensors of no dimension (float64, int64).
 
     Raises:
         ValueError: no values, or tensors of different shapes.
@@ -44,7 +44,7 @@ class PerMember:
         if not all(isinstance(v, Tensor | int | float) for v in values):
             kinds = sorted({type(v).__name__ for v in values})
             raise TypeError(f"PerMember takes tensors or numbers, got {', '.join(kinds)}")
-        tensors = [v if isinstance(v, Tensor) else torch.tensor(v) for v in values]
+        tensors = [v if isinstance(v, Tensor) else _exact(v) for v in values]
         if len({x.shape for x in tensors}) > 1:
             raise ValueError(f"PerMember: the values are of shapes {[list(x.shape) for x in tensors]}, expected one")
         self.stack = torch.stack(tensors)
@@ -63,6 +63,11 @@ class PerMember:
 
     def __len__(self) -> int:
         return len(self.stack)
+
+
+def _exact(number: float) -> Tensor:
+    """A number as a tensor that has all its digits; of no dimension, it leaves the dtype of others as it is."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
 class Arguments:

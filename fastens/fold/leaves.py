@@ -145,7 +145,7 @@ def alike(column: Sequence[Any], of: str = "members") -> Any:
             f"members return a {type(first).__name__}, whose tensors the ensemble does not know; "
             "register it with torch.utils._pytree.register_pytree_node, or return tensors, tuples or dicts"
         )
-    different = next((other for other in column[1:] if not _same(first, other)), first)
+    different = next((other for other in column[1:] if not same(first, other)), first)
     if different is not first:
         raise TypeError(
             f"{of} return {first!r} and {different!r}: a rule combines floating-point tensors only; "
@@ -154,7 +154,8 @@ def alike(column: Sequence[Any], of: str = "members") -> Any:
     return first
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors are equal; NaN is equal to itself."""
     return a is b or (type(a) is type(b) and (a == b or (a != a and b != b)))
 
 

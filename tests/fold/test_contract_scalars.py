@@ -45,3 +45,24 @@ def test_weights_of_each_sample_do_not_go_with_one_number():
     held = Held(lambda k: Loss(False), 2, rule=rule, schedule=fastens.schedules.VP())
     with pytest.raises(ValueError, match=r"expected \[5, \.\.\.\]"):
         held.ensemble(torch.randn(5, 4), torch.rand(5))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, scale):
+        return self.inner(x * scale) + torch.sin(x + scale * 0.1) * scale**2
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("planned", [False, True])
+def test_numbers_of_each_member_keep_their_digits_and_no_dtype(engine, dtype, planned):
+    members, scales = [Scaled().to(dtype) for _ in range(3)], [0.1, 0.7, 1 / 3]
+    ensemble, x = fastens.Ensemble(members, engine=engine), torch.randn(5, 4, dtype=dtype)
+    with torch.set_grad_enabled(not planned):
+        found = [ensemble(x, fastens.PerMember(scales)) for _ in range(3)][-1]
+        expected = torch.stack([member(x, scale) for member, scale in zip(members, scales, strict=True)]).mean(0)
+    torch.testing.assert_close(found, expected, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
