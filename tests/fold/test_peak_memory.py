@@ -93,3 +93,23 @@ def test_the_check_adds_no_more_than_one_folded_pass(backend):
         FirstPass(engine, Arguments((x,), {}, MEMBERS), "key", plannable=False, method="forward").run()
     outputs = 2 * MEMBERS * x.numel() * 4  # of the loop and of the fold
     assert allocations.peak <= SLACK * (outputs + 2 * ACTIVATIONS)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_of_members_hold_one_pass_of_as_many_rows(backend, monkeypatch):
+    """A batch of K B rows that have members holds what the rule's pass on B rows does, and not K times that."""
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
+    members, x = members_and_input()
+    ensemble = fastens.Ensemble(members, backend=backend)
+    rows = x.repeat(MEMBERS, 1, 1, 1)
+    with torch.no_grad(), ensemble.assigned(per_member=BATCH):
+        ensemble(rows)
+        plan_bytes = ensemble.report().plan_bytes
+        with Allocations() as allocations:
+            ensemble(rows)
+    outputs = 2 * rows.numel() * 4
+    assert allocations.peak <= SLACK * (outputs + ACTIVATIONS * 3 / 2)
+    with torch.no_grad():
+        ensemble.refresh()
+        ensemble(x)
+    assert plan_bytes <= SLACK * (ensemble.report().plan_bytes + outputs)
