@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up everything they need in .venv; see `make help`.
 TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 
 # Bytecode is compiled when a module is first imported; most of what pip would compile is never.
@@ -29,63 +30,63 @@ help:
 	@echo "make bench  run the benchmarks"
 	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
 	@echo "make train  train the demo's members again"
-	@echo "TORCH='torch==2.12.0' or TORCH_INDEX=URL choose another torch"
+	@echo "TORCH='torch==2.12.0' or TORCH_INDEX=URL choose another torch, VENV=FOLDER another environment"
 
-.venv/python:
+$(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; pass PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@$(BIN)/$(PIP) ninja
 	@touch $@
 
-.venv/dev: .venv/python pyproject.toml demo/pyproject.toml setup.py tests/interop/requirements.txt
+$(VENV)/dev: $(VENV)/python pyproject.toml demo/pyproject.toml setup.py tests/interop/requirements.txt
 	$(BIN)/$(PIP) -e demo -e ".[dev]"
 	$(BIN)/$(PIP) --no-deps -r tests/interop/requirements.txt
 	@touch $@
 
-.venv/demo: .venv/python pyproject.toml demo/pyproject.toml setup.py
+$(VENV)/demo: $(VENV)/python pyproject.toml demo/pyproject.toml setup.py
 	@$(BIN)/$(PIP) -e demo -e ".[demo]"
 	@touch $@
 
 # Follows the sources. Exit status 3: nothing to build with here, so the reference kernels serve.
-build/native: $(SOURCES) | .venv/python
+build/native: $(SOURCES) | $(VENV)/python
 	@mkdir -p build
 	@$(BIN)/python fastens/_build.py fastens/_lib build/cpu > build/native.log 2>&1 && touch $@ \
 	  || { status=$$?; tail -n 30 build/native.log; test $$status -eq 3; }
 
-demo: .venv/demo build/native
+demo: $(VENV)/demo build/native
 	@$(BIN)/fastens demo
 
-test: .venv/dev build/native
+test: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler and not interpreted and not full" tests
 
 # The combinations of parameters that `make test` samples.
-test-full: .venv/dev build/native
+test-full: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "full and not interpreted" tests
 
 # Kernels in Triton's interpreter in the dtypes that `make test` leaves out.
-test-interpreted: .venv/dev build/native
+test-interpreted: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted tests/ops tests/fold
 
 # The native library under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run it.
 SANITIZED := build/sanitized
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
-$(SANITIZED)/library: $(SOURCES) | .venv/python
+$(SANITIZED)/library: $(SOURCES) | $(VENV)/python
 	FASTENS_SANITIZE=1 $(BIN)/python fastens/_build.py $(SANITIZED) $(SANITIZED)/objects > build/sanitized.log 2>&1 \
 	  || { tail -n 30 build/sanitized.log; false; }
 	@touch $@
 
-test-sanitizers: .venv/dev $(SANITIZED)/library
+test-sanitizers: $(VENV)/dev $(SANITIZED)/library
 	FASTENS_LIB=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q -p no:faulthandler $(NATIVE_TESTS) -k "not triton"
 
 # The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
-test-gpu-sample: .venv/dev
+test-gpu-sample: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m gpu_compiler tests/kernels
 
 # diffusers' own tests of models on ensembles: SOURCE is a checkout of diffusers, whose wheel has no tests.
 SOURCE ?= ../diffusers
-test-diffusers: .venv/dev
+test-diffusers: $(VENV)/dev
 	$(BIN)/$(PIP) accelerate
 	DIFFUSERS_SOURCE=$(abspath $(SOURCE)) $(BIN)/python -m pytest -q tests/interop/test_diffusers_mixins.py
 
@@ -93,46 +94,46 @@ test-diffusers: .venv/dev
 NETWORKS ?= 10000
 SEED ?= 0
 JOBS ?= 2
-fuzz: .venv/dev build/native
+fuzz: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --jobs $(JOBS)
 
 # Minutes: every network of others against the loop, and the table of docs/atlas.md; `make test` compares a sample.
-atlas: .venv/dev build/native
+atlas: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/atlas/every_network.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.atlas
 
 # Minutes: every Triton kernel and the CUDA library, compiled in full for every GPU; needs no GPU.
-test-gpu-build: .venv/dev
+test-gpu-build: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/kernels/every_target.py
 
 # Minutes: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read. Another Triton than
-# the one in .venv: TRITON=FOLDER, where its wheel is unpacked.
-test-gpu-code: .venv/dev
+# the one in $(VENV): TRITON=FOLDER, where its wheel is unpacked.
+test-gpu-code: $(VENV)/dev
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
 
 # Static: what it documents is parsed, not imported.
-docs: .venv/dev
+docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site: build/site/index.html"
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files 'csrc/*' | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pyright
 
-bench: .venv/dev build/native
+bench: $(VENV)/dev build/native
 	$(BIN)/fastens bench
 
-train: .venv/demo
+train: $(VENV)/demo
 	$(BIN)/python -m fastens.demo.train
 
-wheel: .venv/python
+wheel: $(VENV)/python
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --no-deps -w dist . ./demo
 	@ls dist
 
-build/wheel-venv/python: .venv/python
+build/wheel-venv/python: $(VENV)/python
 	$(BIN)/python -m venv build/wheel-venv
 	build/wheel-venv/bin/$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
@@ -144,4 +145,4 @@ test-wheel: wheel build/wheel-venv/python
 	build/wheel-venv/bin/fastens info
 
 clean:
-	rm -rf build dist *.egg-info fastens/_lib .venv
+	rm -rf build dist *.egg-info fastens/_lib $(VENV)
