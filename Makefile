@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 
+# A CPU build of torch names no Triton; this is the one that goes with it.
+TRITON_OF := $(if $(filter torch==2.13.0,$(TORCH)),"triton<3.8; platform_system == 'Linux'")
+
 # Bytecode is compiled when a module is first imported; most of what pip would compile is never.
 PIP := python -m pip install -q --no-compile
 
@@ -40,7 +43,7 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/dev: $(VENV)/python pyproject.toml demo/pyproject.toml setup.py tests/interop/requirements.txt
-	$(BIN)/$(PIP) -e demo -e ".[dev]"
+	$(BIN)/$(PIP) -e demo -e ".[dev]" $(TRITON_OF)
 	$(BIN)/$(PIP) --no-deps -r tests/interop/requirements.txt
 	@touch $@
 

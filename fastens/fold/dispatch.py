@@ -256,17 +256,16 @@ _NAMESPACES: tuple[Any, ...] = (
     torch.nn.functional,
     torch._C._nn,
     torch.special,
-    torch.linalg,
-    torch.fft,
     torch._C._VariableFunctions,
 )
 
 
 def named(*names: str) -> list[Any]:
-    """Every torch function and method of these names, each once."""
+    """Every torch function and method of these names, each once; ``linalg.norm`` is that of ``torch.linalg`` alone."""
     found: dict[Any, None] = {}
     for name in " ".join(names).split():
-        for space in _NAMESPACES:
+        module, _, name = name.rpartition(".")
+        for space in (getattr(torch, module),) if module else _NAMESPACES:
             function = getattr(space, name, None)
             if callable(function) and not isinstance(function, type | python_types.ModuleType):
                 found.setdefault(function)

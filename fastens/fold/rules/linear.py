@@ -50,7 +50,7 @@ def _as_weight(fold: Fold, x: Any, other: Any) -> bool:
     return member_valued(other) and other.ndim == 2 and x.ndim >= 2 and not fold.hidden.whole
 
 
-@rule(*named("matmul __matmul__ mm bmm"), own_op=True)
+@rule(*named("matmul linalg.matmul __matmul__ mm bmm"), own_op=True)
 def matmul(fold: Fold, func: Any, input: Any, other: Any) -> Any:
     """Products of matrices and vectors."""
     if not isinstance(input, Tensor) or not isinstance(other, Tensor):

@@ -18,7 +18,7 @@ _ALONG_ONE = "softmax log_softmax softmin cumsum cumprod cummax cummin logcumsum
 _ALL = object()
 
 
-@rule(*named(_OVER_SOME), torch.linalg.vector_norm)
+@rule(*named(_OVER_SOME, "linalg.vector_norm"))
 def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Reduce over all of a member's dimensions, or those that are named."""
     name = func.__name__.removeprefix("linalg_")
@@ -36,9 +36,7 @@ def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if name in ("norm", "vector_norm"):
         order = args[0] if args else kwargs.pop("p", kwargs.pop("ord", 2))
         before, args = (2 if order is None or (order == "fro" and name == "norm") else order,), args[1:]
-        if isinstance(before[0], str) or (name == "norm" and func is torch.linalg.norm):
-            return NotImplemented
-        if name == "norm" and len(args) > 2:
+        if isinstance(before[0], str) or (name == "norm" and len(args) > 2):
             return NotImplemented
     stack = fold.stack(x)
     if name in ("std", "var", "std_mean", "var_mean") and args and isinstance(args[0], bool):

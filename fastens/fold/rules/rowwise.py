@@ -53,7 +53,7 @@ def triangle(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return fold.wrap(func(fold.stack(x), *args, **kwargs)) if x.ndim > 1 else NotImplemented
 
 
-@rule(*named("fft ifft rfft irfft fft2 ifft2 rfft2 irfft2"))
+@rule(*named("fft.fft fft.ifft fft.rfft fft.irfft fft.fft2 fft.ifft2 fft.rfft2 fft.irfft2"))
 def fourier(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Transforms of the last dimensions; of others entry by entry."""
     least = 2 if func.__name__.endswith("2") else 1

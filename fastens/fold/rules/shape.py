@@ -178,7 +178,7 @@ def unbind(fold: Fold, func: Any, x: Any, dim: int = 0) -> Any:
     return iter(parts) if func is Tensor.__iter__ else parts
 
 
-@rule(*named("select narrow diagonal flip roll index_select repeat_interleave movedim_"))
+@rule(*named("select narrow diagonal linalg.diagonal flip roll index_select repeat_interleave movedim_"))
 def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Functions of one dimension, or of some, that are given by number."""
     name = func.__name__
