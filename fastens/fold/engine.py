@@ -153,6 +153,8 @@ class FoldEngine:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
+        if self.engine == "loop" and self._views.stale:
+            self._unshare_all(weights=False)  # of what was put in
         return self._views.get()
 
     def attribute(self, name: str) -> Any:

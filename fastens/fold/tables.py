@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.parameter import is_lazy
 
+from fastens.fold.dispatch import current_fold
 from fastens.fold.held import member_values
 from fastens.fold.stand_ins import standing_in, traced, tracing
-from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
+from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
@@ -74,18 +77,22 @@ def alone(k: int) -> Iterator[None]:
 class Stacks(dict[str, Any]):
     """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
 
-    Listed (optimizers, state dicts, ``to``) it has the stacks [K, ...]; read by name, as ``module.weight`` does, a
-    :class:`MemberTensor`. A tensor that all members share is the same to both.
+    Listed (optimizers, state dicts, ``to``) it has the stacks [K, ...]; read by name, as ``module.weight`` does, or
+    listed by the network's own code in a pass, a :class:`MemberTensor`. A tensor that all members share is the same to
+    both.
 
     Args:
         tensors: stacks and shared tensors by name.
         num_members: K.
         common: names of the shared ones.
+        put_in: whether the module was put in later, whose parameters stay one object in all members.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str]) -> None:
+    def __init__(
+        self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str], put_in: bool = False
+    ) -> None:
         super().__init__(tensors)
-        self.num_members = num_members
+        self.num_members, self.put_in = num_members, put_in
         self.common = set(common)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
@@ -102,11 +109,11 @@ class Stacks(dict[str, Any]):
             self.barrier.writes += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Stacks, (list(super().items()), self.num_members, self.common)
+        return Stacks, (list(super().items()), self.num_members, self.common, self.put_in)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
-        return Stacks(items, self.num_members, self.common)
+        return Stacks(items, self.num_members, self.common, self.put_in)
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
@@ -122,20 +129,26 @@ class Stacks(dict[str, Any]):
             return part_of(tensor, k)
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
-            with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
-                seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
-                STACKS[memory_of(tensor)] = tensor
+            seen = self._seen[name] = of_stack(tensor, self.num_members)
+            STACKS[memory_of(tensor)] = tensor
         return seen
 
     def items(self) -> Any:
-        """Names and stacks."""
+        """Names and stacks; in a pass of the network, what its members see."""
+        if self._in_pass():
+            return [(name, self[name]) for name in self]
         if _SEEN.get() is None:
             return super().items()
         return ((name, None if stack is None else as_seen(stack)) for name, stack in super().items())
 
     def values(self) -> Any:
-        """The stacks."""
-        return super().values() if _SEEN.get() is None else (stack for _, stack in self.items())
+        """The stacks; in a pass of the network, what its members see."""
+        plain = _SEEN.get() is None and not self._in_pass()
+        return super().values() if plain else (tensor for _, tensor in self.items())
+
+    def _in_pass(self) -> bool:
+        fold = current_fold()
+        return fold is not None and id(self) in fold.tables
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
@@ -203,14 +216,15 @@ class OfMember(dict[str, Any]):
     Args:
         source: the stacks.
         k: the member.
+        parts: what was read of each stack by all its tables, while it is held: tied tensors are one object.
     """
 
-    def __init__(self, source: Stacks, k: int) -> None:
+    def __init__(self, source: Stacks, k: int, parts: weakref.WeakValueDictionary[Any, Tensor]) -> None:
         super().__init__(dict.fromkeys(source))
-        self.source, self.k = source, k
+        self.source, self.k, self._parts = source, k, parts
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
         # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
-        self._given: dict[str, tuple[Tensor, int, tuple[bool, bool], int, bool]] = {}
+        self._given: dict[str, tuple[Tensor, int, Any]] = {}
         self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
 
     def _read(self, name: str) -> Any:
@@ -233,13 +247,15 @@ class OfMember(dict[str, Any]):
         if traced((tensor,)):
             return part_of(tensor, self.k)
         before, mode = self._given.get(name), (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        read = (*mode, id(tensor), tensor.requires_grad)
         if before is not None:
-            own, address, read_in, stack, required = before
-            current = (read_in, stack, required) == (mode, id(tensor), tensor.requires_grad)
-            if own.data_ptr() != address or (current and self._is_in_place(name, own)):
+            own, address, read_before = before
+            if own.data_ptr() != address or (read_before == read and self._is_in_place(name, own)):
                 return own  # to a member, one object
-        own = part_of(tensor, self.k)
-        self._given[name] = own, own.data_ptr(), mode, id(tensor), tensor.requires_grad
+        own = self._parts.get(read)
+        if own is None or not self._is_in_place(name, own):
+            own = self._parts[read] = part_of(tensor, self.k)
+        self._given[name] = own, own.data_ptr(), read
         return own
 
     def __getitem__(self, name: str) -> Any:
@@ -321,13 +337,20 @@ class OfMember(dict[str, Any]):
 
 
 def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
-    """Every table of a folded network, with the path of its module and the module."""
-    return [
-        (path, module, table)
-        for path, module in modules_of(network)
-        for table in (module._parameters, module._buffers)
-        if isinstance(table, Stacks)
-    ]
+    """Every table of a folded network, with the path of its module and the module.
+
+    A module that was put in later has tables of its own, which become tables of what all members share.
+    """
+    names = "_parameters", "_buffers"
+    found = [(path, module, name, vars(module).get(name)) for path, module in modules_of(network) for name in names]
+    num_members = next((table.num_members for *_, table in found if isinstance(table, Stacks)), None)
+    tables: list[tuple[str, nn.Module, Stacks]] = []
+    for path, module, name, table in found:
+        if num_members is not None and type(table) is dict and not any(map(is_lazy, table.values())):
+            table = vars(module)[name] = Stacks(table.items(), num_members, table, put_in=True)
+        if isinstance(table, Stacks):
+            tables.append((path, module, table))
+    return tables
 
 
 def unshare(network: nn.Module, names: Iterable[str]) -> bool:
@@ -335,8 +358,9 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     wanted = set(names)
     shared = [
         (table, name, dict.__getitem__(table, name), f"{path}.{name}" if path else name)
-        for path, _, table in (tables_of(network) if wanted else ())
+        for path, module, table in (tables_of(network) if wanted else ())
         for name in table.common
+        if not (table.put_in and name in vars(module)["_parameters"])
     ]
     stacks: dict[int, Any] = {id(x): None for _, _, x, full in shared if full in wanted and x is not None}
     for table, name, tensor, _ in shared:
@@ -364,12 +388,12 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
                 memo[id(table[name])] = own
     for value in member_values(network):  # what its forward left behind in attributes
         memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
-    view = copy.deepcopy(network, memo)
+    view, parts = copy.deepcopy(network, memo), weakref.WeakValueDictionary()
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]
             if isinstance(table, Stacks):
-                module.__dict__[name] = OfMember(table, k)
+                module.__dict__[name] = OfMember(table, k, parts)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view
