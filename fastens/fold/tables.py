@@ -259,6 +259,9 @@ class OfMember(dict[str, Any]):
         return own
 
     def __getitem__(self, name: str) -> Any:
+        if torch.compiler.is_dynamo_compiling() and name in self.source and name not in self.own:  # in torch.cond
+            stack = dict.__getitem__(self.source, name)
+            return stack if stack is None or name in self.source.common else stack[self.k]
         with torch._C.DisableTorchFunction():  # that it is read is no use that the member's own code makes of it
             return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
 
