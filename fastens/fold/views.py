@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastens.fold.alike import HOOK_TABLES, attributes_apart
 from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.members import replaced
+from fastens.fold.of_member import OfMember, view_of_member
 from fastens.fold.state import REREAD
-from fastens.fold.tables import OfMember, view_of_member
 from fastens.fold.tensor import tensors_of
 
 _NO_STATE = {"_barrier", "training"}
