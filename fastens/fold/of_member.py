@@ -31,6 +31,11 @@ def read_through(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         _READ.reset(token)
 
 
+# Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
+# that what autograd saved of the member before is as it was.
+_COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
 class OfMember(dict[str, Any]):
     """One member's parameters or buffers, read from the stacks whenever they are read.
 
@@ -67,15 +72,15 @@ class OfMember(dict[str, Any]):
             return tensor
         if traced((tensor,)):
             return part_of(tensor, self.k)
-        before, copied = self._given.get(name), name in self.source.copied
+        before, copied = self._given.get(name), id(tensor) in _COPIED
         mode = None if copied else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         read = mode, id(tensor), tensor.requires_grad
         if before is not None:
             own, address, read_before, _ = before
             if own.data_ptr() != address or (read_before == read and (copied or self._is_in_place(name, own))):
                 return own  # to a member, one object
-        own = None if copied else self._parts.get(read)
-        if own is None or not self._is_in_place(name, own):
+        own = self._parts.get(read)
+        if own is None or not (copied or self._is_in_place(name, own)):
             with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
                 own = self._parts[read] = part_of(tensor, self.k, copied)
         first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
@@ -101,6 +106,10 @@ class OfMember(dict[str, Any]):
         self._put[name] = value
         self.setdefault(name, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """What a copy of the member's module has, which its code makes: tensors of its own."""
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
     def _is_in_place(self, name: str, value: Any) -> bool:
         """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
         stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
@@ -124,13 +133,18 @@ class OfMember(dict[str, Any]):
             apart: apart from the stacks.
             copies: whether members get copies from now on of what this one wrote to in place.
         """
-        written = [name for name, (own, *_, before) in self._given.items() if _version(own) != before]
-        replaced = {name: own for name, (own, address, *_) in self._given.items() if own.data_ptr() != address}
-        replaced |= {name: self._given[name][0] for name in written if name in self.source.copied}
+        given = list(self._given.items())  # at once: other threads read as well
+        replaced = {name: own for name, (own, address, *_) in given if own.data_ptr() != address}
+        written = {name: own for name, (own, *_, before) in given if own.is_inference() or _version(own) != before}
+        stacks = {name: dict.get(self.source, name) for name in written}
+        replaced |= {name: own for name, own in written.items() if id(stacks[name]) in _COPIED}
         if copies and torch.is_grad_enabled():
-            self.source.copied.update(written)
+            _COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
         replaced |= self._put
         self._put, self._given = {}, {}
+        for _, (_, _, read, _) in given:
+            if read[0] is None:  # a copy of this call
+                self._parts.pop(read, None)
         for name, value in replaced.items():
             if apart:
                 self._keep_here(name, value)

@@ -75,10 +75,6 @@ class Stacks(dict[str, Any]):
         num_members: K.
         common: names of the shared ones.
         put_in: whether the module was put in later, whose parameters stay one object in all members.
-
-    Attributes:
-        copied: names of what members write to in place, each to a copy that takes its place after the call: what
-            autograd saved of a member before is as it was.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class Stacks(dict[str, Any]):
     ) -> None:
         super().__init__(tensors)
         self.num_members, self.put_in = num_members, put_in
-        self.common, self.copied = set(common), set[str]()
+        self.common = set(common)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
         self.barrier: Any = None  # counts what replaces a tensor

@@ -28,9 +28,17 @@ class Normalised(nn.Module):
 
 
 class Tied(Normalised):
+    """Two layers of one weight, which is written to by the first's name."""
+
     def __init__(self):
         super().__init__()
         self.second.weight = self.first.weight
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.first.weight.mul_(0.9)
+        return self.second(torch.sin(self.first(x)))
 
 
 class Codebook(nn.Module):
@@ -80,12 +88,35 @@ def test_trains_as_members_do_apart(kind, engine):
         for member, one in zip(members, ensemble.members, strict=True):
             for name, expected in member.state_dict().items():
                 assert relative_error(one.state_dict()[name], expected) < 1e-5, (step, name)
-        ensemble.eval()
-        with torch.no_grad():
-            x = torch.randn(4, 6)
-            expected = torch.stack([copy.deepcopy(member).eval()(x) for member in members])
+        for mode, context in ((False, torch.no_grad), (True, torch.no_grad), (True, torch.inference_mode)):
+            ensemble.train(mode)
+            with context():
+                x = torch.randn(4, 6)
+                expected = torch.stack([member.train(mode)(x) for member in members])
+                assert relative_error(ensemble.member_outputs(x), expected) < 1e-5, (step, mode, context)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_member_copies_layers_of_its_own(enabled, engine):
+    class Copying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            twice = copy.deepcopy(self.layer)
+            with torch.no_grad():
+                twice.weight.mul_(2)
+            return twice(x) + copy.copy(self.layer)(x)
+
+    members = [Copying() for _ in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    with torch.set_grad_enabled(enabled):
+        for _ in range(3):
+            x = torch.randn(2, 6)
+            expected = torch.stack([member(x) for member in members])
             assert relative_error(ensemble.member_outputs(x), expected) < 1e-5
-        ensemble.train()
 
 
 def test_a_branch_by_torch_cond_runs_in_the_loop():
