@@ -22,43 +22,53 @@ def squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict
         data: batches.
 
     Returns:
-        One tensor per trainable parameter, by name, in float32 at least.
+        One tensor per trainable parameter, by name, in float32 at least; of a complex one [..., 2], its real and
+        imaginary parts'.
 
     Raises:
         ValueError: no data, losses that are not one number per sample, or parameters without gradient.
     """
-    model = copy.deepcopy(model).eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        return _squared_gradients(copy.deepcopy(model).eval(), loss, data)
+
+
+def _squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict[str, Tensor]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable parameters")
-    total = {n: torch.zeros(p.shape, dtype=_wide(p), device=p.device) for n, p in trainable.items()}
+    total = {name: torch.zeros_like(_parts(p), dtype=_wide(p)) for name, p in trainable.items()}
     count = 0
-    with torch.enable_grad():
-        for batch in data:
-            losses = loss(model, batch)
-            if losses.ndim != 1:
-                raise ValueError(f"loss returns {list(losses.shape)}, expected one number for each sample, [B]")
-            for i in range(len(losses)):
-                keep = i + 1 < len(losses)
-                grads = torch.autograd.grad(losses[i], list(trainable.values()), retain_graph=keep, allow_unused=True)
-                for name, grad in zip(trainable, grads, strict=True):
-                    if grad is not None:
-                        total[name] += grad.to(total[name].dtype) ** 2
-                count += 1
+    for batch in data:
+        losses = loss(model, batch)
+        if losses.ndim != 1:
+            raise ValueError(f"loss returns {list(losses.shape)}, expected one number for each sample, [B]")
+        for i in range(len(losses)):
+            keep = i + 1 < len(losses)
+            grads = torch.autograd.grad(losses[i], list(trainable.values()), retain_graph=keep, allow_unused=True)
+            for name, grad in zip(trainable, grads, strict=True):
+                if grad is not None:
+                    total[name] += _parts(grad).to(total[name].dtype) ** 2
+            count += 1
     if not count:
         raise ValueError("data is empty, expected at least one batch")
     return total
 
 
+def _parts(x: Tensor) -> Tensor:
+    """The real numbers that a tensor consists of: of a complex one [..., 2], in its memory."""
+    x = x.detach()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def _wide(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
+    return torch.promote_types(_parts(p).dtype, torch.float32)
 
 
 class LaplaceMembers(Sequence[nn.Module]):
     """K draws theta + tau (H + lambda)^(-1/2) z around a checkpoint, each made when it is asked for.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint, of which a copy is kept: the draws stay what they are where it is trained on.
         curvature: H by parameter name, as :func:`squared_gradients` gives it.
         num_members: K.
         temperature: tau.
@@ -81,12 +91,13 @@ class LaplaceMembers(Sequence[nn.Module]):
             raise ValueError(
                 f"prior_precision is {prior_precision}, expected a number above 0: where H is 0 it decides"
             )
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}, expected 0 or more")
         unknown = set(curvature) - dict(model.named_parameters()).keys()
         if unknown:
             raise ValueError(f"curvature names {sorted(unknown)[0]!r}, which the model has not")
-        self._model, self._curvature, self._count = model, curvature, num_members
+        with torch.inference_mode(False):
+            self._model, self._curvature, self._count = copy.deepcopy(model), curvature, num_members
         self._temperature, self._prior, self._seed = temperature, prior_precision, seed
 
     def __len__(self) -> int:
@@ -95,18 +106,24 @@ class LaplaceMembers(Sequence[nn.Module]):
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(*k.indices(len(self)))]
+        given, k = k, k + self._count if k < 0 else k
         if not 0 <= k < self._count:
-            raise IndexError(f"draw {k} of {self._count}")
-        member = copy.deepcopy(self._model)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + k)
-        with torch.no_grad():
-            for name, parameter in member.named_parameters():
-                h = self._curvature.get(name)
-                if h is None:
-                    continue
-                z = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(h)
-                parameter.add_((self._temperature * (h + self._prior).rsqrt() * z).to(parameter.dtype))
+            raise IndexError(f"draw {given} of {self._count}")
+        with torch.inference_mode(False), torch.no_grad():
+            member = copy.deepcopy(self._model)
+            self._draw(member, torch.Generator().manual_seed(self._seed * 1_000_003 + k))
         return member
+
+    def _draw(self, member: nn.Module, generator: torch.Generator) -> None:
+        for name, parameter in member.named_parameters():
+            h = self._curvature.get(name)
+            if h is None:
+                continue
+            parts = _parts(parameter)
+            if h.shape != parts.shape:
+                raise ValueError(f"curvature of {name!r} is {list(h.shape)}, expected {list(parts.shape)}")
+            z = torch.randn(parts.shape, generator=generator, dtype=torch.float32).to(h)
+            parts.add_((self._temperature * (h + self._prior).rsqrt() * z).to(parts.dtype))
 
     def __iter__(self) -> Iterator[nn.Module]:
         return (self[k] for k in range(len(self)))

@@ -14,9 +14,9 @@ from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
 from fastens.fold.compiled import drawn_pass
 from fastens.fold.entering import entering
+from fastens.fold.of_member import settle
 from fastens.fold.row_by_row import each_row
 from fastens.fold.state import Rollback
-from fastens.fold.tables import settle
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns
 

@@ -57,6 +57,69 @@ def test_is_a_seeded_ensemble(data):
         assert relative_error(fastens.laplace(model, losses, data, 3, prior_precision=1e8)(x), model(x)) < 1e-2
 
 
+class Spectral(nn.Module):
+    """Complex weights, as in neural operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])
+
+
+def test_real_and_imaginary_parts_have_a_curvature_each(data):
+    torch.manual_seed(0)
+    model, batches = Spectral(), [(x[:, :4], noise[:, :4]) for x, noise in data]
+
+    def of_parts(parts, batch):
+        x = batch[0] + batch[1]
+        given = torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(parts), n=4)
+        return (given - batch[1]).square().mean(1)
+
+    parts = torch.view_as_real(model.weight.detach())
+    expected = sum(torch.func.jacrev(of_parts)(parts, batch).square().sum(0) for batch in batches)
+    curvature = squared_gradients(model, losses, batches)["weight"]
+    assert relative_error(curvature, expected) < 1e-5
+    members = LaplaceMembers(model, {"weight": torch.full((3, 2), 3.0)}, 4000)
+    draws = torch.stack([torch.view_as_real(member.weight.detach()) - parts for member in members])
+    assert (draws.std(0) - 0.5).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_curvature_needs_no_gradients_of_the_caller(data, context):
+    model, x = randomised(mlp, 0), torch.randn(3, 5)
+    expected = fastens.laplace(model, losses, data, 2)(x).detach()
+    with context():
+        ensemble = fastens.laplace(model, losses, data, 2)
+    assert relative_error(ensemble(x).detach(), expected) < 1e-6
+
+
+@pytest.mark.filterwarnings("error:fastens")
+@pytest.mark.parametrize("made", [LaplaceMembers, lambda *args: list(LaplaceMembers(*args))])
+def test_draws_stay_where_the_checkpoint_is_trained_on(data, made):
+    """And the ensemble stays folded; in another mode than the checkpoint as well."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)).train()
+    draws = made(model, squared_gradients(model, losses, data), 3)
+    expected, x = list(draws), torch.randn(3, 5)
+    ensemble = fastens.Ensemble(draws).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+        outputs = ensemble.member_outputs(x)
+        assert relative_error(outputs, torch.stack([member.eval()(x) for member in expected])) < 1e-5
+    assert ensemble.engine == "fold"
+
+
+def test_draws_are_a_sequence(data):
+    draws = LaplaceMembers(nn.Linear(2, 2), {"weight": torch.ones(2, 2)}, 3)
+    assert torch.equal(draws[-1].weight, draws[2].weight)
+    with pytest.raises(IndexError, match="draw -4 of 3"):
+        draws[-4]
+    with pytest.raises(ValueError, match=r"curvature of 'weight' is \[2\], expected \[2, 2\]"):
+        LaplaceMembers(nn.Linear(2, 2), {"weight": torch.ones(2)}, 3)[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -65,6 +128,7 @@ def test_is_a_seeded_ensemble(data):
         ({"prior_precision": 0.0}, "prior_precision is 0.0"),
         ({"num_members": 0}, "num_members is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
     ],
 )
 def test_bad_input_is_named(data, options, message):

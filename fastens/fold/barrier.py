@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastens.fold.tables import Stacks
+from fastens.fold.tables import tables_of
 
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -123,11 +123,10 @@ def counts(table: dict[Any, Any]) -> bool:
 
 def watch(network: nn.Module, barrier: Barrier) -> None:
     """Let every module of a network, and its tables, count writes."""
+    for _, _, table in tables_of(network):
+        table.barrier = barrier
     for module in network.modules():
         module.__dict__["_barrier"] = barrier
-        for table in (module._parameters, module._buffers):
-            if isinstance(table, Stacks):
-                table.barrier = barrier
         _count(module, "_modules", barrier.wrote)
         for name in HOOKS:
             if not module.__dict__[name]:  # the handles of hooks that there are refer to their table as it is

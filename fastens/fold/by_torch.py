@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastens.fold.of_member import read_through
 from fastens.fold.state import GlobalDraws, state_kept
-from fastens.fold.tables import read_through
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 
 Result = TypeVar("Result")

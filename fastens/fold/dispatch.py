@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 import types as python_types
 import weakref
 from collections import Counter
@@ -18,8 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastens.fold.around import calling_line, check_derivatives, checkpoint_in_progress
-from fastens.fold.nested import leaves_of, mapped, name_of, plain
+from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
+from fastens.fold.seeds import Seeds
 from fastens.fold.slices import entry_by_entry, of_one
+from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import (
     Hidden,
     MemberTensor,
@@ -91,6 +92,7 @@ class Fold(TorchFunctionMode):
         self.inputs = inputs
         self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
+        self.seeds = Seeds() if network is not None and not traced(inputs) else None
 
     @property
     def outside(self) -> bool:
@@ -131,6 +133,12 @@ class Fold(TorchFunctionMode):
         memory = memory_of(wrapper.stack)
         if memory is not None:
             self._sharing.setdefault(memory, []).append(weakref.ref(wrapper))
+
+    @functools.cached_property
+    def tables(self) -> set[int]:
+        """The identities of the network's tables of parameters and buffers, which its own code may list."""
+        modules = [] if self.network is None else [module for _, module in modules_of(self.network)]
+        return {id(table) for module in modules for table in (module._parameters, module._buffers)}
 
     @functools.cached_property
     def weights(self) -> set[int | None]:
@@ -221,7 +229,7 @@ def current_fold() -> Fold | None:
 
 @contextmanager
 def inside(fold: Fold, calls: dict[str, int] | None = None) -> Iterator[None]:
-    """Run Python in a pass; or a part of it again, before which ``calls`` counts the dropouts."""
+    """Run Python in a pass; or a part of it again, from so many dropouts of each path on."""
     masks = fold.masks
     counted = None if masks is None else masks.calls
     if masks is not None and calls is not None:
@@ -288,7 +296,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
                 members = True
                 break
     if kwargs and not args:
-        args, kwargs = _first_in_front(kwargs)
+        args, kwargs = first_in_front(kwargs)
     if torch.is_grad_enabled():
         _resume(fold)
         if wrappers:
@@ -320,28 +328,12 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         try:
             result = found(fold, func, *args, **kwargs)
         except TypeError:
-            if _takes(found, (fold, func, *args), kwargs):
+            if takes(found, (fold, func, *args), kwargs):
                 raise
             result = NotImplemented  # arguments by names that the rule has not
         if result is not NotImplemented:
             return result
     return entry_by_entry(fold, func, args, kwargs)
-
-
-def _first_in_front(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``f(input=x, dim=1)`` as ``f(x, dim=1)``."""
-    first = next((name for name in ("input", "self", "tensor", "tensors") if name in kwargs), None)
-    if first is None:
-        return (), kwargs
-    return (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
-
-
-def _takes(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        inspect.signature(found).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) -> Any:
@@ -381,6 +373,7 @@ def _resume(fold: Fold) -> None:
 
 
 def _again(fold: Fold, calls: dict[str, int] | None, run: Callable[..., None], *args: Any) -> None:
+    fold.seeds = None  # the checkpoint itself goes back to where the generator was
     with inside(fold, calls):
         run(*args)
 

@@ -29,13 +29,14 @@ from fastens.fold.members import tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, shared_names, skeleton_of
 from fastens.fold.numbers import Numbers, SeenNumbers
+from fastens.fold.of_member import settle
 from fastens.fold.originals import Originals
 from fastens.fold.passes import ReadsRows, in_passes
 from fastens.fold.planned import Plans
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.stand_ins import number_of
 from fastens.fold.state import NetworkState
-from fastens.fold.tables import settle, tables_of, unshare
+from fastens.fold.tables import tables_of, unshare
 from fastens.fold.tensor import Hidden, NotFoldable, one_member
 from fastens.fold.transformed import in_trace, in_transform
 from fastens.fold.views import MemberViews, State, standing_alone
@@ -149,10 +150,11 @@ class FoldEngine:
         self.originals = None
 
     # Members one by one
-
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
+        if self.engine == "loop" and self._views.stale:
+            self._unshare_all(weights=False)  # of what was put in
         return self._views.get()
 
     def attribute(self, name: str) -> Any:
@@ -166,7 +168,7 @@ class FoldEngine:
         if remembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)
-        settle(view, keeps=remembers)
+        settle(view, keeps=remembers, copies=self.engine == "loop")
         return output
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:

@@ -12,8 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastens.fold.of_member import OfMember
 from fastens.fold.rules.metadata import METADATA
-from fastens.fold.tables import OfMember
 from fastens.fold.tensor import MemberTensor, modules_of
 
 _NOTED: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar("noted", default=None)

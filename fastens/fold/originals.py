@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from operator import is_
 from typing import Any
 
@@ -71,8 +72,13 @@ class Originals:
         )
 
     def member(self, k: int) -> nn.Module:
-        """Member k, read from its file where it came from one."""
-        return self._members[k]
+        """Member k, read from its file where it came from one, in the mode that the network is in."""
+        member, modes = self._members[k], [module.training for module in self._network.modules()]
+        if [module.training for module in member.modules()] != modes:
+            member = copy.deepcopy(member)
+            for module, mode in zip(member.modules(), modes, strict=True):
+                module.training = mode
+        return member
 
 
 def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:

@@ -9,9 +9,9 @@ import torch
 from fastens.fold.alike import first_difference
 from fastens.fold.arguments import Arguments
 from fastens.fold.barrier import unwatched
+from fastens.fold.of_member import settle, view_of_member
 from fastens.fold.rows import drawn_like
 from fastens.fold.state import random_kept, state_kept
-from fastens.fold.tables import settle, view_of_member
 from fastens.fold.tensor import tensors_of
 
 if TYPE_CHECKING:

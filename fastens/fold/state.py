@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fastens.fold.alike import HOOK_TABLES
 from fastens.fold.barrier import class_of
 from fastens.fold.held import TENSOR, Held, held_by, is_atom
+from fastens.fold.of_member import OfMember
 from fastens.fold.outside import OutsideState
-from fastens.fold.tables import OfMember, Stacks
+from fastens.fold.tables import Stacks
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 
 DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"

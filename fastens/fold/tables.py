@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.parameter import is_lazy
 
-from fastens.fold.held import member_values
-from fastens.fold.stand_ins import standing_in, traced, tracing
-from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
+from fastens.fold.dispatch import current_fold
+from fastens.fold.stand_ins import standing_in, tracing
+from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
@@ -39,23 +39,15 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
 
 
+def seen_otherwise() -> bool:
+    """Whether networks and members read other values than the stacks hold."""
+    return _SEEN.get() is not None
+
+
 def as_seen(tensor: Tensor) -> Tensor:
     """What a network reads in the place of a stack."""
     change = _SEEN.get()
     return tensor if change is None else change(tensor)
-
-
-_READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
-
-
-@contextmanager
-def read_through(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let members' own modules get what a function makes of their part of a stack."""
-    token = _READ.set(change)
-    try:
-        yield
-    finally:
-        _READ.reset(token)
 
 
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
@@ -74,18 +66,22 @@ def alone(k: int) -> Iterator[None]:
 class Stacks(dict[str, Any]):
     """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
 
-    Listed (optimizers, state dicts, ``to``) it has the stacks [K, ...]; read by name, as ``module.weight`` does, a
-    :class:`MemberTensor`. A tensor that all members share is the same to both.
+    Listed (optimizers, state dicts, ``to``) it has the stacks [K, ...]; read by name, as ``module.weight`` does, or
+    listed by the network's own code in a pass, a :class:`MemberTensor`. A tensor that all members share is the same to
+    both.
 
     Args:
         tensors: stacks and shared tensors by name.
         num_members: K.
         common: names of the shared ones.
+        put_in: whether the module was put in later, whose parameters stay one object in all members.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str]) -> None:
+    def __init__(
+        self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str], put_in: bool = False
+    ) -> None:
         super().__init__(tensors)
-        self.num_members = num_members
+        self.num_members, self.put_in = num_members, put_in
         self.common = set(common)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
@@ -102,11 +98,11 @@ class Stacks(dict[str, Any]):
             self.barrier.writes += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Stacks, (list(super().items()), self.num_members, self.common)
+        return Stacks, (list(super().items()), self.num_members, self.common, self.put_in)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
-        return Stacks(items, self.num_members, self.common)
+        return Stacks(items, self.num_members, self.common, self.put_in)
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
@@ -122,20 +118,26 @@ class Stacks(dict[str, Any]):
             return part_of(tensor, k)
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
-            with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
-                seen = self._seen[name] = MemberTensor(tensor, all_members(self.num_members))
-                STACKS[memory_of(tensor)] = tensor
+            seen = self._seen[name] = of_stack(tensor, self.num_members)
+            STACKS[memory_of(tensor)] = tensor
         return seen
 
     def items(self) -> Any:
-        """Names and stacks."""
+        """Names and stacks; in a pass of the network, what its members see."""
+        if self._in_pass():
+            return [(name, self[name]) for name in self]
         if _SEEN.get() is None:
             return super().items()
         return ((name, None if stack is None else as_seen(stack)) for name, stack in super().items())
 
     def values(self) -> Any:
-        """The stacks."""
-        return super().values() if _SEEN.get() is None else (stack for _, stack in self.items())
+        """The stacks; in a pass of the network, what its members see."""
+        plain = _SEEN.get() is None and not self._in_pass()
+        return super().values() if plain else (tensor for _, tensor in self.items())
+
+    def _in_pass(self) -> bool:
+        fold = current_fold()
+        return fold is not None and id(self) in fold.tables
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
@@ -186,9 +188,9 @@ class Stacks(dict[str, Any]):
         return stack
 
 
-def part_of(stack: Tensor, k: int) -> Tensor:
+def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
     """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
-    own: Any = stack[k]
+    own: Any = stack[k].clone() if copied else stack[k]
     if not isinstance(stack, nn.Parameter):
         return own
     if type(own) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and not tracing():
@@ -197,137 +199,21 @@ def part_of(stack: Tensor, k: int) -> Tensor:
     return own
 
 
-class OfMember(dict[str, Any]):
-    """One member's parameters or buffers, read from the stacks whenever they are read.
-
-    Args:
-        source: the stacks.
-        k: the member.
-    """
-
-    def __init__(self, source: Stacks, k: int) -> None:
-        super().__init__(dict.fromkeys(source))
-        self.source, self.k = source, k
-        self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
-        # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
-        self._given: dict[str, tuple[Tensor, int, tuple[bool, bool], int, bool]] = {}
-        self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
-
-    def _read(self, name: str) -> Any:
-        if name in self._put:
-            return self._put[name]
-        if name in self.own:
-            return super().__getitem__(name)
-        tensor = dict.__getitem__(self.source, name)
-        if tensor is None:
-            return None
-        tensor = standing_in(tensor)
-        if _SEEN.get() is not None:
-            tensor = as_seen(tensor)
-            return tensor if name in self.source.common else part_of(tensor, self.k)
-        read = _READ.get()
-        if read is not None:
-            return read(tensor if name in self.source.common else part_of(tensor, self.k))
-        if name in self.source.common:
-            return tensor
-        if traced((tensor,)):
-            return part_of(tensor, self.k)
-        before, mode = self._given.get(name), (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if before is not None:
-            own, address, read_in, stack, required = before
-            current = (read_in, stack, required) == (mode, id(tensor), tensor.requires_grad)
-            if own.data_ptr() != address or (current and self._is_in_place(name, own)):
-                return own  # to a member, one object
-        own = part_of(tensor, self.k)
-        self._given[name] = own, own.data_ptr(), mode, id(tensor), tensor.requires_grad
-        return own
-
-    def __getitem__(self, name: str) -> Any:
-        with torch._C.DisableTorchFunction():  # that it is read is no use that the member's own code makes of it
-            return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        """Take a member's new value, which :meth:`settle` keeps unless what was there comes back."""
-        if isinstance(value, MemberTensor) and (value.hidden is None or value.hidden.size == 1):
-            value = value.stack if value.hidden is None else value.stack[0]
-        if name in self.source and name not in self.own and self._is_in_place(name, value):
-            self._put.pop(name, None)
-            return
-        self._put[name] = value
-        self.setdefault(name, None)
-
-    def _is_in_place(self, name: str, value: Any) -> bool:
-        """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
-        stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
-        if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
-            return value is stack
-        while torch._C._functorch.is_gradtrackingtensor(value):  # a part that was read in a transform is its own
-            value = torch._C._functorch.get_unwrapped(value)
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return False
-        own = 0 if name in self.source.common else 1
-        offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
-        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
-            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
-        )
-
-    def settle(self, keeps: bool, apart: bool = False) -> set[str]:
-        """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names."""
-        replaced = {name: own for name, (own, address, *_) in self._given.items() if own.data_ptr() != address}
-        replaced |= self._put
-        self._put, self._given = {}, {}
-        for name, value in replaced.items():
-            if apart:
-                self._keep_here(name, value)
-            elif keeps:
-                with temporarily_clear_interpreter_stack():  # a transform lets nothing from outside be written to
-                    self.keep(name, value)
-            elif name not in self.source and name not in self.own:
-                super().__delitem__(name)
-        return set(replaced)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
-        stack = dict.get(self.source, name)
-        like = None if stack is None else stack if name in self.source.common else stack[self.k]
-        if like is None or not isinstance(value, Tensor) or (
-            (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
-            or torch._C._functorch.is_functorch_wrapped_tensor(value)
-        ):  # fmt: skip
-            self._keep_here(name, value)
-            return
-        self.own.discard(name)
-        if name in self.source.common:
-            self.source.unshared(name)
-        place = dict.__getitem__(self.source, name).data[self.k]
-        with torch.inference_mode() if place.is_inference() else torch.no_grad():
-            place.copy_(value.detach())
-
-    def _keep_here(self, name: str, value: Any) -> None:
-        self.own.add(name)
-        super().__setitem__(name, value)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a name."""
-        return self[name] if name in self else default  # noqa: SIM401  (it is what it would call)
-
-    def items(self) -> Any:
-        """Names and values."""
-        return [(name, self[name]) for name in self]
-
-    def values(self) -> Any:
-        """Values."""
-        return [self[name] for name in self]
-
-
 def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
-    """Every table of a folded network, with the path of its module and the module."""
-    return [
-        (path, module, table)
-        for path, module in modules_of(network)
-        for table in (module._parameters, module._buffers)
-        if isinstance(table, Stacks)
-    ]
+    """Every table of a folded network, with the path of its module and the module.
+
+    A module that was put in later has tables of its own, which become tables of what all members share.
+    """
+    names = "_parameters", "_buffers"
+    found = [(path, module, name, vars(module).get(name)) for path, module in modules_of(network) for name in names]
+    num_members = next((table.num_members for *_, table in found if isinstance(table, Stacks)), None)
+    tables: list[tuple[str, nn.Module, Stacks]] = []
+    for path, module, name, table in found:
+        if num_members is not None and type(table) is dict and not any(map(is_lazy, table.values())):
+            table = vars(module)[name] = Stacks(table.items(), num_members, table, put_in=True)
+        if isinstance(table, Stacks):
+            tables.append((path, module, table))
+    return tables
 
 
 def unshare(network: nn.Module, names: Iterable[str]) -> bool:
@@ -335,41 +221,12 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     wanted = set(names)
     shared = [
         (table, name, dict.__getitem__(table, name), f"{path}.{name}" if path else name)
-        for path, _, table in (tables_of(network) if wanted else ())
+        for path, module, table in (tables_of(network) if wanted else ())
         for name in table.common
+        if not (table.put_in and name in vars(module)["_parameters"])
     ]
     stacks: dict[int, Any] = {id(x): None for _, _, x, full in shared if full in wanted and x is not None}
     for table, name, tensor, _ in shared:
         if id(tensor) in stacks:
             stacks[id(tensor)] = table.unshared(name, stacks[id(tensor)])
     return bool(stacks)
-
-
-def settle(view: nn.Module, keeps: bool, apart: bool = False) -> None:
-    """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
-    for _, module in modules_of(view):
-        for table in (module._parameters, module._buffers):
-            if isinstance(table, OfMember):
-                table.settle(keeps, apart)
-
-
-def view_of_member(network: nn.Module, k: int) -> nn.Module:
-    """Member k as a module of its own, whose tensors are parts of the stacks and whose Python state is a copy."""
-    memo: dict[int, Any] = {}
-    for _, _, table in tables_of(network):
-        for name, stack in table.items():
-            if stack is not None:
-                own = stack if name in table.common else stack[k]
-                memo[id(stack)] = own
-                memo[id(table[name])] = own
-    for value in member_values(network):  # what its forward left behind in attributes
-        memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
-    view = copy.deepcopy(network, memo)
-    for module, original in zip(view.modules(), network.modules(), strict=True):
-        for name in ("_parameters", "_buffers"):
-            table = original.__dict__[name]
-            if isinstance(table, Stacks):
-                module.__dict__[name] = OfMember(table, k)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
-    return view

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,19 @@ class MemberTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return HANDLERS["dispatch"](func, args, kwargs or {})
+
+
+_OF_STACKS: weakref.WeakValueDictionary[int, MemberTensor] = weakref.WeakValueDictionary()  # by identity
+
+
+def of_stack(stack: Tensor, num_members: int) -> MemberTensor:
+    """What members see of a stack: one object for tied tensors, as in a member."""
+    known, hidden = _OF_STACKS.get(id(stack)), all_members(num_members)
+    if known is not None and known.stack is stack and known.hidden is hidden:
+        return known
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
+        made = _OF_STACKS[id(stack)] = MemberTensor(stack, hidden)
+    return made
 
 
 TABLES = ("_parameters", "_buffers", "_modules")  # of a module, among its attributes

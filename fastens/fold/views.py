@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastens.fold.alike import HOOK_TABLES, attributes_apart
 from fastens.fold.barrier import Barrier, unwatched
 from fastens.fold.members import replaced
+from fastens.fold.of_member import OfMember, view_of_member
 from fastens.fold.state import REREAD
-from fastens.fold.tables import OfMember, view_of_member
 from fastens.fold.tensor import tensors_of
 
 _NO_STATE = {"_barrier", "training"}
@@ -69,10 +69,15 @@ class MemberViews:
         """Make the members anew when they are asked for next: what they were given may have changed inside."""
         self._writes = -1
 
+    @property
+    def stale(self) -> bool:
+        """Whether the network was written to since the members were made."""
+        return not self._views or self._writes != self._barrier.writes
+
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
         views = self._views
-        if not views or self._writes != self._barrier.writes:
+        if self.stale:
             views = self._make()
         for view in views:  # as they were here: another thread may forget them meanwhile
             for module, original in zip(view.modules(), self._network.modules(), strict=True):

@@ -34,12 +34,19 @@ class WritesInput(NotFoldable):
 def writes_to(func: Any, args: Any) -> bool:
     """Whether a function changes its first argument."""
     name = getattr(func, "__name__", "")
-    if name == "__get__":
+    if name in ("__get__", "requires_grad_"):
+        return False
+    if name == "__set__" and _sets_nothing(*args):
         return False
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name == "__set__"
     return in_place or (
         name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
     )
+
+
+def _sets_nothing(target: Any, value: Any) -> bool:
+    """Whether a tensor takes the data that it has, as where ``module.to(device)`` is there already."""
+    return isinstance(target, MemberTensor) and isinstance(value, MemberTensor) and value.stack is target.stack
 
 
 def check_weights(fold: Fold, targets: Any) -> None:

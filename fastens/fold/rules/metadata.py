@@ -8,7 +8,7 @@ from torch import Tensor
 from fastens.fold.dispatch import READS, Fold, named, rule
 from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
-from fastens.fold.writes import check_weights
+from fastens.fold.writes import check_weights, writes_to
 
 _ATTRIBUTES = """
     device dtype is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
@@ -66,6 +66,8 @@ def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
 @rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
 def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
+    if not writes_to(func, (x, value)):
+        return
     check_weights(fold, x)
     if not member_valued(x):
         raise NotFoldable("a tensor that is the same for all members takes member-valued data")

@@ -31,8 +31,23 @@ def draws(*functions: Any) -> Any:
     return register
 
 
+def _draws_as_members_do(fold: Fold, generator: Any) -> None:
+    """Refuse to draw where each member draws what it chose: from a generator of its own, or by a seed that it set.
+
+    Raises:
+        NotFoldable: so that members draw one by one.
+    """
+    if fold.hidden.size == 1 or fold.seeds is None:
+        return
+    if generator is not None:
+        raise NotFoldable("the network draws from a generator that it is given or makes")
+    if fold.seeds.set_since():
+        raise NotFoldable("the network seeds the global generator")
+
+
 def _with_hidden(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A factory asked for the numbers of all members."""
+    _draws_as_members_do(fold, kwargs.get("generator"))
     kwargs = {name: plain(value) for name, value in kwargs.items()}
     ranges = []
     if func.__name__ == "randint":
@@ -53,6 +68,7 @@ def factory(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
 @draws(*named(_LIKE))
 def like(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``torch.randn_like(x)``."""
+    _draws_as_members_do(fold, kwargs.get("generator"))
     args, kwargs = mapped(plain, (args, kwargs))
     return fold.wrap(func(fold.entries(x).contiguous() if not member_valued(x) else fold.stack(x), *args, **kwargs))
 
@@ -60,6 +76,7 @@ def like(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 @draws(*named(_IN_PLACE))
 def in_place(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """``x.normal_()``."""
+    _draws_as_members_do(fold, kwargs.get("generator"))
     check_weights(fold, x)
     if not member_valued(x):
         promote(fold, x)
@@ -84,6 +101,7 @@ def dropout(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
             return fold.common(func(*mapped(plain, args), **mapped(plain, kwargs)))
         if not named_args.get("training", False) and func.__name__ not in ("rrelu", "rrelu_"):
             return x
+    _draws_as_members_do(fold, None)
     if not member_valued(x):
         if func.__name__.endswith("_") or named_args.get("inplace"):
             promote(fold, x)
@@ -101,4 +119,5 @@ def dropout(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
 @draws(*named(_OTHERS))
 def each(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Functions that draw in other ways, entry by entry."""
+    _draws_as_members_do(fold, kwargs.get("generator"))
     return entry_by_entry(fold, func, args, kwargs)
