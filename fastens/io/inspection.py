@@ -76,7 +76,7 @@ def groups(contents: Contents) -> list[Group]:
         place = (*entry.keys, *names[:depth], *([f"{words(names[-1])[0]}_*"] if glued else []))
         group = found.get(place)
         if group is None:
-            kind = EMA if ".".join(entry.keys) in contents.averaged else kind_of(place)
+            kind = contents.said.get(".".join(entry.keys)) or kind_of(place)
             group = found[place] = Group(".".join(place), kind, _decay(contents, place, kind), {})
         name = ".".join(names[depth:])
         group.tensors[name if name not in group.tensors else entry.path] = entry.tensor
