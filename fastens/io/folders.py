@@ -86,7 +86,8 @@ def averages_beside(folder: Path) -> list[Path]:
         plain = _SHARD.search(path.name) or _STATE.match(path.name) or path.name.startswith("custom_checkpoint")
         if path in own or plain or kind_of((_key(path),)) not in (EMA, UNCLEAR):
             continue
-        if weights_in(path) if path.is_dir() else (path.suffix in _WEIGHTS or containers.is_index(path)):
+        named = path.suffix in _WEIGHTS or containers.is_index(path)
+        if weights_in(path) if path.is_dir() else (named and path.is_file()):
             found.append(path)
     return found
 

@@ -116,6 +116,8 @@ def report(path: Path, wish: Wish, factory: Factory | None = None, names: bool =
         yield f"{path}: a folder"
         for weights in folders.weights_in(path):
             yield f"  {weights.path.name}: variant {weights.variant or 'plain'}, sha256 {_sha256(weights.path)}"
+        for beside in folders.averages_beside(path):
+            yield f"  {beside.name}: an average by its name{'' if beside.is_dir() else f', sha256 {_sha256(beside)}'}"
         try:
             path, wish = folders.model_folder(path, wish)
             contents = folders.read(path, wish, trusted=False)

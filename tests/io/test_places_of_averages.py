@@ -4,6 +4,7 @@ import copy
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -201,7 +202,9 @@ def test_an_average_in_a_file_of_its_own_in_a_folder(name, usual, tmp_path):
         ({"key": usual.rpartition(".")[0]}, RAW),
     ):
         assert_same(fastens.load_members([tmp_path], Net, **options)[0], expected)
-    assert any(line.startswith("ema=True: takes ") for line in report(tmp_path, Wish(), Net))
+    lines = list(report(tmp_path, Wish(), Net))
+    assert any(line.startswith("ema=True: takes ") for line in lines)
+    assert any(line.startswith(f"  {name.partition('/')[0]}: an average by its name") for line in lines)
 
 
 def test_an_average_of_parameters_in_a_file_of_its_own(tmp_path):
@@ -229,6 +232,12 @@ def test_averages_in_a_folder_that_are_not_understood_are_named(files, message, 
         fastens.load_members([tmp_path], Net)[0]
     assert_same(fastens.load_members([tmp_path], Net, ema=False)[0], RAW)
     assert_same(fastens.load_members([tmp_path], Net, key="model")[0], RAW)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    put(tmp_path, {"model.safetensors": state(RAW), "ema/notes.txt": b"x"})
+    os.mkfifo(tmp_path / "ema.pt")
+    assert_same(fastens.load_members([tmp_path], Net)[0], RAW)
 
 
 def test_an_average_is_all_that_a_folder_has(tmp_path):
