@@ -36,7 +36,8 @@ def build_network(
     for module in network.modules():
         for name in ("_parameters", "_buffers"):
             found = [(n, t.stack if isinstance(t, MemberTensor) else t) for n, t in module.__dict__[name].items()]
-            module.__dict__[name] = Stacks(found, num_members, [n for n, t in found if id(t) in common])
+            unsaved = module._non_persistent_buffers_set if name == "_buffers" else ()
+            module.__dict__[name] = Stacks(found, num_members, [n for n, t in found if id(t) in common], unsaved)
     fold_registered(network)
     return network
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,9 @@ def alone(k: int) -> Iterator[None]:
         _ALONE.reset(token)
 
 
+_GET_BUFFER = nn.Module.get_buffer.__code__
+
+
 class Stacks(dict[str, Any]):
     """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
 
@@ -81,12 +85,20 @@ class Stacks(dict[str, Any]):
         tensors: stacks and shared tensors by name.
         num_members: K.
         common: names of the shared ones.
+        unsaved: names of buffers that no state dict has.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str]) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, Any]],
+        num_members: int,
+        common: Iterable[str],
+        unsaved: Iterable[str] = (),
+    ) -> None:
         super().__init__(tensors)
         self.num_members = num_members
         self.common = set(common)
+        self.unsaved = frozenset(unsaved)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
         self.barrier: Any = None  # counts what replaces a tensor
@@ -102,11 +114,11 @@ class Stacks(dict[str, Any]):
             self.barrier.writes += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Stacks, (list(super().items()), self.num_members, self.common)
+        return Stacks, (list(super().items()), self.num_members, self.common, self.unsaved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
-        return Stacks(items, self.num_members, self.common)
+        return Stacks(items, self.num_members, self.common, self.unsaved)
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
@@ -120,6 +132,8 @@ class Stacks(dict[str, Any]):
         k = _ALONE.get()
         if k is not None:
             return part_of(tensor, k)
+        if name in self.unsaved and sys._getframe(2).f_code is _GET_BUFFER:
+            return tensor  # torch.export takes what no state dict has by its name, for the program's constants
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
             with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
