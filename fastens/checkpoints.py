@@ -93,8 +93,8 @@ def load_members(
             the Hugging Face hub that are in its cache on this machine.
         factory: makes a member without its weights; needed where the checkpoint does not describe its network.
         ema: take the exponential moving average of the weights where a checkpoint holds both.
-        key: full name of the dictionary in a file, or of the model in a folder, that holds the weights; or one for
-            each member, as of the averages of several lengths in one file.
+        key: full name of the dictionary in a file, or of the model or file in a folder, that holds the weights; or one
+            for each member, as of the averages of several lengths in one file.
         prefix: what stands in front of the network's names in that dictionary (``model.diffusion_model``).
         variant: of the files in a diffusers folder (``fp16``, ``ema``, ``non_ema``).
         allow_pickle: also read pickles, which can run any code: only for files whose authors you trust.

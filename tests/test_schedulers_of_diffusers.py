@@ -56,6 +56,7 @@ def oracle(prediction, given, network_time):
     t = schedule.time(torch.as_tensor(network_time).double())
     x = path_input(prediction, given.double(), t, given.shape[1])
     noise = (x - schedule.alpha(t) * X0) / schedule.sigma(t)
+    noise = torch.where(schedule.sigma(t) == 0, 0.0, noise)  # asked at a time that was rounded to the data itself
     of_data, of_noise = combination(prediction.kind, schedule, t, prediction.sigma_data)
     return (of_data * X0 + of_noise * noise).to(given.dtype)
 
@@ -174,6 +175,7 @@ VARIANTS = [
     ("UniPCMultistepScheduler", {"predict_x0": False}),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
     ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction", **KARRAS[0]}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous", **ZERO[0]}),
     ("EulerDiscreteScheduler", {"prediction_type": "original_sample"}),
     *itertools.product(
         ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),

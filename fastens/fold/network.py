@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastens.fold.barrier import unwatched
 from fastens.fold.members import replaced
 from fastens.fold.registry import fold_registered
-from fastens.fold.tables import Stacks
+from fastens.fold.tables import Stacks, unsaved_in
 from fastens.fold.tensor import MemberTensor, all_members, tensors_of
 from fastens.report import LayerReport
 
@@ -36,7 +36,8 @@ def build_network(
     for module in network.modules():
         for name in ("_parameters", "_buffers"):
             found = [(n, t.stack if isinstance(t, MemberTensor) else t) for n, t in module.__dict__[name].items()]
-            module.__dict__[name] = Stacks(found, num_members, [n for n, t in found if id(t) in common])
+            same = [n for n, t in found if id(t) in common]
+            module.__dict__[name] = Stacks(found, num_members, same, unsaved=unsaved_in(module, name))
     fold_registered(network)
     return network
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,12 @@ def alone(k: int) -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def _asked_by_name() -> bool:
+    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has."""
+    frame = sys._getframe(2).f_back  # of the table's user: the module's attribute, whose user asks
+    return frame is not None and frame.f_code is nn.Module.get_buffer.__code__
+
+
 class Stacks(dict[str, Any]):
     """The parameters or buffers of one module, in the place of ``module._parameters`` or ``module._buffers``.
 
@@ -75,14 +82,21 @@ class Stacks(dict[str, Any]):
         num_members: K.
         common: names of the shared ones.
         put_in: whether the module was put in later, whose parameters stay one object in all members.
+        unsaved: names of buffers that no state dict has.
     """
 
     def __init__(
-        self, tensors: Iterable[tuple[str, Any]], num_members: int, common: Iterable[str], put_in: bool = False
+        self,
+        tensors: Iterable[tuple[str, Any]],
+        num_members: int,
+        common: Iterable[str],
+        put_in: bool = False,
+        unsaved: Iterable[str] = (),
     ) -> None:
         super().__init__(tensors)
         self.num_members, self.put_in = num_members, put_in
         self.common = set(common)
+        self.unsaved = frozenset(unsaved)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
         self.barrier: Any = None  # counts what replaces a tensor
@@ -98,11 +112,11 @@ class Stacks(dict[str, Any]):
             self.barrier.writes += 1
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Stacks, (list(super().items()), self.num_members, self.common, self.put_in)
+        return Stacks, (list(super().items()), self.num_members, self.common, self.put_in, self.unsaved)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
-        return Stacks(items, self.num_members, self.common, self.put_in)
+        return Stacks(items, self.num_members, self.common, self.put_in, self.unsaved)
 
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
@@ -116,6 +130,8 @@ class Stacks(dict[str, Any]):
         k = _ALONE.get()
         if k is not None:
             return part_of(tensor, k)
+        if name in self.unsaved and _asked_by_name():
+            return tensor
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor:
             seen = self._seen[name] = of_stack(tensor, self.num_members)
@@ -199,6 +215,11 @@ def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
     return own
 
 
+def unsaved_in(module: nn.Module, table: str) -> set[str]:
+    """Names in a module's table that no state dict has."""
+    return module._non_persistent_buffers_set if table == "_buffers" else set()
+
+
 def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
     """Every table of a folded network, with the path of its module and the module.
 
@@ -210,7 +231,8 @@ def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
     tables: list[tuple[str, nn.Module, Stacks]] = []
     for path, module, name, table in found:
         if num_members is not None and type(table) is dict and not any(map(is_lazy, table.values())):
-            table = vars(module)[name] = Stacks(table.items(), num_members, table, put_in=True)
+            unsaved = unsaved_in(module, name)
+            table = vars(module)[name] = Stacks(table.items(), num_members, table, put_in=True, unsaved=unsaved)
         if isinstance(table, Stacks):
             tables.append((path, module, table))
     return tables

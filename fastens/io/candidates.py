@@ -15,6 +15,7 @@ from fastens.io.names import (
     EMA,
     STATE,
     UNCLEAR,
+    UNSAID,
     decay_in,
     is_average_in_state,
     kind_of,
@@ -42,6 +43,7 @@ class Candidate:
         named: whether its tensors have names; a list without them is no network's weights unless it is said to be.
         covers: full names of the tensors that it is made of.
         larger: whether it is whole, and its problem that its dictionary holds more than the network.
+        also: prefixes of further dictionaries that parts of it are in.
     """
 
     path: str
@@ -56,11 +58,12 @@ class Candidate:
     covers: frozenset[str] = frozenset()
     named: bool = True
     larger: bool = False
+    also: tuple[tuple[str, ...], ...] = ()
 
     def describe(self) -> str:
         """One line: where, what, how much."""
         decay = "" if self.decay is None else f" {self.decay:g}"
-        where = self.path or "the file itself"
+        where = " with ".join((self.path or "the file itself", *map(".".join, self.also)))
         return f"{where} ({self.kind if self.kind != 'unsaid' else 'weights'}{decay}, {len(self.tensors)} tensors)"
 
 
@@ -146,13 +149,49 @@ def candidates(contents: Contents, wanted: Wanted) -> list[Candidate]:
             prefix = (*path.split("."), *candidate.prefix)
             found.append(dataclasses.replace(candidate, path=path, prefix=prefix, kind=kind_of(prefix), module=module))
     for candidate in found:
-        if any(candidate.path == name or candidate.path.startswith(f"{name}.") for name in contents.averaged):
-            candidate.kind = EMA
+        said = next((k for at, k in contents.said.items() if f"{candidate.path}.".startswith(f"{at}.")), None)
+        if said is not None or (candidate.kind == UNSAID and _is_averaged_model(contents, candidate)):
+            candidate.kind = said or EMA
         elif is_average_in_state(candidate.prefix) and not wanted.trainable.intersection(candidate.missing):
             candidate.kind = UNCLEAR  # of the weights, not of gradients or moments
         candidate.problem = candidate.problem or wanted.mismatch(candidate.tensors)
         candidate.decay = _decay(contents, candidate)
+    found = _united(found, wanted)
     _find_extras(contents, wanted, found)
+    return found
+
+
+def _is_averaged_model(contents: Contents, candidate: Candidate) -> bool:
+    """Whether a set is the network in torch's ``AveragedModel``, or latent-diffusion's, by the counts beside it."""
+    for name in contents.numbers:
+        place, _, last = name.rpartition(".")
+        inside = f"{place}." if place else ""
+        if last == "n_averaged" and all(path.startswith(f"{inside}module.") for path in candidate.covers):
+            return True
+        if last == "num_updates" and f"{inside}decay" in contents.numbers and candidate.path == place:
+            return True
+    return False
+
+
+def _united(found: list[Candidate], wanted: Wanted) -> list[Candidate]:
+    """The same, with one set where its parameters and its buffers stand in dictionaries side by side."""
+    groups: dict[tuple, list[Candidate]] = defaultdict(list)
+    for candidate in found:
+        if candidate.missing and candidate.named and candidate.prefix and not candidate.problem:
+            groups[candidate.prefix[:-1], candidate.kind].append(candidate)
+    for parts in groups.values():
+        names = Counter(name for part in parts for name in part.tensors)
+        if len(parts) < 2 or max(names.values()) > 1:
+            continue
+        first, *others = sorted(parts, key=lambda part: len(wanted.trainable.intersection(part.missing)))
+        if wanted.trainable.intersection(first.missing):  # layers of another network, of which each has a part
+            continue
+        tensors, missing = wanted.complete({name: t for part in parts for name, t in part.tensors.items()})
+        if len(missing) < len(first.missing):
+            covers = frozenset().union(*(part.covers for part in parts))
+            also = tuple(part.prefix for part in others)
+            whole = dataclasses.replace(first, tensors=tensors, missing=missing, covers=covers, also=also)
+            found = [candidate for candidate in found if not any(candidate is part for part in parts)] + [whole]
     return found
 
 
@@ -279,13 +318,14 @@ def _find_extras(contents: Contents, wanted: Wanted, found: list[Candidate]) -> 
     for candidate in found:
         if candidate.problem or candidate.missing or candidate.module is not None:
             continue
-        depth = len(candidate.prefix)
         keys = {entry.keys for entry, _ in parts if entry.path in candidate.covers}
         extra = [
             ".".join(names[depth:])
+            for prefix in (candidate.prefix, *candidate.also)
+            for depth in (len(prefix),)
             for entry, names in parts
             if entry.keys in keys
-            and names[:depth] == candidate.prefix
+            and names[:depth] == prefix
             and entry.path not in candidate.covers
             and names[depth:] not in wanted.by_components  # of another set, wrapped otherwise
             and not any(len(other.prefix) > depth for other in owners[entry.path])

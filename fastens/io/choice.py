@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ _SETTINGS = (
     "pytorch_lightning.",
     "lightning.",
 )
+_ADAPTER = re.compile(r"(^|[._])(lora|loha|lokr|dora)([._]|$)", re.IGNORECASE)
 
 
 class NoFit(ValueError):
@@ -109,8 +111,20 @@ def choose(contents: Contents, network: nn.Module, wish: Wish, described: str) -
     if candidate is None:
         raise NoFit(_no_fit(contents, wanted, found, everything, wish, described))
     if not wish.explicit:
+        _check_no_adapters(contents, wanted)
         _one(contents, [candidate, *(c for c in found if _rivals(candidate, c, wanted))])
     return _with_rest(contents, candidate, everything, wanted)
+
+
+def _check_no_adapters(contents: Contents, wanted: Wanted) -> None:
+    """Raise ValueError where an adapter (LoRA) stands beside the weights, which are not the whole without it."""
+    found = [entry.path for entry in contents.entries if _ADAPTER.search(entry.path)]
+    if found and not any(_ADAPTER.search(name) for name in wanted.state):
+        raise ValueError(
+            f"checkpoint {contents.source} holds an adapter beside the weights, {found[:2]}, which the network has no "
+            "place for: merge it into them (merge_and_unload of PEFT, fuse_lora of diffusers), or say key= of the "
+            "weights that are meant without it"
+        )
 
 
 def check_not_empty(contents: Contents) -> None:
@@ -224,7 +238,8 @@ def _not_understood(contents: Contents, fitting: list[Candidate], found: list[Ca
     why = {path: candidate.problem for candidate in found for path in candidate.covers if candidate.problem}
     groups: dict[str, list[str]] = {}
     for item in (*contents.entries, *contents.lists):
-        if item.path in known or (isinstance(item, Entry) and item.tensor.numel() < 2):
+        tensors = [item.tensor] if isinstance(item, Entry) else item.tensors
+        if item.path in known or all(tensor.numel() == 1 for tensor in tensors):  # decays, losses
             continue
         names = components(item)
         deep = isinstance(item, Entry) and len(names) > 1
@@ -253,6 +268,7 @@ def _with_rest(contents: Contents, candidate: Candidate, everything: list[Candid
     """Add to an average of parameters the buffers and frozen parameters from the weights beside it."""
     if not candidate.missing:
         return Chosen(candidate, candidate.tensors, [])
+    _check_nothing_else(contents, candidate, everything)
     beside = [c for c in everything if c.kind in (RAW, UNSAID) and c.named and not c.problem and not c.missing]
     lacking = [name for name in wanted.state if name not in candidate.tensors]
     rests = _distinct(
@@ -266,6 +282,24 @@ def _with_rest(contents: Contents, candidate: Candidate, everything: list[Candid
     if rests:
         return Chosen(candidate, {**rests[0].tensors, **candidate.tensors}, [])
     return Chosen(candidate, candidate.tensors, candidate.missing)
+
+
+def _check_nothing_else(contents: Contents, candidate: Candidate, everything: list[Candidate]) -> None:
+    """Raise ValueError where an average lacks what may be among other averages: buffers in a list of their own, say."""
+    others = [
+        c
+        for c in everything
+        if c is not candidate and c.kind in (EMA, UNCLEAR) and not candidate.tensors.keys() >= c.tensors.keys()
+    ]
+    place = _first_average(candidate.prefix)
+    understood = [c for c in everything if not c.problem]
+    left = [line for line in _not_understood(contents, understood, []) if place and line.startswith(place)]
+    if others or left:
+        raise ValueError(
+            f"checkpoint {contents.source}: {candidate.describe()} lacks {candidate.missing[:3]}, which may be in "
+            f"{'; '.join(filter(None, (listed(others), *left)))}; put all of the average under one key, or pass "
+            "ema=False for the weights themselves"
+        )
 
 
 def _no_fit(

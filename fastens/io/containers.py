@@ -25,6 +25,32 @@ _OTHERS = {
     ".distcp": "a part of a distributed checkpoint; torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes "
     "one file of its folder",
 }
+# By their first bytes, whatever they are called: (where, bytes, what it is).
+_BEGINNINGS = (
+    (0, b"version https://git-lfs", "a pointer of Git LFS in place of the file: fetch that by git lfs pull"),
+    (0, b"GGUF", "a GGUF file, whose weights are quantised: convert it to safetensors first"),
+    (0, b"\x89HDF", "an HDF5 file, as Keras writes: convert it to safetensors first"),
+    (0, b"\x93NUMPY", "an array of NumPy: convert it to safetensors first"),
+    (0, b"\x1f\x8b", "compressed by gzip: decompress it first"),
+    (257, b"ustar", "a tar archive, as NeMo writes: unpack it, and take the file of weights in it"),
+    (0, b"<!DOCTYPE", "a web page in place of the file: download it again"),
+    (0, b"<html", "a web page in place of the file: download it again"),
+)
+
+
+def _check_known(path: Path) -> None:
+    """Raise ValueError for a file that is something else than weights of torch, and say what."""
+    with path.open("rb") as file:
+        start = file.read(300)
+    if not start:
+        raise ValueError(f"checkpoint {path} cannot be read, it may be truncated: it is empty")
+    said = next((what for at, magic, what in _BEGINNINGS if start[at:].startswith(magic)), "")
+    if start.startswith(b"PK\x03\x04"):
+        names = torch_files.names_in_archive(path)
+        if names and not any(name.rpartition("/")[2] in ("data.pkl", "constants.pkl") for name in names):
+            said = f"an archive of {names[:3]}, which torch.save did not write: unpack or convert it first"
+    if said:
+        raise ValueError(f"checkpoint {path} cannot be read: it is {said}")
 
 
 def is_pickle(path: Path) -> bool:
@@ -32,9 +58,20 @@ def is_pickle(path: Path) -> bool:
     return path.suffix in _PICKLES and path.is_file() and not torch_files.is_zip(path)
 
 
+def other_format(path: Path) -> str:
+    """What a file is that is not of torch, by its name; empty where that does not say."""
+    return _OTHERS.get(path.suffix, "")
+
+
 def is_index(path: Path) -> bool:
     """Whether a file, by its name, says which other files hold which tensors."""
     return _INDEX.search(path.name) is not None
+
+
+def stem(path: Path) -> str:
+    """A file's name without what says its format."""
+    name = _INDEX.sub("", path.name)
+    return next((name.removesuffix(end) for end in (".safetensors", *TORCH_SUFFIXES) if name.endswith(end)), name)
 
 
 def read(path: Path, trusted: bool = False) -> Contents:
@@ -50,10 +87,11 @@ def read(path: Path, trusted: bool = False) -> Contents:
     """
     if is_index(path):
         return _sharded(path, trusted)
-    if path.suffix in _OTHERS:
+    if other_format(path):
         raise ValueError(
-            f"checkpoint {path} is {_OTHERS[path.suffix]}; expected safetensors or a torch file, so convert it first"
+            f"checkpoint {path} is {other_format(path)}; expected safetensors or a torch file, so convert it first"
         )
+    _check_known(path)
     if path.suffix == ".safetensors" or _looks_like_safetensors(path):
         return _safetensors(path)
     if is_pickle(path):

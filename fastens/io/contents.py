@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastens.io.names import split
+from fastens.io.names import EMA, RAW, split
 
 _DEEPEST, _MOST = 40, 2_000_000
 
@@ -50,7 +50,7 @@ class Contents:
         numbers: numbers by full name (decays, steps).
         networks: whole modules by full name, from pickles that may run code.
         opaque: full names of what is neither, with its type.
-        averaged: full names of dictionaries that hold an average without saying so.
+        said: full names of dictionaries, and what else in the file says that they hold: EMA or RAW.
         keys: the file's first keys, for messages.
         root: the type of the file's outermost value, for messages.
         tied: names that the format dropped, and the name that each was tied to.
@@ -63,7 +63,7 @@ class Contents:
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
     networks: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)
-    averaged: frozenset[str] = frozenset()
+    said: dict[str, str] = dataclasses.field(default_factory=dict)
     keys: list[str] = dataclasses.field(default_factory=list)
     root: str = "dict"
     tied: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -82,9 +82,7 @@ class Contents:
         if not keys:
             self.root = type(value).__name__
             self.keys = sorted(str(key)[:60] for key in value) if isinstance(value, dict) else []
-            if isinstance(value, dict) and {"current_model_state", "averaging_state", "state_dict"} <= value.keys():
-                # Lightning's WeightAveraging puts the average where the weights were.
-                self.averaged = frozenset(("state_dict",))
+            self.said = _said(value) if isinstance(value, dict) else {}
         self._walk(value, keys, [], [0])
         return self
 
@@ -117,6 +115,16 @@ class Contents:
                 self.numbers[".".join(keys)] = float(value)
         elif value is not None and not isinstance(value, str | bytes | torch.dtype | torch.device | torch.Size):
             self.opaque[".".join(keys)] = type(value).__name__
+
+
+def _said(root: dict[Any, Any]) -> dict[str, str]:
+    """What the libraries that put an average where the weights were let their files say."""
+    if {"current_model_state", "averaging_state", "state_dict"} <= root.keys():  # Lightning's WeightAveraging
+        return {"state_dict": EMA}
+    meta = root.get("meta")
+    if isinstance(meta, dict) and "mmengine_version" in meta and {"state_dict", "ema_state_dict"} <= root.keys():
+        return {"state_dict": EMA, "ema_state_dict": RAW}  # mmengine's EMAHook exchanges them
+    return {}
 
 
 def components(entry: Entry | Unnamed) -> tuple[str, ...]:

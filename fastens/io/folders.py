@@ -13,6 +13,7 @@ from fastens.io.names import EMA, RAW, UNCLEAR, UNSAID, kind_of
 
 CONFIG = "config.json"
 _BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
+_WEIGHTS = (".safetensors", *containers.TORCH_SUFFIXES)
 _FILE = re.compile(
     r"(?P<base>[\w-]+?)(?:\.(?P<variant>[\w.-]+?))?\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<late>[\w-]+))?\.json)?$"
 )
@@ -21,6 +22,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _PRECISIONS = frozenset(("fp16", "bf16", "fp32", "float16", "bfloat16", "float32", "half", "fp8", "int8"))
 _FULL = frozenset(("fp32", "float32"))
 _STATE = re.compile(r"(optimizer|scheduler|sampler|scaler|random_states|training_args|rng_state|dl_state)[\w-]*\.\w+$")
+_ADAPTERS = ("adapter_config.json", "adapter_model.", "pytorch_lora_weights.")
 _NO_DENOISER = re.compile(r"Autoencoder|VQModel|ControlNet|Adapter|CLIP|Encoder|Vocoder|Upsampl|Safety|Projection")
 
 
@@ -38,7 +40,9 @@ class Weights(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What the variant says: an average, raw weights, nothing; other words are UNCLEAR."""
+        """What the name says: an average, raw weights, nothing; other words of a variant are UNCLEAR."""
+        if self.base not in _BASES and kind_of((self.base,)) != UNSAID:
+            return kind_of((self.base,))
         rest = [word for word in self.words if word not in _PRECISIONS]
         said = kind_of(["_".join(rest)] if rest else [])
         return UNCLEAR if rest and said == UNSAID else said
@@ -72,6 +76,25 @@ def weights_in(folder: Path) -> list[Weights]:
         if usual:
             return usual
     return every
+
+
+def averages_beside(folder: Path) -> list[Path]:
+    """Files of weights and folders of such that are called averages, beside a model's own files and their variants."""
+    own = {weights.path for weights in weights_in(folder) if weights.base in _BASES}
+    found = []
+    for path in sorted(folder.iterdir()):
+        plain = _SHARD.search(path.name) or _STATE.match(path.name) or path.name.startswith("custom_checkpoint")
+        if path in own or plain or kind_of((_key(path),)) not in (EMA, UNCLEAR):
+            continue
+        named = path.suffix in _WEIGHTS or containers.is_index(path)
+        if weights_in(path) if path.is_dir() else (named and path.is_file()):
+            found.append(path)
+    return found
+
+
+def _key(path: Path) -> str:
+    """A file or folder in a folder as ``key=`` takes it."""
+    return path.name if path.is_dir() else containers.stem(path)
 
 
 def choose_weights(folder: Path, wish: Wish) -> Weights:
@@ -116,6 +139,11 @@ def _of_kind(every: list[Weights], ema: bool) -> list[Weights]:
 
 def _advice(folder: Path) -> str:
     names = {path.name for path in folder.iterdir()}
+    others = [f"; {name} is {what}" for name in sorted(names) if (what := containers.other_format(Path(name)))]
+    if others:
+        return others[0]
+    if "manifest.ocdbt" in names or "_CHECKPOINT_METADATA" in names:
+        return "; it is a checkpoint of Orbax, of JAX: convert its weights to safetensors"
     if "zero_to_fp32.py" in names or any(name.startswith("mp_rank") for name in names):
         return "; it is a DeepSpeed checkpoint: its zero_to_fp32.py makes one file of it"
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
@@ -150,6 +178,12 @@ def model_folder(folder: Path, wish: Wish) -> tuple[Path, Wish]:
     plain = [path for path in denoisers if path not in averages]
     pool = (averages or plain) if wish.ema else plain
     if len(pool) == 1:
+        left = [p.name for p in averages_beside(folder) if p not in parts and kind_of((_key(p),)) == EMA]
+        if left and wish.ema and not averages:
+            raise ValueError(
+                f"checkpoint {folder} has {left[:3]} beside the model {pool[0].name}, which look like averages of its "
+                f"weights: pass that itself, with factory=, or key={pool[0].name!r} for the model without it"
+            )
         return model_folder(pool[0], wish)
     if denoisers:
         names = ", ".join(path.name for path in denoisers)
@@ -172,27 +206,63 @@ def read(folder: Path, wish: Wish, trusted: bool) -> Contents:
         ValueError: no weights, several variants that are meant, or a file that cannot be read.
     """
     custom = sorted(folder.glob("custom_checkpoint_*.pkl"))
+    averages = averages_beside(folder) if wish.variant is None and (wish.ema or wish.key is not None) else []
     models = [path for path in sorted(folder.iterdir()) if _MODEL.match(path.name)]
-    if not custom and len({path.stem.removeprefix("pytorch_") for path in models}) < 2:
-        contents = containers.read(choose_weights(folder, wish).path, trusted)
+    several = len({path.stem.removeprefix("pytorch_") for path in models}) > 1
+    if not custom and not averages and not several:
+        chosen = choose_weights(folder, wish)
+        named = _is_named(chosen.path, wish)
+        _check_no_adapters(folder, named)
+        contents = containers.read(chosen.path, trusted)
         contents.source = str(folder)
-        return contents
-    contents = Contents(str(folder), "folder of accelerate")
-    if not models:  # in shards
-        models = [choose_weights(folder, wish).path]
-    for path in [*models, *custom]:
+        return _under(_key(chosen.path), contents) if named else contents
+    contents = Contents(str(folder), "folder of several files")
+    if not models or averages:  # in shards, of another name, or in variants
+        every = [weights for weights in weights_in(folder) if weights.path not in averages]
+        models = [w.path for w in every if w.kind in (EMA, UNCLEAR)]
+        models += [choose_weights(folder, Wish(False, variant=wish.variant)).path] if len(models) < len(every) else []
+    files = [*models, *custom, *averages]
+    named = max((path for path in files if _is_named(path, wish)), key=lambda path: len(_key(path)), default=None)
+    for path in [named] if named in models else files:  # what an average lacks may be in the others
         if path in custom and not wish.ema and wish.key is None:
             continue
+        inner = choose_weights(path, Wish()).path if path.is_dir() else path
         try:
-            part = containers.read(path, trusted)
+            part = _under(_key(path), containers.read(inner, trusted))
         except ValueError:
-            if path in custom and wish.key is not None and wish.key.split(".")[0] != path.stem:
+            if path not in models and wish.key is not None and not _is_named(path, wish):
                 continue  # named is another
             raise
-        keys = (path.stem,)
-        contents.entries += [entry._replace(keys=(*keys, *entry.keys)) for entry in part.entries]
-        contents.lists += [unnamed._replace(keys=(*keys, *unnamed.keys)) for unnamed in part.lists]
-        for name in ("numbers", "opaque", "networks"):
-            there = getattr(part, name)
-            getattr(contents, name).update({f"{path.stem}.{key}" if key else path.stem: v for key, v in there.items()})
+        contents.entries += part.entries
+        contents.lists += part.lists
+        for name in ("numbers", "opaque", "networks", "said"):
+            getattr(contents, name).update(getattr(part, name))
     return contents
+
+
+def _is_named(path: Path, wish: Wish) -> bool:
+    """Whether ``key=`` begins with a file or folder of the folder."""
+    return wish.key is not None and f"{wish.key}.".startswith(f"{_key(path)}.")
+
+
+def _under(key: str, part: Contents) -> Contents:
+    """The contents of a file under its name."""
+    part.entries = [entry._replace(keys=(key, *entry.keys)) for entry in part.entries]
+    part.lists = [unnamed._replace(keys=(key, *unnamed.keys)) for unnamed in part.lists]
+    for name in ("numbers", "opaque", "networks", "said"):
+        there = getattr(part, name)
+        setattr(part, name, {f"{key}.{inner}" if inner else key: value for inner, value in there.items()})
+    return part
+
+
+def _check_no_adapters(folder: Path, named: bool) -> None:
+    """Raise ValueError where an adapter lies beside the weights, which are not the whole without it."""
+    found = sorted(path.name for path in folder.iterdir() if path.name.startswith(_ADAPTERS))
+    if not found or named:
+        return
+    keys = [_key(weights.path) for weights in weights_in(folder) if not weights.path.name.startswith(_ADAPTERS)]
+    without = f", or say key= of the file of weights without it, as in key={keys[0]!r}" if keys else ""
+    raise ValueError(
+        f"checkpoint {folder} holds an adapter (LoRA), {found[:2]}: merge it into the weights (merge_and_unload of "
+        f"PEFT, fuse_lora of diffusers){without}"
+    )

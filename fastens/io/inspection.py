@@ -76,7 +76,7 @@ def groups(contents: Contents) -> list[Group]:
         place = (*entry.keys, *names[:depth], *([f"{words(names[-1])[0]}_*"] if glued else []))
         group = found.get(place)
         if group is None:
-            kind = EMA if ".".join(entry.keys) in contents.averaged else kind_of(place)
+            kind = contents.said.get(".".join(entry.keys)) or kind_of(place)
             group = found[place] = Group(".".join(place), kind, _decay(contents, place, kind), {})
         name = ".".join(names[depth:])
         group.tensors[name if name not in group.tensors else entry.path] = entry.tensor
@@ -116,6 +116,8 @@ def report(path: Path, wish: Wish, factory: Factory | None = None, names: bool =
         yield f"{path}: a folder"
         for weights in folders.weights_in(path):
             yield f"  {weights.path.name}: variant {weights.variant or 'plain'}, sha256 {_sha256(weights.path)}"
+        for beside in folders.averages_beside(path):
+            yield f"  {beside.name}: an average by its name{'' if beside.is_dir() else f', sha256 {_sha256(beside)}'}"
         try:
             path, wish = folders.model_folder(path, wish)
             contents = folders.read(path, wish, trusted=False)

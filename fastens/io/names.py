@@ -15,8 +15,13 @@ WRAPPERS = frozenset(
         "_forward_module",
     )
 )
-_AVERAGES = frozenset(("ema", "emas", "avg", "average", "averages", "averaged", "averaging", "polyak", "swa", "shadow"))
-_RAW = frozenset(("online", "raw"))  # ema-pytorch keeps its online model beside the average
+_AVERAGES = frozenset("ema emas ewma ewa avg average averages averaged averaging polyak swa shadow".split())
+# What else is averaged: of these, an average has the weights' names and shapes and is none of the weights.
+_OTHER_QUANTITIES = frozenset(
+    "grad grads gradient gradients sq square squares squared var variance std fisher loss losses stats".split()
+)
+# ema-pytorch keeps its online model beside the average, torch_ema and others what they put back after an evaluation.
+_RAW = frozenset(("online", "raw", "backup", "collected"))
 _NOT = frozenset(("no", "non", "not", "without", "noema", "nonema"))
 _OPTIMISERS = frozenset(("optimizer", "optimiser", "optimizers", "optimisers", "optim", "optims"))
 # Whole names: momentum_encoder is a network.
@@ -24,7 +29,7 @@ _STATES = frozenset("opt exp_avg exp_avg_sq momentum momentum_buffer scaler sche
 _WORDS = frozenset(("schema", "cinema", "edema", "emission", "email", "emanate"))  # that end or begin with "ema"
 # Scalars that averages and wrappers keep beside the weights.
 BOOKKEEPING = frozenset(
-    ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step", "epoch", "global_step")
+    ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step", "steps", "epoch", "global_step")
 )
 
 RAW, EMA, UNCLEAR, UNSAID, STATE = "raw", "EMA", "EMA-like", "unsaid", "optimiser's state"
@@ -41,7 +46,8 @@ def kind_of(prefix: Iterable[str]) -> str:
 
     Returns:
         ``STATE`` for what an optimiser keeps, which has the weights' names and shapes; ``RAW`` or ``EMA``, by the last
-        name that says either; ``UNCLEAR`` where a word only begins or ends with "ema"; ``UNSAID`` where none does.
+        name that says either; ``UNCLEAR`` where a word only begins or ends with "ema", or the average is one of
+        gradients, squares, ...; ``UNSAID`` where none does.
     """
     kind = UNSAID
     for component in prefix:
@@ -51,7 +57,7 @@ def kind_of(prefix: Iterable[str]) -> str:
         if _RAW.intersection(found) or (_NOT.intersection(found) and any("ema" in word for word in found)):
             kind = RAW
         elif _AVERAGES.intersection(found):
-            kind = EMA
+            kind = UNCLEAR if _OTHER_QUANTITIES.intersection(found) else EMA
         elif any(
             word.startswith("ema") or word.endswith("ema") for word in {*found, *words(component.lower())} - _WORDS
         ):

@@ -211,13 +211,16 @@ def is_zip(path: Path) -> bool:
 
 def is_script(path: Path) -> bool:
     """Whether a file is a TorchScript archive, which torch would run."""
-    if not is_zip(path):
-        return False
+    return is_zip(path) and any(name.rpartition("/")[2] == "constants.pkl" for name in names_in_archive(path))
+
+
+def names_in_archive(path: Path) -> list[str]:
+    """The names of the files in a zip archive; none where it is damaged, of which torch says what is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
-    except Exception:
-        return False  # torch says what is wrong with it
+            return archive.namelist()
+    except Exception:  # a damaged archive raises anything
+        return []
 
 
 def _inert(path: Path) -> tuple[Any, set[str]]:

@@ -146,7 +146,8 @@ def _read(name: str, scheduler: Any, config: Any) -> Prediction:
     table = _table(scheduler)
     if config.get("timestep_type") == "continuous" and said == "v_prediction":
         # Stable Video Diffusion: the network takes log(sigma) / 4, and v is EDM's output for data of deviation 1.
-        low, high = (((1 - table[i]) / table[i]) ** 0.5 for i in (0, -1))
+        # Where no data is left at the last step, the scheduler puts 2^-24.
+        low, high = ((1 / max(table[i], 2.0**-24) - 1) ** 0.5 for i in (0, -1))
         return Prediction("edm_v", EDM(low, high, log_time=True), 1.0, "unit_variance", variances=variances)
     if config.get("interpolation_type", "linear") != "linear":
         raise ValueError(

@@ -100,6 +100,11 @@ class _Booster:
         self.parallel = int(gradient["gbtree_model_param"]["num_parallel_tree"])
         rounds = gradient["iteration_indptr"]
         self.rounds = len(rounds) - 1 if last_round is None else last_round
+        if not 1 <= self.rounds < len(rounds):
+            raise ValueError(
+                f"the model predicts with {self.rounds} rounds of the {len(rounds) - 1} that its booster has; train it "
+                "or pass model.get_booster(), which predicts with all"
+            )
         self._trees = gradient["trees"][: rounds[self.rounds]]
         self._output = gradient["tree_info"]
         self.num_trees = len(self._trees)

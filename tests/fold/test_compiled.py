@@ -213,3 +213,39 @@ def test_methods_are_called_outside_the_graph(engine):
     with torch.no_grad():
         for x in BATCHES:
             assert relative_error(run(x), ens.encode(x) + 1) < NETWORK[torch.float32]
+
+
+class Placed(nn.Module):
+    """A network with buffers that no state dict has, as position embeddings are kept."""
+
+    def __init__(self, persistent, seed=0):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("position", torch.randn(1, 4, generator=generator), persistent=persistent)
+        self.register_buffer("scale", torch.full((1, 4), 2.0), persistent=persistent)
+
+    def forward(self, x):
+        return self.inner(x) + self.position[:, : x.shape[1]] * self.scale
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_exports_keep_what_no_state_dict_has(nested, persistent, engine, tmp_path):
+    members = [randomised(functools.partial(Placed, persistent, seed), seed) for seed in range(3)]
+    for seed, member in enumerate(members):
+        member.position += seed
+    ensemble = fastens.Ensemble(members, engine=engine)
+    module = nn.Sequential(nn.Identity(), ensemble) if nested else ensemble
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.ones(2, 4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(program, tmp_path / "a.pt2")
+        for run in (program.module(), torch.export.load(tmp_path / "a.pt2").module()):
+            for batch in (3, 5):
+                x = torch.randn(batch, 4)
+                expected = torch.stack([member(x) for member in members]).mean(0)
+                found = run(x)
+                assert type(found) is torch.Tensor
+                assert relative_error(found, expected) < NETWORK[torch.float32]
+        assert relative_error(module(x), expected) < NETWORK[torch.float32]

@@ -233,3 +233,17 @@ def test_models_of_different_outputs_are_refused():
     models = [xgboost.XGBRegressor(n_estimators=2, n_jobs=1).fit(x, target) for target in (y, y[:, 0])]
     with pytest.raises(ValueError, match="outputs"):
         fastens.Forest.from_xgboost(models)
+
+
+@pytest.mark.parametrize("best", ["12", "50", "-1", None])
+def test_a_booster_without_the_rounds_that_it_predicts_with_is_refused(best):
+    x, y = table()
+    rounds = 0 if best is None else 12
+    booster = xgboost.train({"max_depth": 2}, xgboost.DMatrix(x, y[:, 0]), rounds)
+    model = xgboost.XGBRegressor()
+    model._Booster = booster
+    if best is not None:
+        booster.set_attr(best_iteration=best)
+        assert close(fastens.Forest.from_xgboost(booster).predict(x), booster.inplace_predict(x))
+    with pytest.raises(ValueError, match=rf"rounds of the {rounds} that its booster has; train it"):
+        fastens.Forest.from_xgboost(booster if best is None else model)
