@@ -16,12 +16,15 @@ from fastens.ops._choice import Choice, Way
 from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.ops._tma_ways import (
+    HALO,
     TILINGS,
     Call,
     fills_less_than,
+    halo,
     pointers_apart,
     prepared,
     refuses_block,
+    refuses_halo,
     refuses_pass,
     refuses_pointers_apart,
     tma,
@@ -152,6 +155,7 @@ CHOICE = Choice(
         "triton wide": Way(fused("wide"), refuses("wide")),
         "triton apart": Way(pointers_apart, refuses_pointers_apart),
         **{tiling: Way(tma(tiling), refuses_block(tiling)) for tiling in TILINGS},
+        HALO: Way(halo, refuses_halo),
     },
     rule=rule,
 )
