@@ -116,7 +116,10 @@ def conv2d(
     most = rows if offsets is not None else per_member
     sources = (x.shape[1], skip_channels)
     per_group = outputs // num_groups if num_groups else 0
-    tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling)
+    normed = block.prologue.moments is not None
+    tiles = tiles_for(
+        x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling, normed=normed
+    )  # fmt: skip
     with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
@@ -130,7 +133,7 @@ def conv2d(
     bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(block, tiles.rows)
+        norm = Norm.prepare(block, tiles)
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
             x, skip, mask, weight, bias, y, workspace, arrivals, *norm.tensors, row_bias, epilogue.residual,
