@@ -188,6 +188,5 @@ def _cut(
                 ways.setdefault(cost, (block_n, whole(steps, splits)))
             block_n //= 2
         block_n, splits = ways[min(ways)]
-    half = normed and size >= 128  # as large a part of the input beside them
-    large = size >= 128 if itemsize > 2 else size * block_n >= (8192 if half else 16384)
+    large = size >= 128 if itemsize > 2 or (normed and size >= 128) else size * block_n >= 16384
     return Tiles(together, places, block_n, block_k, 8 if large else 4, num_stages, splits)

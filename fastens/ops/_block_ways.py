@@ -37,6 +37,8 @@ from fastens.program.block import ConvBlock
 from fastens.reference import conv2d as reference
 from fastens.reference.conv2d import finished, keeps, together
 
+WIDE_PLACES = 64  # of an image at least, so that a tile of twice as many columns is of two images at most
+
 
 def key(*arguments: Any) -> str:
     """What the speed depends on but the device: shapes, dtype, and what is before and behind the convolution."""
@@ -113,7 +115,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
     """Why the kernel does not take it in this tiling, or none."""
 
     def why(*arguments: Any) -> str | None:
-        block, _, into, _ = Call(*arguments)
+        block, size, into, _ = Call(*arguments)
         x, outputs = block.x, block.weight.shape[1]
         images = [image for image in (x, into, block.prologue.skip) if image is not None]
         if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
@@ -125,6 +127,8 @@ def refuses(tiling: str) -> Callable[..., str | None]:
         if tiling == "wide":
             if outputs <= WIDE_OUTPUTS or x.dtype == torch.float64:
                 return "no more outputs than an ordinary tile has"
+            if size[0] * size[1] < WIDE_PLACES:
+                return "a tile of so many images that their moments and maps have no registers beside its sums"
             if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
         return missing_triton(x.device)

@@ -43,14 +43,24 @@ def check(row, itemsize=2):
     places = size.get("PLACES") or size["TILE_H"] * size["TILE_W"]
     if size.get("ROWS", 1) * places >= 64:  # fewer are products of each warp
         assert row["of_warp_groups"], about
+    threads = 32 * row["warps"]
     if row["outputs"] % (16 // itemsize) == 0:
-        assert row["stores"].get("16", 0) > 0, about
+        part = size.get("ROWS", 1) * places * min(size["BLOCK_N"], 64)  # of the sums, which are finished at a time
+        widest = min(16, part * itemsize // threads)
+        assert row["stores"].get(str(widest), 0) > 0, about
         assert min(map(int, row["stores"])) >= 4, about  # no element of a result in 16 bits is stored alone
     if "shared" not in row["convolution"]:  # of the three channels of an image, which no wide load takes
         assert row["in_flight"], (about, [loop["waits"] + loop["load_waits"] for loop in row["loops"]])
-        loads = {name for loop in row["loops"] for name in loop["operations"] if name.startswith("LDGSTS")}
-        loads -= {"LDGSTS.E"} if " norm" in row["convolution"] else set()  # the maps of a norm: a number a channel
-        assert all(name.endswith(".128") for name in loads), (about, loads)
+        loads = {
+            name: n for loop in row["loops"] for name, n in loop["operations"].items() if name.startswith("LDGSTS")
+        }
+        narrow = {name: n for name, n in loads.items() if not name.endswith(".128")}
+        allowed = 0
+        if " norm" in row["convolution"]:  # its three maps: a number a channel, of each row
+            allowed += 3 * max(1, size.get("ROWS", 1) * size["BLOCK_K"] // threads)
+        if size["BLOCK_N"] * size["BLOCK_K"] * itemsize // threads < 16:  # weights of few columns
+            allowed += 1
+        assert sum(narrow.values()) <= allowed, (about, loads)
     of_one_image = "at 32x32" in row["convolution"] or "at 16x16" in row["convolution"]
     several = math.prod(row["grid"]) > MULTIPROCESSORS  # there are blocks for two at a time
     if itemsize == 2 and of_one_image and several and row["way"] in BESIDE:
