@@ -115,16 +115,19 @@ def in_producer(conv, batch, code, seconds):
 
     Where its groups are of two images, or its tiles too many to wait for each other, they are not known there. What
     begins a block is read as it is too, by the residual, so that one image more is written. Its tiles are taken to be
-    those of this convolution.
+    those of this convolution: at the end of each, its blocks wait for each other, and then activate their sums, two
+    results of special functions each, which no products are beside but those of other blocks.
     """
     size = code.constants
     places = size["PLACES"] if "PLACES" in size else size["TILE_H"] * size["TILE_W"]
     if conv.skip or not conv.moments or conv.height**2 > TOGETHER * places:
         return seconds
-    waves = waves_of(code)
-    waits = waves * JOIN / CLOCK / min(code.blocks, max(1, waves)) if conv.height**2 > places else 0.0
+    waves, sums = waves_of(code), size.get("ROWS", 1) * places * size["BLOCK_N"]
+    cycles = 2 * sums / SPECIAL if conv.activation != "none" else 0.0
+    cycles += JOIN if conv.height**2 > places else 0
     more = 0 if conv.residual else Work(0, 0, K * batch * conv.channels * conv.height**2).bytes
-    return min(waits + more / H200["bytes per second"], seconds)
+    beside = min(code.blocks, max(1, waves))
+    return min(waves * cycles / CLOCK / beside + more / H200["bytes per second"], seconds)
 
 
 def times_of(conv, batch, without=()):
