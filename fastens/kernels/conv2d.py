@@ -25,7 +25,7 @@ from fastens.kernels._conv2d import (
     products,
     write_maps,
 )
-from fastens.kernels._conv2d_launch import Norm, tiles_for
+from fastens.kernels._conv2d_launch import COLUMNS, Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
@@ -120,7 +120,9 @@ def conv2d(
     tiles = tiles_for(
         x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling, normed=normed
     )  # fmt: skip
-    with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group)
+    # what chooses between two images takes registers too, beside the sums of 256 columns
+    part = PART // 2 if normed and skip is not None and tiles.block_n > COLUMNS else PART
+    with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group, part)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
@@ -147,7 +149,7 @@ def conv2d(
             PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=PART, num_warps=tiles.num_warps,
+            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=part, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, block.stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found
