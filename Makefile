@@ -105,10 +105,11 @@ atlas: .venv/dev build/native
 test-gpu-build: .venv/dev
 	$(BIN)/python -m pytest -q tests/kernels/every_target.py
 
-# Minutes: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read. Another Triton than
-# the one in .venv: TRITON=FOLDER, where its wheel is unpacked.
+# An hour: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read, and the list of what
+# was, which the wheel carries. Another Triton than the one in .venv: TRITON=FOLDER, where its wheel is unpacked.
 test-gpu-code: .venv/dev
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.gpu_proven $(foreach b,1 16 256,songunet:$(b) ddpmpp:$(b) ffhq256:$(b))
 
 # Static: what it documents is parsed, not imported.
 docs: .venv/dev
