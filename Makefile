@@ -109,10 +109,11 @@ atlas: $(VENV)/dev build/native
 test-gpu-build: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/kernels/every_target.py
 
-# Minutes: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read. Another Triton than
-# the one in $(VENV): TRITON=FOLDER, where its wheel is unpacked.
+# An hour: what plans of the score networks launch at B = 1, 16 and 256, compiled for sm_90a and read, and the list of what
+# was, which the wheel carries. Another Triton than the one in $(VENV): TRITON=FOLDER, where its wheel is unpacked.
 test-gpu-code: $(VENV)/dev
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q tests/kernels/code_of_plans.py
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.gpu_proven $(foreach b,1 16 256,songunet:$(b) ddpmpp:$(b) ffhq256:$(b))
 
 # Static: what it documents is parsed, not imported.
 docs: $(VENV)/dev

@@ -102,8 +102,7 @@ def test_residual_block(batch, channels, size):
         return run(ends(inner, moments), size, None, torch.empty_like(moments))
 
     def taken(name):
-        call = (None, None, x, first, None, (1, 1), (1, 1), tuple(x.shape[2:]), before, *maps[:2], 1e-5, None, None)
-        return _block_ways.CHOICE.ways[name].refuses(*call, "silu", time, None, 1.0, "none", groups) is None
+        return _block_ways.CHOICE.ways[name].refuses(blocks(x)[0], tuple(x.shape[2:])) is None
 
     def chain(x, time, convolve, backend="auto"):
         y = group_norm(x, groups, *maps[:2], activation="silu", backend=backend)

@@ -38,7 +38,7 @@ OF_MEMORY = (
 )  # of the GPU, not of a block or constant
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)\s*(.*?)\s*;")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
-PRODUCT = re.compile(r"x(\d+)x(\d+)\.F32")  # of HGMMA.64: rows of a warp group are 64
+PRODUCT = re.compile(r"HGMMA\.64x(\d+)x(\d+)|HMMA\.16(8)(16|8|4)\.")  # a warp group has 64 rows of it, or each warp 16
 
 
 class Target:
@@ -83,8 +83,8 @@ def compiling(capability=90):
 class Loop:
     """The innermost loop that has tensor cores' products: its instructions and what it waits for.
 
-    ``products`` are columns and depth of each (rows of a warp group are 64), ``waits`` how many groups of them each
-    wait lets be in flight, ``load_waits`` the same of asynchronous loads.
+    ``products`` are columns and depth of each (rows of four warps are 64), ``waits`` how many groups of them each wait
+    lets be in flight (none where each warp multiplies by itself), ``load_waits`` the same of asynchronous loads.
     """
 
     instructions: int
@@ -126,13 +126,17 @@ class Code:
         return min(of_registers, SHARED // (self.shared + 1024), WARPS // self.warps)
 
     @property
+    def of_warp_groups(self):
+        """Whether all products are those of warp groups, which begin at 64 rows."""
+        return all(loop.count("HGMMA") and not loop.count("HMMA") for loop in self.loops)
+
+    @property
     def in_flight(self):
         """Whether products, and loads where the loop waits for them, go on while it waits for earlier ones."""
         return all(
-            loop.waits
-            and min(loop.waits) > 0
+            (min(loop.waits, default=0) > 0 or not loop.count("HGMMA"))
             and min(loop.load_waits, default=1) > 0
-            and loop.count("UTMALDG", "LDGSTS")
+            and loop.count("UTMALDG", "LDGSTS") > 0
             for loop in self.loops
         )
 
@@ -187,7 +191,7 @@ def parse(sass):
     spans = []
     for end, (name, operands) in enumerate(instructions):
         to = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
-        if to and labels[to[0]] <= end and any("GMMA" in n for n, _ in instructions[labels[to[0]] : end]):
+        if to and labels[to[0]] <= end and any("MMA." in n for n, _ in instructions[labels[to[0]] : end]):
             spans.append((labels[to[0]], end + 1))
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
     inner = [(a, b) for a, b in inner if not any(c < a and b > d > a for c, d in spans if (c, d) != (a, b))]
@@ -202,6 +206,6 @@ def loop_of(body):
             waits.append(int(re.search(r"0x([0-9a-f]+)", operands)[1], 16))
         elif name.startswith("DEPBAR"):
             loads.append(int(re.search(r"0x([0-9a-f]+)", operands)[1], 16))
-        elif "GMMA" in name and (found := PRODUCT.search(operands)):
-            products.append((int(found[1]), int(found[2])))
+        elif found := PRODUCT.match(name + operands):
+            products.append((int(found[1] or found[3]), int(found[2] or found[4])))
     return Loop(len(body), dict(Counter(name for name, _ in body)), tuple(products), tuple(waits), tuple(loads))

@@ -6,6 +6,7 @@ this run's matrix products and copies. The plot shows operations per second agai
 """
 
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -72,6 +73,9 @@ def table(rows):
 
 def plot(rows, limit, path):
     """Operations per second against operations per byte, a point per launch with products, and the roof."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -83,7 +83,7 @@ def main():
             for way, kernels in codes(conv, batch, getattr(torch, options.dtype), options.ways).items():
                 for code in kernels:
                     row = {"batch": batch, "convolution": str(conv), "outputs": conv.outputs, "way": way}
-                    more = {"blocks": code.blocks, "in_flight": code.in_flight}
+                    more = {name: getattr(code, name) for name in ("blocks", "in_flight", "of_warp_groups")}
                     print(json.dumps({**row, **dataclasses.asdict(code), **more}), flush=True)
 
 

@@ -50,6 +50,14 @@ def test_a_part_is_rehearsed_end_to_end_and_not_done_twice(tmp_path):
         gpu_table.keep(tmp_path, tmp_path / "results")
 
 
+# What calls the ways of convolutions, and a part of each file; the others take minutes, and run the same code.
+@pytest.mark.full
+@pytest.mark.parametrize("part", ["smoke", "ours", "roofline", "G4", "G4_ways", "G5", "G6", "blocks", "ends"])
+def test_a_part_of_each_file_is_rehearsed(part, tmp_path):
+    result = gpu_sh("--rehearse", str(tmp_path), part)
+    assert f"ok      {part}" in result.stdout, result.stdout + (tmp_path / f"{part}.log").read_text()
+
+
 def test_a_copy_of_the_tree_without_its_history_does_not_take_parts_for_done(tmp_path):
     script = tmp_path / "tree" / "bench" / "gpu.sh"
     script.parent.mkdir(parents=True)

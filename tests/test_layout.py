@@ -50,6 +50,7 @@ LEVELS = [  # a module imports from its own level or below
         "files",
         "io",
         "provenance",
+        "proven",
     },
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

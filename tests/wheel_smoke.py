@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastens
+from fastens import proven
 from fastens.reference.forest import Trees
 
 
@@ -17,6 +18,8 @@ def check_installation() -> None:
     assert not list(package.rglob("*.safetensors")), "the demo's weights are a package of their own"
     compiled = [path.name for path in package.rglob("*.so")]
     assert compiled == ["libfastens_cpu.so"], f"{compiled}: modules of one Python are slow on every other"
+    assert proven.FILE.is_file(), "a wheel says of which sources the GPU code was read"
+    assert set(proven.sources()) >= {"kernels/_conv2d.py", "kernels/_conv2d_tma.py"}
     assert (package / "csrc" / "cpu" / "aggregate.cpp").is_file(), "an installed package can build its library again"
 
 

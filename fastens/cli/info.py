@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
     for name, state in found["backends"].items():
         print(f"backend {name}: {state}")
     print(f"plans: {found['plans']}")
+    print(f"machine code of GPU kernels: {found['gpu_code']}")
     for device, ops in found["measured_choices"].items():
         for op, ways in ops.items():
             print(f"measured choices of {op} on {device}: {', '.join(f'{n} {way}' for way, n in ways.items())}")
@@ -60,6 +61,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     import fastens
+    from fastens import proven
     from fastens.ops._choice import TABLE
 
     choices: dict[str, dict[str, Any]] = {}
@@ -75,6 +77,7 @@ def gather() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": dict(fastens.backends()),
         "plans": _plans(),
+        "gpu_code": proven.describe(),
         "measured_choices": choices,
         "table": str(TABLE.path),
         "missing": {extra: missing(extra) for extra in EXTRAS},

@@ -19,7 +19,8 @@ from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
 JOINED_PARTS = 16  # moments of a group that every tile joins for itself; more are joined once, by a kernel before
-MAP_TILE = 2048  # moments that are joined at a time
+MAP_TILE = 2048  # moments that are joined at a time; half of it beside the sums of more columns than these
+COLUMNS = 128
 STEPS_PER_SPLIT = 4  # a split of a sum is at least as long
 MOST_SPLITS = 32
 JOINED_AFTER = 1 << 16  # bytes that a program loads while the last split waits for the memory that they meet in
@@ -35,11 +36,8 @@ class Norm:
     constants: dict[str, Any]
 
     @classmethod
-    def prepare(cls, block: ConvBlock, together: int) -> Norm:
-        """Hand the moments on, or where they are many of a group, join them first into a map per row and channel.
-
-        ``together`` rows are of one tile.
-        """
+    def prepare(cls, block: ConvBlock, tiles: Tiles) -> Norm:
+        """Hand the moments on, or where they are many of a group, join them first into a map per row and channel."""
         before, x, num_members = block.prologue, block.x, len(block.weight)
         moments, eps = before.moments, before.eps
         if moments is None:
@@ -52,7 +50,8 @@ class Norm:
         parts = per_norm // per_group * spans
         padded = triton.next_power_of_2(parts)
         by_tile = parts <= JOINED_PARTS
-        width = max(16, MAP_TILE // (padded * together)) if by_tile else max(1, MAP_TILE // padded)
+        most = MAP_TILE // 2 if by_tile and tiles.block_n > COLUMNS else MAP_TILE
+        width = max(16, most // (padded * tiles.rows)) if by_tile else max(1, most // padded)
         width = min(512, triton.next_power_of_2(channels), width)
         constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": width}
         maps = moments.new_empty(rows, 3, channels)
@@ -105,7 +104,7 @@ class Tiles:
 
 def tiles_for(
     x: Tensor, groups_of_rows: int, rows: int, space: int, outputs: int, sources: tuple[int, ...], taps: int,
-    per_group: int, tiling: str = "auto", sums: int = 1,
+    per_group: int, tiling: str = "auto", sums: int = 1, normed: bool = False,
 ) -> Tiles:  # fmt: skip
     """Tile sizes for a shape: of one row's places where they suffice, else of several rows; splits where few result.
 
@@ -122,10 +121,12 @@ def tiles_for(
         tiling: ``"auto"``; ``"wide"``, twice as many output channels a tile and whole sums; ``"narrow"``, half of
             both places and channels.
         sums: how many members are summed into one result.
+        normed: whether the input is normalised as it is read, in registers, of which a thread of eight warps has room
+            for its part of 128 places beside the sums.
     """
     return _cut(
         x.dtype.itemsize, multiprocessors(x.device), MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps,
-        per_group, tiling, sums,
+        per_group, tiling, sums, normed,
     )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def meeting(splits: int, tiles: int, size: int, y: Tensor) -> tuple[Tensor | Non
 @functools.lru_cache(maxsize=4096)
 def _cut(
     itemsize: int, available: int, most_splits: int, groups_of_rows: int, rows: int, space: int, outputs: int,
-    sources: tuple[int, ...], taps: int, per_group: int, tiling: str, sums: int,
+    sources: tuple[int, ...], taps: int, per_group: int, tiling: str, sums: int, normed: bool,
 ) -> Tiles:  # fmt: skip
     narrow, wide = tiling == "narrow", tiling == "wide"
     places = min(SPAN // 2 if narrow and not per_group else SPAN, triton.next_power_of_2(space))
@@ -187,5 +188,5 @@ def _cut(
                 ways.setdefault(cost, (block_n, whole(steps, splits)))
             block_n //= 2
         block_n, splits = ways[min(ways)]
-    large = size >= 128 if itemsize > 2 else size * block_n >= 16384
+    large = size >= 128 if itemsize > 2 or (normed and size >= 128) else size * block_n >= 16384
     return Tiles(together, places, block_n, block_k, 8 if large else 4, num_stages, splits)

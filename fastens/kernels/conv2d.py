@@ -25,7 +25,7 @@ from fastens.kernels._conv2d import (
     products,
     write_maps,
 )
-from fastens.kernels._conv2d_launch import Norm, tiles_for
+from fastens.kernels._conv2d_launch import COLUMNS, Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
 from fastens.kernels.group_moments import group_moments
@@ -116,8 +116,13 @@ def conv2d(
     most = rows if offsets is not None else per_member
     sources = (x.shape[1], skip_channels)
     per_group = outputs // num_groups if num_groups else 0
-    tiles = tiles_for(x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling)
-    with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group)
+    normed = block.prologue.moments is not None
+    tiles = tiles_for(
+        x, num_members, most, space, outputs, sources, taps_h * taps_w, per_group, tiling, normed=normed
+    )  # fmt: skip
+    # what chooses between two images takes registers too, beside the sums of 256 columns
+    part = PART // 2 if normed and skip is not None and tiles.block_n > COLUMNS else PART
+    with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group, part)
     row_tiles = triton.cdiv(most, tiles.rows)
     place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
@@ -130,7 +135,7 @@ def conv2d(
     bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(block, tiles.rows)
+        norm = Norm.prepare(block, tiles)
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
             x, skip, mask, weight, bias, y, workspace, arrivals, *norm.tensors, row_bias, epilogue.residual,
@@ -144,7 +149,7 @@ def conv2d(
             PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, ROWS=tiles.rows, PLACES=tiles.places, BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=PART, num_warps=tiles.num_warps,
+            BLOCK_K=tiles.block_k, PER_GROUP=per_group or 1, PART=part, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **norm.constants, **tiles.evenness(x, sources, y, weight, block.stride),
         )  # fmt: skip
     return y, group_moments(y, num_groups, found) if num_groups and not with_moments else found

@@ -94,7 +94,8 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
         return y
     wide = torch.promote_types(x.dtype, torch.float32)
     space, taps = out_height * out_width, taps_h * taps_w
-    tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, 0, sums=num_members)
+    normed = block.prologue.moments is not None
+    tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, 0, sums=num_members, normed=normed)
     row_tiles, place_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(space, tiles.places)
     output_tiles = triton.cdiv(outputs, tiles.block_n)
     programs = row_tiles * place_tiles * output_tiles
@@ -103,7 +104,7 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
-        norm = Norm.prepare(block, tiles.rows)
+        norm = Norm.prepare(block, tiles)
         maps, in_moments, _, *norm_maps = norm.tensors
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_sum_kernel[(programs, tiles.splits)](

@@ -16,12 +16,15 @@ from fastens.ops._choice import Choice, Way
 from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.ops._tma_ways import (
+    HALO,
     TILINGS,
     Call,
     fills_less_than,
+    halo,
     pointers_apart,
     prepared,
     refuses_block,
+    refuses_halo,
     refuses_pass,
     refuses_pointers_apart,
     tma,
@@ -33,6 +36,8 @@ from fastens.ops.group_norm import group_norm
 from fastens.program.block import ConvBlock
 from fastens.reference import conv2d as reference
 from fastens.reference.conv2d import finished, keeps, together
+
+WIDE_PLACES = 64  # of an image at least, so that a tile of twice as many columns is of two images at most
 
 
 def key(*arguments: Any) -> str:
@@ -110,7 +115,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
     """Why the kernel does not take it in this tiling, or none."""
 
     def why(*arguments: Any) -> str | None:
-        block, _, into, _ = Call(*arguments)
+        block, size, into, _ = Call(*arguments)
         x, outputs = block.x, block.weight.shape[1]
         images = [image for image in (x, into, block.prologue.skip) if image is not None]
         if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
@@ -122,6 +127,8 @@ def refuses(tiling: str) -> Callable[..., str | None]:
         if tiling == "wide":
             if outputs <= WIDE_OUTPUTS or x.dtype == torch.float64:
                 return "no more outputs than an ordinary tile has"
+            if size[0] * size[1] < WIDE_PLACES:
+                return "a tile of so many images that their moments and maps have no registers beside its sums"
             if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
         return missing_triton(x.device)
@@ -152,6 +159,7 @@ CHOICE = Choice(
         "triton wide": Way(fused("wide"), refuses("wide")),
         "triton apart": Way(pointers_apart, refuses_pointers_apart),
         **{tiling: Way(tma(tiling), refuses_block(tiling)) for tiling in TILINGS},
+        HALO: Way(halo, refuses_halo),
     },
     rule=rule,
 )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastens.kernels._rows import interpreting
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.program.block import ConvBlock, Prologue
 from fastens.reference._activation import activate
@@ -123,6 +124,43 @@ def refuses_block(tiling: str) -> Callable[..., str | None]:
         )  # fmt: skip
 
     return why
+
+
+HALO = "halo 256x128"
+HALO_WIDTHS = (16, 32, 64)  # of images of which a tile of 256 places is whole lines
+
+
+def halo(*arguments: Any) -> Tensor:
+    """What is before the convolution, if anything, in a pass; then the kernel that loads lines once for three taps."""
+    from fastens.kernels._conv2d_halo import conv2d_halo
+
+    c = Call(*arguments)
+    return conv2d_halo(prepared(c.block), c.written())[0]
+
+
+def refuses_halo(*arguments: Any) -> str | None:
+    """Why that cannot be taken, or none."""
+    c = Call(*arguments)
+    block, (height, width), outputs = c.block, c.block.x.shape[2:], c.block.weight.shape[1]
+    why = refuses_block("tma 128x128")(*arguments)
+    if why is not None:
+        return why
+    if interpreting() or importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "a Triton without Gluon, or its interpreter, which does not run it"
+    if block.x.is_cuda and torch.cuda.get_device_capability(block.x.device)[0] != 9:
+        return "a device without the products of compute capability 9"
+    if block.offsets is not None or block.prologue.mask is not None or block.shared:
+        return "drawn or shared rows, or a mask"
+    if block.x.dtype != torch.bfloat16:
+        return "a dtype other than bfloat16"
+    same = tuple(c.size) == (height, width) and tuple(block.padding) == tuple(block.stride) == (1, 1)
+    if tuple(block.weight.shape[3:]) != (3, 3) or not same:
+        return "a convolution other than 3x3 that keeps the image's size"
+    if width not in HALO_WIDTHS or height % (2 * TILE // width) or outputs % TILE:
+        return "an image that is no whole tiles of lines, or outputs that are no whole tiles"
+    if block.epilogue.output_activation not in ("none", "silu"):
+        return "an activation behind it other than SiLU"
+    return None
 
 
 def refuses_tma(

@@ -17,6 +17,7 @@ import triton
 from bench.gpu_code import compiling, read
 from fastens import rules
 from fastens.kernels._attention import attention
+from fastens.kernels._conv2d_halo import conv2d_halo
 from fastens.kernels._conv2d_tma import TILINGS, conv2d_tma
 from fastens.kernels._join import join
 from fastens.kernels._masks import apply_bits, draw_bits
@@ -294,6 +295,8 @@ def descriptors(empty, short):
                 continue  # refused: more sums than there are registers
             name = f"{tiling} {short} {taps}x{taps} {size}x{size}/{stride}"
             yield name, lambda block=block, tiling=tiling: conv2d_tma(block, tiling)
+        if (size, taps, stride, short) == (32, 3, 1, "bf16"):
+            yield f"halo {short} 3x3 32x32/1", lambda block=block: conv2d_halo(block)
 
 
 SAMPLE = {  # every kernel once, the more demanding ones twice
@@ -334,6 +337,7 @@ SAMPLE = {  # every kernel once, the more demanding ones twice
     "tma 128x128 bf16 3x3 32x32/1",
     "tma 128x256 bf16 3x3 32x32/1",
     "tma 128x128 f32 3x3 16x16/2",
+    "halo bf16 3x3 32x32/1",
     "conv2d skip bf16 8x8 B=1",
     "conv2d masked bf16",
 }
@@ -345,6 +349,8 @@ def main(capability, sample):
         for name, launch in launches():
             if (sample and name not in SAMPLE) or (re.search("^tma| wide ", name) and capability < 90):
                 continue
+            if name.startswith("halo") and capability != 90:
+                continue  # of the products of 9.0 alone
             compiled.clear()
             launch()
             rows += [{"launch": name, "kernel": kernel, **resources(binary)} for kernel, _, _, binary in compiled]

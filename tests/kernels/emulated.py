@@ -57,6 +57,10 @@ BLOCKS = {
     "half the size": lambda: block(2, 64, 64, 8, stride=2, norm=False),
     "1x1": lambda: block(2, 64, 96, 8, taps=1, norm=False),
     "256 outputs": lambda: block(2, 64, 256, 16, norm=False),
+    "lines of 16": lambda: block(2, 96, 128, 16),
+    "lines of 32": lambda: block(2, 32, 128, 32),
+    "lines of 64": lambda: block(2, 64, 256, 64, norm=False),
+    "two images of lines": lambda: block(4, 64, 128, 16, skip=64),
     "long sums": lambda: block(2, 512, 16, 4),
     "tf32": lambda: block(2, 32, 64, 8, dtype=torch.float32),
 }
@@ -73,6 +77,7 @@ def launches():
             "tma 64x128",
             "tma 128x128",
             "tma 128x256",
+            "halo 256x128",
         ):
             yield f"{way}: {name}", lambda make=make, way=way: of_block(make(), way)
     yield "sum of members", of_sum

@@ -25,6 +25,8 @@ SAMPLE = [
     "tma 128x256: 256 outputs",
     "tma 64x128: half the size",  # boxes of five dimensions
     "tma 64x128: long sums",
+    "halo 256x128: lines of 16",
+    "halo 256x128: two images of lines",
     "sum of members",
     "attention",
     "linear",
@@ -69,6 +71,11 @@ def test_compiled_code_computes_what_the_reference_does():
         ("tma 128x128: 16x16", r"wgmma\.wait_group\.sync\.aligned[^;]*;"),  # loads may come before the products' end
         ("tma 128x128: 16x16", r"bar\.sync\s+0;"),  # what a warp reads may not be written yet
         ("tma 128x128: 16x16", r"@%p\d+ mbarrier\.arrive[^;]*;"),  # no end of a wait
+        ("halo 256x128: lines of 16", r"wgmma\.wait_group\.sync\.aligned[^;]*;"),
+        (
+            "halo 256x128: lines of 16",
+            r"bar\.sync\s+0;(?=\s*elect\.sync)",
+        ),  # lines are loaded anew that a warp still multiplies
     ],
 )
 def test_the_emulator_sees_what_is_missing(name, removed):

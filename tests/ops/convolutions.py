@@ -95,6 +95,12 @@ def beside(num_members, rows, channels, outputs, size, dtype=torch.float32, **op
     return (x[:, : channels[0]], *rest), {**options, "skip": x[:, channels[0] :]}
 
 
+def wide(call, num_groups):
+    """A call with tiles of 256 output channels in 16 bits, and so many groups of the result."""
+    arguments, options = call
+    return arguments, {**options, "tiling": "wide", "num_groups": num_groups}
+
+
 def masked(call, rows=None):
     """A call with a mask of each row, or of as many members, and bits beyond its channels."""
     (x, weight, *rest), options = call
@@ -135,6 +141,10 @@ VARIANTS = {
     "skip of few channels": (lambda d: beside(5, 5, (20, 3), 6, (5, 4), d), ["conv2d_kernel"]),
     "skip and a norm that straddles": (
         lambda d: straddling(2, 4, (12, 6), 8, (3, 2), (5, 4), d),
+        ["conv2d_kernel"],
+    ),
+    "wide, skip and a norm that straddles": (  # finished in smaller parts
+        lambda d: wide(straddling(1, 1, (12, 6), 160, (3, 2), (3, 4), d), 20),
         ["conv2d_kernel"],
     ),
     "skip, ragged and one part a group": (

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastens.ops._block_ways import CHOICE
+from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._tma_ways import Call
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
@@ -67,6 +68,11 @@ def test_what_the_kernel_does_not_take_goes_to_the_library():
     assert "channels are not last" in CHOICE.ways["triton"].refuses(block, call.size)
     assert "channels are not last" in CHOICE.ways["triton"].refuses(beside.block.replace(skip=skip), call.size)
     assert "no more outputs" in CHOICE.ways["triton wide"].refuses(*call)
+    wide = call.block.weight.new_empty(K, 2 * WIDE_OUTPUTS, *call.block.weight.shape[2:])
+    assert "so many images" in CHOICE.ways["triton wide"].refuses(
+        call.block._replace(weight=wide, bias=None), call.size
+    )
+    assert CHOICE.ways["triton wide"].refuses(call.block._replace(weight=wide, bias=None), (8, 8)) is None
     out = torch.empty(K * B, OUT, SIZE, SIZE)
     calls.conv2d(out, block, None, "triton")
     assert relative_error(out, CHOICE.ways["library"].run(*call)) < OP[torch.float32]

@@ -14,7 +14,7 @@ WRITER = """
 import pathlib, sys
 from fastens.ops._table import Table
 sys.stdin.read()
-for i in range(20):
+for i in range(40):
     Table(pathlib.Path(sys.argv[1])).add("cpu", "add", f"{sys.argv[2]} {i}", {"chosen": "fast"})
 """
 
@@ -22,12 +22,12 @@ for i in range(20):
 def test_several_processes_lose_nothing(tmp_path):
     path = tmp_path / "choices.json"
     Table(path).add("cpu", "add", "first", {"chosen": "slow"})
-    commands = [[sys.executable, "-c", WRITER, str(path), str(i)] for i in range(3)]
+    commands = [[sys.executable, "-c", WRITER, str(path), str(i)] for i in range(6)]
     writers = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
     for writer in writers:  # all of them are ready: they begin together
         writer.stdin.close()
-    assert [writer.wait() for writer in writers] == [0] * 3
-    assert len(Table(path).content["cpu"]["add"]) == 1 + 3 * 20
+    assert [writer.wait() for writer in writers] == [0] * 6
+    assert len(Table(path).content["cpu"]["add"]) == 1 + 6 * 40
     assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastens.ops._block_ways import CHOICE
-from fastens.ops._tma_ways import TILINGS, Call, fills_less_than
+from fastens.ops._tma_ways import HALO, TILINGS, Call, fills_less_than
 from fastens.ops.conv2d import output_size
 from fastens.ops.group_moments import group_moments
 from fastens.program.block import ConvBlock
@@ -173,6 +173,30 @@ def test_why_descriptors_are_refused_is_said(monkeypatch):
         torch.backends.cudnn.conv.fp32_precision = before
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "descriptor" in name else name)
     assert "without tensor descriptors" in why()
+
+
+def test_why_lines_for_three_taps_are_refused_is_said(monkeypatch):
+    def why(**shape):
+        sizes = {"members": 1, "rows": 1, "channels": 64, "outputs": 128, "size": (16, 16), **shape}
+        return CHOICE.ways[HALO].refuses(*block(sizes.pop("dtype", torch.bfloat16), **sizes))
+
+    assert "its interpreter" in why()
+    monkeypatch.setattr("fastens.ops._tma_ways.interpreting", lambda: False)
+    assert why() is None
+    assert why(size=(8, 32), outputs=256, norm=4, around=AROUND, groups=8) is None
+    assert why(size=(4, 64), channels=24, skip=8) is None
+    assert "no multiples of 16 bytes" in why(channels=4)
+    assert "other than bfloat16" in why(dtype=torch.float16)
+    assert "other than 3x3" in why(taps=1, padding=0)
+    assert "other than 3x3" in why(padding=0)
+    assert "other than 3x3" in why(stride=2)
+    for size in ((8, 8), (15, 16), (4, 128)):
+        assert "no whole tiles of lines" in why(size=size)
+    assert "no whole tiles" in why(outputs=96)
+    own, size, *_ = block(torch.bfloat16, 1, 1, 64, 128, (16, 16))
+    assert "other than SiLU" in CHOICE.ways[HALO].refuses(own.replace(output_activation="gelu"), size)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "gluon" in name else name)
+    assert "without Gluon" in why()
 
 
 def test_what_lies_otherwise_than_what_was_measured_is_copied():

@@ -1,11 +1,12 @@
 """One block of a launch: its statements, carried out one after the other by all of its threads."""
 
+import math
 import re
 
 import numpy as np
 
 from tests.kernels.ptx.arithmetic import PARAMETERS, UNSIGNED, Arithmetic
-from tests.kernels.ptx.layouts import bits_of, fragment, operand, rows_of_lanes, swizzled
+from tests.kernels.ptx.layouts import bits_of, fragment, lines, operand, rows_of_lanes, swizzled
 from tests.kernels.ptx.memory import Barrier, Shared
 
 STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
@@ -38,6 +39,8 @@ class Block(Arithmetic):
         self.shared = Shared(shared, threads)
         self.registers, self.barriers, self.position = {}, {}, 0
         self.products, self.groups = [], []  # of a warp group: issued, and committed
+        self.read, self.groups_read = [], []  # lines of shared memory that these read
+        self.unseen = []  # lines that ended products read: other warps may not have waited for them yet
         self.copies, self.copy_groups = [], []
         self.everybody = np.ones(threads, bool)
 
@@ -65,6 +68,7 @@ class Block(Arithmetic):
     def do_bar(self, opcode, operands, on):
         if "warp" not in opcode:
             self.shared.forget()
+            self.unseen = []
 
     def do_bra(self, _, operands, on):
         if on.any() != on.all():
@@ -154,6 +158,10 @@ class Block(Arithmetic):
         tensor_map = self.parameter(pointer)
         at = [int(self.get(x, "s32")[thread]) for x in corner]
         barrier = self.barriers[int(self.get(operands[2].strip("[] "), "u32")[thread])]
+        size = math.prod(tensor_map.lengths) * tensor_map.item
+        for read in (*self.unseen, *self.read, *(read for group in self.groups_read for read in group)):
+            if ((read >= place // 128) & (read < -(-(place + size) // 128))).any():
+                raise RuntimeError("shared memory is loaded anew that products read, and not all warps know their end")
 
         def copy():
             values = tensor_map.box(self.memory, at[::-1])
@@ -198,11 +206,13 @@ class Block(Arithmetic):
     def do_wgmma(self, opcode, operands, on):
         if opcode[1] == "mma_async":
             self.products.append(self.warp_group_product(opcode, operands))
+            self.read += self.lines_read(opcode, operands)
             if not self.early:  # loads are late, so that products are early
                 self.products.pop()()
         elif opcode[1] == "commit_group":
             self.groups.append(self.products)
-            self.products = []
+            self.groups_read.append(self.read)
+            self.products, self.read = [], []
         elif opcode[1] == "wait_group":
             self.drain(int(operands[0]))
 
@@ -224,6 +234,20 @@ class Block(Arithmetic):
         for product in [product for group in self.groups[:ended] for product in group]:
             product()
         self.groups = self.groups[ended:]
+        self.unseen += [read for group in self.groups_read[:ended] for read in group]
+        self.groups_read = self.groups_read[ended:]
+
+    def lines_read(self, opcode, operands):
+        """The lines of shared memory that a product reads, of each operand and warp group."""
+        _, columns, depth = map(int, re.findall(r"\d+", opcode[4]))
+        of_registers = operands[1].startswith("{")
+        flags = [int(x) for x in operands[6:]] or [0, 0]
+        sides = [(operands[2], columns, flags[-1])] + [(operands[1], 64, flags[0])] * (not of_registers)
+        return [
+            lines(int(self.get(name, "b64")[128 * group]), size, depth, opcode[-1], across)
+            for name, size, across in sides
+            for group in range(self.threads // 128)
+        ]
 
     def warp_group_product(self, opcode, operands):
         _, columns, depth = map(int, re.findall(r"\d+", opcode[4]))

@@ -23,6 +23,13 @@ def swizzled(addresses, swizzle):
 
 def operand(shared, descriptor, size, depth, kind, across):
     """A product's operand [size, depth] in shared memory; ``across``: its rows, and not its depth, lie together."""
+    at, swizzle, item = places(descriptor, size, depth, kind, across)
+    values = np.ascontiguousarray(shared[swizzled(at, swizzle)[..., None] + np.arange(item)])
+    return numbers(values.view(np.uint32 if item == 4 else np.uint16)[..., 0], kind)
+
+
+def places(descriptor, size, depth, kind, across):
+    """Where the numbers of an operand are, but for its swizzle; the swizzle, and the bytes of a number."""
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     swizzle = OF_DESCRIPTOR[descriptor >> 62 & 3]
     item = 4 if kind == "tf32" else 2
@@ -35,8 +42,12 @@ def operand(shared, descriptor, size, depth, kind, across):
         at = start + row // 8 * stride + row % 8 * width + k * item
         if swizzle == 0:
             at = start + row // 8 * stride + row % 8 * 16 + k * item // 16 * leading + k * item % 16
-    values = np.ascontiguousarray(shared[swizzled(at, swizzle)[..., None] + np.arange(item)])
-    return numbers(values.view(np.uint32 if item == 4 else np.uint16)[..., 0], kind)
+    return at, swizzle, item
+
+
+def lines(descriptor, size, depth, kind, across):
+    """The lines of shared memory, of 128 bytes each, that an operand is of."""
+    return np.unique(places(descriptor, size, depth, kind, across)[0] // 128)
 
 
 def numbers(bits, kind):
