@@ -3,6 +3,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export OMP_WAIT_POLICY := passive
+# Bytecode is kept, whatever the environment says: without it every process compiles torch and diffusers anew, seconds each.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Bytecode is compiled when a module is first imported; most of what pip would compile is never.
 PIP := python -m pip install -q --no-compile
