@@ -15,7 +15,7 @@ import fastens.interop.diffusers
 import fastens.plan.lower
 import fastens.runs
 import fastens.uncertainty.plots  # noqa: F401
-from tests.distributed import bit_cases, ranks  # noqa: F401
+from tests.distributed import kind_cases, ranks  # noqa: F401
 
 PROCESS = os.getpid()
 torch.set_num_threads(1)

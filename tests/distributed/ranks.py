@@ -11,8 +11,8 @@ from multiprocessing import connection
 
 import torch.distributed as dist
 
-from tests.distributed.bit_cases import CASES
 from tests.distributed.cases import OF_SEVERAL
+from tests.distributed.kind_cases import CASES
 
 WORLDS = (1, 2, 4)
 _FORKS = multiprocessing.get_context("forkserver")
