@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys;
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
+# Bytecode is kept, whatever the environment says: without it every process compiles torch and diffusers anew, seconds each.
+export PYTHONDONTWRITEBYTECODE :=
 
 # A CPU build of torch names no Triton; this is the one that goes with it.
 TRITON_OF := $(if $(filter torch==2.13.0,$(TORCH)),"triton<3.8; platform_system == 'Linux'")

@@ -31,10 +31,10 @@ from fastens.fold.members import (
     set_format,
     stack_members,
 )
-from fastens.fold.row_by_row import Modules, each_row, rows_of
+from fastens.fold.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
-from fastens.outputs import agreed, columns, combined, enters, plain, stacked
+from fastens.outputs import agreed, combined, enters, plain, stacked
 from fastens.pickled import KINDS, Pickled
 from fastens.report import Report
 from fastens.settings import check_settings
@@ -206,8 +206,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         arguments = self._arguments(args, kwargs)
         if self._engine is not None:
             return self._engine.evaluate(arguments, self.training)
-        ks = range(self.num_members)
-        return each_row(self.network, arguments, lambda x, _: columns([self._call_module(k, x) for k in ks]))
+        return each_member(self.network, arguments, self._call_module)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         return Arguments(args, kwargs, self.num_members)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+def partial(path: Path) -> Path:
+    """A place beside a file or folder for what is not whole: this thread's own, with the same suffix."""
+    return path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial.{path.name}")
 
 
 @contextlib.contextmanager
@@ -29,28 +36,37 @@ def whole(path: Path, *more: Path) -> Iterator[list[Path]]:
         OSError: the folder cannot be written, or the disk is full; what was there before is kept.
     """
     paths = (path, *more)
-    partials = [path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial.{path.name}") for path in paths]
+    partials = [partial(path) for path in paths]
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         yield partials
-        for partial in partials:
-            descriptor = os.open(partial, os.O_RDONLY)
+        for each in partials:
+            descriptor = os.open(each, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         if len(paths) > 1:
             paths[-1].unlink(missing_ok=True)
-        for partial, path in zip(partials, paths, strict=True):
-            os.replace(partial, path)
+        for each, path in zip(partials, paths, strict=True):
+            os.replace(each, path)
     except OSError as error:
         why = error.strerror or str(error)
         raise OSError(f"{paths[-1]} cannot be written: {why}; nothing half-written was left") from error
     finally:
-        for partial in partials:
+        for each in partials:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                each.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder; for the one process that writes there now."""
+    for path in folder.glob(".*.partial.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -59,8 +75,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: as :func:`whole`.
     """
-    with whole(path) as (partial,):
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with whole(path) as (place,):
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, data: Any, **options: Any) -> None:
@@ -76,9 +92,8 @@ def check_writable(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".fastens-write-test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):  # which has no name that another process might take away
+            pass
     except OSError as error:
         raise OSError(
             f"the output folder {out} cannot be written: {error.strerror}; choose another with --out"

@@ -15,10 +15,9 @@ from fastens.aggregation import by_kernels, of_each_row
 from fastens.fold.compiled import drawn_pass
 from fastens.fold.entering import entering
 from fastens.fold.of_member import settle
-from fastens.fold.row_by_row import each_row
+from fastens.fold.row_by_row import each_member
 from fastens.fold.state import Rollback
 from fastens.ops.aggregate import aggregate
-from fastens.outputs import columns
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -65,9 +64,8 @@ def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict
     # members that are looked into take other paths, such as torch's for attention: only where the answer matters
     with nullcontext([]) if keeps_equal(ensemble) else entering() as parameters:
         if engine is None:
-            ks = range(ensemble.num_members)
-            call = ensemble._call_module
-            outputs = each_row(ensemble.network, arguments, lambda x, _: columns([call(k, x, name) for k in ks]), name)
+            call = functools.partial(ensemble._call_module, method=name)
+            outputs = each_member(ensemble.network, arguments, call, name)
         else:
             outputs = engine.evaluate(arguments, ensemble.training, name)
     return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))

@@ -21,7 +21,7 @@ from fastens.cli.parsing import (
     reading_of,
 )
 from fastens.cli.sample import add_scheduler, scheduler_folder
-from fastens.files import check_writable, write_json
+from fastens.files import check_writable, remove_partials, write_json
 
 _INCEPTION = "file of FID's network, torch-fidelity's weights-inception-2015-12-05-6726825d.pth, to judge samples with"
 
@@ -122,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
     report = evaluate(subject, out, plan)
     if not job.first:
         return
+    remove_partials(out)
     if options.json:
         print(json.dumps(report, indent=1))
         return

@@ -6,13 +6,14 @@ import argparse
 import inspect
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastens.cli.parsing import add_device, add_members, add_output, command, ensemble_of, positive
-from fastens.files import check_writable, whole, write_json
+from fastens.files import check_writable, remove_partials, whole, write_json
 
 if TYPE_CHECKING:
     from fastens.distributed.jobs import Job, Pieces
@@ -44,6 +45,11 @@ def add(commands: Any) -> None:
         "--per-member", type=positive, metavar="N", help="sample N of each member, in place of --num of the ensemble"
     )
     parser.add_argument("--shared-noise", action="store_true", help="with --per-member: the same noise for all members")
+    parser.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="the same bytes however often and on however many ranks; default: on a CPU, where the members allow it",
+    )
     parser.add_argument("--out", type=Path, default=Path("fastens-samples"), help="folder of the samples")
     add_ranks(parser)
     add_device(parser)
@@ -79,8 +85,8 @@ def run(options: argparse.Namespace) -> None:
     """Sample and write."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    from fastens import rules
-    from fastens.distributed.jobs import Job
+    from fastens import reproducible, rules
+    from fastens.distributed.jobs import Job, Pieces
     from fastens.evaluation.subjects import scheduler_in
     from fastens.provenance import provenance
 
@@ -101,27 +107,56 @@ def run(options: argparse.Namespace) -> None:
     ensemble = ensemble_of(options, rule)
     _check_unconditional(ensemble)
     shape = _shape(ensemble, options.shape)
+    mode = _mode(ensemble, shape, options.deterministic)
     kept = {
         "command": "sample",
         "rule": rule.to_dict(),
         "members": ensemble.num_members,
         **{name: getattr(options, name) for name in ("num", "batch", "steps", "seed", "per_member", "shared_noise")},
+        "deterministic": mode,
         "scheduler": {"class": "DDIMScheduler", "from": str(folder) if folder else "linear beta", **_plain(scheduler)},
         "layout": "float32 [N, C, H, W] in [-1, 1], as `fastens evaluate --data` reads it",
         "provenance": provenance(options.checkpoints, device=ensemble.device, seed=options.seed),
     }
     made_by = {name: kept["provenance"][name] for name in ("versions", "checkpoints")}
     sampled = _ensemble if options.per_member is None else _each_member
-    found = sampled(ensemble, scheduler, shape, options, job, {**kept, "provenance": made_by})
-    if found is None:
+    result = options.out / "samples.json"
+    pieces = Pieces(options.out / "pieces", {**kept, "provenance": made_by}, (options.out / "samples.npy", result))
+    made = pieces.made()
+    if made is None:
+        with reproducible.deterministic(mode):
+            found = sampled(ensemble, scheduler, shape, options, job, pieces)
+        if found is None:
+            return
+        made = {**kept, **found, "job": pieces.job}
+        write_json(result, made)
+    if not job.first:
         return
-    write_json(options.out / "samples.json", kept | found)
+    pieces.remove()
+    remove_partials(options.out)
     if options.json:
-        print(json.dumps(kept | found, indent=1))
+        print(json.dumps(made, indent=1))
         return
     print(f"samples: {options.out / 'samples.npy'}")
-    print(f"pictures: {', '.join(str(options.out / name) for name in found['pictures'])}")
-    print(f"made by: {options.out / 'samples.json'}")
+    print(f"pictures: {', '.join(str(options.out / name) for name in made['pictures'])}")
+    print(f"made by: {result}")
+
+
+def _mode(ensemble: Any, shape: tuple[int, ...], wanted: bool | None) -> bool:
+    """Whether samples are made in deterministic mode: as it is wanted, else on a CPU by members that have it."""
+    import torch
+
+    from fastens.reproducible import NotReproducible, deterministic
+
+    if wanted is not None or ensemble.device.type != "cpu":
+        return bool(wanted)
+    try:
+        with torch.no_grad(), deterministic(), ensemble.trajectory(2, 0):
+            ensemble(torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(ensemble.dtype), 1)
+    except NotReproducible as error:
+        warnings.warn(f"a run that is started again may end with other last bits: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def ddim(
@@ -152,12 +187,10 @@ def _ensemble(
     shape: tuple[int, ...],
     options: argparse.Namespace,
     job: Job,
-    identity: dict[str, Any],
+    pieces: Pieces,
 ) -> dict[str, Any] | None:
     """Sample in batches, which the ranks of a job share; none on those that do not write the whole."""
     import torch
-
-    from fastens.distributed.jobs import Pieces
 
     sizes = [min(options.batch, options.num - start) for start in range(0, options.num, options.batch)]
     generator, drawn = torch.Generator().manual_seed(options.seed), 0  # of batches so far
@@ -171,7 +204,6 @@ def _ensemble(
         with torch.no_grad(), ensemble.trajectory(sizes[piece], torch.Generator().manual_seed(seed)):
             return ddim(ensemble, scheduler, shape, options.steps, sizes[piece], generator).cpu().numpy()
 
-    pieces = Pieces(options.out / "pieces", identity)
     images = _made(pieces, options, job, len(sizes), f"sampling by {ensemble.rule.name}", run)
     if images is None:
         return None
@@ -181,7 +213,6 @@ def _ensemble(
     _save_image(options.out / "samples.png", _sheet(samples, columns))
     for i, sample in enumerate(samples):
         _save_image(options.out / f"sample_{i:04}.png", sample)
-    pieces.remove()
     return {"pictures": ["samples.png"]}
 
 
@@ -199,10 +230,9 @@ def _each_member(
     shape: tuple[int, ...],
     options: argparse.Namespace,
     job: Job,
-    identity: dict[str, Any],
+    pieces: Pieces,
 ) -> dict[str, Any] | None:
     """Sample of every member, in batches of all members, which the ranks of a job share; likewise."""
-    from fastens.distributed.jobs import Pieces
     from fastens.runs import sample_members
     from fastens.uncertainty.measures import decompose
     from fastens.uncertainty.plots import plot_maps
@@ -225,7 +255,6 @@ def _each_member(
         )
         return found.cpu().numpy()
 
-    pieces = Pieces(options.out / "pieces", identity)
     parts = _made(pieces, options, job, -(-num // at_once), "sampling each member", run)
     if parts is None:
         return None
@@ -235,7 +264,6 @@ def _each_member(
     with whole(options.out / "maps.png") as (partial,):
         # From shared noise sample n of each member is of the same start: as one problem each.
         plot_maps(samples[:, None] if options.shared_noise else samples[:, :, None], partial)
-    pieces.remove()
     measured = decompose(samples)
     return {
         "layout": "float32 [K, N, C, H, W] in [-1, 1], N samples of each of K members",

@@ -14,7 +14,8 @@ from fastens import reproducible, rules
 from fastens.aggregation import elements_apart
 from fastens.distributed import states
 from fastens.distributed.exchange import RankLost, split
-from fastens.distributed.gradients import dealt, gathered, replicated
+from fastens.distributed.gradients import dealt, gathered, own_values, replicated
+from fastens.distributed.one_process import OfOneProcess
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
@@ -22,7 +23,7 @@ from fastens.fold.arguments import Arguments
 from fastens.fold.by_torch import dealt_by
 from fastens.fold.engine import FoldEngine
 from fastens.fold.members import tensors_of
-from fastens.fold.row_by_row import each_row, through_members
+from fastens.fold.row_by_row import each_member, through_members
 from fastens.fold.ways import ways_seen
 from fastens.methods import call_method
 from fastens.ops._scores import seed_from
@@ -44,7 +45,7 @@ def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], plac
     """
     made = object.__new__(_with(kind))
     nn.Module.__init__(made)
-    made.__dict__.update(_place=place, _share=share, _calls=0)
+    made.__dict__.update(_place=place, _share=share, _calls=0, _apart={})
     made._setup(num_members, rule, settings)
     return made
 
@@ -55,7 +56,12 @@ def _with(base: type) -> type:
     return type(base.__name__, (Distributed, base), names)
 
 
-class Distributed:
+def _apart(engine: FoldEngine, *calls: Arguments) -> bool:
+    """Whether rows are evaluated by themselves in each of some calls: a network may ask how many there are."""
+    return all(engine.rows.independent(engine, each) for each in calls)
+
+
+class Distributed(OfOneProcess):
     """What an ensemble over a mesh does otherwise: its engine has this rank's members, its numbers those of all."""
 
     # Construction
@@ -65,6 +71,7 @@ class Distributed:
             super()._adopt(skeleton, stacks, shared)
             return
         engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
+        engine.of_all = self.num_members
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
@@ -179,21 +186,42 @@ class Distributed:
             return arguments, [size]
         rows = split(size, parts)
         start = sum(rows[: place.data.rank])
-        independent = engine.rows.independent(engine, arguments)
-        if not independent:
+        if not self._rows_apart(arguments, rows):
             return arguments, [size]
         return engine.rows.part(engine, arguments, start, start + rows[place.data.rank]), rows
 
+    def _rows_apart(self: Any, arguments: Arguments, rows: list[int]) -> bool:
+        """Whether every row is evaluated by itself, in the call and in the parts of it, as all ranks agree."""
+        key = arguments.signature()
+        if key not in self._apart:
+            engine = self._engine
+            try:
+                own = _apart(engine, arguments, *(engine.rows.part(engine, arguments, 0, count) for count in {*rows}))
+            except Exception:  # it is raised where the call is made, and told
+                own = False
+            if len(self._apart) > 256:
+                self._apart.clear()
+            self._apart[key] = bool(self._place.control.agree([int(own)]).all())
+        return self._apart[key]
+
     def _evaluate(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of this rank's members' outputs, for the whole batch."""
-        engine, members, share = self._engine, self._place.members, self._share
+        members, share = self._place.members, self._share
         arguments = self._arguments(args, kwargs)
-        if reproducible.enabled() and engine is not None and not arguments.own:
+        if reproducible.enabled():
             with dealt_by(functools.partial(dealt, counts=share.counts, exchange=members)):
-                return self._local(arguments)
-        if torch.is_grad_enabled():
-            arguments = arguments.with_tensors([replicated(x, members) for x in arguments.tensors])
-        return self._local(arguments)
+                return self._local(self._replicated(arguments, common=False))
+        return self._local(self._replicated(arguments))
+
+    def _replicated(self: Any, arguments: Arguments, common: bool = True) -> Arguments:
+        """The arguments, through which the gradients of all ranks' members come back; of whole values, too."""
+        if not torch.is_grad_enabled():
+            return arguments
+        own, members = "masks" in self._settings, self._place.members
+        leaves = [(x, own if i in arguments.own else common) for i, x in enumerate(arguments.leaves)]
+        return arguments.with_tensors(
+            [replicated(x, members) if sums else x for x, sums in leaves if isinstance(x, Tensor)]
+        )
 
     def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
         """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
@@ -209,18 +237,20 @@ class Distributed:
     def _held(self: Any, arguments: Arguments) -> list[Any]:
         engine, share = self._engine, self._share
         if engine is None:
-            call, held = self._call_module, range(share.held)
-            return each_row(self.network, arguments, lambda x, _: columns([call(k, x) for k in held]))
+            return each_member(self.network, arguments, self._call_module)
         if engine.masks is None:
             return engine.evaluate(arguments, self.training)
         ks = range(share.first, share.first + share.held)
         if reproducible.enabled() and any(x.requires_grad for x in arguments.tensors) and torch.is_grad_enabled():
             return through_members(engine, arguments, ks)
-        if not engine.rows.independent(engine, arguments):
-            return columns([engine.call_member(k, arguments) for k in ks])
+        if reproducible.enabled():  # a plan of some has not the bits of a plan of all, or is none
+            *leaves, spec = engine.evaluate(arguments, self.training)
+            return [*(x[share.slice] for x in leaves), spec]
         size = arguments.batch_size
         members = torch.arange(share.first, share.first + share.held).repeat_interleave(size)
         repeated = arguments.selected(torch.arange(size).repeat(share.held))
+        if not _apart(engine, arguments, repeated):
+            return columns([engine.call_member(k, arguments) for k in ks])
         leaves, spec = pytree.tree_flatten(engine.evaluate_drawn(repeated, members))
         return [
             *(x.unflatten(0, (share.held, size)) if isinstance(x, Tensor) else [x] * share.held for x in leaves),
@@ -233,7 +263,8 @@ class Distributed:
         if arguments.own and "masks" not in self._settings:
             arguments.leaves = list(arguments.leaves)
             for i in arguments.own:
-                arguments.leaves[i] = arguments.leaves[i][self._share.slice]
+                share, given = self._share, arguments.leaves[i]
+                arguments.leaves[i] = own_values(given, share.slice, share.counts, self._place.members)
         return arguments
 
     def _together(self: Any, arguments: Arguments, what: Any, run: Callable[[], Any]) -> Any:
@@ -307,22 +338,21 @@ class Distributed:
         by_rows = super()._by_rows
 
         def run() -> Any:
-            if engine is None or not engine.rows.independent(engine, arguments):  # members see the whole batch
+            spare = not len(at) and len(members) > 0  # a row for the outputs' shape
+            part = arguments.selected(torch.zeros(1, dtype=torch.int64) if spare else at)
+            if engine is None or not _apart(engine, arguments, part):  # members see the whole batch
                 own = torch.full_like(members, share.first)
                 own[at] = members[at]
                 given, chosen = arguments, own - first
                 found = by_rows(given, chosen)
                 return pytree.tree_map(lambda x: x[at.to(x.device)] if isinstance(x, Tensor) and x.ndim else x, found)
-            spare = not len(at) and len(members) > 0  # a row for the outputs' shape
-            chosen = torch.zeros(1, dtype=torch.int64) if spare else at
             which = torch.full((1,), share.first) if spare else members[at]
-            found = engine.evaluate_drawn(arguments.selected(chosen), which - first)
+            found = engine.evaluate_drawn(part, which - first)
             return (
                 pytree.tree_map(lambda x: x[:0] if isinstance(x, Tensor) and x.ndim else x, found) if spare else found
             )
 
-        if torch.is_grad_enabled():
-            arguments = arguments.with_tensors([replicated(x, place.members) for x in arguments.tensors])
+        arguments = self._replicated(arguments)
         found = self._together(arguments, ("rows", members.tolist()), run)
         here = 0 if place.data is None else place.data.rank
         order = torch.cat([rows[i][d] for d in range(parts) for i in range(place.members.size)])
@@ -357,32 +387,6 @@ class Distributed:
         if engine is None or engine.masks is not None:
             return frozenset()
         return frozenset(tensors_of(engine.network)) - engine.shared
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise TypeError: a process group is of one process."""
-        raise TypeError(
-            "an ensemble over a mesh is not copied or pickled; distribute the ensemble again, and save its state by "
-            "torch.distributed.checkpoint"
-        )
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Raise ValueError: no rank has all stacks."""
-        raise ValueError(
-            "no rank has all members: write state_dict() by torch.distributed.checkpoint.save, and read it into the "
-            "ensemble of one process by torch.distributed.checkpoint.load"
-        )
-
-    def replace_member(self, *_: Any, **__: Any) -> None:
-        """Raise ValueError: only one rank has the member."""
-        raise ValueError("members are on several ranks: replace the member in the ensemble, and distribute it again")
-
-    @property
-    def members(self: Any) -> Any:
-        """Raise ValueError: no rank has all members."""
-        raise ValueError("no rank has all members; take them from the ensemble that was distributed")
-
-    def _why_not_recorded(self) -> str | None:
-        return "members are on several ranks, and what they send each other is no part of a recording"
 
     def extra_repr(self: Any) -> str:
         """What ``print`` shows above the network."""

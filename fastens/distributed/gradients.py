@@ -59,6 +59,23 @@ class _Summed(torch.autograd.Function):
         return grads[0], None
 
 
+class _Own(torch.autograd.Function):
+    """The values of this rank's members, of all that every rank has; every rank gets the gradient of all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, held: slice, counts: Any, exchange: Exchange) -> Tensor:
+        """Take them."""
+        ctx.counts, ctx.exchange = counts, exchange
+        return values[held].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Join what belongs to the members of each rank."""
+        counts, exchange = ctx.counts, ctx.exchange
+        own = grads[0][: counts[exchange.rank]]
+        return gathered(own, [(count, *own.shape[1:]) for count in counts], exchange), None, None, None
+
+
 class _DealtOver(torch.autograd.Function):
     """What all ranks have alike, for each member here; gradients are added up in the order of all members."""
 
@@ -80,6 +97,11 @@ class _DealtOver(torch.autograd.Function):
 def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
     """An argument that all ranks have, for each member that is held; see :func:`fastens.fold.by_torch.dealt_by`."""
     return _DealtOver.apply(x, held, counts, exchange)
+
+
+def own_values(values: Tensor, held: slice, counts: Sequence[int], exchange: Exchange) -> Tensor:
+    """Of values [K, ...] those of the members that are held; their gradient is of all ranks."""
+    return _Own.apply(values, held, counts, exchange) if values.requires_grad else values[held]
 
 
 def gathered(own: Tensor, shapes: Sequence[Sequence[int]], exchange: Exchange) -> Tensor:

@@ -6,6 +6,8 @@ they work; a job that was stopped, on however many ranks, is started again and m
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastens.files import whole, write_json
+from fastens.files import partial, whole, write_json
 
 MANIFEST = "manifest.json"
 
@@ -70,17 +72,23 @@ class Pieces:
     Args:
         folder: of the files.
         identity: all that decides what is in them, JSON-able; another job's folder is refused.
+        result: the files that are made of all pieces, the last of them JSON that has :attr:`job` and is written last.
+
+    Attributes:
+        job: a digest of the identity.
 
     Raises:
         ValueError: the folder holds the pieces of another job.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
-        wanted = json.loads(json.dumps(identity, sort_keys=True, default=str))
-        found = self._manifest()
+    def __init__(self, folder: Path, identity: dict[str, Any], result: Sequence[Path] = ()) -> None:
+        self.folder, self._result = folder, result
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.job = hashlib.sha256(text.encode()).hexdigest()[:16]
+        wanted, found = json.loads(text), _read(folder / MANIFEST)
         if found is None:
-            write_json(folder / MANIFEST, wanted)
+            if self.made() is None:  # asked in this order: pieces are removed once the result is there
+                write_json(folder / MANIFEST, wanted)
         elif found != wanted:
             differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             raise ValueError(
@@ -88,15 +96,16 @@ class Pieces:
                 "that folder"
             )
 
-    def _manifest(self) -> Any:
-        try:
-            return json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError):
+    def made(self) -> dict[str, Any] | None:
+        """What the last file of the result says, where this job has made all of them; else none."""
+        if not self._result or not all(path.exists() for path in self._result):
             return None
+        found = _read(self._result[-1])
+        return found if found is not None and found.get("job") == self.job else None
 
     def path(self, piece: int) -> Path:
-        """The file of a piece."""
-        return self.folder / f"{piece:07}.npy"
+        """The file of a piece; its name is of no other job, wherever such a file was left."""
+        return self.folder / f"{piece:07}-{self.job}.npy"
 
     def make(
         self, job: Job, count: int, run: Callable[[int], np.ndarray], done: Callable[[int], None] = lambda _: None
@@ -112,12 +121,12 @@ class Pieces:
         Raises:
             TimeoutError: no rank finished a piece in the job's ``timeout``; names those that are missing.
         """
-        self._remove_partials(job)
         for piece in filter(job.mine, range(count)):
-            if not self.path(piece).exists():
+            if not self.path(piece).exists() and self.made() is None:
                 array = run(piece)
-                with whole(self.path(piece)) as (partial,):
-                    np.save(partial, array)
+                if self.made() is None:  # else the first rank found all there and has come to its end
+                    with whole(self.path(piece)) as (place,):
+                        np.save(place, array)
             if job.first:
                 done(len(self._there(count)))
         if not job.first:
@@ -146,13 +155,15 @@ class Pieces:
         done(count)
 
     def remove(self) -> None:
-        """Remove the folder, once its pieces are in a whole."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, once the result is there; a part of it is never found by another job."""
+        gone = partial(self.folder)
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
-    def _remove_partials(self, job: Job) -> None:
-        """Remove what a killed process of an earlier run was writing."""
-        if job.first:
-            for path in self.folder.glob(".*.partial.*"):
-                pid = path.name.split(".")[1]
-                if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-                    path.unlink(missing_ok=True)
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -217,8 +217,8 @@ class Arguments:
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a network is called with."""
-        return self._with_leaves(self.leaves)
+        """What an ensemble of these members is called with."""
+        return self._with_leaves([PerMember.of(x) if i in self.own else x for i, x in enumerate(self.leaves)])
 
     # What one pass, one member, or some rows get
 

@@ -101,13 +101,13 @@ def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list
 
 
 def _own_rows(
-    engine: FoldEngine, arguments: Arguments, rows: list[Arguments], count: int, method: str
+    engine: Any, arguments: Arguments, rows: list[Arguments], count: int, method: str
 ) -> list[list[Arguments]]:
     """For each row the calls of each member; where gradients are asked for, torch would add them up in its order."""
-    tensors = arguments.tensors
-    if not torch.is_grad_enabled() or arguments.own or not any(x.requires_grad for x in tensors):
+    common = [(x, i not in arguments.own) for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x, _ in common):
         return [[row] * count for row in rows]
-    parts = [for_members(x, count) if x.requires_grad else [x] * count for x in tensors]
+    parts = [for_members(x, count) if x.requires_grad and deals else [x] * count for x, deals in common]
     given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
     return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
 
@@ -256,3 +256,22 @@ def each_row(
     if not rows:
         return run(arguments, slice(None))
     return joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
+
+
+def each_member(
+    network: nn.Module, arguments: Arguments, call: Callable[[int, Arguments], Any], method: str = "forward"
+) -> list[Any]:
+    """The same of all members, of which ``call(k, arguments)`` is what member k returns."""
+    count = len(list(network.children()))
+
+    def run(given: Sequence[Arguments]) -> list[Any]:
+        return columns_of([pytree.tree_flatten(call(k, own)) for k, own in enumerate(given)])
+
+    if not reproducible.enabled() or torch.compiler.is_compiling():
+        return run([arguments] * count)
+    modules = Modules(network)
+    rows = rows_of(modules, arguments, method)
+    if not rows:
+        return run([arguments] * count)
+    own = _own_rows(modules, arguments, rows, count, method)
+    return joined([by_torch(modules, functools.partial(run, each)) for each in own], 1)

@@ -1,24 +1,22 @@
-"""The ranks of several worlds, forked from a process that has imported everything once.
-
-``python -m tests.distributed.ranks FOLDER [WORLDS [CASES]]``, as in ``runs 2,4 gradients,likelihood``.
-"""
+"""Processes forked from one that has imported everything, once; and ranks of a world among them, which run cases."""
 
 import datetime
-import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
-from pathlib import Path
+from multiprocessing import connection
 
-import pytest
-import torch
 import torch.distributed as dist
 
-from tests.distributed.bit_cases import CASES
 from tests.distributed.cases import OF_SEVERAL
+from tests.distributed.kind_cases import CASES
 
 WORLDS = (1, 2, 4)
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.distributed.imported"])
 
 
 def cases_of(world):
@@ -26,52 +24,101 @@ def cases_of(world):
     return [name for name in CASES if world > 1 or name not in OF_SEVERAL]
 
 
-def rank_of(world, rank, folder, names):
-    """Run the cases as one rank, and write what failed."""
-    store = f"file://{folder}/store{world}"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
-    found = {}
-    for name in names:
-        begun = time.process_time()
-        try:
-            CASES[name](world)
-            found[name] = ""
-        except (Exception, pytest.fail.Exception):
-            found[name] = traceback.format_exc()
-        if os.environ.get("SHOW"):
-            print(name, world, rank, f"{time.process_time() - begun:.1f}", found[name], flush=True)
-        dist.barrier()
-    (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def started(run, *args, **environment):
+    """A process of ``run(*args)``, whose result is its exit code.
+
+    Args:
+        run: function of a module.
+        *args: its arguments.
+        **environment: variables of the process's own.
+    """
+    process = _FORKS.Process(target=_run, args=(run, args, environment), daemon=True)
+    process.start()
+    return process
 
 
-def forked(world, rank, folder, names):
-    """The process of a rank."""
-    child = os.fork()
-    if not child:
-        code = 1
+def _run(run, args, environment):
+    from tests.distributed import imported
+
+    assert os.getpid() != imported.PROCESS, "nothing was imported beforehand: start pytest in the repository's root"
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    sys.exit(run(*args))
+
+
+class World:
+    """Ranks of one process group after another, a new one for each case.
+
+    A rank that fails, dies or does not end in time is told of by :meth:`run`; then all are ended, since those that
+    live may be waiting for it, and whoever wants to go on takes another world.
+
+    Args:
+        size: how many ranks.
+        folder: for files by which they find each other.
+    """
+
+    def __init__(self, size, folder):
+        self.size, self.folder, self.cases, self.alive = size, folder, 0, True
+        self.pipes, self.ranks = [], []
+        for rank in range(size):
+            ours, theirs = _FORKS.Pipe()
+            self.ranks.append(started(_serve, theirs, size, rank))
+            theirs.close()
+            self.pipes.append(ours)
+
+    def run(self, case, timeout=200.0, grace=10.0):
+        """Run a case on every rank; return what failed, by rank.
+
+        Args:
+            case: function of a module, of the number of ranks.
+            timeout: seconds that it may take.
+            grace: seconds that others have to say how they fare, once one has failed.
+        """
+        self.cases += 1
+        for pipe in self.pipes:
+            pipe.send((case, f"file://{self.folder}/{self.size}-{self.cases}"))
+        failed, waiting, end = {}, list(self.pipes), time.monotonic() + timeout
+        while waiting and (ready := connection.wait(waiting, max(0.0, end - time.monotonic()))):
+            for pipe in ready:
+                waiting.remove(pipe)
+                rank = self.pipes.index(pipe)
+                if what := _said(pipe, self.ranks[rank]):
+                    failed[rank] = what
+                    end = min(end, time.monotonic() + grace)
+        failed |= {self.pipes.index(pipe): "did not come to its end" for pipe in waiting}
+        if failed:
+            self.end()
+        return failed
+
+    def end(self):
+        """End the ranks."""
+        self.alive = False
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
+
+
+def _said(pipe, rank):
+    try:
+        return pipe.recv()
+    except EOFError:
+        rank.join()
+        return f"died: {signal.Signals(-rank.exitcode).name if rank.exitcode < 0 else rank.exitcode}"
+
+
+def _serve(pipe, world, rank):
+    while True:
         try:
-            rank_of(world, rank, folder, names)
-            code = 0
+            case, store = pipe.recv()
+        except EOFError:  # nobody is there to ask for more
+            return
+        try:
+            minute = datetime.timedelta(seconds=60)
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=minute)
+            case(world)
+            dist.barrier()
+            dist.destroy_process_group()
         except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return child
-
-
-def main(folder, worlds=None, names=None):
-    """Run the worlds one after the other."""
-    torch.set_num_threads(1)
-    for world in map(int, worlds.split(",")) if worlds else WORLDS:
-        cases = names.split(",") if names else cases_of(world)
-        ranks = [forked(world, rank, Path(folder).absolute(), cases) for rank in range(world)]
-        if any([os.waitpid(rank, 0)[1] for rank in ranks]):
-            sys.exit(f"a rank of {world} failed")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            pipe.send(traceback.format_exc())
+            return
+        pipe.send("")

@@ -1,27 +1,61 @@
-"""Ensembles over 1, 2 and 4 ranks on the CPU against one process; each world is started once for all cases."""
+"""Ensembles over 1, 2 and 4 ranks on the CPU against one process; and what the tests themselves say of a lost rank."""
 
-import json
 import os
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
+import torch.distributed as dist
 
-from tests.distributed.ranks import WORLDS, cases_of
+from tests.distributed.ranks import CASES, WORLDS, World, cases_of
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worlds")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    run = [sys.executable, "-m", "tests.distributed.ranks", str(folder)]
-    assert subprocess.run(run, env=environment, timeout=900).returncode == 0
-    return {
-        world: [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)] for world in WORLDS
-    }
+def run(tmp_path_factory):
+    """Run a case on so many ranks: those of the case before, where they are as many and none of them failed."""
+    worlds = []
+
+    def run(size, case, **times):
+        if not worlds or worlds[-1].size != size or not worlds[-1].alive:
+            for world in worlds:
+                world.end()
+            worlds.append(World(size, tmp_path_factory.mktemp("world")))
+        return worlds[-1].run(case, **times)
+
+    yield run
+    for world in worlds:
+        world.end()
 
 
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world in WORLDS for case in cases_of(world)])
-def test_every_rank(found, world, case):
-    failed = {rank: of_rank[case] for rank, of_rank in enumerate(found[world]) if of_rank[case]}
+@pytest.mark.parametrize(("size", "case"), [(size, case) for size in WORLDS for case in cases_of(size)])
+def test_every_rank(run, size, case):
+    failed = run(size, CASES[case])
     assert not failed, "\n".join(f"rank {rank}:\n{error}" for rank, error in failed.items())
+
+
+def fails(world):
+    assert dist.get_rank() != 1, "of rank 1"
+    dist.barrier()
+
+
+def dies(world):
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(world):
+    if dist.get_rank() == 1:
+        time.sleep(600)
+
+
+def is_well(world):
+    assert dist.get_world_size() == world
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [(fails, "of rank 1"), (dies, "died: SIGKILL"), (waits, "did not come to its end")]
+)
+def test_a_case_that_fails_says_so_and_leaves_the_next_alone(run, case, said):
+    failed = run(2, case, timeout=5)
+    assert said in failed[1]
+    assert run(2, is_well) == {}

@@ -1,107 +1,92 @@
 """Ranks that die or hang: the others raise within the timeout and say who; a job that is started again ends alike."""
 
+import datetime
 import hashlib
 import os
+import random
 import signal
-import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import fastens
 from fastens.cli import main
+from fastens.distributed.exchange import RankLost
 from fastens.distributed.jobs import Job, Pieces
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.likelihood import likelihood
 from fastens.evaluation.results import Parts
 from fastens.evaluation.sampling import sample
-
-CALLED = """
-import datetime, os, signal, sys, threading, time
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-import fastens
-from fastens.distributed.exchange import RankLost
+from fastens.files import write_json
+from tests.distributed.ranks import started
 from tests.networks import mlp, randomised
 
-how, timeout = sys.argv[1], float(sys.argv[2])
 
-def run(rank):
-    os.environ["RANK"] = str(rank)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+def ended(process, timeout):
+    """Its exit code; what takes longer is killed and fails."""
+    process.join(timeout)
+    code = process.exitcode
+    process.kill()
+    assert code is not None, f"did not end within {timeout} s"
+    return code
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def calls_until_lost(rank, how, timeout, folder):
+    """Two ranks, of which the second is lost; the first one writes what it is told, and when."""
+    store, minute = f"file://{folder}/store", datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=minute)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("member", "data"))
     ens = fastens.Ensemble([randomised(mlp, k) for k in range(3)])
     spread = fastens.distribute(ens, mesh, timeout=timeout)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         spread(x)
-        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1:
             if how == "dies in some call":
-                threading.Timer(0.3, kill).start()
+                threading.Timer(0.3, killed).start()
             else:
-                kill() if how == "dies" else time.sleep(45)
+                killed() if how == "dies" else time.sleep(45)
         try:
             while True:
                 begun = time.monotonic()
                 spread(x)
         except RankLost as error:
-            print("lost", error, flush=True)
-            return 7 if time.monotonic() - begun < 25 else 8
-
-ranks = []
-for rank in range(2):
-    ranks.append(os.fork())
-    if not ranks[-1]:
-        os._exit(run(rank) or 0)
-code = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
-os.kill(ranks[1], signal.SIGKILL)
-sys.exit(code)
-"""
+            (folder / "lost").write_text(str(error))
+            return 7 if time.monotonic() - begun < timeout + 5 else 8
 
 
-def environment(rank, world, port):
-    ours = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in ours.items()}}
+@pytest.mark.parametrize(("how", "timeout"), [("dies", 20), ("dies in some call", 20), ("hangs", 8)])
+def test_a_lost_rank_is_an_error_on_the_others_and_is_named(how, timeout, tmp_path):
+    first, second = (started(calls_until_lost, rank, how, timeout, tmp_path) for rank in range(2))
+    try:
+        assert ended(first, 100) == 7
+    finally:
+        second.kill()
+    assert "rank 1 of [0, 1] did not answer within" in (tmp_path / "lost").read_text()
 
 
-def free_port():
-    import socket
+def killed_in_the_middle_of_a_file(command):
+    save, saved = np.save, []
 
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    def half(path, array):
+        saved.append(path)
+        if len(saved) == 2:
+            path.write_bytes(b"half of it")
+            killed()
+        save(path, array)
 
-
-@pytest.mark.parametrize(("how", "timeout"), [("dies", 20), ("dies in some call", 20), ("hangs", 10)])
-def test_a_lost_rank_is_an_error_on_the_others_and_is_named(how, timeout):
-    run = [sys.executable, "-c", CALLED, how, str(timeout)]
-    found = subprocess.run(run, env=environment(0, 2, free_port()), stdout=subprocess.PIPE, text=True, timeout=200)
-    assert found.returncode == 7, found.stdout
-    assert "lost rank 1 of [0, 1] did not answer within" in found.stdout
-
-
-KILLED = """
-import os, sys
-import numpy as np
-import torch
-torch.set_num_threads(1)
-import fastens
-from fastens.cli import main
-save, saved = np.save, []
-
-def killed(path, array):
-    saved.append(path)
-    if len(saved) == 2:  # in the middle of a file
-        path.write_bytes(b"half of it")
-        os.kill(os.getpid(), 9)
-    save(path, array)
-
-np.save = killed
-main(sys.argv[1:])
-"""
+    np.save = half
+    main(command)
 
 
 def digests(folder):
@@ -113,11 +98,11 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
     options = ["--num", "10", "--batch", "2", "--steps", "4", "--rule", "median", "--device", "cpu", "--quiet"]
     command = ["sample", *folders, *options, "--timeout", "60", "--out"]
     main([*command, str(alone)])
-    run = [sys.executable, "-c", KILLED, *command, str(several)]
-    assert subprocess.run(run, env=environment(1, 2, 0), timeout=250).returncode == -signal.SIGKILL
+    process = started(killed_in_the_middle_of_a_file, [*command, str(several)], RANK=1, WORLD_SIZE=2)
+    assert ended(process, 100) == -signal.SIGKILL
     pieces = several / "pieces"
     kept = {path: path.stat().st_mtime_ns for path in pieces.glob("0*.npy")}
-    assert [path.name for path in kept] == ["0000001.npy"]  # of 1 and 3, which are rank 1's
+    assert [path.name[:8] for path in kept] == ["0000001-"]  # of 1 and 3, which are rank 1's
     assert len(list(pieces.glob(".*.partial.*"))) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
@@ -130,55 +115,44 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(folders, tmp_path, mo
     assert not pieces.exists()
 
 
-KILLED_AT_RANDOM = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import fastens.runs, fastens.uncertainty.plots, diffusers
-from fastens.cli import main
+def killed_at_an_event(number, folder, command):
+    """A command that is killed when it is about to do this one of all that it does to files of a folder."""
+    left = iter(range(number))
 
-seed, alone, several, *command = sys.argv[1:]
-chance, delay, kills = random.Random(int(seed)), 0.5, 0
+    def hook(event, args):
+        of_files = event == "open" or event.startswith(("os.", "shutil."))
+        if of_files and args and str(args[0]).startswith(folder) and next(left, None) is None:
+            killed()
 
-def started(rank, world, out):
-    child = os.fork()
-    if not child:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-        try:
-            main([*command, "--out", out])
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-
-begun = time.monotonic()
-assert os.waitpid(started(0, 1, alone), 0)[1] == 0
-took = time.monotonic() - begun
-running = {}
-while True:
-    world = chance.choice([1, 2, 3])  # as many as there happen to be
-    ranks = [started(rank, world, several) for rank in range(world)]
-    time.sleep(chance.uniform(0, took * (1 + kills / 4)))
-    ended = {rank: os.waitpid(rank, os.WNOHANG) for rank in ranks}
-    for rank in ranks:
-        if ended[rank][0] == 0:
-            os.kill(rank, signal.SIGKILL)
-            ended[rank] = os.waitpid(rank, 0)
-    kills += any(code for _, code in ended.values())
-    assert all(code in (0, signal.SIGKILL) for _, code in ended.values()), ended
-    if ended[ranks[0]][1] == 0:  # the first writes the whole
-        break
-print("kills", kills)
-"""
+    sys.addaudithook(hook)
+    main(command)
 
 
 @pytest.mark.parametrize("options", [["--num", "9", "--rule", "mixture"], ["--per-member", "4"]])
-def test_a_job_that_is_killed_at_random_times_ends_with_the_same_bytes(options, folders, tmp_path):
-    """On one to three ranks, each time on another number; until the first rank comes to its end."""
+def test_a_job_that_is_killed_at_random_events_ends_with_the_same_bytes(options, folders, tmp_path):
+    """On one to three ranks, which live longer and longer, until the first one comes to its end."""
     alone, several = tmp_path / "alone", tmp_path / "several"
-    common = ["--batch", "2", "--steps", "4", "--device", "cpu", "--quiet", "--timeout", "60"]
-    run = [sys.executable, "-c", KILLED_AT_RANDOM, "0", str(alone), str(several), "sample", *folders, *options, *common]
-    assert subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500).returncode == 0
+    common = ["--batch", "2", "--steps", "2", "--device", "cpu", "--quiet", "--timeout", "60"]
+    command = ["sample", *folders, *options, *common, "--out"]
+    assert ended(started(main, [*command, str(alone)]), 100) == 0
+    chance, lives, first = random.Random(0), 10, None
+    while first != 0:
+        size = chance.choice([1, 2, 3])
+        ranks = [
+            started(
+                killed_at_an_event,
+                chance.randrange(lives),
+                str(several),
+                [*command, str(several)],
+                RANK=rank,
+                WORLD_SIZE=size,
+            )
+            for rank in range(size)
+        ]
+        first, *others = (ended(rank, 100) for rank in ranks)
+        assert {first, *others} <= {0, -signal.SIGKILL}
+        lives += lives // 2
+    assert lives > 30  # three times at least
     assert digests(several) == digests(alone)
     assert not (several / "pieces").exists()
 
@@ -197,14 +171,40 @@ def test_a_job_that_lacks_a_rank_ends_with_an_error_that_names_it(tmp_path, monk
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TimeoutError, match=r"2 of 4 pieces are missing, of rank 1, and none came in 0.2 s"):
         Pieces(tmp_path, {}).make(Job(timeout=0.2), 4, lambda piece: np.zeros(1))
-    assert sorted(path.name for path in tmp_path.glob("0*.npy")) == ["0000000.npy", "0000002.npy"]
+    assert sorted(path.name[:8] for path in tmp_path.glob("0*.npy")) == ["0000000-", "0000002-"]
 
 
 def test_a_part_that_was_not_written_whole_is_made_again(tmp_path):
     (tmp_path / f".{2**22 + 1}.1.partial.0000000.npy").write_bytes(b"half")  # a process that is no more
     made = Pieces(tmp_path, {}).make(Job(), 1, lambda _: torch.ones(2).numpy())
     assert made[0].tolist() == [1, 1]
-    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_rank_that_comes_late_to_a_job_that_is_done_leaves_nothing(tmp_path, monkeypatch):
+    """All its pieces were there from the run before, so that the first rank did not wait for it."""
+    folder, result = tmp_path / "pieces", tmp_path / "result.json"
+    early = Pieces(folder, {"seed": 0}, [result])
+    late = Pieces(folder, {"seed": 0}, [result])
+    Pieces(folder, {"seed": 0}).make(Job(), 2, np.ones)
+    write_json(result, {"job": early.job})
+    early.remove()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for pieces in (late, Pieces(folder, {"seed": 0}, [result])):
+        assert pieces.make(Job(), 2, np.ones) is None
+        assert not folder.exists()
+    another = Pieces(folder, {"seed": 1}, [result])
+    assert another.made() is None
+    assert folder.exists()
+
+
+def test_a_job_that_is_done_is_not_done_again(folders, tmp_path, monkeypatch, capsys):
+    command = ["sample", *folders, "--num", "2", "--steps", "1", "--device", "cpu", "--quiet", "--json", "--out"]
+    main([*command, str(tmp_path)])
+    said = capsys.readouterr().out
+    monkeypatch.setattr(Pieces, "make", None)
+    main([*command, str(tmp_path)])
+    assert capsys.readouterr().out == said
 
 
 class Shrinks(torch.nn.Module):
