@@ -25,6 +25,9 @@ def pytest_collection_modifyitems(items):
             chosen = covering([tuple(map(id, test.callspec.params.values())) for test in tests], *mark.args)
             for number in set(range(len(tests))).difference(chosen):
                 tests[number].add_marker("full")
+    for item in items:
+        if item.path.parent.name == "distributed":  # of one worker: the ranks of two would wait for each other's cores
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(scope="module")
