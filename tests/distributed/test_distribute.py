@@ -1,12 +1,17 @@
 """Ensembles over 1, 2 and 4 ranks on the CPU against one process; and what the tests themselves say of a lost rank."""
 
+import functools
 import os
 import signal
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
+import fastens
+from tests.distributed.cases import K, batch, close, meshes, nets
 from tests.distributed.ranks import CASES, WORLDS, World, cases_of
 
 
@@ -31,6 +36,30 @@ def run(tmp_path_factory):
 def test_every_rank(run, size, case):
     failed = run(size, CASES[case])
     assert not failed, "\n".join(f"rank {rank}:\n{error}" for rank, error in failed.items())
+
+
+def saves(world, folder):
+    spread = fastens.distribute(fastens.Ensemble(nets()), meshes(world)[-1], timeout=60)
+    dcp.save(spread.state_dict(), checkpoint_id=folder)
+
+
+def loads(world, folder):
+    spread = fastens.distribute(fastens.Ensemble(nets(2 * K)[K:]), meshes(world)[0], timeout=60)
+    wanted, x = fastens.Ensemble(nets()), batch(4, 5)
+    with torch.no_grad():
+        assert not torch.allclose(spread(x), wanted(x))
+        state = spread.state_dict()
+        dcp.load(state, checkpoint_id=folder)
+        spread.load_state_dict(state)
+        close(spread(x), wanted(x))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1), (1, 2), (2, 4), (4, 1)])
+def test_states_of_another_world(run, before, after, tmp_path):
+    """What so many ranks saved is cut anew for as many others."""
+    for size, case in ((before, saves), (after, loads)):
+        failed = run(size, functools.partial(case, folder=tmp_path / "states"))
+        assert not failed, failed
 
 
 def fails(world):
