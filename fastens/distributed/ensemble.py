@@ -71,7 +71,7 @@ class Distributed(OfOneProcess):
             super()._adopt(skeleton, stacks, shared)
             return
         engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
-        engine.of_all = self.num_members
+        engine.cap.of_all = self.num_members
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)

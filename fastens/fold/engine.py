@@ -76,7 +76,6 @@ class FoldEngine:
         masks: Masks | None = None,
     ) -> None:
         self.num_members = num_members
-        self.of_all = num_members  # K, where this engine has some of several ranks' members
         self.masks = masks
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
@@ -272,8 +271,7 @@ class FoldEngine:
         """Whether a call may run as a plan."""
         if torch.compiler.is_compiling():
             return False
-        counted = self.of_all if reproducible.enabled() else self.num_members  # a plan has other bits
-        if self.cap.asked is not None and counted * arguments.batch_size > self.cap.asked:
+        if self.cap.cuts(self.num_members, arguments.batch_size):
             return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
             return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")

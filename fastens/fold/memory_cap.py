@@ -12,6 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastens import reproducible
+
 _SHARE = 0.75  # of the free memory for one pass; the rest is for buffers inside kernels and for fragmentation
 _CLOSE = 64  # a pass is measured where module outputs times this exceed the free memory: they are not all there is
 _CGROUPS = (  # limit, usage, statistics: version 2, then 1
@@ -127,10 +129,14 @@ class MemoryCap:
 
     Args:
         asked: the cap that the user set, or none.
+
+    Attributes:
+        of_all: K of all ranks, where each has some of the members.
     """
 
     def __init__(self, asked: int | None) -> None:
         self.asked = asked
+        self.of_all: int | None = None
         self._told = False
         self.clear()
 
@@ -138,6 +144,11 @@ class MemoryCap:
         """Forget what was measured and found."""
         self._found: dict[Hashable, int] = {}
         self._per_row: dict[Hashable, tuple[float, float]] = {}  # bytes at the peak, and in all
+
+    def cuts(self, num_members: int, batch: int) -> bool:
+        """Whether the user's cap cuts a call into passes; in deterministic mode on every rank as in one process."""
+        counted = self.of_all if self.of_all is not None and reproducible.enabled() else num_members
+        return self.asked is not None and counted * batch > self.asked
 
     def wants_measure(self, key: Hashable, num_members: int, batch: int, least: int, device: torch.device) -> bool:
         """Whether the members' passes together come near the free memory, so that what a row needs must be known.
