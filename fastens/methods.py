@@ -14,7 +14,7 @@ from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
 from fastens.fold.compiled import drawn_pass
 from fastens.fold.entering import entering
-from fastens.fold.of_member import settle
+from fastens.fold.of_member import called, settle
 from fastens.fold.row_by_row import each_member
 from fastens.fold.state import Rollback
 from fastens.ops.aggregate import aggregate
@@ -73,7 +73,8 @@ def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict
 
 def set_members(engine: FoldEngine, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call a method on every member of a loop, which have state of their own; return what the first returns."""
-    first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]
+    with called():
+        first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]
     for view in engine.views:
         settle(view, keeps=True)
     return first

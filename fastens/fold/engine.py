@@ -29,7 +29,7 @@ from fastens.fold.members import tensors_of
 from fastens.fold.memory_cap import MemoryCap, is_out_of_memory
 from fastens.fold.network import build_network, shared_names, skeleton_of
 from fastens.fold.numbers import Numbers, SeenNumbers
-from fastens.fold.of_member import settle
+from fastens.fold.of_member import called, settle
 from fastens.fold.originals import Originals
 from fastens.fold.passes import ReadsRows, in_passes
 from fastens.fold.planned import Plans
@@ -174,8 +174,8 @@ class FoldEngine:
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
         if self.masks is None:
-            args, kwargs = arguments.of_member(k)
-            return call(module, method, args, kwargs)
+            with called():
+                return call(module, method, *arguments.of_member(k))
         hidden, arguments = one_member(self.num_members, k), arguments.copied()
         self.masks.know(module)
         output = self.run(self.new_pass(hidden, arguments), arguments, method, network=module)

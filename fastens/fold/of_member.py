@@ -31,6 +31,22 @@ def read_through(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         _READ.reset(token)
 
 
+_CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
+
+
+@contextmanager
+def called() -> Iterator[None]:
+    """Scope of a call of a member's own code, whose reads and writes :func:`settle` settles.
+
+    What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
+    """
+    token = _CALLED.set(True)
+    try:
+        yield
+    finally:
+        _CALLED.reset(token)
+
+
 # Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
 # that what autograd saved of the member before is as it was.
 _COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -72,7 +88,8 @@ class OfMember(dict[str, Any]):
             return tensor
         if traced((tensor,)):
             return part_of(tensor, self.k)
-        before, copied = self._given.get(name), id(tensor) in _COPIED
+        settled = _CALLED.get()
+        before, copied = (self._given.get(name), id(tensor) in _COPIED) if settled else (None, False)
         mode = None if copied else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         read = mode, id(tensor), tensor.requires_grad
         if before is not None:
@@ -83,8 +100,9 @@ class OfMember(dict[str, Any]):
         if own is None or not (copied or self._is_in_place(name, own)):
             with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
                 own = self._parts[read] = part_of(tensor, self.k, copied)
-        first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
-        self._given[name] = own, own.data_ptr(), read, first
+        if settled:
+            first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
+            self._given[name] = own, own.data_ptr(), read, first
         return own
 
     def __getitem__(self, name: str) -> Any:

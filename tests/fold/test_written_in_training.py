@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastens
 from fastens.training import training_step
@@ -69,12 +70,35 @@ class Counting(nn.Module):
         return self.layer(x) * self.calls
 
 
-@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+class Plain(nn.Module):
+    """Writes to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(torch.sin(self.first(x)))
+
+
+class Again(nn.Module):
+    """Runs a part of itself again in the backward pass."""
+
+    def __init__(self, part, reentrant):
+        super().__init__()
+        self.inner, self.part, self.reentrant = nn.Linear(6, 6), part, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.part, self.inner(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one", "ignore:None of the inputs have")
 @pytest.mark.parametrize("engine", ["auto", "loop"])
-@pytest.mark.parametrize("kind", [Normalised, Tied, Codebook, Counting])
-def test_trains_as_members_do_apart(kind, engine):
+@pytest.mark.parametrize("again", [None, False, True], ids=["once", "again", "again, reentrant"])
+@pytest.mark.parametrize("kind", [Plain, Normalised, Tied, Codebook, Counting])
+def test_trains_as_members_do_apart(kind, again, engine):
     torch.manual_seed(0)
-    members = [kind() for _ in range(3)]
+    members = [kind() if again is None else Again(kind(), again) for _ in range(3)]
     ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
     optimizer = torch.optim.SGD(ensemble.parameters(), 0.1, momentum=0.9)
     apart = [torch.optim.SGD(member.parameters(), 0.1, momentum=0.9) for member in members]
