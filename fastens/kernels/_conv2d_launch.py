@@ -171,7 +171,7 @@ def _cut(
     block_k = min(64, max(16, triton.next_power_of_2(max(sources))))
     num_stages = 3
     if itemsize == 4:
-        block_n, block_k, num_stages = min(block_n, 128 if wide else 64), min(block_k, 32), 2
+        block_n, block_k = min(block_n, 128 if wide else 64), min(block_k, 32)
     elif itemsize == 8:
         block_n, block_k, num_stages = min(block_n, 32), 16, 1
     tiles = groups_of_rows * -(-rows // together) * -(-space // places)

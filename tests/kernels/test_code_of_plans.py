@@ -13,6 +13,7 @@ from fastens.kernels._rows import MULTIPROCESSORS
 from tests.kernels.test_ahead_of_time import MAX_REGISTERS_OF_PRODUCTS, MAX_SHARED_OF_DESCRIPTORS, needs_triton
 
 SAMPLE = ("songunet", "256", "--sample", "9", "--ways", "triton", "triton wide", "tma 128x128", "tma 128x256")
+OF_FLOAT32 = ("songunet", "16", "--dtype", "float32", "--sample", "12", "--ways", "triton", "triton wide")
 OF_PRODUCTS = ("conv2d_kernel", "conv2d_tma_kernel", "conv2d_sum_kernel", "conv2d_halo_kernel")
 BESIDE = {"tma 64x128": 2, "tma 128x128": 2, "tma 128x256": 1}  # blocks of a multiprocessor, at 16 bits
 
@@ -74,6 +75,15 @@ def test_a_sample_keeps_its_products_in_flight():
     assert {row["kernel"] for row in rows} > {"conv2d_kernel", "conv2d_tma_kernel"}
     for row in rows:
         check(row)
+
+
+@pytest.mark.gpu_compiler
+@needs_triton
+def test_a_sample_of_float32_keeps_its_loads_in_flight():
+    rows = read_rows(*OF_FLOAT32)
+    assert "conv2d_kernel" in {row["kernel"] for row in rows}
+    for row in rows:
+        check(row, itemsize=4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
