@@ -229,7 +229,7 @@ def current_fold() -> Fold | None:
 
 @contextmanager
 def inside(fold: Fold, calls: dict[str, int] | None = None) -> Iterator[None]:
-    """Run Python in a pass; or a part of it again, from so many dropouts of each path on."""
+    """Run Python in a pass; or a part of it again, whose dropouts are counted on from ``calls``."""
     masks = fold.masks
     counted = None if masks is None else masks.calls
     if masks is not None and calls is not None:

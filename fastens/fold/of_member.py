@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextvars
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,36 +15,26 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.held import member_values
 from fastens.fold.stand_ins import standing_in, traced
-from fastens.fold.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.fold.tables import Stacks, as_seen, part_of, scoped, seen_otherwise, tables_of
 from fastens.fold.tensor import MemberTensor, modules_of
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
 
 
-@contextmanager
-def read_through(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """Let members' own modules get what a function makes of their part of a stack."""
-    token = _READ.set(change)
-    try:
-        yield
-    finally:
-        _READ.reset(token)
+    return scoped(_READ, change)
 
 
 _CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
 
 
-@contextmanager
-def called() -> Iterator[None]:
+def called() -> AbstractContextManager[None]:
     """Scope of a call of a member's own code, whose reads and writes :func:`settle` settles.
 
     What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
     """
-    token = _CALLED.set(True)
-    try:
-        yield
-    finally:
-        _CALLED.reset(token)
+    return scoped(_CALLED, True)
 
 
 # Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so

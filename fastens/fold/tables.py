@@ -6,7 +6,7 @@ import contextvars
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,13 +22,18 @@ _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.C
 
 
 @contextmanager
-def seen_as(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
-    token = _SEEN.set(change)
+def scoped(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    """Scope in which a context variable has a value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _SEEN.reset(token)
+        variable.reset(token)
+
+
+def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
+    return scoped(_SEEN, change)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,14 +59,9 @@ def as_seen(tensor: Tensor) -> Tensor:
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
 
 
-@contextmanager
-def alone(k: int) -> Iterator[None]:
+def alone(k: int) -> AbstractContextManager[None]:
     """Let the network's own modules read member k's tensors, as the modules of that member alone do."""
-    token = _ALONE.set(k)
-    try:
-        yield
-    finally:
-        _ALONE.reset(token)
+    return scoped(_ALONE, k)
 
 
 def _asked_by_name() -> bool:
