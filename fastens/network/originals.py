@@ -1,0 +1,94 @@
+"""The members that were handed in, as the oracle of a first call."""
+
+from __future__ import annotations
+
+import copy
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
+from fastens.network.alike import HOOK_TABLES
+
+_COUNTED = {*TABLES, "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
+
+
+class Originals:
+    """The members that were handed in, kept until the first call was held against them.
+
+    They are an oracle while neither they nor the stacks were changed since: same weights, same modes, same place.
+    """
+
+    def __init__(self, members: Any, network: nn.Module) -> None:
+        self._members = members
+        self._network = network
+        self._counts = self._count()
+        self._attributes = self._state()
+
+    def _modules(self) -> list[nn.Module]:
+        listed = isinstance(self._members, list | tuple | nn.ModuleList)
+        return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
+
+    def _count(self) -> tuple[Any, Any]:
+        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
+        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
+
+    def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
+        """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
+        return [
+            (
+                module,
+                {name: value for name, value in vars(module).items() if name not in _COUNTED},
+                {name: list(hooks.values()) for name in HOOK_TABLES if (hooks := vars(module)[name])},
+            )
+            for root in (self._network, *self._modules())
+            for module in root.modules()
+        ]
+
+    def usable(self) -> bool:
+        """Whether they still are what the stacks were made of, in the mode that the network is in."""
+        if self._count() != self._counts or not _same(self._attributes, self._state()):
+            return False
+        ours = [m.training for m in self._network.modules()]
+        device = next((t.device for t in tensors_of(self._network).values()), None)
+        for member in self._modules():
+            theirs = next((t.device for t in tensors_of(member).values()), None)
+            if [m.training for m in member.modules()] != ours or theirs != device:
+                return False
+        return True
+
+    def of_one_object(self) -> frozenset[str]:
+        """The names of tensors that are one object in the first two members, as what all of them share is."""
+        members = self._modules()
+        pairs = zip(modules_of(members[0]), modules_of(members[1]), strict=True) if len(members) > 1 else ()
+        return frozenset(
+            f"{path}.{name}" if path else name
+            for (path, first), (_, other) in pairs
+            for table in ("_parameters", "_buffers")
+            for name, tensor in vars(first)[table].items()
+            if tensor is not None and vars(other)[table].get(name) is tensor
+        )
+
+    def member(self, k: int) -> nn.Module:
+        """Member k, read from its file where it came from one, in the mode that the network is in."""
+        member, modes = self._members[k], [module.training for module in self._network.modules()]
+        if [module.training for module in member.modules()] != modes:
+            member = copy.deepcopy(member)
+            for module, mode in zip(member.modules(), modes, strict=True):
+                module.training = mode
+        return member
+
+
+def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes where a tensor is written to, moved or converted."""
+    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
+
+
+def _same(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
+    """Whether modules have the attributes that they had: the same objects, and the same hooks."""
+    return len(before) == len(now) and all(
+        a is b and mine.keys() == yours.keys() and all(map(is_, mine.values(), yours.values())) and hooks == others
+        for (a, mine, hooks), (b, yours, others) in zip(before, now, strict=True)
+    )
