@@ -146,7 +146,12 @@ def saved(run: Run, draw: Random) -> None:
         return  # what a factory makes is not what the members have become
     run.attempt(write_and_read, run._adopt)
     learns = {name: p.requires_grad for name, p in build(run.spec, 0).named_parameters()}  # a file does not say
-    run.each(lambda module: [p.requires_grad_(learns[name]) for name, p in module.named_parameters()])
+
+    def as_built(module: torch.nn.Module) -> None:
+        for name, p in module.named_parameters():
+            p.requires_grad_(learns[name.removeprefix("network.")])
+
+    run.each(as_built)
     run.each(lambda module: module.train(run.training))
     with torch.no_grad():
         run.call(run.make(draw, Form(run.spec.rows)))
