@@ -53,6 +53,7 @@ LEVELS = [  # a module imports from its own level or below
         "io",
         "provenance",
         "proven",
+        "scopes",
     },
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

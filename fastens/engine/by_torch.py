@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastens.network.of_member import read_through
 from fastens.network.state import GlobalDraws, state_kept
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
+from fastens.scopes import scope
 
 Result = TypeVar("Result")
 
@@ -89,14 +90,9 @@ Deal = Callable[[Tensor, int], Sequence[Tensor]]
 _deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)
 
 
-@contextmanager
-def dealt_by(deal: Deal) -> Iterator[None]:
+def dealt_by(deal: Deal) -> AbstractContextManager[Deal]:
     """Let members get the tensors that a function makes for each, through which gradients come back."""
-    token = _deal.set(deal)
-    try:
-        yield
-    finally:
-        _deal.reset(token)
+    return scope(_deal, deal)
 
 
 def for_members(x: Tensor, count: int) -> Sequence[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+
+from fastens.scopes import scope
 
 if TYPE_CHECKING:
     from fastens.engine.calls import PlannedCall
@@ -36,15 +37,9 @@ class Ways:
 _ways: contextvars.ContextVar[Ways | None] = contextvars.ContextVar("ways", default=None)
 
 
-@contextmanager
-def ways_seen() -> Iterator[Ways]:
+def ways_seen() -> AbstractContextManager[Ways]:
     """Look at how rows are answered."""
-    ways = Ways()
-    token = _ways.set(ways)
-    try:
-        yield ways
-    finally:
-        _ways.reset(token)
+    return scope(_ways, Ways())
 
 
 def note(engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:

@@ -33,6 +33,7 @@ from fastens.fold.tensor import (
 )
 from fastens.fold.writes import WritesInput, check_weights, count_write, depending, promote, writes_to
 from fastens.reference._rows import rows_of
+from fastens.scopes import scope
 
 if TYPE_CHECKING:
     from fastens.engine.numbers import Numbers
@@ -234,12 +235,10 @@ def inside(fold: Fold, calls: dict[str, int] | None = None) -> Iterator[None]:
     counted = None if masks is None else masks.calls
     if masks is not None and calls is not None:
         masks.calls = calls.copy()
-    token = _CURRENT.set(fold)
     try:
-        with nullcontext() if fold in _get_current_function_mode_stack() else fold:
+        with scope(_CURRENT, fold), nullcontext() if fold in _get_current_function_mode_stack() else fold:
             yield
     finally:
-        _CURRENT.reset(token)
         if masks is not None:
             masks.calls = counted
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextvars
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from fastens.scopes import scope
 
 if TYPE_CHECKING:
     from fastens.engine.evaluator import FoldEngine
@@ -72,14 +74,9 @@ def traced(tensors: Iterable[Tensor]) -> bool:
     return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
-@contextmanager
-def with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None]:
+def with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
     """Scope of a trace, which has these in the place of the engine's stacks."""
-    token = _STANDING_IN.set({id(t): own for t, own in zip(engine.tensors, given, strict=True)})
-    try:
-        yield
-    finally:
-        _STANDING_IN.reset(token)
+    return scope(_STANDING_IN, {id(t): own for t, own in zip(engine.tensors, given, strict=True)})
 
 
 def number_of(engine: FoldEngine) -> str:

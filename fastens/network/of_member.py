@@ -16,25 +16,26 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, modules_of
 from fastens.network.held import member_values
-from fastens.network.tables import Stacks, as_seen, part_of, scoped, seen_otherwise, tables_of
+from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.scopes import scope
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
 
 
-def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
     """Let members' own modules get what a function makes of their part of a stack."""
-    return scoped(_READ, change)
+    return scope(_READ, change)
 
 
 _CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
 
 
-def called() -> AbstractContextManager[None]:
+def called() -> AbstractContextManager[Any]:
     """Scope of a call of a member's own code, whose reads and writes :func:`settle` settles.
 
     What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
     """
-    return scoped(_CALLED, True)
+    return scope(_CALLED, True)
 
 
 # Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so

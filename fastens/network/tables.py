@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextvars
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,23 +17,14 @@ from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
+from fastens.scopes import scope
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
 
-@contextmanager
-def scoped(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-    """Scope in which a context variable has a value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
     """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
-    return scoped(_SEEN, change)
+    return scope(_SEEN, change)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,9 +50,9 @@ def as_seen(tensor: Tensor) -> Tensor:
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
 
 
-def alone(k: int) -> AbstractContextManager[None]:
+def alone(k: int) -> AbstractContextManager[Any]:
     """Let the network's own modules read member k's tensors, as the modules of that member alone do."""
-    return scoped(_ALONE, k)
+    return scope(_ALONE, k)
 
 
 def _asked_by_name() -> bool:
