@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens.adaptive import refuse_adaptive
 from fastens.draws import Assignment, Evaluation, assignment_of
 from fastens.engine.arguments import Arguments
 from fastens.engine.drawn import run_drawn
@@ -39,9 +40,12 @@ class ByRows(nn.Module):
         return pytree.tree_unflatten([leaf[0] for leaf in leaves], spec)
 
     def _begin(self: Any, arguments: Arguments) -> Evaluation:
+        """Start an evaluation; what it draws depends on its number, and on the trajectory's seed where there is one."""
         evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
+        if self._fresh:
+            refuse_adaptive(*self._engine.kind.drawn_anew)
         return evaluation
 
     def trajectory(

@@ -135,6 +135,8 @@ class Capturing(nn.Module):
         ensemble: Any = self
         if ensemble._draws.assignment() is not None:
             return "members are assigned to the rows of these calls alone; leave ens.assigned"
+        if ensemble._fresh:
+            return "{} at every call; {}".format(*ensemble._engine.kind.drawn_anew)
         return (
             f"rule {ensemble.rule.name!r} draws members, so each call runs other rows" if ensemble.rule.random else None
         )

@@ -23,6 +23,7 @@ from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import compiled_pass, drawn_pass
 from fastens.engine.entering import call
 from fastens.engine.evaluator import FoldEngine
+from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.network.stacking import (
@@ -130,10 +131,17 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     def _adopt(
         self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
     ) -> None:
-        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings, originals)
+        kind = self._kind_of_members(skeleton)
+        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings, originals, kind)
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
+        if kind.mode is not None:
+            self.training = kind.mode
+
+    def _kind_of_members(self, skeleton: nn.Module) -> MemberKind:
+        """What the members of this family have for themselves, given one member's structure."""
+        return PLAIN
 
     def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
         modules = [copied(member) for member in members]
@@ -163,7 +171,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     # Evaluation
 
-    _fresh = False  # whether every evaluation draws numbers of its own
+    @property
+    def _fresh(self) -> bool:
+        """Whether every evaluation draws numbers of its own."""
+        return self._engine is not None and self._engine.kind.fresh
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
@@ -209,7 +220,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         return each_member(self.network, arguments, self._call_module)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        return Arguments(args, kwargs, self.num_members)
+        arguments = Arguments(args, kwargs, self.num_members)
+        if self._fresh and not self.rule.random:
+            self._begin(arguments)
+        return arguments
 
     def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, where members are modules of their own."""

@@ -67,7 +67,7 @@ def copied(member: nn.Module) -> nn.Module:
 def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:
     """See :meth:`fastens.Ensemble.replace_member`."""
     k = checked_index(k, ensemble.num_members)
-    if "masks" in ensemble._settings:
+    if ensemble._engine is not None and not ensemble._engine.kind.own_weights:
         raise ValueError("members are dropout masks on one set of weights; change that by load_state_dict")
     if isinstance(member, nn.Module):
         module = member

@@ -47,7 +47,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         try:
             result = getattr(ensemble.network, name)(*args, **kwargs)
         except Exception:
-            if not before.restore() or engine.masks is not None:
+            if not before.restore() or not engine.kind.own_weights:
                 raise
             return change_members(ensemble, name, *args, **kwargs)
         ensemble._forget()

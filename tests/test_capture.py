@@ -191,7 +191,7 @@ def test_mc_dropout_replays_fixed_masks_and_refuses_fresh_ones(ens):
         fixed.refresh()  # drops the masks that the recording read
         torch.testing.assert_close(fixed(2 * X, T), expected)
         assert len(ens.replays) == 1
-    with pytest.raises(ValueError, match="fresh masks are drawn at every call"):
+    with pytest.raises(ValueError, match="fresh dropout masks are drawn at every call"):
         fastens.MCDropout(network, 3, masks="fresh")._record((X, T), {})
 
 

@@ -238,7 +238,7 @@ class Distributed(OfOneProcess):
         engine, share = self._engine, self._share
         if engine is None:
             return each_member(self.network, arguments, self._call_module)
-        if engine.masks is None:
+        if engine.kind.own_weights:
             return engine.evaluate(arguments, self.training)
         ks = range(share.first, share.first + share.held)
         if reproducible.enabled() and any(x.requires_grad for x in arguments.tensors) and torch.is_grad_enabled():
@@ -334,7 +334,7 @@ class Distributed(OfOneProcess):
         parts = place.num_data
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
-        first = 0 if engine is not None and engine.masks is not None else share.first
+        first = 0 if engine is not None and not engine.kind.own_weights else share.first
         by_rows = super()._by_rows
 
         def run() -> Any:
@@ -384,7 +384,7 @@ class Distributed(OfOneProcess):
 
     def _stacked(self: Any) -> frozenset[str]:
         engine = self._engine
-        if engine is None or engine.masks is not None:
+        if engine is None or not engine.kind.own_weights:
             return frozenset()
         return frozenset(tensors_of(engine.network)) - engine.shared
 

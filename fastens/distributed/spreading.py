@@ -89,7 +89,7 @@ def stacks_of(engine: FoldEngine, share: Share) -> dict[str, Tensor]:
     """Copies of the tensors of some members; of all where these are masks."""
     stacks = {}
     for name, stack in tensors_of(engine.network).items():
-        whole = name in engine.shared or engine.masks is not None
+        whole = name in engine.shared or not engine.kind.own_weights
         own = (stack.detach() if whole else stack.detach()[share.slice]).clone(memory_format=torch.preserve_format)
         stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
     return stacks

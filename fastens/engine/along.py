@@ -36,8 +36,7 @@ def outputs_along(
     arguments = Arguments(args, kwargs, engine.num_members)
     key = ("along", *arguments.plan_key(), tangent.stride())
     plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine.can_plan(arguments)
-    fresh = engine.masks is not None and engine.masks.fresh
-    if not plannable or reproducible.enabled() or fresh or arguments.own or engine.plans.refused(key):
+    if not plannable or reproducible.enabled() or engine.kind.fresh or arguments.own or engine.plans.refused(key):
         return None
     entry = engine.plans.current(key)
     if entry is None:
@@ -84,8 +83,8 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     def beside(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
         return list(along(recording, tensors[:-1], tensors[-1], number)), both
 
-    masks = engine.mask_pass(hidden, arguments)
-    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen, masks=masks)
+    dropouts = engine.kind.dropouts(hidden, arguments)
+    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen, dropouts=dropouts)
 
 
 def _seen(moved: Tensor, direction: Tensor) -> Tensor:

@@ -73,11 +73,10 @@ class PlannedCall:
         """What the plan is run on: the tensors of the call, what fresh masks depend on, and the members of the rows."""
         engine, hidden = self._engine, self._hidden
         inputs = list(self._arguments.tensors)
-        if engine.masks is not None and engine.masks.fresh:
-            masks = engine.mask_pass(hidden, self._arguments)
-            assert masks is not None
-            assert masks.samples is not None
-            inputs += [masks.drawn(), masks.samples]
+        if engine.kind.fresh:
+            dropouts = engine.kind.dropouts(hidden, self._arguments)
+            assert dropouts.samples is not None
+            inputs += [dropouts.drawn(), dropouts.samples]
         if hidden.offsets is not None:
             assert hidden.row_members is not None
             inputs += [hidden.offsets, hidden.row_members]
@@ -149,9 +148,9 @@ class PlannedCall:
             return None
         whole, member, numbers = self.passes()
         with torch.no_grad(), suppress_out_of_memory():
-            masks = engine.mask_pass(hidden, arguments)
+            dropouts = engine.kind.dropouts(hidden, arguments)
             made = engine.plans.make(
-                self.key, whole, member, self.inputs, expected, dealt=self._dealt, masks=masks, numbers=numbers
+                self.key, whole, member, self.inputs, expected, dealt=self._dealt, dropouts=dropouts, numbers=numbers
             )
             if (
                 made is None and self._varies and engine.plans.why_refused(self.key)
@@ -166,7 +165,7 @@ class PlannedCall:
     def passes(self, differentiated: bool = False) -> tuple[Any, Any, Numbers | None]:
         """A pass and the first member's call, as functions of the inputs, and the numbers that vary."""
         engine, arguments, hidden = self._engine, self._arguments, self._hidden
-        count, fresh = len(arguments.tensors), engine.masks is not None and engine.masks.fresh
+        count, fresh = len(arguments.tensors), engine.kind.fresh
         numbers = Numbers(self._values, dict(arguments.varying)) if self._varies else None
 
         def given(tensors: list[Tensor], anew: bool = False) -> Arguments:
@@ -179,8 +178,8 @@ class PlannedCall:
             samples = tensors[count + 1] if fresh else None
             own = dataclasses.replace(hidden, offsets=tensors[-2], row_members=tensors[-1]) if self._dealt else hidden
             fold = engine.new_pass(own, given(tensors), recording=True, samples=samples, numbers=numbers)
-            if differentiated and fold.masks is not None:
-                fold.masks.as_factors = True
+            if differentiated:
+                fold.dropouts.as_factors()
             output = engine.run(fold, given(tensors), rows=self._dealt)
             return recorded_rows(output, own) if self._dealt else recorded(output, own)
 
@@ -236,7 +235,7 @@ class PlannedCall:
     def _alone(self, k: int, arguments: Arguments) -> list[Tensor]:
         """What member k returns now, by the network's own modules on its tensors; nothing where they need the fold."""
         engine = self._engine
-        if engine.masks is not None or lists_weights(engine.network):
+        if not engine.kind.runs_alone or lists_weights(engine.network):
             return []
         try:
             with state_kept(engine.network), alone(k):
@@ -250,7 +249,7 @@ class PlannedCall:
     def _folded(self, k: int, given: Arguments) -> list[Tensor]:
         """The same by a pass whose only member is k."""
         engine, arguments = self._engine, given.copied()
-        if engine.masks is None:
+        if engine.kind.runs_alone:
             try:
                 with state_kept(engine.network):
                     leaves = engine.one_pass(arguments, one_member(engine.num_members, k))

@@ -178,7 +178,7 @@ class DrawnCall:
     def _by_member(self, arguments: Arguments) -> tuple[Arguments, Tensor | None, Tensor, Tensor]:
         """The samples in the order of their members, that order, where each member's begin, and the members in it."""
         order, row_members, offsets = grouped(self._members, self._engine.num_members)
-        if order is None and self._engine.masks is not None:  # which depend on the samples of their rows
+        if order is None and self._engine.kind.by_sample:
             order = torch.arange(len(row_members))
         selected = arguments if order is None else arguments.selected(order)
         return selected.of_rows(row_members), order, offsets, row_members

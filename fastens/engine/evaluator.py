@@ -20,9 +20,9 @@ from fastens.engine.drawn import DrawnCall
 from fastens.engine.entering import call
 from fastens.engine.first import FirstPass
 from fastens.engine.guards import observed
+from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.leaves import columns_of, unwrapped
-from fastens.engine.masked import MaskedMember
-from fastens.engine.masks import MaskPass, Masks, NothingDropped
+from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import MemoryCap, is_out_of_memory
 from fastens.engine.numbers import Numbers, SeenNumbers
 from fastens.engine.passes import ReadsRows, in_passes
@@ -33,10 +33,10 @@ from fastens.fold import handlers, rules  # noqa: F401  (handlers and rules regi
 from fastens.fold.around import check_derivatives
 from fastens.fold.dispatch import Fold, inside
 from fastens.fold.stand_ins import number_of
-from fastens.fold.tensor import Hidden, NotFoldable, one_member
+from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.fold.writes import WritesInput
 from fastens.network.folded import build_network, shared_names, skeleton_of
-from fastens.network.of_member import called, settle
+from fastens.network.of_member import settle
 from fastens.network.originals import Originals
 from fastens.network.stacking import tensors_of
 from fastens.network.state import NetworkState
@@ -58,12 +58,11 @@ class FoldEngine:
         num_members: K.
         settings: of the ensemble.
         originals: the members that were handed in, against which the first call is held; none where they are gone.
-        masks: of members that are dropout masks on one set of weights.
+        kind: what members have for themselves.
 
     Attributes:
         network: the folded network, which owns the stacks.
         engine: ``fold`` or ``loop``.
-        masks: of members that are dropout masks on one set of weights; else none.
     """
 
     def __init__(
@@ -74,10 +73,10 @@ class FoldEngine:
         num_members: int,
         settings: dict[str, Any],
         originals: Any = None,
-        masks: Masks | None = None,
+        kind: MemberKind = PLAIN,
     ) -> None:
         self.num_members = num_members
-        self.masks = masks
+        self.kind = kind
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, num_members)
@@ -89,7 +88,7 @@ class FoldEngine:
         self.slices: dict[str, int] = {}  # functions without a rule
         self.originals = None if originals is None else Originals(originals, self.network)
         self.one = frozenset() if self.originals is None else self.originals.of_one_object()  # names, in all members
-        self.wrapped = masks is not None  # whether common tensors become member-valued in place
+        self.wrapped = kind.wrapped  # whether common tensors become member-valued in place
         self.copies_inputs = False  # whether the network writes to its arguments
         self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
@@ -99,8 +98,7 @@ class FoldEngine:
         self.number = number_of(self)
         self.nested: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
-        if masks is not None:
-            masks.bind(self.network)
+        kind.bind(self.network)
         if self.engine == "loop":
             self._unshare_all()
 
@@ -115,9 +113,8 @@ class FoldEngine:
         return shared_names(self.network)
 
     def member(self, k: int) -> nn.Module:
-        """A module with a copy of member k's weights; one that always applies member k's masks."""
-        member = standing_alone(self._views.fresh(k), self.skeleton)
-        return member if self.masks is None else MaskedMember(member, self.masks, k)
+        """A module that is member k, with copies of its tensors."""
+        return self.kind.handed_out(standing_alone(self._views.fresh(k), self.skeleton), k)
 
     def own_states(self) -> tuple[list[State], str]:
         """What the members wrote to themselves, where they are called one by one, and why they are."""
@@ -144,8 +141,7 @@ class FoldEngine:
         self.checked.clear()
         self.rows.clear()
         self.fills.clear()
-        if self.masks is not None:
-            self.masks.bind(self.network)
+        self.kind.bind(self.network)
         self.cap.clear()
         self.plans.clear()
         self.originals = None
@@ -174,13 +170,7 @@ class FoldEngine:
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
-        if self.masks is None:
-            with called():
-                return call(module, method, *arguments.of_member(k))
-        hidden, arguments = one_member(self.num_members, k), arguments.copied()
-        self.masks.know(module)
-        output = self.run(self.new_pass(hidden, arguments), arguments, method, network=module)
-        return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
+        return self.kind.call(self, module, k, arguments, method)
 
     def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
@@ -202,9 +192,9 @@ class FoldEngine:
         return found
 
     def _unshare_all(self, weights: bool = True) -> None:
-        """Give each member its own of what its own code may write; masks have one set of weights."""
-        some = dict(self.network.named_buffers()) if self.masks is not None or not weights else tensors_of(self.network)
-        self.unshare(some)
+        """Give each member its own of what its own code may write."""
+        every = weights and self.kind.own_weights
+        self.unshare(tensors_of(self.network) if every else dict(self.network.named_buffers()))
 
     # All members at once
     def evaluate(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
@@ -279,14 +269,6 @@ class FoldEngine:
             return self.plans.decline("the network writes to its arguments, and they share memory")
         return self.plans.can_plan(arguments.tensors)
 
-    def mask_pass(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass | None:
-        """The dropout masks of a pass, none where members are no masks."""
-        if self.masks is None:
-            return None
-        members, of_rows = self.masks.layout(hidden, arguments)
-        seed, number = arguments.evaluation
-        return MaskPass(self.masks, members, of_rows if samples is None else samples, seed, number)
-
     def evaluate_sum(self, arguments: Arguments, weights: list[float]) -> tuple[Tensor, Any] | None:
         """The members' only output, summed with K factors as the last layer computes it, [B, ...], and its structure.
 
@@ -323,10 +305,10 @@ class FoldEngine:
             wrapped=self.wrapped,
             recording=recording,
             inputs=inputs,
-            masks=self.mask_pass(hidden, arguments, samples),
+            dropouts=self.kind.dropouts(hidden, arguments, samples),
             numbers=numbers,
             reference=self.backend == "reference",
-            network=None if self.masks is not None and hidden.size == 1 else self.network,
+            network=self.kind.network_of(hidden, self.network),
         )
 
     def run(
@@ -343,9 +325,8 @@ class FoldEngine:
             output = call(network or self.network, method, args, kwargs)
         if torch.is_grad_enabled():
             check_derivatives(pytree.tree_leaves(output))
-        if fold.masks is not None and method == "forward" and not fold.masks.applied and arguments.batch_size:
-            calls = sum(fold.masks.calls.values())
-            raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
+        if method == "forward" and arguments.batch_size:
+            fold.dropouts.check()
         return output
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:

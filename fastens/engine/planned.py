@@ -6,7 +6,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from fastens.engine.copies import duplicate, separate
 from fastens.engine.guards import Guards, ordinary_context
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
 from fastens.network.state import state_kept
 from fastens.network.weights import Weights
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
-from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record, trace_of
+from fastens.plan.record import NotLowerable, NotRecordable, Recording, record, trace_of
 from fastens.plan.sketch import sketched
 
 if TYPE_CHECKING:
@@ -39,27 +40,6 @@ _USED = 8  # calls of a plan that was worth making
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
 
 Tensors = list[Tensor]
-
-
-class PlannedMasks(Protocol):
-    """What a plan of a network under dropout masks asks of the masks of a pass."""
-
-    @property
-    def fresh(self) -> bool:
-        """Whether they depend on the evaluation."""
-        ...
-
-    def inputs_of(self, drawn: Ref | None) -> MaskInputs:
-        """What the recorded pass drew, where ``drawn`` is the input that fresh masks depend on."""
-        ...
-
-    def next_evaluation(self) -> PlannedMasks:
-        """The masks of the evaluation after this one."""
-        ...
-
-    def drawn(self) -> Tensor:
-        """What fresh masks depend on."""
-        ...
 
 
 class OtherNumbers(NotRecordable):
@@ -210,7 +190,7 @@ class Plans:
         *,
         dealt: bool = False,
         seen: Callable[[Tensors], Tensors] = list,
-        masks: PlannedMasks | None = None,
+        dropouts: Dropouts = BY_TORCH,
         numbers: Numbers | None = None,
     ) -> list[Any] | None:
         """Record a pass and run its plan, so that the first result of a signature is no other than the next.
@@ -228,8 +208,8 @@ class Plans:
             dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
                 and the member of each row, and ``member`` runs the one that all rows belong to.
             seen: what of the plan's outputs is compared with the member's.
-            masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
-                tensors of the call, and then the sample of each row.
+            dropouts: of the pass. Where their masks are fresh, inputs have what these depend on behind the tensors of
+                the call, and then the sample of each row.
             numbers: of the call that are to be inputs. ``member`` then takes them by position, behind the tensors.
 
         Returns:
@@ -265,7 +245,7 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
+                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, dropouts, numbers)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
             except Exception as error:  # whatever it is: the members and the fold answer such a call
@@ -296,7 +276,7 @@ class Plans:
         expected: list[Tensors] | None,
         dealt: bool,
         seen: Callable[[Tensors], Tensors],
-        masks: PlannedMasks | None,
+        dropouts: Dropouts,
         numbers: Numbers | None,
     ) -> tuple[Entry, Tensors]:
         num_threads, exact = torch.get_num_threads(), reproducible.enabled()
@@ -308,8 +288,7 @@ class Plans:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
         recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
         drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
-        if masks is not None:
-            recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
+        recording.masks = dropouts.inputs_of(recording.inputs[drawn] if dropouts.fresh else None)
         plan = self._lowered(recording, num_threads, exact)
         entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
         values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
@@ -326,8 +305,8 @@ class Plans:
         others = [duplicate(x, _OTHER_INPUT) for x in inputs]
         if dealt:
             others[-2:] = _another_draw(*inputs[-2:])
-        if masks is not None and masks.fresh:
-            others[drawn] = masks.next_evaluation().drawn()
+        if dropouts.fresh:
+            others[drawn] = dropouts.next_evaluation().drawn()
         if plan.sums and leaves.kinds == ("rows",):
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)

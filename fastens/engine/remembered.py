@@ -24,7 +24,7 @@ def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "for
     Two copies of a member are called on different numbers, and each again. Caches of what follows from weights and
     shapes are the same in both, and complete after the first call.
     """
-    if engine.masks is not None:  # one network for all members
+    if not engine.kind.own_weights:  # one network for all members
         return True
     left = []
     with torch.no_grad(), random_kept():

@@ -93,7 +93,7 @@ class Structure:
             leaves: what fold or plan gave, [K, ...], and their structure last.
         """
         tensors = [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)]
-        own = self._engine.masks is None  # masks are the fold's, also where members run one by one
+        own = self._engine.kind.runs_alone  # else the fold would be held against itself
         exact = self._answers(drawn=False) if self.half and own else None
         if exact is None or isinstance(exact, str):
             network = self._engine.network
