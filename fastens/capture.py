@@ -8,9 +8,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
 from fastens.kernels._graph import record_graph
+from fastens.report import CallReport
 
 
 class Facts:
@@ -58,6 +60,9 @@ class RecordedStep:
         args: the example's positional arguments.
         kwargs: its keyword arguments.
         model: the ensemble.
+
+    Attributes:
+        call: the signature as a report prints it.
     """
 
     def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> None:
@@ -66,6 +71,7 @@ class RecordedStep:
         # CPU tensors, such as a scheduler's timesteps, become device memory: a graph cannot read them anew.
         self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
         static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
+        self.call = Arguments(args, kwargs).described()
         self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self.device = device
@@ -156,6 +162,13 @@ class Capturing(nn.Module):
             return drawn_pass(self._evaluated, args, kwargs)
         step = self._recorded_step(args, kwargs)
         return self._evaluated(args, kwargs) if step is None else step(args, kwargs)
+
+    def _with_captured(self, calls: list[CallReport]) -> list[CallReport]:
+        """States of signatures, with those that were captured, and why one is not replayed any more."""
+        changed = "weights or state have changed since, so such calls are evaluated as others are; capture them again"
+        steps = list(self.__dict__["_recorded"].values())
+        captured = {s.call: CallReport(s.call, "captured", "" if s.is_current(self) else changed) for s in steps}
+        return [*(call for call in calls if call.call not in captured), *captured.values()]
 
     def _recorded_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedStep | None:
         """The recording that fits a call, or none."""

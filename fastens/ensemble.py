@@ -265,7 +265,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     @property
     def engine(self) -> str:
         """How the members are evaluated: ``"fold"`` or ``"loop"``."""
-        return "loop" if self._engine is None else self._engine.engine
+        return "loop" if self._engine is None else self._engine.behaviour.engine
 
     @property
     def device(self) -> torch.device:
@@ -318,7 +318,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         else:
             found = inspection.report(self._engine)
         own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
-        return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
+        calls = self._with_captured(found.calls)
+        return dataclasses.replace(found, by_definition=str(self.rule) if own else "", calls=calls)
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""

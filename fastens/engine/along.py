@@ -35,7 +35,7 @@ def outputs_along(
     """
     arguments = Arguments(args, kwargs, engine.num_members)
     key = ("along", *arguments.plan_key(), tangent.stride())
-    plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine.can_plan(arguments)
+    plannable = not engine.behaviour.looped and not torch.compiler.is_compiling() and engine.can_plan(arguments)
     if not plannable or reproducible.enabled() or engine.kind.fresh or arguments.own or engine.plans.refused(key):
         return None
     entry = engine.plans.current(key)
@@ -51,9 +51,9 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     engine.evaluate(arguments, engine.network.training)  # held against the members where it was not yet
     number = next(i for i, x in enumerate(arguments.tensors) if x is arguments.batch)
     rows = engine.num_members * arguments.batch_size
-    if engine.engine == "loop" or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
+    if engine.behaviour.looped or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
         return None
-    hidden = all_members(engine.num_members)
+    hidden, call = all_members(engine.num_members), arguments.described("derivative along a direction")
     whole, _, _ = PlannedCall(engine, arguments).passes(differentiated=True)
 
     def member(tensors: list[Tensor], exact: bool = False) -> list[Tensor] | None:
@@ -74,7 +74,7 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
         with state_kept(engine.network):
             recording, (_, leaves) = record(lambda: whole(arguments.tensors), arguments.tensors)
     except (NotRecordable, NotFoldable, RuntimeError) as error:
-        engine.plans.refuse(key, str(error))
+        engine.plans.refuse(key, str(error), call)
         return None
     if leaves.kinds[:1] != ("rows",):
         return None
@@ -84,7 +84,9 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
         return list(along(recording, tensors[:-1], tensors[-1], number)), both
 
     dropouts = engine.kind.dropouts(hidden, arguments)
-    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen, dropouts=dropouts)
+    return engine.plans.make(
+        key, beside, member, [*arguments.tensors, tangent], call=call, seen=seen, dropouts=dropouts
+    )
 
 
 def _seen(moved: Tensor, direction: Tensor) -> Tensor:

@@ -347,6 +347,21 @@ class Arguments:
 
         return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row, self._same)
 
+    def described(self, how: str = "") -> str:
+        """The call as a report prints it: ``float32[2, 3, 8, 8], int64[2]``, after how it is made if not so."""
+        leaves = [f"each its {_shown(x)}" if i in self.own else _shown(x) for i, x in enumerate(self.leaves)]
+        if isinstance(self._nesting, tuple):
+            count, names = self._nesting
+            leaves[count:] = [f"{name}={leaf}" for name, leaf in zip(names, leaves[count:], strict=True)]
+        return f"{how}: {', '.join(leaves)}" if how not in ("", "forward") else ", ".join(leaves)
+
+
+def _shown(leaf: Any) -> str:
+    """A leaf as a report prints it: numbers by type, since any may come."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return type(leaf).__name__ if type(leaf) in (int, float) else str(leaf)[:40]
+
 
 def _told_apart(leaf: Any) -> Any:
     """What a leaf that is no tensor is in a key: 0.0 and -0.0, which are equal, are two."""

@@ -59,7 +59,7 @@ def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
         changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
         with one_thread(), read_through(read):
             result = run()
-    if engine.stateful or read.written or any(changed):
+    if engine.behaviour.writes_itself or read.written or any(changed):
         raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
     if elsewhere.drawn() or not torch.equal(before, torch.random.get_rng_state()):
         raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")

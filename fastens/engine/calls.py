@@ -150,7 +150,15 @@ class PlannedCall:
         with torch.no_grad(), suppress_out_of_memory():
             dropouts = engine.kind.dropouts(hidden, arguments)
             made = engine.plans.make(
-                self.key, whole, member, self.inputs, expected, dealt=self._dealt, dropouts=dropouts, numbers=numbers
+                self.key,
+                whole,
+                member,
+                self.inputs,
+                expected,
+                call=arguments.described("one member a row" if self._dealt else ""),
+                dealt=self._dealt,
+                dropouts=dropouts,
+                numbers=numbers,
             )
             if (
                 made is None and self._varies and engine.plans.why_refused(self.key)
@@ -160,6 +168,7 @@ class PlannedCall:
                 engine.plans.refuse(self.key, why)
                 return None
             return made
+        engine.plans.decline("recording it ran out of memory")
         return None
 
     def passes(self, differentiated: bool = False) -> tuple[Any, Any, Numbers | None]:

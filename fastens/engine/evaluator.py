@@ -28,6 +28,7 @@ from fastens.engine.numbers import Numbers, SeenNumbers
 from fastens.engine.passes import ReadsRows, in_passes
 from fastens.engine.planned import Plans
 from fastens.engine.rows import RowsOfMembers
+from fastens.engine.states import UNKNOWN, Behaviour, States
 from fastens.engine.transformed import in_trace, in_transform
 from fastens.fold import handlers, rules  # noqa: F401  (handlers and rules register themselves)
 from fastens.fold.around import check_derivatives
@@ -62,7 +63,8 @@ class FoldEngine:
 
     Attributes:
         network: the folded network, which owns the stacks.
-        engine: ``fold`` or ``loop``.
+        behaviour: what calls have shown of the network as a whole.
+        states: what they have shown of each signature.
     """
 
     def __init__(
@@ -80,26 +82,22 @@ class FoldEngine:
         self.cap = MemoryCap(settings["max_fold"])
         self.backend: str = settings["backend"]
         self.network = build_network(skeleton, stacks, shared, num_members)
-        self.plans = Plans(self.network, num_members, self.backend)
-        self.engine = "loop" if settings["engine"] == "loop" else "fold"
-        self.why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
-        self.checked: set[Any] = set()
+        self.states = States()
+        self.plans = Plans(self.network, num_members, self.backend, self.states)
+        why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
+        self.behaviour = Behaviour(settings["engine"] == "loop", why, wrapped=kind.wrapped)
         self.ways: dict[int, str] = {}  # of convolutions in the last pass
         self.slices: dict[str, int] = {}  # functions without a rule
         self.originals = None if originals is None else Originals(originals, self.network)
         self.one = frozenset() if self.originals is None else self.originals.of_one_object()  # names, in all members
-        self.wrapped = kind.wrapped  # whether common tensors become member-valued in place
-        self.copies_inputs = False  # whether the network writes to its arguments
-        self.stateful = False  # whether a pass changes the network's own Python state
         self.rows = RowsOfMembers()
-        self.fills: set[Any] = set()  # signatures whose caches all members have filled
         self.numbers = SeenNumbers()
         self._views = MemberViews(self.network, num_members, self.plans.guards.barrier)
         self.number = number_of(self)
         self.nested: Any = None
         self.tensors = list(tensors_of(self.network).values())  # what a compiled graph takes, in this order
         kind.bind(self.network)
-        if self.engine == "loop":
+        if self.behaviour.looped:
             self._unshare_all()
 
     @property
@@ -118,12 +116,12 @@ class FoldEngine:
 
     def own_states(self) -> tuple[list[State], str]:
         """What the members wrote to themselves, where they are called one by one, and why they are."""
-        return (self._views.own_states() if self.engine == "loop" else []), self.why
+        return (self._views.own_states() if self.behaviour.looped else []), self.behaviour.why
 
     def adopt_states(self, states: list[State], why: str) -> None:
         """Go on with what the members of another engine wrote to themselves, one by one."""
         if any(any(state) for state in states):
-            self.engine, self.why = "loop", why
+            self.behaviour.looped, self.behaviour.why = True, why
             self._unshare_all()
             self._views.adopt(states)
 
@@ -138,9 +136,8 @@ class FoldEngine:
         for _, _, table in tables_of(self.network):
             table.forget()
         self.tensors = list(tensors_of(self.network).values())
-        self.checked.clear()
+        self.states.clear()
         self.rows.clear()
-        self.fills.clear()
         self.kind.bind(self.network)
         self.cap.clear()
         self.plans.clear()
@@ -150,7 +147,7 @@ class FoldEngine:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        if self.engine == "loop" and self._views.stale:
+        if self.behaviour.looped and self._views.stale:
             self._unshare_all(weights=False)  # of what was put in
         return self._views.get()
 
@@ -161,11 +158,11 @@ class FoldEngine:
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
         """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""
-        view, remembers = self.views[k], remembers or self.stateful or self.engine == "loop"
+        view, remembers = self.views[k], remembers or self.behaviour.writes_itself or self.behaviour.looped
         if remembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)
-        settle(view, keeps=remembers, copies=self.engine == "loop")
+        settle(view, keeps=remembers, copies=self.behaviour.looped)
         return output
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
@@ -180,7 +177,7 @@ class FoldEngine:
 
     def give_up(self, why: str) -> None:
         """Take the loop from now on, and say why."""
-        self.engine, self.why = "loop", why
+        self.behaviour.looped, self.behaviour.why = True, why
         self._unshare_all()
         self.plans.clear()
         warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
@@ -213,7 +210,7 @@ class FoldEngine:
         """The same, whatever last bits depend on."""
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return in_trace(self, arguments, method)
-        if self.engine == "loop":
+        if self.behaviour.looped:
             return self.loop(arguments, method)
         if observed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
@@ -226,11 +223,11 @@ class FoldEngine:
             return self.fold(arguments, None, method)
         self.numbers.note(arguments)
         key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())
-        if key not in self.checked:
+        if self.states.of(key) is UNKNOWN:
             found = FirstPass(self, arguments, key, plannable, method).run()
             if found is not None:
                 return found
-            if self.engine == "loop":
+            if self.behaviour.looped:
                 return self.loop(arguments, method)
         elif plannable:
             planned = self.planned(arguments, key)
@@ -242,7 +239,7 @@ class FoldEngine:
         try:
             return self.fold(arguments, key, method)
         except WritesInput:  # on the way that it takes now
-            self.copies_inputs = True
+            self.behaviour.writes_arguments = True
             return self._fold_or_loop(arguments, key, method)
         except Exception as error:  # the members decide whether it is their own error
             if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
@@ -265,7 +262,7 @@ class FoldEngine:
             return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
             return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")
-        if self.copies_inputs and arguments.share_memory():
+        if self.behaviour.writes_arguments and arguments.share_memory():
             return self.plans.decline("the network writes to its arguments, and they share memory")
         return self.plans.can_plan(arguments.tensors)
 
@@ -274,7 +271,7 @@ class FoldEngine:
 
         None where no plan of this call does that: then evaluate, and add.
         """
-        if self.engine == "loop" or reproducible.enabled() or not self.can_plan(arguments):
+        if self.behaviour.looped or reproducible.enabled() or not self.can_plan(arguments):
             return None
         return PlannedCall(self, arguments).run_sum(weights)
 
@@ -287,6 +284,7 @@ class FoldEngine:
             expected: the members' own outputs; none where the fold was held against them already.
         """
         if not self.cap.holds_recording(key, self.num_members * arguments.batch_size):
+            self.plans.decline("the free memory does not hold a recording of it")
             return None
         return PlannedCall(self, arguments).make(expected)
 
@@ -302,7 +300,7 @@ class FoldEngine:
         inputs = () if arguments.owned and not recording else tuple(arguments.tensors)
         return Fold(
             hidden,
-            wrapped=self.wrapped,
+            wrapped=self.behaviour.wrapped,
             recording=recording,
             inputs=inputs,
             dropouts=self.kind.dropouts(hidden, arguments, samples),
@@ -343,13 +341,13 @@ class FoldEngine:
         except BaseException:
             self._remembers(state.put_back())  # the members begin where this pass did
             raise
-        if self.stateful and self.engine == "fold":
+        if self.behaviour.writes_itself and not self.behaviour.looped:
             self._views.forget()  # members by themselves begin with the state that this pass left behind
             self.tensors = list(tensors_of(self.network).values())
         return leaves
 
     def _remembers(self, changed: set[str]) -> None:
-        self.stateful = self.unshare(changed) or bool(changed) or self.stateful
+        self.behaviour.writes_itself = self.unshare(changed) or bool(changed) or self.behaviour.writes_itself
 
     def fold_apart(self, run: Callable[[], Result]) -> Result:
         """A pass over some members or rows; what it left behind in the network would not be every member's.

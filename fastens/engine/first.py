@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, own_mode
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
@@ -67,11 +68,13 @@ class FirstPass:
         engine.originals = None
         if planned is not None:
             return planned
-        engine.checked.add(self._key)
+        why = engine.plans.why_not if self._method == "forward" else "plans are of calls of forward alone"
         if random:
-            engine.why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            engine.behaviour.why = why
+        engine.states.put(self._key, Folded(call=self._arguments.described(self._method), why=why))
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
-        return leaves if useful and not engine.stateful else None
+        return leaves if useful and not engine.behaviour.writes_itself else None
 
     def _run_members(self) -> str | None:
         """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
@@ -99,8 +102,8 @@ class FirstPass:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
-                engine.copies_inputs = True
-            engine.stateful = engine.stateful or bool(changed or written)
+                engine.behaviour.writes_arguments = True
+            engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)
             engine.unshare(touched)
             self._expected.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
             del output
@@ -149,15 +152,15 @@ class FirstPass:
             try:
                 with state_kept(engine.network) as changed:
                     leaves = engine.fold(self._arguments, self._key, self._method)
-                engine.stateful = engine.stateful or bool(changed)
+                engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed)
                 break
             except NeedsWrappers as error:
                 if not self._unshare(error):
-                    if engine.wrapped:
+                    if engine.behaviour.wrapped:
                         return f"{error}", None
-                    engine.wrapped = True
+                    engine.behaviour.wrapped = True
             except WritesInput:
-                engine.copies_inputs = True
+                engine.behaviour.writes_arguments = True
             except Exception as error:  # the members have no such error
                 if is_out_of_memory(error):
                     raise

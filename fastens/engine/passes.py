@@ -24,7 +24,7 @@ class ReadsRows(NotFoldable):
 def in_passes(engine: FoldEngine, arguments: Arguments, key: Any, method: str) -> list[Any]:
     """The leaves of all members' outputs, [K, ...], and their structure last."""
     members, batch = engine.num_members, max(1, arguments.batch_size)
-    given = arguments.copied() if engine.copies_inputs else arguments
+    given = arguments.copied() if engine.behaviour.writes_arguments else arguments
 
     def of_members(start: int, stop: int) -> list[Any]:
         first, last = start // batch, stop // batch

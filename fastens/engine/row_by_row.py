@@ -27,6 +27,7 @@ from fastens.engine.calls import PlannedCall
 from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
+from fastens.engine.states import Behaviour
 from fastens.engine.ways import note
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible
@@ -68,7 +69,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
 def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCall | None:
     if transformed():
         raise NotReproducible(f"deterministic: inside a transform of torch.func rows are not seen; {REMEDY}")
-    plannable = method == "forward" and engine.engine == "fold" and engine.can_plan(arguments)
+    plannable = method == "forward" and not engine.behaviour.looped and engine.can_plan(arguments)
     return PlannedCall(engine, arguments) if plannable else None
 
 
@@ -127,7 +128,7 @@ def _by_plan_or_torch(
     if not planned.refused:
         found = run()
         known = _known(as_plan)
-    if engine.plans.ways_of_rows.setdefault(planned.key, known) != known:  # the check of a plan looks at numbers
+    if engine.states.rows_by_plan.setdefault(planned.key, known) != known:  # the check of a plan looks at numbers
         warnings.warn(
             f"fastens: deterministic: a row has {'a plan now, and had none' if known else 'no plan now, and had one'}, "
             f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
@@ -176,7 +177,7 @@ def rows_of(engine: Any, arguments: Arguments, method: str) -> list[Arguments]:
                 f"deterministic: a row's result depends on other rows, or an output does not carry the rows; {REMEDY}"
             )
         arguments = arguments.excluding(excluded)
-    if engine.stateful:
+    if engine.behaviour.writes_itself:
         raise NotReproducible(f"deterministic: the network writes to itself, so no row is evaluated alone; {REMEDY}")
     size = arguments.batch_size
     parts = [arguments.selected(torch.tensor([i])) for i in range(size)] if size != 1 else [arguments]
@@ -215,7 +216,7 @@ class Modules:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.views = list(network.children())
-        self.stateful = False
+        self.behaviour = Behaviour(looped=True, why="they are modules of their own")
         self.rows = self
         self._found = _FOUND.setdefault(network, [RowsOfMembers() for _ in self.views])
 

@@ -98,7 +98,7 @@ class _Member:
         precise = torch.autocast(device, enabled=False) if self._exact else nullcontext()
         with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:
             output = engine.call_module(view, 0, given, self._method)
-        engine.stateful = engine.stateful or bool(changed or written)
+        engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)
         return pytree.tree_leaves(output)
 
     def excluded(self) -> frozenset[int] | None:

@@ -29,7 +29,7 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
     def call(k: int, arguments: Arguments, method: str = "forward") -> Any:
         return engine.call_module(engine.views[k], k, arguments, method)
 
-    if not engine.stateful:
+    if not engine.behaviour.writes_itself:
         modules = (engine.network, *engine.views)
         with temporarily_clear_interpreter_stack():  # what is kept is of no transform, which lets nothing be put back
             states = [NetworkState(module) for module in modules]
@@ -52,7 +52,7 @@ def in_trace(engine: FoldEngine, arguments: Arguments, method: str = "forward") 
     Raises:
         NotFoldable: they write to themselves, which is undone, or have no one answer.
     """
-    loops = engine.engine == "loop"
+    loops = engine.behaviour.looped
     states = [NetworkState(each) for each in (engine.views if loops else [engine.network])]
     changed: set[str] = set()
     try:

@@ -31,7 +31,7 @@ class Ways:
         """Let the plans that answered do so no more."""
         for plans, key in self._plans:
             plans.refuse(key, "members on another rank have no plan")
-            plans.ways_of_rows[key] = False
+            plans.states.rows_by_plan[key] = False
 
 
 _ways: contextvars.ContextVar[Ways | None] = contextvars.ContextVar("ways", default=None)
