@@ -13,6 +13,7 @@ from torch._C._functorch import TransformType
 
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
+from fastens.internal import output_by_rows
 from fastens.ops._scores import seed_from
 from fastens.ops.draw_members import draw_members
 from fastens.scopes import scope
@@ -59,7 +60,7 @@ class Assignment:
 
     def evaluate(self, ensemble: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate an ensemble, each row by its member."""
-        return ensemble._evaluated_by(self, args, kwargs)
+        return output_by_rows(ensemble, self, args, kwargs)
 
     def of_batch(self, batch: int) -> Tensor:
         """The member of each row of a batch, which guidance may repeat, int64 [batch].

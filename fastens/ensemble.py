@@ -111,8 +111,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         except DifferentMembers as error:
             if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
+            if self._settings["engine"] == "auto":
+                warnings.warn(f"fastens: members are evaluated one by one: {error}", stacklevel=3)
             with torch.inference_mode(False):
-                self._adopt_modules(members, str(error))
+                self._hold([copied(member) for member in members], str(error))
             if place.changes:
                 self.to(*place.arguments)
         self._recorded.clear()
@@ -143,12 +145,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """What the members of this family have for themselves, given one member's structure."""
         return PLAIN
 
-    def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
-        modules = [copied(member) for member in members]
-        if self._settings["engine"] == "auto":
-            warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
-        self.__dict__["_engine"] = None
-        self.__dict__["_why_loop"] = why
+    def _hold(self, modules: Sequence[nn.Module], why: str) -> None:
+        self.__dict__.update(_engine=None, _why_loop=why)
         self.network = nn.ModuleList(modules)
         self._become_member_like(modules[0])
 

@@ -24,6 +24,7 @@ from fastens.engine.by_torch import dealt_by
 from fastens.engine.evaluator import FoldEngine
 from fastens.engine.row_by_row import each_member, through_members
 from fastens.engine.ways import ways_seen
+from fastens.internal import begin
 from fastens.methods import call_method
 from fastens.network.stacking import tensors_of
 from fastens.ops._scores import seed_from
@@ -46,7 +47,7 @@ def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], plac
     made = object.__new__(_with(kind))
     nn.Module.__init__(made)
     made.__dict__.update(_place=place, _share=share, _calls=0, _apart={})
-    made._setup(num_members, rule, settings)
+    begin(made, num_members, rule, settings)
     return made
 
 
@@ -75,11 +76,6 @@ class Distributed(OfOneProcess):
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
-
-    def _adopt_held(self: Any, modules: list[nn.Module], why: str) -> None:
-        self.__dict__.update(_engine=None, _why_loop=why)
-        self.network = nn.ModuleList(modules)
-        self._become_member_like(modules[0])
 
     def _become_member_like(self: Any, member: nn.Module) -> None:
         super()._become_member_like(member)

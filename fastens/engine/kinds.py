@@ -24,7 +24,8 @@ class MemberKind:
         runs_alone: whether a member is called as the module that it is; else the fold runs it, as a pass of one.
         by_sample: whether what a member gives for a row depends on which sample that is.
         wrapped: whether values that are common when a pass begins may become member-valued in place.
-        drawn_anew: what is drawn in every evaluation, and what to do where that cannot be; none where nothing is.
+        fresh: whether every evaluation draws numbers of its own.
+        drawn_anew: what these are, and what to do where that cannot be.
         mode: the mode that members always run in; none for that of the ensemble.
     """
 
@@ -32,13 +33,9 @@ class MemberKind:
     runs_alone = True
     by_sample = False
     wrapped = False
-    drawn_anew: tuple[str, str] | None = None
+    fresh = False
+    drawn_anew = "nothing is drawn", ""
     mode: bool | None = None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether an evaluation draws numbers of its own."""
-        return self.drawn_anew is not None
 
     def bind(self, network: nn.Module) -> None:
         """Look at the network of all members, whose modules or weights are others now."""

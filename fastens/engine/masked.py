@@ -30,10 +30,11 @@ class Masked(MemberKind):
     by_sample = True
     wrapped = True
     mode = False
+    drawn_anew = "fresh dropout masks are drawn", "use masks='fixed'"
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
-        self.drawn_anew = ("fresh dropout masks are drawn", "use masks='fixed'") if masks.fresh else None
+        self.fresh = masks.fresh
 
     def bind(self, network: nn.Module) -> None:
         """Know the network's dropouts by their paths, and drop the masks that were kept."""

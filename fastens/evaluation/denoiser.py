@@ -13,6 +13,7 @@ from fastens import parameterisation, rules
 from fastens.aggregation import applied_in, noise_dependent
 from fastens.engine.along import outputs_along
 from fastens.ensemble import Ensemble
+from fastens.internal import engine_of, settings_of
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Prediction, Schedule, per_sample
 
@@ -94,7 +95,7 @@ class Denoiser:
 
         None where there is no plan that gives both, see :func:`fastens.engine.along.outputs_along`.
         """
-        engine = self.model._engine if isinstance(self.model, Ensemble) else None
+        engine = engine_of(self.model) if isinstance(self.model, Ensemble) else None
         if engine is None or "_share" in vars(self.model):  # over a mesh, whose other ranks have other members
             return None
         arguments = (self._input(x, t), self._network_time(x, t))
@@ -122,7 +123,7 @@ class Denoiser:
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
         """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
-        settings = self.model._settings if isinstance(self.model, Ensemble) else {}
+        settings = settings_of(self.model) if isinstance(self.model, Ensemble) else {}
         kind = self._kind
         target = None if rule.linear else applied_in(rule, self.prediction, settings.get("aggregate_in"))
         target, deviation = target or kind, self.prediction.sigma_data
