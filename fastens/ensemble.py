@@ -21,8 +21,8 @@ from fastens.draws import Draws
 from fastens.engine import inspection
 from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import compiled_pass, drawn_pass
+from fastens.engine.engine import Engine
 from fastens.engine.entering import call
-from fastens.engine.evaluator import FoldEngine
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
@@ -134,7 +134,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
     ) -> None:
         kind = self._kind_of_members(skeleton)
-        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings, originals, kind)
+        engine = Engine(skeleton, stacks, shared, self.num_members, self._settings, originals, kind)
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)

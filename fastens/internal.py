@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastens import rules, schedules
     from fastens.draws import Assignment, Draws
     from fastens.engine.arguments import Arguments
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
     from fastens.views import Views
 
@@ -25,7 +25,7 @@ Kwargs = dict[str, Any]
 # What it consists of
 
 
-def engine_of(module: nn.Module) -> FoldEngine | None:
+def engine_of(module: nn.Module) -> Engine | None:
     """The engine of members of one structure; none where members are looped as the modules that they are.
 
     None of a module that is no ensemble, too.

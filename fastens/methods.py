@@ -31,7 +31,7 @@ from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
 
 
@@ -82,7 +82,7 @@ def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict
     return combine(ensemble, outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
 
 
-def set_members(engine: FoldEngine, name: str, /, *args: Any, **kwargs: Any) -> Any:
+def set_members(engine: Engine, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call a method on every member of a loop, which have state of their own; return what the first returns."""
     with called():
         first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]

@@ -21,7 +21,7 @@ from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
 from fastens.engine.arguments import Arguments
 from fastens.engine.by_torch import dealt_by
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.engine.row_by_row import each_member, through_members
 from fastens.engine.ways import ways_seen
 from fastens.internal import begin
@@ -57,7 +57,7 @@ def _with(base: type) -> type:
     return type(base.__name__, (Distributed, base), names)
 
 
-def _apart(engine: FoldEngine, *calls: Arguments) -> bool:
+def _apart(engine: Engine, *calls: Arguments) -> bool:
     """Whether rows are evaluated by themselves in each of some calls: a network may ask how many there are."""
     return all(engine.rows.independent(engine, each) for each in calls)
 
@@ -71,7 +71,7 @@ class Distributed(OfOneProcess):
         if "masks" in self._settings:
             super()._adopt(skeleton, stacks, shared)
             return
-        engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
+        engine = Engine(skeleton, stacks, shared, self._share.held, self._settings)
         engine.cap.of_all = self.num_members
         self.__dict__["_engine"] = engine
         self.network = engine.network

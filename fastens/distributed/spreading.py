@@ -14,7 +14,7 @@ from fastens.distributed.ensemble import over
 from fastens.distributed.exchange import RanksDiffer
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.ensemble import Ensemble
 from fastens.internal import base_of, engine_of, hold_modules, hold_stacks, settings_of, why_looped
 from fastens.members import copied
@@ -86,7 +86,7 @@ def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
     return made
 
 
-def stacks_of(engine: FoldEngine, share: Share) -> dict[str, Tensor]:
+def stacks_of(engine: Engine, share: Share) -> dict[str, Tensor]:
     """Copies of the tensors of some members; of all where these are masks."""
     stacks = {}
     for name, stack in tensors_of(engine.network).items():

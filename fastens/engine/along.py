@@ -9,7 +9,7 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.engine.leaves import Leaves
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
@@ -19,7 +19,7 @@ from fastens.plan.tangents import along
 
 @torch.no_grad()
 def outputs_along(
-    engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor
+    engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Evaluate all members, and their derivatives along a tangent of the batch, without a graph to go back through.
 
@@ -46,7 +46,7 @@ def outputs_along(
     return None if found is None else (found[0], found[1])
 
 
-def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -> list[Any] | None:
+def _made(engine: Engine, arguments: Arguments, tangent: Tensor, key: Any) -> list[Any] | None:
     """Make the plan of a signature, and run it; none where there can be no plan."""
     engine.evaluate(arguments, engine.network.training)  # held against the members where it was not yet
     number = next(i for i, x in enumerate(arguments.tensors) if x is arguments.batch)

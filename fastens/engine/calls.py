@@ -27,7 +27,7 @@ from fastens.network.tables import alone
 from fastens.plan.record import NotRecordable, record, trace_of
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 class PlannedCall:
@@ -42,7 +42,7 @@ class PlannedCall:
         key: the signature; none where numbers among the arguments take any value and the network reads them.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, hidden: Hidden | None = None) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, hidden: Hidden | None = None) -> None:
         self._engine = engine
         self._arguments = arguments
         self._hidden = hidden or all_members(engine.num_members)

@@ -29,7 +29,7 @@ from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 def grouped(members: Tensor, num_members: int) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -104,7 +104,7 @@ class DrawnCall:
         members: int64 [B] on the CPU.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, members: Tensor) -> None:
         self._engine = engine
         self._arguments = arguments
         self._members = members

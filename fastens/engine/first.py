@@ -20,7 +20,7 @@ from fastens.network.held import same_bits
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 class FirstPass:
@@ -34,7 +34,7 @@ class FirstPass:
         method: what is called.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
         self._engine = engine
         self._arguments = arguments
         self._key = key
@@ -96,7 +96,7 @@ class FirstPass:
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
             touched = sorted(changed | written)
-            if changed.outside or written.outside or not engine.one.isdisjoint(touched):
+            if changed.outside or written.outside or engine.all_one_object(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
             if written_to:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"

@@ -14,10 +14,10 @@ from fastens.ops.run_program import target
 from fastens.report import Report
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
-def verify(engine: FoldEngine, arguments: Arguments) -> float:
+def verify(engine: Engine, arguments: Arguments) -> float:
     """The largest relative error of a pass of all members against the loop."""
     with torch.no_grad():
         *folded, _ = (
@@ -28,7 +28,7 @@ def verify(engine: FoldEngine, arguments: Arguments) -> float:
     return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
 
 
-def report(engine: FoldEngine) -> Report:
+def report(engine: Engine) -> Report:
     """What each module that owns tensors got."""
     plans, loops = engine.plans, engine.behaviour.looped
     layers = layer_reports(engine.network, engine.num_members, engine.ways, engine.behaviour.why if loops else None)

@@ -102,10 +102,10 @@ class Plans:
     _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
     _launched = False  # launches on the CPU too, where they are tested
 
-    def __init__(self, network: nn.Module, num_members: int, backend: str, states: States) -> None:
+    def __init__(self, network: nn.Module, num_members: int, backend: str, states: States, guards: Guards) -> None:
         self._network = network
         self._backend = backend
-        self.guards = Guards(network)
+        self.guards = guards
         self._num_members = num_members
         self._changes = 0
         self.states = states

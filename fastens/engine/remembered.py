@@ -15,10 +15,10 @@ from fastens.network.of_member import settle, view_of_member
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
-def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
+def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward") -> bool:
     """Whether what a member leaves behind in itself depends on its inputs, or on how often it was called.
 
     Two copies of a member are called on different numbers, and each again. Caches of what follows from weights and

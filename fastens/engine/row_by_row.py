@@ -34,14 +34,14 @@ from fastens.reproducible import REMEDY, NotReproducible
 
 if TYPE_CHECKING:
     from fastens.engine.drawn import DrawnCall
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 Result = TypeVar("Result")
 _OTHER_BITS = "rows by themselves have other bits than in this plan"
 
 
-def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: str) -> list[Any]:
-    """What :meth:`FoldEngine.evaluate` returns, row by row or to the same bits.
+def evaluate(engine: Engine, arguments: Arguments, training: bool, method: str) -> list[Any]:
+    """What :meth:`Engine.evaluate` returns, row by row or to the same bits.
 
     Raises:
         NotReproducible: the rows are mixed, or the network writes to itself or draws random numbers; in a transform.
@@ -66,7 +66,7 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     return found
 
 
-def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCall | None:
+def _as_plan(engine: Engine, arguments: Arguments, method: str) -> PlannedCall | None:
     if transformed():
         raise NotReproducible(f"deterministic: inside a transform of torch.func rows are not seen; {REMEDY}")
     plannable = method == "forward" and not engine.behaviour.looped and engine.can_plan(arguments)
@@ -74,7 +74,7 @@ def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCa
 
 
 def _evaluate_row(
-    engine: FoldEngine, row: Arguments, of_members: list[Arguments], training: bool, method: str
+    engine: Engine, row: Arguments, of_members: list[Arguments], training: bool, method: str
 ) -> list[Any]:
     def of_member(k: int, _: Any, method: str) -> Any:
         return engine.call_member(k, of_members[k], method)
@@ -84,7 +84,7 @@ def _evaluate_row(
     return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method), by_members)
 
 
-def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
+def through_members(engine: Engine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
     """What some members return, by torch, where gradients are asked for; as :func:`evaluate` returns it.
 
     Raises:
@@ -97,7 +97,7 @@ def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[
     return joined(found, 1)
 
 
-def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
+def _outputs(engine: Engine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
     return columns_of([pytree.tree_flatten(engine.call_member(k, arguments)) for k, arguments in calls])
 
 
@@ -114,7 +114,7 @@ def _own_rows(
 
 
 def _by_plan_or_torch(
-    engine: FoldEngine,
+    engine: Engine,
     run: Callable[[], Result],
     as_plan: Callable[[], PlannedCall | None],
     by_members: Callable[[], Result],
@@ -145,7 +145,7 @@ def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
     return planned is not None and planned.known
 
 
-def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Tensor) -> Any:
+def drawn(call: DrawnCall, engine: Engine, arguments: Arguments, members: Tensor) -> Any:
     """What a call gives in which each row has its member."""
     if len(members) > 1:
         planned, found = call.planned_answer()

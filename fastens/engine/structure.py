@@ -24,12 +24,12 @@ from fastens.network.state import state_kept
 from fastens.network.tables import converted, seen_as
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 
-def exactly(engine: FoldEngine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
+def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
     """What member k gives in float32 on the same weights, none where it takes no other precision."""
     device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
     given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
@@ -59,7 +59,7 @@ class Structure:
         expected: the tensors that each member gave.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, method: str, expected: list[list[Tensor]]) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, method: str, expected: list[list[Tensor]]) -> None:
         self._engine = engine
         self._arguments = arguments
         self._method = method

@@ -13,12 +13,12 @@ from fastens.network.state import NetworkState
 
 if TYPE_CHECKING:
     from fastens.engine.arguments import Arguments
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 Result = TypeVar("Result")
 
 
-def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
+def in_transform(engine: Engine, run: Callable[[Any], Result]) -> Result:
     """What a loop over members gives; where they write to themselves, which no fold learns of, they stay looped.
 
     Args:
@@ -46,7 +46,7 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
     return run(functools.partial(engine.call_member, remembers=True))
 
 
-def in_trace(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> list[Any]:
+def in_trace(engine: Engine, arguments: Arguments, method: str = "forward") -> list[Any]:
     """Evaluate all members for a graph, which would not repeat what members write to themselves, in-place writes apart.
 
     Raises:

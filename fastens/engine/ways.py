@@ -10,7 +10,7 @@ from fastens.scopes import scope
 
 if TYPE_CHECKING:
     from fastens.engine.calls import PlannedCall
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
     from fastens.engine.planned import Plans
 
 
@@ -21,7 +21,7 @@ class Ways:
         self._plans: list[tuple[Plans, Any]] = []
         self.planned = True  # whether all were by plans
 
-    def note(self, engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
+    def note(self, engine: Engine, planned: PlannedCall | None, answered: bool) -> None:
         """Keep whether a plan answered."""
         self.planned = self.planned and answered
         if planned is not None and answered:
@@ -42,7 +42,7 @@ def ways_seen() -> AbstractContextManager[Ways]:
     return scope(_ways, Ways())
 
 
-def note(engine: FoldEngine, planned: PlannedCall | None, answered: bool) -> None:
+def note(engine: Engine, planned: PlannedCall | None, answered: bool) -> None:
     """Say how a call of some rows, or of one, was answered."""
     ways = _ways.get()
     if ways is not None:

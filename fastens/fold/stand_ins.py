@@ -16,15 +16,15 @@ from torch._subclasses import FakeTensor
 from fastens.scopes import scope
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
-ENGINES: weakref.WeakValueDictionary[str, FoldEngine] = weakref.WeakValueDictionary()
+ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 _STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("stacks", default=None)
 
 
 class Nested(NamedTuple):
-    """How tensors and what else a call gives are nested, as :mod:`fastens.engine.evaluator` returns it."""
+    """How tensors and what else a call gives are nested, as :mod:`fastens.engine.engine` returns it."""
 
     spec: Any
     leaves: tuple[Any, ...]  # of a tensor [K, ...] none, of K tensors of their own K, else the members' K values
@@ -74,12 +74,12 @@ def traced(tensors: Iterable[Tensor]) -> bool:
     return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
-def with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
+def with_stacks(engine: Engine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
     """Scope of a trace, which has these in the place of the engine's stacks."""
     return scope(_STANDING_IN, {id(t): own for t, own in zip(engine.tensors, given, strict=True)})
 
 
-def number_of(engine: FoldEngine) -> str:
+def number_of(engine: Engine) -> str:
     """What a compiled graph finds the engine by: a string, which no compiler takes for a size that may change."""
     number = str(next(_NUMBERS))
     ENGINES[number] = engine

@@ -20,7 +20,7 @@ import fastens
 from fastens.distributed.shares import Share
 from fastens.distributed.spreading import stacks_of
 from fastens.engine.arguments import Arguments
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.engine.ways import ways_seen
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
@@ -82,7 +82,7 @@ def _over_ranks(ensemble: Any, ranks: int, args: Any, kwargs: Any) -> list[Tenso
     engine, parts, agreed = ensemble._engine, [], False
     shares = [Share(ensemble.num_members, ranks, rank) for rank in range(ranks)]
     engines = [
-        FoldEngine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
+        Engine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
         for share in shares
     ]
     while not agreed:
