@@ -80,6 +80,7 @@ class FirstPass:
         """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
+        held = tensors_of(engine.network), engine.shared
         around: AbstractContextManager[None] = nullcontext()
         elsewhere = GlobalDraws()
         for k in range(engine.num_members):
@@ -88,7 +89,7 @@ class FirstPass:
             drawn = torch.random.get_rng_state()
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
-            parameters = self._parameters(member, k, own)
+            parameters = _parameters(member, k, held if own else None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
             written_to = _put_back(parameters)
@@ -104,7 +105,8 @@ class FirstPass:
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
                 engine.behaviour.writes_arguments = True
             engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)
-            engine.unshare(touched)
+            if touched:
+                engine.unshare(touched)
             self._expected.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
             del output
             around = self._measuring() if k == 0 else nullcontext()
@@ -112,19 +114,6 @@ class FirstPass:
             with around, state_kept(engine.views[0]):
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
         return None
-
-    def _parameters(self, member: nn.Module, k: int, own: bool) -> list[tuple[str, Tensor, Tensor]]:
-        """A member's parameters by name, with what they hold: the stacks know it of those that were handed in."""
-        if not own:
-            return [
-                (name, p, p.detach().clone()) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)
-            ]
-        stacks, common = tensors_of(self._engine.network), self._engine.shared
-        return [
-            (name, p, stacks[name].detach() if name in common else stacks[name].detach()[k])
-            for name, p in tensors_of(member).items()
-            if isinstance(p, nn.Parameter)
-        ]
 
     def _equal_arguments(self, arguments: Arguments) -> bool:
         """Whether arguments still are those of the call; inference mode counts no writes."""
@@ -177,6 +166,17 @@ class FirstPass:
             for name, tensor in tensors_of(self._engine.network).items()
             if tensor.untyped_storage()._cdata == storage
         )
+
+
+def _parameters(
+    member: nn.Module, k: int, held: tuple[dict[str, Tensor], frozenset[str]] | None
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Member k's parameters by name, with what they hold: what the stacks and the shared ones say, or copies."""
+    parameters = [(name, p) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)]
+    if held is None:
+        return [(name, p, p.detach().clone()) for name, p in parameters]
+    stacks, common = held
+    return [(name, p, stacks[name].detach() if name in common else stacks[name].detach()[k]) for name, p in parameters]
 
 
 def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:

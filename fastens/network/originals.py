@@ -37,25 +37,26 @@ class Originals:
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
         """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
-        return [
-            (
-                module,
-                {name: value for name, value in vars(module).items() if name not in _COUNTED},
-                {name: list(hooks.values()) for name in HOOK_TABLES if (hooks := vars(module)[name])},
-            )
-            for root in (self._network, *self._modules())
-            for module in root.modules()
-        ]
+        modules = [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
+        return [(module, vars(module).copy(), _hooks(vars(module))) for module in modules]
+
+    def _as_they_were(self) -> bool:
+        """Whether all modules are there, with the same attributes and hooks."""
+        modules = [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
+        return len(modules) == len(self._attributes) and all(
+            now is module and _same(attributes, vars(now)) and hooks == _hooks(vars(now))
+            for now, (module, attributes, hooks) in zip(modules, self._attributes, strict=True)
+        )
 
     def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
-        if self._count() != self._counts or not _same(self._attributes, self._state()):
+        if self._count() != self._counts or not self._as_they_were():
             return False
-        ours = [m.training for m in self._network.modules()]
+        ours = _modes(self._network)
         device = next((t.device for t in tensors_of(self._network).values()), None)
         for member in self._modules():
             theirs = next((t.device for t in tensors_of(member).values()), None)
-            if [m.training for m in member.modules()] != ours or theirs != device:
+            if _modes(member) != ours or theirs != device:
                 return False
         return True
 
@@ -73,12 +74,16 @@ class Originals:
 
     def member(self, k: int) -> nn.Module:
         """Member k, read from its file where it came from one, in the mode that the network is in."""
-        member, modes = self._members[k], [module.training for module in self._network.modules()]
-        if [module.training for module in member.modules()] != modes:
+        member, modes = self._members[k], _modes(self._network)
+        if _modes(member) != modes:
             member = copy.deepcopy(member)
-            for module, mode in zip(member.modules(), modes, strict=True):
+            for (_, module), mode in zip(modules_of(member), modes, strict=True):
                 module.training = mode
         return member
+
+
+def _modes(network: nn.Module) -> list[bool]:
+    return [module.training for _, module in modules_of(network)]
 
 
 def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
@@ -86,9 +91,13 @@ def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
     return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
-def _same(before: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
-    """Whether modules have the attributes that they had: the same objects, and the same hooks."""
-    return len(before) == len(now) and all(
-        a is b and mine.keys() == yours.keys() and all(map(is_, mine.values(), yours.values())) and hooks == others
-        for (a, mine, hooks), (b, yours, others) in zip(before, now, strict=True)
-    )
+def _hooks(attributes: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: list(hooks.values()) for name in HOOK_TABLES if (hooks := attributes[name])}
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a module has the attributes that it had, the same objects; those that are looked at otherwise apart."""
+    if before.keys() == now.keys() and all(map(is_, before.values(), now.values())):
+        return True
+    mine, yours = ({name: x for name, x in each.items() if name not in _COUNTED} for each in (before, now))
+    return mine.keys() == yours.keys() and all(x is yours[name] for name, x in mine.items())
