@@ -155,6 +155,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         adapter = adapter_of(member)
         if adapter is not None:
             base = importlib.import_module(adapter).ensemble_class(member, base)
+        # Only here, where members given as paths have been read, is it known which framework's class it has to be of.
         self.__class__ = with_signature(base, type(member))
         self._check_members()
         check_rule(self.rule, self._prediction, self._settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastens.engine.arguments import Arguments
+from fastens.fold.around import callers
 from fastens.fold.dispatch import Fold
 from fastens.fold.dropouts import Dropouts
 from fastens.fold.stand_ins import traced
@@ -262,14 +262,13 @@ class MaskPass(Dropouts):
         return fold.again(torch.mul, shifted, scale)
 
     def _path(self) -> str:
-        """The path of the innermost module of the network whose code is running."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            path = self.masks.path(frame.f_locals.get("self"))
-            if path is not None:
-                return path
-            frame = frame.f_back
-        return ""
+        """The path of the innermost module of the network whose code is running; of none, the root's.
+
+        Hooks would tell of modules that are called, and not of ``block.forward(x)``, nor of a helper method in which a
+        dropout is applied: which module's code is running, only the frames tell of all of these.
+        """
+        paths = (self.masks.path(frame.f_locals.get("self")) for frame in callers())
+        return next((path for path in paths if path is not None), "")
 
     def _masked(self, fold: Fold, given: Any, p: float, key: int, features: bool) -> Any:
         rows = self.members.shape[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import sys
+import itertools
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastens.fold.around import callers
 from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
@@ -56,9 +57,13 @@ def alone(k: int) -> AbstractContextManager[Any]:
 
 
 def _asked_by_name() -> bool:
-    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has."""
-    frame = sys._getframe(2).f_back  # of the table's user: the module's attribute, whose user asks
-    return frame is not None and frame.f_code is nn.Module.get_buffer.__code__
+    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has.
+
+    It is called on the root of what is exported, which may be a module of the user's, so there is no class of ours in
+    which to override it: only the frames tell that the stack is asked for, and not what a member sees.
+    """
+    asker = next(itertools.islice(callers(), 3, None), None)  # behind us: the table, the module's attribute, its user
+    return asker is not None and asker.f_code is nn.Module.get_buffer.__code__
 
 
 class Stacks(dict[str, Any]):
