@@ -53,7 +53,7 @@ class Path:
         x = (alpha * y).to(self.dtype)
         traces, norms, scores = [], [], None
         for probe in probes.to(x):
-            found = denoiser.outputs_along(x, t, probe)
+            found = denoiser.outputs_and_jvp(x, t, probe)
             outputs, moved = found if found is not None else self._backward(x, t, probe)
             epsilon, moved = denoiser.to_epsilon(outputs, x, t), denoiser.to_epsilon(moved, probe, t)
             moved = moved.to(torch.float64) * (-alpha / ratio)

@@ -18,7 +18,7 @@ from fastens.plan.tangents import along
 
 
 @torch.no_grad()
-def outputs_along(
+def outputs_and_jvp(
     engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Evaluate all members, and their derivatives along a tangent of the batch, without a graph to go back through.
