@@ -20,7 +20,7 @@ from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
 from fastens.engine.arguments import Arguments
-from fastens.engine.by_torch import dealt_by
+from fastens.engine.eager import replicated_by
 from fastens.engine.engine import Engine
 from fastens.engine.row_by_row import each_member, through_members
 from fastens.engine.ways import ways_seen
@@ -205,7 +205,7 @@ class Distributed(OfOneProcess):
         members, share = self._place.members, self._share
         arguments = self._arguments(args, kwargs)
         if reproducible.enabled():
-            with dealt_by(functools.partial(dealt, counts=share.counts, exchange=members)):
+            with replicated_by(functools.partial(dealt, counts=share.counts, exchange=members)):
                 return self._local(self._replicated(arguments, common=False))
         return self._local(self._replicated(arguments))
 

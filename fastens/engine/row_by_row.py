@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
-from fastens.engine.by_torch import by_torch, for_members
 from fastens.engine.calls import PlannedCall
+from fastens.engine.eager import by_torch, replicas_for
 from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
@@ -108,7 +108,7 @@ def _own_rows(
     common = [(x, i not in arguments.own) for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x, _ in common):
         return [[row] * count for row in rows]
-    parts = [for_members(x, count) if x.requires_grad and deals else [x] * count for x, deals in common]
+    parts = [replicas_for(x, count) if x.requires_grad and deals else [x] * count for x, deals in common]
     given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
     return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
 

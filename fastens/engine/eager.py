@@ -90,11 +90,11 @@ Deal = Callable[[Tensor, int], Sequence[Tensor]]
 _deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)
 
 
-def dealt_by(deal: Deal) -> AbstractContextManager[Deal]:
+def replicated_by(deal: Deal) -> AbstractContextManager[Deal]:
     """Let members get the tensors that a function makes for each, through which gradients come back."""
     return scope(_deal, deal)
 
 
-def for_members(x: Tensor, count: int) -> Sequence[Tensor]:
+def replicas_for(x: Tensor, count: int) -> Sequence[Tensor]:
     """A tensor for each of some members, through which gradients come back."""
     return _deal.get()(x, count)
