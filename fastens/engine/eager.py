@@ -48,7 +48,7 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
+def eagerly(engine: Any, run: Callable[[], Result]) -> Result:
     """Run what torch computes of one row, on one thread; what that leaves behind is undone.
 
     Raises:
@@ -66,7 +66,7 @@ def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
     return result
 
 
-class _Dealt(torch.autograd.Function):
+class _Replicas(torch.autograd.Function):
     """A tensor for each member; the gradients that come back are added up in the order of the members."""
 
     @staticmethod
@@ -86,15 +86,15 @@ def added(parts: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, [part.to(wide) for part in parts]).to(parts[0].dtype)
 
 
-Deal = Callable[[Tensor, int], Sequence[Tensor]]
-_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)
+Replicate = Callable[[Tensor, int], Sequence[Tensor]]
+_replicate: contextvars.ContextVar[Replicate] = contextvars.ContextVar("replicate", default=_Replicas.apply)
 
 
-def replicated_by(deal: Deal) -> AbstractContextManager[Deal]:
+def replicated_by(deal: Replicate) -> AbstractContextManager[Replicate]:
     """Let members get the tensors that a function makes for each, through which gradients come back."""
-    return scope(_deal, deal)
+    return scope(_replicate, deal)
 
 
 def replicas_for(x: Tensor, count: int) -> Sequence[Tensor]:
     """A tensor for each of some members, through which gradients come back."""
-    return _deal.get()(x, count)
+    return _replicate.get()(x, count)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
-from fastens.engine.eager import by_torch, replicas_for
+from fastens.engine.eager import eagerly, replicas_for
 from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
@@ -93,7 +93,7 @@ def through_members(engine: Engine, arguments: Arguments, members: Sequence[int]
     found = []
     for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
         calls = list(zip(members, row, strict=True))
-        found.append(by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
+        found.append(eagerly(engine, lambda calls=calls: _outputs(engine, calls)))
     return joined(found, 1)
 
 
@@ -123,7 +123,7 @@ def _by_plan_or_torch(
     planned = as_plan()
     if planned is None:
         note(engine, None, False)
-        return by_torch(engine, by_members)
+        return eagerly(engine, by_members)
     found, known = None, False
     if not planned.refused:
         found = run()
@@ -136,7 +136,7 @@ def _by_plan_or_torch(
         )
     answered = known and found is not None
     note(engine, planned, answered)
-    return found if answered else by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
+    return found if answered else eagerly(engine, by_members)  # pyright: ignore[reportReturnType]
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
@@ -256,7 +256,7 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
+    return joined([eagerly(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
 
 
 def each_member(
@@ -275,4 +275,4 @@ def each_member(
     if not rows:
         return run([arguments] * count)
     own = _own_rows(modules, arguments, rows, count, method)
-    return joined([by_torch(modules, functools.partial(run, each)) for each in own], 1)
+    return joined([eagerly(modules, functools.partial(run, each)) for each in own], 1)
