@@ -19,11 +19,11 @@ from fastens.distributed.one_process import OfOneProcess
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
+from fastens.engine.answers import answers_seen
 from fastens.engine.arguments import Arguments
 from fastens.engine.eager import replicated_by
 from fastens.engine.engine import Engine
 from fastens.engine.row_by_row import each_member, through_members
-from fastens.engine.ways import ways_seen
 from fastens.internal import begin
 from fastens.methods import call_method
 from fastens.network.stacking import tensors_of
@@ -269,7 +269,7 @@ class Distributed(OfOneProcess):
         In deterministic mode a plan and torch give a row other bits: where a rank has no plan, the others take none.
         """
         while True:
-            with ways_seen() as ways:
+            with answers_seen() as answers:
                 try:
                     found = run()
                 except RankLost:
@@ -277,9 +277,9 @@ class Distributed(OfOneProcess):
                 except Exception as error:
                     self._compare(arguments, what, error, False)
                     raise
-            if self._compare(arguments, what, None, ways.planned):
+            if self._compare(arguments, what, None, answers.planned):
                 return found
-            ways.refuse()
+            answers.refuse()
 
     def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None, planned: bool) -> bool:
         self.__dict__["_calls"] += 1

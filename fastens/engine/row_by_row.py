@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.engine.answers import note
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
 from fastens.engine.eager import eagerly, replicas_for
@@ -28,7 +29,6 @@ from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.states import Behaviour
-from fastens.engine.ways import note
 from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible
 

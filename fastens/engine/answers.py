@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastens.engine.planned import Plans
 
 
-class Ways:
+class Answers:
     """How the rows of a call were answered."""
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class Ways:
             plans.states.rows_by_plan[key] = False
 
 
-_ways: contextvars.ContextVar[Ways | None] = contextvars.ContextVar("ways", default=None)
+_answers: contextvars.ContextVar[Answers | None] = contextvars.ContextVar("answers", default=None)
 
 
-def ways_seen() -> AbstractContextManager[Ways]:
+def answers_seen() -> AbstractContextManager[Answers]:
     """Look at how rows are answered."""
-    return scope(_ways, Ways())
+    return scope(_answers, Answers())
 
 
 def note(engine: Engine, planned: PlannedCall | None, answered: bool) -> None:
     """Say how a call of some rows, or of one, was answered."""
-    ways = _ways.get()
-    if ways is not None:
-        ways.note(engine, planned, answered)
+    answers = _answers.get()
+    if answers is not None:
+        answers.note(engine, planned, answered)
