@@ -15,12 +15,12 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine import row_by_row
 from fastens.engine.arguments import Arguments
+from fastens.engine.caches import remembers_calls
 from fastens.engine.calls import PlannedCall, capturing
 from fastens.engine.check import beyond_rounding
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
-from fastens.engine.remembered import remembers_calls
 from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
 from fastens.engine.transformed import in_transform
