@@ -6,7 +6,7 @@ at each evaluation makes it shrink its steps without end, or return a likelihood
 
 from types import FrameType
 
-from fastens.fold.around import callers
+from fastens.fold.callsite import callers
 
 # Module prefix -> what the qualified name of an adaptive solver's function contains there.
 _SOLVERS = {

@@ -20,7 +20,7 @@ from fastens.engine.passes import ReadsRows, in_passes
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.stacked import StackedMembers
 from fastens.fold import handlers, rules  # noqa: F401  (handlers and rules register themselves)
-from fastens.fold.around import check_derivatives
+from fastens.fold.callsite import check_derivatives
 from fastens.fold.dispatch import Fold, inside
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.network.stacking import tensors_of

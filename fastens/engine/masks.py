@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastens.engine.arguments import Arguments
-from fastens.fold.around import callers
+from fastens.fold.callsite import callers
 from fastens.fold.dispatch import Fold
 from fastens.fold.dropouts import Dropouts
 from fastens.fold.stand_ins import traced

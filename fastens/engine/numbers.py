@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
-from fastens.fold.around import calling_line
+from fastens.fold.callsite import calling_line
 from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastens.fold.around import calling_line, check_derivatives, checkpoint_in_progress
+from fastens.fold.callsite import calling_line, check_derivatives, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.seeds import Seeds

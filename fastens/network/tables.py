@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastens.fold.around import callers
+from fastens.fold.callsite import callers
 from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
