@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
+from fastens.network.global_state import GlobalState
 from fastens.network.held import TENSOR, Held, held_by, is_atom
 from fastens.network.of_member import OfMember
-from fastens.network.outside import OutsideState
 from fastens.network.tables import Stacks
 
 DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
@@ -48,7 +48,7 @@ class NetworkState:
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
         code = {class_of(module) for _, module in modules}
         code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
-        self._outside = OutsideState(code, seen)
+        self._outside = GlobalState(code, seen)
         self._draws = GlobalDraws() if self._outside.draws else None
 
     def shared(self) -> str:

@@ -58,7 +58,7 @@ class _Reach(NamedTuple):
 _REACH: weakref.WeakKeyDictionary[type | types.FunctionType, _Reach] = weakref.WeakKeyDictionary()
 
 
-class OutsideState:
+class GlobalState:
     """What the code of a network's modules can change outside of them, as it is.
 
     Args:
