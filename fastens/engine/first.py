@@ -16,7 +16,7 @@ from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, own_mode
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
-from fastens.network.held import same_bits
+from fastens.network.snapshots import same_bits
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
-from fastens.network.held import same_bits, slots_in, slots_of
+from fastens.network.snapshots import same_bits, slots_in, slots_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
 _PROVENANCE = {

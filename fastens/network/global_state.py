@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastens.network.closures import IN_PLACE
-from fastens.network.held import can_change, held_by
+from fastens.network.snapshots import can_change, snapshots_of
 
 _LIBRARIES = ("torch", "fastens", "builtins", "abc", "typing", "collections")
 _ABSENT = object()
@@ -78,7 +78,7 @@ class GlobalState:
         self.draws = any(reach.draws for reach in reaches)
         self._values = [(place, place.get()) for place in places.values()]
         self._held = [
-            (place, held) for place, value in self._values if value is not _ABSENT for held in held_by(value, seen)
+            (place, held) for place, value in self._values if value is not _ABSENT for held in snapshots_of(value, seen)
         ]
 
     def put_back(self) -> set[str]:

@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, modules_of
-from fastens.network.held import member_values
+from fastens.network.snapshots import member_values
 from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 

@@ -18,8 +18,8 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
 from fastens.network.global_state import GlobalState
-from fastens.network.held import TENSOR, Held, held_by, is_atom
 from fastens.network.of_member import OfMember
+from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
 from fastens.network.tables import Stacks
 
 DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
@@ -83,7 +83,7 @@ class _OfModule:
             (name, held)
             for name, value in self._before.items()
             if name not in _LOOKED_AT_ELSEWHERE and not is_atom(value)
-            for held in held_by(value, seen)
+            for held in snapshots_of(value, seen)
         ]
 
     def put_back(self, changed: set[str]) -> None:
@@ -163,7 +163,7 @@ class Rollback:
         seen = {id(each) for each in (*modules, *tensors_of(network).values())}
         self._state = [
             (module, vars(module).copy(), [held for name, value in vars(module).items()
-                                           if name not in (*TABLES, "_barrier") for held in held_by(value, seen)])
+                                           if name not in (*TABLES, "_barrier") for held in snapshots_of(value, seen)])
             for module in modules
         ]  # fmt: skip
         tables = [state[name] for _, state, _ in self._state for name in TABLES]
@@ -193,7 +193,7 @@ class _Kept:
         self.name = name
         self._table = table
         self._common = isinstance(table, Stacks) and name in table.common
-        self._tensor = Held(tensor, TENSOR.save(tensor), TENSOR)
+        self._tensor = Snapshot(tensor, TENSOR.save(tensor), TENSOR)
 
     def restored(self) -> bool:
         """Put it back; return whether it had been changed."""

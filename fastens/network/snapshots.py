@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     reached: Callable[[Any], Iterable[Any]] = lambda value: ()
 
 
-class Held(NamedTuple):
+class Snapshot(NamedTuple):
     """One object as it was."""
 
     value: Any
@@ -52,7 +52,7 @@ class Held(NamedTuple):
         return True
 
 
-def held_by(value: Any, seen: set[int]) -> list[Held]:
+def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
     """All that a value reaches and that can change in place, as it is.
 
     Args:
@@ -60,7 +60,7 @@ def held_by(value: Any, seen: set[int]) -> list[Held]:
         seen: identities of what is looked at elsewhere; what is found is added.
     """
     return [
-        Held(each, kind.save(each), kind)
+        Snapshot(each, kind.save(each), kind)
         for each, kinds in _reached(value, seen)
         for kind in kinds
         if kind.put_back is not None
