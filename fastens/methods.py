@@ -26,7 +26,7 @@ from fastens.internal import (
     settings_of,
     take,
 )
-from fastens.network.of_member import called, settle
+from fastens.network.member_tables import called, settle
 from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
 

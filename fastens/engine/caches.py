@@ -11,7 +11,7 @@ from fastens.engine.rows import drawn_like
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import first_difference
 from fastens.network.barrier import unwatched
-from fastens.network.of_member import settle, view_of_member
+from fastens.network.member_tables import settle, view_of_member
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastens.network.of_member import read_through
+from fastens.network.member_tables import read_through
 from fastens.network.state import GlobalDraws, state_kept
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 from fastens.scopes import scope

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastens.fold.rules.metadata import METADATA
 from fastens.fold.tensor import MemberTensor, modules_of
-from fastens.network.of_member import OfMember
+from fastens.network.member_tables import MemberTable
 from fastens.scopes import scope
 
 _NOTED: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar("noted", default=None)
@@ -42,7 +42,7 @@ class _Entering(TorchFunctionMode):
     def __init__(self, network: nn.Module, found: list[bool]) -> None:
         super().__init__()
         tables = [module._parameters for _, module in modules_of(network)]
-        held = [table.source if isinstance(table, OfMember) else table for table in tables]
+        held = [table.source if isinstance(table, MemberTable) else table for table in tables]
         self.parameters = {_memory(x) for table in held for x in dict.values(table) if x is not None}
         self.found = found
 

@@ -10,7 +10,7 @@ from fastens.engine.arguments import Arguments
 from fastens.engine.entering import call
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import Hidden
-from fastens.network.of_member import called
+from fastens.network.member_tables import called
 
 if TYPE_CHECKING:
     from fastens.engine.engine import Engine

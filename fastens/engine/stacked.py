@@ -15,7 +15,7 @@ from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
 from fastens.network.folded import build_network, shared_names, skeleton_of
-from fastens.network.of_member import settle
+from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
 from fastens.network.stacking import tensors_of
 from fastens.network.tables import tables_of, unshare

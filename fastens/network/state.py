@@ -18,7 +18,7 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
 from fastens.network.global_state import GlobalState
-from fastens.network.of_member import OfMember
+from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
 from fastens.network.tables import Stacks
 
@@ -42,7 +42,7 @@ class NetworkState:
 
     def __init__(self, network: nn.Module) -> None:
         modules = modules_of(network)
-        self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, OfMember)]
+        self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, MemberTable)]
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
@@ -75,10 +75,10 @@ class _OfModule:
     def __init__(self, prefix: str, module: nn.Module, seen: set[int]) -> None:
         self._prefix, self._attributes = prefix, vars(module)
         self._before = self._attributes.copy()
-        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, OfMember)]
+        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, MemberTable)]
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
-        self._names = [(table, set(table)) for table in tables if not isinstance(table, OfMember)]
+        self._names = [(table, set(table)) for table in tables if not isinstance(table, MemberTable)]
         self._held = [
             (name, held)
             for name, value in self._before.items()
@@ -108,7 +108,7 @@ class _OfModule:
 
 def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """The tensors of a table, of a member's those that have no place in the stacks."""
-    own = [(name, table[name]) for name in table.own] if isinstance(table, OfMember) else dict.items(table)
+    own = [(name, table[name]) for name in table.own] if isinstance(table, MemberTable) else dict.items(table)
     return list(own)
 
 

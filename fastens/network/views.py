@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
-from fastens.network.of_member import OfMember, view_of_member
+from fastens.network.member_tables import MemberTable, view_of_member
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 
@@ -175,7 +175,7 @@ def own_state(member: nn.Module, given: nn.Module) -> State:
     for module, attributes in zip(member.modules(), state, strict=True):
         for table in _TABLES:
             own = module.__dict__[table]
-            if isinstance(own, OfMember) and own.own:
+            if isinstance(own, MemberTable) and own.own:
                 attributes[table] = {name: own[name] for name in own.own}
     return state
 
@@ -200,7 +200,7 @@ def write(member: nn.Module, state: State) -> None:
             if name in _TABLES:
                 table = module.__dict__[name]
                 for each, tensor in value.items():
-                    (table.keep if isinstance(table, OfMember) else table.__setitem__)(each, tensor)
+                    (table.keep if isinstance(table, MemberTable) else table.__setitem__)(each, tensor)
             elif isinstance(value, str) and value == _GONE:
                 module.__dict__.pop(name, None)
             else:

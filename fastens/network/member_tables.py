@@ -43,7 +43,7 @@ def called() -> AbstractContextManager[Any]:
 _COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-class OfMember(dict[str, Any]):
+class MemberTable(dict[str, Any]):
     """One member's parameters or buffers, read from the stacks whenever they are read.
 
     Args:
@@ -204,10 +204,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:
-    """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
+    """Settle what a member's own code replaced in its tables; see :meth:`MemberTable.settle`."""
     for _, module in modules_of(view):
         for table in (module._parameters, module._buffers):
-            if isinstance(table, OfMember):
+            if isinstance(table, MemberTable):
                 table.settle(keeps, apart, copies)
 
 
@@ -227,7 +227,7 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]
             if isinstance(table, Stacks):
-                module.__dict__[name] = OfMember(table, k, parts)
+                module.__dict__[name] = MemberTable(table, k, parts)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view
