@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """How the rows of a call were answered."""
+    """Whether plans answered the rows of a call, and which did: the ranks of a mesh have to agree on it."""
 
     def __init__(self) -> None:
         self._plans: list[tuple[Plans, Any]] = []
@@ -28,7 +28,7 @@ class Answers:
             self._plans.append((engine.plans, planned.key))
 
     def refuse(self) -> None:
-        """Let the plans that answered do so no more."""
+        """Refuse the signatures whose plans answered, so that the call, made again, is answered by torch."""
         for plans, key in self._plans:
             plans.refuse(key, "members on another rank have no plan")
             plans.states.rows_by_plan[key] = False
@@ -38,12 +38,12 @@ _answers: contextvars.ContextVar[Answers | None] = contextvars.ContextVar("answe
 
 
 def answers_seen() -> AbstractContextManager[Answers]:
-    """Look at how rows are answered."""
+    """Scope that records what answers the rows of calls in it; gives the record, which is whole when the scope ends."""
     return scope(_answers, Answers())
 
 
 def note(engine: Engine, planned: PlannedCall | None, answered: bool) -> None:
-    """Say how a call of some rows, or of one, was answered."""
+    """Record what answered a call of some rows, or of one, where :func:`answers_seen` asks for it."""
     answers = _answers.get()
     if answers is not None:
         answers.note(engine, planned, answered)

@@ -117,7 +117,7 @@ class PlannedCall:
         return total, entry.leaves.spec
 
     def _run(self, entry: Entry, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor] | None:
-        """Run a plan; none where it takes no such numbers, and none for their kind of call from now on."""
+        """Run a plan. None where it takes no such numbers: then the signature is refused from now on."""
         try:
             return entry.run(inputs, self._values, weights)
         except OtherNumbers as error:
@@ -126,12 +126,12 @@ class PlannedCall:
 
     @property
     def known(self) -> bool:
-        """Whether there is one."""
+        """Whether the signature has a plan that is true now."""
         return self.key is not None and self._engine.plans.current(self.key) is not None
 
     @property
     def refused(self) -> bool:
-        """Whether there is none and will be none."""
+        """Whether the signature has no plan, and gets none while network and weights are as they are."""
         return self.key is None or self._engine.plans.refused(self.key)
 
     def make(
@@ -172,7 +172,7 @@ class PlannedCall:
         return None
 
     def passes(self, differentiated: bool = False) -> tuple[Any, Any, Numbers | None]:
-        """A pass and the first member's call, as functions of the inputs, and the numbers that vary."""
+        """Return the pass and one member's call as functions of the plan's inputs, and the numbers that vary."""
         engine, arguments, hidden = self._engine, self._arguments, self._hidden
         count, fresh = len(arguments.tensors), engine.kind.fresh
         numbers = Numbers(self._values, dict(arguments.varying)) if self._varies else None
@@ -206,7 +206,7 @@ class PlannedCall:
     # Audit
 
     def _holds(self, entry: Entry, leaves: list[Any]) -> bool:
-        """Whether a plan's answer is that of a member, drawn, as it is now; else everything is forgotten."""
+        """Whether a plan's answer is a drawn member's, as that is now; if not, warn, and forget every plan."""
         engine, hidden = self._engine, self._hidden
         number = entry.calls * 0x9E3779B1 >> 7
         if hidden.row_members is None:
@@ -242,7 +242,10 @@ class PlannedCall:
         return False
 
     def _alone(self, k: int, arguments: Arguments) -> list[Tensor]:
-        """What member k returns now, by the network's own modules on its tensors; nothing where they need the fold."""
+        """Return member k's tensors now, by the network's own modules on its weights.
+
+        Empty where they need the fold.
+        """
         engine = self._engine
         if not engine.kind.runs_alone or lists_weights(engine.network):
             return []
@@ -256,7 +259,7 @@ class PlannedCall:
         return [] if any(isinstance(x, MemberTensor) for x in tensors) else tensors  # of weights in no table
 
     def _folded(self, k: int, given: Arguments) -> list[Tensor]:
-        """The same by a pass whose only member is k."""
+        """Return member k's tensors now, by a pass whose only member it is."""
         engine, arguments = self._engine, given.copied()
         if engine.kind.runs_alone:
             try:

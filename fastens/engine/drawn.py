@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def grouped(members: Tensor, num_members: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The samples in the order of their members, int64 [B], or none where they are in it; members [B] in that order.
+    """Return the order that sorts samples by member, int64 [B] (none where they are sorted), and the members in it.
 
     Third, where each member's group begins, int64 [K+1].
     """
@@ -49,7 +49,7 @@ def _rises(numbers: list[int]) -> bool:
 
 
 def reordered(output: Any, order: Tensor | None) -> Any:
-    """An output whose rows are in an order of samples, in the samples' own; a copy of it."""
+    """Return a copy of an output, its rows back in the samples' own order."""
     inverse = None if order is None else torch.argsort(order)
 
     def one(leaf: Any) -> Any:
@@ -145,7 +145,10 @@ class DrawnCall:
         return result
 
     def _dealt_out(self) -> Any:
-        """The answer of one pass over the rows, each with its member, or of its plan; none where members are looped."""
+        """Return the answer of one pass over rows grouped by member, or of its plan.
+
+        None where members must be looped.
+        """
         engine, arguments = self._engine, self._arguments
         eager = not torch.compiler.is_compiling()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
@@ -183,7 +186,7 @@ class DrawnCall:
         return folded
 
     def _by_member(self, arguments: Arguments) -> tuple[Arguments, Tensor | None, Tensor, Tensor]:
-        """The samples in the order of their members, that order, where each member's begin, and the members in it."""
+        """Return the rows grouped by member, the order that did it, where groups begin [K+1], and each row's member."""
         order, row_members, offsets = grouped(self._members, self._engine.num_members)
         if order is None and self._engine.kind.by_sample:
             order = torch.arange(len(row_members))
@@ -191,7 +194,7 @@ class DrawnCall:
         return selected.of_rows(row_members), order, offsets, row_members
 
     def _plannable(self, dealt: Arguments, offsets: Tensor, row_members: Tensor) -> PlannedCall | None:
-        """The call as plans see it, none where it may not run as one."""
+        """Return the call as its plans see it; none, with the reason declined, where it may not run as one."""
         engine = self._engine
         if dealt.per_row:
             engine.plans.decline("an argument that each member has its own of carries no rows")

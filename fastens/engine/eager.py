@@ -20,7 +20,10 @@ Result = TypeVar("Result")
 
 
 class _Read:
-    """The weights as members read them in calls by torch: from addresses at which cache lines begin."""
+    """Weights as eager rows read them.
+
+    At addresses where cache lines begin, since the last bits of MKL depend on it.
+    """
 
     _LINE = 64  # bytes, at which torch allocates
 
@@ -49,7 +52,7 @@ def _version(x: Tensor) -> int:
 
 
 def eagerly(engine: Any, run: Callable[[], Result]) -> Result:
-    """Run what torch computes of one row, on one thread; what that leaves behind is undone.
+    """Return what ``run`` computes of one row by torch, on one thread; what it leaves in the network is undone.
 
     Raises:
         NotReproducible: it draws random numbers, or leaves something behind in the network.
@@ -67,16 +70,16 @@ def eagerly(engine: Any, run: Callable[[], Result]) -> Result:
 
 
 class _Replicas(torch.autograd.Function):
-    """A tensor for each member; the gradients that come back are added up in the order of the members."""
+    """A copy of a tensor for each member; gradients are summed in member order, so that their last bits are fixed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Give it to each."""
+        """Return ``count`` views."""
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Add up."""
+        """Return the sum of the members' gradients."""
         return added(grads), None
 
 
@@ -91,10 +94,13 @@ _replicate: contextvars.ContextVar[Replicate] = contextvars.ContextVar("replicat
 
 
 def replicated_by(deal: Replicate) -> AbstractContextManager[Replicate]:
-    """Let members get the tensors that a function makes for each, through which gradients come back."""
+    """Scope in which ``replicate`` makes the members' copies of a tensor.
+
+    Over a mesh, gradients come from all ranks.
+    """
     return scope(_replicate, deal)
 
 
 def replicas_for(x: Tensor, count: int) -> Sequence[Tensor]:
-    """A tensor for each of some members, through which gradients come back."""
+    """Return a copy of a tensor for each of ``count`` members; their gradients come back summed in member order."""
     return _replicate.get()(x, count)

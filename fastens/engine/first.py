@@ -44,7 +44,10 @@ class FirstPass:
         self._expected: list[list[Tensor]] = []  # the members' outputs: all that is held of the loop meanwhile
 
     def run(self) -> list[Any] | None:
-        """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
+        """Return the checked outputs of the plan or of the fold.
+
+        None where the caller has to fold, or members are looped.
+        """
         engine = self._engine
         with random_kept():
             with own_mode():
@@ -77,7 +80,7 @@ class FirstPass:
         return leaves if useful and not engine.behaviour.writes_itself else None
 
     def _run_members(self) -> str | None:
-        """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
+        """Run every member alone and keep its outputs; return why members have to be looped, or none."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
         held = tensors_of(engine.network), engine.shared
@@ -135,7 +138,7 @@ class FirstPass:
         return engine.cap.measuring(self._key, batch) if wanted else nullcontext()
 
     def _folded(self) -> tuple[str | None, list[Any] | None]:
-        """Fold; return why that fails where the members do not, none where it does not, and what it gave."""
+        """Return why the fold fails where members do not, or none; and what it gave."""
         engine = self._engine
         for _ in range(8):
             try:

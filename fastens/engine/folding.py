@@ -60,7 +60,10 @@ class FoldedMembers(StackedMembers):
         samples: Tensor | None = None,
         numbers: Numbers | None = None,
     ) -> Fold:
-        """A pass over a hidden dimension; fresh masks may have the samples of its rows from a plan's inputs."""
+        """Return a pass that has not run.
+
+        ``samples``, int64 [R], are those of its rows where they are a plan's input.
+        """
         inputs = () if arguments.owned and not recording else tuple(arguments.tensors)
         return Fold(
             hidden,
@@ -81,7 +84,7 @@ class FoldedMembers(StackedMembers):
         rows: bool = False,
         network: nn.Module | None = None,
     ) -> Any:
-        """Run the network's own code, or a member's, in a pass; return what it returns, of wrappers."""
+        """Return what the network's own code, or a member's module, gives in a pass: of wrappers, not stacks."""
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
         with inside(fold):
             output = call(network or self.network, method, args, kwargs)
@@ -92,7 +95,10 @@ class FoldedMembers(StackedMembers):
         return output
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
-        """One pass of all members, or several where memory asks for it: of some members each, or of rows of one."""
+        """Return all members' leaves [K, ...] and their structure.
+
+        Several passes, of some members or rows, if memory asks.
+        """
         if torch.compiler.is_compiling() or capturing():
             return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
@@ -114,7 +120,9 @@ class FoldedMembers(StackedMembers):
         self.behaviour.writes_itself = self.unshare(changed) or bool(changed) or self.behaviour.writes_itself
 
     def fold_apart(self, run: Callable[[], Result]) -> Result:
-        """A pass over some members or rows; what it left behind in the network would not be every member's.
+        """Return what passes over some members or rows give.
+
+        What one writes to the network would not be every member's.
 
         Raises:
             NotFoldable: it left something behind, which is undone.
@@ -134,7 +142,10 @@ class FoldedMembers(StackedMembers):
         return result
 
     def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward", part: bool = False) -> list[Any]:
-        """The leaves of one pass, [N, ...], and their structure last; of a part of the rows, where no value is read."""
+        """Return the leaves [N, ...] of one pass and their structure.
+
+        With ``part``, raise where Python reads a value.
+        """
         fold = self.new_pass(hidden, arguments)
         leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
         if part and fold.reads:

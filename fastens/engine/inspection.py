@@ -29,7 +29,7 @@ def verify(engine: Engine, arguments: Arguments) -> float:
 
 
 def report(engine: Engine) -> Report:
-    """What each module that owns tensors got."""
+    """Return what each module that owns tensors got, the plans, and the state of each signature."""
     plans, loops = engine.plans, engine.behaviour.looped
     layers = layer_reports(engine.network, engine.num_members, engine.ways, engine.behaviour.why if loops else None)
     why_not = "the members are called one by one" if loops else plans.why_not

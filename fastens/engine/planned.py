@@ -196,7 +196,7 @@ class Plans:
         dropouts: Dropouts = BY_TORCH,
         numbers: Numbers | None = None,
     ) -> list[Any] | None:
-        """Record a pass and run its plan, so that the first result of a signature is no other than the next.
+        """Record a pass and return its plan's outputs, so that a signature's first result has the bits of the next.
 
         The plan is checked against what the members gave, or else against the recorded pass, and on other inputs
         against the first member.
@@ -341,7 +341,10 @@ class Plans:
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
     def decline(self, why: str) -> bool:
-        """Say why a call runs without a plan, which is no plan's fault; return False."""
+        """Keep why a call runs without a plan and return False.
+
+        Its signature is not refused, since the next call may plan.
+        """
         self.why_not = why
         return False
 
@@ -351,7 +354,10 @@ class Plans:
         return not why or self.decline(why)
 
     def _obstacle(self, arguments: Tensors) -> str:
-        """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
+        """Return what of context, device or gradients forbids a plan now, whatever the signature.
+
+        Empty where nothing does.
+        """
         kind = self._kind
         if not ordinary_context(kind):
             return "autocast, a function mode or a transform is active, in which members' own functions are called"

@@ -85,7 +85,7 @@ def _evaluate_row(
 
 
 def through_members(engine: Engine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
-    """What some members return, by torch, where gradients are asked for; as :func:`evaluate` returns it.
+    """Return what some members give by torch, where gradients are asked for, as :func:`evaluate` returns it.
 
     Raises:
         NotReproducible: likewise.
@@ -104,7 +104,10 @@ def _outputs(engine: Engine, calls: Sequence[tuple[int, Arguments]]) -> list[Any
 def _own_rows(
     engine: Any, arguments: Arguments, rows: list[Arguments], count: int, method: str
 ) -> list[list[Arguments]]:
-    """For each row the calls of each member; where gradients are asked for, torch would add them up in its order."""
+    """For each row the call of each member, on replicas where gradients are asked for.
+
+    Torch would sum in its own order.
+    """
     common = [(x, i not in arguments.own) for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x, _ in common):
         return [[row] * count for row in rows]
@@ -146,7 +149,7 @@ def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
 
 
 def drawn(call: DrawnCall, engine: Engine, arguments: Arguments, members: Tensor) -> Any:
-    """What a call gives in which each row has its member."""
+    """Return what a member returns, each row by its own member and to the bits that it has alone."""
     if len(members) > 1:
         planned, found = call.planned_answer()
         if found is not None:
@@ -197,7 +200,7 @@ def _laid_out(arguments: Arguments) -> Arguments:
 
 
 def differs(made: list[Tensor], expected: list[Tensor]) -> str:
-    """Why a plan of several rows is none, which has other bits than the rows by themselves; else empty."""
+    """Return why a plan of several rows may not be used: other bits than the rows have alone; else empty."""
     return "" if all(map(_same_bits, made, expected)) else _OTHER_BITS
 
 
@@ -226,7 +229,7 @@ class Modules:
         return module(*args, **kwargs) if method == "forward" else getattr(module, method)(*args, **kwargs)
 
     def excluded(self, _: Any, arguments: Arguments, method: str) -> frozenset[int] | None:
-        """What only looks like the batch to all members; none where one of them mixes rows, or they disagree."""
+        """Positions of leaves that only look like the batch; none where a member mixes rows, or members disagree."""
         found = {rows.excluded(self._alone(k), arguments, method) for k, rows in enumerate(self._found)}
         return found.pop() if len(found) == 1 else None
 

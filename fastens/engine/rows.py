@@ -23,7 +23,7 @@ _EXACT = 1e-5  # of float64, where a network may go through float32
 
 
 class RowsOfMembers:
-    """What a member's answers to some of its rows say about the arguments, by kind of call."""
+    """Which arguments carry rows, by signature, as a member's answers to some rows of a call have shown."""
 
     def __init__(self) -> None:
         self._found: dict[Any, frozenset[int] | None] = {}

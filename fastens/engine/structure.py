@@ -30,7 +30,7 @@ _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 
 def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
-    """What member k gives in float32 on the same weights, none where it takes no other precision."""
+    """Return member k's tensors in float32 on the same weights; none where it takes no other precision."""
     device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
     given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
 
@@ -127,7 +127,7 @@ class Structure:
         return _parting(tensors, self._expected, allowed)
 
     def _answers(self, drawn: bool) -> tuple[list[Tensor], list[list[Tensor]]] | str | None:
-        """What the fold and each member give for other values, or why the fold gives nothing.
+        """Return what the fold and each member give for other values, or why the fold gives nothing where members do.
 
         None where the members give nothing to hold it to.
         """
@@ -215,7 +215,7 @@ def _shows_nothing(x: Tensor) -> bool:
 def _parting(
     folded: list[Tensor], members: list[list[Tensor]], tolerance: Callable[[Tensor], float], how: str = ""
 ) -> str | None:
-    """Where the fold parts from the members, none where it does not.
+    """Return the first difference of the fold from the members, said with its size; none where there is none.
 
     Args:
         folded: what the fold gave, [K, ...].

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def in_transform(engine: Engine, run: Callable[[Any], Result]) -> Result:
-    """What a loop over members gives; where they write to themselves, which no fold learns of, they stay looped.
+    """Return what a loop over members gives; members that write to themselves in it stay looped afterwards.
 
     Args:
         engine: that folds otherwise.

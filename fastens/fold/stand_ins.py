@@ -43,7 +43,7 @@ class Nested(NamedTuple):
 
 
 def emptied(leaves: list[Any], spec: Any) -> tuple[tuple[Tensor, ...], Nested]:
-    """The tensors of leaves, and the rest."""
+    """Return the tensors of leaves, and what puts them back in their places."""
     tensors, kept = [], []
     for leaf in leaves:
         if isinstance(leaf, Tensor):

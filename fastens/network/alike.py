@@ -75,7 +75,7 @@ class _Comparison:
         return self._modules(self._first, self._other) or self._of_tensors(self._first, self._other)
 
     def same(self, a: Any, b: Any) -> str | None:
-        """None where two of their values are alike."""
+        """Return where two of their values differ; none where they are alike."""
         self._seen.clear()
         return self._same(a, b, "")
 
@@ -128,7 +128,7 @@ class _Comparison:
         return None
 
     def _same(self, a: Any, b: Any, path: str) -> str | None:
-        """None where two values are alike; what cannot be compared counts as different."""
+        """Return where two values differ, none where they are alike; what cannot be compared counts as different."""
         if a is b:
             return None
         if type(a) is not type(b) and not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):

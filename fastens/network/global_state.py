@@ -31,7 +31,7 @@ class Place:
         self.key = id(owner), name
 
     def get(self) -> Any:
-        """What is there."""
+        """Return what the name stands for now."""
         if isinstance(self._owner, types.FunctionType):
             return getattr(self._owner, self.name)
         return self._names.get(self.name, _ABSENT)

@@ -23,7 +23,7 @@ _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.C
 
 
 def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
-    """Let members' own modules get what a function makes of their part of a stack."""
+    """Scope in which members' own modules read ``change(part)`` in the place of their part of a stack."""
     return scope(_READ, change)
 
 

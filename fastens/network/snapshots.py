@@ -53,7 +53,7 @@ class Snapshot(NamedTuple):
 
 
 def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
-    """All that a value reaches and that can change in place, as it is.
+    """Return a snapshot of every object that a value reaches and that can change in place.
 
     Args:
         value: where to begin.

@@ -196,7 +196,7 @@ class _Kept:
         self._tensor = Snapshot(tensor, TENSOR.save(tensor), TENSOR)
 
     def restored(self) -> bool:
-        """Put it back; return whether it had been changed."""
+        """Put the tensor back in its table and its values in place; return whether anything had been changed."""
         replaced = dict.get(self._table, self.name) is not self._tensor.value
         if replaced:
             dict.__setitem__(self._table, self.name, self._tensor.value)

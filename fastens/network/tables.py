@@ -24,12 +24,12 @@ _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.C
 
 
 def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
-    """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
+    """Scope in which networks and members read ``change(stack)``; the stacks themselves are not written to."""
     return scope(_SEEN, change)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype, a parameter as one; common tensors of a pass in progress are no wrappers."""
+    """Return a tensor in another dtype, of a parameter a parameter; inside a pass, too, it is no wrapper."""
     if tensor.dtype == dtype:
         return tensor
     with torch._C.DisableTorchFunction():

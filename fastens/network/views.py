@@ -26,7 +26,7 @@ State = list[dict[str, Any]]  # of a member: attributes for each of its modules
 
 
 def undisturbed(make: Callable[[], Made]) -> Made:
-    """What is made of state that calls of other threads write to, made again where they did meanwhile.
+    """Return ``make()``, called again where another thread changed what it iterates over meanwhile.
 
     It outlives a call in inference mode, so no tensor of it is an inference tensor.
     """
@@ -118,7 +118,7 @@ class MemberViews:
         return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]
 
     def adopt(self, states: list[State]) -> None:
-        """Let members have written to themselves what those of a copy had."""
+        """Give members what the members of another engine had written to themselves."""
         if states:
             self.get()
             self.keep()
