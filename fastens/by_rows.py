@@ -20,6 +20,11 @@ from fastens.outputs import columns
 class ByRows(nn.Module):
     """The part of an ensemble that evaluates one member for each row."""
 
+    @property
+    def _fresh(self: Any) -> bool:
+        """Whether every evaluation draws numbers of its own."""
+        return self._engine is not None and self._engine.kind.fresh
+
     def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
         arguments = self._arguments(args, kwargs)

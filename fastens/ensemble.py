@@ -170,11 +170,6 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     # Evaluation
 
-    @property
-    def _fresh(self) -> bool:
-        """Whether every evaluation draws numbers of its own."""
-        return self._engine is not None and self._engine.kind.fresh
-
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
         if assigned is not None:
@@ -209,18 +204,20 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
-        if self._fresh and torch.compiler.is_compiling():
+        engine = self._engine
+        if engine is not None and engine.kind.fresh and torch.compiler.is_compiling():
             return drawn_pass(self._evaluate, args, kwargs)
-        if torch.compiler.is_dynamo_compiling() and self._engine is not None:
-            return compiled_pass(self._engine, args, kwargs)
+        if engine is not None and torch.compiler.is_dynamo_compiling():
+            return compiled_pass(engine, args, kwargs)
         arguments = self._arguments(args, kwargs)
-        if self._engine is not None:
-            return self._engine.evaluate(arguments, self.training)
+        if engine is not None:
+            return engine.evaluate(arguments, self.training)
         return each_member(self.network, arguments, self._call_module)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = Arguments(args, kwargs, self.num_members)
-        if self._fresh and not self.rule.random:
+        engine = self._engine
+        if engine is not None and engine.kind.fresh and not self.rule.random:
             self._begin(arguments)
         return arguments
 

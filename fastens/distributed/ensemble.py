@@ -79,7 +79,7 @@ class Distributed(OfOneProcess):
 
     def _become_member_like(self: Any, member: nn.Module) -> None:
         super()._become_member_like(member)
-        self.__class__ = _with(type(self))
+        self.__class__ = _with(type(self))  # of the class that the members have just given it
 
     def __getattr__(self: Any, name: str) -> Any:
         """What members have; a method of theirs that would combine what only this rank's compute is refused."""

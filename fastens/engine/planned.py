@@ -151,7 +151,7 @@ class Plans:
 
     def current(self, key: Any) -> Entry | None:
         """The plan of a signature that :meth:`can_plan` let through, while network and weights are as they were."""
-        found = self.states.of(key)
+        found = self.states.get(key)
         if not isinstance(found, Entry) or self.guards.state() != self._rests_on or not found.holds:
             return None
         return found

@@ -63,6 +63,7 @@ class States:
 
     def __init__(self) -> None:
         self._of: dict[Any, State] = {}
+        self.get = self._of.get  # as :meth:`of`, without a call of Python's; none of an unknown signature
         self.filled: set[Any] = set()
         self.rows_by_plan: dict[Any, bool] = {}
 
