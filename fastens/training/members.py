@@ -107,11 +107,12 @@ def _unreached(ensemble: Ensemble) -> list[tuple[str, int, Tensor, Tensor]]:
 
     Empty for members that are folded: their code takes one way for all.
     """
-    if ensemble._engine is None or ensemble.engine != "loop":
+    engine = engine_of(ensemble)
+    if engine is None or not engine.behaviour.looped:
         return []
     found = []
     for name, p in ensemble.network.named_parameters():
-        if p.grad is not None and name not in ensemble._engine.shared:
+        if p.grad is not None and name not in engine.shared:
             reached = p.grad.reshape(len(p), -1).any(1).tolist()
             found += [(name, k, p, p.detach()[k].clone()) for k, by in enumerate(reached) if not by and any(reached)]
     return found
