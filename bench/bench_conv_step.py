@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench.contest import Contender, contest
 from fastens.ops.run_program import available, run_program
-from fastens.plan.packing import pack, packed_size
-from fastens.plan.tiling import tile
-from fastens.plan.values import Convolved, Pixels, Runs
-from fastens.plan.winograd import squares_of
+from fastens.plan.cpu.packing import pack, packed_size
+from fastens.plan.cpu.tiling import tile
+from fastens.plan.cpu.winograd import squares_of
+from fastens.plan.lowering.values import Convolved, Pixels, Runs
 from fastens.program import steps
 from fastens.program.steps import NONE, Activation, Image, Slot, address
 

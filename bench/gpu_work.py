@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import fastens
-from fastens.plan.launch import Attention, Conv, Linear, LinearGroup
-from fastens.plan.launches import View
+from fastens.plan.gpu.launch import Attention, Conv, Linear, LinearGroup
+from fastens.plan.gpu.plan import View
 from fastens.plan.memory import Kept
-from fastens.plan.record import mapped
+from fastens.trace.record import mapped
 
 K = 5
 BATCHES = (1, 16, 256)

@@ -36,6 +36,7 @@ LEVELS = [  # a module imports from its own level or below
     {"capture"},
     {"fold", "report"},
     {"plan"},
+    {"trace"},
     {"ops"},
     {
         "reference",

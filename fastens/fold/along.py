@@ -13,8 +13,8 @@ from fastens.fold.engine import FoldEngine
 from fastens.fold.leaves import Leaves
 from fastens.fold.state import state_kept
 from fastens.fold.tensor import NotFoldable, all_members
-from fastens.plan.record import NotRecordable, record
-from fastens.plan.tangents import along
+from fastens.trace.jvp import along
+from fastens.trace.record import NotRecordable, record
 
 
 @torch.no_grad()

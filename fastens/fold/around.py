@@ -15,7 +15,7 @@ def calling_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch", "fastens.fold", "fastens.plan")):
+        if not module.startswith(("torch", "fastens.fold", "fastens.plan", "fastens.trace")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown place"

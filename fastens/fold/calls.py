@@ -24,7 +24,7 @@ from fastens.fold.state import state_kept
 from fastens.fold.structure import exactly
 from fastens.fold.tables import alone
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, all_members, one_member
-from fastens.plan.record import NotRecordable, record, trace_of
+from fastens.trace.record import NotRecordable, record, trace_of
 
 if TYPE_CHECKING:
     from fastens.fold.engine import FoldEngine

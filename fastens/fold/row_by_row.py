@@ -28,8 +28,8 @@ from fastens.fold.guards import transformed
 from fastens.fold.leaves import alike, columns_of, joined
 from fastens.fold.rows import RowsOfMembers
 from fastens.fold.ways import note
-from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible
+from fastens.trace.functionalize import contiguous
 
 if TYPE_CHECKING:
     from fastens.fold.drawn import DrawnCall

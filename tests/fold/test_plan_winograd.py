@@ -10,10 +10,10 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.ops.run_program import available
+from fastens.plan.cpu.tiling import tile
+from fastens.plan.cpu.winograd import cost, squares_of
+from fastens.plan.lowering.values import Convolved, Pixels, Runs
 from fastens.plan.memory import At
-from fastens.plan.tiling import tile
-from fastens.plan.values import Convolved, Pixels, Runs
-from fastens.plan.winograd import cost, squares_of
 from fastens.program.steps import Slot
 from fastens.program.winograd import TILES
 from tests.networks import randomised

@@ -6,8 +6,8 @@ import torch
 import fastens
 from fastens.fold.arguments import Arguments
 from fastens.fold.calls import PlannedCall
-from fastens.plan.record import record
-from fastens.plan.sketch import sketched
+from fastens.trace.record import record
+from fastens.trace.sketch import sketched
 from tests.networks import NETWORKS, randomised
 
 
