@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,19 +11,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.ops._rows import is_dense
-from fastens.plan.memory import At
-from fastens.trace.record import Ref
-
-
-@dataclasses.dataclass
-class Call:
-    """An operation that no step does: torch runs it between two stretches of steps."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outs: list[Ref]
-    places: dict[Ref, At]
 
 
 def call(outs: Sequence[Tensor], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool = True) -> None:

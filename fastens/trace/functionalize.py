@@ -12,7 +12,7 @@ from fastens.trace.record import Node, NotLowerable, Ref, mapped, same_view
 aten = torch.ops.aten
 
 
-def versioned(nodes: list[Node], outputs: list[Ref], inputs: list[Ref]) -> tuple[list[Node], list[Ref]]:
+def functionalized(nodes: list[Node], outputs: list[Ref], inputs: list[Ref]) -> tuple[list[Node], list[Ref]]:
     """Give the result of an operation in place a storage of its own.
 
     What overwrites a part of a value becomes an operation into fresh memory, and a copy of that into the part:

@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.trace.functionalize import versioned
+from fastens.trace.functionalize import functionalized
 from fastens.trace.record import Node, NotLowerable, NotRecordable, Recording, Ref
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
         return None if found is None else _view(found, leaf)
 
     try:
-        nodes, outputs = versioned(recording.nodes, recording.outputs, recording.inputs)
+        nodes, outputs = functionalized(recording.nodes, recording.outputs, recording.inputs)
     except NotLowerable as error:
         raise NotRecordable(str(error)) from error
     unwritten: set[int] = set()  # storages that hold nothing yet

@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastens.program.block import ConvBlock, Epilogue, Prologue
-
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -106,7 +104,7 @@ def mapped(kind: type | UnionType, function: Callable[[Any], Any], tree: Any) ->
         items = [mapped(kind, function, item) for item in tree]
         if type(tree) is list:
             return items
-        return tree._make(items) if isinstance(tree, ConvBlock | Prologue | Epilogue) else tuple(items)
+        return type(tree)._make(items) if hasattr(tree, "_make") else tuple(items)
     if isinstance(tree, dict):
         return {key: mapped(kind, function, item) for key, item in tree.items()}
     return tree

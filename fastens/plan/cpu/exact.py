@@ -7,7 +7,7 @@ where an array ends.
 
 from __future__ import annotations
 
-from fastens.plan.torch_call import Call
+from fastens.plan.graph import TorchCall
 
 _MOVES = (
     "clone copy copy_ _to_copy cat stack repeat index index_select gather embedding flip roll where masked_fill "
@@ -19,6 +19,6 @@ _ROUNDED_ONCE = "add sub mul div neg abs relu sqrt minimum maximum clamp floor c
 _NAMES = {f"aten.{name}" for name in (*_MOVES, *_ROUNDED_ONCE)} | {"fastens.embedding"}
 
 
-def is_exact(call: Call) -> bool:
+def is_exact(call: TorchCall) -> bool:
     """Whether a call gives each element bits that depend on the operands' elements alone."""
     return str(call.func).rpartition(".")[0] in _NAMES and call.kwargs.get("alpha", 1) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastens.ops.run_program import target
-from fastens.plan.memory import At, Constants
+from fastens.plan.memory import At, Constant, Constants
 from fastens.program import steps
 from fastens.program.winograd import transformed
 
@@ -25,11 +25,12 @@ def packed_size(shape: tuple[int, ...], pairs: bool = False, squares: int = 0) -
     return members * -(-out_channels // steps.LANES) * steps.LANES * in_channels * taps // (2 if pairs else 1)
 
 
-def packed(constants: Constants, key: object, weight: Tensor, vectors: int, pairs: bool, squares: int) -> At:
-    """Where the packed weights of a key are, packed now if that was not done yet; arguments as of :func:`pack`."""
-    size = packed_size(weight.shape, pairs, squares)
-    whole = ("packed", key, vectors, pairs, squares)
-    return constants.write(whole, size, lambda into: pack(weight, vectors, pairs, into, squares), weight)
+def packed(constants: Constants, weight: Constant, vectors: int, pairs: bool, squares: int) -> At:
+    """Where packed weights are, packed now if that was not done yet; arguments as of :func:`pack`."""
+    stack = weight.tensor
+    size = packed_size(stack.shape, pairs, squares)
+    key = ("packed", weight.key, vectors, pairs, squares)
+    return constants.write(key, size, lambda into: pack(stack, vectors, pairs, into, squares), stack)
 
 
 def pack(weight: Tensor, vectors: int, pairs: bool, into: Tensor, squares: int = 0) -> None:

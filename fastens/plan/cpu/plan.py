@@ -12,36 +12,54 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.ops.run_program import run_program
+from fastens.plan.cpu.emit import Emitter
 from fastens.plan.cpu.exact import is_exact
-from fastens.plan.lowering.builder import Emitter
+from fastens.plan.graph import TorchCall, View
 from fastens.plan.lowering.lower import lower_all
-from fastens.plan.lowering.registry import constants_of
-from fastens.plan.memory import At, Buffer, Constants, lay_out
-from fastens.plan.torch_call import Call, call
+from fastens.plan.lowering.target import Target
+from fastens.plan.memory import Argument, At, Buffer, Cast, Constants, lay_out
+from fastens.plan.torch_call import call
 from fastens.program import steps
-from fastens.program.steps import Slot, Step
-from fastens.trace.record import NotLowerable, Recording, Ref, mapped
+from fastens.program.steps import Step
+from fastens.trace.record import NotLowerable, Recording, mapped
 
 _PRODUCTS, _BYTES = 100e3, 8e3  # multiply-adds and bytes of one thread in a microsecond, about
 _HALF = (torch.bfloat16, torch.float16)
 _WORTH_WAKING = 80  # microseconds of work: less is done before a sleeping thread takes its share
 
 
+# a step computes in float32, whatever dtype a buffer was recorded in; it reads doubles and whole numbers too
+TARGET = Target(
+    floats=(torch.float32, torch.bfloat16),
+    copied=tuple(steps.DTYPES),
+    read_in_buffers=(torch.float32, torch.bfloat16),
+    read_in_arguments=(torch.float32,),
+    widens=True,
+    tables=True,
+    mask_lanes=steps.LANES,
+    divides=True,
+    fills=True,
+    copies_all=False,
+    exact_log=False,  # embeddings multiply log(sigma) by 100 to 1000, and with it what its last bit is off
+    shared_heads=True,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Given:
     """A view of an input of the call, or one of its outputs."""
 
-    number: int
-    ref: Ref
-    num_bytes: int  # from its first element
+    view: View
     whole: bool
 
     def read(self, given: list[Tensor]) -> Tensor:
-        x, ref = given[self.number], self.ref
+        view = self.view
+        where, dtype = view.where, view.dtype
+        x = given[(where.where if isinstance(where, Cast) else where).number]
         if self.whole:
             return x
-        start = (x.storage_offset() * x.itemsize + self.num_bytes) // ref.dtype.itemsize
-        return torch.empty(0, dtype=ref.dtype).set_(x.untyped_storage(), start, ref.size, ref.stride)
+        start = x.storage_offset() * x.itemsize // dtype.itemsize + view.offset
+        return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), start, view.size, view.stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,30 +119,35 @@ class Plan:
         self, recording: Recording, num_members: int, constants: Constants, num_threads: int, exact: bool = False
     ) -> None:
         self.num_threads = num_threads
-        emitter = Emitter(recording, num_members, num_threads, constants, exact)
-        self._outputs = [(ref.size, ref.dtype) for ref in lower_all(emitter)]
-        other = next((s for s in emitter.steps if exact and isinstance(s, Call) and not is_exact(s)), None)
+        self._inputs = recording.inputs
+        self._constants = constants
+        builder, outputs = lower_all(recording, num_members, TARGET)
+        self._outputs = [(ref.size, ref.dtype) for ref in outputs]
+        other = next((n for n in builder.nodes if exact and isinstance(n, TorchCall) and not is_exact(n)), None)
         if other is not None:
             raise NotLowerable(f"{other.func} is torch's, whose last bits depend on batch and threads")
-        self._assemble(emitter)
+        emitter = Emitter(constants, num_threads, exact)
+        for node in builder.nodes:
+            emitter.emit(node)
+        self._assemble(emitter.steps, builder.buffers)
 
-    def _assemble(self, emitter: Emitter) -> None:
-        for i, step in enumerate(emitter.steps):
+    def _assemble(self, program: list[Step | TorchCall], buffers: list[Buffer]) -> None:
+        for i, step in enumerate(program):
             touched: list[Buffer] = []
             _buffers(step, touched)
             for buffer in touched:
                 buffer.touch(i)
-        num_bytes = lay_out(emitter.buffers)
+        num_bytes = lay_out(buffers)
         self._arena = torch.empty(num_bytes // 16 * 4 + 16)  # whole elements of any dtype
-        self._constants = emitter.constants
-        self.steps = emitter.steps
+        self.steps = program
         self.stretches: list[tuple[Tensor, int] | _Call] = []
         stretch: list[Step] = []
-        for step in emitter.steps:
-            if isinstance(step, Call):
+        for step in program:
+            if isinstance(step, TorchCall):
                 self._add(stretch)
                 stretch = []
-                self.stretches.append(self._bound(emitter, step))
+                args, kwargs, outs = mapped(View, self._bound, (step.args, step.kwargs, step.outs))
+                self.stretches.append(_Call(step.func, args, kwargs, outs))
             else:
                 stretch.append(step)
         self._add(stretch)
@@ -135,28 +158,21 @@ class Plan:
             num_threads = self.num_threads if sum(map(_expected, stretch)) > _WORTH_WAKING else 1
             self.stretches.append((steps.encode(stretch), num_threads))
 
-    def _bound(self, emitter: Emitter, step: Call) -> _Call:
-        def view(leaf: Ref) -> Tensor | _Given | _Wide:
-            at = step.places[leaf]
-            if not isinstance(at.where, Buffer):
-                return self._given(emitter, at, leaf)
-            held = torch.float32 if leaf.dtype in _HALF else leaf.dtype
-            start = (at.where.offset + at.num_bytes) // held.itemsize
-            found = self._arena.view(held).as_strided(leaf.size, leaf.stride, start)
-            return found if held is leaf.dtype else _Wide(found, leaf.dtype)
+    def _bound(self, view: View) -> Tensor | _Given | _Wide:
+        where, dtype = view.where, view.dtype
+        buffer = where.where if isinstance(where, Cast) else where
+        if not isinstance(buffer, Buffer):
+            return _Given(view, self._is_whole(buffer, view))
+        held = torch.float32 if dtype in _HALF else dtype
+        found = self._arena.view(held).as_strided(view.size, view.stride, buffer.offset // held.itemsize + view.offset)
+        return found if held is dtype else _Wide(found, dtype)
 
-        args, kwargs = constants_of(emitter, (step.args, step.kwargs))
-        args, kwargs = mapped(Ref, view, (args, kwargs))
-        return _Call(step.func, args, kwargs, [view(out) for out in step.outs])
-
-    @staticmethod
-    def _given(emitter: Emitter, at: At, leaf: Ref) -> _Given:
-        number = int(at.where) - Slot.ARGUMENTS
-        if number >= len(emitter.recording.inputs):
-            return _Given(number, leaf, 0, True)
-        x = emitter.recording.inputs[number]
-        whole = at.num_bytes == 0 and (leaf.size, leaf.stride, leaf.dtype) == (x.size, x.stride, x.dtype)
-        return _Given(number, leaf, at.num_bytes, whole)
+    def _is_whole(self, argument: Argument, view: View) -> bool:
+        """Whether a view is an argument as it is given; outputs always are."""
+        if argument.number >= len(self._inputs):
+            return True
+        x = self._inputs[argument.number]
+        return not view.offset and (view.size, view.stride, view.dtype) == (x.size, x.stride, x.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -166,7 +182,7 @@ class Plan:
     @property
     def kinds(self) -> dict[str, int]:
         """How many steps of each kind, and calls of torch by name."""
-        return Counter(str(s.func) if isinstance(s, Call) else type(s).__name__ for s in self.steps)
+        return Counter(s.name if isinstance(s, TorchCall) else type(s).__name__ for s in self.steps)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """Run the program.
@@ -202,13 +218,14 @@ def _expected(step: Step) -> float:
 
 
 def _buffers(value: Any, into: list[Buffer]) -> None:
-    if isinstance(value, int | float):
-        return
-    if isinstance(value, At):
+    if isinstance(value, TorchCall):
+        for view in (*value.reads(), *value.writes()):
+            where = view.where.where if isinstance(view.where, Cast) else view.where
+            if isinstance(where, Buffer):
+                into.append(where)
+    elif isinstance(value, At):
         if isinstance(value.where, Buffer):
             into.append(value.where)
-    elif isinstance(value, Call):
-        _buffers(list(value.places.values()), into)
-    else:
+    elif not isinstance(value, int | float):
         for item in value if isinstance(value, list | tuple) else vars(value).values():
             _buffers(item, into)

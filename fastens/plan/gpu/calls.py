@@ -25,13 +25,13 @@ from fastens.ops._dispatch import missing_triton
 from fastens.ops._sum_ways import CHOICE as SUM_CHOICE
 from fastens.ops._tma_ways import Call
 from fastens.ops.pointwise import Instruction
+from fastens.plan.graph import ACTIVATIONS
 from fastens.program.block import ConvBlock, Prologue
 from fastens.program.steps import Opcode
 from fastens.reference._activation import activate
 from fastens.reference.conv2d import keeps, together
 from fastens.reference.pointwise import unrounded
 
-ACTIVATIONS = {"none": Opcode.COPY, "silu": Opcode.SILU, "gelu": Opcode.GELU, "gelu_tanh": Opcode.GELU_TANH}
 LIBRARY_INPUTS = 512  # beyond these a product of many vectors is bound by arithmetic, not by memory. Not measured.
 
 

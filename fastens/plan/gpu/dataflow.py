@@ -1,4 +1,4 @@
-"""Which launch writes and which ones read each piece of memory, so that several launches can become one."""
+"""Which node writes and which ones read each piece of memory, so that several nodes can become one."""
 
 from __future__ import annotations
 
@@ -10,98 +10,98 @@ from typing import Any
 
 import torch
 
-from fastens.plan.gpu.launch import Entry, Launch, Outputs, View
-from fastens.plan.memory import Buffer, Kept
+from fastens.plan.graph import Node, Outputs, View
+from fastens.plan.memory import Buffer, KeptTensors
+from fastens.trace.record import Ref
 
 _MOST_COMPARED = 1 << 14  # elements of views that are told apart one by one
 
 
 class Dataflow:
-    """Launches in their order, and what they make.
+    """Nodes in their order, and who writes and reads what.
 
     Attributes:
-        launches: in the order in which they run.
+        nodes: in the order in which they run; passes change them in place.
         outputs: stands for what reads the outputs of the pass.
+        inputs: of the pass.
+        constants: keeps the weights of layers that become one.
         new_buffer: makes a buffer for a number of elements of a dtype.
 
     Args:
-        launches: the launches.
+        nodes: the nodes.
         outputs: where the outputs are.
-        dtypes: of the slots of inputs and outputs.
+        inputs: as above.
+        constants: as above.
         new_buffer: as above.
     """
 
     def __init__(
         self,
-        launches: list[Launch],
+        nodes: list[Node],
         outputs: list[View],
-        dtypes: dict[int, torch.dtype],
+        inputs: list[Ref],
+        constants: KeptTensors,
         new_buffer: Callable[[int, torch.dtype], Buffer],
     ) -> None:
-        self.launches = launches
+        self.nodes = nodes
         self.outputs = Outputs(outputs)
+        self.inputs = inputs
+        self.constants = constants
         self.new_buffer = new_buffer
-        self._dtypes = dtypes
         self.index()
 
     def index(self) -> None:
-        """Find again who writes and reads what; needed after launches have changed."""
-        self._writers: dict[Any, list[Launch]] = defaultdict(list)
-        self._readers: dict[Any, list[Launch]] = defaultdict(list)
-        for launch in (*self.launches, self.outputs):
-            for where in dict.fromkeys(view.where for view in launch.writes()):
-                self._writers[where].append(launch)
-            for where in dict.fromkeys(view.where for view in launch.reads()):
-                self._readers[where].append(launch)
+        """Find again who writes and reads what; needed after nodes have changed."""
+        self._writers: dict[Any, list[Node]] = defaultdict(list)
+        self._readers: dict[Any, list[Node]] = defaultdict(list)
+        for node in (*self.nodes, self.outputs):
+            for where in dict.fromkeys(view.where for view in node.writes()):
+                self._writers[where].append(node)
+            for where in dict.fromkeys(view.where for view in node.reads()):
+                self._readers[where].append(node)
 
-    def writer(self, view: View) -> Launch | None:
-        """The launch that alone writes to the memory of a view, none where several do or nothing does."""
+    def writer(self, view: View) -> Node | None:
+        """The node that alone writes to the memory of a view, none where several do or nothing does."""
         found = self._writers[view.where]
         return found[0] if len(found) == 1 else None
 
-    def part_writer(self, view: View) -> Launch | None:
-        """The launch that alone writes to a view, while others may write to the rest of its memory."""
+    def part_writer(self, view: View) -> Node | None:
+        """The node that alone writes to a view, while others may write to the rest of its memory."""
         inside, outside = [], []
-        for launch in self._writers[view.where]:
-            parts = [part for part in launch.writes() if part.where is view.where]
-            (inside if any(view.through(part, part) for part in parts) else outside).append(launch)
-        others = [part for launch in outside for part in launch.writes() if part.where is view.where]
+        for node in self._writers[view.where]:
+            parts = [part for part in node.writes() if part.where is view.where]
+            (inside if any(view.through(part, part) for part in parts) else outside).append(node)
+        others = [part for node in outside for part in node.writes() if part.where is view.where]
         if len(inside) != 1 or any(math.prod(part.size) > _MOST_COMPARED for part in (view, *others) if others):
             return None
         own = _elements(view) if others else set()
         return None if any(own & _elements(part) for part in others) else inside[0]
 
-    def readers(self, view: View) -> list[Launch]:
-        """All launches that read from the memory of a view."""
+    def readers(self, view: View) -> list[Node]:
+        """All nodes that read from the memory of a view."""
         return self._readers[view.where]
 
-    def dtype(self, view: View) -> torch.dtype:
-        """The dtype that elements of a view are stored in, which may be narrower than the one they are computed in."""
-        if isinstance(view.where, Buffer | Entry):
-            return view.where.dtype
-        return view.where.tensor.dtype if isinstance(view.where, Kept) else self._dtypes[view.where]
-
-    def is_settled(self, launch: Launch) -> bool:
-        """Whether all that a launch reads is written once, so that it may run later."""
-        return all(len(self._writers[view.where]) <= 1 for view in launch.reads())
+    def is_settled(self, node: Node) -> bool:
+        """Whether all that a node reads is written once, so that it may run later."""
+        return all(len(self._writers[view.where]) <= 1 for view in node.reads())
 
     def remove_unread(self) -> None:
-        """Drop launches whose results nothing reads."""
+        """Nothing reads f(x)  ->  no f(x)."""
         while True:
-            unread = [launch for launch in self.launches if not any(map(self.readers, launch.writes()))]
+            unread = [node for node in self.nodes if not any(map(self.readers, node.writes()))]
             if not unread:
                 return
-            self.launches = [launch for launch in self.launches if launch not in unread]
+            self.nodes = [node for node in self.nodes if node not in unread]
             self.index()
 
-    def position(self, launch: Launch) -> int:
-        """When a launch runs."""
-        return next(i for i, other in enumerate(self.launches) if other is launch)
+    def position(self, node: Node) -> int:
+        """When a node runs."""
+        return next(i for i, other in enumerate(self.nodes) if other is node)
 
-    def swap(self, old: Launch, new: Launch | None) -> None:
-        """Put a launch in the place of another, or drop it."""
+    def swap(self, old: Node, new: Node | None) -> None:
+        """Put a node in the place of another, or drop it."""
         at = self.position(old)
-        self.launches[at : at + 1] = [] if new is None else [new]
+        self.nodes[at : at + 1] = [] if new is None else [new]
         self.index()
 
 

@@ -1,7 +1,7 @@
 """A plan for a GPU: the steps of a folded pass as a flat list of calls on tensors that were laid out beforehand.
 
-The recording, and what is fused into what, are those of a CPU; :mod:`fastens.plan.gpu.lowering` turns its steps into
-launches, and :mod:`fastens.plan.gpu.merging` makes few of many. A residual block is two convolutions: a
+The graph is that of a CPU; :mod:`fastens.plan.gpu.legalize` turns its nodes into those that kernels take, and
+:mod:`fastens.plan.gpu.pipeline` makes few of many. A residual block is two convolutions: a
 group norm becomes moments that the convolution before it takes of its own result, and scale, shift and activation that
 the convolution behind it applies as it reads.
 """
@@ -20,14 +20,13 @@ from fastens.kernels._graph import keep
 from fastens.ops.conv2d_sum import sums
 from fastens.plan.gpu import calls as run
 from fastens.plan.gpu.dataflow import Dataflow
-from fastens.plan.gpu.launch import Conv, Entry, Launch, View
-from fastens.plan.gpu.lowering import Launches
-from fastens.plan.gpu.merging import merge
+from fastens.plan.gpu.launch import Conv, Entry, arguments_of, function_of
+from fastens.plan.gpu.legalize import TARGET, Legalizer
+from fastens.plan.gpu.pipeline import rewrite
 from fastens.plan.gpu.replay import Replays
-from fastens.plan.gpu.typed import TypedEmitter
+from fastens.plan.graph import Node, View
 from fastens.plan.lowering.lower import lower_all
-from fastens.plan.memory import Buffer, Kept, KeptTensors, lay_out
-from fastens.program.steps import Slot
+from fastens.plan.memory import Buffer, Constant, KeptTensors, lay_out
 from fastens.trace.functionalize import contiguous
 from fastens.trace.record import Recording, mapped
 
@@ -38,7 +37,7 @@ class _Bound:
 
     inputs: list[tuple[int, Tensor]]
     outputs: list[tuple[Tensor, torch.dtype]]
-    launches: list[tuple[Launch, dict[str, Any]]]
+    launches: list[tuple[Node, dict[str, Any]]]
 
     def read(self, given: list[Tensor]) -> None:
         """Copy what the launches read of a call to where they read it."""
@@ -53,7 +52,7 @@ class _Bound:
         summed = None if weights is None else last
         for i, (launch, operands) in enumerate(self.launches):
             if i != summed:
-                launch.function(**operands)
+                function_of(launch)(**operands)
         if summed is None or weights is None:
             return [x for x, _ in self.outputs]
         _, operands = self.launches[summed]
@@ -80,17 +79,18 @@ class LaunchPlan:
         self, recording: Recording, num_members: int, constants: KeptTensors, device: torch.device, backend: str
     ) -> None:
         self._num_members = num_members
-        emitter = TypedEmitter(recording, num_members, 1, constants)
-        results = lower_all(emitter)
+        self._constants = constants
+        self._backend = backend
+        builder, results = lower_all(recording, num_members, TARGET)
         self._inputs = list(recording.inputs)
         self._dtypes = [ref.dtype for ref in results]
         self._device = device
-        slots = {Slot.ARGUMENTS + i: ref.dtype for i, ref in enumerate((*self._inputs, *results))}
-        first = Slot.ARGUMENTS + len(self._inputs)
-        outputs = [View(first + i, 0, ref.size, contiguous(ref.size)) for i, ref in enumerate(results)]
-        flow = Dataflow(Launches(emitter, device, backend).list, outputs, slots, emitter.buffer)
-        merge(flow, self._inputs, constants)
-        self._launches, self._outputs = flow.launches, flow.outputs.views
+        places = builder.arguments[len(self._inputs) :]
+        outputs = [View(place, 0, ref.size, contiguous(ref.size)) for place, ref in zip(places, results, strict=True)]
+        legal = Legalizer(builder, constants, device).nodes
+        flow = Dataflow(legal, outputs, self._inputs, constants, builder.buffer)
+        rewrite(flow)
+        self._launches, self._outputs = flow.nodes, flow.outputs.views
         self._slots = {view.where: (view.size, dtype) for view, dtype in zip(outputs, self._dtypes, strict=True)}
         self._last = self._summable(flow)
         self.sums = self._last is not None
@@ -98,7 +98,7 @@ class LaunchPlan:
             for view in (*launch.writes(), *launch.reads()):
                 if isinstance(view.where, Buffer):
                     view.where.touch(i)
-        self.num_bytes = max(64, lay_out(emitter.buffers))
+        self.num_bytes = max(64, lay_out(builder.buffers))
         self._lock = threading.Lock()
         self._bound = self._bind()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
@@ -122,7 +122,7 @@ class LaunchPlan:
         if others or not isinstance(last, Conv) or len(flow.readers(source)) != 1:
             return None
         out, block = last.out, last.block
-        whole = source.size == out.size and source.same_image(out) and self._dtypes == [flow.dtype(out)]
+        whole = source.size == out.size and source.same_image(out) and self._dtypes == [out.dtype]
         space = zip(block.x.size[2:], block.weight.shape[3:], block.stride, block.padding, strict=True)
         symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
         plain = sums(block) and last.moments is None and len(block.weight) == self._num_members
@@ -136,7 +136,7 @@ class LaunchPlan:
 
         def slot(where: Any) -> Tensor:
             if where not in slots:
-                number = where.number if isinstance(where, Entry) else where - Slot.ARGUMENTS
+                number: int = where.number
                 if where in self._slots:
                     size, dtype = self._slots[where]
                     made = torch.empty(size, dtype=dtype, device=self._device)
@@ -152,13 +152,14 @@ class LaunchPlan:
             where, start = view.where, view.offset
             if isinstance(where, Buffer):
                 whole, start = arena.view(where.dtype), start + where.offset // where.dtype.itemsize
-            elif isinstance(where, Kept):
-                whole, start = where.tensor, start + where.tensor.storage_offset()
+            elif isinstance(where, Constant):
+                whole = self._constants.add(where)
+                start += whole.storage_offset()
             else:
                 whole = slot(where)
             return whole.as_strided(view.size, view.stride, start)
 
-        launches = [(launch, mapped(View, tensor, launch.operands)) for launch in self._launches]
+        launches = [(node, mapped(View, tensor, arguments_of(node, self._backend))) for node in self._launches]
         outputs = list(zip(map(tensor, self._outputs), self._dtypes, strict=True))
         inputs = [(number, made) for where, (made, number) in slots.items() if where not in self._slots]
         return _Bound(inputs, outputs, launches)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fastens.plan.lowering.builder import Emitter
+from fastens.plan.graph import Attention, View
+from fastens.plan.layout import Factors
+from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.registry import argument, call, lowers
 from fastens.plan.lowering.values import Expression, Leaf, Scores, Stored
-from fastens.plan.lowering.views import Factors, Origin, origin
-from fastens.plan.memory import At
-from fastens.program import steps
-from fastens.program.steps import Heads
+from fastens.plan.lowering.views import Origin, origin
 from fastens.trace.record import Node, Ref
 
 _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-level cache
@@ -19,65 +18,52 @@ _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-
 
 @lowers(*(f"aten._scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         "aten._scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
-def attention(emitter: Emitter, node: Node) -> bool:
+def attention(builder: Builder, node: Node) -> bool:
     """Attention without mask, heads in dimension 1; the libraries' variants have their arguments in different order.
 
-    Where several heads of queries share one of keys and values, each of those is a step.
+    Where several heads of queries share one of keys and values, each of those is a node.
     """
     q, k, v = node.args[:3]
     named = {**dict(zip((a.name for a in node.func._schema.arguments), node.args, strict=False)), **node.kwargs}
     masked = any(named.get(name) is not None for name in ("attn_mask", "attn_bias")) or named.get("is_causal", False)
     out = node.outs[0]
-    if masked or any(len(r.size) != 4 or r.dtype not in emitter.floats for r in (q, k, v, out)):
+    if masked or any(len(r.size) != 4 or r.dtype not in builder.target.floats for r in (q, k, v, out)):
         return False
-    if any(emitter.uses[other.storage] for other in node.outs[1:]) or not out.numel:
+    if any(builder.uses[other.storage] for other in node.outs[1:]) or not out.numel:
         return False
     groups = k.size[1]
-    if (groups != q.size[1] and emitter.typed) or groups != v.size[1] or q.size[1] % groups:
+    if (groups != q.size[1] and not builder.target.shared_heads) or groups != v.size[1] or q.size[1] % groups:
         return False
-    heads = []
-    for ref in (q, k, v):
-        if emitter.constant(ref) is not None or not emitter.is_wide(ref):
-            return False
-        heads.append(Heads(emitter.stored(ref), *ref.stride))
-    place = At(emitter.buffer(out.span, out.dtype))
-    emitter.values[out.storage] = Stored(place)
+    if any(builder.constant(ref) is not None or not builder.readable(ref) for ref in (q, k, v)):
+        return False
+    heads = [builder.stored(ref) for ref in (q, k, v)]
+    builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
+    written = builder.stored(out)
     scale = named.get("scale")
-    rows, count, queries, width = q.size
-    shape = (rows, count // groups, queries, k.size[2], width, v.size[3])
-    scale = float(width**-0.5 if scale is None else scale)
-    written = Heads(place, *out.stride)
-    if groups == count:
-        _emit(emitter, (rows, count, *shape[2:]), heads, written, scale)
+    scale = float(q.size[-1] ** -0.5 if scale is None else scale)
+    of_each = q.size[1] // groups
+    if of_each == 1:
+        builder.add(Attention(written, *heads, scale))
         return True
     for group in range(groups):
-        first = group * shape[1]
-        shared = [dataclasses.replace(_head(of, group), head=0) for of in heads[1:]]
-        _emit(emitter, shape, [_head(heads[0], first), *shared], _head(written, first), scale)
+        shared = [_heads(of, group, 1) for of in heads[1:]]
+        shared = [View(of.where, of.offset, (of.size[0], of_each, *of.size[2:]), (of.stride[0], 0, *of.stride[2:]))
+                  for of in shared]  # fmt: skip
+        own = [_heads(of, group * of_each, of_each) for of in (written, heads[0])]
+        builder.add(Attention(*own, *shared, scale))
     return True
 
 
-def _head(of: Heads, number: int) -> Heads:
-    """The heads from a number on."""
-    return dataclasses.replace(of, at=of.at.plus(number * of.head))
-
-
-def _emit(
-    emitter: Emitter, shape: tuple[int, int, int, int, int, int], heads: list[Heads], out: Heads, scale: float
-) -> None:
-    rows, count, queries, keys, width, value_width = shape
-    chunk = queries if rows * count >= 4 * emitter.num_threads else max(16, -(-queries // 4))
-    tasks = rows * count * -(-queries // chunk)
-    q, k, v = heads
-    step = steps.Attention(rows, count, queries, keys, width, value_width, chunk, q, k, v, out, scale, tasks=tasks)
-    emitter.add(step)
+def _heads(of: View, first: int, count: int) -> View:
+    """Some of the heads."""
+    return View(of.where, of.offset + first * of.stride[1], (of.size[0], count, *of.size[2:]), of.stride)
 
 
 # Two products with a softmax between them
 
 
 @lowers("aten.bmm", "aten.baddbmm")
-def product(emitter: Emitter, node: Node) -> bool:
+def product(builder: Builder, node: Node) -> bool:
     """Products of matrices: scores of attention until something else wants them, or weights times values."""
     a, b = node.args[-2:]
     out, scale = node.outs[0], 1.0
@@ -85,16 +71,16 @@ def product(emitter: Emitter, node: Node) -> bool:
         if argument(node, 3, "beta", 1) != 0 or len(node.args) != 3:
             return False
         scale = float(node.kwargs.get("alpha", 1))
-    if any(r.dtype not in emitter.floats or emitter.constant(r) is not None or not r.numel for r in (a, b)):
+    if any(r.dtype not in builder.target.floats or builder.constant(r) is not None or not r.numel for r in (a, b)):
         return False
     for weights, values, turned in ((a, b, False), (_transposed(b), _transposed(a), True)):
-        found = scores_of(emitter, weights)
+        found = scores_of(builder, weights)
         same_shape = found is not None and weights.size == (found.q.size[0], found.q.size[1], found.k.size[1])
         if found is not None and found.softmax and same_shape and scale == 1.0:
-            if not _attend(emitter, found, values, _transposed(out) if turned else out):
+            if not _attend(builder, found, values, _transposed(out) if turned else out):
                 break
             return True
-    emitter.values[out.storage] = Scores(out, a, _transposed(b), scale, False, lambda: call(emitter, node))
+    builder.values[out.storage] = Scores(out, a, _transposed(b), scale, False, lambda: call(builder, node))
     return True
 
 
@@ -103,9 +89,9 @@ def _transposed(ref: Ref) -> Ref:
     return dataclasses.replace(ref, size=(size[0], size[2], size[1]), stride=(stride[0], stride[2], stride[1]))
 
 
-def scores_of(emitter: Emitter, ref: Ref) -> Scores | None:
+def scores_of(builder: Builder, ref: Ref) -> Scores | None:
     """The scores, or the weights, that a reference is the whole of, with each query's in a line; none otherwise."""
-    value = emitter.values.get(ref.storage)
+    value = builder.values.get(ref.storage)
     if not isinstance(value, Scores) or ref.offset != value.ref.offset or ref.numel != value.ref.numel:
         return None
     return value if _in_line(ref) and _in_line(value.ref) else None
@@ -120,46 +106,46 @@ def _in_line(ref: Ref) -> bool:
     return True
 
 
-def kept_scores(emitter: Emitter, x: Ref, out: Ref, number: float, compute: Callable[[], None]) -> bool:
+def kept_scores(builder: Builder, x: Ref, out: Ref, number: float, compute: Callable[[], None]) -> bool:
     """Let scores times a number, or copied weights, be scores or weights still; return whether they are.
 
     Args:
-        emitter: knows whether they are.
+        builder: knows whether they are.
         x: what is copied or multiplied.
         out: the result.
         number: the factor, 1 for a copy.
         compute: makes the result an ordinary value.
     """
-    found = scores_of(emitter, x)
+    found = scores_of(builder, x)
     if found is None or not _in_line(out) or out.size != x.size or (found.softmax and number != 1.0):
         return False
     scale = found.scale * number
-    emitter.values[out.storage] = dataclasses.replace(found, ref=out, scale=scale, compute=compute)
+    builder.values[out.storage] = dataclasses.replace(found, ref=out, scale=scale, compute=compute)
     return True
 
 
 @lowers("aten._softmax")
-def softmax(emitter: Emitter, node: Node) -> bool:
+def softmax(builder: Builder, node: Node) -> bool:
     """The softmax of scores over the keys."""
     x, dim = node.args[:2]
     out = node.outs[0]
-    found = scores_of(emitter, x)
+    found = scores_of(builder, x)
     if found is None or found.softmax or dim % len(x.size) != len(x.size) - 1 or x.size[-1] != found.k.size[1]:
         return False
-    if not _in_line(out) or out.dtype not in emitter.floats:
+    if not _in_line(out) or out.dtype not in builder.target.floats:
         return False
-    compute = lambda: call(emitter, node)  # noqa: E731
-    emitter.values[out.storage] = dataclasses.replace(found, ref=out, softmax=True, compute=compute)
+    compute = lambda: call(builder, node)  # noqa: E731
+    builder.values[out.storage] = dataclasses.replace(found, ref=out, softmax=True, compute=compute)
     return True
 
 
-def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
+def _attend(builder: Builder, scores: Scores, values: Ref, out: Ref) -> bool:
     """Emit attention for weights and values [N, K, D], into [N, Q, D]."""
     number, queries, width = scores.q.size
     keys, value_width = scores.k.size[1], values.size[2]
     if max(width, value_width) > _MOST_WIDTH:
         return False
-    sources = [origin(emitter, ref, scaled=ref is not values) for ref in (scores.q, scores.k, values)]
+    sources = [origin(builder, ref, scaled=ref is not values) for ref in (scores.q, scores.k, values)]
     count = _common_heads(sources)
     split = [_split(source, count) for source in sources]
     if any(strides is None for strides in split):
@@ -167,22 +153,26 @@ def _attend(emitter: Emitter, scores: Scores, values: Ref, out: Ref) -> bool:
                    (scores.q, scores.k, values)]  # fmt: skip
         count, split = 1, [ref.stride for ref in (scores.q, scores.k, values)]
         split = [(row, 0, token, channel) for row, token, channel in split]
-    if any(emitter.constant(s.ref) is not None or not emitter.is_wide(s.ref) for s in sources):
+    if any(builder.constant(s.ref) is not None or not builder.readable(s.ref) for s in sources):
         return False
-    heads = [Heads(emitter.stored(source.ref), *strides or ()) for source, strides in zip(sources, split, strict=True)]
     rows = number // count
+    heads = []
+    for source, strides, (tokens, each) in zip(
+        sources, split, ((queries, width), (keys, width), (keys, value_width)), strict=True
+    ):
+        view = builder.stored(source.ref)
+        heads.append(View(view.where, view.offset, (rows, count, tokens, each), strides or ()))
     # token by token with the heads side by side, as the layer behind reads it; the recorded layout is a copy of that
-    place = emitter.buffer(rows * queries * count * value_width, scores.ref.dtype)
+    place = builder.buffer(rows * queries * count * value_width, scores.ref.dtype)
     stride = (queries * count * value_width, value_width, count * value_width, 1)
     size = (rows, count, queries, value_width)
     made = Ref(id(place), 0, size, stride, scores.ref.dtype)
-    emitter.values[made.storage] = Stored(At(place))
-    shape = (rows, count, queries, keys, width, value_width)
+    builder.values[made.storage] = Stored(place)
     scale = scores.scale * sources[0].scale * sources[1].scale
-    _emit(emitter, shape, heads, Heads(At(place), *stride), scale)
+    builder.add(Attention(builder.stored(made), *heads, scale))
     row, token, channel = out.stride
     recorded = dataclasses.replace(out, size=size, stride=(row * count, row, token, channel))
-    emitter.values[out.storage] = Expression(recorded, Leaf(made))
+    builder.values[out.storage] = Expression(recorded, Leaf(made))
     return True
 
 

@@ -1,4 +1,4 @@
-"""Emitting steps: lazily kept values become steps when somebody needs them in memory."""
+"""Building a graph: lazily kept values become nodes when somebody needs them in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from fastens.plan.cpu.convolution import convolution
-from fastens.plan.cpu.images import copied, padded
-from fastens.plan.cpu.loops import simplified
-from fastens.plan.cpu.packing import packed
+from fastens.plan import graph
+from fastens.plan.graph import Code, Runs, Source, View
+from fastens.plan.lowering.images import materialized, padded
+from fastens.plan.lowering.target import Target
 from fastens.plan.lowering.values import (
     Activated,
     Apply,
+    Chain,
     Convolved,
     Dropped,
     Enlarged,
@@ -24,65 +25,65 @@ from fastens.plan.lowering.values import (
     Normed,
     Padded,
     Pixels,
-    Runs,
     Scores,
-    Source,
     Stored,
     Value,
     instructions,
 )
-from fastens.plan.memory import ALIGNMENT, At, Buffer, Constants, address_unit, or_none
-from fastens.plan.torch_call import Call
+from fastens.plan.memory import ALIGNMENT, Argument, Buffer, Cast, Constant, address_unit
 from fastens.program import steps
-from fastens.program.steps import Activation, Image, Opcode, Step, Strided
+from fastens.program.block import Epilogue
 from fastens.trace.record import NotLowerable, Recording, Ref
 
-_POINTWISE_GRAIN = 8192  # elements that are worth a task
 
-
-class Emitter:
-    """Steps in the order in which they run, and where every value is.
+class Builder:
+    """Nodes in the order in which they run, and where every value is.
 
     Attributes:
-        steps: the steps and calls.
+        target: the back end that the graph is for.
+        nodes: the nodes.
+        arguments: the inputs and, behind them, the outputs of the pass.
+        buffers: that the nodes read and write.
         values: by storage, what is known of its value.
         uses: by storage, how many operations and results read it.
-        floats: dtypes that steps compute in.
-        exact: whether what a step computes is chosen by one row's shape.
-        typed: whether buffers hold the dtypes that were recorded, and torch reads inputs in place.
-        row_members: of a pass whose rows are dealt out when it runs, where the member of each row is, and the rows.
+        copies: what was copied so that its channels are contiguous.
+        row_members: of a pass whose rows are dealt out when it runs, the member of each row.
     """
 
-    floats: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    typed = False
-
-    def __init__(
-        self, recording: Recording, num_members: int, num_threads: int, constants: Constants, exact: bool = False
-    ) -> None:
+    def __init__(self, recording: Recording, num_members: int, target: Target) -> None:
         self.recording = recording
         self.num_members = num_members
-        self.num_threads = num_threads
-        self.exact = exact
-        self.steps: list[Step | Call] = []
+        self.target = target
+        self.nodes: list[graph.Node] = []
+        self.arguments: list[Argument] = []
         self.values: dict[int, Value] = {}
         self.uses: Counter[int] = Counter()
         self.buffers: list[Buffer] = []
-        self.constants = constants
         self.copies: dict[Ref, Pixels] = {}
-        self.row_members: tuple[At, int] | None = None
+        self.row_members: View | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pass was recorded."""
+        return self.recording.tensors[self.recording.inputs[0].storage].device
 
     # Places
 
-    def packed(self, value: Convolved, vectors: int, pairs: bool, squares: int) -> At:
-        """The place of a convolution's weights, packed as :func:`fastens.plan.cpu.packing.pack` says."""
-        return packed(self.constants, value.key, value.weight, vectors, pairs, squares)
+    def argument(self, dtype: torch.dtype) -> Argument:
+        """A further argument of the call."""
+        self.arguments.append(Argument(len(self.arguments), dtype))
+        return self.arguments[-1]
 
     def buffer(self, elements: int, dtype: torch.dtype = torch.float32) -> Buffer:
-        """A new piece of the arena for elements recorded in a dtype, whole vectors of it."""
-        size = dtype.itemsize if self.typed else address_unit(dtype)
+        """A new buffer for elements recorded in a dtype, whole vectors of it."""
+        size = address_unit(dtype) if self.target.widens else dtype.itemsize
         made = Buffer(-(-elements * size // ALIGNMENT) * ALIGNMENT + ALIGNMENT, dtype=dtype)
         self.buffers.append(made)
         return made
+
+    def table(self, rows: int, columns: int) -> View:
+        """A new buffer for [rows, columns] of float32."""
+        return View(self.buffer(rows * columns), 0, (rows, columns), (columns, 1))
 
     def runs(self, num_rows: int, offsets: Ref | None, members: int) -> Runs | None:
         """Whose of ``members`` parameters ``num_rows`` rows take; none where that was recorded."""
@@ -90,88 +91,72 @@ class Emitter:
             return Runs(max(1, num_rows // members))
         if self.row_members is None:
             return None
-        at, total = self.row_members
-        return Runs(num_rows // total, at)
+        return Runs(num_rows // self.row_members.size[0], self.row_members)
 
     def constant(self, ref: Ref) -> Tensor | None:
         """The tensor of a reference that does not depend on the inputs."""
         return None if ref.storage in self.values else self.recording.constant(ref)
 
-    def kept(self, tensor: Tensor, key: object) -> At:
-        """The place of a constant tensor, copied to its logical order if it is laid out otherwise."""
-        return self.constants.add(key, tensor, tensor)
-
-    def stored(self, ref: Ref) -> At:
-        """The place of a value's first element; a value that was kept lazily is computed by a step added here."""
+    def stored(self, ref: Ref) -> View:
+        """A view of a value in memory; a value that was kept lazily is computed by a node added here."""
         value = self.values.get(ref.storage)
         if value is None:
             raise NotLowerable("a constant where a value was expected")
         if not isinstance(value, Stored):
             value = self._store(ref.storage, value)
-        held_wide = ref.dtype in (torch.bfloat16, torch.float16)
-        return value.at.plus(ref.offset, value.element_size if held_wide else ref.dtype.itemsize)
+        where = value.where
+        same = value.as_float32 or where.dtype == ref.dtype
+        return View(where if same else Cast(where, ref.dtype), ref.offset, ref.size, ref.stride)
 
-    def operand(self, ref: Ref, like: tuple[int, ...] = ()) -> tuple[At, tuple[int, ...], int]:
-        """Place, strides and dtype code of an elementwise operand, a constant laid out like strides are."""
+    def operand(self, ref: Ref, like: tuple[int, ...] = ()) -> View:
+        """A view of an elementwise operand, a constant laid out like strides are."""
         constant = self.constant(ref)
-        if constant is not None:
-            dense = constant
-            for d, stride in enumerate(ref.stride):
-                dense = dense.narrow(d, 0, 1) if stride == 0 and dense.shape[d] > 1 else dense
-            order = list(range(dense.ndim))
-            if len(like) == dense.ndim:
-                order.sort(key=lambda d: -like[d])
-            laid = dense.permute(order)
-            strides = dict(zip(order, laid.contiguous().stride(), strict=True))
-            broadcast = tuple(0 if n == 1 else strides[d] for d, n in enumerate(dense.shape))
-            return self.constants.add(("dense", ref, *order), laid, dense), broadcast, 0
-        at = self.stored(ref)
-        value = self.values[ref.storage]
-        assert isinstance(value, Stored)
-        wide = value.element_size == 4 and isinstance(value.at.where, Buffer)
-        return at, ref.stride, 0 if wide else self.code(ref.dtype)
+        if constant is None:
+            return self.stored(ref)
+        dense = constant
+        for d, stride in enumerate(ref.stride):
+            dense = dense.narrow(d, 0, 1) if stride == 0 and dense.shape[d] > 1 else dense
+        order = list(range(dense.ndim))
+        if len(like) == dense.ndim:
+            order.sort(key=lambda d: -like[d])
+        laid = dense.permute(order)
+        strides = dict(zip(order, laid.contiguous().stride(), strict=True))
+        broadcast = tuple(0 if n == 1 else strides[d] for d, n in enumerate(dense.shape))
+        return View(Constant(("dense", ref, *order), laid, dense), 0, ref.size, broadcast)
 
-    def copies_from(self, dtype: torch.dtype) -> bool:
-        """Whether elementwise steps read a dtype."""
-        return dtype in steps.DTYPES
-
-    def code(self, dtype: torch.dtype) -> int:
-        """The number of a dtype in elementwise steps."""
-        return steps.DTYPES[dtype]
-
-    def image(self, pixels: Pixels) -> Image:
-        """Pixels in memory as an operand of a step."""
+    def image(self, pixels: Pixels) -> View:
+        """Pixels in memory as an operand [R, C, H, W]."""
+        size = (pixels.rows, pixels.channels, pixels.height, pixels.width)
         constant = self.constant(pixels.ref)
         if constant is None:
-            place, row, y, x = self.stored(pixels.ref), pixels.row, pixels.y, pixels.x
-            if not self.is_wide(pixels.ref):
+            view = self.stored(pixels.ref)
+            if not self.readable(pixels.ref):
                 raise NotLowerable(f"an image of {pixels.ref.dtype}")
-        else:
-            dense = constant.as_strided(
-                (pixels.rows, pixels.height, pixels.width, pixels.channels),
-                (pixels.row, pixels.y, pixels.x, 1),
-                pixels.ref.offset,
-            )
-            place = self.kept(dense, ("image", pixels))
-            row, y, x = (n * pixels.channels for n in (pixels.height * pixels.width, pixels.width, 1))
-        return Image(place, row, y, x, pixels.channels, pixels.rows)
+            return View(view.where, view.offset, size, (pixels.row, 1, pixels.y, pixels.x))
+        dense = constant.as_strided(
+            (pixels.rows, pixels.height, pixels.width, pixels.channels),
+            (pixels.row, pixels.y, pixels.x, 1),
+            pixels.ref.offset,
+        )
+        row, y, x = (n * pixels.channels for n in (pixels.height * pixels.width, pixels.width, 1))
+        return View(Constant(("image", pixels), dense, dense), 0, size, (row, 1, y, x))
 
-    def is_wide(self, ref: Ref) -> bool:
-        """Whether a value is held in float32."""
+    def readable(self, ref: Ref) -> bool:
+        """Whether nodes read a value as it is where it is."""
         value = self.values.get(ref.storage)
-        inside = not isinstance(value, Stored) or isinstance(value.at.where, Buffer)
-        return ref.dtype == torch.float32 or (inside and ref.dtype == torch.bfloat16)
+        inside = not isinstance(value, Stored) or isinstance(value.where, Buffer)
+        return ref.dtype in (self.target.read_in_buffers if inside else self.target.read_in_arguments)
 
     # Reading
 
-    def source(self, pixels: Pixels) -> Source:
-        """How a step can read these pixels: from memory, or computed on the way."""
+    def chain(self, pixels: Pixels) -> Chain:
+        """How a node can read these pixels: from memory, or computed on the way."""
         value = self.values.get(pixels.ref.storage)
         if value is None or isinstance(value, Stored | Convolved | Expression | Padded | Scores):
-            return Source([pixels])
+            return Chain([pixels])
         if not value.pixels.same_place(pixels):
             self.stored(pixels.ref)
-            return Source([pixels])
+            return Chain([pixels])
         found = self._on_the_way(value, pixels)
         if found is None and (pixels.height, pixels.width) == (value.pixels.height, value.pixels.width):
             for part in value.parts if isinstance(value, Joined) else (value.inner,):
@@ -182,17 +167,17 @@ class Emitter:
                 raise NotLowerable(f"a {type(value).__name__.lower()} image in this layout")
         elif found is None:  # the lines of the image are others than those that it was made in
             self.stored(pixels.ref)
-            return Source([pixels])
+            return Chain([pixels])
         return found
 
-    def _on_the_way(self, value: Activated | Dropped | Normed | Joined | Enlarged, pixels: Pixels) -> Source | None:
-        """The source that computes a value while it is read, none where what it reads is not simple enough."""
+    def _on_the_way(self, value: Activated | Dropped | Normed | Joined | Enlarged, pixels: Pixels) -> Chain | None:
+        """The chain that computes a value while it is read, none where what it reads is not simple enough."""
         height, width = pixels.height, pixels.width
         if isinstance(value, Joined):
             parts = [self._inner(part, height, width) for part in value.parts]
-            if any(part is None or part != Source(part.images) or len(part.images) != 1 for part in parts):
+            if any(part is None or not part.plain or len(part.images) != 1 for part in parts):
                 return None
-            return Source([part.images[0] for part in parts if part is not None])
+            return Chain([part.images[0] for part in parts if part is not None])
         if isinstance(value, Enlarged):
             height, width = height // value.factor, width // value.factor
             if (pixels.height, pixels.width) != (value.pixels.height, value.pixels.width):
@@ -207,64 +192,46 @@ class Emitter:
         if isinstance(value, Dropped):
             words = len(inner.images) == 1 or inner.images[0].channels % steps.LANES == 0
             return dataclasses.replace(inner, mask=value.mask) if words and inner.factor == 1 else None
-        if inner.activation is not Activation.NONE:
+        if inner.activation != "none":
             return None
         if isinstance(value, Activated):
             return dataclasses.replace(inner, activation=value.activation)
         return None if inner.tables is not None else dataclasses.replace(inner, tables=self.tables(value))
 
-    def _inner(self, pixels: Pixels, height: int, width: int) -> Source | None:
+    def _inner(self, pixels: Pixels, height: int, width: int) -> Chain | None:
         reshaped = pixels.reshaped(height, width)
-        return None if reshaped is None else self.source(reshaped)
+        return None if reshaped is None else self.chain(reshaped)
 
-    def plain(self, pixels: Pixels) -> Source:
+    def plain(self, pixels: Pixels) -> Chain:
         """The same without normalisation, activation, mask and enlargement, which are computed first."""
-        source = self.source(pixels)
-        if source == Source(source.images):
-            return source
+        chain = self.chain(pixels)
+        if chain.plain:
+            return chain
         self.stored(pixels.ref)
-        return Source([pixels])
+        return Chain([pixels])
 
-    def tables(self, value: Normed) -> tuple[At, At]:
-        """Scale and shift of a normalisation, [R, C] each, by a step that is added when they are first asked for."""
+    def tables(self, value: Normed) -> tuple[View, View]:
+        """Scale and shift of a normalisation, [R, C] each, by a node that is added when they are first asked for."""
         if value.tables is None:
-            source = self.plain(value.inner)
+            chain = self.plain(value.inner)
             rows, channels = value.pixels.rows, value.pixels.channels
-            value.tables = (At(self.buffer(rows * channels)), At(self.buffer(rows * channels)))
-            pixels = source.images[0]
-            pair = self.pair(source)
-            size = channels // value.groups
-            splits = 1
-            if rows * 2 <= 2 * self.num_threads + 1 and channels >= 64 and size >= 8:
-                splits = min(2, value.groups)
-            scale, shift = value.row_scale or (None, 0), value.row_shift or (None, 0)
+            value.tables = (self.table(rows, channels), self.table(rows, channels))
+            images = self._images(chain)
             self.add(
-                steps.Norm(
-                    rows,
-                    value.runs.rows,
-                    splits,
-                    pair,
-                    pixels.height,
-                    pixels.width,
-                    value.groups,
-                    or_none(value.weight),
-                    or_none(value.bias),
-                    or_none(scale[0]),
-                    scale[1],
-                    or_none(shift[0]),
-                    shift[1],
-                    value.eps,
-                    *value.tables,
-                    or_none(value.runs.members),
-                    tasks=rows * splits,
+                graph.Norm(
+                    *value.tables, images, value.groups, value.weight, value.bias, value.row_scale, value.row_shift,
+                    value.eps, value.runs,
                 )
-            )
+            )  # fmt: skip
         return value.tables
 
-    def pair(self, source: Source) -> tuple[Image, Image]:
-        """The images of a source as the two operands of a step."""
-        images = [self.image(pixels) for pixels in source.images]
-        return images[0], images[1] if len(images) == 2 else Image()
+    def _images(self, chain: Chain) -> tuple[View, ...]:
+        return tuple(self.image(pixels) for pixels in chain.images)
+
+    def source(self, chain: Chain) -> Source:
+        """A chain as the operand of a node."""
+        scale, shift = chain.tables or (None, None)
+        return Source(self._images(chain), chain.factor, scale, shift, chain.activation, chain.mask)
 
     # Writing
 
@@ -272,9 +239,9 @@ class Emitter:
         """Compute a value into memory now, if that was not done yet."""
         self._store(storage, self.values[storage])
 
-    def add(self, step: Step | Call) -> None:
-        """Append a step."""
-        self.steps.append(step)
+    def add(self, node: graph.Node) -> None:
+        """Append a node."""
+        self.nodes.append(node)
 
     def _store(self, storage: int, value: Value) -> Stored:
         if isinstance(value, Stored):
@@ -283,54 +250,59 @@ class Emitter:
             value.compute()
             return self._store(storage, self.values[storage])
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
-        place = Stored(At(self.buffer(ref.span, ref.dtype)))
-        self._write(value, place.at)
+        as_float32 = self.target.widens and ref.dtype not in self.target.floats
+        place = Stored(self.buffer(ref.span, torch.float32 if as_float32 else ref.dtype), as_float32)
+        self._write(value, place.where)
         self.values[storage] = place
         return place
 
-    def _write(self, value: Value, at: At) -> None:
+    def _write(self, value: Value, where: Buffer | Argument) -> None:
         if isinstance(value, Expression):
-            self.expression(value.root, value.ref.size, at, value.ref.stride, 0)
+            self.expression(value.root, View(where, 0, value.ref.size, value.ref.stride))
         elif isinstance(value, Convolved):
-            convolution(self, value, at)
+            self.convolution(value, where)
         elif isinstance(value, Padded):
-            padded(self, value, at)
+            padded(self, value, where)
         elif isinstance(value, Activated | Dropped | Normed | Joined | Enlarged):
-            self._copied(value, at)
+            materialized(self, value, where)
 
-    def _copied(self, value: Activated | Dropped | Normed | Joined | Enlarged, at: At) -> None:
-        copied(self, value, at)
+    def convolution(self, value: Convolved, where: Buffer | Argument, offset: int = 0) -> None:
+        """Append the convolution that computes a value into memory.
 
-    def pointwise(
-        self, sizes: list[int], out: Strided, inputs: list[Strided], code: list[tuple[Opcode, int, int, float]]
-    ) -> None:
-        """Append an elementwise step, its runs split where there are too few of them for the threads."""
-        sizes, strides = simplified(sizes, [out.strides, *(x.strides for x in inputs)])
-        numel = 1
-        for n in sizes:
-            numel *= n
-        if numel == 0:
-            return
-        operands = [dataclasses.replace(x, strides=s) for x, s in zip((out, *inputs), strides, strict=True)]
-        runs = numel // sizes[-1]
-        tasks = max(1, min(runs, numel // _POINTWISE_GRAIN, 4 * self.num_threads))
-        words: list[int | float] = []
-        for opcode, a, b, number in code + [(Opcode.COPY, 0, 0, 0.0)] * (steps.MAX_INSTRUCTIONS - len(code)):
-            words += [int(opcode) | a << 16 | b << 32, float(number)]
-        padding = [Strided() for _ in range(steps.MAX_INPUTS - len(inputs))]
+        It computes of its input what nothing else needs in memory: ``pad(x)`` is its own padding.
+        """
+        pixels, padding = value.pixels, value.padding
+        inner = self.values.get(value.inner.ref.storage)
+        read = value.inner
+        if isinstance(inner, Padded) and inner.pixels.same_place(read):
+            padding = (padding[0] + inner.padding[2], padding[1] + inner.padding[0])
+            read = inner.inner
+        source = self.source(self.chain(read))
+        residual = None if value.residual is None else self.image(value.residual)
+        weight: Tensor = value.weight
+        bias = None if value.bias is None else Constant(("bias", value.key), value.bias, value.bias)
+        size = (pixels.rows, weight.shape[1], pixels.height, pixels.width)
         self.add(
-            steps.Pointwise(sizes, operands[0], len(inputs), operands[1:] + padding, len(code), words, tasks=tasks)
-        )
+            graph.Conv(
+                View(where, offset, size, (pixels.row, 1, pixels.y, pixels.x)), source,
+                Constant(value.key, weight, weight), bias, value.stride, padding, value.runs,
+                Epilogue(value.row_bias, residual, float(value.scale), value.activation), value.mask,
+                float(value.divisor),
+            )
+        )  # fmt: skip
 
-    def expression(
-        self, root: Leaf | Apply, size: tuple[int, ...], at: At, stride: tuple[int, ...], dtype: int
-    ) -> None:
-        """Append the steps that compute an expression into a strided place."""
+    def pointwise(self, out: View, inputs: list[View], code: Code) -> None:
+        """Append an elementwise node, unless there is nothing to compute."""
+        if all(out.size):
+            self.add(graph.Pointwise(out, inputs, code))
+
+    def expression(self, root: Leaf | Apply, out: View) -> None:
+        """Append the node that computes an expression into memory."""
         leaves, code = instructions(root)
         inputs = []
         for leaf in leaves:
-            place, strides, code_of = self.operand(leaf.ref, stride)
-            missing = len(size) - len(strides)
-            aligned = [0] * missing + [0 if n == 1 else s for n, s in zip(leaf.ref.size, strides, strict=True)]
-            inputs.append(Strided(place, code_of, aligned))
-        self.pointwise(list(size), Strided(at, dtype, list(stride)), inputs, code)
+            x = self.operand(leaf.ref, out.stride)
+            missing = len(out.size) - len(x.size)
+            stride = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.size, x.stride, strict=True))
+            inputs.append(View(x.where, x.offset, out.size, stride))
+        self.pointwise(out, inputs, code)

@@ -1,4 +1,4 @@
-"""Lowering of dropout: fixed masks are constants, fresh ones are drawn by a step; other steps apply them."""
+"""Lowering of dropout: fixed masks are constants, fresh ones are drawn by a node; other nodes apply them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 from fastens.ops.dropout import dropout
-from fastens.plan.lowering.builder import Emitter
-from fastens.plan.lowering.elementwise import relaid
+from fastens.plan.graph import Draw, Mask, Runs, View
+from fastens.plan.lowering.builder import Builder
+from fastens.plan.lowering.fusion import mask_in_epilogue
 from fastens.plan.lowering.registry import image_pixels, lowers, pending
-from fastens.plan.lowering.values import Convolved, Dropped, Mask, Pixels, Runs, pixels_of
-from fastens.plan.memory import At, or_none
-from fastens.program import steps
+from fastens.plan.lowering.values import Dropped, Pixels, pixels_of
+from fastens.plan.memory import Constant
 from fastens.trace.record import Node, NotLowerable, Ref
 
-_DRAW_GRAIN = 4096  # elements that are worth a task
+_WORDS = {16: torch.int16, 32: torch.int32}
 
 
 @lowers("fastens.dropout")
-def drop(emitter: Emitter, node: Node) -> bool:
+def drop(builder: Builder, node: Node) -> bool:
     """Dropout, on the way out of the convolution before where one has it to itself, else on the way into a step."""
     x, members, samples, p, key = node.args[:5]
     out = node.outs[0]
     if len(node.args) > 6 and node.args[6] != "none":
         raise NotLowerable("an activation inside of a dropout")
-    if x.dtype not in emitter.floats or not 2 <= len(x.size) <= 4 or not x.numel:
+    if x.dtype not in builder.target.floats or not 2 <= len(x.size) <= 4 or not x.numel:
         if samples is None:
             return False
         raise NotLowerable(f"fresh masks of {list(x.size)}, {x.dtype}")
-    before = pending(emitter, x)
+    before = pending(builder, x)
     for dim in (1, -1):
         result = pixels_of(out, dim)
         if result is None:
@@ -39,27 +39,19 @@ def drop(emitter: Emitter, node: Node) -> bool:
         inner = pixels_of(x, dim)
         if not whole or (inner is None and dim == 1):
             continue
-        mask = _mask(emitter, node, result, dim % len(x.size), members, samples, p, key)
-        if before is not None and _is_linear(before) and relaid(before, out):
-            before.mask = mask
-            emitter.values[out.storage] = before
+        mask = _mask(builder, node, result, dim % len(x.size), members, samples, p, key)
+        if mask_in_epilogue(builder, out, x, mask):
             return True
-        inner = image_pixels(emitter, x, dim)
+        inner = image_pixels(builder, x, dim)
         if inner is None:
             raise NotLowerable(f"dropout of {list(x.size)}, {list(x.stride)}")
-        emitter.values[out.storage] = Dropped(result, inner, mask)
+        builder.values[out.storage] = Dropped(result, inner, mask)
         return True
     raise NotLowerable(f"dropout of {list(x.size)}, {list(x.stride)}")
 
 
-def _is_linear(before: Convolved) -> bool:
-    """Whether nothing was taken into a convolution that comes behind a mask."""
-    nothing = before.mask is None and before.residual is None and not before.scaled
-    return nothing and before.activation is steps.Activation.NONE
-
-
 def _mask(
-    emitter: Emitter, node: Node, pixels: Pixels, dim: int, members: Ref, samples: Ref | None, p: float, key: int
+    builder: Builder, node: Node, pixels: Pixels, dim: int, members: Ref, samples: Ref | None, p: float, key: int
 ) -> Mask:
     threshold, scale = round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
     if threshold == 0:
@@ -67,11 +59,11 @@ def _mask(
     size = node.args[0].size
     channel_step = math.prod(size[dim + 1 :])
     pixel_step = 1 if dim == 1 and len(size) > 2 else size[-1]
-    count, words = pixels.height * pixels.width, -(-pixels.channels // steps.LANES)
-    runs = _runs(emitter, members)
+    count, words = pixels.height * pixels.width, -(-pixels.channels // builder.target.mask_lanes)
+    runs = _runs(builder, members)
     if samples is None:
-        constant = emitter.constant(members)
-        masks = emitter.recording.masks
+        constant = builder.constant(members)
+        masks = builder.recording.masks
         if constant is not None:
             num_members = int(constant.max()) + 1
         elif masks is not None:
@@ -79,56 +71,41 @@ def _mask(
         else:
             raise NotLowerable("masks of members that are not known")
         elements = (count, pixels.channels, pixel_step, channel_step)
-        identity = ("mask", key, p, num_members, *elements)
-        bits = _fixed(num_members, math.prod(size[1:]), p, key, *elements)
-        return Mask(emitter.constants.add(identity, bits), count * words, words, runs, scale)
-    inputs = emitter.recording.masks
+        bits = _fixed(num_members, math.prod(size[1:]), p, key, *elements, builder.target.mask_lanes)
+        kept = Constant(("mask", key, p, num_members, *elements), bits.to(builder.device), None)
+        return Mask(View(kept, 0, tuple(bits.shape), tuple(bits.stride())), runs, scale)
+    inputs = builder.recording.masks
     if inputs is None or inputs.drawn is None or key not in inputs.keys:
         raise NotLowerable("fresh masks that are the same in every pass")
-    drawn = emitter.stored(inputs.drawn)
-    bits = At(emitter.buffer(-(-pixels.rows * count * words // 2)))
-    per_row = count * words * steps.LANES
-    splits = max(1, min(-(-count // 4), per_row // _DRAW_GRAIN, -(-3 * emitter.num_threads // pixels.rows)))
-    emitter.add(
-        steps.Draw(
-            pixels.rows,
-            runs.rows,
-            splits,
-            count,
-            pixels.channels,
-            pixel_step,
-            channel_step,
-            drawn.plus(1 + inputs.keys[key], 8),
-            drawn,
-            emitter.stored(samples),
-            threshold,
-            bits,
-            count * words,
-            words,
-            or_none(runs.members),
-            tasks=pixels.rows * splits,
-        )
+    word = _WORDS[builder.target.mask_lanes]
+    drawn = builder.stored(inputs.drawn)
+    bits = View(
+        builder.buffer(pixels.rows * count * words, word), 0, (pixels.rows, count, words), (count * words, words, 1)
     )
-    return Mask(bits, count * words, words, Runs(1), scale)
+    builder.add(
+        Draw([bits], drawn, [inputs.keys[key]], runs.members, builder.stored(samples), runs.rows, threshold,
+             [pixels.channels], [(pixel_step, channel_step)])
+    )  # fmt: skip
+    return Mask(bits, Runs(1), scale)
 
 
-def _runs(emitter: Emitter, members: Ref) -> Runs:
+def _runs(builder: Builder, members: Ref) -> Runs:
     """Which rows are whose: ``members`` int64 [R] of the recorded pass, or of every call."""
-    constant = emitter.constant(members)
+    constant = builder.constant(members)
     if constant is None:
-        return Runs(1, emitter.stored(members))
+        return Runs(1, builder.stored(members))
     each = max(1, int((constant == 0).sum()))
     if torch.equal(constant, torch.arange(len(constant)) // each):
         return Runs(each)
-    return Runs(1, emitter.constants.add(("members", members), constant.contiguous().view(torch.float32), constant))
+    return Runs(1, View(Constant(("members", members), constant, constant), 0, members.size, (1,)))
 
 
 def _fixed(
-    num_members: int, size: int, p: float, key: int, pixels: int, channels: int, pixel_step: int, channel_step: int
-) -> Tensor:
-    """The bits of the masks of all members, as float32."""
+    num_members: int, size: int, p: float, key: int, pixels: int, channels: int, pixel_step: int, channel_step: int,
+    lanes: int,
+) -> Tensor:  # fmt: skip
+    """The bits of the masks of all members, [K, pixels, words] of integers of ``lanes`` bits."""
     kept = dropout(torch.ones(num_members, size), torch.arange(num_members), None, p, key) > 0
     kept = kept.as_strided((num_members, pixels, channels), (size, pixel_step, channel_step))
-    kept = torch.nn.functional.pad(kept.int(), (0, -channels % steps.LANES)).unflatten(-1, (-1, steps.LANES))
-    words = (kept << torch.arange(steps.LANES)).sum(-1).to(torch.int16).flatten()
-    return torch.nn.functional.pad(words, (0, len(words) % 2)).view(torch.float32)
+    kept = torch.nn.functional.pad(kept.long(), (0, -channels % lanes)).unflatten(-1, (-1, lanes))
+    return (kept << torch.arange(lanes)).sum(-1).to(_WORDS[lanes])

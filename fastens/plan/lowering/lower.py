@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 
+from fastens.plan.graph import View
 from fastens.plan.lowering import attention, dropout, elementwise, layers
-from fastens.plan.lowering.builder import Emitter
+from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.registry import copy_out, lower
+from fastens.plan.lowering.target import Target
 from fastens.plan.lowering.values import Leaf, Stored
-from fastens.plan.memory import At
-from fastens.program.steps import Slot
-from fastens.trace.functionalize import contiguous, versioned
-from fastens.trace.record import Ref
+from fastens.trace.functionalize import contiguous, functionalized
+from fastens.trace.record import Recording, Ref
 
 _HANDLERS = (attention, dropout, elementwise, layers)  # imported for the handlers that they register
 
 
-def lower_all(emitter: Emitter) -> list[Ref]:
-    """Lower a whole recording: inputs in their slots, every operation, and outputs, contiguous, in the slots behind.
+def lower_all(recording: Recording, num_members: int, target: Target) -> tuple[Builder, list[Ref]]:
+    """Lower a whole recording: every operation, and outputs, contiguous, in the arguments behind the inputs.
+
+    Args:
+        recording: of the pass.
+        num_members: K.
+        target: the back end that it is lowered for.
 
     Returns:
-        The outputs.
+        What has built the graph, and the outputs.
     """
-    recording = emitter.recording
-    nodes, outputs = versioned(recording.nodes, recording.outputs, recording.inputs)
-    emitter.uses = Counter(ref.storage for node in nodes for ref in node.reads)
-    emitter.uses.update(ref.storage for ref in outputs)
-    for i, ref in enumerate(recording.inputs):
-        emitter.values[ref.storage] = Stored(At(Slot.ARGUMENTS + i), ref.dtype.itemsize)
+    builder = Builder(recording, num_members, target)
+    nodes, outputs = functionalized(recording.nodes, recording.outputs, recording.inputs)
+    builder.uses = Counter(ref.storage for node in nodes for ref in node.reads)
+    builder.uses.update(ref.storage for ref in outputs)
+    for ref in recording.inputs:
+        builder.values[ref.storage] = Stored(builder.argument(ref.dtype))
         if ref is recording.row_members:
-            emitter.row_members = (At(Slot.ARGUMENTS + i), ref.size[0])
+            builder.row_members = builder.stored(ref)
+    places = [builder.argument(ref.dtype) for ref in outputs]
     for node in nodes:
-        lower(emitter, node)
-    first_output = Slot.ARGUMENTS + len(recording.inputs)
-    for i, ref in enumerate(outputs):
-        place, stride = At(first_output + i), contiguous(ref.size)
-        if emitter.typed or ref.dtype in emitter.floats:
-            emitter.expression(Leaf(ref), ref.size, place, stride, emitter.code(ref.dtype))
-        else:  # steps compute in float32
-            copy_out(emitter, ref, place)
-    return outputs
+        lower(builder, node)
+    for ref, place in zip(outputs, places, strict=True):
+        if ref.dtype in target.floats or target.copies_all:
+            builder.expression(Leaf(ref), View(place, 0, ref.size, contiguous(ref.size)))
+        else:
+            copy_out(builder, ref, place)
+    return builder, outputs

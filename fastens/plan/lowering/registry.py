@@ -1,4 +1,4 @@
-"""From a recording to steps: one handler per operation, which leaves to a later step what that can compute."""
+"""From a recording to a graph: one handler per operation, which leaves to a later node what that can compute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastens.plan.lowering.builder import Emitter
+from fastens.plan.graph import TorchCall, View
+from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.values import (
     Convolved,
     Expression,
@@ -17,12 +18,11 @@ from fastens.plan.lowering.values import (
     pixels_of,
 )
 from fastens.plan.lowering.views import origin
-from fastens.plan.memory import At, address_unit
-from fastens.plan.torch_call import Call
+from fastens.plan.memory import Argument
 from fastens.trace.functionalize import contiguous
 from fastens.trace.record import Node, NotLowerable, Ref, mapped, same_view
 
-Handler = Callable[[Emitter, Node], bool]
+Handler = Callable[[Builder, Node], bool]
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -42,35 +42,46 @@ def lowers(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def lower(emitter: Emitter, node: Node) -> None:
-    """Turn an operation into a value or a step, or else into a call of torch."""
+def lower(builder: Builder, node: Node) -> None:
+    """Turn an operation into a value or a node, or else into a call of torch."""
     handler = HANDLERS.get(node.name)
-    if handler is None or not handler(emitter, node):
-        call(emitter, node)
+    if handler is None or not handler(builder, node):
+        call(builder, node)
 
 
-def call(emitter: Emitter, node: Node) -> None:
-    """Let torch run an operation on views of the arena and of the inputs."""
-    places = {ref: emitter.stored(ref) for ref in node.reads if emitter.constant(ref) is None}
+def call(builder: Builder, node: Node) -> None:
+    """Let torch run an operation on views of memory."""
+    args, kwargs = _operands(builder, (node.args, node.kwargs))
     for out in node.outs:
-        size = address_unit(out.dtype)
-        place = At(emitter.buffer(out.span, out.dtype))
-        emitter.values[out.storage] = Stored(place, size)
-        places[out] = place.plus(out.offset, size)
-    emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
+        builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
+    builder.add(TorchCall(_operands(builder, node.outs), node.func, args, kwargs))
 
 
-def call_into(emitter: Emitter, node: Node) -> None:
+def call_into(builder: Builder, node: Node) -> None:
     """Let torch write a part of a value that is in memory already."""
-    places = {ref: emitter.stored(ref) for ref in (*node.reads, *node.outs) if emitter.constant(ref) is None}
-    emitter.add(Call(node.func, node.args, node.kwargs, node.outs, places))
+    args, kwargs = _operands(builder, (node.args, node.kwargs))
+    builder.add(TorchCall(_operands(builder, node.outs), node.func, args, kwargs))
 
 
-def copy_out(emitter: Emitter, ref: Ref, place: At) -> None:
-    """Let torch copy a value to a place of its own, contiguous and in its own dtype."""
-    out = Ref(id(place), 0, ref.size, contiguous(ref.size), ref.dtype)
-    places = {out: place} if emitter.constant(ref) is not None else {out: place, ref: emitter.stored(ref)}
-    emitter.add(Call(torch.ops.aten.clone.default, (ref,), {}, [out], places))
+def copy_out(builder: Builder, ref: Ref, where: Argument) -> None:
+    """Let torch copy a value to an output, contiguous and in its own dtype."""
+    out = View(where, 0, ref.size, contiguous(ref.size))
+    builder.add(TorchCall([out], torch.ops.aten.clone.default, _operands(builder, (ref,)), {}))
+
+
+def _operands(builder: Builder, tree: Any) -> Any:
+    """Arguments of an operation with tensors where they are constant, and views of memory elsewhere."""
+
+    def operand(leaf: Ref) -> Any:
+        constant = builder.constant(leaf)
+        if constant is not None:
+            return constant
+        view = builder.stored(leaf)
+        if view.dtype != leaf.dtype:
+            raise NotLowerable(f"a call of torch on {leaf.dtype} that is held in {view.dtype}")
+        return view
+
+    return mapped(Ref, operand, tree)
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -78,55 +89,45 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
-def image_pixels(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels | None:
+def image_pixels(builder: Builder, ref: Ref, channel_dim: int) -> Pixels | None:
     """A tensor as images; one with the channels elsewhere is copied into that layout first."""
-    if ref.dtype not in emitter.floats:
+    if ref.dtype not in builder.target.floats:
         return None
-    value = emitter.values.get(ref.storage)
+    value = builder.values.get(ref.storage)
     if isinstance(value, Expression):
-        seen = origin(emitter, ref).simple()
+        seen = origin(builder, ref).simple()
         direct = None if seen is None or seen.storage == ref.storage else pixels_of(seen, channel_dim)
-        if direct is not None and emitter.constant(direct.ref) is None and emitter.is_wide(direct.ref):
+        if direct is not None and builder.constant(direct.ref) is None and builder.readable(direct.ref):
             return direct
     pixels = pixels_of(ref, channel_dim)
-    inside = not (isinstance(value, Stored) and isinstance(value.at.where, int))
+    inside = not (isinstance(value, Stored) and isinstance(value.where, Argument))
     if pixels is not None and (inside or ref.dtype == torch.float32):
         return pixels
     if len(ref.size) > 4:
         return None
-    if ref not in emitter.copies:
-        emitter.copies[ref] = _rearranged(emitter, ref, channel_dim % len(ref.size))
-    return emitter.copies[ref]
+    if ref not in builder.copies:
+        builder.copies[ref] = _rearranged(builder, ref, channel_dim % len(ref.size))
+    return builder.copies[ref]
 
 
-def _rearranged(emitter: Emitter, ref: Ref, channel_dim: int) -> Pixels:
+def _rearranged(builder: Builder, ref: Ref, channel_dim: int) -> Pixels:
     dims = [0, *(d for d in range(1, len(ref.size)) if d != channel_dim), channel_dim]
     stride, step = [0] * len(ref.size), 1
     for d in reversed(dims):
         stride[d], step = step, step * ref.size[d]
-    buffer = emitter.buffer(ref.numel, ref.dtype)
-    emitter.expression(Leaf(ref), ref.size, At(buffer), tuple(stride), 0)
-    new = Ref(id(buffer), 0, ref.size, tuple(stride), torch.float32)
-    emitter.values[new.storage] = Stored(At(buffer))
+    buffer = builder.buffer(ref.numel, ref.dtype)
+    builder.expression(Leaf(ref), View(buffer, 0, ref.size, tuple(stride)))
+    new = Ref(id(buffer), 0, ref.size, tuple(stride), ref.dtype)
+    builder.values[new.storage] = Stored(buffer)
     pixels = pixels_of(new, channel_dim)
     if pixels is None:
         raise NotLowerable(f"a tensor of {len(ref.size)} dimensions as images")
     return pixels
 
 
-def pending(emitter: Emitter, ref: Ref) -> Convolved | None:
+def pending(builder: Builder, ref: Ref) -> Convolved | None:
     """The convolution that a reference is the only use of, where it was not computed yet."""
-    value = emitter.values.get(ref.storage)
-    if isinstance(value, Convolved) and same_view(value.pixels.ref, ref) and emitter.uses[ref.storage] == 1:
+    value = builder.values.get(ref.storage)
+    if isinstance(value, Convolved) and same_view(value.pixels.ref, ref) and builder.uses[ref.storage] == 1:
         return value
     return None
-
-
-def constants_of(emitter: Emitter, tree: Any) -> Any:
-    """The arguments of a call with the tensors that are constant in their place."""
-
-    def found(leaf: Ref) -> Any:
-        constant = emitter.constant(leaf)
-        return leaf if constant is None else constant
-
-    return mapped(Ref, found, tree)

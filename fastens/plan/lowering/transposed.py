@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastens.plan.cpu.convolution import convolution
 from fastens.plan.lowering.values import Convolved, Padded, Stored
-from fastens.plan.memory import At
 
 if TYPE_CHECKING:
-    from fastens.plan.lowering.builder import Emitter
+    from fastens.plan.lowering.builder import Builder
 
 
-def by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
+def by_phases(builder: Builder, value: Convolved) -> Stored | Convolved:
     """A transposed convolution as plain ones, each of the output pixels that the same kernel elements reach.
 
     Output pixel ``s j + f`` of stride s and padding p reads input pixel ``j + b - m`` by kernel element ``r + s m``,
@@ -23,7 +21,7 @@ def by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
     may join as they do any convolution.
 
     Args:
-        emitter: it gets the steps.
+        builder: it gets the nodes.
         value: stack [K, C_in, C_out, kernel_h, kernel_w], stride and padding of the transposed convolution.
     """
     stack, pixels = value.weight.transpose(1, 2), value.pixels
@@ -50,12 +48,12 @@ def by_phases(emitter: Emitter, value: Convolved) -> Stored | Convolved:
     if value.stride == (1, 1):
         return phase(0, 0)
     if (
-        not isinstance(emitter.values.get(value.inner.ref.storage), Padded)
-        and emitter.constant(value.inner.ref) is None
+        not isinstance(builder.values.get(value.inner.ref.storage), Padded)
+        and builder.constant(value.inner.ref) is None
     ):
-        emitter.stored(value.inner.ref)  # every phase reads it: norm and activation are computed once
-    place = At(emitter.buffer(pixels.ref.span, pixels.ref.dtype))
+        builder.stored(value.inner.ref)  # every phase reads it: norm and activation are computed once
+    buffer = builder.buffer(pixels.ref.span, pixels.ref.dtype)
     for y in range(min(value.stride[0], pixels.height)):
         for x in range(min(value.stride[1], pixels.width)):
-            convolution(emitter, phase(y, x), place.plus(y * pixels.y + x * pixels.x))
-    return Stored(place)
+            builder.convolution(phase(y, x), buffer, y * pixels.y + x * pixels.x)
+    return Stored(buffer)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from fastens.plan.memory import At, or_none
-from fastens.program import steps
-from fastens.program.steps import Activation, Opcode
+from fastens.plan.graph import Code, Mask, Runs, View
+from fastens.plan.memory import Argument, Buffer, Constant
+from fastens.program.steps import Opcode
 from fastens.trace.record import Ref
 
 
@@ -71,37 +71,16 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-    """Whose parameters each row takes: runs of rows that belong to the members in turn, or to those at a place."""
-
-    rows: int
-    members: At | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Stored:
-    """A value in memory, laid out as torch laid it out when it was recorded; ``element_size`` bytes an element."""
+    """A value in memory, in a buffer or an argument, laid out as torch laid it out when it was recorded.
 
-    at: At
-    element_size: int = 4
+    Attributes:
+        where: the memory.
+        as_float32: whether another dtype is held in float32, as elementwise nodes read and write it.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """Bits of what a dropout keeps, and the factor of that; see :class:`fastens.program.steps.Mask`."""
-
-    bits: At
-    row: int
-    pixel: int
-    runs: Runs
-    scale: float
-
-
-def mask_step(mask: Mask | None) -> steps.Mask:
-    """A mask, or that there is none, as steps have it."""
-    if mask is None:
-        return steps.Mask()
-    return steps.Mask(mask.bits, mask.row, mask.pixel, mask.runs.rows, or_none(mask.runs.members), mask.scale)
+    where: Buffer | Argument
+    as_float32: bool = False
 
 
 @dataclasses.dataclass
@@ -110,7 +89,7 @@ class Activated:
 
     pixels: Pixels
     inner: Pixels
-    activation: Activation
+    activation: str
 
 
 @dataclasses.dataclass
@@ -131,11 +110,11 @@ class Normed:
     groups: int
     eps: float
     runs: Runs
-    weight: At | None
-    bias: At | None
-    row_scale: tuple[At, int] | None = None  # place and stride of a row
-    row_shift: tuple[At, int] | None = None
-    tables: tuple[At, At] | None = None
+    weight: Constant | None
+    bias: Constant | None
+    row_scale: View | None = None  # [R, C]
+    row_shift: View | None = None
+    tables: tuple[View, View] | None = None  # scale and shift, once they are computed
 
 
 @dataclasses.dataclass
@@ -176,19 +155,12 @@ class Convolved:
     stride: tuple[int, int]
     padding: tuple[int, int]  # top, left
     runs: Runs
-    row_vector: tuple[At, int] | None = None
+    row_bias: View | None = None  # [R, O]
     mask: Mask | None = None  # before the residual is added
     residual: Pixels | None = None
     scale: float = 1.0
     divisor: float = 1.0
-    activation: Activation = Activation.NONE
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """Members that have rows, and rows of each: on average, where it is only said when the plan runs."""
-        runs = self.pixels.rows // self.runs.rows
-        members = runs if self.runs.members is None else min(runs, len(self.weight))
-        return members, -(-self.pixels.rows // members)
+    activation: str = "none"
 
     @property
     def scaled(self) -> bool:
@@ -233,14 +205,19 @@ class Scores:
 
 
 @dataclasses.dataclass
-class Source:
-    """What a step reads: up to two images, normalised, then activated, then under a mask, and enlarged."""
+class Chain:
+    """What a node computes as it reads: up to two images, normalised, then activated, then under a mask, enlarged."""
 
     images: list[Pixels]
     factor: int = 1
-    tables: tuple[At, At] | None = None
-    activation: Activation = Activation.NONE
+    tables: tuple[View, View] | None = None
+    activation: str = "none"
     mask: Mask | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is images as they are in memory."""
+        return self == Chain(self.images)
 
 
 def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
@@ -253,10 +230,10 @@ def collect_leaves(node: Leaf | Apply, into: list[Leaf]) -> None:
         collect_leaves(operand, into)
 
 
-def instructions(root: Leaf | Apply) -> tuple[list[Leaf], list[tuple[Opcode, int, int, float]]]:
+def instructions(root: Leaf | Apply) -> tuple[list[Leaf], Code]:
     """The distinct leaves of an expression, which are the first registers, and what computes it from them."""
     leaves: list[Leaf] = []
-    code: list[tuple[Opcode, int, int, float]] = []
+    code: Code = []
     collect_leaves(root, leaves)
     registers: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Copies and elementwise launches that other launches do on their way, by reading or writing elsewhere."""
+"""Copies and elementwise nodes that other nodes do on their way, by reading or writing elsewhere."""
 
 from __future__ import annotations
 
@@ -8,47 +8,51 @@ import math
 import torch
 
 from fastens.plan.gpu.dataflow import Dataflow, split
-from fastens.plan.gpu.launch import Code, Conv, Entry, Join, Launch, Pointwise, View, factors_through
-from fastens.plan.lowering.views import joined
-from fastens.program.steps import Opcode, Slot
+from fastens.plan.gpu.launch import Conv, Entry, Join
+from fastens.plan.graph import Code, Node, Pointwise, View, factors_through
+from fastens.plan.layout import joined
+from fastens.plan.memory import Argument
+from fastens.program.steps import Opcode
 from fastens.trace.functionalize import contiguous
 from fastens.trace.record import Ref
 
-_MOST_INPUTS, _MOST_INSTRUCTIONS = 8, 16  # of an elementwise launch
+_MOST_INPUTS, _MOST_INSTRUCTIONS = 8, 16  # of an elementwise node
 _CHEAP = 1 << 16  # elements that are computed twice sooner than launched once more
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def copied(launch: Launch | None) -> Pointwise | None:
-    """The launch as a copy of one operand; none where it computes or reads more."""
-    return launch if isinstance(launch, Pointwise) and launch.is_copy else None
+def copied(node: Node | None) -> Pointwise | None:
+    """The node as a copy of one operand; none where it computes or reads more."""
+    return node if isinstance(node, Pointwise) and node.is_copy else None
 
 
-def read_through_copies(flow: Dataflow, inputs: list[Ref]) -> None:
-    """Let what reads a copy read what was copied; inputs are given in the layout and dtype that they are read in."""
+def return_what_was_copied(flow: Dataflow) -> None:
+    """Return copy(x)  ->  return x, where x seen through the copy is one view."""
     flow.outputs.views = [_original(flow, view, any_dtype=True) for view in flow.outputs.views]
-    flow.index()
-    for launch in flow.launches:
-        if isinstance(launch, Conv):
-            _read_image(flow, launch, inputs)
-    flow.index()
-    flow.remove_unread()
-    fuse_elementwise(flow)
-    for launch in flow.launches:
-        if copy := copied(launch):
-            _enter(flow, copy, inputs)
-    flow.index()
-    fuse_elementwise(flow)
 
 
-def _enter(flow: Dataflow, copy: Pointwise, inputs: list[Ref]) -> None:
+def convolve_what_was_copied(flow: Dataflow) -> None:
+    """Convolve copy(x)  ->  convolve x, an input in the layout it is read in; rows that all members share once."""
+    for node in flow.nodes:
+        if isinstance(node, Conv):
+            _read_image(flow, node)
+
+
+def enter_in_the_dtype_read(flow: Dataflow) -> None:
+    """Copy an input to another dtype  ->  copy what has that dtype as it comes in, which is a copy anyway."""
+    for node in flow.nodes:
+        if copy := copied(node):
+            _enter(copy, flow.inputs)
+
+
+def _enter(copy: Pointwise, inputs: list[Ref]) -> None:
     """Let an input that is copied to another dtype have that dtype as it comes in."""
     out, (source,) = copy.out, copy.inputs
-    if not _is_input(source, inputs) or flow.dtype(out) not in _FLOATS or flow.dtype(out) == flow.dtype(source):
+    if not _is_input(source, inputs) or out.dtype not in _FLOATS or out.dtype == source.dtype:
         return
-    ref = inputs[source.where - Slot.ARGUMENTS]
+    ref = inputs[source.where.number]
     stride = ref.stride if ref.span == ref.numel else contiguous(ref.size)
-    entered = _entered(source, inputs, stride, flow.dtype(out))
+    entered = _entered(source, inputs, stride, out.dtype)
     if entered is not None:
         copy.inputs = [entered]
 
@@ -58,30 +62,30 @@ def _original(flow: Dataflow, view: View, any_dtype: bool = False) -> View:
     while (copy := copied(flow.writer(view))) and flow.is_settled(copy):
         (source,) = copy.inputs
         moved = view.through(copy.out, source)
-        if moved is None or not (any_dtype or flow.dtype(source) == flow.dtype(view)):
+        if moved is None or not (any_dtype or source.dtype == view.dtype):
             break
         view = moved
     return view
 
 
 def _is_input(view: View, inputs: list[Ref]) -> bool:
-    return isinstance(view.where, int) and 0 <= view.where - Slot.ARGUMENTS < len(inputs)
+    return isinstance(view.where, Argument) and view.where.number < len(inputs)
 
 
 def _entered(view: View, inputs: list[Ref], stride: tuple[int, ...], dtype: torch.dtype) -> View | None:
     """A view of an input where that is copied to other strides and another dtype as it comes in."""
-    number = view.where - Slot.ARGUMENTS
+    number = view.where.number
     ref = inputs[number]
     entry = Entry(number, ref.size, stride, dtype)
     whole = View(view.where, 0, ref.size, ref.stride)
     return view.through(whole, View(entry, 0, ref.size, stride))
 
 
-def _read_image(flow: Dataflow, launch: Conv, inputs: list[Ref]) -> None:
+def _read_image(flow: Dataflow, node: Conv) -> None:
     """Let a convolution read an input, or rows that all members share, once."""
-    block = launch.block
+    block = node.block
     x, weight, bias = block.x, block.weight, block.bias
-    dtype = flow.dtype(x)
+    dtype = x.dtype
     offset, dims, where = x.offset, [[(n, s)] if n > 1 else [] for n, s in zip(x.size, x.stride, strict=True)], x.where
     changes = 0
     while (copy := copied(flow.writer(View(where, offset, (), ())))) and flow.is_settled(copy):
@@ -89,7 +93,7 @@ def _read_image(flow: Dataflow, launch: Conv, inputs: list[Ref]) -> None:
         flat = [pair for factors in dims for pair in factors]
         view = View(where, offset, tuple(n for n, _ in flat), tuple(s for _, s in flat))
         found = factors_through(view, out, source)
-        changes += flow.dtype(source) != flow.dtype(out)
+        changes += source.dtype != out.dtype
         if found is None or changes > 1:
             return
         pieces, offset, where = iter(found[1]), found[0], source.where
@@ -102,13 +106,10 @@ def _read_image(flow: Dataflow, launch: Conv, inputs: list[Ref]) -> None:
     size = (rows[0][0] if rows else 1, *x.size[1:])
     stride = tuple(factors[0][1] if factors else 0 for factors in (rows, *rest))
     view = View(where, offset, size, stride)
-    if _is_input(view, inputs):
-        view = _image_entered(view, inputs, dtype)
+    if _is_input(view, flow.inputs):
+        view = _image_entered(view, flow.inputs, dtype)
     usable = (
-        block.offsets is block.prologue.mask is None
-        and view is not None
-        and view.is_dense()
-        and flow.dtype(view) == dtype
+        block.offsets is block.prologue.mask is None and view is not None and view.is_dense() and view.dtype == dtype
     )
     if shared and weight.shape[0] == 1:  # of all rows: a member for each time that they are repeated
         weight = weight.expand(x.size[0] // size[0], *weight.shape[1:])
@@ -117,36 +118,36 @@ def _read_image(flow: Dataflow, launch: Conv, inputs: list[Ref]) -> None:
     whole = x.size[0] == size[0] * (members if shared else 1)
     plain = block.prologue.moments is None and block.prologue.activation == "none"
     if usable and whole and (plain or not shared):
-        launch.change(x=view, weight=weight, bias=bias, shared=shared)
+        node.change(x=view, weight=weight, bias=bias, shared=shared)
 
 
 def _image_entered(view: View, inputs: list[Ref], dtype: torch.dtype) -> View | None:
     """An image that is an input, with its channels last."""
     rows, channels, height, width = view.size
     last = View(view.where, 0, view.size, (channels * height * width, 1, width * channels, channels))
-    ref = inputs[view.where - Slot.ARGUMENTS]
+    ref = inputs[view.where.number]
     moved = View(view.where, 0, ref.size, ref.stride).through(view, last)
     return None if moved is None or rows == 0 else _entered(view, inputs, moved.stride, dtype)
 
 
 def fuse_elementwise(flow: Dataflow) -> None:
-    """Compute what an elementwise launch reads from another one in the same launch."""
-    for launch in list(flow.launches):
-        while isinstance(launch, Pointwise) and _take_in(flow, launch):
+    """f(g(x))  ->  (f g)(x), of elementwise f and g; g is computed again where that is less than to launch it."""
+    for node in list(flow.nodes):
+        while isinstance(node, Pointwise) and _take_in(flow, node):
             flow.index()
             flow.remove_unread()
 
 
-def _take_in(flow: Dataflow, launch: Pointwise) -> bool:
-    out, inputs, code = launch.out, launch.inputs, launch.code
+def _take_in(flow: Dataflow, node: Pointwise) -> bool:
+    out, inputs, code = node.out, node.inputs, node.code
     for i, view in enumerate(inputs):
         before = flow.writer(view)
         if not isinstance(before, Pointwise) or not flow.is_settled(before):
             continue
         their_out, their_inputs, their_code = before.out, before.inputs, before.code
         once = len(flow.readers(view)) == 1
-        floats = all(flow.dtype(v) in _FLOATS for v in (their_out, *their_inputs))
-        same = all(flow.dtype(v) == flow.dtype(their_out) for v in their_inputs)
+        floats = all(v.dtype in _FLOATS for v in (their_out, *their_inputs))
+        same = all(v.dtype == their_out.dtype for v in their_inputs)
         if not (same if before.is_copy else floats) or not (once or math.prod(their_out.size) <= _CHEAP):
             continue
         if len(inputs) - 1 + len(their_inputs) > _MOST_INPUTS or len(code) + len(their_code) > _MOST_INSTRUCTIONS:
@@ -160,8 +161,8 @@ def _take_in(flow: Dataflow, launch: Pointwise) -> bool:
             View(theirs.where, f[0], *_flat([[s for _, s in factors] for factors in f[1]], sizes))
             for theirs, f in zip(their_inputs, known, strict=True)
         ]
-        launch.out = _cut(out, sizes)
-        launch.inputs, launch.code = _inlined([_cut(v, sizes) for v in inputs], code, i, moved, their_code)
+        node.out = _cut(out, sizes)
+        node.inputs, node.code = _inlined([_cut(v, sizes) for v in inputs], code, i, moved, their_code)
         return True
     return False
 
@@ -182,7 +183,7 @@ def _cut(view: View, sizes: list[list[int]]) -> View:
 
 
 def _inlined(inputs: list[View], code: Code, at: int, theirs: list[View], their_code: Code) -> tuple[list[View], Code]:
-    """Inputs and code of a launch whose input ``at`` is computed from other inputs."""
+    """Inputs and code of a node whose input ``at`` is computed from other inputs."""
     kept = [view for i, view in enumerate(inputs) if i != at]
     operands = list(dict.fromkeys([*kept, *theirs]))
     registers: dict[int, int] = {}
@@ -217,31 +218,31 @@ def _without_copies(code: Code, num_inputs: int) -> Code:
 
 
 def write_in_place(flow: Dataflow) -> None:
-    """Let elementwise launches write into the image that their results are joined to, where only that reads them."""
-    for launch in list(flow.launches):
-        if not isinstance(launch, Join) or launch.up != 1:
+    """join(f(x), g(y))  ->  f(x) and g(y) into parts of one image, of elementwise f and g that nothing else reads."""
+    for node in list(flow.nodes):
+        if not isinstance(node, Join) or node.up != 1:
             continue
-        whole, start, moved = launch.out, 0, []
-        for image in launch.images:
+        whole, start, moved = node.out, 0, []
+        for image in node.images:
             before = flow.part_writer(image)
             part = View(whole.where, whole.offset + start * whole.stride[1], image.size, whole.stride)
             start += image.size[1]
             alone = len(flow.readers(image)) == 1
             out = before.out.through(image, part) if alone and isinstance(before, Pointwise) else None
-            if out is None or flow.dtype(whole) != flow.dtype(image):
+            if out is None or whole.dtype != image.dtype:
                 break
             moved.append((before, out))
         else:
             for before, out in moved:
                 before.out = out
-            flow.swap(launch, None)
+            flow.swap(node, None)
 
 
-def tidy(flow: Dataflow) -> None:
-    """Elementwise launches over as few dimensions as they have."""
-    for launch in flow.launches:
-        if isinstance(launch, Pointwise):
-            launch.out, *launch.inputs = _joined([launch.out, *launch.inputs])
+def collapse_dimensions(flow: Dataflow) -> None:
+    """F over [a, b]  ->  f over [a b], where all operands have both dimensions in line."""
+    for node in flow.nodes:
+        if isinstance(node, Pointwise):
+            node.out, *node.inputs = _joined([node.out, *node.inputs])
 
 
 def _joined(operands: list[View]) -> list[View]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastens.plan.gpu.dataflow import Dataflow
-from fastens.plan.gpu.launch import Conv, GroupNorm, Join, Launch, Moments, MomentsOfTwo, View
+from fastens.plan.gpu.launch import Conv, GroupNorm, Join, Moments, MomentsOfTwo
+from fastens.plan.graph import Node, View
 from fastens.reference.group_moments import counts
 
 
@@ -17,7 +18,7 @@ from fastens.reference.group_moments import counts
 class _Wanted:
     """Moments that a norm reads: of which images, in how many groups of all their channels."""
 
-    launch: Moments
+    node: Moments
     images: list[View]
     groups: int
 
@@ -28,51 +29,51 @@ class _Wanted:
 
 
 def skip_joins(flow: Dataflow) -> None:
-    """Let convolutions read two joined images where they are; moments of the joined image stay for later."""
-    for join in list(flow.launches):
+    """conv(join(x, y))  ->  conv(x, prologue.skip=y); moments of the joined image are placed later."""
+    for join in list(flow.nodes):
         if not isinstance(join, Join) or join.up != 1 or len(join.images) != 2:
             continue
         whole, (first, second) = join.out, join.images
         readers = flow.readers(whole)
         single = flow.writer(whole) is join and all(flow.writer(image) is not None for image in join.images)
-        same = single and all(image.is_dense() and flow.dtype(image) == flow.dtype(whole) for image in join.images)
+        same = single and all(image.is_dense() and image.dtype == whole.dtype for image in join.images)
         if not same or not readers or not all(_can_skip(reader, whole) for reader in readers):
             continue
         for reader in readers:
             if isinstance(reader, Moments):
-                flow.swap(reader, MomentsOfTwo(reader.out, first, reader.num_groups, reader.backend, second))
+                flow.swap(reader, MomentsOfTwo(reader.out, first, reader.num_groups, second))
             elif isinstance(reader, Conv):
                 reader.change(x=first, skip=second)
         flow.swap(join, None)
 
 
-def _can_skip(launch: Launch, whole: View) -> bool:
-    if isinstance(launch, Moments):
-        return not isinstance(launch, MomentsOfTwo) and launch.x.same_image(whole)
-    if not isinstance(launch, Conv) or launch.block.prologue.skip is not None or launch.block.shared:
+def _can_skip(node: Node, whole: View) -> bool:
+    if isinstance(node, Moments):
+        return not isinstance(node, MomentsOfTwo) and node.x.same_image(whole)
+    if not isinstance(node, Conv) or node.block.prologue.skip is not None or node.block.shared:
         return False
-    reads = [view for view in launch.reads() if view.where is whole.where]
-    return len(reads) == 1 and launch.block.x == whole
+    reads = [view for view in node.reads() if view.where is whole.where]
+    return len(reads) == 1 and node.block.x == whole
 
 
 def place_moments(flow: Dataflow) -> None:
-    """Let what writes an image take its moments, in groups as fine as any norm of it needs."""
+    """moments(conv(x))  ->  conv(x, epilogue.num_groups), in groups as fine as any norm of the image needs."""
     wanted = [
-        _Wanted(launch, [launch.x, *([launch.skip] if isinstance(launch, MomentsOfTwo) else [])], launch.num_groups)
-        for launch in flow.launches
-        if isinstance(launch, Moments)
+        _Wanted(node, [node.x, *([node.skip] if isinstance(node, MomentsOfTwo) else [])], node.num_groups)
+        for node in flow.nodes
+        if isinstance(node, Moments)
     ]
     ends = {id(flow.writer(view)) for view in flow.outputs.views}
-    last = [want for want in wanted if any(id(reader) in ends for reader in flow.readers(want.launch.out))]
+    last = [want for want in wanted if any(id(reader) in ends for reader in flow.readers(want.node.out))]
     sizes = _group_sizes(wanted, last)
     taken: dict[Any, View] = {}
     for want in wanted:
         parts = [_taken(flow, want, image, sizes, taken) for image in want.images]
         groups = 0 if len(parts) == 1 and parts[0].size[1] == want.groups else want.groups
-        old = want.launch.out
+        old = want.node.out
         for reader in list(flow.readers(old)):
             _read_instead(reader, old, parts, groups)
-        flow.swap(want.launch, None)
+        flow.swap(want.node, None)
 
 
 def _name(image: View) -> Any:
@@ -110,7 +111,7 @@ def _taken(flow: Dataflow, want: _Wanted, image: View, sizes: dict[Any, int], ta
         return taken[name]
     groups, spans = image.size[1] // sizes[name], len(counts(math.prod(image.size[2:])))
     stride = (groups * spans * 2, spans * 2, 2, 1)
-    wide = torch.promote_types(flow.dtype(image), torch.float32)
+    wide = torch.promote_types(image.dtype, torch.float32)
     made = taken[name] = View(
         flow.new_buffer(image.size[0] * stride[0], wide), 0, (image.size[0], groups, spans, 2), stride
     )
@@ -119,18 +120,18 @@ def _taken(flow: Dataflow, want: _Wanted, image: View, sizes: dict[Any, int], ta
         before.moments = made
         before.change(num_groups=groups)
     else:
-        flow.launches.insert(flow.position(want.launch), Moments(made, image, groups, want.launch.backend))
+        flow.nodes.insert(flow.position(want.node), Moments(made, image, groups))
     flow.index()
     return made
 
 
-def _read_instead(launch: Launch, old: View, parts: list[View], groups: int) -> None:
-    assert isinstance(launch, Conv | GroupNorm)
-    prologue = launch.block.prologue if isinstance(launch, Conv) else launch.prologue
+def _read_instead(node: Node, old: View, parts: list[View], groups: int) -> None:
+    assert isinstance(node, Conv | GroupNorm)
+    prologue = node.block.prologue if isinstance(node, Conv) else node.prologue
     assert prologue.moments == old
     first, *rest = parts
     prologue = prologue._replace(moments=first, skip_moments=rest[0] if rest else None, norm_groups=groups)
-    if isinstance(launch, Conv):
-        launch.block = launch.block._replace(prologue=prologue)
+    if isinstance(node, Conv):
+        node.block = node.block._replace(prologue=prologue)
     else:
-        launch.prologue = prologue
+        node.prologue = prologue
