@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.plan.gpu import calls
 from fastens.plan.gpu.passes import masks as drawing
 from fastens.reference.dropout import dropout
