@@ -77,8 +77,16 @@ def factors_through(view: View, copy: View, source: View) -> tuple[int, list[Fac
 def views(tree: Any) -> list[View]:
     """All views among operands."""
     found: list[View] = []
-    mapped(View, found.append, tree)
+    _collect(tree, found)
     return found
+
+
+def _collect(tree: Any, into: list[View]) -> None:
+    if isinstance(tree, View):
+        into.append(tree)
+    elif isinstance(tree, list | tuple | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            _collect(item, into)
 
 
 # Operands that are more than a view
@@ -154,7 +162,7 @@ class Node:
     @property
     def operands(self) -> dict[str, Any]:
         """All operands by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(vars(self))
 
     def writes(self) -> list[View]:
         """What it writes."""

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
+from fastens.plan.lowering.origin import origin
 from fastens.plan.lowering.values import Apply, Expression, Leaf
-from fastens.plan.lowering.views import origin
 from fastens.program.steps import Opcode
 from fastens.trace.record import Recording
 

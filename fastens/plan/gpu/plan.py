@@ -1,9 +1,9 @@
-"""A plan for a GPU: the steps of a folded pass as a flat list of calls on tensors that were laid out beforehand.
+"""A plan for a GPU: the nodes of a folded pass as a flat list of calls on tensors that were laid out beforehand.
 
-The graph is that of a CPU; :mod:`fastens.plan.gpu.legalize` turns its nodes into those that kernels take, and
-:mod:`fastens.plan.gpu.pipeline` makes few of many. A residual block is two convolutions: a
-group norm becomes moments that the convolution before it takes of its own result, and scale, shift and activation that
-the convolution behind it applies as it reads.
+The graph is lowered as for a CPU; :mod:`fastens.plan.gpu.legalize` turns its nodes into those that kernels take, and
+:mod:`fastens.plan.gpu.pipeline` makes few of many. A residual block is two convolutions: a group norm becomes moments
+that the convolution before it takes of its own result, and scale, shift and activation that the convolution behind it
+applies as it reads.
 """
 
 from __future__ import annotations

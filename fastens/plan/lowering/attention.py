@@ -8,9 +8,9 @@ from collections.abc import Callable
 from fastens.plan.graph import Attention, View
 from fastens.plan.layout import Factors
 from fastens.plan.lowering.builder import Builder
+from fastens.plan.lowering.origin import Origin, origin
 from fastens.plan.lowering.registry import argument, call, lowers
 from fastens.plan.lowering.values import Expression, Leaf, Scores, Stored
-from fastens.plan.lowering.views import Origin, origin
 from fastens.trace.record import Node, Ref
 
 _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-level cache

@@ -21,7 +21,7 @@ _WORDS = {16: torch.int16, 32: torch.int32}
 
 @lowers("fastens.dropout")
 def drop(builder: Builder, node: Node) -> bool:
-    """Dropout, on the way out of the convolution before where one has it to itself, else on the way into a step."""
+    """Dropout, on the way out of the convolution before where one has it to itself, else on the way into a node."""
     x, members, samples, p, key = node.args[:5]
     out = node.outs[0]
     if len(node.args) > 6 and node.args[6] != "none":

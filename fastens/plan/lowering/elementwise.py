@@ -1,4 +1,4 @@
-"""Lowering of elementwise operations and copies, into the steps before and after where one takes them."""
+"""Lowering of elementwise operations and copies, into the nodes before and after where one takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fastens.plan.graph import View
-from fastens.plan.loops import joined
+from fastens.plan.loops import in_line
 from fastens.plan.lowering.attention import kept_scores
 from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.fusion import (
@@ -52,7 +52,7 @@ _IN_STEP = {Opcode.SILU: "silu", Opcode.GELU: "gelu", Opcode.GELU_TANH: "gelu_ta
 
 @lowers("aten.gelu", *(f"aten.{name}" for name in UNARY), *(f"aten.{name}_" for name in UNARY))
 def unary(builder: Builder, node: Node) -> bool:
-    """An activation, taken into the step before or after where one can."""
+    """An activation, taken into the node before or after where one can."""
     x, out = node.args[0], node.outs[0]
     name = node.name.removeprefix("aten.").rstrip("_")
     if name == "gelu":
@@ -216,7 +216,7 @@ def copy(builder: Builder, node: Node) -> bool:
     x, out = node.args[0], node.outs[0]
     if out.dtype not in builder.target.floats or x.dtype not in builder.target.copied:
         return False
-    if len(joined(list(out.size), [list(out.stride), list(x.stride)])) > steps.MAX_DIMS:
+    if len(in_line(list(out.size), [list(out.stride), list(x.stride)])) > steps.MAX_DIMS:
         return False  # patches of videos put together: torch knows more dimensions
     if kept_scores(builder, x, out, 1.0, partial(_copied, builder, x, out)):
         return True

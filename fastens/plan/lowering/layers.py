@@ -128,7 +128,7 @@ def linear(builder: Builder, node: Node) -> bool:
 
 @lowers("fastens.group_norm")
 def group_norm(builder: Builder, node: Node) -> bool:
-    """Group normalisation, whose scale and shift a later step applies."""
+    """Group normalisation, whose scale and shift a later node applies."""
     x, groups = node.args[:2]
     if not x.numel or _more_than_affine(node):
         return False

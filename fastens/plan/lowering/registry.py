@@ -9,6 +9,7 @@ import torch
 
 from fastens.plan.graph import TorchCall, View
 from fastens.plan.lowering.builder import Builder
+from fastens.plan.lowering.origin import origin
 from fastens.plan.lowering.values import (
     Convolved,
     Expression,
@@ -17,7 +18,6 @@ from fastens.plan.lowering.values import (
     Stored,
     pixels_of,
 )
-from fastens.plan.lowering.views import origin
 from fastens.plan.memory import Argument
 from fastens.trace.functionalize import contiguous
 from fastens.trace.record import Node, NotLowerable, Ref, mapped, same_view

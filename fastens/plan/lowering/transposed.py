@@ -17,7 +17,7 @@ def by_phases(builder: Builder, value: Convolved) -> Stored | Convolved:
     """A transposed convolution as plain ones, each of the output pixels that the same kernel elements reach.
 
     Output pixel ``s j + f`` of stride s and padding p reads input pixel ``j + b - m`` by kernel element ``r + s m``,
-    with ``r = (f + p) % s``, ``b = (f + p) // s`` and m from 0. With stride 1 there is one phase, which later steps
+    with ``r = (f + p) % s``, ``b = (f + p) // s`` and m from 0. With stride 1 there is one phase, which later nodes
     may join as they do any convolution.
 
     Args:

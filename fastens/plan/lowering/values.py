@@ -1,4 +1,4 @@
-"""Values of a recorded pass that are not computed yet, so that the step that needs one may compute it on the way."""
+"""Values of a recorded pass that are not computed yet, so that the node that needs one may compute it on the way."""
 
 from __future__ import annotations
 

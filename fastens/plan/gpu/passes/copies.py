@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -11,6 +10,7 @@ from fastens.plan.gpu.dataflow import Dataflow, split
 from fastens.plan.gpu.launch import Conv, Entry, Join
 from fastens.plan.graph import Code, Node, Pointwise, View, factors_through
 from fastens.plan.layout import joined
+from fastens.plan.loops import in_line
 from fastens.plan.memory import Argument
 from fastens.program.steps import Opcode
 from fastens.trace.functionalize import contiguous
@@ -242,20 +242,10 @@ def collapse_dimensions(flow: Dataflow) -> None:
     """F over [a, b]  ->  f over [a b], where all operands have both dimensions in line."""
     for node in flow.nodes:
         if isinstance(node, Pointwise):
-            node.out, *node.inputs = _joined([node.out, *node.inputs])
-
-
-def _joined(operands: list[View]) -> list[View]:
-    order = sorted((d for d, n in enumerate(operands[0].size) if n > 1), key=lambda d: -operands[0].stride[d])
-    dims: list[tuple[int, list[int]]] = []
-    for d in order:
-        size, strides = operands[0].size[d], [v.stride[d] for v in operands]
-        if dims and all(a == b * size for a, b in zip(dims[-1][1], strides, strict=True)):
-            dims[-1] = (dims[-1][0] * size, strides)
-        else:
-            dims.append((size, strides))
-    dims = dims or [(1, [1] * len(operands))]
-    return [
-        dataclasses.replace(v, size=tuple(n for n, _ in dims), stride=tuple(s[i] for _, s in dims))
-        for i, v in enumerate(operands)
-    ]
+            operands = [node.out, *node.inputs]
+            loops = in_line(list(node.out.size), [list(view.stride) for view in operands]) or [(1, [1] * len(operands))]
+            size = tuple(n for n, _ in loops)
+            node.out, *node.inputs = (
+                View(view.where, view.offset, size, tuple(strides[i] for _, strides in loops))
+                for i, view in enumerate(operands)
+            )
