@@ -7,12 +7,14 @@ import itertools
 
 import torch
 
-from fastens.trace.record import Node, NotLowerable, Ref, mapped, same_view
+from fastens.trace.record import NotLowerable, Operation, Ref, mapped, same_view
 
 aten = torch.ops.aten
 
 
-def functionalized(nodes: list[Node], outputs: list[Ref], inputs: list[Ref]) -> tuple[list[Node], list[Ref]]:
+def functionalized(
+    operations: list[Operation], outputs: list[Ref], inputs: list[Ref]
+) -> tuple[list[Operation], list[Ref]]:
     """Give the result of an operation in place a storage of its own.
 
     What overwrites a part of a value becomes an operation into fresh memory, and a copy of that into the part:
@@ -20,7 +22,7 @@ def functionalized(nodes: list[Node], outputs: list[Ref], inputs: list[Ref]) -> 
     copied first.
 
     Args:
-        nodes: the operations of a recording.
+        operations: the operations of a recording.
         outputs: what it returned.
         inputs: what it was given.
 
@@ -38,35 +40,35 @@ def functionalized(nodes: list[Node], outputs: list[Ref], inputs: list[Ref]) -> 
     def renamed(leaf: Ref) -> Ref:
         return dataclasses.replace(leaf, storage=current.get(leaf.storage, leaf.storage))
 
-    result: list[Node] = []
-    for node in nodes:
-        for written in node.writes:
+    result: list[Operation] = []
+    for op in operations:
+        for written in op.writes:
             if written.storage in given and written.storage not in current:
                 x = given[written.storage]
                 current[x.storage] = next(numbers)
-                result.append(Node(aten.clone.default, (x,), {}, [renamed(x)], []))
-        args, kwargs = mapped(Ref, renamed, (node.args, node.kwargs)) if current else (node.args, node.kwargs)
+                result.append(Operation(aten.clone.default, (x,), {}, [renamed(x)], []))
+        args, kwargs = mapped(Ref, renamed, (op.args, op.kwargs)) if current else (op.args, op.kwargs)
         outs, behind = [], []
-        for out in node.outs:
-            if not any(same_view(out, written) for written in node.writes):
+        for out in op.outs:
+            if not any(same_view(out, written) for written in op.writes):
                 outs.append(renamed(out))
                 continue
             made = whole.get(out.storage)
-            if made is not None and same_view(made, out) and node.outs == [out]:
+            if made is not None and same_view(made, out) and op.outs == [out]:
                 current[out.storage] = next(numbers)
                 outs.append(renamed(out))
-            elif node.name == "aten.copy_":
+            elif op.name == "aten.copy_":
                 outs.append(renamed(out))
             else:
                 fresh = Ref(next(numbers), 0, out.size, contiguous(out.size), out.dtype)
                 outs.append(fresh)
                 part = renamed(out)
-                behind.append(Node(aten.copy_.default, (part, fresh), {}, [part], []))
-        if any(not any(same_view(out, written) for out in node.outs) for written in node.writes):
-            raise NotLowerable(f"{node.name} changes what it does not return")
-        if not node.writes:
-            whole.update((out.storage, out) for out in node.outs)
-        result += [dataclasses.replace(node, args=args, kwargs=kwargs, outs=outs, writes=[]), *behind]
+                behind.append(Operation(aten.copy_.default, (part, fresh), {}, [part], []))
+        if any(not any(same_view(out, written) for out in op.outs) for written in op.writes):
+            raise NotLowerable(f"{op.name} changes what it does not return")
+        if not op.writes:
+            whole.update((out.storage, out) for out in op.outs)
+        result += [dataclasses.replace(op, args=args, kwargs=kwargs, outs=outs, writes=[]), *behind]
     return result, [renamed(out) for out in outputs]
 
 

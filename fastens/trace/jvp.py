@@ -16,12 +16,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.trace.functionalize import functionalized
-from fastens.trace.record import Node, NotLowerable, NotRecordable, Recording, Ref
+from fastens.trace.record import NotLowerable, NotRecordable, Operation, Recording, Ref
 
 aten = torch.ops.aten
-# What an operation does to a tangent: its node, its arguments, the arguments' tangents (none where they have none), and
-# its results.
-Rule = Callable[[Node, list[Any], list[Any], list[Tensor]], Tensor]
+# What an operation does to a tangent: the operation, its arguments, the tangents of those (none where they have none),
+# and its results.
+Rule = Callable[[Operation, list[Any], list[Any], list[Tensor]], Tensor]
 RULES: dict[str, Rule] = {}
 # Operations that are linear in their first argument, and have no other tensor.
 LINEAR = (
@@ -63,29 +63,29 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
         return None if found is None else _view(found, leaf)
 
     try:
-        nodes, outputs = functionalized(recording.nodes, recording.outputs, recording.inputs)
+        operations, outputs = functionalized(recording.operations, recording.outputs, recording.inputs)
     except NotLowerable as error:
         raise NotRecordable(str(error)) from error
     unwritten: set[int] = set()  # storages that hold nothing yet
-    for node in nodes:
-        args, kwargs = pytree.tree_map(value, (list(node.args), node.kwargs))
-        if node.name == "aten.copy_":
-            _copied(node, args, derivative(node.args[1]), values, tangents, unwritten)
+    for op in operations:
+        args, kwargs = pytree.tree_map(value, (list(op.args), op.kwargs))
+        if op.name == "aten.copy_":
+            _copied(op, args, derivative(op.args[1]), values, tangents, unwritten)
             continue
-        node = dataclasses.replace(node, func=_out_of_place(node))
-        results = [r for r in pytree.tree_leaves(node.func(*args, **kwargs)) if isinstance(r, Tensor)]
-        for out, result in zip(node.outs, results, strict=True):
+        op = dataclasses.replace(op, func=_out_of_place(op))
+        results = [r for r in pytree.tree_leaves(op.func(*args, **kwargs)) if isinstance(r, Tensor)]
+        for out, result in zip(op.outs, results, strict=True):
             if not _as_recorded(result, out):
-                raise NotRecordable(f"{node.name} gave another layout than when it was recorded")
+                raise NotRecordable(f"{op.name} gave another layout than when it was recorded")
             values[out.storage] = result
-        if node.name in CREATED:
-            unwritten.update(out.storage for out in node.outs if node.name in EMPTY)
-        elif any(ref.storage in tangents for ref in node.reads):
-            rule = RULES.get(node.name)
+        if op.name in CREATED:
+            unwritten.update(out.storage for out in op.outs if op.name in EMPTY)
+        elif any(ref.storage in tangents for ref in op.reads):
+            rule = RULES.get(op.name)
             if rule is None:
-                raise NotRecordable(f"the derivative of {node.name} is not known here")
-            moved = rule(node, args, pytree.tree_map(derivative, list(node.args)), results)
-            tangents[node.outs[0].storage] = _laid_out(moved, node.outs[0], results[0])
+                raise NotRecordable(f"the derivative of {op.name} is not known here")
+            moved = rule(op, args, pytree.tree_map(derivative, list(op.args)), results)
+            tangents[op.outs[0].storage] = _laid_out(moved, op.outs[0], results[0])
     first = outputs[0]
     if first.storage not in tangents:
         raise NotRecordable("the output does not depend on the batch")
@@ -93,7 +93,7 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
 
 
 def _copied(
-    node: Node,
+    op: Operation,
     args: list[Any],
     moved: Tensor | None,
     values: dict[int, Tensor],
@@ -101,7 +101,7 @@ def _copied(
     unwritten: set[int],
 ) -> None:
     """A copy in place of a whole value, or into a part of one; the tangent is copied to the same place."""
-    into, out = node.args[0], node.outs[0]
+    into, out = op.args[0], op.outs[0]
     base = values[into.storage]
     if out.storage != into.storage:  # the whole, under another name
         values[out.storage] = torch.empty_like(base).copy_(args[1])
@@ -117,15 +117,15 @@ def _copied(
     unwritten.discard(into.storage)
 
 
-def _out_of_place(node: Node) -> Any:
+def _out_of_place(op: Operation) -> Any:
     """The operation, in the form that writes to memory of its own."""
-    if not node.func._schema.is_mutable:
-        return node.func
-    name = node.name.removeprefix("aten.")
+    if not op.func._schema.is_mutable:
+        return op.func
+    name = op.name.removeprefix("aten.")
     plain = getattr(aten, name.rstrip("_"), None)
-    if plain is None or node.func._overloadname not in plain.overloads():
-        raise NotRecordable(f"{node.name} writes to a part of a tensor, which has no derivative here")
-    return getattr(plain, node.func._overloadname)
+    if plain is None or op.func._overloadname not in plain.overloads():
+        raise NotRecordable(f"{op.name} writes to a part of a tensor, which has no derivative here")
+    return getattr(plain, op.func._overloadname)
 
 
 def _from_start(x: Tensor, ref: Ref) -> Tensor:
@@ -167,38 +167,38 @@ def differentiates(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _plain(node: Node, settings: list[Any], allowed: tuple[Any, ...] = (None, "none", 0)) -> None:
+def _plain(op: Operation, settings: list[Any], allowed: tuple[Any, ...] = (None, "none", 0)) -> None:
     if any(isinstance(setting, Tensor) or setting not in allowed for setting in settings):
-        raise NotRecordable(f"the derivative of {node.name} in this form is not known here")
+        raise NotRecordable(f"the derivative of {op.name} in this form is not known here")
 
 
 @differentiates(*(f"aten.{name}" for name in LINEAR))
-def _linear_operation(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    return node.func(moved[0], *args[1:], **node.kwargs)
+def _linear_operation(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    return op.func(moved[0], *args[1:], **op.kwargs)
 
 
 @differentiates("fastens.conv")
-def _conv(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _conv(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     return torch.ops.fastens.conv(moved[0], args[1], None, *args[3:])
 
 
 @differentiates("aten.convolution")
-def _library_conv(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _library_conv(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     if moved[0] is None or moved[1] is not None:
         raise NotRecordable("the derivative of aten.convolution in this form is not known here")
-    return node.func(moved[0], args[1], None, *args[3:])
+    return op.func(moved[0], args[1], None, *args[3:])
 
 
 @differentiates("fastens.linear")
-def _linear(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    _plain(node, args[3:])
+def _linear(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    _plain(op, args[3:])
     return torch.ops.fastens.linear(moved[0], args[1])
 
 
 @differentiates("fastens.group_norm")
-def _group_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _group_norm(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     x, groups, weight, _, eps, *rest = args
-    _plain(node, rest)
+    _plain(op, rest)
     size = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
     tangent = moved[0]
     if x.ndim != 4:  # tokens seen with their channels first
@@ -209,30 +209,30 @@ def _group_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) 
 
 
 @differentiates("fastens.layer_norm")
-def _layer_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _layer_norm(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     x, shape, weight, _, eps, *rest = args
-    _plain(node, rest)
+    _plain(op, rest)
     y = _normalised(x, shape, eps, moved[0])
     return y if weight is None else y * _rows(weight, x).view(x.shape[0], *(1,) * (x.ndim - 1 - len(shape)), *shape)
 
 
 @differentiates("aten.native_layer_norm")
-def _native_layer_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _native_layer_norm(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     x, shape, weight, _, eps = args
     y = _normalised(x, shape, eps, moved[0])
     return y if weight is None else y * weight
 
 
 @differentiates("fastens.batch_norm")
-def _batch_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _batch_norm(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     _, mean, variance, weight, _, *rest = args
     return torch.ops.fastens.batch_norm(moved[0], torch.zeros_like(mean), variance, weight, None, *rest)
 
 
 @differentiates("fastens.rms_norm")
-def _rms_norm(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _rms_norm(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     x, shape, weight, eps, *rest = args
-    _plain(node, rest)
+    _plain(op, rest)
     dims = tuple(range(-len(shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -251,25 +251,25 @@ def _rows(stack: Tensor, x: Tensor) -> Tensor:
 
 
 @differentiates("aten.silu", "aten.gelu")
-def _activation(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    backward = aten.silu_backward if node.name == "aten.silu" else aten.gelu_backward
-    return backward(moved[0], args[0], **node.kwargs)
+def _activation(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    backward = aten.silu_backward if op.name == "aten.silu" else aten.gelu_backward
+    return backward(moved[0], args[0], **op.kwargs)
 
 
 @differentiates("aten.sigmoid", "aten.tanh", "aten.exp", "aten.relu")
-def _of_result(node: Node, _: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+def _of_result(op: Operation, _: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     y = results[0]
-    if node.name == "aten.exp":
+    if op.name == "aten.exp":
         return moved[0] * y
-    if node.name == "aten.relu":
+    if op.name == "aten.relu":
         return aten.threshold_backward(moved[0], y, 0)
-    return (aten.sigmoid_backward if node.name == "aten.sigmoid" else aten.tanh_backward)(moved[0], y)
+    return (aten.sigmoid_backward if op.name == "aten.sigmoid" else aten.tanh_backward)(moved[0], y)
 
 
 @differentiates("aten.pow", "aten.sqrt", "aten.rsqrt", "aten.reciprocal", "aten.sin", "aten.cos", "aten.log")
-def _of_input(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+def _of_input(op: Operation, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     x, y = args[0], results[0]
-    if node.name == "aten.pow":
+    if op.name == "aten.pow":
         if not isinstance(args[1], int | float) or moved[0] is None:
             raise NotRecordable("the derivative of aten.pow in this form is not known here")
         return moved[0] * (args[1] * (x if args[1] == 2 else x.pow(args[1] - 1)))
@@ -281,18 +281,18 @@ def _of_input(node: Node, args: list[Any], moved: list[Any], results: list[Tenso
         "aten.cos": lambda: -x.sin(),
         "aten.log": x.reciprocal,
     }
-    return moved[0] * slopes[node.name]()
+    return moved[0] * slopes[op.name]()
 
 
 @differentiates("aten._softmax")
-def _softmax(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+def _softmax(op: Operation, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     return aten._softmax_backward_data(moved[0], results[0], args[1], args[0].dtype)
 
 
 @differentiates("aten.add", "aten.sub")
-def _sum(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _sum(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     a, b = moved[:2]
-    factor = node.kwargs.get("alpha", 1) * (1 if node.name == "aten.add" else -1)
+    factor = op.kwargs.get("alpha", 1) * (1 if op.name == "aten.add" else -1)
     if b is None:
         return a
     scaled = b if factor == 1 else b * factor
@@ -300,16 +300,16 @@ def _sum(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tens
 
 
 @differentiates("aten.mul", "aten.bmm", "aten.mm")
-def _product(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _product(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     a, b = moved[:2]
-    parts = [node.func(a, args[1])] if a is not None else []
-    parts += [node.func(args[0], b)] if b is not None else []
+    parts = [op.func(a, args[1])] if a is not None else []
+    parts += [op.func(args[0], b)] if b is not None else []
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 @differentiates("aten.div")
-def _quotient(node: Node, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
-    if node.kwargs.get("rounding_mode") is not None:
+def _quotient(op: Operation, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
+    if op.kwargs.get("rounding_mode") is not None:
         raise NotRecordable("the derivative of aten.div in this form is not known here")
     if moved[1] is None:
         return moved[0] / args[1]
@@ -318,16 +318,16 @@ def _quotient(node: Node, args: list[Any], moved: list[Any], results: list[Tenso
 
 
 @differentiates("aten.cat")
-def _cat(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+def _cat(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     parts = [torch.zeros_like(x) if m is None else m for x, m in zip(args[0], moved[0], strict=True)]
-    return node.func(parts, *args[1:], **node.kwargs)
+    return op.func(parts, *args[1:], **op.kwargs)
 
 
 @differentiates("aten._scaled_dot_product_flash_attention_for_cpu")
-def _attention(node: Node, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    _plain(node, args[3:], (0.0, False))
+def _attention(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
+    _plain(op, args[3:], (0.0, False))
     q, k, v = args[:3]
-    scale = node.kwargs.get("scale") or q.shape[-1] ** -0.5
+    scale = op.kwargs.get("scale") or q.shape[-1] ** -0.5
     share = (scale * q @ k.transpose(-1, -2)).softmax(-1)
     terms = [
         scale * left @ right.transpose(-1, -2)

@@ -74,7 +74,7 @@ class MaskInputs:
 
 
 @dataclasses.dataclass
-class Node:
+class Operation:
     """One operation: ``args`` and ``kwargs`` hold a :class:`Ref` where a tensor was."""
 
     func: Any
@@ -114,7 +114,7 @@ class Recording:
     """The operations of a pass that depend on its inputs; whatever else they read is constant.
 
     Attributes:
-        nodes: the operations, views left out.
+        operations: the operations, views left out.
         inputs: one per input of the pass.
         outputs: one per tensor that it returned.
         tensors: a tensor of every storage, by which a constant is read.
@@ -128,7 +128,7 @@ class Recording:
 
     def __init__(self, sketch: Sketch | None = None) -> None:
         self._sketch = sketch
-        self.nodes: list[Node] = []
+        self.operations: list[Operation] = []
         self.inputs: list[Ref] = []
         self.outputs: list[Ref] = []
         self.tensors: dict[int, Tensor] = {}
@@ -190,11 +190,11 @@ class Recording:
         if not func._schema.is_mutable or torch.Tag.inplace_view in func.tags:
             return
         ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
-        node = Node(func, ref_args, ref_kwargs, [], [])
-        depends = any(ref.storage in self._made for ref in node.reads)
+        op = Operation(func, ref_args, ref_kwargs, [], [])
+        depends = any(ref.storage in self._made for ref in op.reads)
         for written in self._written(func, ref_args, ref_kwargs):
             key = written.storage
-            if key in self._fresh and (depends or any(r.storage == key for n in self.nodes for r in n.reads)):
+            if key in self._fresh and (depends or any(r.storage == key for n in self.operations for r in n.reads)):
                 self._depend(written)
 
     def _depend(self, written: Ref) -> None:
@@ -212,11 +212,11 @@ class Recording:
         def earlier(ref: Ref) -> Ref:
             return dataclasses.replace(ref, storage=snapshot.storage) if ref.storage == key else ref
 
-        for node in self.nodes:
-            if any(ref.storage == key for ref in node.reads):
-                node.args, node.kwargs = mapped(Ref, earlier, (node.args, node.kwargs))
-                del node.reads
-        self.nodes.append(Node(torch.ops.aten.clone.default, (snapshot,), {}, [whole], []))
+        for op in self.operations:
+            if any(ref.storage == key for ref in op.reads):
+                op.args, op.kwargs = mapped(Ref, earlier, (op.args, op.kwargs))
+                del op.reads
+        self.operations.append(Operation(torch.ops.aten.clone.default, (snapshot,), {}, [whole], []))
         self._fresh.discard(key)
         self._made.add(key)
 
@@ -234,23 +234,23 @@ class Recording:
         ref_args, ref_kwargs = mapped(Tensor, self.ref, (args, kwargs))
         outs: list[Ref] = []
         mapped(Tensor, lambda x: outs.append(self.ref(x)), result)
-        node = Node(func, ref_args, ref_kwargs, outs, self._written(func, ref_args, ref_kwargs))
+        op = Operation(func, ref_args, ref_kwargs, outs, self._written(func, ref_args, ref_kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
-            raise NotRecordable(f"{node.name} draws random numbers")
-        reads = node.reads
+            raise NotRecordable(f"{op.name} draws random numbers")
+        reads = op.reads
         if not any(ref.storage in self._made for ref in reads):
             self._fresh.update({ref.storage for ref in outs} - {ref.storage for ref in reads})
             return
-        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(node)
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(op)
         if torch.Tag.data_dependent_output in func.tags or dynamic or not outs:
-            raise NotRecordable(f"{node.name} depends on the values of the input")
-        if any(ref.storage not in self._made for ref in node.writes):
-            raise NotRecordable(f"{node.name} changes a constant in place")
+            raise NotRecordable(f"{op.name} depends on the values of the input")
+        if any(ref.storage not in self._made for ref in op.writes):
+            raise NotRecordable(f"{op.name} changes a constant in place")
         read = {ref.storage for ref in reads}
-        if not node.writes and all(out.storage in read for out in outs):
+        if not op.writes and all(out.storage in read for out in outs):
             return
         self._made.update(out.storage for out in outs)
-        self.nodes.append(node)
+        self.operations.append(op)
 
     @staticmethod
     def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ref]:
@@ -268,10 +268,10 @@ def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return "dropout_p" in names and {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0) == 0.0
 
 
-def _indexes_by_numbers(node: Node) -> bool:
+def _indexes_by_numbers(op: Operation) -> bool:
     """Whether an indexing operation has no mask, so that the shape of its result is known."""
-    masks = [leaf for leaf in pytree.tree_leaves(node.args[1:2]) if isinstance(leaf, Ref)]
-    return node.name == "aten.index" and all(ref.dtype not in (torch.bool, torch.uint8) for ref in masks)
+    masks = [leaf for leaf in pytree.tree_leaves(op.args[1:2]) if isinstance(leaf, Ref)]
+    return op.name == "aten.index" and all(ref.dtype not in (torch.bool, torch.uint8) for ref in masks)
 
 
 def channels_last(x: Tensor, result: Tensor, convolved: bool) -> Tensor:
@@ -394,4 +394,4 @@ def trace_of(recording: Recording) -> list[str]:
         total = float(constant.detach().to(torch.float64).sum()) if constant.numel() else 0.0
         return f"constant {list(leaf.size)} that adds up to {total:.17g}"
 
-    return [f"{node.name}{mapped(Ref, described, (node.args, node.kwargs))}" for node in recording.nodes]
+    return [f"{op.name}{mapped(Ref, described, (op.args, op.kwargs))}" for op in recording.operations]

@@ -56,13 +56,13 @@ class Memory:
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_a_node_reads_was_written(name, back_end, monkeypatch):
+def test_what_a_node_reads_was_written_and_what_it_writes_is_read(name, back_end, monkeypatch):
     graphs = graphs_of(name, back_end, monkeypatch)
     assert graphs
     for builder in graphs:
         inputs, memory = len(builder.recording.inputs), Memory()
         # torch itself copies what is not written yet where it pads in circles, and writes it later
-        every = torch.any if any(node.name in EMPTY for node in builder.recording.nodes) else torch.all
+        every = torch.any if any(operation.name in EMPTY for operation in builder.recording.operations) else torch.all
 
         def given(view, inputs=inputs):
             where = view.where.where if isinstance(view.where, Cast) else view.where
@@ -74,6 +74,10 @@ def test_what_a_node_reads_was_written(name, back_end, monkeypatch):
             for view in node.writes():
                 assert not given(view), (node.name, view)
                 memory.part(view).fill_(True)
+        read = [(i, view.where) for i, node in enumerate(builder.nodes) for view in node.reads()]
+        for i, node in enumerate(builder.nodes):
+            outputs = any(view.where in builder.arguments[inputs:] for view in node.writes())
+            assert outputs or any(j > i and where in {view.where for view in node.writes()} for j, where in read), node
         for place, ref in zip(builder.arguments[inputs:], builder.recording.outputs, strict=True):
             assert bool(memory.written[place][: ref.numel * ref.dtype.itemsize].all())
 

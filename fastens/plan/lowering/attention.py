@@ -11,25 +11,25 @@ from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.origin import Origin, origin
 from fastens.plan.lowering.registry import argument, call, lowers
 from fastens.plan.lowering.values import Expression, Leaf, Scores, Stored
-from fastens.trace.record import Node, Ref
+from fastens.trace.record import Operation, Ref
 
 _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-level cache
 
 
 @lowers(*(f"aten._scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")),
         "aten._scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
-def attention(builder: Builder, node: Node) -> bool:
+def attention(builder: Builder, op: Operation) -> bool:
     """Attention without mask, heads in dimension 1; the libraries' variants have their arguments in different order.
 
     Where several heads of queries share one of keys and values, each of those is a node.
     """
-    q, k, v = node.args[:3]
-    named = {**dict(zip((a.name for a in node.func._schema.arguments), node.args, strict=False)), **node.kwargs}
+    q, k, v = op.args[:3]
+    named = {**dict(zip((a.name for a in op.func._schema.arguments), op.args, strict=False)), **op.kwargs}
     masked = any(named.get(name) is not None for name in ("attn_mask", "attn_bias")) or named.get("is_causal", False)
-    out = node.outs[0]
+    out = op.outs[0]
     if masked or any(len(r.size) != 4 or r.dtype not in builder.target.floats for r in (q, k, v, out)):
         return False
-    if any(builder.uses[other.storage] for other in node.outs[1:]) or not out.numel:
+    if any(builder.uses[other.storage] for other in op.outs[1:]) or not out.numel:
         return False
     groups = k.size[1]
     if (groups != q.size[1] and not builder.target.shared_heads) or groups != v.size[1] or q.size[1] % groups:
@@ -63,14 +63,14 @@ def _heads(of: View, first: int, count: int) -> View:
 
 
 @lowers("aten.bmm", "aten.baddbmm")
-def product(builder: Builder, node: Node) -> bool:
+def product(builder: Builder, op: Operation) -> bool:
     """Products of matrices: scores of attention until something else wants them, or weights times values."""
-    a, b = node.args[-2:]
-    out, scale = node.outs[0], 1.0
-    if node.name == "aten.baddbmm":
-        if argument(node, 3, "beta", 1) != 0 or len(node.args) != 3:
+    a, b = op.args[-2:]
+    out, scale = op.outs[0], 1.0
+    if op.name == "aten.baddbmm":
+        if argument(op, 3, "beta", 1) != 0 or len(op.args) != 3:
             return False
-        scale = float(node.kwargs.get("alpha", 1))
+        scale = float(op.kwargs.get("alpha", 1))
     if any(r.dtype not in builder.target.floats or builder.constant(r) is not None or not r.numel for r in (a, b)):
         return False
     for weights, values, turned in ((a, b, False), (_transposed(b), _transposed(a), True)):
@@ -80,7 +80,7 @@ def product(builder: Builder, node: Node) -> bool:
             if not _attend(builder, found, values, _transposed(out) if turned else out):
                 break
             return True
-    builder.values[out.storage] = Scores(out, a, _transposed(b), scale, False, lambda: call(builder, node))
+    builder.values[out.storage] = Scores(out, a, _transposed(b), scale, False, lambda: call(builder, op))
     return True
 
 
@@ -125,16 +125,16 @@ def kept_scores(builder: Builder, x: Ref, out: Ref, number: float, compute: Call
 
 
 @lowers("aten._softmax")
-def softmax(builder: Builder, node: Node) -> bool:
+def softmax(builder: Builder, op: Operation) -> bool:
     """The softmax of scores over the keys."""
-    x, dim = node.args[:2]
-    out = node.outs[0]
+    x, dim = op.args[:2]
+    out = op.outs[0]
     found = scores_of(builder, x)
     if found is None or found.softmax or dim % len(x.size) != len(x.size) - 1 or x.size[-1] != found.k.size[1]:
         return False
     if not _in_line(out) or out.dtype not in builder.target.floats:
         return False
-    compute = lambda: call(builder, node)  # noqa: E731
+    compute = lambda: call(builder, op)  # noqa: E731
     builder.values[out.storage] = dataclasses.replace(found, ref=out, softmax=True, compute=compute)
     return True
 

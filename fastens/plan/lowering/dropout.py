@@ -14,17 +14,17 @@ from fastens.plan.lowering.fusion import mask_in_epilogue
 from fastens.plan.lowering.registry import image_pixels, lowers, pending
 from fastens.plan.lowering.values import Dropped, Pixels, pixels_of
 from fastens.plan.memory import Constant
-from fastens.trace.record import Node, NotLowerable, Ref
+from fastens.trace.record import NotLowerable, Operation, Ref
 
 _WORDS = {16: torch.int16, 32: torch.int32}
 
 
 @lowers("fastens.dropout")
-def drop(builder: Builder, node: Node) -> bool:
+def drop(builder: Builder, op: Operation) -> bool:
     """Dropout, on the way out of the convolution before where one has it to itself, else on the way into a node."""
-    x, members, samples, p, key = node.args[:5]
-    out = node.outs[0]
-    if len(node.args) > 6 and node.args[6] != "none":
+    x, members, samples, p, key = op.args[:5]
+    out = op.outs[0]
+    if len(op.args) > 6 and op.args[6] != "none":
         raise NotLowerable("an activation inside of a dropout")
     if x.dtype not in builder.target.floats or not 2 <= len(x.size) <= 4 or not x.numel:
         if samples is None:
@@ -39,7 +39,7 @@ def drop(builder: Builder, node: Node) -> bool:
         inner = pixels_of(x, dim)
         if not whole or (inner is None and dim == 1):
             continue
-        mask = _mask(builder, node, result, dim % len(x.size), members, samples, p, key)
+        mask = _mask(builder, op, result, dim % len(x.size), members, samples, p, key)
         if mask_in_epilogue(builder, out, x, mask):
             return True
         inner = image_pixels(builder, x, dim)
@@ -51,12 +51,12 @@ def drop(builder: Builder, node: Node) -> bool:
 
 
 def _mask(
-    builder: Builder, node: Node, pixels: Pixels, dim: int, members: Ref, samples: Ref | None, p: float, key: int
+    builder: Builder, op: Operation, pixels: Pixels, dim: int, members: Ref, samples: Ref | None, p: float, key: int
 ) -> Mask:
     threshold, scale = round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
     if threshold == 0:
         raise NotLowerable(f"a dropout of {p}")
-    size = node.args[0].size
+    size = op.args[0].size
     channel_step = math.prod(size[dim + 1 :])
     pixel_step = 1 if dim == 1 and len(size) > 2 else size[-1]
     count, words = pixels.height * pixels.width, -(-pixels.channels // builder.target.mask_lanes)

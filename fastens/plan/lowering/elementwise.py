@@ -31,7 +31,7 @@ from fastens.plan.lowering.values import (
 )
 from fastens.program import steps
 from fastens.program.steps import Opcode
-from fastens.trace.record import Node, Ref, same_view
+from fastens.trace.record import Operation, Ref, same_view
 
 # Elementwise operations
 
@@ -51,12 +51,12 @@ _IN_STEP = {Opcode.SILU: "silu", Opcode.GELU: "gelu", Opcode.GELU_TANH: "gelu_ta
 
 
 @lowers("aten.gelu", *(f"aten.{name}" for name in UNARY), *(f"aten.{name}_" for name in UNARY))
-def unary(builder: Builder, node: Node) -> bool:
+def unary(builder: Builder, op: Operation) -> bool:
     """An activation, taken into the node before or after where one can."""
-    x, out = node.args[0], node.outs[0]
-    name = node.name.removeprefix("aten.").rstrip("_")
+    x, out = op.args[0], op.outs[0]
+    name = op.name.removeprefix("aten.").rstrip("_")
     if name == "gelu":
-        opcode = Opcode.GELU_TANH if argument(node, 1, "approximate", "none") == "tanh" else Opcode.GELU
+        opcode = Opcode.GELU_TANH if argument(op, 1, "approximate", "none") == "tanh" else Opcode.GELU
     else:
         opcode = UNARY[name]
     if opcode is Opcode.LOG and not builder.target.exact_log and out.dtype == torch.float32:
@@ -77,12 +77,12 @@ BINARY = {"add": Opcode.ADD, "sub": Opcode.SUBTRACT, "mul": Opcode.MULTIPLY, "di
 
 
 @lowers(*(f"aten.{name}" for name in BINARY), *(f"aten.{name}_" for name in BINARY))
-def binary(builder: Builder, node: Node) -> bool:
+def binary(builder: Builder, op: Operation) -> bool:
     """Arithmetic, taken into the convolution or normalisation before where it can be."""
-    a, b = node.args[:2]
-    out = node.outs[0]
-    opcode = BINARY[node.name.removeprefix("aten.").rstrip("_")]
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
+    a, b = op.args[:2]
+    out = op.outs[0]
+    opcode = BINARY[op.name.removeprefix("aten.").rstrip("_")]
+    if op.kwargs.get("alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
         return False
     for ref, other in ((a, b), (b, a)):
         one = builder.constant(other) if isinstance(other, Ref) and isinstance(ref, Ref) else None
@@ -132,11 +132,11 @@ def has_exact_reciprocal(number: float) -> bool:
 
 
 @lowers("aten.addcmul")
-def scaled_and_shifted(builder: Builder, node: Node) -> bool:
+def scaled_and_shifted(builder: Builder, op: Operation) -> bool:
     """Shift + x * factor: of a normalisation by row, as in EDM's blocks, or any other."""
-    shift, x, factor = node.args[:3]
-    out = node.outs[0]
-    if argument(node, 3, "value", 1) != 1 or out.dtype not in builder.target.floats:
+    shift, x, factor = op.args[:3]
+    out = op.outs[0]
+    if argument(op, 3, "value", 1) != 1 or out.dtype not in builder.target.floats:
         return False
     if scale_and_shift_in_norm(builder, out, x, factor, shift):
         return True
@@ -170,16 +170,16 @@ def _fits(root: Apply) -> bool:
     leaves: list[Leaf] = []
     collect_leaves(root, leaves)
 
-    def count(node: Leaf | Apply) -> int:
-        return 0 if isinstance(node, Leaf) else 1 + sum(map(count, node.operands))
+    def count(op: Leaf | Apply) -> int:
+        return 0 if isinstance(op, Leaf) else 1 + sum(map(count, op.operands))
 
     return len(leaves) <= steps.MAX_INPUTS and count(root) <= steps.MAX_INSTRUCTIONS
 
 
 @lowers("aten.silu_backward")
-def silu_backward(builder: Builder, node: Node) -> bool:
+def silu_backward(builder: Builder, op: Operation) -> bool:
     """``g s (1 + x (1 - s))`` with ``s = sigmoid(x)``."""
-    gradient, x, out = *node.args[:2], node.outs[0]
+    gradient, x, out = *op.args[:2], op.outs[0]
     if any(ref.dtype not in builder.target.floats for ref in (gradient, x, out)):
         return False
     share = Apply(Opcode.SIGMOID, (Leaf(x),))
@@ -193,27 +193,27 @@ def silu_backward(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.reciprocal", "aten.pow", "aten.neg", "aten.rsqrt")
-def power(builder: Builder, node: Node) -> bool:
+def power(builder: Builder, op: Operation) -> bool:
     """Powers that have an instruction, or two."""
-    x, out = node.args[0], node.outs[0]
-    if node.name == "aten.rsqrt":
+    x, out = op.args[0], op.outs[0]
+    if op.name == "aten.rsqrt":
         if x.dtype not in builder.target.floats or out.dtype != x.dtype:
             return False
         builder.values[out.storage] = Expression(out, Apply(Opcode.NUMBER_OVER, (Apply(Opcode.SQRT, (Leaf(x),)),), 1.0))
         return True
-    if node.name == "aten.reciprocal":
+    if op.name == "aten.reciprocal":
         return express(builder, out, Opcode.NUMBER_OVER, (x,), 1.0)
-    if node.name == "aten.neg":
+    if op.name == "aten.neg":
         return express(builder, out, Opcode.MULTIPLY_NUMBER, (x,), -1.0)
-    exponent = node.args[1]
+    exponent = op.args[1]
     opcode = {2.0: Opcode.SQUARE, 0.5: Opcode.SQRT}.get(exponent) if isinstance(exponent, int | float) else None
     return isinstance(x, Ref) and opcode is not None and express(builder, out, opcode, (x,))
 
 
 @lowers("aten._to_copy", "aten.clone", "aten.alias_copy", "aten.contiguous")
-def copy(builder: Builder, node: Node) -> bool:
+def copy(builder: Builder, op: Operation) -> bool:
     """A copy in another layout or dtype."""
-    x, out = node.args[0], node.outs[0]
+    x, out = op.args[0], op.outs[0]
     if out.dtype not in builder.target.floats or x.dtype not in builder.target.copied:
         return False
     if len(in_line(list(out.size), [list(out.stride), list(x.stride)])) > steps.MAX_DIMS:
@@ -233,10 +233,10 @@ def _copied(builder: Builder, x: Ref, out: Ref) -> None:
 
 
 @lowers("aten.repeat")
-def repeat(builder: Builder, node: Node) -> bool:
+def repeat(builder: Builder, op: Operation) -> bool:
     """Copies along the first dimension, of any dtype."""
-    x, times = node.args[:2]
-    out = node.outs[0]
+    x, times = op.args[:2]
+    out = op.outs[0]
     if out.dtype not in builder.target.copied or len(times) != len(x.size) or any(n != 1 for n in times[1:]):
         return False
     source = builder.operand(x)
@@ -250,9 +250,9 @@ def repeat(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.copy_")
-def partial_copy(builder: Builder, node: Node) -> bool:
+def partial_copy(builder: Builder, op: Operation) -> bool:
     """A copy into a part of a value, or in place of a whole one."""
-    (out, x), written = node.args[:2], node.outs[0]
+    (out, x), written = op.args[:2], op.outs[0]
     in_step = out.dtype in builder.target.floats and x.dtype in builder.target.copied
     if not same_view(out, written):  # the whole, under another name
         if in_step:
@@ -265,7 +265,7 @@ def partial_copy(builder: Builder, node: Node) -> bool:
     if in_step:
         builder.expression(Leaf(x), builder.stored(out))
     else:
-        call_into(builder, node)
+        call_into(builder, op)
     return True
 
 
@@ -273,10 +273,10 @@ _FILLS = {"aten.zero_": 0.0, "aten.zeros_like": 0.0, "aten.new_zeros": 0.0, "ate
 
 
 @lowers(*_FILLS, "aten.fill_", "aten.full_like", "aten.new_full")
-def fill(builder: Builder, node: Node) -> bool:
+def fill(builder: Builder, op: Operation) -> bool:
     """One number, or a constant of one element, everywhere."""
-    out = node.outs[0]
-    value = _FILLS.get(node.name, node.args[-1])
+    out = op.outs[0]
+    value = _FILLS.get(op.name, op.args[-1])
     if out.dtype not in builder.target.floats or not builder.target.fills:
         return False
     if isinstance(value, Ref):
@@ -291,9 +291,9 @@ def fill(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.new_empty", "aten.empty_like", "aten.new_empty_strided")
-def empty(builder: Builder, node: Node) -> bool:
+def empty(builder: Builder, op: Operation) -> bool:
     """Memory that is written later."""
-    out = node.outs[0]
+    out = op.outs[0]
     if out.dtype not in builder.target.floats:
         return False
     builder.values[out.storage] = Stored(builder.buffer(out.numel, out.dtype))

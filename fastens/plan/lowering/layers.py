@@ -23,27 +23,27 @@ from fastens.plan.lowering.values import (
 from fastens.plan.memory import Constant
 from fastens.program import steps
 from fastens.program.steps import Opcode
-from fastens.trace.record import Node, Ref
+from fastens.trace.record import Operation, Ref
 
 # Convolutions and linear layers
 
 
 @lowers("fastens.conv")
-def conv(builder: Builder, node: Node) -> bool:
+def conv(builder: Builder, op: Operation) -> bool:
     """A member-batched convolution in two dimensions, or in one as an image of one line."""
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = op.args[:9]
     stack = builder.constant(weight)
     values = None if bias is None else builder.constant(bias)
     if stack is None or not x.numel or groups != 1 or set(dilation) != {1} or (bias is not None and values is None):
         return False
-    runs = builder.runs(x.size[0], argument(node, 9, "offsets"), len(stack))
-    return _convolved(builder, node, stack, values, ("conv", weight, bias), stride, padding, runs, transposed)
+    runs = builder.runs(x.size[0], argument(op, 9, "offsets"), len(stack))
+    return _convolved(builder, op, stack, values, ("conv", weight, bias), stride, padding, runs, transposed)
 
 
 @lowers("aten.convolution")
-def shared_conv(builder: Builder, node: Node) -> bool:
+def shared_conv(builder: Builder, op: Operation) -> bool:
     """A convolution by one set of weights for all rows."""
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = op.args[:9]
     kernel = builder.constant(weight)
     values = None if bias is None else builder.constant(bias)
     if kernel is None or not x.numel or transposed or groups != 1 or set(dilation) != {1}:
@@ -54,12 +54,12 @@ def shared_conv(builder: Builder, node: Node) -> bool:
     # one number may stand for all dimensions
     stride, padding = (list(n) * (kernel.ndim - 2) if len(n) == 1 else n for n in (stride, padding))
     key = ("shared", weight, bias)
-    return _convolved(builder, node, kernel[None], values, key, stride, padding, Runs(x.size[0]))
+    return _convolved(builder, op, kernel[None], values, key, stride, padding, Runs(x.size[0]))
 
 
 def _convolved(
     builder: Builder,
-    node: Node,
+    op: Operation,
     stack: Any,
     bias: Any,
     key: tuple[Any, ...],
@@ -68,13 +68,13 @@ def _convolved(
     runs: Runs | None,
     transposed: bool = False,
 ) -> bool:
-    x = node.args[0]
+    x = op.args[0]
     if stack.ndim not in (4, 5) or len(x.size) != stack.ndim - 1:
         return False
     if stack.ndim == 4:
         stack, stride, padding = stack.unsqueeze(3), (1, *stride), (0, *padding)
     pixels = image_pixels(builder, x, 1)
-    out = pixels_of(node.outs[0], 1)
+    out = pixels_of(op.outs[0], 1)
     if pixels is None or out is None or runs is None:
         return False
     value = Convolved(out, pixels, stack, bias, key, tuple(stride), tuple(padding), runs)
@@ -83,41 +83,41 @@ def _convolved(
 
 
 @lowers("aten.mm", "aten.addmm")
-def shared_linear(builder: Builder, node: Node) -> bool:
+def shared_linear(builder: Builder, op: Operation) -> bool:
     """A linear layer by one set of weights for all rows."""
-    *bias, x, matrix = node.args
+    *bias, x, matrix = op.args
     weight = builder.constant(matrix)
     values = builder.constant(bias[0]) if bias else None
-    if weight is None or not x.numel or node.kwargs or (bias and (values is None or values.ndim != 1)):
+    if weight is None or not x.numel or op.kwargs or (bias and (values is None or values.ndim != 1)):
         return False
-    pixels, out = image_pixels(builder, x, -1), pixels_of(node.outs[0], -1)
+    pixels, out = image_pixels(builder, x, -1), pixels_of(op.outs[0], -1)
     if pixels is None or out is None or weight.dtype != torch.float32:
         return False
     stack, values = weight.t()[None, :, :, None, None], None if values is None else values[None]
-    builder.values[node.outs[0].storage] = Convolved(
+    builder.values[op.outs[0].storage] = Convolved(
         out, pixels, stack, values, ("shared", matrix, *bias), (1, 1), (0, 0), Runs(x.size[0])
     )
     return True
 
 
 @lowers("fastens.linear")
-def linear(builder: Builder, node: Node) -> bool:
+def linear(builder: Builder, op: Operation) -> bool:
     """A member-batched linear layer: a convolution of 1x1 over tokens."""
-    x, weight = node.args[:2]
-    bias = argument(node, 2, "bias")
+    x, weight = op.args[:2]
+    bias = argument(op, 2, "bias")
     stack = builder.constant(weight)
-    extra = argument(node, 4, "activation", "none") != "none" or argument(node, 5, "members") is not None
+    extra = argument(op, 4, "activation", "none") != "none" or argument(op, 5, "members") is not None
     if stack is None or not x.numel or extra:
         return False
-    runs = builder.runs(x.size[0], argument(node, 3, "offsets"), len(stack))
-    pixels, out = image_pixels(builder, x, -1), pixels_of(node.outs[0], -1)
+    runs = builder.runs(x.size[0], argument(op, 3, "offsets"), len(stack))
+    pixels, out = image_pixels(builder, x, -1), pixels_of(op.outs[0], -1)
     if pixels is None or out is None:
         return False
     moved = out.reshaped(pixels.height, pixels.width)
     values = None if bias is None else builder.constant(bias)
     if moved is None or runs is None or (bias is not None and values is None):
         return False
-    builder.values[node.outs[0].storage] = Convolved(
+    builder.values[op.outs[0].storage] = Convolved(
         moved, pixels, stack[:, :, :, None, None], values, ("linear", weight, bias), (1, 1), (0, 0), runs
     )
     return True
@@ -127,36 +127,38 @@ def linear(builder: Builder, node: Node) -> bool:
 
 
 @lowers("fastens.group_norm")
-def group_norm(builder: Builder, node: Node) -> bool:
+def group_norm(builder: Builder, op: Operation) -> bool:
     """Group normalisation, whose scale and shift a later node applies."""
-    x, groups = node.args[:2]
-    if not x.numel or _more_than_affine(node):
+    x, groups = op.args[:2]
+    if not x.numel or _more_than_affine(op):
         return False
-    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    runs = builder.runs(x.size[0], argument(node, 5, "offsets"), _members(weight, bias))
-    return _normed(builder, node, groups, weight, bias, float(argument(node, 4, "eps", 1e-5)), runs)
+    weight, bias = argument(op, 2, "weight"), argument(op, 3, "bias")
+    runs = builder.runs(x.size[0], argument(op, 5, "offsets"), _members(weight, bias))
+    return _normed(builder, op, groups, weight, bias, float(argument(op, 4, "eps", 1e-5)), runs)
 
 
 @lowers("aten.native_group_norm")
-def shared_group_norm(builder: Builder, node: Node) -> bool:
+def shared_group_norm(builder: Builder, op: Operation) -> bool:
     """Group normalisation with one scale and shift for all rows; or only its moments, where they are what is used."""
-    x, weight, bias, _, _, _, groups, eps = node.args
+    x, weight, bias, _, _, _, groups, eps = op.args
     if not x.numel:
         return False
-    if any(builder.uses[out.storage] for out in node.outs[1:]):
-        return _moments(builder, node)
-    return _normed(builder, node, groups, weight, bias, float(eps), Runs(x.size[0]))
+    if any(builder.uses[out.storage] for out in op.outs[1:]):
+        return _moments(builder, op)
+    return _normed(builder, op, groups, weight, bias, float(eps), Runs(x.size[0]))
 
 
-def _normed(builder: Builder, node: Node, groups: int, weight: Any, bias: Any, eps: float, runs: Runs | None) -> bool:
-    pixels, out = image_pixels(builder, node.args[0], 1), pixels_of(node.outs[0], 1)
+def _normed(
+    builder: Builder, op: Operation, groups: int, weight: Any, bias: Any, eps: float, runs: Runs | None
+) -> bool:
+    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
     if pixels is None or out is None or runs is None:
         return False
     stacks = [None if ref is None else builder.constant(ref) for ref in (weight, bias)]
     if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
         return False
     scale, shift = _affine(weight, bias, stacks)
-    builder.values[node.outs[0].storage] = Normed(out, pixels, groups, eps, runs, scale, shift)
+    builder.values[op.outs[0].storage] = Normed(out, pixels, groups, eps, runs, scale, shift)
     return True
 
 
@@ -171,13 +173,13 @@ def _affine(weight: Ref | None, bias: Ref | None, stacks: list[Any]) -> tuple[Co
     return one(weight, stacks[0]), one(bias, stacks[1])
 
 
-def _moments(builder: Builder, node: Node) -> bool:
+def _moments(builder: Builder, op: Operation) -> bool:
     """Mean and reciprocal deviation of each group, as derivatives take them, where the normalised values have no use.
 
     torch's own, of images with their channels last, lose digits where the mean is large beside the deviation.
     """
-    x, weight, bias, _, channels, _, groups, eps = node.args
-    normed, mean, rate = node.outs
+    x, weight, bias, _, channels, _, groups, eps = op.args
+    normed, mean, rate = op.outs
     if not builder.target.tables:
         return False
     if weight is not None or bias is not None or builder.uses[normed.storage] or x.dtype not in builder.target.floats:
@@ -204,24 +206,24 @@ def _members(*parameters: Ref | None) -> int:
     return next((ref.size[0] for ref in parameters if ref is not None), 1)
 
 
-def _more_than_affine(node: Node) -> bool:
+def _more_than_affine(op: Operation) -> bool:
     """Whether a normalisation has more of its own beside its parameters: scale, shift, activation, masks."""
-    extra = (argument(node, i, name) for i, name in ((6, "scale"), (7, "shift"), (9, "members")))
-    return any(value is not None for value in extra) or argument(node, 8, "activation", "none") != "none"
+    extra = (argument(op, i, name) for i, name in ((6, "scale"), (7, "shift"), (9, "members")))
+    return any(value is not None for value in extra) or argument(op, 8, "activation", "none") != "none"
 
 
 @lowers("fastens.layer_norm", "aten.native_layer_norm")
-def layer_norm(builder: Builder, node: Node) -> bool:
+def layer_norm(builder: Builder, op: Operation) -> bool:
     """Layer normalisation over the last dimension."""
-    x, shape = node.args[:2]
-    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
-    whole = node.name == "fastens.layer_norm"
-    if len(shape) != 1 or not x.numel or (whole and _more_than_affine(node)):
+    x, shape = op.args[:2]
+    weight, bias = argument(op, 2, "weight"), argument(op, 3, "bias")
+    whole = op.name == "fastens.layer_norm"
+    if len(shape) != 1 or not x.numel or (whole and _more_than_affine(op)):
         return False
-    if not whole and (weight is not None or bias is not None or any(builder.uses[o.storage] for o in node.outs[1:])):
+    if not whole and (weight is not None or bias is not None or any(builder.uses[o.storage] for o in op.outs[1:])):
         return False
-    pixels, out = image_pixels(builder, x, -1), pixels_of(node.outs[0], -1)
-    runs = builder.runs(x.size[0], argument(node, 5, "offsets") if whole else None, _members(weight, bias))
+    pixels, out = image_pixels(builder, x, -1), pixels_of(op.outs[0], -1)
+    runs = builder.runs(x.size[0], argument(op, 5, "offsets") if whole else None, _members(weight, bias))
     if pixels is None or out is None or pixels.step is None or out.step is None or runs is None:
         return False
     stacks = [None if ref is None else builder.constant(ref) for ref in (weight, bias)]
@@ -234,16 +236,16 @@ def layer_norm(builder: Builder, node: Node) -> bool:
     size = (out.rows, out.height * out.width, out.channels)
     read = View(image.where, image.offset, size, (row, x if pixels.width > 1 else y, 1))
     written = View(buffer, 0, size, (out.row, out.step, 1))
-    builder.add(LayerNorm(written, read, scale, shift, float(argument(node, 4, "eps", 1e-5)), runs))
+    builder.add(LayerNorm(written, read, scale, shift, float(argument(op, 4, "eps", 1e-5)), runs))
     builder.values[out.ref.storage] = Stored(buffer)
     return True
 
 
 @lowers("aten.index_select")
-def gather(builder: Builder, node: Node) -> bool:
+def gather(builder: Builder, op: Operation) -> bool:
     """What is the member's of each row, where rows are dealt out when the program runs."""
-    table, dim, index = node.args[:3]
-    out, values = node.outs[0], builder.constant(table)
+    table, dim, index = op.args[:3]
+    out, values = op.outs[0], builder.constant(table)
     dealt = builder.row_members is not None and builder.recording.row_members == index
     if not dealt or dim != 0 or table.dtype != torch.float32 or not out.numel:
         return False
@@ -275,10 +277,10 @@ def _in_line(ref: Ref) -> bool:
 
 
 @lowers("aten.cat")
-def cat(builder: Builder, node: Node) -> bool:
+def cat(builder: Builder, op: Operation) -> bool:
     """Two images joined along the channels; anything else part by part."""
-    parts, dim = node.args[0], argument(node, 1, "dim", 0)
-    out = node.outs[0]
+    parts, dim = op.args[0], argument(op, 1, "dim", 0)
+    out = op.outs[0]
     if out.dtype not in builder.target.floats or any(part.dtype != out.dtype for part in parts):
         return False
     parts = [part for part in parts if part.numel]
@@ -299,10 +301,10 @@ def cat(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.stack")
-def stack(builder: Builder, node: Node) -> bool:
+def stack(builder: Builder, op: Operation) -> bool:
     """Tensors along a new dimension, one by one."""
-    parts, dim = node.args[0], argument(node, 1, "dim", 0)
-    out = node.outs[0]
+    parts, dim = op.args[0], argument(op, 1, "dim", 0)
+    out = op.outs[0]
     dim %= len(out.size)
     if (
         out.dtype not in builder.target.floats
@@ -319,9 +321,9 @@ def stack(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.upsample_nearest2d")
-def upsample(builder: Builder, node: Node) -> bool:
+def upsample(builder: Builder, op: Operation) -> bool:
     """Nearest-neighbour enlargement by a whole number."""
-    pixels, out = image_pixels(builder, node.args[0], 1), pixels_of(node.outs[0], 1)
+    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
     if pixels is None or out is None or not out.ref.numel:
         return False
     factor = out.height // pixels.height
@@ -332,12 +334,12 @@ def upsample(builder: Builder, node: Node) -> bool:
 
 
 @lowers("aten.constant_pad_nd")
-def pad(builder: Builder, node: Node) -> bool:
+def pad(builder: Builder, op: Operation) -> bool:
     """Zeros around an image."""
-    padding = [*node.args[1], 0, 0, 0, 0][:4]
-    pixels, out = image_pixels(builder, node.args[0], 1), pixels_of(node.outs[0], 1)
-    value = argument(node, 2, "value", 0)
-    if pixels is None or out is None or value or len(node.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
+    padding = [*op.args[1], 0, 0, 0, 0][:4]
+    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
+    value = argument(op, 2, "value", 0)
+    if pixels is None or out is None or value or len(op.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
         return False
     builder.values[out.ref.storage] = Padded(out, pixels, tuple(padding))
     return True

@@ -20,9 +20,9 @@ from fastens.plan.lowering.values import (
 )
 from fastens.plan.memory import Argument
 from fastens.trace.functionalize import contiguous
-from fastens.trace.record import Node, NotLowerable, Ref, mapped, same_view
+from fastens.trace.record import NotLowerable, Operation, Ref, mapped, same_view
 
-Handler = Callable[[Builder, Node], bool]
+Handler = Callable[[Builder, Operation], bool]
 HANDLERS: dict[str, Handler] = {}
 
 
@@ -42,25 +42,25 @@ def lowers(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def lower(builder: Builder, node: Node) -> None:
+def lower(builder: Builder, op: Operation) -> None:
     """Turn an operation into a value or a node, or else into a call of torch."""
-    handler = HANDLERS.get(node.name)
-    if handler is None or not handler(builder, node):
-        call(builder, node)
+    handler = HANDLERS.get(op.name)
+    if handler is None or not handler(builder, op):
+        call(builder, op)
 
 
-def call(builder: Builder, node: Node) -> None:
+def call(builder: Builder, op: Operation) -> None:
     """Let torch run an operation on views of memory."""
-    args, kwargs = _operands(builder, (node.args, node.kwargs))
-    for out in node.outs:
+    args, kwargs = _operands(builder, (op.args, op.kwargs))
+    for out in op.outs:
         builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
-    builder.add(TorchCall(_operands(builder, node.outs), node.func, args, kwargs))
+    builder.add(TorchCall(_operands(builder, op.outs), op.func, args, kwargs))
 
 
-def call_into(builder: Builder, node: Node) -> None:
+def call_into(builder: Builder, op: Operation) -> None:
     """Let torch write a part of a value that is in memory already."""
-    args, kwargs = _operands(builder, (node.args, node.kwargs))
-    builder.add(TorchCall(_operands(builder, node.outs), node.func, args, kwargs))
+    args, kwargs = _operands(builder, (op.args, op.kwargs))
+    builder.add(TorchCall(_operands(builder, op.outs), op.func, args, kwargs))
 
 
 def copy_out(builder: Builder, ref: Ref, where: Argument) -> None:
@@ -84,9 +84,9 @@ def _operands(builder: Builder, tree: Any) -> Any:
     return mapped(Ref, operand, tree)
 
 
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+def argument(op: Operation, index: int, name: str, default: Any = None) -> Any:
     """An argument by position or name."""
-    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+    return op.args[index] if index < len(op.args) else op.kwargs.get(name, default)
 
 
 def image_pixels(builder: Builder, ref: Ref, channel_dim: int) -> Pixels | None:
