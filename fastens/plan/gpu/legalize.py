@@ -261,17 +261,21 @@ class Legalizer:
         operands = [node.out, *node.inputs]
         sizes, strides = simplified(list(node.out.size), [list(view.stride) for view in operands])
         out, *inputs = (_kept(view, sizes, stride) for view, stride in zip(operands, strides, strict=True))
-        code = [(*self._as_torch(opcode, number), a, b) for opcode, a, b, number in node.code]
-        self.nodes.append(Pointwise(out, inputs, [(opcode, a, b, number) for opcode, number, a, b in code]))
+        self.nodes.append(Pointwise(out, inputs, self._as_torch(node.code)))
         self._joined = {
             key: view for key, view in self._joined.items() if all(v.where is not out.where for v in key[:-1])
         }
 
-    def _as_torch(self, opcode: Opcode, number: float) -> tuple[Opcode, float]:
-        """On CUDA torch itself multiplies by a reciprocal where it divides by a number: by that which it takes."""
-        if opcode is not Opcode.DIVIDE_NUMBER or self.device.type != "cuda":
-            return opcode, number
-        return Opcode.MULTIPLY_NUMBER, (torch.ones((), device=self.device) / number).item()
+    def _as_torch(self, code: Code) -> Code:
+        """(x / d)  ->  x (1 / d), by the reciprocal that torch itself takes on CUDA."""
+        if self.device.type != "cuda":
+            return code
+        one = torch.ones((), device=self.device)
+        return [
+            (Opcode.MULTIPLY_NUMBER, a, b, (one / number).item()) if opcode is Opcode.DIVIDE_NUMBER else instruction
+            for instruction in code
+            for opcode, a, b, number in (instruction,)
+        ]
 
     def _layer_norm(self, node: graph.LayerNorm) -> None:
         weight, bias = self._tensor(node.weight), self._tensor(node.bias)
