@@ -152,25 +152,23 @@ def _normed(
     builder: Builder, op: Operation, groups: int, weight: Any, bias: Any, eps: float, runs: Runs | None
 ) -> bool:
     pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
-    if pixels is None or out is None or runs is None:
+    affine = _affine(builder, weight, bias)
+    if pixels is None or out is None or runs is None or affine is None:
         return False
-    stacks = [None if ref is None else builder.constant(ref) for ref in (weight, bias)]
-    if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
-        return False
-    scale, shift = _affine(weight, bias, stacks)
-    builder.values[op.outs[0].storage] = Normed(out, pixels, groups, eps, runs, scale, shift)
+    builder.values[op.outs[0].storage] = Normed(out, pixels, groups, eps, runs, *affine)
     return True
 
 
-def _affine(weight: Ref | None, bias: Ref | None, stacks: list[Any]) -> tuple[Constant | None, Constant | None]:
-    """Weight and bias of a norm, [K, C], or [1, C] where all members share them."""
-
-    def one(ref: Ref | None, stack: Any) -> Constant | None:
-        if stack is None:
+def _affine(builder: Builder, *parameters: Ref | None) -> list[Constant | None] | None:
+    """Weight and bias of a norm, [K, C] or [1, C], where it has them; none where one is not constant."""
+    found: list[Constant | None] = []
+    for ref in parameters:
+        stack = None if ref is None else builder.constant(ref)
+        if ref is not None and stack is None:
             return None
-        return Constant(("norm", ref), stack[None] if stack.ndim == 1 else stack.flatten(1), stack)
-
-    return one(weight, stacks[0]), one(bias, stacks[1])
+        rows = None if stack is None else stack[None] if stack.ndim == 1 else stack.flatten(1)
+        found.append(None if rows is None else Constant(("norm", ref), rows, stack))
+    return found
 
 
 def _moments(builder: Builder, op: Operation) -> bool:
@@ -226,17 +224,16 @@ def layer_norm(builder: Builder, op: Operation) -> bool:
     runs = builder.runs(x.size[0], argument(op, 5, "offsets") if whole else None, _members(weight, bias))
     if pixels is None or out is None or pixels.step is None or out.step is None or runs is None:
         return False
-    stacks = [None if ref is None else builder.constant(ref) for ref in (weight, bias)]
-    if any(ref is not None and stack is None for ref, stack in zip((weight, bias), stacks, strict=True)):
+    affine = _affine(builder, weight, bias)
+    if affine is None:
         return False
-    scale, shift = _affine(weight, bias, stacks)
     buffer = builder.buffer(out.ref.numel, out.ref.dtype)
     image = builder.image(pixels)
     row, _, y, x = image.stride
     size = (out.rows, out.height * out.width, out.channels)
     read = View(image.where, image.offset, size, (row, x if pixels.width > 1 else y, 1))
     written = View(buffer, 0, size, (out.row, out.step, 1))
-    builder.add(LayerNorm(written, read, scale, shift, float(argument(op, 4, "eps", 1e-5)), runs))
+    builder.add(LayerNorm(written, read, *affine, float(argument(op, 4, "eps", 1e-5)), runs))
     builder.values[out.ref.storage] = Stored(buffer)
     return True
 
