@@ -14,7 +14,7 @@ import fastens
 from fastens import capture
 from fastens.engine import planned
 from fastens.kernels import _graph
-from fastens.plan.record import mapped
+from fastens.trace.record import mapped
 from tests.fold.test_plans import members_of
 
 

@@ -41,6 +41,7 @@ LEVELS = [  # a module imports from its own level or below
     {"network", "report"},
     {"fold"},
     {"plan"},
+    {"trace"},
     {"ops"},
     {
         "reference",

@@ -24,7 +24,7 @@ from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, all_members, 
 from fastens.network.folded import lists_weights
 from fastens.network.state import state_kept
 from fastens.network.tables import alone
-from fastens.plan.record import NotRecordable, record, trace_of
+from fastens.trace.record import NotRecordable, record, trace_of
 
 if TYPE_CHECKING:
     from fastens.engine.engine import Engine

@@ -13,8 +13,8 @@ from fastens.engine.engine import Engine
 from fastens.engine.leaves import Leaves
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
-from fastens.plan.record import NotRecordable, record
-from fastens.plan.tangents import along
+from fastens.trace.jvp import along
+from fastens.trace.record import NotRecordable, record
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable
-from fastens.plan.record import NotRecordable
+from fastens.trace.record import NotRecordable
 
 
 @dataclasses.dataclass(frozen=True)

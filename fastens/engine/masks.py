@@ -22,8 +22,8 @@ from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden
 from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel
-from fastens.plan.record import MaskInputs, Ref
 from fastens.reference._rows import rows_of
+from fastens.trace.record import MaskInputs, Ref
 
 # function: (draws whole channels, keeps mean and variance)
 FUNCTIONS: dict[Callable[..., Any], tuple[bool, bool]] = {

@@ -23,7 +23,7 @@ from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues
-from fastens.plan.record import NotRecordable, in_progress
+from fastens.trace.record import NotRecordable, in_progress
 
 Values = dict[int, float]  # by position among the leaves of the arguments
 Expression = Callable[[Values], float]

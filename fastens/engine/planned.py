@@ -23,13 +23,13 @@ from fastens.network.state import state_kept
 from fastens.network.weights import Weights
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
-from fastens.plan.record import NotLowerable, NotRecordable, Recording, record, trace_of
-from fastens.plan.sketch import sketched
+from fastens.trace.record import NotLowerable, NotRecordable, Recording, record, trace_of
+from fastens.trace.sketch import sketched
 
 if TYPE_CHECKING:
     from fastens.engine.numbers import Numbers
-    from fastens.plan.launches import LaunchPlan
-    from fastens.plan.plan import Plan
+    from fastens.plan.cpu.plan import Plan
+    from fastens.plan.gpu.plan import LaunchPlan
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -143,7 +143,7 @@ class Plans:
     @property
     def launches(self) -> tuple[list[dict[str, int]], int, str]:
         """Of plans that are launches: the ways of their convolutions, how many graphs there are, why some are not."""
-        from fastens.plan.launches import LaunchPlan
+        from fastens.plan.gpu.plan import LaunchPlan
 
         plans = [e.plan for e in self.entries if isinstance(e.plan, LaunchPlan)]
         why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
@@ -331,12 +331,12 @@ class Plans:
     def _lowered(self, recording: Recording, num_threads: int, exact: bool) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package
         if not self.launched:
-            from fastens.plan.plan import Plan
+            from fastens.plan.cpu.plan import Plan
 
             return Plan(recording, self._num_members, self._constants, num_threads, exact)
         if exact:
             raise NotLowerable("in deterministic mode: the kernels of launches are chosen by what was measured")
-        from fastens.plan.launches import LaunchPlan
+        from fastens.plan.gpu.plan import LaunchPlan
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 

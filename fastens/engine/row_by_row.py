@@ -29,8 +29,8 @@ from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.states import Behaviour
-from fastens.plan.versions import contiguous
 from fastens.reproducible import REMEDY, NotReproducible
+from fastens.trace.functionalize import contiguous
 
 if TYPE_CHECKING:
     from fastens.engine.drawn import DrawnCall

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastens.plan.record import MaskInputs, Ref
+from fastens.trace.record import MaskInputs, Ref
 
 
 class Dropouts:

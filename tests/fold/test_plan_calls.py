@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import fastens
 from fastens.engine import planned
 from fastens.ops.group_moments import group_moments
-from fastens.plan import calls
-from fastens.plan.call import call
+from fastens.plan.gpu import calls
+from fastens.plan.torch_call import call
 from fastens.program.block import Prologue
 from fastens.program.steps import Opcode
 from tests.fold.test_plans import members_of
