@@ -4,6 +4,8 @@
 #include <cmath>
 #include <string>
 
+#include "isa/inline.h"
+
 #ifdef __CUDACC__
 #define FASTENS_HOST_DEVICE __host__ __device__
 #else
@@ -22,7 +24,7 @@ inline Activation activation_of(const std::string& name) {
 }
 
 template <class W>
-FASTENS_HOST_DEVICE inline W activated(W y, Activation activation) {
+FASTENS_HOST_DEVICE FASTENS_INLINE W activated(W y, Activation activation) {
   switch (activation) {
     case Activation::kSilu:
       return y / (W{1} + std::exp(-y));

@@ -9,7 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include "program/run.h"
+#include "check.h"
+#include "run_program.h"
 
 namespace fastens {
 namespace {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/blocks.h"
+#include "cpu/flat.h"
 #include "drop.h"
 #include "launch.h"
 

@@ -1,4 +1,4 @@
-"""The steps of a program, in the layout of ``csrc/cpu/program/steps.h``: one dataclass per struct there.
+"""The steps of a program, in the layout of ``csrc/kernels/program/steps.h``: one dataclass per struct there.
 
 An address is ``slot << 48 | bytes``; slot 0 is the arena, 1 the packed weights, then come the inputs and the outputs of
 the call. Strides are in elements. Activations are channels-last: the channels of a pixel are contiguous.
