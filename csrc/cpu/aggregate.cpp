@@ -29,6 +29,10 @@ void run_alternating(const MemberTensors& members, int64_t seed, int64_t offset)
                               });
 }
 
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 // Many members are sorted in memory that each thread is given.
 void median(const MemberTensors& members, const Kernels& kernels, const Job& job) {
   const bool wide = members.dtype == ScalarType::Double;
@@ -40,7 +44,7 @@ void median(const MemberTensors& members, const Kernels& kernels, const Job& job
   std::vector<aggregation::Pair> pairs;
   sorting_network(static_cast<int>(num_members), [&](int low, int high) { pairs.push_back({low, high}); });
   torch::stable::parallel_for(0, members.count, kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<double> rows(num_members * aggregation::kRow);
+    std::vector<Line> rows(num_members * aggregation::kRow * (wide ? 8 : 4) / sizeof(Line));
     Job own = job;
     own.rows = rows.data();
     own.pairs = pairs.data();

@@ -123,7 +123,7 @@ FASTENS_INLINE void mean_of_range(const Job& job, int64_t begin, int64_t end) {
 // The smallest S_k of [begin, end) over all members; NaN wins and stays.
 template <class W>
 FASTENS_INLINE W smaller(W low, W value) {
-  return (value < low) | (value != value) ? value : low;
+  return ((value < low) | (value != value)) ? value : low;
 }
 
 template <class W>

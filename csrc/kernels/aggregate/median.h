@@ -52,7 +52,7 @@ FASTENS_INLINE void median_of_rows(const Job& job, int64_t begin, int64_t end) {
   const Members& members = job.members;
   const int64_t num_members = members.num_members;
   const bool average = job.average && num_members % 2 == 0;
-  W* const rows = static_cast<W*>(job.rows);
+  W* const rows = static_cast<W*>(__builtin_assume_aligned(job.rows, 64));
   W buffer[kRow], out[kRow];
   for (int64_t at = begin; at < end; at += kRow) {
     const int64_t n = smaller_of(kRow, end - at);
