@@ -5,6 +5,7 @@
 #include <string>
 
 #include "isa/inline.h"
+#include "kernels/program/layout.h"
 
 #ifdef __CUDACC__
 #define FASTENS_HOST_DEVICE __host__ __device__
@@ -14,13 +15,17 @@
 
 namespace fastens {
 
-enum class Activation : int { kUnknown = -1, kNone, kSilu, kGelu, kGeluTanh };
+using program::Activation;
+
+constexpr Activation kUnknownActivation = static_cast<Activation>(-1);
 
 inline Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  return name == "gelu_tanh" ? Activation::kGeluTanh : Activation::kUnknown;
+  int64_t number = 0;
+  for (const char* known : program::kActivationNames) {
+    if (name == known) return static_cast<Activation>(number);
+    ++number;
+  }
+  return kUnknownActivation;
 }
 
 template <class W>

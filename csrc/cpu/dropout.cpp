@@ -42,7 +42,7 @@ Tensor dropout(const Tensor& given, const Tensor& members, const std::optional<T
                          p < 1 ? 1 / (1 - p) : 0.0,
                          static_cast<uint32_t>(evaluation),
                          activation_of(activation)};
-  STD_TORCH_CHECK(job.activation != Activation::kUnknown, "dropout: unknown activation '", activation, "'");
+  STD_TORCH_CHECK(job.activation != kUnknownActivation, "dropout: unknown activation '", activation, "'");
   const masking::Kernels& kernels = masking::kernels_of(isa::chosen());
   masking::Range range = nullptr;
   switch (x.scalar_type()) {

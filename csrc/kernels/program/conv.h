@@ -45,7 +45,7 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, const Slots& slots, int64_t 
   task.y0 = index % bands * step.band;
   task.lines = std::min(step.band, step.out_h - task.y0);
   cut_rows(step, slots, index / bands, step.header.tasks / (block_tasks * bands), task);
-  task.channels = step.source[0].channels + step.source[1].channels;
+  task.channels = step.sources[0].channels + step.sources[1].channels;
   task.units = step.bfloat16 ? task.channels / 2 : task.channels;
   task.num_taps = step.kernel_h * step.kernel_w;
   return task;
@@ -54,7 +54,7 @@ FASTENS_INLINE ConvTask conv_task(const Conv& step, const Slots& slots, int64_t 
 // The input lines of the task, padded: [row][line][x][C_in].
 FASTENS_INLINE void fill_patch(const Conv& step, const Slots& slots, const ConvTask& task, int64_t patch_h,
                                int64_t patch_w, float* patch) {
-  const Inlet inlet{step.source, slots.at(step.table_scale), slots.at(step.table_shift),
+  const Inlet inlet{step.sources, slots.at(step.table_scale), slots.at(step.table_shift),
                     static_cast<Activation>(step.act_in), &step.mask_in};
   for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
     for (int64_t line = 0; line < patch_h; ++line) {
@@ -107,13 +107,13 @@ FASTENS_INLINE void locate(const Conv& step, const Slots& slots, ConvTask& task,
   int64_t* const taps = scratch.taps.room<int64_t>(task.num_taps);
   const float** next = pixels;
   const bool direct = !step.bfloat16 && task.num_taps == 1 && step.table_scale < 0 && step.act_in == 0 &&
-                      step.mask_in.at < 0 && step.source[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
+                      step.mask_in.at < 0 && step.sources[1].channels == 0 && step.pad_top == 0 && step.pad_left == 0 &&
                       (step.out_h - 1) * step.stride_h < step.in_h && (step.out_w - 1) * step.stride_w < step.in_w;
   if (direct) {
     for (int64_t r = task.row0; r < task.row0 + task.rows; ++r) {
       for (int64_t y = task.y0; y < task.y0 + task.lines; ++y) {
         for (int64_t x = 0; x < step.out_w; ++x) {
-          *next++ = pixel(slots, step.source[0], r, y * step.stride_h / step.up, x * step.stride_w / step.up);
+          *next++ = pixel(slots, step.sources[0], r, y * step.stride_h / step.up, x * step.stride_w / step.up);
         }
       }
     }

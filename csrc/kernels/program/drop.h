@@ -169,7 +169,7 @@ FASTENS_INLINE void run_draw(const Draw& step, const Slots& slots, int64_t index
 }
 
 FASTENS_INLINE void run_drop(const Drop& step, const Slots& slots, int64_t index) {
-  const Inlet inlet{step.source, slots.at(step.table_scale), slots.at(step.table_shift),
+  const Inlet inlet{step.sources, slots.at(step.table_scale), slots.at(step.table_shift),
                     static_cast<Activation>(step.activation), &step.mask};
   const int64_t row = index / step.splits, split = index % step.splits;
   for (int64_t y = step.height * split / step.splits; y < step.height * (split + 1) / step.splits; ++y) {

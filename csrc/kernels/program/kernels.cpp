@@ -42,7 +42,7 @@ static void attention(const int64_t* step, const Slots& slots, int64_t task, Scr
 }
 
 static void winograd(const int64_t* step, const Slots& slots, int64_t task, Scratch& scratch) {
-  run_conv<convolve_winograd>(as<Conv>(step), slots, task, scratch);
+  run_conv<convolve_winograd>(as<program::Winograd>(step), slots, task, scratch);
 }
 
 static void draw(const int64_t* step, const Slots& slots, int64_t task, Scratch&) {

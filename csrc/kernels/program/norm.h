@@ -6,7 +6,7 @@ constexpr int64_t kPixelsInFloat = 64;  // summed in float32 before they are add
 FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index, Scratch& scratch) {
   const int64_t r = index / step.splits, split = index % step.splits;
   const int64_t member = member_of(slots, step.members, step.rows_per_member, r);
-  const int64_t channels = step.source[0].channels + step.source[1].channels, size = channels / step.groups;
+  const int64_t channels = step.sources[0].channels + step.sources[1].channels, size = channels / step.groups;
   const int64_t group0 = step.groups * split / step.splits, group1 = step.groups * (split + 1) / step.splits;
   const int64_t begin = group0 * size, end = group1 * size, pixels = step.height * step.width;
   float* const sums = scratch.sums.room(2 * (channels + kRegisterLanes));
@@ -19,8 +19,8 @@ FASTENS_INLINE void run_norm(const Norm& step, const Slots& slots, int64_t index
         std::fill_n(sums, channels, 0.0f);
         for (int64_t x = x0; x < std::min(step.width, x0 + kPixelsInFloat); ++x) {
           for (int s = 0; s < 2; ++s) {
-            const Image& source = step.source[s];
-            const int64_t offset = s ? step.source[0].channels : 0;
+            const Image& source = step.sources[s];
+            const int64_t offset = s ? step.sources[0].channels : 0;
             const int64_t from = std::max(begin, offset), to = std::min(end, offset + source.channels);
             if (from >= to) continue;
             const float* const in = pixel(slots, source, r, y, x) - offset;

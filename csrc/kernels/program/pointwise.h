@@ -3,32 +3,6 @@
 constexpr int64_t kRun = 256;  // elements in one register
 constexpr int kRegisters = kMaxInputs + kMaxInstructions;
 
-enum class Opcode : int64_t {
-  kCopy,
-  kAdd,
-  kSubtract,
-  kMultiply,
-  kDivide,
-  kAddNumber,
-  kMultiplyNumber,
-  kNumberMinus,
-  kNumberOver,
-  kSilu,
-  kGelu,
-  kGeluTanh,
-  kSigmoid,
-  kTanh,
-  kExp,
-  kLog,
-  kSin,
-  kCos,
-  kSqrt,
-  kSquare,
-  kRelu,
-  kAbs,
-  kDivideNumber,
-};
-
 template <class T>
 FASTENS_INLINE void read_as(const char* from, int64_t stride, int64_t n, float* to) {
   const T* in = reinterpret_cast<const T*>(from);
@@ -36,21 +10,21 @@ FASTENS_INLINE void read_as(const char* from, int64_t stride, int64_t n, float* 
 }
 
 FASTENS_INLINE void read_run(const char* from, int64_t dtype, int64_t stride, int64_t n, float* to) {
-  switch (dtype) {
-    case 0:
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kFloat32:
       if (stride == 1) {
         std::memcpy(to, from, n * sizeof(float));
       } else {
         read_as<float>(from, stride, n, to);
       }
       break;
-    case 1:
+    case Dtype::kFloat64:
       read_as<double>(from, stride, n, to);
       break;
-    case 2:
+    case Dtype::kInt64:
       read_as<int64_t>(from, stride, n, to);
       break;
-    case 3:
+    case Dtype::kInt32:
       read_as<int32_t>(from, stride, n, to);
       break;
     default: {
@@ -67,21 +41,21 @@ FASTENS_INLINE void write_as(const float* from, int64_t stride, int64_t n, char*
 }
 
 FASTENS_INLINE void write_run(const float* from, int64_t dtype, int64_t stride, int64_t n, char* to) {
-  switch (dtype) {
-    case 0:
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::kFloat32:
       if (stride == 1) {
         std::memcpy(to, from, n * sizeof(float));
       } else {
         write_as<float>(from, stride, n, to);
       }
       break;
-    case 1:
+    case Dtype::kFloat64:
       write_as<double>(from, stride, n, to);
       break;
-    case 2:
+    case Dtype::kInt64:
       write_as<int64_t>(from, stride, n, to);
       break;
-    case 3:
+    case Dtype::kInt32:
       write_as<int32_t>(from, stride, n, to);
       break;
     default: {
@@ -90,8 +64,6 @@ FASTENS_INLINE void write_run(const float* from, int64_t dtype, int64_t stride, 
     }
   }
 }
-
-constexpr int64_t kSizes[] = {4, 8, 8, 4, 2};  // bytes of each dtype
 
 FASTENS_INLINE void vectors(Opcode opcode, const float* a, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kRegisterLanes) {

@@ -183,7 +183,7 @@ FASTENS_INLINE void convolve_squares(const Conv& step, const Slots& slots, ConvT
 }
 
 FASTENS_INLINE void convolve_winograd(const Conv& step, const Slots& slots, ConvTask& task, Scratch& scratch) {
-  if (step.tile == 4) {
+  if (static_cast<const program::Winograd&>(step).tile == 4) {
     convolve_squares<4>(step, slots, task, scratch);
   } else {
     convolve_squares<2>(step, slots, task, scratch);
