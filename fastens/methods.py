@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
-from fastens.fold.compiled import drawn_pass
-from fastens.fold.entering import entering
-from fastens.fold.of_member import called, settle
-from fastens.fold.row_by_row import each_member
-from fastens.fold.state import Rollback
+from fastens.engine.compiled import drawn_pass
+from fastens.engine.entering import entering
+from fastens.engine.row_by_row import each_member
+from fastens.network.of_member import called, settle
+from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
 
 if TYPE_CHECKING:
+    from fastens.engine.evaluator import FoldEngine
     from fastens.ensemble import Ensemble
-    from fastens.fold.engine import FoldEngine
 
 
 def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bool) -> Tensor:
-    """The aggregate of what a method returns; where no parameter entered it, what all members return alike as it is."""
+    """Aggregate what a method returns; what all members agree on, and no parameter entered, is returned unchanged."""
     first = scores[0]
     if not parameters and all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()

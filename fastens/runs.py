@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fastens.draws import numbers_of
+from fastens.engine.arguments import PerMember
+from fastens.engine.leaves import same
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import PerMember
 from fastens.fold.dispatch import RANDOM, Fold, run_common
-from fastens.fold.leaves import same
 from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
@@ -267,7 +267,7 @@ class _Together(_Assigned, Fold):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _drawn_alike(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Draw once for all members, or, where what is drawn depends on values, for each from the same state."""
+        """Draw once for all members; where the draw depends on values, draw for each from the same state."""
         leaves = list(leaves_of((args, kwargs)))
         if not any(map(member_valued, leaves)):
             return run_common(self, func, args, kwargs, any(type(x) is MemberTensor for x in leaves))

@@ -19,13 +19,13 @@ from fastens.distributed.one_process import OfOneProcess
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
-from fastens.fold.arguments import Arguments
-from fastens.fold.by_torch import dealt_by
-from fastens.fold.engine import FoldEngine
-from fastens.fold.members import tensors_of
-from fastens.fold.row_by_row import each_member, through_members
-from fastens.fold.ways import ways_seen
+from fastens.engine.arguments import Arguments
+from fastens.engine.by_torch import dealt_by
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.row_by_row import each_member, through_members
+from fastens.engine.ways import ways_seen
 from fastens.methods import call_method
+from fastens.network.stacking import tensors_of
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
@@ -57,12 +57,12 @@ def _with(base: type) -> type:
 
 
 def _apart(engine: FoldEngine, *calls: Arguments) -> bool:
-    """Whether rows are evaluated by themselves in each of some calls: a network may ask how many there are."""
+    """Whether each call evaluates its rows independently: a network may ask how many rows there are."""
     return all(engine.rows.independent(engine, each) for each in calls)
 
 
 class Distributed(OfOneProcess):
-    """What an ensemble over a mesh does otherwise: its engine has this rank's members, its numbers those of all."""
+    """An ensemble over a mesh: the engine holds this rank's members, every result is that of all members."""
 
     # Construction
 
@@ -214,7 +214,7 @@ class Distributed(OfOneProcess):
         return self._local(self._replicated(arguments))
 
     def _replicated(self: Any, arguments: Arguments, common: bool = True) -> Arguments:
-        """The arguments, through which the gradients of all ranks' members come back; of whole values, too."""
+        """Return the arguments such that their gradients are sums over the members of all ranks."""
         if not torch.is_grad_enabled():
             return arguments
         own, members = "masks" in self._settings, self._place.members
@@ -224,7 +224,7 @@ class Distributed(OfOneProcess):
         )
 
     def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
-        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
+        """Return the leaves of the local members' outputs, and their structure; if one rank fails, all raise.
 
         Args:
             arguments: of this rank's rows.

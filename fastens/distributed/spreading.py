@@ -14,10 +14,10 @@ from fastens.distributed.ensemble import over
 from fastens.distributed.exchange import RanksDiffer
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
+from fastens.engine.evaluator import FoldEngine
 from fastens.ensemble import Ensemble
-from fastens.fold.engine import FoldEngine
-from fastens.fold.members import check_members, stack_members, tensors_of
 from fastens.members import copied
+from fastens.network.stacking import check_members, stack_members, tensors_of
 from fastens.settings import check_settings
 
 
@@ -29,7 +29,7 @@ def distribute(
     timeout: float = 300.0,
     **options: Any,
 ) -> Any:
-    """Spread an ensemble over a mesh of dimensions ("member", "data"); all ranks call this, and then the result, alike.
+    """Spread an ensemble over a mesh of dimensions ("member", "data"). All ranks make the same calls.
 
     What every rank gets from a call is what the ensemble would return in one process, for the whole batch. It is a
     module that a sampler calls as it called the ensemble: the same program runs on all ranks, from the same seeds.

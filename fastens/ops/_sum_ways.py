@@ -1,4 +1,4 @@
-"""Ways of a convolution that is summed over members: what is before it in its kernel, or in a pass of its own."""
+"""Implementations of a convolution summed over members: its prologue fused, or in a pass of its own."""
 
 from __future__ import annotations
 
