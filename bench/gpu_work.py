@@ -98,9 +98,9 @@ def plan_of(members, size, batch):
     x = torch.randn(batch, 3, size, size, device=ensemble.device).to(ensemble.dtype)
     with torch.no_grad():
         ensemble(x.contiguous(memory_format=torch.channels_last), torch.full((batch,), 500, device=x.device))
-    if not ensemble._engine.plans._plans:
+    if not ensemble._engine.plans.entries:
         raise RuntimeError(f"no plan: {ensemble.report().why_no_plan or ensemble.report().why}")
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     return ensemble, plan
 
 

@@ -1,6 +1,8 @@
 """What is around a torch function in progress: the line that called it, the checkpoint, the graph of autograd."""
 
-import sys
+import inspect
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,19 +14,33 @@ from fastens.fold.tensor import MemberTensor, NotFoldable
 _MACHINERY = ("torch", *(f"fastens.{package}" for package in ("engine", "network", "fold", "trace", "plan")))
 
 
-def calling_line() -> str:
-    """File and line of the network's Python that called the function in progress."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(_MACHINERY):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+def callers() -> Iterator[FrameType]:
+    """The Python functions in progress, the innermost first; this one's caller among them.
+
+    Who uses it looks at code of others, which calls us as it calls anything: nothing but its frames tells who it is.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None:
         frame = frame.f_back
+        yield frame
+
+
+def calling_line() -> str:
+    """File and line of the network's Python that called the function in progress; said in errors, nothing rests on it.
+
+    A torch function knows its arguments and not its caller, so only the frames tell.
+    """
+    for frame in callers():
+        if not frame.f_globals.get("__name__", "").startswith(_MACHINERY):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
     return "an unknown place"
 
 
 def checkpoint_in_progress() -> Any:
-    """The innermost activation checkpoint in progress, whose functions the backward pass runs again."""
+    """The innermost activation checkpoint in progress, whose functions the backward pass runs again.
+
+    Read from the closure of the hooks that it pushed: torch has no function that gives it.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
         return None

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     reached: Callable[[Any], Iterable[Any]] = lambda value: ()
 
 
-class Held(NamedTuple):
+class Snapshot(NamedTuple):
     """One object as it was."""
 
     value: Any
@@ -52,15 +52,15 @@ class Held(NamedTuple):
         return True
 
 
-def held_by(value: Any, seen: set[int]) -> list[Held]:
-    """All that a value reaches and that can change in place, as it is.
+def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
+    """Return a snapshot of every object that a value reaches and that can change in place.
 
     Args:
         value: where to begin.
         seen: identities of what is looked at elsewhere; what is found is added.
     """
     return [
-        Held(each, kind.save(each), kind)
+        Snapshot(each, kind.save(each), kind)
         for each, kinds in _reached(value, seen)
         for kind in kinds
         if kind.put_back is not None

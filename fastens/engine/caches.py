@@ -11,20 +11,20 @@ from fastens.engine.rows import drawn_like
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import first_difference
 from fastens.network.barrier import unwatched
-from fastens.network.of_member import settle, view_of_member
+from fastens.network.member_tables import settle, view_of_member
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
-def remembers_calls(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
+def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward") -> bool:
     """Whether what a member leaves behind in itself depends on its inputs, or on how often it was called.
 
     Two copies of a member are called on different numbers, and each again. Caches of what follows from weights and
     shapes are the same in both, and complete after the first call.
     """
-    if engine.masks is not None:  # one network for all members
+    if not engine.kind.own_weights:  # one network for all members
         return True
     left = []
     with torch.no_grad(), random_kept():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastens
-from fastens.network.held import held_by
+from fastens.network.snapshots import snapshots_of
 from tests.fold.contract import K, near
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastens")
@@ -195,7 +195,7 @@ def test_what_is_put_back_is_as_it_was(kind):
     make, step = STATES[kind]
     state, x = make(), torch.randn(3, 4)
     first = step(state, x)
-    held = held_by(state, set())
+    held = snapshots_of(state, set())
     again = [step(state, x) for _ in range(2)]
     assert any([each.restored() for each in held])
     assert not any([each.restored() for each in held])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastens.network.closures import IN_PLACE
-from fastens.network.held import can_change, held_by
+from fastens.network.snapshots import can_change, snapshots_of
 
 _LIBRARIES = ("torch", "fastens", "builtins", "abc", "typing", "collections")
 _ABSENT = object()
@@ -31,7 +31,7 @@ class Place:
         self.key = id(owner), name
 
     def get(self) -> Any:
-        """What is there."""
+        """Return what the name stands for now."""
         if isinstance(self._owner, types.FunctionType):
             return getattr(self._owner, self.name)
         return self._names.get(self.name, _ABSENT)
@@ -58,7 +58,7 @@ class _Reach(NamedTuple):
 _REACH: weakref.WeakKeyDictionary[type | types.FunctionType, _Reach] = weakref.WeakKeyDictionary()
 
 
-class OutsideState:
+class GlobalState:
     """What the code of a network's modules can change outside of them, as it is.
 
     Args:
@@ -78,7 +78,7 @@ class OutsideState:
         self.draws = any(reach.draws for reach in reaches)
         self._values = [(place, place.get()) for place in places.values()]
         self._held = [
-            (place, held) for place, value in self._values if value is not _ABSENT for held in held_by(value, seen)
+            (place, held) for place, value in self._values if value is not _ABSENT for held in snapshots_of(value, seen)
         ]
 
     def put_back(self) -> set[str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.engine.along import outputs_along
+from fastens.engine.jvp import outputs_and_jvp
 from fastens.evaluation import Denoiser
 from fastens.evaluation.ode import AugmentedFlow
 from fastens.schedules import VP, Discrete, Prediction
@@ -39,7 +39,7 @@ def test_value_and_derivative_are_the_members(name):
     for factor in (1.0, -0.6):  # recorded, planned
         moved = tuple(a * factor if i == position else a for i, a in enumerate(args))
         tangent = torch.randn(args[position].shape, generator=torch.Generator().manual_seed(3))
-        found = outputs_along(ensemble._engine, moved, kwargs, tangent)
+        found = outputs_and_jvp(ensemble._engine, moved, kwargs, tangent)
         assert (found is None) == (name in WITHOUT), ensemble.report().why_no_plan
         if found is None or position:
             continue
@@ -99,7 +99,7 @@ def check_against_jvp(members):
     t = torch.rand(3, generator=generator)
     for _ in range(2):  # recorded, planned
         x, tangent = (torch.randn(3, 4, generator=generator) for _ in range(2))
-        found = outputs_along(ensemble._engine, (x, t), {}, tangent)
+        found = outputs_and_jvp(ensemble._engine, (x, t), {}, tangent)
         assert found is not None, ensemble.report().why_no_plan
         for k, member in enumerate(members):
             value, moved = torch.func.jvp(lambda y, m=member: m(y, t), (x,), (tangent,))
@@ -148,7 +148,7 @@ def test_normalisation_far_from_zero():
     ensemble = fastens.Ensemble(members, engine="fold")
     generator = torch.Generator().manual_seed(2)
     x, tangent = (torch.randn(3, 2, 12, 12, generator=generator) for _ in range(2))
-    found = outputs_along(ensemble._engine, (x,), {}, tangent)
+    found = outputs_and_jvp(ensemble._engine, (x,), {}, tangent)
     assert found is not None, ensemble.report().why_no_plan
     for k, member in enumerate(members):
         x64, tangent64 = x.double(), tangent.double()
@@ -170,9 +170,9 @@ class Odd(nn.Module):
 def test_an_unknown_operation_is_left_to_autograd():
     ensemble = fastens.Ensemble([randomised(Odd, seed) for seed in range(2)], engine="fold")
     x, t = torch.randn(3, 4), torch.ones(3)
-    assert outputs_along(ensemble._engine, (x, t), {}, x) is None
+    assert outputs_and_jvp(ensemble._engine, (x, t), {}, x) is None
     assert "the derivative of aten.erf is not known here" in ensemble.report().why_no_plan
-    assert outputs_along(ensemble._engine, (x, t), {}, x) is None
+    assert outputs_and_jvp(ensemble._engine, (x, t), {}, x) is None
     flow = AugmentedFlow(Denoiser(ensemble, VP()), x.sign().unsqueeze(0))
     assert all(torch.isfinite(part).all() for part in flow(torch.tensor(0.5), (x, torch.zeros(3))))
 
@@ -180,17 +180,17 @@ def test_an_unknown_operation_is_left_to_autograd():
 def test_changed_weights_and_modes():
     ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)], engine="fold").eval()
     x, t = NETWORKS["unet_2d"][1](2)[0][:2]
-    first = outputs_along(ensemble._engine, (x, t), {}, x)
+    first = outputs_and_jvp(ensemble._engine, (x, t), {}, x)
     with torch.no_grad():
         next(p for n, p in ensemble.named_parameters() if "conv_out.weight" in n).mul_(2)
-    second = outputs_along(ensemble._engine, (x, t), {}, x)
+    second = outputs_and_jvp(ensemble._engine, (x, t), {}, x)
     assert first is not None
     assert second is not None
     assert relative_error(second[1], 2 * first[1]) < 1e-5
     ensemble.train()  # nothing in this network depends on it
-    assert relative_error(outputs_along(ensemble._engine, (x, t), {}, x)[1], second[1]) < 1e-5
+    assert relative_error(outputs_and_jvp(ensemble._engine, (x, t), {}, x)[1], second[1]) < 1e-5
     ensemble.network.double()
-    assert outputs_along(ensemble._engine, (x.double(), t), {}, x.double()) is None
+    assert outputs_and_jvp(ensemble._engine, (x.double(), t), {}, x.double()) is None
 
 
 @pytest.mark.covering(1)
@@ -221,7 +221,7 @@ def test_flow_is_the_same_forward_and_backward(rule, prediction, aggregate_in, p
     denoiser = Denoiser(ensemble, schedule, prediction)
     forward = AugmentedFlow(denoiser, drawn)(t, (x, torch.zeros(len(x))))
     assert any("aten.native_group_norm_backward.default" in plan for plan in ensemble.report().plans)
-    monkeypatch.setattr(Denoiser, "outputs_along", lambda *_: None)
+    monkeypatch.setattr(Denoiser, "outputs_and_jvp", lambda *_: None)
     backward = AugmentedFlow(denoiser, drawn)(t, (x, torch.zeros(len(x))))
     for a, b in zip(forward, backward, strict=True):
         assert relative_error(a, b) < 1e-4
@@ -231,7 +231,7 @@ def test_fixed_dropout_masks():
     schedule = Discrete.linear()
     ensemble = fastens.MCDropout(randomised(lambda: unet_2d(False), 0), 3, p=0.1)
     x = NETWORKS["unet_2d"][1](2)[0][0]
-    found = outputs_along(ensemble._engine, (x, schedule.network_time(torch.full((2,), 300.0)).float()), {}, x)
+    found = outputs_and_jvp(ensemble._engine, (x, schedule.network_time(torch.full((2,), 300.0)).float()), {}, x)
     assert found is not None
     assert relative_error(found[1][0], found[1][1]) > 1e-3
     for k, member in enumerate(ensemble.members):

@@ -15,26 +15,27 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, modules_of
-from fastens.network.held import member_values
-from fastens.network.tables import Stacks, as_seen, part_of, scoped, seen_otherwise, tables_of
+from fastens.network.snapshots import member_values
+from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.scopes import scope
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
 
 
-def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Let members' own modules get what a function makes of their part of a stack."""
-    return scoped(_READ, change)
+def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+    """Scope in which members' own modules read ``change(part)`` in the place of their part of a stack."""
+    return scope(_READ, change)
 
 
 _CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
 
 
-def called() -> AbstractContextManager[None]:
+def called() -> AbstractContextManager[Any]:
     """Scope of a call of a member's own code, whose reads and writes :func:`settle` settles.
 
     What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
     """
-    return scoped(_CALLED, True)
+    return scope(_CALLED, True)
 
 
 # Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
@@ -42,7 +43,7 @@ def called() -> AbstractContextManager[None]:
 _COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-class OfMember(dict[str, Any]):
+class MemberTable(dict[str, Any]):
     """One member's parameters or buffers, read from the stacks whenever they are read.
 
     Args:
@@ -203,10 +204,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:
-    """Settle what a member's own code replaced in its tables; see :meth:`OfMember.settle`."""
+    """Settle what a member's own code replaced in its tables; see :meth:`MemberTable.settle`."""
     for _, module in modules_of(view):
         for table in (module._parameters, module._buffers):
-            if isinstance(table, OfMember):
+            if isinstance(table, MemberTable):
                 table.settle(keeps, apart, copies)
 
 
@@ -226,7 +227,7 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]
             if isinstance(table, Stacks):
-                module.__dict__[name] = OfMember(table, k, parts)
+                module.__dict__[name] = MemberTable(table, k, parts)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     return view

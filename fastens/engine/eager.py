@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastens.network.of_member import read_through
+from fastens.network.member_tables import read_through
 from fastens.network.state import GlobalDraws, state_kept
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
+from fastens.scopes import scope
 
 Result = TypeVar("Result")
 
 
 class _Read:
-    """The weights as members read them in calls by torch: from addresses at which cache lines begin."""
+    """Weights as eager rows read them.
+
+    At addresses where cache lines begin, since the last bits of MKL depend on it.
+    """
 
     _LINE = 64  # bytes, at which torch allocates
 
@@ -47,8 +51,8 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
-    """Run what torch computes of one row, on one thread; what that leaves behind is undone.
+def eagerly(engine: Any, run: Callable[[], Result]) -> Result:
+    """Return what ``run`` computes of one row by torch, on one thread; what it leaves in the network is undone.
 
     Raises:
         NotReproducible: it draws random numbers, or leaves something behind in the network.
@@ -58,24 +62,24 @@ def by_torch(engine: Any, run: Callable[[], Result]) -> Result:
         changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
         with one_thread(), read_through(read):
             result = run()
-    if engine.stateful or read.written or any(changed):
+    if engine.behaviour.writes_itself or read.written or any(changed):
         raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
     if elsewhere.drawn() or not torch.equal(before, torch.random.get_rng_state()):
         raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")
     return result
 
 
-class _Dealt(torch.autograd.Function):
-    """A tensor for each member; the gradients that come back are added up in the order of the members."""
+class _Replicas(torch.autograd.Function):
+    """A copy of a tensor for each member; gradients are summed in member order, so that their last bits are fixed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Give it to each."""
+        """Return ``count`` views."""
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Add up."""
+        """Return the sum of the members' gradients."""
         return added(grads), None
 
 
@@ -85,20 +89,18 @@ def added(parts: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, [part.to(wide) for part in parts]).to(parts[0].dtype)
 
 
-Deal = Callable[[Tensor, int], Sequence[Tensor]]
-_deal: contextvars.ContextVar[Deal] = contextvars.ContextVar("deal", default=_Dealt.apply)
+Replicate = Callable[[Tensor, int], Sequence[Tensor]]
+_replicate: contextvars.ContextVar[Replicate] = contextvars.ContextVar("replicate", default=_Replicas.apply)
 
 
-@contextmanager
-def dealt_by(deal: Deal) -> Iterator[None]:
-    """Let members get the tensors that a function makes for each, through which gradients come back."""
-    token = _deal.set(deal)
-    try:
-        yield
-    finally:
-        _deal.reset(token)
+def replicated_by(deal: Replicate) -> AbstractContextManager[Replicate]:
+    """Scope in which ``replicate`` makes the members' copies of a tensor.
+
+    Over a mesh, gradients come from all ranks.
+    """
+    return scope(_replicate, deal)
 
 
-def for_members(x: Tensor, count: int) -> Sequence[Tensor]:
-    """A tensor for each of some members, through which gradients come back."""
-    return _deal.get()(x, count)
+def replicas_for(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Return a copy of a tensor for each of ``count`` members; their gradients come back summed in member order."""
+    return _replicate.get()(x, count)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.engine.leaves import Leaves
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
@@ -18,8 +18,8 @@ from fastens.plan.tangents import along
 
 
 @torch.no_grad()
-def outputs_along(
-    engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor
+def outputs_and_jvp(
+    engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], tangent: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Evaluate all members, and their derivatives along a tangent of the batch, without a graph to go back through.
 
@@ -35,9 +35,8 @@ def outputs_along(
     """
     arguments = Arguments(args, kwargs, engine.num_members)
     key = ("along", *arguments.plan_key(), tangent.stride())
-    plannable = engine.engine == "fold" and not torch.compiler.is_compiling() and engine.can_plan(arguments)
-    fresh = engine.masks is not None and engine.masks.fresh
-    if not plannable or reproducible.enabled() or fresh or arguments.own or engine.plans.refused(key):
+    plannable = not engine.behaviour.looped and not torch.compiler.is_compiling() and engine.can_plan(arguments)
+    if not plannable or reproducible.enabled() or engine.kind.fresh or arguments.own or engine.plans.refused(key):
         return None
     entry = engine.plans.current(key)
     if entry is None:
@@ -47,14 +46,14 @@ def outputs_along(
     return None if found is None else (found[0], found[1])
 
 
-def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -> list[Any] | None:
+def _made(engine: Engine, arguments: Arguments, tangent: Tensor, key: Any) -> list[Any] | None:
     """Make the plan of a signature, and run it; none where there can be no plan."""
     engine.evaluate(arguments, engine.network.training)  # held against the members where it was not yet
     number = next(i for i, x in enumerate(arguments.tensors) if x is arguments.batch)
     rows = engine.num_members * arguments.batch_size
-    if engine.engine == "loop" or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
+    if engine.behaviour.looped or not engine.cap.holds_recording(("along", arguments.signature()), 3 * rows):
         return None
-    hidden = all_members(engine.num_members)
+    hidden, call = all_members(engine.num_members), arguments.described("derivative along a direction")
     whole, _, _ = PlannedCall(engine, arguments).passes(differentiated=True)
 
     def member(tensors: list[Tensor], exact: bool = False) -> list[Tensor] | None:
@@ -75,7 +74,7 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
         with state_kept(engine.network):
             recording, (_, leaves) = record(lambda: whole(arguments.tensors), arguments.tensors)
     except (NotRecordable, NotFoldable, RuntimeError) as error:
-        engine.plans.refuse(key, str(error))
+        engine.plans.refuse(key, str(error), call)
         return None
     if leaves.kinds[:1] != ("rows",):
         return None
@@ -84,8 +83,10 @@ def _made(engine: FoldEngine, arguments: Arguments, tangent: Tensor, key: Any) -
     def beside(tensors: list[Tensor]) -> tuple[list[Tensor], Leaves]:
         return list(along(recording, tensors[:-1], tensors[-1], number)), both
 
-    masks = engine.mask_pass(hidden, arguments)
-    return engine.plans.make(key, beside, member, [*arguments.tensors, tangent], seen=seen, masks=masks)
+    dropouts = engine.kind.dropouts(hidden, arguments)
+    return engine.plans.make(
+        key, beside, member, [*arguments.tensors, tangent], call=call, seen=seen, dropouts=dropouts
+    )
 
 
 def _seen(moved: Tensor, direction: Tensor) -> Tensor:
