@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastens
+from tests.fresh import python
 from tests.networks import mlp, randomised, unet_2d
 from tests.tolerances import relative_error
 
@@ -195,7 +194,7 @@ torch.save(torch.tensor(images), {str(tmp_path / "images.pt")!r})
 half = DDIMPipeline.from_pretrained({str(tmp_path / "pipe")!r}, torch_dtype=torch.bfloat16)
 assert half.unet.dtype == torch.bfloat16 and half.unet.num_members == 2
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = python(code)
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "images.pt"), torch.tensor(images))
 

@@ -1,8 +1,6 @@
 """Students of an ensemble: what they are trained on, and gradients through the frozen ensemble to what it is shown."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import fastens
 from fastens.evaluation import Denoiser
 from fastens.schedules import VP, Discrete
 from fastens.training import distill, score_matching
+from tests.fresh import python
 from tests.networks import randomised, unet_2d
 
 
@@ -132,7 +131,8 @@ def test_the_ensemble_is_planned_where_no_gradient_goes_through_it():
 
 @pytest.mark.parametrize("module", ["training", "evaluation", "merging"])
 def test_a_module_can_be_imported_first(module):
-    subprocess.run([sys.executable, "-c", f"import fastens.{module}"], check=True)
+    result = python(f"import fastens.{module}")
+    assert result.returncode == 0, result.stderr
 
 
 def test_bad_input():

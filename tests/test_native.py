@@ -8,6 +8,7 @@ import pytest
 
 import fastens
 from fastens import _build, _native
+from tests.fresh import python
 
 SOURCE = """
 #include <torch/csrc/stable/library.h>
@@ -146,7 +147,9 @@ LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 def test_import_is_light():

@@ -1,13 +1,12 @@
 """The file of measurements: several processes at a time, and contents that are no measurements."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fastens.ops._table import Table
+from tests.fresh import python
 from tests.ops.test_choice import CPU, X, choice, registry  # noqa: F401
 
 WRITERS = """
@@ -29,7 +28,8 @@ sys.exit(any(os.wait()[1] for name in range(6)))
 def test_several_processes_lose_nothing(tmp_path):
     path = tmp_path / "choices.json"
     Table(path).add("cpu", "add", "first", {"chosen": "slow"})
-    assert subprocess.run([sys.executable, "-c", WRITERS, str(path)], check=False).returncode == 0
+    result = python(WRITERS, path)
+    assert result.returncode == 0, result.stderr
     assert len(Table(path).content["cpu"]["add"]) == 1 + 6 * 40
     assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
 
