@@ -41,11 +41,11 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of two small diffusers U-Nets, for commands."""
-    from tests.networks import randomised, unet_2d
+    from tests.networks import randomised, small_unet
 
     root = tmp_path_factory.mktemp("members")
     for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
+        randomised(small_unet, seed).save_pretrained(root / f"member_{seed}")
     return [str(root / f"member_{seed}") for seed in range(2)]
 
 

@@ -44,6 +44,12 @@ def unet_2d(attention: bool, **options: Any) -> nn.Module:
     return UNet2DModel(**{**config, **options})
 
 
+def small_unet() -> nn.Module:
+    """A U-Net of one block each way, for what holds for every network."""
+    one = dict(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    return unet_2d(False, **one, mid_block_type=None)
+
+
 def unet_2d_condition(**options: Any) -> nn.Module:
     """A small U-Net with cross-attention, with other ``options`` of its class where asked for."""
     from diffusers import UNet2DConditionModel
