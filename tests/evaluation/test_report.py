@@ -148,7 +148,9 @@ def test_full_disk(folders, images, tmp_path, capsys):
 
 
 def test_report_on_digits(tmp_path):
-    main(["evaluate", "digits", "--out", str(tmp_path), *LITTLE, *"--samples 40 --ode-steps 1 --sampler-steps 1".split()])
+    main(
+        ["evaluate", "digits", "--out", str(tmp_path), *LITTLE, *"--samples 40 --ode-steps 1 --sampler-steps 1".split()]
+    )
     report = json.loads((tmp_path / "digits" / "report.json").read_text())
     assert report["members"] == 5
     assert report["loss"]["rules"]["mean"]["value"] < report["loss"]["member_mean"]["value"] < 0.3
