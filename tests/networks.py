@@ -44,10 +44,11 @@ def unet_2d(attention: bool, **options: Any) -> nn.Module:
     return UNet2DModel(**{**config, **options})
 
 
-def small_unet() -> nn.Module:
+def small_unet(attention: bool = False, **options: Any) -> nn.Module:
     """A U-Net of one block each way, for what holds for every network."""
-    one = dict(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
-    return unet_2d(False, **one, mid_block_type=None)
+    kind = "AttnDownBlock2D" if attention else "DownBlock2D"
+    blocks = {"down_block_types": (kind,), "up_block_types": (kind.replace("Down", "Up"),), "mid_block_type": None}
+    return unet_2d(attention, **{**blocks, "block_out_channels": (16,), **options})
 
 
 def unet_2d_condition(**options: Any) -> nn.Module:
