@@ -6,8 +6,8 @@ import torch
 import fastens
 from bench.bench_forward import NETWORKS, K
 from bench.contest import contest
-from fastens.fold.calls import PlannedCall
-from fastens.fold.copies import separate
+from fastens.engine.calls import PlannedCall
+from fastens.engine.copies import separate
 
 CALLS = 1000 // 9  # for each audit of a thousand: those at calls 2, 4, ..., 512
 

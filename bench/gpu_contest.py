@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.ops import _dispatch, conv
 
 DEVICE = os.environ.get("FASTENS_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "")

@@ -16,7 +16,7 @@ import torch
 
 from bench.gpu_work import K, Work, plan_of, work_of
 from bench.score_networks import NETWORKS
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.ops._tma_ways import Call
 from fastens.plan.launch import Conv
 from fastens.program.block import ConvBlock

@@ -128,7 +128,7 @@ def table(name, launches):
 def main(names):
     """The tables of the full-sized networks."""
     from bench import gpu_networks
-    from fastens.fold.planned import Plans
+    from fastens.engine.planned import Plans
 
     gpu_networks.REHEARSAL, gpu_networks.DEVICE, gpu_networks.DTYPE = False, "cpu", torch.float32
     Plans._launched = True

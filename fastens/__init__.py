@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from fastens import rules, schedules
 from fastens._version import __version__
 from fastens.dropout import MCDropout
+from fastens.engine.arguments import PerMember
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import PerMember
-from fastens.fold.registry import register_layer
 from fastens.laplace import laplace
+from fastens.network.registry import register_layer
 from fastens.ops.aggregate import aggregate
 from fastens.report import backends
 from fastens.reproducible import deterministic

@@ -10,9 +10,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens.draws import Assignment, Evaluation, assignment_of
-from fastens.fold.arguments import Arguments
-from fastens.fold.drawn import run_drawn
-from fastens.fold.row_by_row import each_row
+from fastens.engine.arguments import Arguments
+from fastens.engine.drawn import run_drawn
+from fastens.engine.row_by_row import each_row
 from fastens.outputs import columns
 
 

@@ -8,8 +8,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
-from fastens.fold.compiled import drawn_pass
-from fastens.fold.guards import Guards, unmodified_context
+from fastens.engine.compiled import drawn_pass
+from fastens.engine.guards import Guards, unmodified_context
 from fastens.kernels._graph import record_graph
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.files import whole
-from fastens.fold.members import AS_THEY_ARE, Placement, make_skeleton, tensors_of
 from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
+from fastens.network.stacking import AS_THEY_ARE, Placement, make_skeleton, tensors_of
 from fastens.pickled import KINDS, rebuild
 from fastens.settings import check_settings
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
 from fastens.draws import Evaluation
+from fastens.engine.arguments import Arguments
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.masks import Masks
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import Arguments
-from fastens.fold.engine import FoldEngine
-from fastens.fold.masks import Masks
-from fastens.fold.members import Placement, make_skeleton, tensors_of
+from fastens.network.stacking import Placement, make_skeleton, tensors_of
 from fastens.pickled import KINDS
 from fastens.settings import check_settings
 

@@ -18,12 +18,14 @@ from fastens.aggregation import aggregation, by_kernels, check_rule, of_each_row
 from fastens.by_rows import ByRows
 from fastens.capture import Capturing
 from fastens.draws import Draws
-from fastens.fold import inspection
-from fastens.fold.arguments import Arguments
-from fastens.fold.compiled import compiled_pass, drawn_pass
-from fastens.fold.engine import FoldEngine
-from fastens.fold.entering import call
-from fastens.fold.members import (
+from fastens.engine import inspection
+from fastens.engine.arguments import Arguments
+from fastens.engine.compiled import compiled_pass, drawn_pass
+from fastens.engine.entering import call
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.row_by_row import Modules, each_member, rows_of
+from fastens.members import Members, copied, replace_member
+from fastens.network.stacking import (
     AS_THEY_ARE,
     DifferentMembers,
     Placement,
@@ -31,8 +33,6 @@ from fastens.fold.members import (
     set_format,
     stack_members,
 )
-from fastens.fold.row_by_row import Modules, each_member, rows_of
-from fastens.members import Members, copied, replace_member
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, combined, enters, plain, stacked
 from fastens.pickled import KINDS, Pickled

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.alike import first_difference
-from fastens.fold.closures import reaches_back
-from fastens.fold.members import make_skeleton, replaced, tensors_of
+from fastens.network.alike import first_difference
+from fastens.network.closures import reaches_back
+from fastens.network.stacking import make_skeleton, replaced, tensors_of
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble

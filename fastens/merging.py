@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
-from fastens.fold.alike import first_difference
-from fastens.fold.members import DifferentMembers, check_members, replaced, tensors_of
+from fastens.network.alike import first_difference
+from fastens.network.stacking import DifferentMembers, check_members, replaced, tensors_of
 from fastens.pickled import rebuild
 from fastens.rules import Mean
 

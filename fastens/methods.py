@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
-from fastens.fold.compiled import drawn_pass
-from fastens.fold.entering import entering
-from fastens.fold.of_member import called, settle
-from fastens.fold.row_by_row import each_member
-from fastens.fold.state import Rollback
+from fastens.engine.compiled import drawn_pass
+from fastens.engine.entering import entering
+from fastens.engine.row_by_row import each_member
+from fastens.network.of_member import called, settle
+from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
 
 if TYPE_CHECKING:
+    from fastens.engine.evaluator import FoldEngine
     from fastens.ensemble import Ensemble
-    from fastens.fold.engine import FoldEngine
 
 
 def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:

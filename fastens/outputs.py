@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.fold.leaves import alike, columns_of
+from fastens.engine.leaves import alike, columns_of
 
 
 def columns(outputs: list[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastens import schedules
-from fastens.fold.arguments import Arguments
+from fastens.engine.arguments import Arguments
 from fastens.schedules.prediction import PRECONDITIONED, PREDICTIONS, Prediction, check_kind
 from fastens.schedules.schedulers import described, prediction_of
 

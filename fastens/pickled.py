@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastens import rules
-from fastens.fold.members import tensors_of
+from fastens.network.stacking import tensors_of
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fastens.draws import numbers_of
+from fastens.engine.arguments import PerMember
+from fastens.engine.leaves import same
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import PerMember
 from fastens.fold.dispatch import RANDOM, Fold, run_common
-from fastens.fold.leaves import same
 from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastens
 from fastens import capture
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.kernels import _graph
 from fastens.plan.record import mapped
 from tests.fold.test_plans import members_of

@@ -137,7 +137,7 @@ def test_every_engine(ens):
 
 def test_launches_are_not_taken(monkeypatch):
     """As on a GPU: which of their kernels runs is measured."""
-    monkeypatch.setattr("fastens.fold.planned.Plans._launched", True)
+    monkeypatch.setattr("fastens.engine.planned.Plans._launched", True)
     ens = fastens.Ensemble([randomised(Eager, k) for k in range(3)])
     each(ens, torch.randn(5, 37), torch.rand(5))
     assert "deterministic mode" in ens.report().why_no_plan
@@ -148,7 +148,7 @@ def test_a_row_that_has_lost_its_plan_warns(monkeypatch):
     ens, x, t = fastens.Ensemble([randomised(Eager, k) for k in range(3)]), torch.randn(1, 37), torch.rand(1)
     ens(x, t)
     ens.refresh()
-    monkeypatch.setattr("fastens.fold.planned.beyond_rounding", lambda *_: 1.0)
+    monkeypatch.setattr("fastens.engine.planned.beyond_rounding", lambda *_: 1.0)
     with pytest.warns(UserWarning, match="no plan now, and had one"):
         ens(x, t)
 

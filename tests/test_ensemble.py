@@ -296,7 +296,7 @@ def test_registers_a_layer():
         def forward(self, x):
             return x * self.scale
 
-    class FoldedScale(fastens.fold.registry.FoldedLayer):
+    class FoldedScale(fastens.network.registry.FoldedLayer):
         def fold_forward(self, x, offsets, /):
             return x * fastens.reference._rows.expand_rows(self.stack("scale"), len(x), offsets)
 

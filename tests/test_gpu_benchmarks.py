@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastens
-from fastens.fold import planned
+from fastens.engine import planned
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no part of the package

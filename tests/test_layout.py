@@ -34,7 +34,9 @@ LEVELS = [  # a module imports from its own level or below
         "views",
     },
     {"capture"},
-    {"fold", "report"},
+    {"engine"},
+    {"network", "report"},
+    {"fold"},
     {"plan"},
     {"ops"},
     {

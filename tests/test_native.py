@@ -141,8 +141,8 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
     assert _native._load.__wrapped__() is None
 
 
-LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture draws dropout ensemble files fold
-    kernels laplace members methods ops outputs parameterisation pickled plan program reference
+LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture draws dropout engine ensemble files
+    fold kernels laplace members methods network ops outputs parameterisation pickled plan program reference
     report reproducible rules schedules settings summary views""".split()
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from fastens.checkpoints import Checkpoints
 from fastens.cli import _parser
-from fastens.fold import registry
 from fastens.fold.dispatch import RULES
+from fastens.network import registry
 from fastens.ops import OPS
 from tests.interop.libraries import library
 from tests.interop.stand_ins import lucid_files

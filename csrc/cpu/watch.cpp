@@ -1,4 +1,4 @@
-// Whether tensors of Python are as they were when they were last looked at: what fastens/fold/weights.py calls by
+// Whether tensors of Python are as they were when they were last looked at: what fastens/network/weights.py calls by
 // ctypes. Python's own `_version` and `data_ptr` of a hundred tensors take 12 us, this 1.
 //
 // A Python tensor holds an at::Tensor, which is one pointer; where in the object it is, the caller found out. It is

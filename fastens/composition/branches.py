@@ -13,8 +13,8 @@ from torch import Tensor
 from fastens import parameterisation
 from fastens.composition.rows import Apart, Call, check_rows, side_by_side
 from fastens.draws import assigned_to
+from fastens.engine.arguments import Arguments
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import Arguments
 from fastens.outputs import is_scores
 from fastens.schedules import per_sample
 

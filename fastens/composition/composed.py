@@ -12,8 +12,8 @@ from fastens import parameterisation
 from fastens.composition.branches import Branches, mapped
 from fastens.composition.rows import Call, Names
 from fastens.composition.terms import Autoguided, Guided, Term
+from fastens.engine.arguments import Arguments
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import Arguments
 from fastens.schedules import Prediction, Schedule
 from fastens.schedules.prediction import agree
 

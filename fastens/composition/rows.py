@@ -10,9 +10,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.engine.arguments import Arguments, PerMember
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import Arguments, PerMember
-from fastens.fold.state import random_kept
+from fastens.network.state import random_kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _FAR = {torch.float64: 1e-7, torch.float32: 1e-3}  # rows that are mixed are further off, rounding is nearer

@@ -19,13 +19,13 @@ from fastens.distributed.one_process import OfOneProcess
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
-from fastens.fold.arguments import Arguments
-from fastens.fold.by_torch import dealt_by
-from fastens.fold.engine import FoldEngine
-from fastens.fold.members import tensors_of
-from fastens.fold.row_by_row import each_member, through_members
-from fastens.fold.ways import ways_seen
+from fastens.engine.arguments import Arguments
+from fastens.engine.by_torch import dealt_by
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.row_by_row import each_member, through_members
+from fastens.engine.ways import ways_seen
 from fastens.methods import call_method
+from fastens.network.stacking import tensors_of
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance

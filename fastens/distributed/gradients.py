@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastens.distributed.exchange import Exchange
-from fastens.fold.by_torch import added
+from fastens.engine.by_torch import added
 
 
 class _Gathered(torch.autograd.Function):
@@ -95,7 +95,7 @@ class _DealtOver(torch.autograd.Function):
 
 
 def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
-    """An argument that all ranks have, for each member that is held; see :func:`fastens.fold.by_torch.dealt_by`."""
+    """An argument that all ranks have, for each member that is held; see :func:`fastens.engine.by_torch.dealt_by`."""
     return _DealtOver.apply(x, held, counts, exchange)
 
 

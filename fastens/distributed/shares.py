@@ -19,7 +19,7 @@ import fastens
 from fastens import reproducible
 from fastens._version import __version__
 from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer
-from fastens.fold.arguments import Arguments
+from fastens.engine.arguments import Arguments
 
 
 class Share:

@@ -14,10 +14,10 @@ from fastens.distributed.ensemble import over
 from fastens.distributed.exchange import RanksDiffer
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
+from fastens.engine.evaluator import FoldEngine
 from fastens.ensemble import Ensemble
-from fastens.fold.engine import FoldEngine
-from fastens.fold.members import check_members, stack_members, tensors_of
 from fastens.members import copied
+from fastens.network.stacking import check_members, stack_members, tensors_of
 from fastens.settings import check_settings
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastens import parameterisation, rules
 from fastens.aggregation import applied_in, noise_dependent
+from fastens.engine.along import outputs_along
 from fastens.ensemble import Ensemble
-from fastens.fold.along import outputs_along
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Prediction, Schedule, per_sample
 
@@ -92,7 +92,7 @@ class Denoiser:
     def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
         """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
 
-        None where there is no plan that gives both, see :func:`fastens.fold.along.outputs_along`.
+        None where there is no plan that gives both, see :func:`fastens.engine.along.outputs_along`.
         """
         engine = self.model._engine if isinstance(self.model, Ensemble) else None
         if engine is None or "_share" in vars(self.model):  # over a mesh, whose other ranks have other members

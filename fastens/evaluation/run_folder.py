@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastens.checkpoints import load_members
-from fastens.fold.members import tensors_of
+from fastens.network.stacking import tensors_of
 
 _FILES = frozenset((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"))
 _NO_SNAPSHOT = re.compile(

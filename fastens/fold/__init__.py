@@ -1,7 +1,6 @@
-"""The fold: a member's own network, evaluated once with the member as a hidden dimension of every tensor.
+"""The fold: the member is a hidden dimension of every tensor that a network's code meets.
 
-``tensor`` is a tensor with one value per member, ``dispatch`` is what a torch function does to it, ``rules`` does so by
-families of functions. ``alike`` compares members, ``members`` stacks them, ``tables`` holds the stacks where a module
-keeps its tensors. ``engine`` evaluates: ``first`` holds a first call against the members, ``planned`` keeps recorded
-passes, ``drawn`` gives each row its own member, ``compiled`` is the pass inside ``torch.compile``.
+``tensor`` is a tensor with one value per member that looks like one member's. ``dispatch`` is what a torch function
+does to it inside a pass, ``handlers`` what it does outside of one. ``rules`` evaluates functions for all members at
+once, by families; ``slices`` does so entry by entry where there is no rule. ``writes`` is writing in place.
 """

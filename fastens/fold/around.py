@@ -9,13 +9,15 @@ from torch.utils.checkpoint import _CheckpointFrame
 
 from fastens.fold.tensor import MemberTensor, NotFoldable
 
+_MACHINERY = ("torch", *(f"fastens.{package}" for package in ("engine", "network", "fold", "trace", "plan")))
+
 
 def calling_line() -> str:
     """File and line of the network's Python that called the function in progress."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch", "fastens.fold", "fastens.plan")):
+        if not module.startswith(_MACHINERY):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown place"

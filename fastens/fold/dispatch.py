@@ -35,7 +35,7 @@ from fastens.fold.writes import WritesInput, check_weights, count_write, dependi
 from fastens.reference._rows import rows_of
 
 if TYPE_CHECKING:
-    from fastens.fold.numbers import Numbers
+    from fastens.engine.numbers import Numbers
 
 Rule = Callable[..., Any]  # of (fold, func, *args, **kwargs); NotImplemented for a form that it does not take
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
-    from fastens.fold.engine import FoldEngine
+    from fastens.engine.evaluator import FoldEngine
 
 ENGINES: weakref.WeakValueDictionary[str, FoldEngine] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -22,7 +22,7 @@ _STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.Con
 
 
 class Nested(NamedTuple):
-    """How tensors and what else a call gives are nested, as :mod:`fastens.fold.engine` returns it."""
+    """How tensors and what else a call gives are nested, as :mod:`fastens.engine.evaluator` returns it."""
 
     spec: Any
     leaves: tuple[Any, ...]  # of a tensor [K, ...] none, of K tensors of their own K, else the members' K values

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastens.engine.arguments import member_arguments
 from fastens.ensemble import Ensemble
-from fastens.fold.arguments import member_arguments
 from fastens.outputs import columns, plain, stacked
 
 _MIXING = tuple(

@@ -8,9 +8,9 @@ from torch import nn
 
 import fastens
 from fastens import _native
+from fastens.engine.along import outputs_along
 from fastens.evaluation import Denoiser
 from fastens.evaluation.ode import AugmentedFlow
-from fastens.fold.along import outputs_along
 from fastens.schedules import VP, Discrete, Prediction
 from tests.networks import NETWORKS, randomised, small_unet, tensor_of
 from tests.tolerances import NETWORK, relative_error

@@ -8,9 +8,9 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold.calls import PlannedCall
-from fastens.fold.engine import FoldEngine
-from fastens.fold.planned import Plans
+from fastens.engine.calls import PlannedCall
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.planned import Plans
 from tests.networks import randomised
 from tests.tolerances import relative_error
 
@@ -138,7 +138,7 @@ def test_fixed_and_fresh_masks_are_audited(monkeypatch):
 
 @torch.no_grad()
 def test_sums_on_launches_are_audited(monkeypatch):
-    from fastens.fold import planned
+    from fastens.engine import planned
 
     monkeypatch.setattr(planned.Plans, "_launched", True)
     monkeypatch.setenv("FASTENS_AUDIT", "always")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastens.fold.check import TOLERANCE, TOLERANCE_TF32, tolerance_for
+from fastens.engine.check import TOLERANCE, TOLERANCE_TF32, tolerance_for
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold import structure
-from fastens.fold.check import TOLERANCE, relative_error
+from fastens.engine import structure
+from fastens.engine.check import TOLERANCE, relative_error
+from fastens.engine.planned import Entry
 from fastens.fold.dispatch import RULES
-from fastens.fold.planned import Entry
 from tests.fold.contract import Held, averaged, batch, made, near
 
 HALVES = [torch.bfloat16, torch.float16]

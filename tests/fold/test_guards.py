@@ -9,7 +9,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold import weights
+from fastens.network import weights
 from fastens.training import training_step
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import relative_error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastens
-from fastens.fold.held import held_by
+from fastens.network.held import held_by
 from tests.fold.contract import K, near
 
 pytestmark = pytest.mark.filterwarnings("ignore:fastens")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastens
-from fastens.fold import planned
+from fastens.engine import planned
 from tests.fold.test_launches import HALF, plan_of
 from tests.networks import randomised
 from tests.ops.cases import interpreted

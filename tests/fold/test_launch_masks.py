@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.plan import calls, merging
 from fastens.reference.dropout import dropout
 from tests.fold.test_plan_masks import (  # noqa: F401  (they are collected here too)

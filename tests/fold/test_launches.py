@@ -5,7 +5,7 @@ import torch
 
 import fastens
 from fastens import _native, capture
-from fastens.fold import planned
+from fastens.engine import planned
 from tests.fold.test_plans import DRAWS, follow_the_members, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.ops.cases import interpreted

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fastens
-from fastens.fold import memory_cap
-from fastens.fold.memory_cap import Allocations, available_memory, is_out_of_memory
+from fastens.engine import memory_cap
+from fastens.engine.memory_cap import Allocations, available_memory, is_out_of_memory
 from fastens.ops.draw_members import draw_members
 from tests.fresh import python
 from tests.networks import NETWORKS, randomised, tensor_of
@@ -38,13 +38,13 @@ def wide(batch=64, width=256):
 def passes(monkeypatch):
     """The rows of every folded pass."""
     seen = []
-    original = fastens.fold.engine.FoldEngine.run
+    original = fastens.engine.evaluator.FoldEngine.run
 
     def watched(self, fold, arguments, method="forward", rows=False):
         seen.append(fold.hidden.size * (1 if rows else arguments.batch_size))
         return original(self, fold, arguments, method, rows)
 
-    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "run", watched)
+    monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "run", watched)
     return seen
 
 
@@ -109,7 +109,7 @@ def test_memory_enough_means_one_pass(monkeypatch, passes):
 def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, passes):
     members, x = wide()
     ensemble = fastens.Ensemble(members)
-    original = fastens.fold.engine.FoldEngine.run
+    original = fastens.engine.evaluator.FoldEngine.run
     failed = []
 
     def limited(self, fold, arguments, method="forward", rows=False):
@@ -119,7 +119,7 @@ def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, 
             raise error("out of memory")
         return original(self, fold, arguments, method, rows)
 
-    monkeypatch.setattr(fastens.fold.engine.FoldEngine, "run", limited)
+    monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "run", limited)
     with torch.no_grad():
         expected = torch.stack([member(x) for member in members])
         with pytest.warns(UserWarning, match="a pass of 256 rows ran out of memory, so one takes 128"):
@@ -139,8 +139,8 @@ def test_one_row_that_does_not_fit_is_the_callers_error(monkeypatch):
         def exhausted(self, *_):
             raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(fastens.fold.engine.FoldEngine, "one_pass", exhausted)
-        monkeypatch.setattr(fastens.fold.engine.FoldEngine, "can_plan", lambda *_: False)
+        monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "one_pass", exhausted)
+        monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "can_plan", lambda *_: False)
         ensemble.refresh()
         with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="ran out"):
             ensemble.member_outputs(x)
@@ -181,7 +181,7 @@ import resource, sys, warnings
 import torch
 from torch import nn
 import fastens
-from fastens.fold.memory_cap import Allocations, available_memory
+from fastens.engine.memory_cap import Allocations, available_memory
 torch.set_num_threads(1)
 torch.manual_seed(0)
 make = lambda: nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1)).eval()
@@ -196,7 +196,7 @@ with torch.no_grad():
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 180 * 2**20,) * 2)
     ensemble = fastens.Ensemble(members, max_fold=64 if sys.argv[1] == "asked" else None)
     if sys.argv[1] == "blind":
-        fastens.fold.memory_cap.available_memory = lambda: float("inf")
+        fastens.engine.memory_cap.available_memory = lambda: float("inf")
     for _ in range(2):
         output = ensemble.member_outputs(x)
     print(ensemble.engine, float((output - expected).abs().max()) < 1e-5)

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold.planned import Plans
+from fastens.engine.planned import Plans
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 

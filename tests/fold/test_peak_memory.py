@@ -6,9 +6,9 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold.arguments import Arguments
-from fastens.fold.first import FirstPass
-from fastens.fold.memory_cap import Allocations
+from fastens.engine.arguments import Arguments
+from fastens.engine.first import FirstPass
+from fastens.engine.memory_cap import Allocations
 from fastens.program import steps
 from tests.networks import randomised
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.plan.elementwise import has_exact_reciprocal
 
 TIMES = torch.arange(1000)

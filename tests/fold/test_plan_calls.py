@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastens
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.ops.group_moments import group_moments
 from fastens.plan import calls
 from fastens.plan.call import call

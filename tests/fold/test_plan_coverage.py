@@ -7,7 +7,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold import planned
+from fastens.engine import planned
 from tests.tolerances import NETWORK, OP, relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastens
 from fastens import tune
-from fastens.fold import planned
+from fastens.engine import planned
 from fastens.kernels import _graph
 from fastens.plan import replay
 from tests.fold.test_launches import plan_of

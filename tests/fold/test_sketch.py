@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastens
-from fastens.fold.arguments import Arguments
-from fastens.fold.calls import PlannedCall
+from fastens.engine.arguments import Arguments
+from fastens.engine.calls import PlannedCall
 from fastens.plan.record import record
 from fastens.plan.sketch import sketched
 from tests.networks import NETWORKS, randomised

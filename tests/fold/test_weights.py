@@ -8,8 +8,8 @@ from torch import nn
 
 import fastens
 from fastens import _native
-from fastens.fold import weights
-from fastens.fold.weights import Weights
+from fastens.network import weights
+from fastens.network.weights import Weights
 from tests.networks import randomised
 
 native = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")

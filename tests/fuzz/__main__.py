@@ -149,7 +149,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
                 _, outcome, small, error = pipe.recv()
             except EOFError:
                 process.join()
-                lost(tally, seed, f"crashed, exit status {process.exitcode}")
+                lost(tally, draw_case(seed, length), f"crashed, exit status {process.exitcode}")
                 del workers[pipe]
                 if waiting:
                     start()
@@ -167,19 +167,19 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
             if time.monotonic() - since > limit:
                 process.kill()
                 process.join()
-                lost(tally, seed, f"took more than {limit:.0f} s")
+                lost(tally, draw_case(seed, length), f"took more than {limit:.0f} s")
                 del workers[pipe]
                 if waiting:
                     start()
     return tally
 
 
-def lost(tally: Tally, seed: int, why: str) -> None:
+def lost(tally: Tally, case: Case, why: str) -> None:
     """Count a case whose process ended or hung."""
     tally.networks += 1
     tally.shares["crashed"] += 1
     tally.faults[f"crashed: {why}"] += 1
-    print(f"seed {seed}: {why}\n  {source(draw_case(seed))}", flush=True)
+    print(f"seed {case.network.seed}: {why}\n  {source(case)}", flush=True)
 
 
 def main() -> int:

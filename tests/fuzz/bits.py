@@ -19,9 +19,9 @@ from torch import Tensor
 import fastens
 from fastens.distributed.shares import Share
 from fastens.distributed.spreading import stacks_of
-from fastens.fold.arguments import Arguments
-from fastens.fold.engine import FoldEngine
-from fastens.fold.ways import ways_seen
+from fastens.engine.arguments import Arguments
+from fastens.engine.evaluator import FoldEngine
+from fastens.engine.ways import ways_seen
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of

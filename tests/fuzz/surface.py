@@ -145,6 +145,13 @@ def saved(run: Run, draw: Random) -> None:
     if run.altered or run.dtype != run.spec.torch_dtype or run.spec.tagged("stateful", True):
         return  # what a factory makes is not what the members have become
     run.attempt(write_and_read, run._adopt)
+    learns = {name: p.requires_grad for name, p in build(run.spec, 0).named_parameters()}  # a file does not say
+
+    def as_built(module: torch.nn.Module) -> None:
+        for name, p in module.named_parameters():
+            p.requires_grad_(learns[name.removeprefix("network.")])
+
+    run.each(as_built)
     run.each(lambda module: module.train(run.training))
     with torch.no_grad():
         run.call(run.make(draw, Form(run.spec.rows)))

@@ -1,0 +1,316 @@
+"""Calls in which each sample goes to one member only: the hidden dimension is the rows, at the price of one member."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens import reproducible
+from fastens.engine import row_by_row
+from fastens.engine.arguments import Arguments
+from fastens.engine.calls import PlannedCall, capturing
+from fastens.engine.check import beyond_rounding
+from fastens.engine.guards import observed
+from fastens.engine.leaves import alike, columns_of, without_hidden
+from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.engine.remembered import remembers_calls
+from fastens.engine.structure import exactly
+from fastens.engine.transformed import in_transform
+from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.fold.writes import NeedsWrappers, WritesInput
+from fastens.network.state import random_kept, state_kept
+
+if TYPE_CHECKING:
+    from fastens.engine.evaluator import FoldEngine
+
+
+def grouped(members: Tensor, num_members: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The samples in the order of their members, int64 [B], or none where they are in it; members [B] in that order.
+
+    Third, where each member's group begins, int64 [K+1].
+    """
+    order = None
+    if torch.compiler.is_compiling() or not _rises(members.tolist()):
+        order = torch.argsort(members, stable=True)
+        members = members.index_select(0, order)
+    return order, members, torch.searchsorted(members, torch.arange(num_members + 1))
+
+
+def _rises(numbers: list[int]) -> bool:
+    return all(a <= b for a, b in itertools.pairwise(numbers))
+
+
+def reordered(output: Any, order: Tensor | None) -> Any:
+    """An output whose rows are in an order of samples, in the samples' own; a copy of it."""
+    inverse = None if order is None else torch.argsort(order)
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.clone() if inverse is None else leaf.index_select(0, inverse.to(leaf.device))
+
+    return pytree.tree_map(one, output)
+
+
+def run_drawn(call: Callable[[int, Arguments], Any], arguments: Arguments, members: Tensor) -> Any:
+    """Evaluate the drawn members on the whole batch, one after the other, and take each sample from its own.
+
+    Right for any member whose outputs carry the samples in dimension 0, also where it mixes them.
+
+    Args:
+        call: runs member k on arguments.
+        arguments: of the whole batch.
+        members: int64 [B] on the CPU.
+
+    Raises:
+        ValueError: an output does not carry the samples.
+        TypeError: members return different values or structures.
+    """
+    drawn = sorted(set(members.tolist())) or [0]
+    outputs = [pytree.tree_flatten(call(k, arguments)) for k in drawn]
+    place = {k: i for i, k in enumerate(drawn)}
+    which = torch.tensor([place[k] for k in members.tolist()], dtype=torch.int64)
+
+    def join(column: list[Any]) -> Any:
+        first = column[0]
+        if not isinstance(first, Tensor):
+            return alike(column)
+        if first.ndim == 0 or first.shape[0] != len(members):
+            raise ValueError(
+                f"a rule that draws one member per sample needs outputs with the {len(members)} samples in dimension "
+                f"0, got {list(first.shape)}"
+            )
+        rows = torch.arange(len(members), device=first.device)
+        return torch.stack(column)[which.to(first.device), rows]
+
+    *leaves, spec = columns_of(outputs)
+    return pytree.tree_unflatten([join(column) for column in leaves], spec)
+
+
+class DrawnCall:
+    """One call in which each sample has its member.
+
+    Args:
+        engine: of the members.
+        arguments: of the whole batch.
+        members: int64 [B] on the CPU.
+    """
+
+    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor) -> None:
+        self._engine = engine
+        self._arguments = arguments
+        self._members = members
+
+    def run(self) -> Any:
+        """What a member returns for the whole batch, each sample by its own member."""
+        if reproducible.enabled() and not torch.compiler.is_compiling():
+            return row_by_row.drawn(self, self._engine, self._arguments, self._members)
+        return self.at_once()
+
+    def of_row(self, row: Arguments, i: int) -> DrawnCall:
+        """The call of sample i alone, whose arguments are ``row``."""
+        return DrawnCall(self._engine, row, self._members[i : i + 1])
+
+    def at_once(self) -> Any:
+        """The same as :meth:`run`, whatever a row's last bits depend on."""
+        engine = self._engine
+        if engine.engine == "fold" and observed():
+            return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
+        if engine.engine == "loop" or not len(self._members):
+            return self._looped()
+        try:
+            found = self._dealt_out()
+        except WritesInput:
+            engine.copies_inputs = True
+            return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
+        except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            if isinstance(error, NeedsWrappers) and not engine.wrapped:
+                engine.wrapped = True
+                return self.at_once()
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return self._looped() if found is None else found
+        result = self._looped()
+        engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
+        return result
+
+    def _dealt_out(self) -> Any:
+        """The answer of one pass over the rows, each with its member, or of its plan; none where members are looped."""
+        engine, arguments = self._engine, self._arguments
+        eager = not torch.compiler.is_compiling()
+        excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
+        if (eager and engine.stateful and not self._caches_filled()) or excluded is None:  # or members mix the samples
+            return None
+        arguments = arguments.excluding(excluded)
+        dealt, order, offsets, row_members = self._by_member(arguments)
+        planned = self._plannable(dealt, offsets, row_members) if eager else None
+        if planned is not None:
+            found = planned.run()
+            if found is not None:
+                return _result(found, order)
+        kind = "drawn", dealt.signature(), engine.network.training
+        key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
+        first = eager and key not in engine.checked and not capturing()
+        expected = self._expected() if first else None
+        if first and engine.stateful and not self._caches_filled():
+            return None
+        if planned is not None and not engine.stateful and not (first and expected is None):
+            found = self._planned(planned, (*kind, False), order, expected)
+            if found is not None:
+                return _result(found, order)
+        memory = (*kind, torch.is_grad_enabled())
+        folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        if expected is not None:
+            self._check(folded, expected)
+        if first:
+            engine.checked.add(key)
+        return folded
+
+    def _by_member(self, arguments: Arguments) -> tuple[Arguments, Tensor | None, Tensor, Tensor]:
+        """The samples in the order of their members, that order, where each member's begin, and the members in it."""
+        order, row_members, offsets = grouped(self._members, self._engine.num_members)
+        if order is None and self._engine.masks is not None:  # which depend on the samples of their rows
+            order = torch.arange(len(row_members))
+        selected = arguments if order is None else arguments.selected(order)
+        return selected.of_rows(row_members), order, offsets, row_members
+
+    def _plannable(self, dealt: Arguments, offsets: Tensor, row_members: Tensor) -> PlannedCall | None:
+        """The call as plans see it, none where it may not run as one."""
+        engine = self._engine
+        if dealt.per_row or engine.stateful or not engine.can_plan(dealt):
+            return None
+        hidden = Hidden(len(row_members), engine.num_members, offsets=offsets, row_members=row_members)
+        return PlannedCall(engine, dealt, hidden)
+
+    def as_plan(self) -> tuple[PlannedCall | None, Tensor | None]:
+        """The call as plans see it, none where it may not run as one, and the order of its samples there."""
+        engine = self._engine
+        excluded = None if engine.engine == "loop" or observed() else engine.rows.excluded(engine, self._arguments)
+        if excluded is None:
+            return None, None
+        dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))
+        return self._plannable(dealt, offsets, row_members), order
+
+    def planned_answer(self) -> tuple[PlannedCall | None, Any]:
+        """The call as plans see it, and the answer of the plan that there is; none where there is none."""
+        planned, order = self.as_plan()
+        found = None if planned is None else planned.run()
+        return planned, None if found is None else _result(found, order)
+
+    def plan_exactly(self, leaves: list[Any]) -> None:
+        """Make a plan that gives ``leaves`` to the bit, where there is one."""
+        planned, order = self.as_plan()
+        if planned is None or planned.refused:
+            return
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        expected = tensors if order is None else [x.index_select(0, order.to(x.device)) for x in tensors]
+
+        def differs(made: list[Any]) -> str:
+            return row_by_row.differs([x for x in made[:-1] if isinstance(x, Tensor)], expected)
+
+        with torch.no_grad(), suppress_out_of_memory():
+            planned.make([expected], differs)
+
+    def _caches_filled(self) -> bool:
+        """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""
+        engine, arguments = self._engine, self._arguments
+        key = (arguments.signature(), engine.network.training)
+        if key not in engine.fills:
+            if remembers_calls(engine, arguments):
+                engine.give_up("the network remembers its calls, and a draw calls some members only")
+                return False
+            with torch.no_grad():
+                engine.fold(arguments)
+            engine.fills.add(key)
+        return True
+
+    def by_member(self) -> Any:
+        """The answer of each member by itself."""
+        return run_drawn(self._engine.call_member, self._arguments, self._members)
+
+    def _looped(self) -> Any:
+        return run_drawn(functools.partial(self._engine.call_member, remembers=True), self._arguments, self._members)
+
+    def _expected(self) -> list[Tensor] | None:
+        """What the members give, which a first pass is held against; none where they draw random numbers."""
+        engine = self._engine
+        views = engine.views
+
+        def answer(k: int, arguments: Arguments) -> Any:
+            return engine.call_module(views[k], k, arguments, "forward")
+
+        with random_kept(), torch.no_grad(), ExitStack() as kept:
+            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *views)]
+            before = torch.random.get_rng_state()
+            output = run_drawn(answer, self._arguments.copied(), self._members)
+            random = not torch.equal(before, torch.random.get_rng_state())
+        engine.stateful = engine.stateful or any(changed)
+        return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _check(self, folded: Any, expected: list[Tensor]) -> None:
+        """Raise NotFoldable where a fold parts from the members."""
+        ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
+        error = beyond_rounding(ours, expected, self._engine.plans.guards.parameters, self._exactly)
+        if error is not None:
+            raise NotFoldable(f"the fold is {error:.1e} from the members")
+
+    def _exactly(self) -> list[Tensor] | None:
+        """What the members give in float32."""
+        found = {k: exactly(self._engine, k, self._arguments) for k in set(self._members.tolist())}
+        if any(single is None for single in found.values()):
+            return None
+        output = run_drawn(lambda k, _: found[k], self._arguments, self._members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _folded(self, dealt: Arguments, key: Any, order: Tensor | None, offsets: Tensor, row_members: Tensor) -> Any:
+        engine, rows = self._engine, len(row_members)
+
+        def some(start: int, stop: int) -> Any:
+            hidden = Hidden(
+                stop - start,
+                engine.num_members,
+                offsets=offsets.clamp(start, stop) - start,
+                row_members=row_members[start:stop].to(_device(dealt)),
+            )
+            given = dealt if stop - start == rows else dealt.selected(torch.arange(start, stop))
+            output = engine.run(engine.new_pass(hidden, given), given, rows=True)
+            return pytree.tree_map(lambda x: without_hidden(x, hidden), output)
+
+        if torch.compiler.is_compiling():
+            return reordered(some(0, rows), order)
+        parts = [pytree.tree_flatten(part) for part in engine.cap.run(key, rows, some)]
+        columns = zip(*(leaves for leaves, _ in parts), strict=True)
+        leaves = [torch.cat(c) if isinstance(c[0], Tensor) else alike(c, "rows") for c in columns]
+        return reordered(pytree.tree_unflatten(leaves, parts[0][1]), order)
+
+    def _planned(
+        self, planned: PlannedCall, key: Any, order: Tensor | None, expected: list[Tensor] | None
+    ) -> list[Any] | None:
+        """Make the plan of a call whose samples go to one member each, whichever, and run it; none without plan."""
+        engine = self._engine
+        if planned.refused or not engine.cap.holds_recording(key, len(self._members)):
+            return None
+        with torch.no_grad(), suppress_out_of_memory():
+            if expected is not None and order is not None:
+                expected = [x.index_select(0, order.to(x.device)) for x in expected]
+            return planned.make(None if expected is None else [expected])
+        return None
+
+
+def _result(found: list[Any], order: Tensor | None) -> Any:
+    *leaves, spec = found
+    output = pytree.tree_unflatten([x[0] if isinstance(x, list) else x for x in leaves], spec)
+    return output if order is None else reordered(output, order)  # plans keep no outputs
+
+
+def _device(arguments: Arguments) -> torch.device:
+    return arguments.batch.device

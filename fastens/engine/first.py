@@ -1,0 +1,191 @@
+"""The first call of a kind: whether plan and fold give what the members that were handed in do."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastens.engine.arguments import Arguments
+from fastens.engine.check import relative_error
+from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.structure import Structure, own_mode
+from fastens.fold.tensor import tensors_of
+from fastens.fold.writes import NeedsWrappers, WritesInput
+from fastens.network.held import same_bits
+from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
+
+if TYPE_CHECKING:
+    from fastens.engine.evaluator import FoldEngine
+
+
+class FirstPass:
+    """Holds the plan or the fold of a call against the members run one by one, and falls back where they part.
+
+    Args:
+        engine: whose call it is.
+        arguments: of the call.
+        key: what tells this kind of call from others.
+        plannable: whether a plan is wanted.
+        method: what is called.
+    """
+
+    def __init__(self, engine: FoldEngine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
+        self._engine = engine
+        self._arguments = arguments
+        self._key = key
+        self._plannable = plannable
+        self._method = method
+        self._random = False  # whether members draw random numbers
+        self._expected: list[list[Tensor]] = []  # the members' outputs: all that is held of the loop meanwhile
+
+    def run(self) -> list[Any] | None:
+        """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
+        engine = self._engine
+        with random_kept():
+            with own_mode():
+                problem = self._run_members()
+            if problem is not None:
+                engine.give_up(problem)
+                return None
+            random = self._random
+            planned = None
+            if random and self._plannable:
+                engine.plans.decline("members draw random numbers in this mode")
+            elif self._plannable:
+                planned = engine.planned(self._arguments, self._key, self._expected)
+            with own_mode():
+                problem, leaves = self._folded() if planned is None else (None, planned)
+            if problem is None and leaves is not None and not random:
+                problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
+        if problem is not None:
+            engine.give_up(problem)
+            return None
+        engine.originals = None
+        if planned is not None:
+            return planned
+        engine.checked.add(self._key)
+        if random:
+            engine.why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+        useful = not random and not torch.is_grad_enabled() and not engine.network.training
+        return leaves if useful and not engine.stateful else None
+
+    def _run_members(self) -> str | None:
+        """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
+        engine, originals = self._engine, self._engine.originals
+        own = originals is not None and originals.usable()
+        held = tensors_of(engine.network), engine.shared
+        around: AbstractContextManager[None] = nullcontext()
+        elsewhere = GlobalDraws()
+        for k in range(engine.num_members):
+            member = originals.member(k) if own and originals is not None else engine.views[k]
+            arguments = self._arguments.copied()
+            drawn = torch.random.get_rng_state()
+            versions = _versions(arguments)
+            network = nullcontext(Changed()) if own else state_kept(engine.network)
+            parameters = _parameters(member, k, held if own else None)
+            with around, network as written, state_kept(member) as changed:
+                output = engine.call_module(member, k, arguments, self._method)
+            written_to = _put_back(parameters)
+            changed |= written_to
+            if elsewhere.drawn():
+                return DRAWS_ELSEWHERE
+            touched = sorted(changed | written)
+            if changed.outside or written.outside or not engine.one.isdisjoint(touched):
+                return f"their code changes what they share ({', '.join(touched[:3])})"
+            if written_to:
+                return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
+            self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
+            if versions != _versions(arguments) or not self._equal_arguments(arguments):
+                engine.copies_inputs = True
+            engine.stateful = engine.stateful or bool(changed or written)
+            if touched:
+                engine.unshare(touched)
+            self._expected.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
+            del output
+            around = self._measuring() if k == 0 else nullcontext()
+        if engine.num_members == 1 and not isinstance(around, nullcontext):
+            with around, state_kept(engine.views[0]):
+                engine.call_module(engine.views[0], 0, self._arguments, self._method)
+        return None
+
+    def _equal_arguments(self, arguments: Arguments) -> bool:
+        """Whether arguments still are those of the call; inference mode counts no writes."""
+        pairs = zip(arguments.tensors, self._arguments.tensors, strict=True)
+        return not torch.is_inference_mode_enabled() or all(relative_error(a, b) == 0 for a, b in pairs)
+
+    def _measuring(self) -> AbstractContextManager[None]:
+        """What the next member's pass runs in: a measurement of memory where that is needed."""
+        engine, arguments, outputs = self._engine, self._arguments, self._expected[0]
+        weights = sum(p.numel() * p.element_size() for p in engine.network.parameters()) / engine.num_members
+        least = int(weights / 64 + sum(x.numel() * x.element_size() for x in outputs))
+        tensors = arguments.tensors
+        device = tensors[0].device if tensors else torch.device("cpu")
+        differentiates = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*engine.network.parameters(), *tensors)
+        )
+        batch = arguments.batch_size
+        wanted = not differentiates and engine.cap.wants_measure(self._key, engine.num_members, batch, least, device)
+        return engine.cap.measuring(self._key, batch) if wanted else nullcontext()
+
+    def _folded(self) -> tuple[str | None, list[Any] | None]:
+        """Fold; return why that fails where the members do not, none where it does not, and what it gave."""
+        engine = self._engine
+        for _ in range(8):
+            try:
+                with state_kept(engine.network) as changed:
+                    leaves = engine.fold(self._arguments, self._key, self._method)
+                engine.stateful = engine.stateful or bool(changed)
+                break
+            except NeedsWrappers as error:
+                if not self._unshare(error):
+                    if engine.wrapped:
+                        return f"{error}", None
+                    engine.wrapped = True
+            except WritesInput:
+                engine.copies_inputs = True
+            except Exception as error:  # the members have no such error
+                if is_out_of_memory(error):
+                    raise
+                return f"the fold fails where they do not: {type(error).__name__}: {error}", None
+        else:
+            return "the fold fails again and again", None
+        return None, leaves
+
+    def _unshare(self, error: NeedsWrappers) -> bool:
+        """Give each member its own of the buffer that a pass wrote to; return whether it was one."""
+        storage = error.written.untyped_storage()._cdata
+        return self._engine.unshare(
+            name
+            for name, tensor in tensors_of(self._engine.network).items()
+            if tensor.untyped_storage()._cdata == storage
+        )
+
+
+def _parameters(
+    member: nn.Module, k: int, held: tuple[dict[str, Tensor], frozenset[str]] | None
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Member k's parameters by name, with what they hold: what the stacks and the shared ones say, or copies."""
+    parameters = [(name, p) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)]
+    if held is None:
+        return [(name, p, p.detach().clone()) for name, p in parameters]
+    stacks, common = held
+    return [(name, p, stacks[name].detach() if name in common else stacks[name].detach()[k]) for name, p in parameters]
+
+
+def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
+    """Give parameters the values that they had; return the names of those that were written to."""
+    written = {name for name, p, values in parameters if not same_bits(p.detach(), values)}
+    for name, p, values in parameters:
+        if name in written:
+            with torch.inference_mode() if p.is_inference() else torch.no_grad():
+                p.detach().copy_(values)
+    return written
+
+
+def _versions(arguments: Arguments) -> list[int]:
+    """How often the tensors of a call were written to, where that is counted."""
+    return [x._version for x in arguments.tensors if not x.is_inference()]

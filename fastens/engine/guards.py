@@ -1,0 +1,114 @@
+"""What a recorded pass rests on beside its arguments, and how a change of it is noticed."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._device import DeviceContext
+
+from fastens.network.barrier import HOOKS, Barrier, counts, watch
+from fastens.network.weights import Weights
+
+
+class Guards:
+    """The state of a network that recorded passes rest on.
+
+    Args:
+        network: the folded network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._weights = Weights([])
+        self.barrier = Barrier()
+        self.look()
+
+    def look(self) -> None:
+        """List the tensors and hooks of the network as it is now."""
+        seen = self.barrier.writes
+        watch(self._network, self.barrier)
+        tensors: list[Tensor] = [
+            tensor
+            for module in self._network.modules()
+            for table in (module._parameters, module._buffers)
+            for tensor in table.values()
+            if tensor is not None
+        ]
+        if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
+            self._weights = Weights(tensors)
+        self._look_for_hooks()
+        self._seen = seen
+
+    def _look_for_hooks(self) -> None:
+        """List the tables that have hooks, or do not tell when they get one."""
+        seen = self.barrier.hooks
+        tables = [vars(module)[name] for module in self._network.modules() for name in HOOKS]
+        self._hooks = [table for table in tables if table or not counts(table)]
+        self._seen_hooks = seen
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the network."""
+        return self._weights.tensors
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that are parameters."""
+        return [x for x in self.tensors if isinstance(x, nn.Parameter)]
+
+    def state(self) -> tuple[int, Any, torch.dtype]:
+        """What changes with Python state, what changes with weights, and the default dtype."""
+        if self.barrier.writes != self._seen:
+            self.look()
+        return self._seen, self._weights.state(), torch.get_default_dtype()
+
+    def hooked(self) -> bool:
+        """Whether hooks want to be called."""
+        if self.barrier.hooks != self._seen_hooks:
+            self._look_for_hooks()
+        return any(self._hooks) or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+
+def ordinary_context(device: str) -> bool:
+    """Whether nothing in this context changes what functions do: autocast, modes, forward derivatives."""
+    return not torch.is_autocast_enabled(device) and unmodified_context(device)
+
+
+def unmodified_context(device: str) -> bool:
+    """Whether no mode and no transform is in this context, but for a default device of this kind."""
+    if transformed():
+        return False
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if not isinstance(mode, DeviceContext) or mode.device.type != device:
+            return False
+    return True
+
+
+def transformed() -> bool:
+    """Whether a function transform or forward-mode differentiation is in progress: members' own code serves those."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def observed() -> bool:
+    """Whether somebody is to see what members call: a transform, or a function mode that is not torch's or ours."""
+    modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    return transformed() or any(type(m).__module__.partition(".")[0] not in ("torch", "fastens") for m in modes)
+
+
+def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a fused optimizer's writes, which torch's version counters do not see."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_fused_steps)

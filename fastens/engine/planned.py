@@ -1,0 +1,399 @@
+"""Plans of an ensemble: which calls run as a recorded program, and when that program is no longer true."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastens import reproducible
+from fastens.engine.check import beyond_rounding
+from fastens.engine.copies import duplicate, separate
+from fastens.engine.guards import Guards, ordinary_context
+from fastens.engine.leaves import Leaves
+from fastens.engine.memory_cap import is_out_of_memory
+from fastens.fold.tensor import NotFoldable, memory_of
+from fastens.network.state import state_kept
+from fastens.network.weights import Weights
+from fastens.ops import run_program
+from fastens.plan.memory import Constants, KeptTensors
+from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record, trace_of
+from fastens.plan.sketch import sketched
+
+if TYPE_CHECKING:
+    from fastens.engine.numbers import Numbers
+    from fastens.plan.launches import LaunchPlan
+    from fastens.plan.plan import Plan
+
+_MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
+_MOST_REFUSALS = 64
+_DTYPES = {torch.float32, torch.bfloat16}
+_LAUNCHED_DTYPES = _DTYPES | {torch.float16}
+_MOST_CHANGES = 2  # of weights or state after which a plan is made only where a second call finds them as they were
+_USED = 8  # calls of a plan that was worth making
+_OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
+
+Tensors = list[Tensor]
+
+
+class PlannedMasks(Protocol):
+    """What a plan of a network under dropout masks asks of the masks of a pass."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether they depend on the evaluation."""
+        ...
+
+    def inputs_of(self, drawn: Ref | None) -> MaskInputs:
+        """What the recorded pass drew, where ``drawn`` is the input that fresh masks depend on."""
+        ...
+
+    def next_evaluation(self) -> PlannedMasks:
+        """The masks of the evaluation after this one."""
+        ...
+
+    def drawn(self) -> Tensor:
+        """What fresh masks depend on."""
+        ...
+
+
+class OtherNumbers(NotRecordable):
+    """A plan takes numbers of one type, and Python makes another of those of a call."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """A plan with what makes members' outputs of its own, and of numbers among the arguments inputs.
+
+    Attributes:
+        plan: the recorded program.
+        leaves: what its outputs are.
+        numbers: those of the call that are inputs; none where it has them as they were.
+        trace: what it was recorded from, step by step.
+        constants: what else it rests on: tensors that are no weights, in attributes, lists, closures and globals.
+        calls: how often it ran.
+    """
+
+    plan: Plan | LaunchPlan
+    leaves: Leaves
+    numbers: Numbers | None
+    trace: list[str]
+    constants: Weights | None = None
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        """Keep what the constants are now."""
+        self._state = None if self.constants is None else self.constants.state()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the constants are as they were."""
+        return self.constants is None or self.constants.state() == self._state
+
+    def run(self, inputs: Tensors, values: Mapping[int, float], weights: list[float] | None = None) -> Tensors:
+        """Run the program on the tensors of a call and its numbers by position.
+
+        Raises:
+            OtherNumbers: Python makes something else of these numbers than of those that it was recorded with.
+        """
+        made = [] if self.numbers is None else self.numbers.tensors(dict(values))
+        if made is None:
+            raise OtherNumbers("what Python makes of it is an error or of another type for another value")
+        self.calls += 1
+        inputs = separate([*inputs, *made])
+        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)
+
+
+class Plans:
+    """The programs of one folded network, by signature of the call.
+
+    Attributes:
+        known: signatures whose pass was held against the members once.
+        why_not: why the last signature that got no plan has none, empty where all have one.
+        ways_of_rows: by signature of one row in deterministic mode, whether it has a plan.
+    """
+
+    _disturbed = 0  # recordings in succession during which weights were written to
+    _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
+    _launched = False  # launches on the CPU too, where they are tested
+
+    def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
+        self._network = network
+        self._backend = backend
+        self.guards = Guards(network)
+        self._num_members = num_members
+        self._changes = 0
+        self.ways_of_rows: dict[Any, bool] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all plans and the packed weights."""
+        self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
+        self._kind = self._device.type
+        self._plans: OrderedDict[Any, Entry] = OrderedDict()
+        self.known: set[Any] = set()
+        self._refused: dict[Any, str] = {}
+        self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
+        self._kept = KeptTensors()
+        self._rests_on: Any = None
+        self.guards.look()
+        self.why_not = ""
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the packed weights and of all arenas."""
+        return (
+            self._constants.num_bytes
+            + self._kept.num_bytes
+            + sum(entry.plan.num_bytes for entry in self._plans.values())
+        )
+
+    @property
+    def kinds(self) -> list[dict[str, int]]:
+        """How many steps of each kind each plan has."""
+        return [entry.plan.kinds for entry in self._plans.values()]
+
+    @property
+    def launches(self) -> tuple[list[dict[str, int]], int, str]:
+        """Of plans that are launches: the ways of their convolutions, how many graphs there are, why some are not."""
+        from fastens.plan.launches import LaunchPlan
+
+        plans = [e.plan for e in self._plans.values() if isinstance(e.plan, LaunchPlan)]
+        why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
+        return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
+
+    def current(self, key: Any) -> Entry | None:
+        """The plan of a signature that :meth:`can_plan` let through, while network and weights are as they were."""
+        found = self._plans.get(key)
+        return None if found is None or self.guards.state() != self._rests_on or not found.holds else found
+
+    @property
+    def launched(self) -> bool:
+        """Whether plans are launches, as on a GPU, and not programs."""
+        return self._launched or self._kind != "cpu"
+
+    def refused(self, key: Any) -> bool:
+        """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
+        return self._hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+
+    def _hooked(self) -> bool:
+        """Whether hooks want to be called, which a plan does not do."""
+        hooked = self.guards.hooked()
+        if hooked:
+            self.why_not = "forward hooks want to be called, and a plan calls none"
+        return hooked
+
+    def refuse(self, key: Any, why: str) -> None:
+        """Keep that a signature has no plan."""
+        self._plans.pop(key, None)
+        self._refused[key] = self.why_not = why
+
+    def why_refused(self, key: Any) -> str | None:
+        """Why a signature was found to have no plan; none where it was not, or the weights have changed."""
+        return self._refused.get(key)
+
+    def make(
+        self,
+        key: Any,
+        whole: Callable[[Tensors], tuple[Tensors, Leaves]],
+        member: Callable[..., Tensors],
+        inputs: Tensors,
+        expected: list[Tensors] | None = None,
+        *,
+        dealt: bool = False,
+        seen: Callable[[Tensors], Tensors] = list,
+        masks: PlannedMasks | None = None,
+        numbers: Numbers | None = None,
+    ) -> list[Any] | None:
+        """Record a pass and run its plan, so that the first result of a signature is no other than the next.
+
+        The plan is checked against what the members gave, or else against the recorded pass, and on other inputs
+        against the first member.
+
+        Args:
+            key: the signature.
+            whole: the pass as a function of the tensors of the call; see :func:`fastens.engine.leaves.recorded`.
+            member: the first member likewise, its tensors alone; with ``exact`` in float32, none where it takes none.
+            inputs: the tensors of the call.
+            expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
+                signature for which that fails is not refused.
+            dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
+                and the member of each row, and ``member`` runs the one that all rows belong to.
+            seen: what of the plan's outputs is compared with the member's.
+            masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
+                tensors of the call, and then the sample of each row.
+            numbers: of the call that are to be inputs. ``member`` then takes them by position, behind the tensors.
+
+        Returns:
+            The leaves of the members' outputs in memory of their own, [K, ...] or K times the same, and their structure
+            last; none where there is no plan.
+        """
+        before = self.guards.state()
+        patient = not reproducible.enabled()  # else the same call has a plan at one time and none at another
+        if before != self._rests_on:
+            self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
+            self._changes *= patient
+            self.clear()
+            self._rests_on = before
+            self._quiet = 0
+            if self._changes > _MOST_CHANGES:
+                self.why_not = "the weights, or the state of the network, change from call to call"
+                return None
+        self._quiet += 1
+        rarer = self._disturbed > _MOST_CHANGES and self._quiet < 2**self._disturbed  # with each that was in vain
+        if patient and rarer:
+            self.why_not = "weights are written to while the network is recorded"
+            return None
+        refused = key in self._refused or (patient and len(self._refused) >= _MOST_REFUSALS)
+        if refused or self._hooked():
+            return None
+        inputs = separate(inputs)
+        why = ""
+        # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
+        other = {t.dtype for t in self._network.parameters() if t.is_floating_point()}
+        other -= _LAUNCHED_DTYPES if self.launched else _DTYPES
+        if other:
+            why = f"the network has {', '.join(map(str, other))}"
+        else:
+            try:
+                with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
+                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
+            except (NotRecordable, NotLowerable, NotFoldable) as error:
+                why = str(error)
+            except Exception as error:  # whatever it is: the members and the fold answer such a call
+                if is_out_of_memory(error):
+                    raise
+                why = f"{type(error).__name__} while {'launching' if self.launched else 'recording'}: {error}"
+            else:
+                self._rests_on = self.guards.state()  # a recorded pass writes attributes, which are restored
+                if self._rests_on[1:] != before[1:]:
+                    self._disturbed += 1
+                    self._quiet = 0
+                    self.why_not = "weights were written to while the network was recorded"
+                    return None
+                self._disturbed = 0
+                self._plans[key] = entry
+                self.known.add(key)
+                if len(self._plans) > _MOST_PLANS:
+                    self._plans.popitem(last=False)
+                return entry.leaves.whole(outputs)
+        self.refuse(key, why)
+        return None
+
+    def _checked(
+        self,
+        whole: Callable[[Tensors], tuple[Tensors, Leaves]],
+        member: Callable[..., Tensors],
+        inputs: Tensors,
+        expected: list[Tensors] | None,
+        dealt: bool,
+        seen: Callable[[Tensors], Tensors],
+        masks: PlannedMasks | None,
+        numbers: Numbers | None,
+    ) -> tuple[Entry, Tensors]:
+        num_threads, exact = torch.get_num_threads(), reproducible.enabled()
+        own = [duplicate(x) for x in inputs]  # the network may write to them
+        alone = reproducible.one_thread() if exact else nullcontext()  # sums over weights are constants of a plan
+        with state_kept(self._network) as changed, alone:
+            recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
+        if changed:
+            raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
+        recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
+        drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
+        if masks is not None:
+            recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
+        plan = self._lowered(recording, num_threads, exact)
+        entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
+        values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
+        outputs = entry.run(inputs, values)
+
+        def of_member(given: Tensors, k: int) -> Tensors:
+            return given if dealt else [x[k] for x in leaves.whole(given)[:-1] if isinstance(x, Tensor)]
+
+        if expected is None:
+            self._check(outputs, tensors)
+        else:
+            for k, theirs in enumerate(expected):
+                self._check(of_member(outputs, k), theirs)
+        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
+        if dealt:
+            others[-2:] = _another_draw(*inputs[-2:])
+        if masks is not None and masks.fresh:
+            others[drawn] = masks.next_evaluation().drawn()
+        if plan.sums and leaves.kinds == ("rows",):
+            (stack,) = outputs
+            mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
+            self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
+        given = [] if numbers is None else [other_values]
+        found = seen(of_member(entry.run(others, other_values), 0))
+        self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
+        entry.calls = 1
+        return entry, outputs
+
+    def _beside_weights(self, recording: Recording) -> Weights | None:
+        weights = {memory_of(x) for x in self.guards.tensors}
+        others = [x for x in recording.found() if memory_of(x) not in weights]
+        return Weights(others) if others else None
+
+    def _lowered(self, recording: Recording, num_threads: int, exact: bool) -> Plan | LaunchPlan:
+        # loaded when something is lowered, not with the package
+        if not self.launched:
+            from fastens.plan.plan import Plan
+
+            return Plan(recording, self._num_members, self._constants, num_threads, exact)
+        if exact:
+            raise NotLowerable("in deterministic mode: the kernels of launches are chosen by what was measured")
+        from fastens.plan.launches import LaunchPlan
+
+        return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
+
+    def decline(self, why: str) -> bool:
+        """Say why a call runs without a plan, which is no plan's fault; return False."""
+        self.why_not = why
+        return False
+
+    def can_plan(self, arguments: Tensors) -> bool:
+        """Whether a call may run as a plan: where no derivative can be asked for, in an ordinary context."""
+        why = self._obstacle(arguments)
+        return not why or self.decline(why)
+
+    def _obstacle(self, arguments: Tensors) -> str:
+        """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
+        kind = self._kind
+        if not ordinary_context(kind):
+            return "autocast, a function mode or a transform is active, in which members' own functions are called"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
+            return "gradients are enabled and asked for; call it under torch.no_grad()"
+        if self.guards.hooked():
+            return "forward hooks want to be called, and a plan calls none"
+        launched = self.launched
+        if self._backend not in ("auto", "triton" if launched else "native"):
+            return f"backend={self._backend!r} has none; backend='auto' takes them"
+        if launched and kind not in ("cpu", "cuda"):
+            return f"the weights are on {kind}"
+        for x in arguments:
+            if not (x.is_cpu or (launched and x.device.type == kind)):
+                return "the arguments are on another device than the weights"
+        return "" if launched or run_program.available() else "the compiled library is not there"
+
+    def _check(self, ours: Tensors, theirs: Tensors, exact: Callable[[], Tensors | None] = lambda: None) -> None:
+        if len(ours) != len(theirs):
+            raise NotLowerable(f"the plan has {len(ours)} outputs, the members {len(theirs)}")
+        error = beyond_rounding(ours, theirs, self.guards.parameters, exact)
+        if error is not None:
+            raise NotLowerable(f"the plan is {error:.1e} from the members")
+
+
+def _another_draw(offsets: Tensor, row_members: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets and members of a draw that differs from a given one: all rows go to one member."""
+    last, total = len(offsets) - 2, len(row_members)
+    k = 0 if bool((row_members > 0).any()) else last
+    return (torch.arange(last + 2) > k) * total, torch.full_like(row_members, k)

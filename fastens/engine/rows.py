@@ -1,0 +1,161 @@
+"""Which arguments of a call carry rows that are evaluated each by itself: established by evidence from a member."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastens.engine.arguments import Arguments
+from fastens.engine.check import HALVES, relative_error, tolerance_for
+from fastens.network.state import random_kept, state_kept
+from fastens.network.tables import converted, seen_as
+
+if TYPE_CHECKING:
+    from fastens.engine.evaluator import FoldEngine
+
+_MOST = 256  # signatures
+_EXACT = 1e-5  # of float64, where a network may go through float32
+
+
+class RowsOfMembers:
+    """What a member's answers to some of its rows say about the arguments, by kind of call."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, frozenset[int] | None] = {}
+
+    def clear(self) -> None:
+        """Forget what was established."""
+        self._found.clear()
+
+    def independent(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> bool:
+        """Whether every row of a call is evaluated by itself."""
+        return self.excluded(engine, arguments, method) is not None
+
+    def excluded(self, engine: FoldEngine, arguments: Arguments, method: str = "forward") -> frozenset[int] | None:
+        """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
+        key = _key(engine, arguments, method)
+        if key not in self._found:
+            found = _established(engine, arguments, method)
+            if len(self._found) > _MOST:
+                self._found.clear()
+            self._found[key] = found
+        return self._found[key]
+
+    def mix(self, engine: FoldEngine, arguments: Arguments, method: str) -> None:
+        """Keep that rows of such calls may be mixed."""
+        self._found[_key(engine, arguments, method)] = None
+
+    def part(self, engine: FoldEngine, arguments: Arguments, start: int, stop: int) -> Arguments:
+        """The arguments of some rows of a call whose rows are independent."""
+        excluded = self.excluded(engine, arguments) or frozenset()
+        return arguments.excluding(excluded).selected(torch.arange(start, stop))
+
+
+def _key(engine: FoldEngine, arguments: Arguments, method: str) -> tuple[str, Any, bool]:
+    return method, arguments.signature(), engine.network.training
+
+
+def _established(engine: FoldEngine, arguments: Arguments, method: str) -> frozenset[int] | None:
+    """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ.
+
+    In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
+    """
+    with torch.no_grad(), random_kept():
+        drawn = drawn_like(arguments)
+        try:
+            member = _Member(engine, method, drawn.with_tensors([_double(x) for x in drawn.tensors]), exact=True)
+        except Exception:  # it casts itself, or is scripted
+            member = _Member(engine, method, drawn, exact=False)
+        return member.excluded()
+
+
+class _Member:
+    """The first member's answers to a call and to single rows of it.
+
+    Args:
+        engine: of the members.
+        method: what is called.
+        given: the arguments.
+        exact: whether weights are read in float64.
+    """
+
+    def __init__(self, engine: FoldEngine, method: str, given: Arguments, exact: bool) -> None:
+        self._engine, self._method, self._given, self._exact = engine, method, given, exact
+        self._whole = self._answer(given)
+        tensors = [x for x in self._whole if isinstance(x, Tensor)]
+        half = any(x.dtype in HALVES for x in tensors)
+        self._tolerance = 0.0 if half else _EXACT if exact else max(map(tolerance_for, tensors), default=0.0)
+
+    def _answer(self, given: Arguments) -> list[Any]:
+        engine = self._engine
+        view, device = engine.views[0], given.batch.device.type
+        seen = seen_as(_double) if self._exact else nullcontext()
+        precise = torch.autocast(device, enabled=False) if self._exact else nullcontext()
+        with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:
+            output = engine.call_module(view, 0, given, self._method)
+        engine.stateful = engine.stateful or bool(changed or written)
+        return pytree.tree_leaves(output)
+
+    def excluded(self) -> frozenset[int] | None:
+        """Positions of the leaves that only look like the batch; none where the rows are mixed."""
+        given, whole, batch = self._given, self._whole, self._given.batch_size
+        if not all(x.ndim and x.shape[0] == batch for x in whole if isinstance(x, Tensor)):
+            return None
+        if batch <= 1:
+            return frozenset()
+        if not all(_same(a, b, 0.0) for a, b in zip(self._answer(given), whole, strict=True)):
+            return frozenset()  # random in this mode, so that only sizes tell
+        return next((found for found in _hypotheses(given) if self._explains(found)), None)
+
+    def _explains(self, excluded: frozenset[int]) -> bool:
+        given, batch = self._given.excluding(excluded), self._given.batch_size
+        for row in sorted({0, batch // 2, batch - 1}):
+            try:
+                part = self._answer(given.selected(torch.tensor([row])))
+            except Exception:  # a form that the member does not take
+                return False
+            if len(part) != len(self._whole):
+                return False
+            whole = [x[row : row + 1] if isinstance(x, Tensor) else x for x in self._whole]
+            if not all(_same(a, b, self._tolerance) for a, b in zip(part, whole, strict=True)):
+                return False
+        return True
+
+
+def _same(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return relative_error(a, b) <= tolerance
+    return type(a) is type(b) and bool(a is b or a == b)
+
+
+def _hypotheses(arguments: Arguments) -> Iterator[frozenset[int]]:
+    others = sorted(arguments.rows_at - {arguments.primary})
+    yield frozenset()
+    if others:
+        yield from (frozenset({i}) for i in others)
+        if len(others) > 1:
+            yield frozenset(others)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return converted(tensor, torch.float64) if tensor.is_floating_point() else tensor
+
+
+def drawn_like(arguments: Arguments) -> Arguments:
+    """The same call on other numbers, of the size that they have, so that no row is by chance like another."""
+
+    def draw(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or not x.numel():
+            return x
+        wide = x.detach().double()
+        spread = wide.abs().mean().clamp(min=1e-3) if bool(torch.isfinite(wide).all()) else wide.new_ones(())
+        return (wide.nan_to_num() + 0.1 * spread * torch.randn(x.shape, dtype=torch.float64, device=x.device)).to(
+            x.dtype
+        )
+
+    return arguments.with_tensors([draw(x) for x in arguments.tensors])

@@ -1,0 +1,149 @@
+"""A write barrier around the Python state of a network: what is written to modules and to their tables is counted."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastens.network.tables import tables_of
+
+_WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Barrier:
+    """Counts writes, each when it is done: who has seen the number has not seen less of the network.
+
+    Attributes:
+        writes: to attributes of modules, and to their tables of tensors and of submodules.
+        names: the attributes, each with the identity of its module; emptied by who has looked at them.
+        hooks: to their tables of hooks.
+    """
+
+    def __init__(self) -> None:
+        self.writes = 0
+        self.names: set[tuple[int, str]] = set()
+        self.hooks = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Barrier:
+        return Barrier()
+
+    def wrote(self) -> None:
+        """Count a write to the state."""
+        self.writes += 1
+
+    def hooked(self) -> None:
+        """Count a write to the hooks."""
+        self.hooks += 1
+
+
+class Watched(nn.Module):
+    """A module whose attributes cannot change unnoticed; see :func:`watch`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        finally:
+            _written(self, name)
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            super().__delattr__(name)
+        finally:
+            _written(self, name)
+
+
+def _written(module: nn.Module, name: str) -> None:
+    barrier = module.__dict__.get("_barrier")  # none while a copy is being made
+    if barrier is not None:
+        barrier.names.add((id(module), name))
+        barrier.wrote()
+
+
+@functools.cache
+def _watching(kind: type) -> type:
+    """A class of classes that leave attributes to the class that they watch, as ``type(self).calls += 1`` sets."""
+
+    def owner(cls: Any, name: str) -> Any:
+        return cls if name.startswith(("__", "_abc_")) else cls.watches
+
+    def set_(cls: Any, name: str, value: Any) -> None:
+        kind.__setattr__(owner(cls, name), name, value)
+
+    def delete(cls: Any, name: str) -> None:
+        kind.__delattr__(owner(cls, name), name)
+
+    return type(kind.__name__, (kind,), {"__setattr__": set_, "__delattr__": delete})
+
+
+@functools.cache
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass that differs from a class in nothing but that it counts writes."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "watches": kind}
+    return _watching(type(kind))(kind.__name__, (Watched, kind), names)
+
+
+@functools.cache
+def _counted(kind: type[dict[Any, Any]]) -> type[dict[Any, Any]]:
+    """A dictionary that differs from one of a kind in nothing but that it counts writes; its copies do not."""
+
+    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.written()
+
+        return functools.wraps(method)(write)
+
+    methods = {name: counting(getattr(kind, name)) for name in _WRITES}
+    methods["__deepcopy__"] = lambda self, memo: kind({n: copy.deepcopy(x, memo) for n, x in self.items()})
+    methods["__reduce_ex__"] = lambda self, _: (kind, (list(self.items()),))
+    return type(kind.__name__, (kind,), {**methods, "written": staticmethod(lambda: None)})
+
+
+def _count(module: nn.Module, name: str, written: Callable[[], None]) -> None:
+    """Let a table of a module count what is written to it."""
+    table = module.__dict__[name]
+    if type(table) in (dict, OrderedDict):
+        table = module.__dict__[name] = _counted(type(table))(table)
+    if counts(table):
+        table.written = written
+
+
+def counts(table: dict[Any, Any]) -> bool:
+    """Whether a table counts what is written to it."""
+    return hasattr(table, "written")
+
+
+def watch(network: nn.Module, barrier: Barrier) -> None:
+    """Let every module of a network, and its tables, count writes."""
+    for _, _, table in tables_of(network):
+        table.barrier = barrier
+    for module in network.modules():
+        module.__dict__["_barrier"] = barrier
+        _count(module, "_modules", barrier.wrote)
+        for name in HOOKS:
+            if not module.__dict__[name]:  # the handles of hooks that there are refer to their table as it is
+                _count(module, name, barrier.hooked)
+        if not isinstance(module, Watched):
+            module.__class__ = _watched(type(module))
+
+
+def unwatched(module: nn.Module) -> nn.Module:
+    """The same module, of the class that it had."""
+    for each in module.modules():
+        if isinstance(each, Watched):
+            each.__class__ = class_of(each)
+        each.__dict__.pop("_barrier", None)
+    return module
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has for its author."""
+    return type(module).watches if isinstance(module, Watched) else type(module)

@@ -1,0 +1,123 @@
+"""Closures: what functions of a member reach and write to, which a copy of the member shares with it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fastens.fold.tensor import TABLES, tensors_of
+from fastens.network.held import can_change
+
+IN_PLACE = {
+    "add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft",
+    "remove", "reverse", "rotate", "setdefault", "sort", "update",
+}  # fmt: skip
+
+
+def writes_to_closure(function: types.FunctionType) -> bool:
+    """Whether a function's code assigns to a variable of its closure, or may change what is there in place."""
+    if not function.__closure__:
+        return False
+    assigns, changes = _writes(function.__code__)
+    return assigns or (changes and any(can_change(content_of(cell)) for cell in function.__closure__))
+
+
+@functools.cache
+def _writes(code: types.CodeType) -> tuple[bool, bool]:
+    """Whether code and functions inside it assign to variables of the closure; and change things in place."""
+    steps = list(dis.get_instructions(code))
+    names = set(code.co_freevars)
+    assigns = any(step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in names for step in steps)
+    changes = any(step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_ATTR") for step in steps)
+    inside = [_writes(part) for part in code.co_consts if isinstance(part, types.CodeType) and part.co_freevars]
+    return (
+        assigns or any(each for each, _ in inside),
+        changes or bool(IN_PLACE & set(code.co_names)) or any(each for _, each in inside),
+    )
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What a cell holds, none where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def reaches_back(member: nn.Module) -> str | None:
+    """A function of a member that reaches a module or tensor by a closure, which a copy of the member would share.
+
+    Returns:
+        The name of the function, none where a copy of the member is on its own.
+    """
+    own = {id(m) for m in member.modules()} | {id(t) for t in tensors_of(member).values()}
+    seen: set[int] = set()
+    for path, module in member.named_modules():
+        for name, value in _reachable(module):
+            for function in _functions_in(value, seen):
+                if any(_holds(cell, own) for cell in (*(function.__closure__ or ()), *_defaults(function))):
+                    return f"{f'{path}.' if path else ''}{name}"
+    return None
+
+
+def _reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name not in TABLES:
+            yield name, value
+    for kind in type(module).__mro__:
+        if "<locals>" in kind.__qualname__:
+            yield from ((name, value) for name, value in vars(kind).items())
+
+
+def _functions_in(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
+    """The functions that a value is made of."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, types.FunctionType):
+        yield value
+        for cell in value.__closure__ or ():
+            yield from _functions_in(content_of(cell), seen)
+    elif isinstance(value, types.MethodType | staticmethod | classmethod):
+        yield from _functions_in(value.__func__, seen)
+    elif isinstance(value, functools.partial):
+        yield from _functions_in(value.func, seen)
+    elif isinstance(value, property):
+        for part in (value.fget, value.fset):
+            yield from _functions_in(part, seen)
+    elif isinstance(value, dict):
+        for item in list(value.values()):
+            yield from _functions_in(item, seen)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _functions_in(item, seen)
+
+
+def _defaults(function: types.FunctionType) -> list[Any]:
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
+    """Whether a value is, or has among its items, a module or tensor of the member."""
+    value = content_of(value) if isinstance(value, types.CellType) else value
+    if id(value) in own:
+        return True
+    if not depth:
+        return False
+    if isinstance(value, dict):
+        return any(_holds(item, own, depth - 1) for item in value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds(item, own, depth - 1) for item in value)
+    if isinstance(value, types.MethodType):
+        return _holds(value.__self__, own, depth - 1)
+    if isinstance(value, functools.partial):
+        return any(_holds(item, own, depth - 1) for item in (*value.args, *value.keywords.values()))
+    if isinstance(value, type | types.ModuleType | types.FunctionType):
+        return False
+    kept = getattr(value, "__dict__", None)  # hooks keep in a record what they call
+    return isinstance(kept, dict) and _holds(kept, own, depth)

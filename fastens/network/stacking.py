@@ -1,0 +1,257 @@
+"""Reading members: their structure, and their tensors stacked."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import tensors_of
+from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
+from fastens.network.closures import reaches_back
+from fastens.network.held import same_bits
+from fastens.network.tables import tables_of
+
+__all__ = [
+    "AS_THEY_ARE",
+    "DifferentMembers",
+    "Placement",
+    "check_members",
+    "make_skeleton",
+    "replaced",
+    "set_format",
+    "stack_members",
+    "tensors_of",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where stacks are made, and in which floating-point dtype; none for that of the members.
+
+    Attributes:
+        device: of all tensors.
+        dtype: of those of floating-point numbers.
+    """
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, device: torch.device | str | None, dtype: torch.dtype | None) -> "Placement":
+        """What was asked for.
+
+        Raises:
+            TypeError: ``dtype`` is no floating-point dtype of torch.
+            RuntimeError: ``device`` is none of torch's.
+        """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype!r}, expected a floating-point dtype of torch, as torch.bfloat16")
+        return cls(None if device is None else torch.device(device), dtype)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What ``nn.Module.to`` takes."""
+        return tuple(each for each in (self.device, self.dtype) if each is not None)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self.arguments)
+
+    def like(self, tensor: Tensor) -> dict[str, Any]:
+        """Device and dtype of what becomes of a tensor."""
+        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return {"dtype": dtype, "device": tensor.device if self.device is None else self.device}
+
+
+AS_THEY_ARE = Placement()
+
+
+class DifferentMembers(ValueError):
+    """Members whose structure or parameter shapes differ, so that only the loop can run them."""
+
+
+def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Copy a module with its parameters and buffers replaced, ties and second references kept."""
+    originals = tensors_of(module)
+    memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
+    copied = copy.deepcopy(module, memo)
+    for one, other in zip(copied.modules(), module.modules(), strict=True):
+        one.training = other.training  # which some classes do not copy
+    return copied
+
+
+def make_skeleton(member: nn.Module) -> nn.Module:
+    """Copy a member's structure without its weights: parameters and buffers on the meta device."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        shell = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(shell, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shell
+
+    return replaced(member, {name: empty(tensor) for name, tensor in tensors_of(member).items()})
+
+
+def check_members(members: Any) -> None:
+    """Raise unless ``members`` is a sequence of at least one module, or of at least one path.
+
+    A lazy sequence (:func:`fastens.load_members`) reads its files when it is indexed and is not looked into.
+
+    Raises:
+        TypeError: no sequence, or an entry that is neither, or modules and paths mixed.
+        ValueError: no entry.
+    """
+    if isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList):
+        raise TypeError("members is one module, expected a sequence of them: Ensemble([model, ...])")
+    if isinstance(members, str | Path):
+        raise TypeError(f"members is one path, expected a sequence of them: Ensemble([{str(members)!r}])")
+    if not (hasattr(members, "__len__") and hasattr(members, "__getitem__")) or isinstance(members, dict):
+        raise TypeError(f"members is a {type(members).__name__}, expected a sequence: Ensemble(list(...))")
+    if len(members) == 0:
+        raise ValueError("members is empty, expected at least one module or checkpoint")
+    if not isinstance(members, list | tuple | nn.ModuleList):
+        return
+    wanted = (str, Path) if isinstance(members[0], str | Path) else (nn.Module,)
+    for k, member in enumerate(members):
+        if isinstance(member, nn.Module | str | Path) and not isinstance(member, wanted):
+            raise TypeError(f"member {k} is a {type(member).__name__}, but member 0 a {type(members[0]).__name__}")
+        if not isinstance(member, wanted):
+            raise TypeError(
+                f"member {k} is a {type(member).__name__}, expected a torch.nn.Module or the path of a checkpoint"
+            )
+
+
+def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int, place: Placement) -> None:
+    """Raise if member k's tensors differ from the first's in dtype or device, where nobody said which to take."""
+    for name, tensor in other.items():
+        expected = first[name]
+        if place.like(tensor)["dtype"] != place.like(expected)["dtype"]:
+            raise ValueError(
+                f"member {k}: {name} is {tensor.dtype}, but {expected.dtype} in member 0; "
+                f"convert the members to one dtype first, e.g. member.to({expected.dtype}), or say dtype="
+            )
+        if tensor.device != expected.device and place.device is None:
+            raise ValueError(
+                f"member {k}: {name} is on {tensor.device}, but on {expected.device} in member 0; "
+                f"move the members to one device first, e.g. member.to('{expected.device}'), or say device="
+            )
+
+
+def stack_members(
+    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE
+) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
+    """Read the members one at a time into stacks.
+
+    Args:
+        members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
+        place: device and dtype of the stacks.
+
+    Returns:
+        The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
+        that are one tensor in all members, and those that are equal in all of them and are not trained.
+
+    Raises:
+        DifferentMembers: members differ in anything but the values of their tensors; names the first difference.
+        ValueError: dtypes or devices differ.
+    """
+    num_members = len(members)
+    first = members[0]
+    for path, module in ((path, each) for member in members for path, each in member.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DifferentMembers(
+                f"{path or 'the member'} is a TorchScript module, whose functions the fold does not see"
+            )
+    back = reaches_back(first)
+    if back is not None:
+        raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
+    try:
+        skeleton = make_skeleton(first)
+    except Exception as error:
+        raise DifferentMembers(f"members cannot be copied ({type(error).__name__}: {error})") from error
+    tensors = tensors_of(first)
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise DifferentMembers(
+                f"{name} is {str(tensor.layout).removeprefix('torch.')}, of which there are no stacks"
+            )
+    identical = set(tensors)
+    equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
+    stacks: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stack = _empty_stack(num_members, tensor, place.like(tensor))
+        stack[0].copy_(tensor.detach())
+        stacks[name] = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+    for k in range(1, num_members):
+        member = members[k]
+        difference = first_difference(first, member)
+        if difference is not None:
+            raise DifferentMembers(f"member {k} differs from member 0 at {difference}")
+        others = tensors_of(member)
+        check_placement(tensors, others, k, place)
+        for name, tensor in others.items():
+            stack = stacks[name].data
+            with torch.no_grad():
+                stack[k].copy_(tensor.detach())
+            if tensor is not tensors[name]:
+                identical.discard(name)
+                if name in equal and not _same_values(stack[k], stack[0]):
+                    equal.discard(name)
+    apart = attributes_apart(first, skeleton, {*HOOK_TABLES, "training"})
+    for (path, module), copied in zip(first.named_modules(), skeleton.modules(), strict=True):
+        for name in apart(module, copied):
+            raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")
+    if num_members == 1:
+        identical = set()
+    shared = identical | equal
+    if num_members > 1 and tensors and all(n in shared or _equal_in_all(s.data) for n, s in stacks.items()):
+        warnings.warn(
+            f"fastens: all {num_members} members hold the same weights, so they are one network {num_members} times; "
+            "are these checkpoints of different runs?",
+            stacklevel=3,
+        )
+    for name in shared:
+        one = stacks[name].data[0].clone()
+        trained = tensors[name].requires_grad
+        stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
+    return skeleton, stacks, frozenset(shared)
+
+
+def _equal_in_all(stack: Tensor) -> bool:
+    return all(_same_values(own, stack[0]) for own in stack[1:])
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return not (a.is_meta or b.is_meta) and same_bits(a, b)
+
+
+def _statistics(member: nn.Module) -> Iterator[str]:
+    """The buffers that normalisations write in training: each member's own, also while they are equal."""
+    for path, module in member.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, _ in module.named_buffers(recurse=False):
+                yield f"{path}.{name}" if path else name
+
+
+def _empty_stack(num_members: int, tensor: Tensor, like: dict[str, Any]) -> Tensor:
+    """Memory for [K, ...]. Kernels in ``channels_last`` stay so: a GPU's library would rearrange them in every call."""
+    shape = tensor.shape
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty((num_members, shape[0], *shape[2:], shape[1]), **like).movedim(-1, 2)
+    return torch.empty((num_members, *shape), **like)
+
+
+def set_format(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out each member's tensors of a folded network in a memory format, where it is one for their dimensions."""
+    ndim = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    for _, _, table in tables_of(network):
+        for name, stack in table.items():
+            if stack is None or name in table.common:
+                continue
+            if memory_format is torch.contiguous_format:
+                stack.data = stack.data.contiguous()
+            elif stack.ndim - 1 == ndim:
+                stack.data = stack.data.movedim(2, -1).contiguous().movedim(-1, 2)

@@ -1,0 +1,205 @@
+"""The state of a network: its attributes, what they hold, and its buffers; saved, and put back after a pass."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
+from fastens.network.alike import HOOK_TABLES
+from fastens.network.barrier import class_of
+from fastens.network.held import TENSOR, Held, held_by, is_atom
+from fastens.network.of_member import OfMember
+from fastens.network.outside import OutsideState
+from fastens.network.tables import Stacks
+
+DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
+REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
+_LOOKED_AT_ELSEWHERE = frozenset((*TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
+
+
+class Changed(set[str]):
+    """The names of what a pass changed of a network.
+
+    Attributes:
+        outside: whether some of it is shared by all members: attributes of classes, globals, defaults of functions.
+    """
+
+    outside = False
+
+
+class NetworkState:
+    """A network's Python state and buffers, and what its code can change outside of it; to be put back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = modules_of(network)
+        self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, OfMember)]
+        seen = {id(module) for _, module in modules}
+        seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
+        self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
+        code = {class_of(module) for _, module in modules}
+        code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
+        self._outside = OutsideState(code, seen)
+        self._draws = GlobalDraws() if self._outside.draws else None
+
+    def shared(self) -> str:
+        """Undo what was changed outside of the network, which members share; say what it was, empty where nothing."""
+        changed = sorted(self._outside.put_back())
+        if self._draws is not None and self._draws.put_back():
+            return DRAWS_ELSEWHERE
+        return f"their code changes what they share ({', '.join(changed[:3])})" if changed else ""
+
+    def put_back(self) -> Changed:
+        """Undo what happened to it; return the names of what had been changed."""
+        changed = Changed(name for table in self._tables for name in table.settle(keeps=False))
+        for saved in self._saved:
+            saved.put_back(changed)
+        outside = self._outside.put_back()
+        changed |= outside
+        changed.outside = bool(outside)
+        return changed
+
+
+class _OfModule:
+    """One module's attributes, what they hold, its parameters and its buffers."""
+
+    def __init__(self, prefix: str, module: nn.Module, seen: set[int]) -> None:
+        self._prefix, self._attributes = prefix, vars(module)
+        self._before = self._attributes.copy()
+        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, OfMember)]
+        self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
+        # of a member's stacks, the network's tables tell
+        self._names = [(table, set(table)) for table in tables if not isinstance(table, OfMember)]
+        self._held = [
+            (name, held)
+            for name, value in self._before.items()
+            if name not in _LOOKED_AT_ELSEWHERE and not is_atom(value)
+            for held in held_by(value, seen)
+        ]
+
+    def put_back(self, changed: set[str]) -> None:
+        """Undo what happened to it, and add the names of what had been changed."""
+        now, before, prefix = self._attributes, self._before, self._prefix
+        if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+            for name in [n for n in now if n not in before and n not in REREAD]:
+                changed.add(f"{prefix}{name}")
+                del now[name]
+            for name, value in before.items():
+                if now.get(name, changed) is not value and name not in REREAD:
+                    changed.add(f"{prefix}{name}")
+                    now[name] = value
+        changed.update(f"{prefix}{name}" for name, held in self._held if held.restored() and name not in REREAD)
+        changed.update(f"{prefix}{tensor.name}" for tensor in self._tensors if tensor.restored())
+        for table, names in self._names:
+            if len(table) != len(names):
+                for name in set(table) - names:  # registered meanwhile
+                    changed.add(f"{prefix}{name}")
+                    dict.pop(table, name)
+
+
+def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The tensors of a table, of a member's those that have no place in the stacks."""
+    own = [(name, table[name]) for name in table.own] if isinstance(table, OfMember) else dict.items(table)
+    return list(own)
+
+
+class GlobalDraws:
+    """Where the global generators of Python and NumPy are; to go back there."""
+
+    def __init__(self) -> None:
+        self._python, self._array = random.getstate(), np.random.get_state()
+
+    def drawn(self) -> bool:
+        """Whether numbers were drawn since."""
+        return random.getstate() != self._python or pickle.dumps(np.random.get_state()) != pickle.dumps(self._array)
+
+    def put_back(self) -> bool:
+        """Go back; return whether numbers had been drawn."""
+        drawn = self.drawn()
+        if drawn:
+            random.setstate(self._python)
+            np.random.set_state(self._array)
+        return drawn
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Undo what is drawn from the global generators of torch, Python and NumPy."""
+    elsewhere = GlobalDraws()
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        elsewhere.put_back()
+
+
+@contextmanager
+def state_kept(network: nn.Module) -> Iterator[Changed]:
+    """Undo what a pass does to a network's Python state and to its buffers; yields the names of what it changed."""
+    changed = Changed()
+    state = NetworkState(network)
+    try:
+        yield changed
+    finally:
+        found = state.put_back()
+        changed |= found
+        changed.outside = found.outside
+
+
+class Rollback:
+    """What a network consisted of, its Python state among it, to go back to where a change of it failed halfway."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        seen = {id(each) for each in (*modules, *tensors_of(network).values())}
+        self._state = [
+            (module, vars(module).copy(), [held for name, value in vars(module).items()
+                                           if name not in (*TABLES, "_barrier") for held in held_by(value, seen)])
+            for module in modules
+        ]  # fmt: skip
+        tables = [state[name] for _, state, _ in self._state for name in TABLES]
+        self._tables = [(table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables]
+        self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
+        self._network = network
+
+    def restore(self) -> bool:
+        """Go back; return whether that is all, which it is not where values of tensors were changed."""
+        for module, state, held in self._state:
+            vars(module).clear()
+            vars(module).update(state)
+            for each in held:
+                each.restored()
+        for table, content, common in self._tables:
+            dict.clear(table)
+            dict.update(table, content)
+            if isinstance(table, Stacks):
+                table.common = common
+        return self._versions == {name: tensor._version for name, tensor in tensors_of(self._network).items()}
+
+
+class _Kept:
+    """One parameter or buffer as it was: in its table, in memory and, for a buffer, in value."""
+
+    def __init__(self, table: dict[str, Any], name: str, tensor: Tensor) -> None:
+        self.name = name
+        self._table = table
+        self._common = isinstance(table, Stacks) and name in table.common
+        self._tensor = Held(tensor, TENSOR.save(tensor), TENSOR)
+
+    def restored(self) -> bool:
+        """Put it back; return whether it had been changed."""
+        replaced = dict.get(self._table, self.name) is not self._tensor.value
+        if replaced:
+            dict.__setitem__(self._table, self.name, self._tensor.value)
+        if isinstance(self._table, Stacks) and (self.name in self._table.common) is not self._common:
+            (self._table.common.add if self._common else self._table.common.discard)(self.name)
+        return self._tensor.restored() or replaced

@@ -1,0 +1,220 @@
+"""Every member as a module of its own, for the loop: tensors in the stacks, Python state of its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import tensors_of
+from fastens.network.alike import HOOK_TABLES, attributes_apart
+from fastens.network.barrier import Barrier, unwatched
+from fastens.network.of_member import OfMember, view_of_member
+from fastens.network.stacking import replaced
+from fastens.network.state import REREAD
+
+_NO_STATE = {"_barrier", "training"}
+_TABLES = ("_parameters", "_buffers")
+Made = TypeVar("Made")
+State = list[dict[str, Any]]  # of a member: attributes for each of its modules
+
+
+def undisturbed(make: Callable[[], Made]) -> Made:
+    """What is made of state that calls of other threads write to, made again where they did meanwhile.
+
+    It outlives a call in inference mode, so no tensor of it is an inference tensor.
+    """
+    while True:
+        try:
+            with torch.inference_mode(False):
+                return make()
+        except RuntimeError as error:
+            if "changed size during iteration" not in str(error):
+                raise
+
+
+class MemberViews:
+    """The members of a folded network, made when they are asked for and again when its Python state was written to.
+
+    What a member's own code wrote to itself is kept, unless the network was given another value since.
+
+    Args:
+        network: the folded network.
+        num_members: K.
+        barrier: counts writes to the network's Python state.
+    """
+
+    def __init__(self, network: nn.Module, num_members: int, barrier: Barrier) -> None:
+        self._network = network
+        self._num_members = num_members
+        self._barrier = barrier
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the members, and what they wrote to themselves."""
+        self._views: list[nn.Module] = []
+        self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
+        self._modules: list[nn.Module] = []  # of the network, when they were made
+        self._hooks_seen = -1
+        self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
+        self.look()
+
+    def look(self) -> None:
+        """Make the members anew when they are asked for next: what they were given may have changed inside."""
+        self._writes = -1
+
+    @property
+    def stale(self) -> bool:
+        """Whether the network was written to since the members were made."""
+        return not self._views or self._writes != self._barrier.writes
+
+    def get(self) -> list[nn.Module]:
+        """The members, in the modes of the network's modules."""
+        views = self._views
+        if self.stale:
+            views = self._make()
+        for view in views:  # as they were here: another thread may forget them meanwhile
+            for module, original in zip(view.modules(), self._network.modules(), strict=True):
+                if module.training is not original.training:
+                    module.training = original.training
+        if self._hooks_seen != self._barrier.hooks or any(a.keys() != b.keys() for a, b in self._rebound):
+            self._hook(views)
+        return views
+
+    def _hook(self, views: list[nn.Module]) -> None:
+        """Give members the hooks of the network, which run in fold and loop alike."""
+        self._hooks_seen, self._rebound = self._barrier.hooks, []
+        for view in views:
+            own = {id(theirs): mine for mine, theirs in zip(view.modules(), self._network.modules(), strict=True)}
+            for module, original in zip(view.modules(), self._network.modules(), strict=True):
+                for name in HOOK_TABLES:
+                    hooks = original.__dict__[name]
+                    rebound = {key: _rebound(hook, own) for key, hook in hooks.items()}
+                    if any(rebound[key] is not hook for key, hook in hooks.items()):
+                        rebound = OrderedDict(rebound)
+                        self._rebound.append((rebound, hooks))
+                    else:
+                        rebound = hooks
+                    module.__dict__[name] = rebound
+
+    def keep(self) -> None:
+        """Keep what members write to themselves from now on."""
+        if not self._given:
+            self._given = self._anew()
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Those of the first member that are its own, where members keep what they write to themselves."""
+        return {} if not self._given else {n: v for n, v in vars(self.get()[0]).items() if n not in _TABLES}
+
+    def own_states(self) -> list[State]:
+        """What each member wrote to itself."""
+        return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]
+
+    def adopt(self, states: list[State]) -> None:
+        """Let members have written to themselves what those of a copy had."""
+        if states:
+            self.get()
+            self.keep()
+            for view, state in zip(self._views, states, strict=True):
+                write(view, state)
+
+    def fresh(self, k: int) -> nn.Module:
+        """Member k with the state that the network has now, noticed or not, and with what it wrote to itself."""
+        if not self._given:
+            return undisturbed(lambda: unwatched(view_of_member(self._network, k)))
+        self.look()
+        return self.get()[k]
+
+    def _anew(self) -> list[nn.Module]:
+        return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
+
+    def _make(self) -> list[nn.Module]:
+        writes, written = self._barrier.writes, self._barrier.names
+        self._barrier.names = set()
+        modules, made = list(self._network.modules()), self._anew()
+        views, unwritten = self._views, self._given
+        if views and unwritten:
+            given = self._anew()
+            states = [own_state(view, other) for view, other in zip(views, unwritten, strict=True)]
+            places = {id(module): i for i, module in enumerate(self._modules)}
+            for view, state, before, now in zip(made, states, unwritten, given, strict=True):
+                apart = attributes_apart(before, now, _NO_STATE)
+                before_modules = list(before.modules())
+                kept: State = []
+                for module, new in zip(modules, now.modules(), strict=True):
+                    i = places.get(id(module))
+                    if i is None:
+                        kept.append({})
+                        continue
+                    anew = {*apart(before_modules[i], new), *(n for m, n in written if m == id(module))}
+                    kept.append({name: value for name, value in state[i].items() if name not in anew})
+                write(view, kept)
+            self._given = given
+        self._hook(made)
+        self._modules, self._views, self._writes = modules, made, writes
+        return made
+
+
+_GONE = "fastens: no such attribute"
+
+
+def own_state(member: nn.Module, given: nn.Module) -> State:
+    """What a member wrote to itself, as against a member in which no code ran."""
+    apart = attributes_apart(member, given, _NO_STATE)
+    state = [
+        {name: vars(own).get(name, _GONE) for name in apart(own, other) if "_hooks" not in name and name not in REREAD}
+        for own, other in zip(member.modules(), given.modules(), strict=True)
+    ]
+    for module, attributes in zip(member.modules(), state, strict=True):
+        for table in _TABLES:
+            own = module.__dict__[table]
+            if isinstance(own, OfMember) and own.own:
+                attributes[table] = {name: own[name] for name in own.own}
+    return state
+
+
+def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
+    """A member with copies of its tensors and of its state, in its structure."""
+    tensors = tensors_of(view)
+
+    def copied(name: str, like: Tensor) -> Tensor:
+        clone = tensors[name].detach().clone()
+        return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
+
+    member = replaced(skeleton, {name: copied(name, like) for name, like in tensors_of(skeleton).items()})
+    write(member, copy.deepcopy(own_state(view, member)))
+    return member
+
+
+def write(member: nn.Module, state: State) -> None:
+    """Give a member the state that another one had."""
+    for module, attributes in zip(member.modules(), state, strict=True):
+        for name, value in attributes.items():
+            if name in _TABLES:
+                table = module.__dict__[name]
+                for each, tensor in value.items():
+                    (table.keep if isinstance(table, OfMember) else table.__setitem__)(each, tensor)
+            elif isinstance(value, str) and value == _GONE:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
+def _rebound(hook: Any, own: dict[int, nn.Module]) -> Any:
+    """A hook for one member: a method of a module of the network is that of the member's own module."""
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
+        return types.MethodType(hook.__func__, own[id(hook.__self__)])
+    if isinstance(hook, functools.partial):
+        function, args = _rebound(hook.func, own), [own.get(id(x), x) for x in hook.args]
+        keywords = {name: own.get(id(x), x) for name, x in hook.keywords.items()}
+        before = (hook.func, *hook.args, *hook.keywords.values())
+        if any(a is not b for a, b in zip(before, (function, *args, *keywords.values()), strict=True)):
+            return functools.partial(function, *args, **keywords)
+    return hook
