@@ -324,7 +324,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """Move or convert the stacks, as ``nn.Module.to``; a memory format is that of each member's kernels."""
         super().to(*args, **kwargs)
         if memory_format is not None and self._engine is None:
-            super().to(memory_format=memory_format)
+            super().to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub has it positional
         elif memory_format is not None:
             set_format(self.network, memory_format)
             self._forget()

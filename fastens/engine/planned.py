@@ -106,7 +106,9 @@ class Entry:
             raise OtherNumbers("what Python makes of it is an error or of another type for another value")
         self.calls += 1
         inputs = separate([*inputs, *made])
-        return self.plan.run(inputs) if weights is None else self.plan.run(inputs, weights)
+        if weights is None:
+            return self.plan.run(inputs)
+        return self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]  # launches alone are asked for sums
 
 
 class Plans:

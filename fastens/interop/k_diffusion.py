@@ -20,6 +20,8 @@ class CompVis(nn.Module):
         model: a module with ``apply_model(x, t, cond)`` and ``alphas_cumprod``.
     """
 
+    inner_model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.inner_model = model
