@@ -145,7 +145,8 @@ class Capturing(nn.Module):
         of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
         kind = ensemble.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
+        precision = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
         return tuple(of_leaves), str(spec), ensemble.rule, autocast, precision, reproducible.enabled()
 
     if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -93,7 +93,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            members = load_members(members)
+            members = load_members(cast("Sequence[str | Path]", members))
+        members = cast(Sequence[nn.Module], members)
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
@@ -149,7 +150,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         adapter = adapter_of(member)
         if adapter is not None:
             base = importlib.import_module(adapter).ensemble_class(member, base)
-        self.__class__ = with_signature(base, type(member))
+        self.__class__ = with_signature(base, type(member))  # pyright: ignore[reportAttributeAccessIssue]  # of its kind
         self._check_members()
         check_rule(self.rule, self._prediction, self._settings)
 
