@@ -106,9 +106,8 @@ class Entry:
             raise OtherNumbers("what Python makes of it is an error or of another type for another value")
         self.calls += 1
         inputs = separate([*inputs, *made])
-        if weights is None:
-            return self.plan.run(inputs)
-        return self.plan.run(inputs, weights)  # pyright: ignore[reportCallIssue]  # launches alone are asked for sums
+        run: Any = self.plan.run  # launches alone are asked for sums
+        return run(inputs) if weights is None else run(inputs, weights)
 
 
 class Plans:
