@@ -124,7 +124,7 @@ def _converted(
 
 
 def _determined(schedule: schedules.Schedule, kind: str, target: str, t: Any, deviation: float | None) -> bool:
-    """Whether, at these times, each of two predictions says the other, as it does where x holds both data and noise."""
+    """Whether each of two predictions determines the other at these times: not where x is all data or all noise."""
     there = parameterisation.conversion(kind, target, schedule, t, deviation)
     back = parameterisation.conversion(target, kind, schedule, t, deviation)
     return all(bool(factor.isfinite().all()) for factor in (*there, *back))
@@ -132,7 +132,7 @@ def _determined(schedule: schedules.Schedule, kind: str, target: str, t: Any, de
 
 @functools.lru_cache(maxsize=64)
 def _has_gaps(schedule: schedules.Schedule, kind: str, target: str, deviation: float | None) -> bool:
-    """Whether there are times at which they do not, as only ends are; else no call waits for its times to be read."""
+    """Whether two predictions fail to determine each other at some times; only then must a call read its times."""
     ends = torch.tensor([0.0, 1.0, schedule.t_data, schedule.t_prior], dtype=torch.float64)  # two keep off 0 and 1
     return not _determined(schedule, kind, target, ends, deviation)
 
@@ -149,7 +149,7 @@ def _check_determined(schedule: schedules.Schedule, kind: str, target: str, t: T
 
 
 def _warn_of_variances(rule: rules.Rule, shape: torch.Size, given: torch.Size) -> None:
-    """Say once what is supposed of an output of twice the channels, and how to say it oneself."""
+    """Warn once that the second half of an output's channels is taken for variances, and how to say otherwise."""
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"fastens: the output is {list(shape[1:])} for an input {list(given[1:])}: its second half is taken for "
@@ -175,7 +175,7 @@ def by_kernels(rule: rules.Rule, prediction: schedules.Prediction, settings: dic
 
 
 def of_each_row(combines: Sequence[Combine]) -> Combine:
-    """Scores [K, B, ...] combined row by row, each as its call has it, to bits that do not depend on other rows."""
+    """Combine scores [K, B, ...] row by row, so that the bits of a row do not depend on other rows."""
 
     def whole(scores: Any) -> Tensor:
         with reproducible.one_thread():
@@ -188,7 +188,7 @@ def of_each_row(combines: Sequence[Combine]) -> Combine:
 
 
 def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an ensemble returns under a mean, where a plan on a GPU takes it in its last layer; else none.
+    """Return the mean that a GPU plan computes in its last layer, None where no plan of this call does.
 
     Args:
         engine: of the members, none where they are of different structure.
@@ -227,7 +227,7 @@ def noise_dependent(
 
 
 def applied_in(rule: rules.Rule, prediction: schedules.Prediction, aggregate_in: str | None) -> str | None:
-    """What a rule is applied to; none for what the members predict.
+    """Return the parameterisation that the rule is applied in, None for the one that the members predict.
 
     Raises:
         ValueError: a rule of scores, and what the members predict is not said, or is to be left for another.

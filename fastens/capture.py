@@ -38,7 +38,7 @@ def _guards_of(model: nn.Module) -> list[Guards]:
 
 
 def _state_of(model: nn.Module) -> Any:
-    """What changes with weights and with state: of an ensemble what its plans rest on, else every tensor's."""
+    """Return what changes when weights or state change: an ensemble's guards, any other module's tensors."""
     states = [guards.state() for guards in _guards_of(model)]
     if model.__dict__.get("_engine") is not None:
         return states
@@ -90,7 +90,7 @@ class RecordedStep:
 
 
 class Capturing(nn.Module):
-    """An ensemble's recordings: where a call matches one it is replayed, else it is evaluated as ever."""
+    """An ensemble's recordings: a call that matches one is replayed, any other is evaluated as usual."""
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Record the evaluation of these arguments as a CUDA graph; calls of the same signature replay it from then on.
@@ -131,7 +131,7 @@ class Capturing(nn.Module):
         ensemble._recorded[self._signature(args, kwargs)] = step
 
     def _why_not_recorded(self) -> str | None:
-        """What changes from call to call that a replay would repeat, or none."""
+        """Return what a replay would wrongly repeat, such as random draws; None where there is no such thing."""
         ensemble: Any = self
         if ensemble._draws.assignment() is not None:
             return "members are assigned to the rows of these calls alone; leave ens.assigned"

@@ -218,7 +218,7 @@ def _base(class_name: Any) -> str:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any] | None:
-    """A configuration that JSON keeps as it is; none where it would not, and loading needs a factory."""
+    """Return a configuration that survives JSON, None for one that does not: loading then needs a factory."""
     try:
         return json.loads(json.dumps(config, default=_as_json))
     except TypeError:

@@ -202,7 +202,7 @@ class Draws:
             raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
 
     def assignment(self) -> Any:
-        """The members assigned to the rows in this context, or a run of them; else none.
+        """Return the members assigned to the rows in this context, None where there are none.
 
         Raises:
             RuntimeError: inside ``torch.compile``, where a context cannot be told.
@@ -263,7 +263,7 @@ class Draws:
 
 
 def assigned_to(model: Any) -> Any:
-    """What is assigned to the rows of a model in this context; none where it is no ensemble, or nothing is."""
+    """Return the members assigned to a model's rows in this context, None where there are none."""
     draws = getattr(model, "_draws", None)
     return draws.assignment() if isinstance(draws, Draws) else None
 

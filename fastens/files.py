@@ -14,13 +14,13 @@ from typing import Any
 
 
 def partial(path: Path) -> Path:
-    """A place beside a file or folder for what is not whole: this thread's own, with the same suffix."""
+    """Return a temporary path beside a file or folder, unique to this thread, with the same suffix."""
     return path.with_name(f".{os.getpid()}.{threading.get_ident()}.partial.{path.name}")
 
 
 @contextlib.contextmanager
 def whole(path: Path, *more: Path) -> Iterator[list[Path]]:
-    """Write files beside their places, and put all of them there only once the last is whole and on the disk.
+    """Write files to temporary paths, and move all into place once the last is complete and on the disk.
 
     Of several files the last one says that the others are there: it is taken away before they change, so that an
     interruption leaves either the former files, or the new ones, or no last one.
@@ -80,7 +80,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, data: Any, **options: Any) -> None:
-    """Write JSON, whole or not at all; ``options`` are those of :func:`json.dumps`."""
+    """Write JSON atomically; ``options`` are those of :func:`json.dumps`."""
     write_whole(path, json.dumps(data, **{"indent": 1, **options}) + "\n")
 
 

@@ -94,7 +94,7 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bool) -> Tensor:
-    """The aggregate of what a method returns; where no parameter entered it, what all members return alike as it is."""
+    """Aggregate what a method returns; what all members agree on, and no parameter entered, is returned unchanged."""
     first = scores[0]
     if not parameters and all(torch.equal(first, other) for other in scores[1:]):
         return first.clone()

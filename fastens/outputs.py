@@ -22,7 +22,7 @@ def is_scores(x: Any) -> bool:
 
 
 def agreed(column: Any) -> Any:
-    """What all members return alike, where it is not scores.
+    """Return the value on which all members agree, of an output that is no score.
 
     Raises:
         TypeError: they differ, or it is an object that may hold tensors of a member.
@@ -44,7 +44,7 @@ def stacked(scores: Any) -> Tensor:
 
 
 def enters(column: Any, combine: Callable[[Any], Tensor]) -> bool:
-    """Whether a leaf is combined: scores are, and every tensor is stacked where nothing else is asked."""
+    """Whether a leaf is combined: scores are, and without a rule every tensor is stacked."""
     return is_scores(column) or (combine is stacked and isinstance(column[0], Tensor))
 
 

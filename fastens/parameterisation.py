@@ -120,7 +120,7 @@ def convert(
 
 
 def input_factor(prediction: Prediction, t: Any) -> Tensor | None:
-    """What the path's x is multiplied with to be the network's input at a time; none for 1."""
+    """Return the factor from the path's x to the network's input at a time, None for 1."""
     if prediction.input_scaling != "unit_variance":
         return None
     schedule, deviation = prediction.schedule, prediction.sigma_data
@@ -219,7 +219,7 @@ def noisy_input(forward: Any, arguments: Arguments, args: tuple[Any, ...], kwarg
 
 
 def predicted_channels(prediction: Prediction, x: Tensor, shape: torch.Size) -> int:
-    """How many of an output's channels are the prediction; what is behind them are variances.
+    """Return how many of an output's leading channels are the prediction; the rest are variances.
 
     Args:
         prediction: what is said of the network.

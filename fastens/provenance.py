@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
 
 
 def provenance(checkpoints: Iterable[str | Path] = (), *, device: Any = "cpu", seed: int | None = None) -> dict:
-    """What a result was made by, for the file beside it.
+    """Return what made a result, for the file saved beside it: command, versions, device, seeds, hashes.
 
     Args:
         checkpoints: files and folders; each file in them is named with its SHA-256.

@@ -270,7 +270,7 @@ class _Together(_Assigned, Fold):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _drawn_alike(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Draw once for all members, or, where what is drawn depends on values, for each from the same state."""
+        """Draw once for all members; where the draw depends on values, draw for each from the same state."""
         leaves = list(leaves_of((args, kwargs)))
         if not any(map(member_valued, leaves)):
             return run_common(self, func, args, kwargs, any(type(x) is MemberTensor for x in leaves))

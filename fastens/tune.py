@@ -78,7 +78,7 @@ def tune(
 
 
 def export(path: pathlib.Path, device: torch.device) -> int:
-    """Write what is known of this device, as the package ships it (``fastens/ops/measured/<device>.json``).
+    """Write this device's measurements, as the package ships them (``fastens/ops/measured/<device>.json``).
 
     Returns:
         How many measurements.
@@ -97,7 +97,7 @@ def _without_memory(x: Any) -> Any:
 
 
 def _with_memory(x: Any, device: torch.device) -> Any:
-    """Normal numbers in this shape and layout; what is no floating-point tensor (offsets) is what it was."""
+    """Return normal numbers of the same shape and layout; tensors that are not floating-point stay as they are."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     values = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).normal_()

@@ -38,7 +38,7 @@ class Views:
 
 
 def view_of(ensemble: Ensemble) -> Ensemble:
-    """Another ensemble of the same network, engine, recordings and trajectories, with a rule of its own."""
+    """Return a view of an ensemble with another rule; network, engine, recordings and trajectories are shared."""
     view = object.__new__(type(ensemble))
     view.__dict__.update(ensemble.__dict__)
     view.__dict__.pop("forward", None)  # what watches the calls of one ensemble knows that one only

@@ -15,7 +15,7 @@ def package(tmp_path):
     for name in ("kernels/conv2d.py", "ops/_tma_ways.py", "ops/conv2d.py", "program/block.py"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
-        file.write_text(name)
+        file.write_text(f"name = {name!r}\n")
     return tmp_path
 
 
@@ -38,6 +38,28 @@ def test_other_sources_are_not_taken_for_those_that_were_read(package, change):
     assert re.fullmatch(rf"not read: kernels/{source.name} changed since; .*", proven.describe(file, package))
     again = proven.add(json.loads(file.read_text()), proven.sources(package), "3.6.0", READ)
     assert list(again["triton"]) == ["3.6.0"]  # nothing of the sources before
+
+
+SOURCE = '''"""A module."""
+
+import torch  # a comment
+
+
+def kernel(x):
+    """What it does,
+
+    and why.
+    """
+    text = """no docstring"""  # noqa
+    return x, text, "# no comment"
+'''
+
+
+def test_docstrings_and_comments_are_no_code():
+    lines = ["import torch", "def kernel(x):", '    text = """no docstring"""', '    return x, text, "# no comment"']
+    assert proven.code_of(SOURCE).splitlines() == lines
+    assert proven.code_of(SOURCE.replace("and why", "and what for").replace("  # noqa", "")).splitlines() == lines
+    assert proven.code_of(SOURCE.replace("no docstring", "other")).splitlines() != lines
 
 
 def test_a_list_is_here_and_is_of_sources_that_are_known():

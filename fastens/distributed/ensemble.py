@@ -57,12 +57,12 @@ def _with(base: type) -> type:
 
 
 def _apart(engine: FoldEngine, *calls: Arguments) -> bool:
-    """Whether rows are evaluated by themselves in each of some calls: a network may ask how many there are."""
+    """Whether each call evaluates its rows independently: a network may ask how many rows there are."""
     return all(engine.rows.independent(engine, each) for each in calls)
 
 
 class Distributed(OfOneProcess):
-    """What an ensemble over a mesh does otherwise: its engine has this rank's members, its numbers those of all.
+    """An ensemble over a mesh: the engine holds this rank's members, every result is that of all members.
 
     It stands before the class of the ensemble, which ``super()`` is: any of them.
     """
@@ -217,7 +217,7 @@ class Distributed(OfOneProcess):
         return self._local(self._replicated(arguments))
 
     def _replicated(self: Any, arguments: Arguments, common: bool = True) -> Arguments:
-        """The arguments, through which the gradients of all ranks' members come back; of whole values, too."""
+        """Return the arguments such that their gradients are sums over the members of all ranks."""
         if not torch.is_grad_enabled():
             return arguments
         own, members = "masks" in self._settings, self._place.members
@@ -227,7 +227,7 @@ class Distributed(OfOneProcess):
         )
 
     def _local(self: Any, arguments: Arguments, called: Arguments | None = None) -> list[Any]:
-        """Leaves of the outputs of the members that are held, and their structure; every rank is well, or all raise.
+        """Return the leaves of the local members' outputs, and their structure; if one rank fails, all raise.
 
         Args:
             arguments: of this rank's rows.

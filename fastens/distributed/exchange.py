@@ -76,7 +76,7 @@ class Exchange:
         return found
 
     def from_first(self, values: Tensor) -> Tensor:
-        """The first rank's values, in the place of those of all."""
+        """Broadcast the first rank's values."""
         values = values.clone()
         self._wait(lambda: dist.broadcast(values, self.ranks[0], group=self.group, async_op=True))
         return values
@@ -101,7 +101,7 @@ class Exchange:
             ) from error
 
     def _lost(self) -> list[int]:
-        """The ranks that do not report to the store after a collective failed; none where the store is gone too."""
+        """Return the ranks that do not report after a failed collective, None where the store is lost too."""
         self._failures += 1
         try:
             store = dist.distributed_c10d._get_default_store()
@@ -118,5 +118,5 @@ class Exchange:
 
 
 def split(count: int, parts: int) -> list[int]:
-    """How many each of some parts has of a count, the first ones one more where it does not divide."""
+    """Split a count into parts of nearly equal size; the first parts get one more each."""
     return [count // parts + (i < count % parts) for i in range(parts)]

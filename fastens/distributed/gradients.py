@@ -29,7 +29,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Replicated(torch.autograd.Function):
-    """What all ranks have alike; gradients that come from each rank's members are added up."""
+    """A replicated value; its gradient is the sum over the ranks' members."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
@@ -60,7 +60,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Own(torch.autograd.Function):
-    """The values of this rank's members, of all that every rank has; every rank gets the gradient of all."""
+    """Select this rank's members from replicated values [K, ...]; the gradient is gathered from all ranks."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, held: slice, counts: Any, exchange: Exchange) -> Tensor:
@@ -77,7 +77,7 @@ class _Own(torch.autograd.Function):
 
 
 class _DealtOver(torch.autograd.Function):
-    """What all ranks have alike, for each member here; gradients are added up in the order of all members."""
+    """A replicated value, expanded to each local member; gradients are summed in the order of all K members."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, held: int, counts: Any, exchange: Exchange) -> tuple[Tensor, ...]:
@@ -95,12 +95,12 @@ class _DealtOver(torch.autograd.Function):
 
 
 def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
-    """An argument that all ranks have, for each member that is held; see :func:`fastens.engine.by_torch.dealt_by`."""
+    """Expand a replicated argument to each local member; see :func:`fastens.engine.by_torch.dealt_by`."""
     return _DealtOver.apply(x, held, counts, exchange)
 
 
 def own_values(values: Tensor, held: slice, counts: Sequence[int], exchange: Exchange) -> Tensor:
-    """Of values [K, ...] those of the members that are held; their gradient is of all ranks."""
+    """Select the local members' values from values [K, ...]; the gradient is that of all ranks."""
     return _Own.apply(values, held, counts, exchange) if values.requires_grad else values[held]
 
 

@@ -1,4 +1,4 @@
-"""Work in numbered pieces over the ranks of a job: each takes its own, what is written stays, and one makes the whole.
+"""Work in numbered pieces, shared among the ranks of a job: finished pieces stay on disk, and one rank joins them.
 
 A piece is a file that is there whole or not at all, and is the same whoever makes it. So ranks agree on nothing while
 they work; a job that was stopped, on however many ranks, is started again and makes what is missing.
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 class Job:
-    """This process among those of a job: as ``torchrun`` started it, or alone.
+    """This process's rank in a job: as ``torchrun`` started it, or a job of one.
 
     Args:
         timeout: seconds in which some rank must have finished a piece, else the job is given up.
@@ -46,7 +46,7 @@ class Job:
 
     @property
     def device(self) -> str | None:
-        """The GPU of this process among those of its machine; none where there is none, or nobody else."""
+        """Return this process's GPU on its machine, None without GPUs or in a job of one."""
         if self.size == 1 or not torch.cuda.is_available():
             return None
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -97,7 +97,7 @@ class Pieces:
             )
 
     def made(self) -> dict[str, Any] | None:
-        """What the last file of the result says, where this job has made all of them; else none."""
+        """Return the content of the result's last file if this job wrote the whole result, else None."""
         if not self._result or not all(path.exists() for path in self._result):
             return None
         found = _read(self._result[-1])

@@ -33,7 +33,7 @@ def bits_matter() -> bool:
 
 
 def weights_of(rule: rules.Rule, num_members: int) -> list[float] | None:
-    """The members' factors in a sum that is all of the rule; none for other rules."""
+    """Return the members' weights under a rule that is a weighted sum, None for other rules."""
     if type(rule) is rules.Mean:
         return list(rule.weights or [1 / num_members] * num_members)
     return [1.0] * num_members if type(rule) is rules.Sum else None

@@ -29,7 +29,7 @@ def distribute(
     timeout: float = 300.0,
     **options: Any,
 ) -> Any:
-    """Spread an ensemble over a mesh of dimensions ("member", "data"); all ranks call this, and then the result, alike.
+    """Spread an ensemble over a mesh of dimensions ("member", "data"). All ranks make the same calls.
 
     What every rank gets from a call is what the ensemble would return in one process, for the whole batch. It is a
     module that a sampler calls as it called the ensemble: the same program runs on all ranks, from the same seeds.

@@ -35,7 +35,7 @@ def as_whole(state: Any, stacked: frozenset[str], mesh: DeviceMesh, share: Share
 
 
 def of_rank(state: Mapping[str, Any], stacked: frozenset[str], share: Share, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of this rank of a state dict of stacks [K, ...]; of a spare member what is there already."""
+    """Return this rank's part of a state dict of stacks [K, ...]; padding members keep what they hold."""
     found: dict[str, Any] = {}
     for name, value in state.items():
         if isinstance(value, DTensor):

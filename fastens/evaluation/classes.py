@@ -38,7 +38,7 @@ class ClassLikelihoods:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The likeliest class of each image, of those that were not given up, [N]."""
+        """Return the most likely class of each image among those kept, int64 [N]."""
         return self._likeliest(self.values)
 
     def _likeliest(self, values: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> Table | None:
-    """The losses of the network under dropout masks; none where that part was left out."""
+    """Return the table of losses under dropout masks, None if that part was not run."""
     if "loss" not in found:
         return None
     loss = found["loss"]

@@ -46,7 +46,7 @@ class AugmentedFlow:
         return factor * x + noise_factor * epsilon, rate
 
     def _forward_mode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The noise and its divergence, each direction carried through the members; none where that is not possible."""
+        """Return the noise and its divergence by forward-mode derivatives, None where the members allow none."""
         denoiser, total = self.denoiser, torch.zeros(len(x), dtype=x.dtype, device=x.device)
         epsilon = None
         if denoiser.rule.random or assigned_to(denoiser.model) is not None:

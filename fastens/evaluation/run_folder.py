@@ -22,7 +22,7 @@ _NO_SNAPSHOT = re.compile(
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """The snapshots in a folder: what has one name but for its numbers, in their order; none where there are not two.
+    """Return the snapshots in a folder, in order: names that differ in numbers only, at least two; else none.
 
     Of several such names that of the most is taken, folders before files: ``checkpoint-500``, ``checkpoint-1000``.
     """

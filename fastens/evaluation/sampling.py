@@ -1,4 +1,4 @@
-"""Samples for judging quality: each has its own noise, whatever the batch and however often the run was interrupted."""
+"""Samples for judging quality: sample i has its own noise, independent of batch size and interruptions."""
 
 from __future__ import annotations
 

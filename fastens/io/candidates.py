@@ -213,7 +213,7 @@ def _named(contents: Contents, wanted: Wanted) -> Iterator[Candidate]:
 
 
 def _place(prefix: tuple[str, ...], keys: tuple[str, ...], wanted: Wanted) -> tuple[str, tuple[str, ...]]:
-    """The full name of a set, as its file has it, and the part of its prefix that is inside a flat dictionary."""
+    """Return a set's full name in its file, and the part of its prefix that is inside a flat dictionary."""
     outer = wanted.canonical(part for key in keys for part in split(key))
     if len(outer) > len(prefix):  # the network's own names are nested too
         return ".".join(prefix), ()

@@ -200,7 +200,7 @@ def _is_denoiser(path: Path) -> bool:
 
 
 def read(folder: Path, wish: Wish, trusted: bool) -> Contents:
-    """The contents of a folder's weights; of a training state of accelerate those of all that it holds.
+    """Read a folder's weights; of a training state of accelerate, all weights that it holds.
 
     Raises:
         ValueError: no weights, several variants that are meant, or a file that cannot be read.

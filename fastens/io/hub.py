@@ -10,7 +10,7 @@ _FILES = {".bin", ".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"}
 
 
 def cached(path: Path) -> Path | None:
-    """The folder of a hub id such as ``google/ddpm-cifar10-32`` in the cache; none where it is no id.
+    """Return the cache folder of a hub id such as ``google/ddpm-cifar10-32``, None for what is no id.
 
     Raises:
         FileNotFoundError: it looks like an id, and neither a path of that name nor the cache has it.

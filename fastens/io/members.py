@@ -122,7 +122,7 @@ def _with_ties(contents: Contents) -> Contents:
 
 
 def _by_its_own_code(network: nn.Module, contents: Contents, wish: Wish) -> nn.Module | None:
-    """The network with weights under names that only its own loading code knows; none where there are no such.
+    """Load weights whose names only the network's own loading code knows; None where that does not apply.
 
     ``load_state_dict`` of such a network renames as it reads (weight norm, attention of older versions). Only a
     dictionary that it takes whole, and whose name does not contradict the wish, is taken.

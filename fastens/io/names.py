@@ -82,7 +82,7 @@ def unwrapped(components: Sequence[str]) -> tuple[str, ...]:
 
 
 def decay_in(prefix: Iterable[str]) -> float | None:
-    """The decay that names state: 0.9999 of ``ema_0.9999``; none where they state none."""
+    """Return the decay in names, 0.9999 in ``ema_0.9999``; None where there is none."""
     found = [re.search(r"(?<!\d)0?\.\d+", component) for component in prefix]
     numbers = [float(match.group()) for match in found if match]
     return numbers[-1] if numbers else None

@@ -216,7 +216,7 @@ def is_script(path: Path) -> bool:
 
 
 def names_in_archive(path: Path) -> list[str]:
-    """The names of the files in a zip archive; none where it is damaged, of which torch says what is wrong."""
+    """Return the names of the files in a zip archive, None for a damaged one: torch's own error is better."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()

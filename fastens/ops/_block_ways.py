@@ -1,4 +1,4 @@
-"""Ways of a convolution with what is before and behind it, as GPU plans run it: kernels of ours, or the library.
+"""Implementations of a convolution block (prologue, convolution, epilogue) on GPUs: our kernels, or the library.
 
 Every way takes the fields of a :class:`fastens.ops._tma_ways.Call` and returns the result.
 """
@@ -41,7 +41,7 @@ WIDE_PLACES = 64  # of an image at least, so that a tile of twice as many column
 
 
 def key(*arguments: Any) -> str:
-    """What the speed depends on but the device: shapes, dtype, and what is before and behind the convolution."""
+    """Return the autotune key: shapes, dtype, and what the prologue and the epilogue do."""
     block, size, *_ = arguments
     before, behind = block.prologue, block.epilogue
     norm = "" if before.moments is None else f"norm{before.norm_groups or before.moments.shape[1]}"
@@ -57,7 +57,7 @@ def key(*arguments: Any) -> str:
         "" if behind.residual is None else "residual",
         "" if behind.output_activation == "none" else f"then {behind.output_activation}",
         f"moments{behind.num_groups}" if behind.num_groups else "",
-        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",
+        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     ]
     return " ".join(filter(None, parts))
 
@@ -78,7 +78,7 @@ def _input(block: ConvBlock) -> Tensor:
 
 
 def library(*arguments: Any) -> Tensor:
-    """Norm and activation as one kernel, the convolution in the way that measures best, and what is behind it.
+    """Norm and activation as one kernel, the fastest convolution as measured, then the epilogue.
 
     On a CPU, where Triton's kernels can only be interpreted, all of it is torch's.
     """
@@ -137,7 +137,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
 
 
 def rule(*arguments: Any) -> str | None:
-    """The way of a shape that is first met while a graph is recorded, none for the library's.
+    """Return the heuristic's choice for a shape first met in graph capture, None for the library's kernel.
 
     Where the library's several kernels for each member would leave most of the GPU idle, it is one kernel for all;
     Triton's pointer loads reach 140 to 180 % of cuDNN there, and 36 to 71 % on large shapes.

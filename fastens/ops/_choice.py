@@ -120,7 +120,7 @@ class Choice:
         return found
 
     def known(self, arguments: Sequence[Any], device: torch.device) -> str | None:
-        """The way that :meth:`choose` takes now, none where it would measure first."""
+        """Return what :meth:`choose` takes now, None where it would measure first."""
         forced = self._forced_way(arguments)
         if forced is None and device.type not in self.devices:
             return self.rule(*arguments) or self.default
@@ -133,7 +133,7 @@ class Choice:
         return forced if self.ways[forced].refuses(*arguments) is None else self.default
 
     def _found(self, arguments: Sequence[Any], device: torch.device) -> str | None:
-        """The way that was measured, none where there is no measurement."""
+        """Return the measured best, None where there is no measurement."""
         key = self.key(*arguments)
         known = self._known.get((device, key))
         if known is None:

@@ -29,7 +29,7 @@ def clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
 
 
 def repetitions(seconds: float) -> int:
-    """How many calls one timing has, of a call that takes about so many seconds."""
+    """Return the number of calls in one timing, given the approximate seconds of a call."""
     return max(1, min(REPETITIONS, math.ceil(ONE_TIMING / max(seconds, 1e-9))))
 
 

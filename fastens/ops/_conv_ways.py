@@ -65,7 +65,7 @@ def key(c: Convolution) -> str:
         f"kernels {_layout(c.weight[0])}" if _layout(c.weight[0]) else "",
         "" if c.bias is not None else "no bias",
         "" if c.offsets is None else "ragged",
-        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",
+        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     ]
     return " ".join(filter(None, parts))
 
@@ -152,7 +152,7 @@ def refuses_native(c: Convolution) -> str | None:
 
 @of_convolution
 def rule(c: Convolution) -> str | None:
-    """The way of a convolution on a CPU, none for the default."""
+    """Return the heuristic's choice for a convolution on a CPU, None for the default."""
     if refuses_native(*c) is not None:
         return None
     products = c.x.shape[0] * c.weight[0].numel() * math.prod(output_size(c.x, c.weight, c.stride, c.padding))

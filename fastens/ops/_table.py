@@ -87,7 +87,7 @@ def user_table() -> pathlib.Path:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
-    """Wait for whoever else is in here with this folder, in any process; where that cannot be told, nobody waits.
+    """Hold an inter-process lock on a folder; without effect where the file system has no locks.
 
     The folder itself is locked: a file beside the table would be one more to explain.
     """
@@ -102,7 +102,7 @@ def _one_at_a_time(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _read(path: pathlib.Path) -> Measurements:
-    """The measurements in a file, none where there is no file or it is damaged."""
+    """Read the measurements in a file; empty where there is none or it is damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 def prepared(block: ConvBlock) -> ConvBlock:
-    """The block with its input in memory of its own: normalised by the given moments, or joined and activated alone."""
+    """Return the block with its prologue applied in a pass of its own: normalised, or joined and activated."""
     x, before = block.x, block.prologue
     if block.begins_plain:
         return block
@@ -65,7 +65,7 @@ def fills_less_than(block: ConvBlock, size: Sequence[int], multiprocessors: int)
 
 
 def refuses_pass(block: ConvBlock) -> str | None:
-    """Why the kernel of what is before a convolution does not take it, or none."""
+    """Return why the prologue's kernel cannot take a block, None where it can."""
     images = [image for image in (block.x, block.prologue.skip) if image is not None]
     if not all(image.is_contiguous(memory_format=torch.channels_last) for image in images):
         return "an image whose channels are not last in memory"
@@ -77,7 +77,7 @@ def refuses_pass(block: ConvBlock) -> str | None:
 
 
 def pointers_apart(*arguments: Any) -> Tensor:
-    """What is before the convolution in a pass, then our kernel of pointer loads with all that follows."""
+    """The prologue in a pass of its own, then our kernel with pointer loads and the epilogue."""
     from fastens.kernels.conv2d import conv2d
 
     c = Call(*arguments)
@@ -102,7 +102,7 @@ def _refuses_into(c: Call) -> str | None:
 
 
 def tma(tiling: str) -> Callable[..., Tensor]:
-    """What is before the convolution, if anything, in a pass; then the kernel of descriptors with all that follows."""
+    """The prologue, if any, in a pass of its own, then the kernel with TMA descriptors and the epilogue."""
 
     def way(*arguments: Any) -> Tensor:
         from fastens.kernels._conv2d_tma import conv2d_tma
@@ -186,7 +186,7 @@ def refuses_tma(
     channels, itemsize = weight.shape[2], x.element_size()
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
         return "a dtype without products of a warp group, or several"
-    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # pyright: ignore[reportAttributeAccessIssue]  # no stub
         return "float32 in full precision"
     if not weight.movedim(2, -1).is_contiguous() or not (
         x.is_contiguous(memory_format=torch.channels_last) or not loads_x

@@ -44,7 +44,7 @@ class _Memory:
         return torch.empty(0, dtype=dtype).set_(slot.untyped_storage(), start, tuple(size), tuple(stride))
 
     def rows(self, at: int, row: int, size: tuple[int, int]) -> Tensor | None:
-        """[R, C] in float64, whose rows are ``row`` elements apart; none where the address is none."""
+        """Return [R, C] in float64 whose rows are ``row`` elements apart, None for a null address."""
         return None if at < 0 else self.view(at, size, (row, 1)).double()
 
     def members(self, step: steps.Conv | steps.Norm | steps.LayerNorm | steps.Draw) -> Tensor:

@@ -96,7 +96,7 @@ class Rule:
 
     @property
     def option(self) -> str:
-        """What kernels take beside the name, a choice; of a rule without kernels its parameters, as JSON."""
+        """Return what kernels take beside the rule's name; for a rule without kernels, its parameters as JSON."""
         return json.dumps(dataclasses.asdict(self)) if dataclasses.fields(self) else ""
 
     @property

@@ -142,10 +142,11 @@ def saved(run: Run, draw: Random) -> None:
             run.ensemble.save_pretrained(folder)
             return type(run.ensemble).from_pretrained(folder, lambda: build(run.spec, 0))
 
-    if run.altered or run.dtype != run.spec.torch_dtype or run.spec.tagged("stateful", True):
+    learns = {name: p.requires_grad for name, p in build(run.spec, 0).named_parameters()}  # a file does not say
+    untied = learns.keys() != dict(run.members[0].named_parameters()).keys()  # by load_state_dict(assign=True)
+    if run.altered or untied or run.dtype != run.spec.torch_dtype or run.spec.tagged("stateful", True):
         return  # what a factory makes is not what the members have become
     run.attempt(write_and_read, run._adopt)
-    learns = {name: p.requires_grad for name, p in build(run.spec, 0).named_parameters()}  # a file does not say
 
     def as_built(module: torch.nn.Module) -> None:
         for name, p in module.named_parameters():
