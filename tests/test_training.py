@@ -202,3 +202,34 @@ def test_members_on_rows_of_their_own_are_planned():
         for k, (own_args, own_kwargs) in enumerate(alone):
             assert relative_error(found[k], tensor_of(members[k](*own_args, **own_kwargs))) < NETWORK[torch.float32]
     assert ensemble.report().plans or not ensemble.report().target, ensemble.report().why_no_plan
+
+
+class Skipping(nn.Module):
+    """A network that uses one of its layers at high noise alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        h = self.first(x)
+        return self.second(h) if t.mean() > 0.5 else h
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize(
+    ("decay", "times", "moves"), [(0.1, (0.9, 0.1), True), (0.0, (0.9, 0.1), False), (0.1, (0.9, 0.8), False)]
+)
+def test_a_parameter_that_some_members_do_not_use_is_named_where_it_moves(decay, times, moves, recwarn):
+    members = [randomised(Skipping, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members).train()
+    optimizer = torch.optim.AdamW(ensemble.parameters(), lr=1e-2, weight_decay=decay)
+    x, t = torch.randn(2, 3, 4), torch.tensor(times).view(2, 1).expand(2, 3).contiguous()
+    weight = dict(ensemble.network.named_parameters())["second.weight"]
+    before = weight.detach().clone()
+    training_step(ensemble, optimizer, lambda y: y.square(), x, t)
+    assert not torch.equal(weight.detach()[0], before[0])
+    assert torch.equal(weight.detach()[1], before[1]) == (not moves and times[1] < 0.5)
+    told = [str(w.message) for w in recwarn if "the optimizer moved" in str(w.message)]
+    assert bool(told) == moves
+    assert all("second.weight of member 1" in message for message in told)

@@ -4,11 +4,13 @@ The members of an :class:`fastens.Ensemble` share no parameter, so the gradient 
 entry k of every stack, exactly what member k's own loss gives it. (A mean would divide every gradient by K.)
 An optimizer that treats every number alone (SGD, Adam, AdamW, RMSprop, ...) then takes the steps of K optimizers;
 whatever looks at a whole member, as clipping the gradient's norm does, must be done per member. Dropout draws other
-masks than in a run of one member alone.
+masks than in a run of one member alone. A parameter that only some members' code uses in a step has a gradient of zero
+for the others, where separate training has none: weight decay and momentum move it all the same.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,8 +94,37 @@ def training_step(
     losses.sum().backward()
     if max_norm is not None:
         clip_member_grad_norms(ensemble, max_norm)
+    unreached = _unreached(ensemble)
     optimizer.step()
+    _warn_of_moved(unreached)
     return losses.detach()
+
+
+def _unreached(ensemble: Ensemble) -> list[tuple[str, int, Tensor, Tensor]]:
+    """Parameters that some members' gradients reach and one member's does not: name, member, stack, and its values.
+
+    Empty for members that are folded: their code takes one way for all.
+    """
+    if ensemble._engine is None or ensemble.engine != "loop":
+        return []
+    found = []
+    for name, p in ensemble.network.named_parameters():
+        if p.grad is not None and name not in ensemble._engine.shared:
+            reached = p.grad.reshape(len(p), -1).any(1).tolist()
+            found += [(name, k, p, p.detach()[k].clone()) for k, by in enumerate(reached) if not by and any(reached)]
+    return found
+
+
+def _warn_of_moved(unreached: list[tuple[str, int, Tensor, Tensor]]) -> None:
+    for name, k, p, before in unreached:
+        if not torch.equal(p.detach()[k], before):
+            warnings.warn(
+                f"fastens: the optimizer moved {name} of member {k}, which no gradient reached, as weight decay and "
+                "momentum do; where that member's code did not use it in this step, separate training would leave it: "
+                "train such members apart, or without weight decay and momentum",
+                stacklevel=3,
+            )
+            return
 
 
 @torch.no_grad()

@@ -111,17 +111,22 @@ def trained(run: Run, draw: Random) -> None:
     calls = [run.make(draw, Form(spec.rows)) for _ in run.members]
     together = pytree.tree_map(lambda *own: torch.stack(own), *[call[0] for call in calls])
 
-    def one(member: nn.Module, args: Any) -> None:
-        made = OPTIMIZERS[name]([p for p in member.parameters() if p.requires_grad])
-        made.zero_grad()
-        with torch.enable_grad():
-            loss = member(*args).square().mean()
-            loss.backward()
-        made.step()
-        made.zero_grad()
+    def each() -> None:
+        trained = [[p for p in member.parameters() if p.requires_grad] for member in run.members]
+        made = [OPTIMIZERS[name](parameters) for parameters in trained]
+        for member, optimizer, call in zip(run.members, made, calls, strict=True):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                member(*copied(call)[0]).square().mean().backward()
+        for same in zip(*trained, strict=True):
+            for p in same if any(p.grad is not None for p in same) else ():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # as a stack has it; training_step warns
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def change() -> None:
-        run.own(lambda: [one(m, copied(c)[0]) for m, c in zip(run.members, calls, strict=True)])
+        run.own(each)
         made = OPTIMIZERS[name]([p for p in run.ensemble.parameters() if p.requires_grad])
         with torch.enable_grad():
             run.attempt(lambda: training_step(run.ensemble, made, lambda y: y.square(), *together))
