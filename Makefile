@@ -65,7 +65,7 @@ demo: $(VENV)/demo build/native
 	@$(BIN)/fastens demo
 
 test: $(VENV)/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not gpu_compiler and not interpreted and not full" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu_compiler and not interpreted and not full" tests
 
 # The combinations of parameters that `make test` samples.
 test-full: $(VENV)/dev build/native

@@ -392,7 +392,7 @@ if __name__ == "__main__":
     if len(folders) not in (1, 2):
         sys.exit("usage: python fastens/_build.py [--cuda] OUT_DIR [WORK_DIR]")
     try:
-        print(build(device, folders[0], True, *folders[1:]))
+        print(build(device, folders[0], True, folders[1] if folders[1:] else None))
     except ToolMissing as error:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_BUILD_HERE)

@@ -67,7 +67,8 @@ class MemberLike(nn.Module):
         if isinstance(value, MemberTensor):
             return value.stack
         if inspect.ismethod(value) and value.__self__ is member:
-            return functools.partial(call_method, self, name)
+            ensemble: Any = self
+            return functools.partial(call_method, ensemble, name)
         return value
 
 

@@ -1,7 +1,7 @@
 """Recorded steps: the evaluation of an ensemble as one CUDA graph per signature, with eager code where none fits."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -146,8 +146,13 @@ class Capturing(nn.Module):
         of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
+        precision = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
         return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
+
+    if TYPE_CHECKING:
+
+        def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members and aggregate; the member's own signature and return type."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
@@ -221,7 +221,7 @@ class Draws:
             ValueError: a batch that is not a multiple of the trajectory's.
             RuntimeError: inside ``torch.func.vmap``.
         """
-        if any(each.key() == TransformType.Vmap for each in torch._C._functorch.get_interpreter_stack() or ()):
+        if any(each.key() == TransformType.Vmap for each in get_interpreter_stack() or ()):
             raise RuntimeError(
                 "members or dropout masks are drawn in each call, and torch.func.vmap makes one call of many; call the "
                 "ensemble on the whole batch"

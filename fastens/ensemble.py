@@ -6,7 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -94,7 +94,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if isinstance(members, list | tuple) and isinstance(members[0], str | Path):
             from fastens.checkpoints import load_members
 
-            members = load_members(members)
+            members = load_members(cast("Sequence[str | Path]", members))
+        members = cast(Sequence[nn.Module], members)
         first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
@@ -156,7 +157,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if adapter is not None:
             base = importlib.import_module(adapter).ensemble_class(member, base)
         # Only here, where members given as paths have been read, is it known which framework's class it has to be of.
-        self.__class__ = with_signature(base, type(member))
+        self.__class__ = with_signature(base, type(member))  # pyright: ignore[reportAttributeAccessIssue]  # of its kind
         self._check_members()
         check_rule(self.rule, self._prediction, self._settings)
 
@@ -335,7 +336,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """Move or convert the stacks, as ``nn.Module.to``; a memory format is that of each member's kernels."""
         super().to(*args, **kwargs)
         if memory_format is not None and self._engine is None:
-            super().to(memory_format=memory_format)
+            super().to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]  # torch's stub has it positional
         elif memory_format is not None:
             set_format(self.network, memory_format)
             self._forget()

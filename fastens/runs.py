@@ -112,7 +112,10 @@ def sample_members(
             return _one_by_one(settings, states)
 
 
-def _together(settings: tuple[Any, ...], states: GeneratorStates, asked: list[int] | None) -> Any:
+_Settings = tuple[SamplerCall, list[int], int, bool, int]  # the first arguments of _Together
+
+
+def _together(settings: _Settings, states: GeneratorStates, asked: list[int] | None) -> Any:
     try:
         return _Together(*settings, states, asked).result()
     except NeedsWrappers:  # a tensor that is common receives what differs: all must be wrappers from birth
@@ -120,7 +123,7 @@ def _together(settings: tuple[Any, ...], states: GeneratorStates, asked: list[in
         return _Together(*settings, states, asked, wrapped=True).result()
 
 
-def _one_by_one(settings: tuple[Any, ...], states: GeneratorStates) -> Any:
+def _one_by_one(settings: _Settings, states: GeneratorStates) -> Any:
     call, chosen, num_samples, shared, branch_at = settings
     results = []
     for i, k in enumerate(chosen):

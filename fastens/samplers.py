@@ -193,7 +193,7 @@ class Sampler:
                 x = sampler_step(x, output, row, "corrected", second=self._predict(moved, at[1]))
                 continue
             kind = "linear" if self.clip is None else "data" if ends and self._ends_in_data else "clipped"
-            noise: dict[str, Tensor] = {}
+            noise: dict[str, Any] = {}
             if draws is not None and kind != "data":
                 noise = {"seed": seed, "offset": draws[i], "samples": numbers}
             x = sampler_step(x, output, row, kind, clip=self.clip or (), **noise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 @contextmanager
 def scope(variable: contextvars.ContextVar[T | None] | contextvars.ContextVar[T], value: T) -> Iterator[T]:
     """Give a context variable a value inside the block, which gets that value; afterwards it is as it was before."""
-    token = variable.set(value)
+    token: Any = variable.set(value)
     try:
         yield value
     finally:

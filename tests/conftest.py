@@ -3,11 +3,14 @@
 Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before triton is imported.
 """
 
-from tests import interpreter
+import gc
+
+gc.disable()  # while modules are imported and tests collected, all of which stays
+
+from tests import interpreter  # noqa: E402
 
 interpreter.choose()
 
-import gc  # noqa: E402
 import itertools  # noqa: E402
 
 import pytest  # noqa: E402
@@ -25,19 +28,24 @@ def pytest_collection_modifyitems(items):
             chosen = covering([tuple(map(id, test.callspec.params.values())) for test in tests], *mark.args)
             for number in set(range(len(tests))).difference(chosen):
                 tests[number].add_marker("full")
-    for item in items:
-        if item.path.parent.name == "distributed":  # of one worker: the ranks of two would wait for each other's cores
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give workers whole files."""
+    from tests.by_file import ByFile
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Folders of two small diffusers U-Nets, for commands."""
-    from tests.networks import randomised, unet_2d
+    from tests.networks import randomised, small_unet
 
     root = tmp_path_factory.mktemp("members")
     for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
+        randomised(small_unet, seed).save_pretrained(root / f"member_{seed}")
     return [str(root / f"member_{seed}") for seed in range(2)]
 
 
@@ -45,3 +53,4 @@ def pytest_collection_finish():
     """Leave what was imported and collected out of every garbage collection to come."""
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -44,6 +44,13 @@ def unet_2d(attention: bool, **options: Any) -> nn.Module:
     return UNet2DModel(**{**config, **options})
 
 
+def small_unet(attention: bool = False, **options: Any) -> nn.Module:
+    """A U-Net of one block each way, for what holds for every network."""
+    kind = "AttnDownBlock2D" if attention else "DownBlock2D"
+    blocks = {"down_block_types": (kind,), "up_block_types": (kind.replace("Down", "Up"),), "mid_block_type": None}
+    return unet_2d(attention, **{**blocks, "block_out_channels": (16,), **options})
+
+
 def unet_2d_condition(**options: Any) -> nn.Module:
     """A small U-Net with cross-attention, with other ``options`` of its class where asked for."""
     from diffusers import UNet2DConditionModel

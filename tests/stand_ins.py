@@ -10,7 +10,7 @@ from torch import nn
 
 import fastens
 from tests.interop import stand_ins as families
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 FOLDERS = ["run1/unet", "run2/unet", "run3/unet"]
 
@@ -38,7 +38,7 @@ def scheduler() -> Any:
 
 def make_unet() -> nn.Module:
     """Your network without its weights."""
-    return unet_2d(attention=False)
+    return small_unet()
 
 
 def make_model(seed: int) -> nn.Module:
@@ -48,7 +48,7 @@ def make_model(seed: int) -> nn.Module:
 
 def make_wider_model(seed: int) -> nn.Module:
     """A network of another width."""
-    return randomised(lambda: unet_2d(attention=False, block_out_channels=(8, 16)), seed)
+    return randomised(lambda: small_unet(block_out_channels=(8,)), seed)
 
 
 @functools.cache
@@ -118,13 +118,13 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
 
 def conditional() -> fastens.Ensemble:
     """Members that take a class, or 10 for none."""
-    members = [randomised(lambda: unet_2d(False, num_class_embeds=11), k) for k in range(2)]
+    members = [randomised(lambda: small_unet(num_class_embeds=11), k) for k in range(2)]
     return fastens.Ensemble(members, schedule=schedule())
 
 
 def weak() -> nn.Module:
     """A narrower network that takes a class."""
-    return randomised(lambda: unet_2d(False, num_class_embeds=11, block_out_channels=(8, 16)), 9)
+    return randomised(lambda: small_unet(num_class_embeds=11, block_out_channels=(8,)), 9)
 
 
 def noisy() -> torch.Tensor:

@@ -14,7 +14,7 @@ from fastens.evaluation import Denoiser
 from fastens.evaluation.ode import AugmentedFlow
 from fastens.ops.run_program import available
 from fastens.samplers import Sampler
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 from tests.test_draws import Which
 
 K = 4
@@ -31,7 +31,7 @@ def drawn(ens, rows):
 
 
 def unets(dtype=torch.float32):
-    return [randomised(lambda: unet_2d(True), k).to(dtype) for k in range(K)]
+    return [randomised(lambda: small_unet(True), k).to(dtype) for k in range(K)]
 
 
 class RowByRow(nn.Module):
@@ -151,7 +151,7 @@ def test_one_plan_serves_every_assignment():
 
 def test_our_sampler_runs_in_it():
     schedule = fastens.schedules.VP()
-    members = [randomised(lambda: unet_2d(False), k) for k in range(K)]
+    members = [randomised(small_unet, k) for k in range(K)]
     ens = fastens.Ensemble(members, prediction="epsilon")
     with ens.assigned(per_member=1):
         ours = Sampler(Denoiser(ens, schedule), "euler", steps=3)(K, (1, 8, 8), 0)
@@ -161,7 +161,7 @@ def test_our_sampler_runs_in_it():
 
 def test_a_density_along_the_flow_is_that_of_the_rows_members():
     schedule, probes = fastens.schedules.VP(), torch.randn(1, K, 1, 8, 8)
-    members = [randomised(lambda: unet_2d(False), k) for k in range(K)]
+    members = [randomised(small_unet, k) for k in range(K)]
     ens = fastens.Ensemble(members, prediction="epsilon")
     state, t = (torch.randn(K, 1, 8, 8), torch.zeros(K)), torch.tensor(0.5)
     with ens.assigned(per_member=1):

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastens
-from tests.networks import mlp, randomised, unet_2d
+from tests.fresh import python
+from tests.networks import mlp, randomised, small_unet
 from tests.tolerances import relative_error
 
 
@@ -18,7 +17,7 @@ from tests.tolerances import relative_error
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("members")
     for seed in range(2):
-        randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"member_{seed}")
+        randomised(small_unet, seed).save_pretrained(root / f"member_{seed}")
     return [root / f"member_{seed}" for seed in range(2)]
 
 
@@ -30,7 +29,7 @@ def copies(folders, tmp_path):
 def test_diffusers_folders(folders):
     x = torch.randn(2, 1, 8, 8)
     ensemble = fastens.Ensemble(folders)
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     with torch.no_grad():
         expected = (members[0](x, 3).sample + members[1](x, 3).sample) / 2
         assert relative_error(ensemble(x, 3).sample, expected) < 1e-5
@@ -76,7 +75,7 @@ def edited(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("changes", [{"block_out_channels": [8, 32]}, {"layers_per_block": 2}])
+@pytest.mark.parametrize("changes", [{"block_out_channels": [8]}, {"layers_per_block": 2}])
 def test_weights_of_another_architecture(copies, changes):
     edited(copies[1], **changes)
     with pytest.raises(ValueError, match=r"member_1 does not fit the UNet2DModel .* another architecture"):
@@ -109,7 +108,7 @@ def test_file_of_another_architecture(tmp_path):
 
 
 def test_members_differ_across_folders(folders, tmp_path):
-    randomised(lambda: unet_2d(True), 0).save_pretrained(tmp_path / "other")
+    randomised(lambda: small_unet(True), 0).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="member 1 differs from member 0 at"):
         fastens.Ensemble([folders[0], tmp_path / "other"], engine="fold")
 
@@ -195,7 +194,7 @@ torch.save(torch.tensor(images), {str(tmp_path / "images.pt")!r})
 half = DDIMPipeline.from_pretrained({str(tmp_path / "pipe")!r}, torch_dtype=torch.bfloat16)
 assert half.unet.dtype == torch.bfloat16 and half.unet.num_members == 2
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = python(code)
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "images.pt"), torch.tensor(images))
 

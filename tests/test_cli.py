@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from fastens.cli import main
 from fastens.ops import _choice
 from fastens.ops.run_program import target, why_target
 from fastens.provenance import provenance
+from tests.fresh import python
 
 
 def test_info(capsys, monkeypatch, tmp_path):
@@ -39,9 +37,9 @@ def test_info(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not target(), reason="no compiled library")
 def test_info_names_a_target_that_is_not_there():
-    command = [sys.executable, "-m", "fastens", "info"]
-    environment = {**os.environ, "FASTENS_CPU_TARGET": "avx1024"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = 'import runpy; runpy.run_module("fastens", run_name="__main__", alter_sys=True)'
+    result = python(command, "info", FASTENS_CPU_TARGET="avx1024")
+    assert result.returncode == 0, result.stderr
     assert "plans: none; FASTENS_CPU_TARGET: 'avx1024' is no target of this build, which has" in result.stdout
 
 

@@ -1,8 +1,6 @@
 """Students of an ensemble: what they are trained on, and gradients through the frozen ensemble to what it is shown."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ import fastens
 from fastens.evaluation import Denoiser
 from fastens.schedules import VP, Discrete
 from fastens.training import distill, score_matching
-from tests.networks import randomised, unet_2d
+from tests.fresh import python
+from tests.networks import randomised, small_unet
 
 
 class Net(nn.Module):
@@ -80,7 +79,7 @@ def test_conditions_go_with_their_rows_and_draws_with_the_seed():
 
 def test_a_student_of_another_prediction_and_data_of_a_function():
     schedule = Discrete.linear()
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), k) for k in range(2)])
+    ensemble = fastens.Ensemble([randomised(small_unet, k) for k in range(2)])
     asked = []
 
     def draw(number, generator):
@@ -88,7 +87,7 @@ def test_a_student_of_another_prediction_and_data_of_a_function():
         return torch.rand(number, 1, 8, 8, generator=generator) * 2 - 1
 
     settings = {"schedule": schedule, "steps": 2, "batch_size": 4}
-    found = distill(ensemble, unet_2d(False), draw, student_prediction="x0", **settings)
+    found = distill(ensemble, small_unet(), draw, student_prediction="x0", **settings)
     assert asked == [4, 4]
     x, t = torch.randn(2, 1, 8, 8), torch.tensor(300.0, dtype=torch.float64)
     assert Denoiser(found.student, schedule, "x0").epsilon(x, t).isfinite().all()
@@ -124,7 +123,7 @@ def test_gradients_through_the_ensemble_are_the_loops_and_reach_no_member():
 
 
 def test_the_ensemble_is_planned_where_no_gradient_goes_through_it():
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), k) for k in range(2)])
+    ensemble = fastens.Ensemble([randomised(small_unet, k) for k in range(2)])
     distill(ensemble, ensemble.members[0], torch.zeros(4, 1, 8, 8), schedule=Discrete.linear(), steps=4, batch_size=4)
     report = ensemble.report()
     assert report.plans or not report.target  # no library, no plans
@@ -132,7 +131,8 @@ def test_the_ensemble_is_planned_where_no_gradient_goes_through_it():
 
 @pytest.mark.parametrize("module", ["training", "evaluation", "merging"])
 def test_a_module_can_be_imported_first(module):
-    subprocess.run([sys.executable, "-c", f"import fastens.{module}"], check=True)
+    result = python(f"import fastens.{module}")
+    assert result.returncode == 0, result.stderr
 
 
 def test_bad_input():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastens
-from tests.networks import NETWORKS, EDMLike, mlp, randomised, tensor_of, unet_2d
+from tests.networks import NETWORKS, EDMLike, mlp, randomised, small_unet, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
 
@@ -121,8 +121,8 @@ def test_bad_input_is_named(make, error, message):
 
 
 def test_looks_like_a_member():
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
-    member = unet_2d(False)
+    ensemble = fastens.Ensemble([randomised(small_unet, seed) for seed in range(2)])
+    member = small_unet()
     assert ensemble.config.sample_size == member.config.sample_size
     assert inspect.signature(ensemble.forward).parameters.keys() == inspect.signature(member.forward).parameters.keys()
     assert ensemble.dtype == torch.float32

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastens
-from tests.networks import randomised, tensor_of, unet_2d
+from tests.networks import randomised, small_unet, tensor_of
 
 BATCH = 4
 TIMESTEPS = {
@@ -40,7 +40,7 @@ class HostReads(TorchDispatchMode):
 
 def steady(name, device, **options):
     """An ensemble whose calls of every kind of timestep have been checked, and a batch."""
-    members = [randomised(lambda: unet_2d(True), seed).to(device) for seed in range(3)]
+    members = [randomised(lambda: small_unet(True), seed).to(device) for seed in range(3)]
     ensemble = ENSEMBLES[name](members, **options)
     x = torch.randn(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), ensemble.trajectory(BATCH, 0):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastens
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 
 
 def small(seed):
@@ -175,7 +175,7 @@ def test_masks_are_placed_too():
 
 def test_loaded_members_are_placed(tmp_path):
     for k in range(2):
-        randomised(lambda: unet_2d(False), k).save_pretrained(tmp_path / str(k))
+        randomised(small_unet, k).save_pretrained(tmp_path / str(k))
     paths = [tmp_path / "0", tmp_path / "1"]
     loaded = fastens.load_members(paths, dtype=torch.bfloat16, device="meta")
     assert {(p.dtype, p.device.type) for p in loaded[1].parameters()} == {(torch.bfloat16, "meta")}

@@ -8,6 +8,7 @@ import pytest
 
 import fastens
 from fastens import _build, _native
+from tests.fresh import python
 
 SOURCE = """
 #include <torch/csrc/stable/library.h>
@@ -167,12 +168,14 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
 
 
 LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture draws dropout engine ensemble files
-    fold kernels laplace members methods network ops outputs parameterisation pickled plan program reference
-    report reproducible rules schedules settings summary views""".split()
+    fold internal kernels laplace members methods network ops outputs parameterisation pickled plan program reference
+    report reproducible rules schedules scopes settings summary trace views""".split()
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 def test_import_is_light():

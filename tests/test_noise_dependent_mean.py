@@ -11,7 +11,7 @@ from fastens import rules, schedules
 from fastens.aggregation import weights_at
 from fastens.evaluation import Denoiser, denoising_loss, fit_weights, held_out_gain, likelihood, sample
 from tests.interop.test_edm import Preconditioned, edm_sampler
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 from tests.tolerances import relative_error
 
 SCHEDULE = schedules.Discrete.linear()
@@ -98,7 +98,7 @@ def test_another_schedule_has_other_times(members, x):
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_diffusers_pipeline(saved, tmp_path):
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     scheduler = DDIMScheduler()
     ensemble = fastens.Ensemble(members, RULE, schedule=scheduler)
     if saved:

@@ -17,7 +17,7 @@ from fastens.cli import main
 from fastens.evaluation import Denoiser, denoising_loss
 from fastens.ops.aggregate_update import aggregate_update
 from fastens.reference.aggregate_update import aggregate_update as reference_update
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 @fastens.rule("trimmed_mean")
@@ -141,7 +141,7 @@ def test_a_value_survives_every_form(rule):
 
 
 def test_an_ensemble_keeps_it_in_files(tmp_path):
-    ens = fastens.Ensemble([randomised(lambda: unet_2d(False), k) for k in range(3)], Powers(3.0, (1, 2)))
+    ens = fastens.Ensemble([randomised(small_unet, k) for k in range(3)], Powers(3.0, (1, 2)))
     ens.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["rule"] == {
         "rule": "powers",
@@ -167,7 +167,7 @@ def test_a_forest_takes_it(rule, expected):
 
 def test_evaluation_measures_it():
     schedule = fastens.schedules.VP()
-    ens = fastens.Ensemble([randomised(lambda: unet_2d(False), k) for k in range(3)])
+    ens = fastens.Ensemble([randomised(small_unet, k) for k in range(3)])
     denoiser = Denoiser(ens, schedule, prediction="epsilon")
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     loss = denoising_loss(denoiser, images, rule_names=["trimmed_mean", "median", Powers(3.0)], times=2)
@@ -198,7 +198,7 @@ def test_a_package_offers_rules_by_entry_points(package, tmp_path):
     torch.testing.assert_close(fastens.aggregate(scores, "largest_of_others"), scores.amax(0))
     assert rules.from_dict({"rule": "largest_of_others", "add": 1.0}).to_dict()["add"] == 1.0
     folder = tmp_path / "member"
-    randomised(lambda: unet_2d(False), 0).save_pretrained(folder)
+    randomised(small_unet, 0).save_pretrained(folder)
     out = tmp_path / "out"
     main(["sample", str(folder), "--rule", "largest_of_others", "--num", "1", "--steps", "1", "--out", str(out)])
     assert json.loads((out / "samples.json").read_text())["rule"]["rule"] == "largest_of_others"

@@ -2,14 +2,13 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import fastens
+from tests.fresh import python
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,7 +67,8 @@ def test_names_in_the_documents_are_there():
     assert len(names) > 50
     # In a process of its own: here other tests may have imported what nothing else does.
     code = "import fastens, operator, sys\nfor name in sys.argv[1:]: operator.attrgetter(name[8:])(fastens)"
-    subprocess.run([sys.executable, "-c", code, *sorted(names)], check=True)
+    result = python(code, *sorted(names))
+    assert result.returncode == 0, result.stderr
 
 
 def test_versions_agree():

@@ -14,7 +14,7 @@ from torchdiffeq import odeint
 import fastens
 from fastens.evaluation import Denoiser
 from fastens.evaluation import sample as sample_by_ddim
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 from tests.tolerances import relative_error
 from tests.whole_runs import (  # noqa: F401
     CONDITION,
@@ -209,7 +209,7 @@ def test_samplers_that_write_what_differs_to_what_is_common(which):
 
 
 def test_what_ends_in_an_array_runs_member_by_member():
-    members, schedule = [randomised(lambda: unet_2d(False), k) for k in range(K)], fastens.schedules.VP()
+    members, schedule = [randomised(small_unet, k) for k in range(K)], fastens.schedules.VP()
 
     def ddim(model):
         denoiser = Denoiser(model, schedule, "epsilon")
@@ -333,7 +333,7 @@ def test_bad_input_is_named(use, error, message, which):
 
 
 def test_a_pipeline_without_an_ensemble_is_named():
-    pipe = DDIMPipeline(randomised(lambda: unet_2d(False), 0), DDIMScheduler())
+    pipe = DDIMPipeline(randomised(small_unet, 0), DDIMScheduler())
     with pytest.raises(TypeError, match="the pipeline has 0 ensembles among its parts"):
         fastens.sample_members(pipe, None, N)
 

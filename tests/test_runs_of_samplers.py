@@ -24,7 +24,7 @@ from tests.interop.test_edm import Preconditioned, edm_sampler
 from tests.interop.test_k_diffusion import Epsilon
 from tests.interop.test_k_diffusion import denoiser as k_denoiser
 from tests.interop.test_score_sde import Network, score_function
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 from tests.tolerances import relative_error
 from tests.whole_runs import CONDITION, DOUBLE, K, N, alone, runs_are_made_together, together, unets  # noqa: F401
 
@@ -41,6 +41,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("guidance", [None, 3.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_of_diffusers(name, guidance):
@@ -178,7 +179,7 @@ def test_pipelines_of_diffusers(kind, output_type):
 
 @pytest.mark.parametrize(("method", "options"), [("ddim", {"eta": 1.0}), ("euler", {}), ("heun", {})])
 def test_our_sampler(method, options):
-    members, schedule = [randomised(lambda: unet_2d(False), k).double() for k in range(K)], fastens.schedules.VP()
+    members, schedule = [randomised(small_unet, k).double() for k in range(K)], fastens.schedules.VP()
 
     def sampler(model):
         return Sampler(Denoiser(model, schedule, "epsilon"), method, steps=3, **options)

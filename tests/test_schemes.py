@@ -6,7 +6,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 import fastens
 from fastens.schemes import ScoreNoise, averaged_noise, mean_of_samples
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 from tests.tolerances import relative_error
 
 
@@ -33,7 +33,7 @@ def test_averaged_noise_has_a_smaller_deviation_after_the_first(num_members):
 
 
 def test_averaged_noise_reaches_a_diffusers_pipeline():
-    pipe = DDPMPipeline(randomised(lambda: unet_2d(False), 0), DDPMScheduler())
+    pipe = DDPMPipeline(randomised(small_unet, 0), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     runs = []
     for scope in (averaged_noise(1), averaged_noise(5)):

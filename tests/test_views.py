@@ -10,7 +10,7 @@ from torch import nn
 
 import fastens
 from tests.interop.test_edm import Preconditioned
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 
 
 def dropout_network():
@@ -18,7 +18,7 @@ def dropout_network():
 
 
 def of_unets():
-    return fastens.Ensemble([randomised(lambda: unet_2d(False), k) for k in range(3)])
+    return fastens.Ensemble([randomised(small_unet, k) for k in range(3)])
 
 
 def looped():
@@ -38,7 +38,7 @@ def masks():
 
 
 def masks_of_a_unet():
-    return fastens.MCDropout(randomised(lambda: unet_2d(False), 0), 3, p=0.2)
+    return fastens.MCDropout(randomised(small_unet, 0), 3, p=0.2)
 
 
 KINDS = [mlps, looped, of_two_structures, masks, of_unets, masks_of_a_unet]

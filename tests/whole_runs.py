@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastens
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 K, N = 3, 2
 DOUBLE = 1e-10
@@ -23,7 +23,7 @@ def runs_are_made_together():
 
 
 def unets(dtype=torch.float64):
-    return [randomised(lambda: unet_2d(True), k).to(dtype) for k in range(K)]
+    return [randomised(lambda: small_unet(True), k).to(dtype) for k in range(K)]
 
 
 def alone(sample, models, seed=0):

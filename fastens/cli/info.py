@@ -24,7 +24,7 @@ MODULES = {"scikit-learn": "sklearn", "POT": "ot", "fastens-demo": "fastens_demo
 
 def missing(extra: str) -> list[str]:
     """The packages of an extra that are not here; in a checkout the demo's weights are."""
-    absent = [package for package in EXTRAS[extra] if find_spec(MODULES.get(package, package)) is None]
+    absent = [package for package in EXTRAS[extra] if find_spec(MODULES.get(package) or package) is None]
     return [package for package in absent if package != "fastens-demo" or weights_folder() is None]
 
 

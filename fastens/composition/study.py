@@ -108,7 +108,8 @@ def _of_gaussians(
 ) -> Callable[[int, torch.Generator], Tensor]:
     """Samples of a product of Gaussians N(mean, std^2), to powers."""
     precision = sum(w / std**2 for (_, std), w in zip(components, weights, strict=True))
-    mean = sum(w / std**2 * m for (m, std), w in zip(components, weights, strict=True)) / precision
+    means = [w / std**2 * m for (m, std), w in zip(components, weights, strict=True)]
+    mean = torch.stack(means).sum(0) / precision
 
     def drawn(num: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(num, mean.shape[-1], dtype=torch.float64, generator=generator)

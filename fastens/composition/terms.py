@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Term:
     scale: float | Sequence[float] = 1.0
     interval: tuple[float, float] | None = None
     log_snr: Sequence[float] = ()
+    _rule: Product = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check scale, interval and levels."""
@@ -60,11 +61,11 @@ class Term:
             t: [] or [B]; likewise.
         """
         if not self.needs_noise_level:
-            return float(self.scale) - 1
+            return cast(float, self.scale) - 1.0
         assert schedule is not None
         assert t is not None
         level = schedule.log_snr(t)
-        rule: Any = self._rule
+        rule = self._rule
         factor = torch.full_like(level, rule.weights[0]) if not self.log_snr else None
         factor = weights_at(rule, level.reshape(-1))[0].view_as(level) if factor is None else factor
         if self.interval is not None:
@@ -134,10 +135,10 @@ class Autoguided(Term):
             raise TypeError(
                 f"Autoguided: weak is a {type(self.weak).__name__}, expected a torch.nn.Module or a fastens.Ensemble"
             )
-        if not isinstance(self.weak, Ensemble):
-            object.__setattr__(self, "weak", Ensemble([self.weak]))
-        if self.weak.rule.random:
+        weak = self.weak if isinstance(self.weak, Ensemble) else Ensemble([self.weak])
+        object.__setattr__(self, "weak", weak)
+        if weak.rule.random:
             raise ValueError(
-                f"Autoguided: rule {self.weak.rule.name!r} of the weak ensemble draws members, for which it would need "
+                f"Autoguided: rule {weak.rule.name!r} of the weak ensemble draws members, for which it would need "
                 "a trajectory of its own; take weak.with_rule('mean')"
             )

@@ -1,6 +1,7 @@
 """Real images that scikit-learn bundles: hand-written digits (UCI ML, 8x8) and patches of two colour photographs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ def load_digits() -> tuple[Tensor, Tensor]:
     """Training and test images, float32 [1400, 1, 8, 8] and [397, 1, 8, 8] in [-1, 1], split by a fixed permutation."""
     from sklearn.datasets import load_digits as bundled
 
-    images = torch.tensor(bundled().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    digits: Any = bundled()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:TRAIN_ROWS]], images[order[TRAIN_ROWS:]]
 
@@ -44,7 +46,8 @@ def load_labels(data: str) -> tuple[Tensor, Tensor]:
     if data == "digits":
         from sklearn.datasets import load_digits as bundled
 
-        labels, train_rows = torch.from_numpy(bundled().target).long(), TRAIN_ROWS
+        digits: Any = bundled()
+        labels, train_rows = torch.from_numpy(digits.target).long(), TRAIN_ROWS
     else:
         from sklearn.datasets import load_sample_images
 

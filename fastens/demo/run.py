@@ -45,7 +45,8 @@ def sample(
     for start in range(0, num, batch):
         size = min(batch, num - start)
         with ensemble.trajectory(size, torch.Generator().manual_seed(seed + start)):
-            images.append(pipe(size, generator, num_inference_steps=steps, output_type="np").images)
+            output: Any = pipe(size, generator, num_inference_steps=steps, output_type="np")
+            images.append(output.images)
         if progress is not None:
             progress.update(size)
     return np.concatenate(images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -63,13 +63,16 @@ def _apart(engine: Engine, *calls: Arguments) -> bool:
 
 
 class Distributed(OfOneProcess):
-    """An ensemble over a mesh: the engine holds this rank's members, every result is that of all members."""
+    """An ensemble over a mesh: the engine holds this rank's members, every result is that of all members.
+
+    It stands before the class of the ensemble, which ``super()`` is: any of them.
+    """
 
     # Construction
 
     def _adopt(self: Any, skeleton: nn.Module, stacks: Any, shared: frozenset[str], originals: Any = None) -> None:
         if "masks" in self._settings:
-            super()._adopt(skeleton, stacks, shared)
+            cast(Any, super())._adopt(skeleton, stacks, shared)
             return
         engine = Engine(skeleton, stacks, shared, self._share.held, self._settings)
         engine.cap.of_all = self.num_members
@@ -78,12 +81,12 @@ class Distributed(OfOneProcess):
         self._become_member_like(skeleton)
 
     def _become_member_like(self: Any, member: nn.Module) -> None:
-        super()._become_member_like(member)
+        cast(Any, super())._become_member_like(member)
         self.__class__ = _with(type(self))  # of the class that the members have just given it
 
     def __getattr__(self: Any, name: str) -> Any:
         """What members have; a method of theirs that would combine what only this rank's compute is refused."""
-        found = super().__getattr__(name)
+        found = cast(Any, super()).__getattr__(name)
         if not (isinstance(found, functools.partial) and found.func is call_method) or name.startswith("forward_"):
             return found
 
@@ -108,7 +111,7 @@ class Distributed(OfOneProcess):
     def forward_with_variance(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Evaluate all members once and return their aggregate and their variance; see the ensemble's."""
         if self.rule.random or self._draws.assignment() is not None:
-            return super().forward_with_variance(*args, **kwargs)
+            return cast(Any, super()).forward_with_variance(*args, **kwargs)
         return self._reduced(args, kwargs, variance=True)
 
     def _reduced(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], variance: bool) -> tuple[Any, Any]:
@@ -255,7 +258,7 @@ class Distributed(OfOneProcess):
 
     def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments of a call, with the values of a :class:`fastens.PerMember` for this rank's members alone."""
-        arguments = super()._arguments(args, kwargs)
+        arguments = cast(Any, super())._arguments(args, kwargs)
         if arguments.own and "masks" not in self._settings:
             arguments.leaves = list(arguments.leaves)
             for i in arguments.own:
@@ -313,7 +316,7 @@ class Distributed(OfOneProcess):
         """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
         seed = generator if isinstance(generator, int) else seed_from(generator)
         seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
-        return super().trajectory(batch_size, seed)
+        return cast(Any, super()).trajectory(batch_size, seed)
 
     def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
@@ -331,7 +334,7 @@ class Distributed(OfOneProcess):
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
         first = 0 if engine is not None and not engine.kind.own_weights else share.first
-        by_rows = super()._by_rows
+        by_rows = cast(Any, super())._by_rows
 
         def run() -> Any:
             spare = not len(at) and len(members) > 0  # a row for the outputs' shape
@@ -370,13 +373,13 @@ class Distributed(OfOneProcess):
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The stacks [K, ...] as DTensors, which ``torch.distributed.checkpoint`` writes and cuts anew."""
-        found = super().state_dict(*args, **kwargs)
+        found = cast(Any, super()).state_dict(*args, **kwargs)
         return states.as_whole(found, self._stacked(), self._place.mesh, self._share, self.num_members)
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load stacks [K, ...], of which each rank takes its own: DTensors, or tensors that every rank has whole."""
-        own = states.of_rank(state_dict, self._stacked(), self._share, super().state_dict())
-        return super().load_state_dict(own, *args, **kwargs)
+        own = states.of_rank(state_dict, self._stacked(), self._share, cast(Any, super()).state_dict())
+        return cast(Any, super()).load_state_dict(own, *args, **kwargs)
 
     def _stacked(self: Any) -> frozenset[str]:
         engine = self._engine

@@ -108,7 +108,7 @@ class Pieces:
         return self.folder / f"{piece:07}-{self.job}.npy"
 
     def make(
-        self, job: Job, count: int, run: Callable[[int], np.ndarray], done: Callable[[int], None] = lambda _: None
+        self, job: Job, count: int, run: Callable[[int], np.ndarray], done: Callable[[int], object] = lambda _: None
     ) -> list[np.ndarray] | None:
         """Make the pieces that are this rank's and are not there; on the first rank, wait for all and return them.
 
@@ -138,7 +138,7 @@ class Pieces:
         names = {path.name for path in self.folder.iterdir()}
         return {piece for piece in range(count) if self.path(piece).name in names}
 
-    def _wait(self, job: Job, count: int, done: Callable[[int], None]) -> None:
+    def _wait(self, job: Job, count: int, done: Callable[[int], object]) -> None:
         before, since = -1, time.monotonic()
         while (there := self._there(count)) != set(range(count)):
             if len(there) != before:

@@ -27,7 +27,7 @@ class Place:
         groups = [sorted(rank for ranks in every for rank in ranks)] if batch == "global" else every
         for ranks in groups:  # all processes take part in making each
             group = dist.new_group(ranks, datetime.timedelta(seconds=timeout), backend="gloo")
-            if dist.get_rank() in ranks:
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank() in ranks:
                 self.control = Exchange(group, timeout)
 
     @property

@@ -65,7 +65,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         found = zlib.crc32(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), found)
         if tensor.numel() and not tensor.is_meta:
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-            found = zlib.crc32(memoryview(flat.numpy()), found)
+            found = zlib.crc32(flat.numpy().data, found)
     return found
 
 

@@ -30,7 +30,7 @@ def compiled_pass(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any],
         )
     from fastens.engine.node import node  # as dynamo traces this line, which has been imported then
 
-    tensors = list(node(engine.number, method, args, kwargs, engine.tensors))
+    tensors = list(node(engine.number, method, args, kwargs, engine.tensors))  # pyright: ignore[reportCallIssue]  # torch's stub
     nested = tensors.pop() if isinstance(tensors[-1], Nested) else engine.nested  # of the trace that has just run
     return nested.filled(tensors)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,14 +74,14 @@ def _whole(group: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """Copy the memory that tensors share; return what makes a tensor's copy of it."""
     first = group[0]
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in group)):
-        spans = [(x.storage_offset() * x.element_size(), _span(x) * x.element_size()) for x in group]
+        spans = [(_offset(x) * x.element_size(), _span(x) * x.element_size()) for x in group]
         start = min(offset for offset, _ in spans) // 16 * 16
         stop = max(offset + size for offset, size in spans)
         memory = torch.empty(0, dtype=torch.uint8, device=first.device)
         memory = memory.set_(first.untyped_storage(), start, (stop - start,), (1,)).clone().untyped_storage()
 
         def part(x: Tensor) -> Tensor:
-            offset = x.storage_offset() - start // x.element_size()
+            offset = _offset(x) - start // x.element_size()
             return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, offset, x.shape, x.stride())
 
         return part
@@ -91,6 +91,11 @@ def _whole(group: list[Tensor]) -> Callable[[Tensor], Tensor]:
     (root,) = roots.values()
     own, start = duplicate(root), root.storage_offset()
     return lambda x: own if x is root else own.as_strided(x.shape, x.stride(), x.storage_offset() - start)
+
+
+def _offset(x: Tensor) -> int:
+    """Where it begins in its memory, in elements; of none whose sizes are symbols."""
+    return cast(int, x.storage_offset())
 
 
 def _span(x: Tensor) -> int:

@@ -91,7 +91,8 @@ def anomaly(
         (by_rule,) = loss.rules.values()
         found = {"ensemble": by_rule, **{f"member {k}": each for k, each in enumerate(loss.members)}}
         errors.append(found if denoiser.num_members == 1 else {**found, "variance": loss.diversity})
-    scores = {name: tuple(_score(errors[0][name], each[name]) for each in errors[1:]) for name in errors[0]}
+    usual, *both = errors
+    scores = {name: (_score(usual[name], both[0][name]), _score(usual[name], both[1][name])) for name in usual}
     return Anomaly({name: auroc(*pair, seed=seed) for name, pair in scores.items()}, scores)
 
 

@@ -28,6 +28,7 @@ class RandomFeatures(nn.Module):
         for inputs, outputs in itertools.pairwise((channels, WIDTH, 2 * WIDTH, WIDTH)):
             layer = nn.Conv2d(inputs, outputs, 3, 2 if layers else 1, 1)
             nn.init.normal_(layer.weight, std=(2 / (9 * inputs)) ** 0.5, generator=generator)
+            assert layer.bias is not None
             nn.init.normal_(layer.bias, std=0.1, generator=generator)
             layers += [layer, nn.ReLU()]
         self.layers = nn.Sequential(*layers)

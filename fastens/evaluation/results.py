@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,4 +70,4 @@ class Parts:
         if self._folder is None:
             return
         with whole(self._folder / f"{name}.npz") as (partial,):
-            np.savez(partial, **arrays)
+            np.savez(partial, **cast(dict[str, Any], arrays))

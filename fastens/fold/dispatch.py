@@ -182,7 +182,7 @@ class Fold(TorchFunctionMode):
             entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
         """
         given = [x for x in values if x is not None]
-        if all(member_valued(x) and x.hidden is not self.hidden and x.hidden.whole for x in given):
+        if all(member_valued(x) and x.hidden and x.hidden is not self.hidden and x.hidden.whole for x in given):
             stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]
             return stacks, self.hidden.offsets is not None
         return [None if x is None else self.entries(x) for x in values], False

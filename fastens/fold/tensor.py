@@ -11,7 +11,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -269,6 +269,6 @@ def memory_of(x: Tensor) -> int | None:
         return None
 
 
-def member_valued(x: Any) -> bool:
+def member_valued(x: Any) -> TypeGuard[MemberTensor]:
     """Whether a value differs between members."""
     return type(x) is MemberTensor and x.hidden is not None

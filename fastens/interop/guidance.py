@@ -82,7 +82,7 @@ class EnsembleGuidance(BaseGuidance):
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
         """The same, of fields of a block's state."""
         names = [v for v in input_fields.values() if isinstance(v, tuple) and None not in v]
-        pairs = [tuple(getattr(data, name, None) for name in pair) for pair in names]
+        pairs = [(getattr(data, first, None), getattr(data, second, None)) for first, second in names]
         self._pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
         return [self._prepare_batch_from_block_state(input_fields, data, 0, "pred_cond")]
 

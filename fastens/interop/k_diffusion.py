@@ -20,6 +20,8 @@ class CompVis(nn.Module):
         model: a module with ``apply_model(x, t, cond)`` and ``alphas_cumprod``.
     """
 
+    inner_model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.inner_model = model
@@ -51,7 +53,9 @@ class CompVisEnsemble(Ensemble):
     @property
     def _prediction(self) -> Prediction:
         said = getattr(self._first().inner_model, "parameterization", None)
-        return super()._prediction.with_(Prediction(_KINDS.get(said)), "prediction=", f"parameterization {said!r}")
+        return super()._prediction.with_(
+            Prediction(_KINDS.get(said or "")), "prediction=", f"parameterization {said!r}"
+        )
 
     def _check_members(self) -> None:
         member = self._first()

@@ -97,7 +97,8 @@ def kept_in_float32(network: nn.Module) -> set[str]:
 
 def adapted(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names that this diffusers gives them, where an older one named them otherwise."""
-    if hasattr(network, "_fix_state_dict_keys_on_load"):
+    rename = getattr(network, "_fix_state_dict_keys_on_load", None)
+    if rename is not None:
         tensors = dict(tensors)
-        network._fix_state_dict_keys_on_load(tensors)
+        rename(tensors)
     return tensors

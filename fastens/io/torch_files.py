@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._utils
 
 # Records that hold settings. What is here is not imported, only allowed to be present: a file that also names functions
 # to call (os.system, ...) is one that somebody made to harm.

@@ -173,7 +173,7 @@ def conv2d_tma(
         lengths = [rows, *pixels, channels]
     else:
         lengths, box = [rows, height // 2, 2, width // 2, 2 * channels], [*box[:2], 1, *box[2:]]
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     row_tiles, output_tiles = triton.cdiv(rows // num_members, tile.rows), triton.cdiv(outputs, block_n)
     tiles_down, tiles_across = triton.cdiv(at_h, tile.height), triton.cdiv(at_w, tile.width)
     programs = num_members * row_tiles * tiles_down * tiles_across * output_tiles

@@ -131,7 +131,7 @@ def conv2d(
     mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
     with torch.cuda.device(x.device if x.is_cuda else -1):

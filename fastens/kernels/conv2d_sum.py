@@ -101,7 +101,7 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
     programs = row_tiles * place_tiles * output_tiles
     steps = taps * tiles.blocks((channels,))
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
     with torch.cuda.device(x.device if x.is_cuda else -1):
         norm = Norm.prepare(block, tiles)

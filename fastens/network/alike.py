@@ -228,7 +228,8 @@ class _Comparison:
         kind = type(a)
         if kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__:
             return None  # its attributes
-        return self._same(*([list(x) if isinstance(x, Iterator) else x for x in state] for state in states), path)
+        first, second = ([list(x) if isinstance(x, Iterator) else x for x in state] for state in states)
+        return self._same(first, second, path)
 
     def _own_attributes(self, a: Any, b: Any, path: str) -> str | None:
         return self._attributes(vars(a), vars(b), f"{path}.", set()) if hasattr(a, "__dict__") else None

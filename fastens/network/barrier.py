@@ -66,7 +66,7 @@ def _written(module: nn.Module, name: str) -> None:
 
 
 @functools.cache
-def _watching(kind: type) -> type:
+def _watching(kind: type[type]) -> type:
     """A class of classes that leave attributes to the class that they watch, as ``type(self).calls += 1`` sets."""
 
     def owner(cls: Any, name: str) -> Any:

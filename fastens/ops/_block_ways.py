@@ -57,7 +57,7 @@ def key(*arguments: Any) -> str:
         "" if behind.residual is None else "residual",
         "" if behind.output_activation == "none" else f"then {behind.output_activation}",
         f"moments{behind.num_groups}" if behind.num_groups else "",
-        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",
+        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     ]
     return " ".join(filter(None, parts))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from fastens import reproducible
 from fastens.ops._clock import clock as device_clock
@@ -232,9 +233,7 @@ def _forced(text: str) -> dict[str, str]:
 def _is_plain() -> bool:
     """Whether real tensors are computed on now, without derivative or transform."""
     return (
-        not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack() == 0 and peek_interpreter_stack() is None
     )
 
 

@@ -65,7 +65,7 @@ def key(c: Convolution) -> str:
         f"kernels {_layout(c.weight[0])}" if _layout(c.weight[0]) else "",
         "" if c.bias is not None else "no bias",
         "" if c.offsets is None else "ragged",
-        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",
+        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     ]
     return " ".join(filter(None, parts))
 

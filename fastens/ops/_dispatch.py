@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fastens import _native
@@ -197,7 +198,7 @@ def _differentiates(tensors: list[Tensor]) -> bool:
     """Whether a derivative or another transform of torch.func goes through these tensors."""
     if forward_ad._current_level >= 0:
         return True
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -263,7 +264,10 @@ def _alias(x: Tensor) -> Tensor:
 
 def _selected(inputs: Any, in_dims: Any, i: int) -> list[Any]:
     """Sample i of arguments, or of a list among them, that vmap maps along ``in_dims``."""
-    return [
-        _selected(x, d, i) if isinstance(x, list | tuple) and d is not None else x if d is None else x.select(d, i)
-        for x, d in zip(inputs, in_dims, strict=True)
-    ]
+
+    def selected(x: Any, dim: Any) -> Any:
+        if dim is None:
+            return x
+        return _selected(x, dim, i) if isinstance(x, list | tuple) else x.select(dim, i)
+
+    return [selected(x, dim) for x, dim in zip(inputs, in_dims, strict=True)]

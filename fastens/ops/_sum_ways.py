@@ -20,7 +20,7 @@ def key(block: ConvBlock, _: list[float]) -> str:
         "" if before.moments is None else f"norm{before.moments.shape[1]}",
         "" if before.scale is None else "by row",
         "" if before.activation == "none" else before.activation,
-        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",
+        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
     ]
     return " ".join(filter(None, parts))
 

@@ -186,7 +186,7 @@ def refuses_tma(
     channels, itemsize = weight.shape[2], x.element_size()
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
         return "a dtype without products of a warp group, or several"
-    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # pyright: ignore[reportAttributeAccessIssue]  # no stub
         return "float32 in full precision"
     if not weight.movedim(2, -1).is_contiguous() or not (
         x.is_contiguous(memory_format=torch.channels_last) or not loads_x

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from fastens import rules
 from fastens.kernels._members import result_like
@@ -64,7 +65,7 @@ def aggregate(
     if weights is not None:
         if type(resolved) is not rules.Mean or resolved.weights is not None:
             raise ValueError(f"aggregate: weights given with {resolved}, which takes none or has its own")
-        resolved = rules.Mean(weights)
+        resolved = rules.Mean(tuple(weights))
     if resolved.needs_noise_level:
         raise ValueError(
             f"aggregate: rule {resolved.name!r} needs the noise level; use fastens.Ensemble, or rule.at(log_snr)"
@@ -75,6 +76,6 @@ def aggregate(
     if not resolved.has_kernels:
         check_defined("aggregate", resolved, backend)
         return reference.aggregate(members, resolved)
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return reference.aggregate(members, resolved, seed=seed)
     return _aggregate.resolve(backend, members)(members, resolved.name, resolved.option, resolved.values, seed, 0)

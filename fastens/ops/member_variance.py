@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from fastens.kernels._members import result_like
 from fastens.ops._dispatch import Op
@@ -33,6 +34,6 @@ def member_variance(scores: Tensor | Sequence[Tensor], *, backend: str = "auto")
         RuntimeError: a backend asked for by name that cannot run here.
     """
     members = as_scores("member_variance", scores)
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return reference.member_variance(members)
     return _variance.resolve(backend, members)(members)

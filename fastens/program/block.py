@@ -124,7 +124,7 @@ class ConvBlock(NamedTuple, Generic[V]):
         """The block of the op's arguments; what follows them is left."""
         before = len(cls._fields) - 2
         behind = before + len(Prologue._fields)
-        return cls(*values[:before], Prologue(*values[before:behind]), Epilogue(*values[behind : len(FLAT)]))
+        return cls(*values[:before], Prologue(*values[before:behind]), Epilogue(*values[behind : len(FLAT)]))  # pyright: ignore[reportCallIssue]  # as many as fields
 
     @property
     def begins_plain(self) -> bool:

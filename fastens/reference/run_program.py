@@ -7,6 +7,7 @@ registers they describe.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class _Memory:
     def view(self, at: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A view of the memory at an address."""
         slot, num_bytes = self.slots[at >> 48], at & ((1 << 48) - 1)
-        start, rest = divmod(slot.storage_offset() * slot.element_size() + num_bytes, dtype.itemsize)
+        offset = cast(int, slot.storage_offset())  # a number: nothing here is traced
+        start, rest = divmod(offset * slot.element_size() + num_bytes, dtype.itemsize)
         if rest:
             raise ValueError(f"`program`: {num_bytes} bytes into slot {at >> 48} is no address of a {dtype}")
         return torch.empty(0, dtype=dtype).set_(slot.untyped_storage(), start, tuple(size), tuple(stride))

@@ -136,11 +136,16 @@ def _number(name: Any, column: pd.Series, integer: bool) -> Numbers:
     return Numbers(column.dtype, integers or integer)
 
 
+def _all_numbers(text: pd.Series) -> bool:
+    read: Any = pd.to_numeric(text, errors="coerce")  # of a Series it is one
+    return bool(read.notna().all())
+
+
 def _check_text(name: Any, text: pd.Series) -> None:
     """Dates and measured values that are written as text; codes such as "02139" are text."""
     if DATE.fullmatch(text.iloc[0]) and text.str.fullmatch(DATE.pattern).all():
         kind, remedy = "dates", "pd.to_datetime"
-    elif text.str.contains(r"[.eE]").any() and bool(pd.to_numeric(text, errors="coerce").notna().all()):
+    elif text.str.contains(r"[.eE]").any() and _all_numbers(text):
         kind, remedy = "numbers", "pd.to_numeric"
     else:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ class Columns:
         if without:
             raise ValueError(f"column {without[0]!r} has no value")
         self.codes: dict[Any, Code] = {
-            name: code_of(name, frame[name], name in categorical, name in integer) for name in self.names
+            name: code_of(name, _column(frame, name), name in categorical, name in integer) for name in self.names
         }
         raw = self._numbers(frame)
         self.low, self.high = np.nanmin(raw, 0), np.nanmax(raw, 0)
@@ -94,7 +94,11 @@ class Columns:
         return frame.drop(columns=[name for name in self.left_out if name in frame.columns])
 
     def _numbers(self, frame: pd.DataFrame) -> np.ndarray:
-        return np.concatenate([code.encode(frame[name]) for name, code in self.codes.items()], 1)
+        return np.concatenate([code.encode(_column(frame, name)) for name, code in self.codes.items()], 1)
+
+
+def _column(frame: pd.DataFrame, name: Any) -> pd.Series:
+    return cast(pd.Series, frame[name])  # no two are named alike
 
 
 def as_frame(table: Any) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Dates:
         out = np.full((len(column), 1), np.nan)
         there = column.notna().to_numpy()
         if there.any():
-            out[there, 0] = self._counts(_times(column[there])) / self._step
+            out[there, 0] = self._counts(_times(column.loc[there])) / self._step
         return out
 
     def decode(self, rows: npt.NDArray) -> pd.Series:
@@ -64,7 +64,8 @@ class Dates:
         elif self._unit:
             times = self._first + counts.astype(f"m8[{self._unit}]")
         else:
-            return pd.Series(pd.PeriodIndex.from_ordinals(self._first + counts, freq=self.dtype.freq))
+            periods = cast(pd.PeriodDtype, self.dtype)
+            return pd.Series(pd.PeriodIndex.from_ordinals(self._first + counts, freq=periods.freq))
         out = pd.Series(times)
         if self.dtype == object:
             return pd.Series(list(out.dt.date if self.plain_dates else out.dt.to_pydatetime()), dtype=object)

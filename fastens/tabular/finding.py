@@ -77,17 +77,17 @@ def split(name: str, seed: int) -> Split:
     Raises:
         ValueError: a name that is not in DATA.
     """
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
+    from sklearn import datasets, model_selection
 
     if name not in DATA:
         raise ValueError(f"{name!r} is no data set of the finding; there are {', '.join(DATA)}")
+    halves: Any = model_selection.train_test_split  # of arrays it makes arrays, and not lists as well
     bunch = getattr(datasets, f"load_{name.replace(' ', '_')}")()
     if name == "diabetes":
         whole = np.concatenate([bunch.data, bunch.target[:, None]], 1)
-        train, test = train_test_split(whole, test_size=0.5, random_state=seed)
+        train, test = halves(whole, test_size=0.5, random_state=seed)
         return Split(train, None, test, None)
-    parts = train_test_split(bunch.data, bunch.target, test_size=0.5, random_state=seed, stratify=bunch.target)
+    parts = halves(bunch.data, bunch.target, test_size=0.5, random_state=seed, stratify=bunch.target)
     return Split(parts[0], parts[2], parts[1], parts[3])
 
 
@@ -203,6 +203,7 @@ def _used(model: Any, data: Split, rule: str, gain: float, seed: int) -> dict[st
     if data.labels is None:
         found["downstream"] = downstream(made[:, :-1], made[:, -1], data.test[:, :-1], data.test[:, -1])
     else:
+        assert data.test_labels is not None
         found["downstream"] = downstream(made, data.labels, data.test, data.test_labels)
     return found
 

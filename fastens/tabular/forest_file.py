@@ -38,7 +38,7 @@ def write(
         OSError: it cannot be written.
     """
     header = {"format": FORMAT, **about, "inputs": dataclasses.asdict(inputs)}
-    arrays = {name: getattr(trees, name) for name in ARRAYS[:-2]} | {"ranges": ranges, "base": base}
+    arrays: dict[str, Any] = {name: getattr(trees, name) for name in ARRAYS[:-2]} | {"ranges": ranges, "base": base}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     if isinstance(file, str | os.PathLike):
         with whole(Path(file)) as (partial,), partial.open("wb") as stream:

@@ -5,6 +5,8 @@ All take numeric tables [n, d]; distances are L1 after scaling every column by t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,7 +20,8 @@ def wasserstein(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     import ot
 
     cost = _distances(*_scaled(real, generated))
-    return float(ot.emd2([], [], cost, numItermax=10_000_000))
+    distance: Any = ot.emd2([], [], cost, numItermax=10_000_000)
+    return float(distance)
 
 
 def coverage(real: npt.ArrayLike, generated: npt.ArrayLike, neighbours: int = 5) -> float:

@@ -36,9 +36,10 @@ def read_forest(forest: Any) -> dict[str, Any]:
     trees = [estimator.tree_ for estimator in estimators]
     leaf = [tree.children_left < 0 for tree in trees]
     names = getattr(forest, "feature_names_in_", None)
-    allow_nan = bool(estimators[0]._support_missing_values(np.empty((0, forest.n_features_in_))))
+    num_features = int(getattr(forest, "n_features_in_"))  # noqa: B009
+    allow_nan = bool(estimators[0]._support_missing_values(np.empty((0, num_features))))
     inputs = Inputs(
-        int(forest.n_features_in_),
+        num_features,
         "sklearn",
         kind.__name__,
         None if names is None else tuple(map(str, names)),

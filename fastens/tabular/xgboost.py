@@ -33,7 +33,7 @@ def read_boosters(models: Any) -> dict[str, Any]:
     if len(boosters) == 1 and first.parallel > 1 and first.rounds == 1:
         # Rounds are laid out output by output; a leaf holds 1/K of its tree's prediction.
         order = np.arange(first.parallel * first.num_outputs).reshape(first.num_outputs, first.parallel).T.ravel()
-        nodes = [first.nodes(tree, scale=first.parallel) for tree in order]
+        nodes = [first.nodes(tree, scale=first.parallel) for tree in order.tolist()]
         ranges = np.arange(first.parallel + 1) * first.num_outputs
         base = np.tile(first.base, (first.parallel, 1))
     else:

@@ -256,7 +256,8 @@ def sparsification(error: Array, uncertainty: Array, steps: int = 20) -> Sparsif
 
     mine, best = curve(u.flatten().to(e.device).argsort(stable=True)), curve(e.argsort())
     ause = float(torch.trapezoid(mine - best, fractions.to(e.device)))
-    return Sparsification(*_like(error, fractions, mine, best), ause)
+    fractions, mine, best = _like(error, fractions, mine, best)
+    return Sparsification(fractions, mine, best, ause)
 
 
 def calibration(samples: Array, truth: Array, levels: Array = None) -> Calibration:
@@ -285,4 +286,6 @@ def calibration(samples: Array, truth: Array, levels: Array = None) -> Calibrati
     found = ordered[low].lerp(ordered[(low + 1).clamp_max(len(x) - 1)], part)
     lower, upper = found.chunk(2)
     coverage = ((lower <= y) & (y <= upper)).double().flatten(1).mean(1)
-    return Calibration(*_like(samples, p, coverage), float((coverage - p).abs().mean()))
+    apart = float((coverage - p).abs().mean())
+    p, coverage = _like(samples, p, coverage)
+    return Calibration(p, coverage, apart)

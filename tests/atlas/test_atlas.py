@@ -90,8 +90,13 @@ def test_a_comparison_sees_a_loop_and_a_wrong_value(monkeypatch):
     assert max(compare(entry).errors) > 1e-4
 
 
-EXPORTED = ["sit", "adm", "diffusion_policy", "csdi", "pixart", "stable_diffusion_3", "unet_2d"]
-COMPILED = ["sit", "csdi"]  # slow
+def seldom(*names):
+    """Networks for ``make test-full``: what they hold the others do, in less time."""
+    return [pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+EXPORTED = ["sit", "adm", "diffusion_policy", "csdi", "pixart", *seldom("stable_diffusion_3", "unet_2d")]
+COMPILED = ["sit", *seldom("csdi")]
 
 
 def check_batches(ensemble, members, run, given):

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fastens
 from fastens.distributed.slices import wire_bytes
 from tests.distributed.networks import Convolutional
-from tests.networks import mlp, randomised, unet_2d
+from tests.networks import mlp, randomised, small_unet
 
 K = 5
 CASES = {}
@@ -80,7 +80,7 @@ def rules_are_the_single_process_ones(world):
 
 @case_of_several
 def a_network_with_times_and_variance(world):
-    ens = fastens.Ensemble(nets(3, lambda: unet_2d(False)))
+    ens = fastens.Ensemble(nets(3, small_unet))
     for mesh in meshes(world)[-1:]:
         spread = fastens.distribute(ens, mesh, timeout=60)
         x, t = batch(5, 1, 8, 8), torch.arange(5) + 3
@@ -358,7 +358,7 @@ def bytes_sent_are_the_formulas(world):
 def samplers_call_it(world):
     from diffusers import DDIMPipeline, DDIMScheduler
 
-    ens = fastens.Ensemble(nets(3, lambda: unet_2d(False)))
+    ens = fastens.Ensemble(nets(3, small_unet))
     images = []
     for mesh in meshes(world)[:1]:
         for model in (fastens.distribute(ens, mesh, timeout=60), ens):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastens.cli import main
 from fastens.evaluation import features, inception, quality
 from fastens.evaluation.inception import Inception
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 class Tiny(nn.Module):
@@ -165,7 +165,7 @@ def test_another_file(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_command_line(tmp_path, capsys):
     """The weights are read, and a Fréchet distance of 2048 features is refused with the number that it needs."""
-    randomised(lambda: unet_2d(False), 0).save_pretrained(tmp_path / "member")
+    randomised(small_unet, 0).save_pretrained(tmp_path / "member")
     saved(tmp_path / "inception.pt")
     np.save(tmp_path / "images.npy", np.zeros((8, 1, 8, 8), dtype=np.uint8))
     arguments = ["evaluate", str(tmp_path / "member"), "--data", str(tmp_path / "images.npy")]

@@ -13,7 +13,7 @@ from fastens.evaluation import Denoiser, denoising_loss, merge_loss
 from fastens.evaluation.merging import BEST, ENSEMBLE, STUDENT, Contender, MergeStudy, merge_study
 from fastens.evaluation.run_folder import RunMembers, snapshots
 from fastens.schedules import Discrete
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 def images(rows, seed=0):
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     for number, step in enumerate((500, 1000, 2000)):
         for name, seed in (("unet", number), ("unet_ema", 10 + number)):
-            randomised(lambda: unet_2d(False), seed).save_pretrained(root / f"checkpoint-{step}" / name)
+            randomised(small_unet, seed).save_pretrained(root / f"checkpoint-{step}" / name)
     (root / "logs").mkdir()
     (root / "random_states_0.pkl").write_bytes(b"")
     (root / "random_states_1.pkl").write_bytes(b"")
@@ -50,19 +50,19 @@ def test_weights_and_averages_are_members(run):
     members = RunMembers(snapshots(run))
     assert members.names[:3] == ["checkpoint-500 (average)", "checkpoint-500 (weights)", "checkpoint-1000 (average)"]
     for k, seed in enumerate((10, 0, 11, 1, 12, 2)):
-        expected = randomised(lambda: unet_2d(False), seed).state_dict()
+        expected = randomised(small_unet, seed).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in members[k].state_dict().items())
     assert len(RunMembers(snapshots(run), raw=True)) == 3
 
 
 def test_one_set_of_weights_is_one_member(tmp_path):
     for step in (1, 2):
-        randomised(lambda: unet_2d(False), step).save_pretrained(tmp_path / f"step_{step}")
+        randomised(small_unet, step).save_pretrained(tmp_path / f"step_{step}")
     assert RunMembers(snapshots(tmp_path)).names == ["step_1", "step_2"]
 
 
 def test_merge_loss_is_the_denoising_loss_of_each_candidate():
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     loss = merge_loss(images(6), Discrete.linear(), rows=8)
     with torch.no_grad():
         both = loss(fastens.Ensemble(members))
@@ -74,7 +74,7 @@ def test_merge_loss_is_the_denoising_loss_of_each_candidate():
 
 
 def test_a_study_in_groups_is_that_of_all_at_once():
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(3)]
+    members = [randomised(small_unet, seed) for seed in range(3)]
     few = {"times": 2, "steps": 1}
     whole, parts = (
         merge_study(members, images(8), images(6, 1), Discrete.linear(), pool=pool, **few) for pool in (3, 2)
@@ -143,7 +143,7 @@ def test_what_a_run_folder_cannot_take(run, tmp_path, capsys):
             main(["evaluate", *arguments])
         assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="at least two of each"):
-        merge_study([unet_2d(False)], images(4), images(4), Discrete.linear())
+        merge_study([small_unet()], images(4), images(4), Discrete.linear())
 
 
 def test_the_report_that_ships_keeps_its_word():

@@ -7,14 +7,14 @@ import torch
 
 import fastens
 from fastens.evaluation import Denoiser, denoising_loss, likelihood, quality
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 matplotlib.use("Agg")
 
 
 @pytest.fixture(scope="module")
 def denoiser():
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     return Denoiser(fastens.Ensemble(members), fastens.schedules.Discrete.linear())
 
 

@@ -12,7 +12,7 @@ from fastens.engine.jvp import outputs_and_jvp
 from fastens.evaluation import Denoiser
 from fastens.evaluation.ode import AugmentedFlow
 from fastens.schedules import VP, Discrete, Prediction
-from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
+from tests.networks import NETWORKS, randomised, small_unet, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
@@ -178,7 +178,7 @@ def test_an_unknown_operation_is_left_to_autograd():
 
 
 def test_changed_weights_and_modes():
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)], engine="fold").eval()
+    ensemble = fastens.Ensemble([randomised(small_unet, seed) for seed in range(2)], engine="fold").eval()
     x, t = NETWORKS["unet_2d"][1](2)[0][:2]
     first = outputs_and_jvp(ensemble._engine, (x, t), {}, x)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_changed_weights_and_modes():
 def test_flow_is_the_same_forward_and_backward(rule, prediction, aggregate_in, probes, monkeypatch):
     schedule = Discrete.linear()
     ensemble = fastens.Ensemble(
-        [randomised(lambda: unet_2d(False), seed) for seed in range(2)],
+        [randomised(small_unet, seed) for seed in range(2)],
         rule,
         prediction=prediction,
         aggregate_in=aggregate_in,
@@ -229,7 +229,7 @@ def test_flow_is_the_same_forward_and_backward(rule, prediction, aggregate_in, p
 
 def test_fixed_dropout_masks():
     schedule = Discrete.linear()
-    ensemble = fastens.MCDropout(randomised(lambda: unet_2d(False), 0), 3, p=0.1)
+    ensemble = fastens.MCDropout(randomised(small_unet, 0), 3, p=0.1)
     x = NETWORKS["unet_2d"][1](2)[0][0]
     found = outputs_and_jvp(ensemble._engine, (x, schedule.network_time(torch.full((2,), 300.0)).float()), {}, x)
     assert found is not None

@@ -1,6 +1,5 @@
 """A folded pass takes no more rows than were asked for, or than fit, and the results stay the same."""
 
-import subprocess
 import sys
 import warnings
 
@@ -12,6 +11,7 @@ import fastens
 from fastens.engine import memory_cap
 from fastens.engine.memory_cap import Allocations, available_memory, is_out_of_memory
 from fastens.ops.draw_members import draw_members
+from tests.fresh import python
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.tolerances import NETWORK, relative_error
 
@@ -206,7 +206,7 @@ with torch.no_grad():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space of a process")
 @pytest.mark.parametrize(("way", "notice"), [("foreseen", "need about"), ("blind", "ran out of memory")])
 def test_real_limit(way, notice):
-    result = subprocess.run([sys.executable, "-c", LIMITED, way], capture_output=True, text=True, timeout=120)
+    result = python(LIMITED, way)
     assert result.stdout.split() == ["fold", "True"], result.stderr[-2000:]
     assert notice in result.stderr
 

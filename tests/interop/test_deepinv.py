@@ -9,7 +9,7 @@ from torch import nn
 
 import fastens
 from tests.interop.libraries import library
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 from tests.tolerances import relative_error
 
 deepinv = library("deepinv")
@@ -44,7 +44,7 @@ def dps(denoiser, physics, y):
 
 @pytest.mark.parametrize("make", [diffpir, dps])
 def test_posterior_samplers(make):
-    members = [FindsData(randomised(lambda: unet_2d(False), k)).double().eval() for k in range(K)]
+    members = [FindsData(randomised(small_unet, k)).double().eval() for k in range(K)]
     mask = torch.ones(1, 1, 8, 8, dtype=torch.float64)
     mask[..., 2:6, 2:6] = 0
     physics = deepinv.physics.Inpainting((1, 8, 8), mask=mask)

@@ -17,7 +17,7 @@ from diffusers import (
 from torch import nn
 
 import fastens
-from tests.networks import dit, randomised, unet_2d
+from tests.networks import dit, randomised, small_unet
 from tests.tolerances import NETWORK, relative_error
 
 
@@ -36,7 +36,7 @@ class Looped(nn.Module):
 
 @pytest.mark.parametrize(("pipeline", "scheduler"), [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
 def test_unet_pipelines(pipeline, scheduler):
-    members = [randomised(lambda: unet_2d(True), seed) for seed in range(3)]
+    members = [randomised(lambda: small_unet(True), seed) for seed in range(3)]
     images = []
     for model in (fastens.Ensemble(members), Looped(members)):
         pipe = pipeline(unet=model, scheduler=scheduler())
@@ -60,19 +60,19 @@ def test_dit_pipeline():
 
 
 def test_is_a_diffusers_model():
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
+    ensemble = fastens.Ensemble([randomised(small_unet, seed) for seed in range(2)])
     assert isinstance(ensemble, ModelMixin)
     assert isinstance(ensemble, fastens.Ensemble)
     assert type(ensemble).__module__ == "fastens"
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(ensemble(x, 3).sample, ensemble(x, 3, return_dict=False)[0])
-        assert type(ensemble(x, 3)) is type(UNet2DModel.forward(randomised(lambda: unet_2d(False), 0), x, 3))
+        assert type(ensemble(x, 3)) is type(UNet2DModel.forward(randomised(small_unet, 0), x, 3))
 
 
 def test_a_pipeline_moves_all_members():
     """`pipe.to` moves modules only; the ensemble is one, with all its members' weights, and says where it is."""
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
+    ensemble = fastens.Ensemble([randomised(small_unet, seed) for seed in range(2)])
     pipe = DDIMPipeline(ensemble, DDIMScheduler())
     assert (pipe.unet.dtype, pipe.unet.device) == (torch.float32, torch.device("cpu"))
     x = torch.randn(2, 1, 8, 8)
@@ -91,7 +91,7 @@ def test_a_pipeline_moves_all_members():
 @pytest.mark.parametrize("rule", ["mean", "alternating"])
 @pytest.mark.parametrize("t", [3, 3.0, torch.tensor(3), torch.tensor([3]), torch.tensor([3.0, 3.0])], ids=str)
 def test_timesteps_of_every_kind(t, rule):
-    members = [randomised(lambda: unet_2d(False), 0)] * 2  # so that a draw does not matter
+    members = [randomised(small_unet, 0)] * 2  # so that a draw does not matter
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     ensemble = fastens.Ensemble(members, rule)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_timesteps_of_every_kind(t, rule):
 
 def test_an_offloading_hook_takes_the_whole_ensemble():
     """Offloading replaces the forward of every model of a pipeline: once for the ensemble, which moves as one."""
-    ensemble = fastens.Ensemble([randomised(lambda: unet_2d(False), seed) for seed in range(2)])
+    ensemble = fastens.Ensemble([randomised(small_unet, seed) for seed in range(2)])
     pipe, moved = DDIMPipeline(ensemble, DDIMScheduler()), []
     pipe.set_progress_bar_config(disable=True)
     plain = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images

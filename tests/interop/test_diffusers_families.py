@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 import fastens
 from fastens.interop.diffusers import VarianceMaps
 from tests.interop.loops import Looped
-from tests.networks import randomised, unet_2d, unet_2d_condition
+from tests.networks import randomised, small_unet, unet_2d_condition
 from tests.tolerances import relative_error
 
 # They step something else than an image's noise, or not in three steps; the model's interface is the same.
@@ -64,7 +64,7 @@ class Tupled(Looped):
 
 @pytest.mark.parametrize("name", schedulers())
 def test_schedulers(name):
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     with torch.no_grad():
         expected = sampled(Tupled(members), getattr(diffusers, name)())
         ours = sampled(fastens.Ensemble(members), getattr(diffusers, name)())
@@ -157,7 +157,7 @@ def test_variance_maps_take_no_second_pass(conditional):
 
 
 def test_variance_maps_of_a_pipeline_without_callbacks():
-    members = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    members = [randomised(small_unet, seed) for seed in range(2)]
     ensemble = fastens.Ensemble(members)
     pipe = DDPMPipeline(ensemble, DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -167,7 +167,7 @@ def test_variance_maps_of_a_pipeline_without_callbacks():
 
 
 def test_mc_dropout_in_a_pipeline_saves_and_reloads(tmp_path):
-    ensemble = fastens.MCDropout(randomised(lambda: unet_2d(False), 0), 3, p=0.1, seed=2)
+    ensemble = fastens.MCDropout(randomised(small_unet, 0), 3, p=0.1, seed=2)
     assert type(ensemble).__name__ == "DiffusersMCDropout"
     assert isinstance(ensemble, diffusers.ModelMixin)
     images = []

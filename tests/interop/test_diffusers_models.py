@@ -11,11 +11,11 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
 
 import fastens
-from tests.networks import dit, randomised, unet_2d, unet_2d_condition
+from tests.networks import dit, randomised, small_unet, unet_2d_condition
 from tests.tolerances import relative_error
 
 INPUTS = {
-    "unet": (lambda: unet_2d(True), lambda x, t: {"sample": x[:, :1], "timestep": t}),
+    "unet": (lambda: small_unet(True), lambda x, t: {"sample": x[:, :1], "timestep": t}),
     "conditional": (
         unet_2d_condition,
         lambda x, t: {"sample": x, "timestep": t, "encoder_hidden_states": x.flatten(1)[:, :60].view(2, 5, 12)},

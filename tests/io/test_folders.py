@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 
 import fastens
 from tests.checkpoint_layouts import Net, made, shadow, state
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 @pytest.fixture(scope="module")
 def unets():
-    return [randomised(lambda: unet_2d(False), seed) for seed in range(3)]
+    return [randomised(small_unet, seed) for seed in range(3)]
 
 
 def loaded_from(path, **options):
@@ -72,11 +72,11 @@ def test_safetensors_before_torch_files(unets, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_shards(variant, unets, tmp_path):
-    unets[0].save_pretrained(tmp_path, max_shard_size="200KB", variant=variant)
+    unets[0].save_pretrained(tmp_path, max_shard_size="30KB", variant=variant)
     assert len(list(tmp_path.glob("*-of-*"))) > 1
     assert which(loaded_from(tmp_path), unets) == 0
     index = next(tmp_path.glob("*index*"))
-    assert which(fastens.load_members([index], lambda: unet_2d(False))[0], unets) == 0
+    assert which(fastens.load_members([index], small_unet)[0], unets) == 0
     next(tmp_path.glob("*-00001-of-*")).unlink()
     with pytest.raises(ValueError, match=r"lacks the shard .*00001"):
         loaded_from(tmp_path)
@@ -84,7 +84,7 @@ def test_shards(variant, unets, tmp_path):
 
 def test_shards_over_a_whole_file_are_taken_as_diffusers_takes_them(unets, tmp_path):
     unets[1].save_pretrained(tmp_path)
-    unets[0].save_pretrained(tmp_path, max_shard_size="200KB")
+    unets[0].save_pretrained(tmp_path, max_shard_size="30KB")
     assert which(type(unets[0]).from_pretrained(tmp_path), unets) == 0
     assert which(loaded_from(tmp_path), unets) == 0
     unets[2].save_pretrained(tmp_path)  # takes the shards away, not their index
@@ -133,7 +133,7 @@ def test_averages_that_diffusers_saves(unets, tmp_path):
     unets[1].save_pretrained(tmp_path / "unet")
     assert which(loaded_from(tmp_path), unets) == 0
     torch.save(average.state_dict(), tmp_path / "ema.pt")
-    assert which(fastens.load_members([tmp_path / "ema.pt"], lambda: unet_2d(False))[0], unets) == 0
+    assert which(fastens.load_members([tmp_path / "ema.pt"], small_unet)[0], unets) == 0
 
 
 @pytest.mark.parametrize("kept", ["shadow_params", "ema-pytorch"])

@@ -17,7 +17,7 @@ import fastens
 from fastens.io.choice import Wish
 from fastens.io.inspection import report
 from tests.checkpoint_layouts import Net, made, state
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 class Touch:
@@ -89,7 +89,7 @@ def test_code_in_a_torch_file_is_not_run(how, where, kind, tmp_path):
 @pytest.mark.parametrize("name", ["a.pkl", "diffusion_pytorch_model.bin"])
 def test_code_in_other_files_is_not_run(name, tmp_path):
     marker = tmp_path / "ran"
-    unet_2d(False).save_config(tmp_path)
+    small_unet().save_config(tmp_path)
     (tmp_path / name).write_bytes(pickle.dumps(Touch(marker, "os.mkdir")))
     lines = list(report(tmp_path / name, Wish()))
     assert any("mkdir" in line for line in lines)
@@ -249,9 +249,9 @@ JSON = {
 def saved(tmp_path_factory):
     """A diffusers model and an ensemble of such, as their files say them."""
     root = tmp_path_factory.mktemp("saved")
-    net = randomised(lambda: unet_2d(False), 0)
+    net = randomised(small_unet, 0)
     net.save_pretrained(root / "member")
-    fastens.Ensemble([net, randomised(lambda: unet_2d(False), 1)]).save_pretrained(root / "ensemble")
+    fastens.Ensemble([net, randomised(small_unet, 1)]).save_pretrained(root / "ensemble")
     fastens.MCDropout(net, 2).save_pretrained(root / "dropout")
     return root
 

@@ -12,7 +12,7 @@ from fastens.io.containers import read
 from fastens.io.inspection import groups
 from fastens.io.names import STATE
 from tests.checkpoint_layouts import BOTH, ONE, Net, made, state
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 
 @pytest.mark.parametrize("layout", BOTH)
@@ -54,8 +54,8 @@ def test_equal_weights_have_equal_hashes(tmp_path, capsys):
 
 
 def test_folders_need_no_factory(tmp_path, capsys):
-    randomised(lambda: unet_2d(False), 0).save_pretrained(tmp_path)
-    randomised(lambda: unet_2d(False), 1).save_pretrained(tmp_path, variant="ema")
+    randomised(small_unet, 0).save_pretrained(tmp_path)
+    randomised(small_unet, 1).save_pretrained(tmp_path, variant="ema")
     main(["inspect", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(r"safetensors: variant plain, sha256 [0-9a-f]{64}", printed)

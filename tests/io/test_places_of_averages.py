@@ -19,7 +19,7 @@ from fastens.io.choice import Wish
 from fastens.io.inspection import report
 from tests.checkpoint_layouts import Net, lit_ema, made, shadow, state
 from tests.io.test_layouts import assert_same, load
-from tests.networks import randomised, unet_2d
+from tests.networks import randomised, small_unet
 
 AVERAGE, RAW, OTHER = made(0), made(1), made(2)
 
@@ -254,7 +254,7 @@ def test_networks_under_names_of_their_own_in_a_folder(tmp_path):
 
 
 def test_averages_beside_a_diffusers_model_and_in_its_pipeline(tmp_path):
-    nets = [randomised(lambda: unet_2d(False), seed) for seed in range(2)]
+    nets = [randomised(small_unet, seed) for seed in range(2)]
     nets[1].save_pretrained(tmp_path / "unet")
     (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
     put(tmp_path, {"unet/ema.pt": state(nets[0])})

@@ -10,17 +10,17 @@ import fastens
 KERNELS = sorted((Path(fastens.__file__).parent / "kernels").glob("*.py"))
 
 
-def nodes(kind):
-    return [node for path in KERNELS for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]
+NODES = [node for path in KERNELS for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def launched():
     """The names of what is launched: called behind a grid in brackets."""
-    calls = [call.func for call in nodes(ast.Call) if isinstance(call.func, ast.Subscript)]
+    calls = [node.func for node in NODES if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
     return {call.value.id for call in calls if isinstance(call.value, ast.Name)}
 
 
-FUNCTIONS = {function.name: function for function in nodes(ast.FunctionDef) if function.name in launched()}
+LAUNCHED = launched()
+FUNCTIONS = {node.name: node for node in NODES if isinstance(node, ast.FunctionDef) and node.name in LAUNCHED}
 
 
 def test_what_is_launched_is_found():

@@ -62,7 +62,7 @@ def test_equals_each_layer(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("num_layers", [43, 64, 65, 130])
+@pytest.mark.parametrize("num_layers", [43, 64, 65, pytest.param(130, marks=pytest.mark.full)])
 def test_many_layers(num_layers, backend, monkeypatch):
     from fastens.kernels import linear_group as kernels
 

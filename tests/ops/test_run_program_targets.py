@@ -1,8 +1,6 @@
 """Every kind of step, and a whole network, on each instruction set that this machine has."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from fastens.ops.run_program import available, forced_target, target, targets
 from fastens.program import steps
 from fastens.program.steps import Activation, Opcode
 from fastens.program.winograd import TILES
+from tests.fresh import python
 from tests.networks import NETWORKS, randomised, tensor_of
 from tests.ops import test_run_program_conv as conv
 from tests.ops import test_run_program_masks as masks
@@ -161,8 +160,7 @@ def test_a_network(on_target, dtype):
 
 def run_with_target(name):
     code = "from fastens.ops.run_program import available, target; available(); print(target())"
-    environment = {**os.environ, "FASTENS_CPU_TARGET": name}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return python(code, FASTENS_CPU_TARGET=name)
 
 
 def test_the_environment_chooses():

@@ -1,32 +1,35 @@
 """The file of measurements: several processes at a time, and contents that are no measurements."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fastens.ops._table import Table
+from tests.fresh import python
 from tests.ops.test_choice import CPU, X, choice, registry  # noqa: F401
 
-WRITER = """
-import pathlib, sys
+WRITERS = """
+import os, pathlib, sys
 from fastens.ops._table import Table
-sys.stdin.read()
-for i in range(40):
-    Table(pathlib.Path(sys.argv[1])).add("cpu", "add", f"{sys.argv[2]} {i}", {"chosen": "fast"})
+begin, go = os.pipe()
+for name in range(6):
+    if not os.fork():
+        os.close(go)
+        os.read(begin, 1)  # until nobody holds the other end: they begin together
+        for i in range(40):
+            Table(pathlib.Path(sys.argv[1])).add("cpu", "add", f"{name} {i}", {"chosen": "fast"})
+        os._exit(0)
+os.close(go)
+sys.exit(any(os.wait()[1] for name in range(6)))
 """
 
 
 def test_several_processes_lose_nothing(tmp_path):
     path = tmp_path / "choices.json"
     Table(path).add("cpu", "add", "first", {"chosen": "slow"})
-    commands = [[sys.executable, "-c", WRITER, str(path), str(i)] for i in range(6)]
-    writers = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
-    for writer in writers:  # all of them are ready: they begin together
-        writer.stdin.close()
-    assert [writer.wait() for writer in writers] == [0] * 6
+    result = python(WRITERS, path)
+    assert result.returncode == 0, result.stderr
     assert len(Table(path).content["cpu"]["add"]) == 1 + 6 * 40
     assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
 

@@ -1,7 +1,4 @@
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -18,6 +15,7 @@ from fastens.reference.forest import Trees, combine
 from fastens.tabular.forest import _warn_of_the_reference
 from fastens.tabular.inputs import Inputs
 from fastens.tabular.sklearn import float32_at_most
+from tests.fresh import python
 from tests.tabular.forests import DATA, data, fitted, rows, stacked
 
 SETS = ["avx512", "avx2", "baseline"]
@@ -114,9 +112,7 @@ def test_a_target_of_the_environment_is_taken(target, tmp_path):
     needs_module()
     fastens.Forest.from_sklearn(fitted()).save(tmp_path / "forest.bin")
     code = "import fastens, sys; f = fastens.Forest.load(sys.argv[1]); print(f._native('native').describe())"
-    command = [sys.executable, "-c", code, tmp_path / "forest.bin"]
-    environment = {**os.environ, "FASTENS_CPU_TARGET": target}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = python(code, tmp_path / "forest.bin", FASTENS_CPU_TARGET=target)
     if target == "avx1024":
         assert "FASTENS_CPU_TARGET: 'avx1024' is no target of this build, which has" in result.stderr
     elif result.returncode:

@@ -1,8 +1,5 @@
 """What is not an array of floats is read as the source library reads it, or refused."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +8,7 @@ from sklearn.ensemble import RandomForestRegressor
 
 import fastens
 from fastens.tabular.inputs import MOST_FEATURES, Inputs
+from tests.fresh import python
 from tests.tabular.forests import fitted, rows
 
 xgboost = pytest.importorskip("xgboost")
@@ -113,8 +111,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "forest")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = python(code, tmp_path / "forest")
     assert "install it, or pass a float32 array" in result.stdout
 
 

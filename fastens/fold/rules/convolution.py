@@ -17,8 +17,12 @@ def _numbers(value: int | Sequence[int], space: int) -> tuple[int, ...]:
     return (value,) * space if isinstance(value, int) else tuple(value) * (space if len(value) == 1 else 1)
 
 
-def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: Any, arguments: tuple[Any, ...]) -> Any:
-    """``arguments`` are those of :func:`fastens.ops.conv.conv` from stride to groups."""
+_Numbers = Sequence[int]
+# Those of fastens.ops.conv.conv: stride, padding, dilation, transposed, output_padding, groups.
+_Arguments = tuple[_Numbers, _Numbers, _Numbers, bool, _Numbers, int]
+
+
+def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: Any, arguments: _Arguments) -> Any:
     if input.ndim == space + 1:  # without batch
         out = _convolve(fold, func, space, fold.again(Tensor.unsqueeze, input, 0), weight, bias, arguments)
         return fold.again(Tensor.squeeze, out, 0)

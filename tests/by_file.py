@@ -1,0 +1,11 @@
+"""Which worker runs what: a file is of one, so that what it builds and imports is built and imported once."""
+
+from xdist.scheduler import LoadScopeScheduling
+
+
+class ByFile(LoadScopeScheduling):
+    """Files in turn to whoever is free; ranks of two files would wait for each other's cores, and are of one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ranks" if "/distributed/" in file else file
