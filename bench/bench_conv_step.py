@@ -9,10 +9,9 @@ from torch import Tensor
 
 from bench.contest import Contender, contest
 from fastens.ops.run_program import available, run_program
-from fastens.plan.packing import pack, packed_size
-from fastens.plan.tiling import tile
-from fastens.plan.values import Convolved, Pixels, Runs
-from fastens.plan.winograd import squares_of
+from fastens.plan.cpu.packing import pack, packed_size
+from fastens.plan.cpu.tiling import Shape, tile
+from fastens.plan.cpu.winograd import squares_of
 from fastens.program import steps
 from fastens.program.steps import NONE, Activation, Image, Slot, address
 
@@ -21,20 +20,17 @@ K = 5
 TOLERANCE = 1e-5
 
 
-def convolution(x: Tensor, weight: Tensor) -> Convolved:
-    """The value of a plan: images x [K*B, H, W, C], weights [K, O, C, 3, 3]."""
-    rows, height, width, _ = x.shape
-    channels = weight.shape[1]
-    pixels = Pixels(None, rows, height, width, channels, 0, 0, 0)  # pyright: ignore[reportArgumentType]
-    return Convolved(pixels, pixels, weight, None, None, (1, 1), (1, 1), Runs(rows // K))
+def shape_of(x: Tensor, weight: Tensor) -> Shape:
+    """The convolution of images x [K*B, H, W, C] by weights [K, O, C, 3, 3]."""
+    rows, height, width, channels = x.shape
+    return Shape(rows, height, width, channels, weight.shape[1], (3, 3), (1, 1), K, rows // K)
 
 
 def step(x: Tensor, weight: Tensor, squares: int) -> Contender:
     """SiLU, then the convolution, as a program of one step that writes [K*B, H, W, O]."""
     rows, height, width, channels = x.shape
     out_channels, threads = weight.shape[1], torch.get_num_threads()
-    value = convolution(x, weight)
-    tiling = tile(value, channels, threads, squares)
+    tiling = tile(shape_of(x, weight), threads, squares)
     packed = torch.empty(packed_size(weight.shape, squares=squares))
     pack(weight, tiling.vectors, False, packed, squares)
 
@@ -92,7 +88,7 @@ def test_convolution_step(benchmark, channels, size, batch):
         ys = [F.conv2d(F.silu(rows.to(dtype)), w.to(dtype), padding=1) for rows, w in of_members]
         return torch.cat(ys).permute(0, 2, 3, 1)
 
-    chosen = squares_of(convolution(x, weight), torch.get_num_threads())
+    chosen = squares_of(shape_of(x, weight), torch.get_num_threads())
     names = {0: "directly", 2: "in squares of 2x2", 4: "in squares of 4x4"}
     ours = step(x, weight, chosen)
     with torch.no_grad():

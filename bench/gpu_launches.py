@@ -18,7 +18,7 @@ from bench.gpu_work import K, Work, plan_of, work_of
 from bench.score_networks import NETWORKS
 from fastens.engine import planned
 from fastens.ops._tma_ways import Call
-from fastens.plan.launch import Conv
+from fastens.plan.gpu.launch import Conv
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 

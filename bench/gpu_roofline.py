@@ -19,6 +19,7 @@ from bench.gpu_contest import DEVICE, DTYPE, REHEARSAL, clock, copy_of, environm
 from bench.gpu_networks import NETWORKS, network
 from bench.gpu_work import K, label, plan_of, work_of
 from fastens.ops._clock import clock as launch_clock
+from fastens.plan.gpu.launch import function_of
 
 ROUNDS = 3 if REHEARSAL else 20
 
@@ -35,7 +36,7 @@ def launches(name, batch, limit):
             continue
         work = work_of(launch)
         with torch.no_grad():
-            once = launch_clock(functools.partial(launch.function, **operands), torch.device(DEVICE))
+            once = launch_clock(functools.partial(function_of(launch), **operands), torch.device(DEVICE))
             seconds = statistics.median(once() for _ in range(ROUNDS))
         yield {
             "network": name, "batch": batch, "launch": text, "kind": launch.name, "number": numbers.pop(text),

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import fastens
-from fastens.plan.launch import Attention, Conv, Linear, LinearGroup
-from fastens.plan.launches import View
-from fastens.plan.memory import Kept
-from fastens.plan.record import mapped
+from fastens.plan.gpu.launch import Conv, Linear, LinearGroup
+from fastens.plan.graph import Attention, View
+from fastens.plan.memory import Constant
+from fastens.trace.record import mapped
 
 K = 5
 BATCHES = (1, 16, 256)
@@ -57,7 +57,7 @@ def work_of(launch):
     weights = images = 0
     for x in {id(x) if isinstance(x, torch.Tensor) else x: x for x in found}.values():
         elements = math.prod(n for n, step in zip(size_of(x), stride_of(x), strict=True) if step)
-        if isinstance(x, torch.Tensor) or isinstance(x.where, Kept):
+        if isinstance(x, torch.Tensor) or isinstance(x.where, Constant):
             weights += elements
         else:
             images += elements
@@ -98,9 +98,9 @@ def plan_of(members, size, batch):
     x = torch.randn(batch, 3, size, size, device=ensemble.device).to(ensemble.dtype)
     with torch.no_grad():
         ensemble(x.contiguous(memory_format=torch.channels_last), torch.full((batch,), 500, device=x.device))
-    if not ensemble._engine.plans._plans:
+    if not ensemble._engine.plans.entries:
         raise RuntimeError(f"no plan: {ensemble.report().why_no_plan or ensemble.report().why}")
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     return ensemble, plan
 
 

@@ -4,8 +4,9 @@ Such a solver estimates its own error from evaluations that it takes to belong t
 at each evaluation makes it shrink its steps without end, or return a likelihood of no model at all.
 """
 
-import sys
 from types import FrameType
+
+from fastens.fold.callsite import callers
 
 # Module prefix -> what the qualified name of an adaptive solver's function contains there.
 _SOLVERS = {
@@ -24,13 +25,12 @@ def _is_adaptive(frame: FrameType) -> bool:
 
 
 def adaptive_solver() -> str | None:
-    """The adaptive solver of a known library that is calling, ``module.function``, or none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if _is_adaptive(frame):
-            return f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}"
-        frame = frame.f_back
-    return None
+    """The adaptive solver of a known library that is calling, ``module.function``, or none.
+
+    A solver calls its field as it calls any function, and says nothing of itself, so only its frames tell.
+    """
+    solver = next(filter(_is_adaptive, callers()), None)
+    return None if solver is None else f"{solver.f_globals['__name__']}.{solver.f_code.co_qualname}"
 
 
 def refuse_adaptive(what: str, remedy: str) -> None:

@@ -196,7 +196,7 @@ def summed(engine: Any, rule: rules.Rule, args: tuple[Any, ...], kwargs: dict[st
         args: positional arguments of a call.
         kwargs: keyword arguments.
     """
-    if engine is None or engine.masks is not None or not engine.plans.launched or type(rule) is not rules.Mean:
+    if engine is None or not engine.kind.own_weights or not engine.plans.launched or type(rule) is not rules.Mean:
         return None
     weights = list(rule.weights or [1 / engine.num_members] * engine.num_members)
     found = engine.evaluate_sum(Arguments(args, kwargs), weights)

@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fastens.adaptive import refuse_adaptive
 from fastens.draws import Assignment, Evaluation, assignment_of
 from fastens.engine.arguments import Arguments
 from fastens.engine.drawn import run_drawn
@@ -18,6 +19,11 @@ from fastens.outputs import columns
 
 class ByRows(nn.Module):
     """The part of an ensemble that evaluates one member for each row."""
+
+    @property
+    def _fresh(self: Any) -> bool:
+        """Whether every evaluation draws numbers of its own."""
+        return self._engine is not None and self._engine.kind.fresh
 
     def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, for each sample, only the member drawn for it."""
@@ -39,9 +45,12 @@ class ByRows(nn.Module):
         return pytree.tree_unflatten([leaf[0] for leaf in leaves], spec)
 
     def _begin(self: Any, arguments: Arguments) -> Evaluation:
+        """Start an evaluation; what it draws depends on its number, and on the trajectory's seed where there is one."""
         evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
+        if self._fresh:
+            refuse_adaptive(*self._engine.kind.drawn_anew)
         return evaluation
 
     def trajectory(

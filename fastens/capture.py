@@ -8,9 +8,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
+from fastens.internal import engine_of
 from fastens.kernels._graph import record_graph
+from fastens.report import CallReport
 
 
 class Facts:
@@ -30,17 +33,17 @@ class Facts:
 
 
 def _guards_of(model: nn.Module) -> list[Guards]:
-    engine = model.__dict__.get("_engine")
+    engine = engine_of(model)
     if engine is not None:
         return [engine.plans.guards]
-    engines = (m.__dict__.get("_engine") for m in model.modules())
+    engines = (engine_of(m) for m in model.modules())
     return [engine.plans.guards for engine in engines if engine is not None]
 
 
 def _state_of(model: nn.Module) -> Any:
     """Return what changes when weights or state change: an ensemble's guards, any other module's tensors."""
     states = [guards.state() for guards in _guards_of(model)]
-    if model.__dict__.get("_engine") is not None:
+    if engine_of(model) is not None:
         return states
     tensors = [*model.parameters(), *model.buffers()]
     return states, [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
@@ -58,6 +61,9 @@ class RecordedStep:
         args: the example's positional arguments.
         kwargs: its keyword arguments.
         model: the ensemble.
+
+    Attributes:
+        call: the signature as a report prints it.
     """
 
     def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> None:
@@ -66,6 +72,7 @@ class RecordedStep:
         # CPU tensors, such as a scheduler's timesteps, become device memory: a graph cannot read them anew.
         self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
         static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
+        self.call = Arguments(args, kwargs).described()
         self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self.device = device
@@ -92,7 +99,7 @@ class RecordedStep:
 class Capturing(nn.Module):
     """An ensemble's recordings: a call that matches one is replayed, any other is evaluated as usual."""
 
-    def capture(self, *args: Any, **kwargs: Any) -> None:
+    def capture(self: Any, *args: Any, **kwargs: Any) -> None:
         """Record the evaluation of these arguments as a CUDA graph; calls of the same signature replay it from then on.
 
         The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
@@ -106,48 +113,42 @@ class Capturing(nn.Module):
             ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat:
                 such calls need no capture, since the launches of a plan replay as a graph by themselves.
         """
-        ensemble: Any = self
-        if ensemble.device.type != "cuda":
-            raise RuntimeError(
-                f"capture: the ensemble is on {ensemble.device}, expected a CUDA device; call it as it is"
-            )
+        if self.device.type != "cuda":
+            raise RuntimeError(f"capture: the ensemble is on {self.device}, expected a CUDA device; call it as it is")
         self._record(args, kwargs)
 
-    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ensemble: Any = self
-        if ensemble.training:
+    def _record(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training:
             raise ValueError("capture: the ensemble is in training mode, expected evaluation; call .eval() first")
         why = self._why_not_recorded()
         if why is not None:
             raise ValueError(f"capture: {why}")
         with torch.inference_mode(False), torch.no_grad():  # later calls write to what a recording keeps
-            ensemble._evaluated(args, kwargs)  # checks fold against loop, which no recording can
+            self._evaluated(args, kwargs)  # checks fold against loop, which no recording can
             step = RecordedStep(
-                ensemble._evaluated,
+                self._evaluated,
                 args,
                 kwargs,
-                ensemble,
+                self,
             )
-        ensemble._recorded[self._signature(args, kwargs)] = step
+        self._recorded[self._signature(args, kwargs)] = step
 
-    def _why_not_recorded(self) -> str | None:
+    def _why_not_recorded(self: Any) -> str | None:
         """Return what a replay would wrongly repeat, such as random draws; None where there is no such thing."""
-        ensemble: Any = self
-        if ensemble._draws.assignment() is not None:
+        if self._draws.assignment() is not None:
             return "members are assigned to the rows of these calls alone; leave ens.assigned"
-        return (
-            f"rule {ensemble.rule.name!r} draws members, so each call runs other rows" if ensemble.rule.random else None
-        )
+        if self._fresh:
+            return "{} at every call; {}".format(*self._engine.kind.drawn_anew)
+        return f"rule {self.rule.name!r} draws members, so each call runs other rows" if self.rule.random else None
 
-    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ensemble: Any = self
+    def _signature(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
-        kind = ensemble.device.type
+        kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
         precision = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
-        return tuple(of_leaves), str(spec), ensemble.rule, autocast, precision, reproducible.enabled()
+        return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
 
     if TYPE_CHECKING:
 
@@ -160,15 +161,21 @@ class Capturing(nn.Module):
         step = self._recorded_step(args, kwargs)
         return self._evaluated(args, kwargs) if step is None else step(args, kwargs)
 
-    def _recorded_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedStep | None:
+    def _with_captured(self, calls: list[CallReport]) -> list[CallReport]:
+        """States of signatures, with those that were captured, and why one is not replayed any more."""
+        changed = "weights or state have changed since, so such calls are evaluated as others are; capture them again"
+        steps = list(self.__dict__["_recorded"].values())
+        captured = {s.call: CallReport(s.call, "captured", "" if s.is_current(self) else changed) for s in steps}
+        return [*(call for call in calls if call.call not in captured), *captured.values()]
+
+    def _recorded_step(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedStep | None:
         """The recording that fits a call, or none."""
-        ensemble: Any = self
         recorded = self.__dict__["_recorded"]
-        if recorded and ensemble._draws.assignment() is not None:
+        if recorded and self._draws.assignment() is not None:
             return None
         if not recorded or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if not unmodified_context(ensemble.device.type):
+        if not unmodified_context(self.device.type):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
@@ -176,7 +183,7 @@ class Capturing(nn.Module):
             step = recorded.get(self._signature(args, kwargs))
         except TypeError:  # an argument that does not hash has no recording
             return None
-        return step if step is None or step.is_current(ensemble) else None
+        return step if step is None or step.is_current(self) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert the weights, and forget the recordings that read them where they were."""

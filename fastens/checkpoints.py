@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastens import rules, schedules
 from fastens.files import whole
+from fastens.internal import engine_of, settings_of
 from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
@@ -177,7 +178,8 @@ def save_ensemble(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if ensemble._engine is None:
+    engine = engine_of(ensemble)
+    if engine is None:
         raise ValueError("members of different structure have no common stacks; save them one by one")
     directory, variant = Path(directory), stacks.checked_variant(variant)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
@@ -188,16 +190,16 @@ def save_ensemble(
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files[stacks.index_name(base, variant)] = json.dumps(index, indent=2) + "\n"
-    skeleton = ensemble._engine.skeleton
-    prediction = ensemble._settings["prediction"]
+    skeleton = engine.skeleton
+    prediction = settings_of(ensemble)["prediction"]
     config = {
         "_class_name": type(ensemble).__name__,
         "num_members": ensemble.num_members,
         "rule": ensemble.rule.to_dict(),
-        "shared": sorted(ensemble._engine.shared),
-        "settings": {**ensemble._settings, "prediction": prediction.to_dict(), "schedule": None},
+        "shared": sorted(engine.shared),
+        "settings": {**settings_of(ensemble), "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
-        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,
+        "member_config": _plain(dict(cast(Any, skeleton.config))) if hasattr(skeleton, "from_config") else None,
     }
     files[_CONFIG] = json.dumps(config, indent=2) + "\n"
     first, *more = (directory / name for name in files)

@@ -13,8 +13,10 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 
 from fastens import rules
 from fastens.adaptive import refuse_adaptive
+from fastens.internal import output_by_rows
 from fastens.ops._scores import seed_from
 from fastens.ops.draw_members import draw_members
+from fastens.scopes import scope
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Assignment:
 
     def evaluate(self, ensemble: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate an ensemble, each row by its member."""
-        return ensemble._evaluated_by(self, args, kwargs)
+        return output_by_rows(ensemble, self, args, kwargs)
 
     def of_batch(self, batch: int) -> Tensor:
         """The member of each row of a batch, which guidance may repeat, int64 [batch].
@@ -152,11 +154,8 @@ class Draws:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
         self._check_nested(rule, self.assignment(), batch_size)
         seed = generator if isinstance(generator, int) else seed_from(generator)
-        token = _TRAJECTORIES.set({**_TRAJECTORIES.get(), id(self): _Trajectory(seed, batch_size)})
-        try:
+        with scope(_TRAJECTORIES, {**_TRAJECTORIES.get(), id(self): _Trajectory(seed, batch_size)}):
             yield
-        finally:
-            _TRAJECTORIES.reset(token)
 
     @contextmanager
     def assigned(self, rows: Any, rule: rules.Rule) -> Iterator[None]:
@@ -178,15 +177,14 @@ class Draws:
         yield from self._with_assignment(None)
 
     def _with_assignment(self, rows: Any) -> Iterator[None]:
-        token = _ASSIGNED.set({**_ASSIGNED.get(), id(self): rows})
         with self._lock:
             self._assignments += 1
         try:
-            yield
+            with scope(_ASSIGNED, {**_ASSIGNED.get(), id(self): rows}):
+                yield
         finally:
             with self._lock:
                 self._assignments -= 1
-            _ASSIGNED.reset(token)
 
     @staticmethod
     def _check_nested(rule: rules.Rule, rows: Any, batch_size: int | None) -> None:

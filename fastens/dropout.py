@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastens import rules
-from fastens.adaptive import refuse_adaptive
-from fastens.draws import Evaluation
-from fastens.engine.arguments import Arguments
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.kinds import MemberKind
+from fastens.engine.masked import Masked
 from fastens.engine.masks import Masks
 from fastens.ensemble import Ensemble
 from fastens.network.stacking import Placement, make_skeleton, tensors_of
@@ -87,9 +85,7 @@ class MCDropout(Ensemble):
     def _kind(cls) -> type[Ensemble]:
         return MCDropout
 
-    def _adopt(
-        self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
-    ) -> None:
+    def _kind_of_members(self, skeleton: nn.Module) -> MemberKind:
         settings = self._settings
         skeleton.eval()
         recurrent = [path for path, m in skeleton.named_modules() if isinstance(m, nn.RNNBase) and m.dropout > 0]
@@ -97,41 +93,14 @@ class MCDropout(Ensemble):
             warnings.warn(
                 f"fastens: the dropout between the layers of {', '.join(recurrent)} is inside a recurrent kernel and "
                 "has no masks; it stays off",
-                stacklevel=3,
+                stacklevel=4,
             )
-        masks = Masks(self.num_members, settings["seed"], settings["masks"] == "fresh", settings["p"])
-        engine = FoldEngine(skeleton, stacks, shared, self.num_members, settings, None, masks)
-        self.__dict__["_engine"] = engine
-        self.network = engine.network
-        self._become_member_like(skeleton)
-        self.training = False
-
-    @property
-    def _fresh(self) -> bool:
-        return self._settings["masks"] == "fresh"
+        return Masked(Masks(self.num_members, settings["seed"], settings["masks"] == "fresh", settings["p"]))
 
     def train(self, mode: bool = True) -> "MCDropout":
         """Keep the mode for callers that read it; the network stays in evaluation mode, with dropout on."""
         self._views.train(mode)
         return self
-
-    def _why_not_recorded(self) -> str | None:
-        """Fresh masks too are other masks at every call."""
-        fresh = "fresh masks are drawn at every call; use masks='fixed'"
-        return fresh if self._fresh else super()._why_not_recorded()
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        arguments = super()._arguments(args, kwargs)
-        if self._fresh and not self.rule.random:
-            self._begin(arguments)
-        return arguments
-
-    def _begin(self, arguments: Arguments) -> Evaluation:
-        """Start an evaluation: fresh masks depend on its number, and on the trajectory's seed where there is one."""
-        evaluation = super()._begin(arguments)
-        if self._fresh:
-            refuse_adaptive("fresh dropout masks are drawn", "use masks='fixed'")
-        return evaluation
 
 
 def _copied(tensor: Tensor, place: Placement) -> Tensor:

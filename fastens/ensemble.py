@@ -21,8 +21,9 @@ from fastens.draws import Draws
 from fastens.engine import inspection
 from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import compiled_pass, drawn_pass
+from fastens.engine.engine import Engine
 from fastens.engine.entering import call
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.network.stacking import (
@@ -111,8 +112,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         except DifferentMembers as error:
             if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
+            if self._settings["engine"] == "auto":
+                warnings.warn(f"fastens: members are evaluated one by one: {error}", stacklevel=3)
             with torch.inference_mode(False):
-                self._adopt_modules(members, str(error))
+                self._hold([copied(member) for member in members], str(error))
             if place.changes:
                 self.to(*place.arguments)
         self._recorded.clear()
@@ -131,17 +134,20 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     def _adopt(
         self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
     ) -> None:
-        engine = FoldEngine(skeleton, stacks, shared, self.num_members, self._settings, originals)
+        kind = self._kind_of_members(skeleton)
+        engine = Engine(skeleton, stacks, shared, self.num_members, self._settings, originals, kind)
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
+        if kind.mode is not None:
+            self.training = kind.mode
 
-    def _adopt_modules(self, members: Sequence[nn.Module], why: str) -> None:
-        modules = [copied(member) for member in members]
-        if self._settings["engine"] == "auto":
-            warnings.warn(f"fastens: members are evaluated one by one: {why}", stacklevel=3)
-        self.__dict__["_engine"] = None
-        self.__dict__["_why_loop"] = why
+    def _kind_of_members(self, skeleton: nn.Module) -> MemberKind:
+        """What the members of this family have for themselves, given one member's structure."""
+        return PLAIN
+
+    def _hold(self, modules: Sequence[nn.Module], why: str) -> None:
+        self.__dict__.update(_engine=None, _why_loop=why)
         self.network = nn.ModuleList(modules)
         self._become_member_like(modules[0])
 
@@ -150,6 +156,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         adapter = adapter_of(member)
         if adapter is not None:
             base = importlib.import_module(adapter).ensemble_class(member, base)
+        # Only here, where members given as paths have been read, is it known which framework's class it has to be of.
         self.__class__ = with_signature(base, type(member))  # pyright: ignore[reportAttributeAccessIssue]  # of its kind
         self._check_members()
         check_rule(self.rule, self._prediction, self._settings)
@@ -163,8 +170,6 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """Raise where members do not belong together, for families that demand more than equal structure."""
 
     # Evaluation
-
-    _fresh = False  # whether every evaluation draws numbers of its own
 
     def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule, assigned = self.rule, self._draws.assignment()
@@ -200,17 +205,22 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Leaves of the members' outputs, each [K, B, ...] or a list of K, and their structure."""
-        if self._fresh and torch.compiler.is_compiling():
+        engine = self._engine
+        if engine is not None and engine.kind.fresh and torch.compiler.is_compiling():
             return drawn_pass(self._evaluate, args, kwargs)
-        if torch.compiler.is_dynamo_compiling() and self._engine is not None:
-            return compiled_pass(self._engine, args, kwargs)
+        if engine is not None and torch.compiler.is_dynamo_compiling():
+            return compiled_pass(engine, args, kwargs)
         arguments = self._arguments(args, kwargs)
-        if self._engine is not None:
-            return self._engine.evaluate(arguments, self.training)
+        if engine is not None:
+            return engine.evaluate(arguments, self.training)
         return each_member(self.network, arguments, self._call_module)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        return Arguments(args, kwargs, self.num_members)
+        arguments = Arguments(args, kwargs, self.num_members)
+        engine = self._engine
+        if engine is not None and engine.kind.fresh and not self.rule.random:
+            self._begin(arguments)
+        return arguments
 
     def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, where members are modules of their own."""
@@ -252,7 +262,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     @property
     def engine(self) -> str:
         """How the members are evaluated: ``"fold"`` or ``"loop"``."""
-        return "loop" if self._engine is None else self._engine.engine
+        return "loop" if self._engine is None else self._engine.behaviour.engine
 
     @property
     def device(self) -> torch.device:
@@ -305,7 +315,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         else:
             found = inspection.report(self._engine)
         own = not (self.rule.has_kernels or self.rule.needs_noise_level or self.rule.random)
-        return dataclasses.replace(found, by_definition=str(self.rule) if own else "")
+        calls = self._with_captured(found.calls)
+        return dataclasses.replace(found, by_definition=str(self.rule) if own else "", calls=calls)
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Evaluate fold and loop on this input; return the largest error relative to the largest output magnitude."""

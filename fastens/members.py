@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastens.internal import engine_of
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.stacking import make_skeleton, replaced, tensors_of
@@ -30,9 +31,8 @@ class Members(Sequence[nn.Module]):
             return [self[i] for i in range(*k.indices(len(self)))]
         k = checked_index(k, len(self))
         ensemble = self._ensemble
-        if ensemble._engine is None:
-            return copied(list(ensemble.network.children())[k])
-        return ensemble._engine.member(k)
+        engine = engine_of(ensemble)
+        return copied(list(ensemble.network.children())[k]) if engine is None else engine.member(k)
 
 
 def checked_index(k: int, num_members: int) -> int:
@@ -67,7 +67,8 @@ def copied(member: nn.Module) -> nn.Module:
 def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:
     """See :meth:`fastens.Ensemble.replace_member`."""
     k = checked_index(k, ensemble.num_members)
-    if "masks" in ensemble._settings:
+    engine = engine_of(ensemble)
+    if engine is not None and not engine.kind.own_weights:
         raise ValueError("members are dropout masks on one set of weights; change that by load_state_dict")
     if isinstance(member, nn.Module):
         module = member
@@ -80,11 +81,11 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
     else:
         raise TypeError(f"member is a {type(member).__name__}, expected a torch.nn.Module or a state_dict")
     with torch.inference_mode(False):
-        if ensemble._engine is None:
+        if engine is None:
             own = copied(module).train(ensemble.training)
             ensemble.network.register_module(str(k), own.to(ensemble.device))
         else:
-            _write(ensemble._engine, k, module)
+            _write(engine, k, module)
     ensemble.refresh()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
+from fastens.internal import engine_of, settings_of, why_looped
 from fastens.network.alike import first_difference
 from fastens.network.stacking import DifferentMembers, check_members, replaced, tensors_of
 from fastens.pickled import rebuild
@@ -166,7 +167,8 @@ class _Candidates:
 
     def __init__(self, source: Ensemble, groups: Sequence[str]) -> None:
         self._source, self._groups = source, list(groups)
-        shared = source._engine.shared if source._engine is not None else frozenset()
+        engine = engine_of(source)
+        shared = frozenset() if engine is None else engine.shared
         tensors = tensors_of(source.network)
         self._merged = {n: t.detach() for n, t in tensors.items() if n not in shared and _merges(t)}
         self._kept = {
@@ -187,11 +189,11 @@ class _Candidates:
         """The candidates with these tensors."""
         count = len(next(iter(sums.values())))
         if self._ensemble is None:
-            engine: Any = self._source._engine
+            engine: Any = engine_of(self._source)
             parameters = {n for n, x in tensors_of(engine.skeleton).items() if isinstance(x, nn.Parameter)}
             stacks = {**self._kept, **{name: value.detach().clone() for name, value in sums.items()}}
             stacks = {n: nn.Parameter(x, n in sums) if n in parameters else x for n, x in stacks.items()}
-            settings = {**self._source._settings, "engine": "fold"}
+            settings = {**settings_of(self._source), "engine": "fold"}
             made = rebuild(count, Mean(), settings, (engine.skeleton, stacks, frozenset(self._kept)), Ensemble)
             self._ensemble = made.eval()
         else:
@@ -346,10 +348,10 @@ def _checked(members: Any) -> Any:
 
             return load_members(members)
         return members
-    if "masks" in members._settings:
+    if "masks" in settings_of(members):
         raise ValueError("merge: members are dropout masks on one set of weights; there is nothing to merge")
-    if members._engine is None:
-        raise _different(members.__dict__["_why_loop"])
+    if engine_of(members) is None:
+        raise _different(why_looped(members))
     return members
 
 

@@ -15,12 +15,23 @@ from fastens.aggregation import by_kernels, of_each_row
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.entering import entering
 from fastens.engine.row_by_row import each_member
-from fastens.network.of_member import called, settle
+from fastens.internal import (
+    arguments_of,
+    combine,
+    draws_of,
+    engine_of,
+    forget,
+    output_of_member,
+    prediction_of,
+    settings_of,
+    take,
+)
+from fastens.network.member_tables import called, settle
 from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
 
 
@@ -31,7 +42,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     results of ``forward`` are. One that is not is called on the network of all members, to set what it sets; where that
     fails, as where it computes new weights from those of each member, on every member, which the ensemble takes anew.
     """
-    engine = ensemble._engine
+    engine = engine_of(ensemble)
     leaves = pytree.tree_leaves((args, kwargs))
     if name.startswith("forward_"):  # forward_with_cond_scale and its like call forward: the ensemble's
         member = next(ensemble.network.children()) if engine is None else ensemble.network
@@ -47,10 +58,10 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         try:
             result = getattr(ensemble.network, name)(*args, **kwargs)
         except Exception:
-            if not before.restore() or engine.masks is not None:
+            if not before.restore() or not engine.kind.own_weights:
                 raise
             return change_members(ensemble, name, *args, **kwargs)
-        ensemble._forget()
+        forget(ensemble)
         return ensemble if result is ensemble.network else result
     if torch.compiler.is_compiling():  # whether members return the same is a question of values
         return drawn_pass(functools.partial(_combined, ensemble, name), args, kwargs)
@@ -59,19 +70,19 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
 
 def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a method that is called with tensors gives for all members, combined where it differs."""
-    engine = ensemble._engine
-    arguments = ensemble._arguments(args, kwargs)
+    engine = engine_of(ensemble)
+    arguments = arguments_of(ensemble, args, kwargs)
     # members that are looked into take other paths, such as torch's for attention: only where the answer matters
     with nullcontext([]) if keeps_equal(ensemble) else entering() as parameters:
         if engine is None:
-            call = functools.partial(ensemble._call_module, method=name)
+            call = functools.partial(output_of_member, ensemble, method=name)
             outputs = each_member(ensemble.network, arguments, call, name)
         else:
             outputs = engine.evaluate(arguments, ensemble.training, name)
-    return ensemble._combine(outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
+    return combine(ensemble, outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
 
 
-def set_members(engine: FoldEngine, name: str, /, *args: Any, **kwargs: Any) -> Any:
+def set_members(engine: Engine, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call a method on every member of a loop, which have state of their own; return what the first returns."""
     with called():
         first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]
@@ -89,7 +100,7 @@ def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) 
     members = list(ensemble.members)
     first, *_ = [getattr(member, name)(*args, **kwargs) for member in members]
     result = ensemble if first is members[0] else first
-    ensemble._take(members)
+    take(ensemble, members)
     return result
 
 
@@ -119,14 +130,14 @@ def aggregated(ensemble: Ensemble, name: str, scores: Any) -> Tensor:
         ValueError: under a rule that draws members for calls of ``forward``, or where rows have members.
     """
     rule = ensemble.rule
-    if ensemble._draws.assignment() is not None:
+    if draws_of(ensemble).assignment() is not None:
         raise ValueError(f"{name}: members differ, and rows have members of their own in calls of forward only")
     if rule.random:
         raise ValueError(
             f"{name}: members differ, and rule {rule.name!r} draws them for calls of forward only; set another rule"
         )
-    settings = ensemble._settings
+    settings = settings_of(ensemble)
     combine = functools.partial(aggregate, rule="mean" if rule.needs_noise_level else rule, backend=settings["backend"])
-    if reproducible.enabled() and not by_kernels(rule, ensemble._prediction, settings) and scores[0].ndim:
+    if reproducible.enabled() and not by_kernels(rule, prediction_of(ensemble), settings) and scores[0].ndim:
         combine = of_each_row([combine] * len(scores[0]))
     return combine(scores)

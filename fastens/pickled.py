@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastens import rules
+from fastens.internal import begin, engine_of, hold_modules, hold_stacks
 from fastens.network.stacking import tensors_of
 
 if TYPE_CHECKING:
@@ -62,16 +63,15 @@ def rebuild(
     """
     ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
-    ensemble._setup(num_members, rule, settings)
+    begin(ensemble, num_members, rule, settings)
     skeleton, *rest = content
     if skeleton is None:
         modules, why = rest
-        ensemble.__dict__.update(_engine=None, _why_loop=why)
-        ensemble.network = nn.ModuleList(modules)
-        ensemble._become_member_like(modules[0])
+        hold_modules(ensemble, modules, why)
     else:
         stacks, shared, *own = rest
-        ensemble._adopt(skeleton, stacks, shared)
-        if own:  # files have none
-            ensemble._engine.adopt_states(*own)
+        hold_stacks(ensemble, skeleton, stacks, shared)
+        engine = engine_of(ensemble)
+        if own and engine is not None:  # files have none
+            engine.adopt_states(*own)
     return ensemble

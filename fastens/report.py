@@ -14,6 +14,7 @@ _KINDS = {
     "shared": "the weights are the same in all members, and held once",
     "looped": "one call for each member",
 }
+_MOST_CALLS = 16  # that are printed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class CallReport:
+    """One signature that was called.
+
+    Attributes:
+        call: dtypes and shapes of the tensors among the arguments, types of the numbers, everything else by value.
+        state: ``folded``, ``looped``, ``planned``, ``refused`` (folded, after a plan was tried) or ``captured``.
+        why: the reason, or why there is no plan; empty where there is nothing to say.
+    """
+
+    call: str
+    state: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """How an ensemble is evaluated.
 
@@ -56,6 +72,7 @@ class Report:
         why_no_graph: the error because of which a plan's launches are not.
         slices: functions that ran member by member in the last pass that was checked, because they have no rule.
         by_definition: the aggregation rule, where no kernel knows it and its definition is run; else empty.
+        calls: the state of each signature that was called, the oldest first; none where all members are looped.
     """
 
     engine: str
@@ -71,6 +88,7 @@ class Report:
     why_no_graph: str = ""
     slices: dict[str, int] = field(default_factory=dict)
     by_definition: str = ""
+    calls: list[CallReport] = field(default_factory=list)
 
     @property
     def looped(self) -> list[LayerReport]:
@@ -102,6 +120,10 @@ class Report:
             lines.append(f"  {last}: {self.why_no_plan}")
         if self.slices:
             lines.append(f"  functions that run once for each member: {_counted(self.slices)}")
+        if len(self.calls) > _MOST_CALLS:
+            lines.append(f"  {len(self.calls) - _MOST_CALLS} signatures before these {_MOST_CALLS}")
+        for call in self.calls[-_MOST_CALLS:]:
+            lines.append(f"  call of {call.call}: {call.state}{', ' * bool(call.why)}{call.why}")
         lines.append(f"  {'module':<48} {'class':<24} {'members':<7} {'without a plan it runs on'}")
         for layer in self.layers:
             line = f"  {layer.path or '(root)':<48} {layer.layer:<24} {layer.how:<7} {layer.backend}"

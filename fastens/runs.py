@@ -24,6 +24,7 @@ from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import NeedsWrappers, promote, writes_to
 from fastens.generators import GeneratorStates, global_generator
+from fastens.internal import combine, draws_of, outputs_of
 from fastens.sampler_call import SamplerCall
 
 _BY_SHAPE = frozenset(("rand_like", "randn_like", "randint_like"))  # no value of their argument matters
@@ -164,7 +165,7 @@ class _Assigned:
         """Evaluate the ensemble where the sampler calls it."""
         common = not self.branched
         self._evaluations += 1
-        with _suspended(self), ensemble._draws.unassigned():
+        with _suspended(self), draws_of(ensemble).unassigned():
             return self._evaluated(ensemble, args, kwargs, common)
 
     def _evaluated(self, ensemble: Ensemble, args: tuple[Any, ...], kwargs: dict[str, Any], common: bool) -> Any:
@@ -173,7 +174,7 @@ class _Assigned:
     def result(self) -> Any:
         """Run the sampler."""
         ensemble, arguments = self._call.ensemble, pytree.tree_map(self._argument, self._call.arguments)
-        with ensemble._draws.assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]  # both are contexts
+        with draws_of(ensemble).assigned(self, ensemble.rule), self:  # pyright: ignore[reportGeneralTypeIssues]  # both are contexts
             output = self._call.samples(self._call.function(**arguments))
         if self._branch_at and not self._evaluations > self._branch_at:
             raise ValueError(
@@ -250,7 +251,7 @@ class _Together(_Assigned, Fold):
         args, kwargs = pytree.tree_map(given, (args, kwargs))
         if common:
             return self.common(ensemble(*args, **kwargs))
-        return ensemble._combine(ensemble._evaluate(args, kwargs), own)
+        return combine(ensemble, outputs_of(ensemble, args, kwargs), own)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -6,6 +6,8 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from fastens.internal import views_of
+
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
 
@@ -42,5 +44,5 @@ def view_of(ensemble: Ensemble) -> Ensemble:
     view = object.__new__(type(ensemble))
     view.__dict__.update(ensemble.__dict__)
     view.__dict__.pop("forward", None)  # what watches the calls of one ensemble knows that one only
-    ensemble._views.add(view)
+    views_of(ensemble).add(view)
     return view

@@ -14,7 +14,7 @@ import fastens
 from fastens import capture
 from fastens.engine import planned
 from fastens.kernels import _graph
-from fastens.plan.record import mapped
+from fastens.trace.record import mapped
 from tests.fold.test_plans import members_of
 
 
@@ -191,7 +191,7 @@ def test_mc_dropout_replays_fixed_masks_and_refuses_fresh_ones(ens):
         fixed.refresh()  # drops the masks that the recording read
         torch.testing.assert_close(fixed(2 * X, T), expected)
         assert len(ens.replays) == 1
-    with pytest.raises(ValueError, match="fresh masks are drawn at every call"):
+    with pytest.raises(ValueError, match="fresh dropout masks are drawn at every call"):
         fastens.MCDropout(network, 3, masks="fresh")._record((X, T), {})
 
 
@@ -299,7 +299,7 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     ensemble = fastens.Ensemble(members, engine="fold")
     args, _ = arguments(1)
     ensemble(*args)
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     read = []
     mapped(torch.Tensor, read.append, [launch.operands for launch in plan._launches])
     own = {id(p) for p in ensemble.parameters()}
@@ -318,3 +318,15 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     del replay
     gc.collect()
     assert all(reference() is None for reference in constants)
+
+
+def test_captured_signatures_are_in_the_report(ens):
+    call = "float32[2, 4], float32[2]"
+    with torch.no_grad():
+        ens(X, T)
+        ens._record((X, T), {})
+        assert [(c.state, c.why) for c in ens.report().calls if c.call == call] == [("captured", "")]
+        next(ens.parameters()).mul_(2)
+        ((state, why),) = [(c.state, c.why) for c in ens.report().calls if c.call == call]
+    assert state == "captured"
+    assert "capture them again" in why

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastens
 from fastens import reproducible
-from fastens.plan.winograd import squares_of
+from fastens.plan.cpu.winograd import squares_of
 from tests.fold.test_plan_winograd import convolved
 from tests.fuzz.bits import bits, outcome
 from tests.networks import NETWORKS, randomised, tensor_of, unet_2d
@@ -331,8 +331,8 @@ def test_beside_torchs_own_mode():
 def test_a_plan_with_other_bits_is_not_taken(monkeypatch):
     """Whatever makes a plan of several rows another: here the choice of Winograd's squares by the batch."""
     monkeypatch.setattr(
-        "fastens.plan.convolution.squares_of",
-        lambda value, threads, _: 0 if value.runs.rows > 1 else squares_of(value, 2, True),
+        "fastens.plan.cpu.convolution.squares_of",
+        lambda shape, threads, _: 0 if shape.rows_of_run > 1 else squares_of(shape, 2, True),
     )
     members, x, t = members_of(unet, torch.float32), torch.randn(4, 3, 8, 8), torch.arange(4)
     ens, seen = fastens.Ensemble(members), Rows()

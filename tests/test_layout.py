@@ -4,6 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastens"
@@ -34,10 +36,12 @@ LEVELS = [  # a module imports from its own level or below
         "views",
     },
     {"capture"},
+    {"internal"},
     {"engine"},
     {"network", "report"},
     {"fold"},
     {"plan"},
+    {"trace"},
     {"ops"},
     {
         "reference",
@@ -53,6 +57,7 @@ LEVELS = [  # a module imports from its own level or below
         "io",
         "provenance",
         "proven",
+        "scopes",
     },
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -129,3 +134,31 @@ def test_files_are_short():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h"):
                 assert len(path.read_text().splitlines()) <= 400, f"{path}: one concept, or several?"
+
+
+def defined_in(tree):
+    """Names that the classes of a file define: methods, class attributes, attributes of instances."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from (each.name for each in node.body if isinstance(each, ast.FunctionDef))
+            targets = [t for each in node.body if isinstance(each, ast.Assign) for t in each.targets]
+            targets += [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_no_private_of_another_class_is_read():
+    """What modules of the package ask of an ensemble beside its public surface is in ``fastens.internal``."""
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    own = {path: {name for name in defined_in(tree) if name.startswith("_")} for path, tree in trees.items()}
+    ours = set().union(*own.values()) - {*dir(nn.Module()), *dir(torch.Tensor), "_make"}  # of torch and named tuples
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} reads {ast.unparse(node)}"
+        for path, tree in trees.items()
+        if path != PACKAGE / "internal.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ours - own[path] and not node.attr.startswith("__")
+        if ast.unparse(node.value) not in ("self", "cls", "super()")
+    ]
+    assert not found

@@ -15,6 +15,7 @@ from fastens.composition.rows import Apart, Call, check_rows, side_by_side
 from fastens.draws import assigned_to
 from fastens.engine.arguments import Arguments
 from fastens.ensemble import Ensemble
+from fastens.internal import aggregation_of, combine, outputs_of, prediction_of
 from fastens.outputs import is_scores
 from fastens.schedules import per_sample
 
@@ -56,7 +57,7 @@ class Branches:
             return mapped(added, [*self._outputs(calls, arguments.batch_size), *(output for _, output in weak)])
         joined = self._joined(calls, arguments.batch_size)
         if joined is None:
-            parts = [ensemble._evaluate(*call) for call in calls]
+            parts = [outputs_of(ensemble, *call) for call in calls]
         else:
             parts = self._parts(joined, len(calls), arguments.batch_size)
         beside = [pytree.tree_leaves(output) for _, output in weak]
@@ -65,7 +66,7 @@ class Branches:
             more = [leaves[i] for leaves in beside]
             scores = is_scores(column[0])
             guided.append([added(*each, *more) for each in zip(*column, strict=True)] if scores else column[0])
-        return ensemble._combine([*guided, parts[0][-1]], ensemble._aggregation(*main))
+        return combine(ensemble, [*guided, parts[0][-1]], aggregation_of(ensemble, *main))
 
     @property
     def _combines_alike(self) -> bool:
@@ -85,11 +86,13 @@ class Branches:
             return [pytree.tree_unflatten(block, spec) for block in blocks]
         # a rule may look at the whole batch, so each branch is one
         parts = self._parts(joined, len(calls), batch)
-        return [ensemble._combine(part, ensemble._aggregation(*call)) for part, call in zip(parts, calls, strict=True)]
+        return [
+            combine(ensemble, part, aggregation_of(ensemble, *call)) for part, call in zip(parts, calls, strict=True)
+        ]
 
     def _parts(self, joined: Call, number: int, batch: int) -> list[list[Any]]:
         """What all members return for each of ``number`` calls: leaves of K parts, then their structure."""
-        *leaves, spec = self.ensemble._evaluate(*joined)
+        *leaves, spec = outputs_of(self.ensemble, *joined)
         blocks = [list(zip(*(_blocks(y, number, batch) for y in leaf), strict=True)) for leaf in leaves]
         return [[*(list(leaf[i]) for leaf in blocks), spec] for i in range(number)]
 
@@ -122,7 +125,7 @@ class Branches:
             return main
         channels = 1
         if main.ndim > 1:
-            channels = parameterisation.predicted_channels(self.ensemble._prediction, x, main.shape)
+            channels = parameterisation.predicted_channels(prediction_of(self.ensemble), x, main.shape)
         wide = torch.promote_types(main.dtype, torch.float32)
         head = main[:, :channels].to(wide) if main.ndim > 1 else main.to(wide)
         total = head

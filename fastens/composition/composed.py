@@ -14,6 +14,7 @@ from fastens.composition.rows import Call, Names
 from fastens.composition.terms import Autoguided, Guided, Term
 from fastens.engine.arguments import Arguments
 from fastens.ensemble import Ensemble
+from fastens.internal import prediction_of
 from fastens.schedules import Prediction, Schedule
 from fastens.schedules.prediction import agree
 
@@ -77,7 +78,7 @@ class Composed(nn.Module):
 
     @property
     def _prediction(self) -> Prediction:
-        return self.ensemble._prediction
+        return prediction_of(self.ensemble)
 
     @property
     def _schedule(self) -> Schedule | None:

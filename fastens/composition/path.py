@@ -29,7 +29,7 @@ class Path:
         self.denoiser = denoiser
         self.ratios, self.times = levels(denoiser.schedule, steps, start)
         self.u = self.ratios.square().tolist()
-        self._dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
+        self.dtype = next((p.dtype for p in denoiser.model.parameters() if p.is_floating_point()), torch.float32)
 
     def alpha(self, i: int) -> float:
         """Factor of the data at level i."""
@@ -37,7 +37,7 @@ class Path:
 
     def scores(self, y: Tensor, i: int) -> Tensor:
         """The members' scores of y, float64 [K, B, ...], at level i."""
-        x = (self.alpha(i) * y).to(self._dtype)
+        x = (self.alpha(i) * y).to(self.dtype)
         epsilon = self.denoiser.to_epsilon(self.denoiser.outputs(x, self.times[i]), x, self.times[i])
         return epsilon.to(torch.float64) / -float(self.ratios[i])
 
@@ -50,10 +50,10 @@ class Path:
         """
         denoiser, t = self.denoiser, self.times[i]
         alpha, ratio = self.alpha(i), float(self.ratios[i])
-        x = (alpha * y).to(self._dtype)
+        x = (alpha * y).to(self.dtype)
         traces, norms, scores = [], [], None
         for probe in probes.to(x):
-            found = denoiser.outputs_along(x, t, probe)
+            found = denoiser.outputs_and_jvp(x, t, probe)
             outputs, moved = found if found is not None else self._backward(x, t, probe)
             epsilon, moved = denoiser.to_epsilon(outputs, x, t), denoiser.to_epsilon(moved, probe, t)
             moved = moved.to(torch.float64) * (-alpha / ratio)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastens.engine.arguments import Arguments, PerMember
 from fastens.ensemble import Ensemble
+from fastens.internal import is_fresh
 from fastens.network.state import random_kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -142,7 +143,7 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
         Apart: the member cannot be copied.
         ValueError: rows differ by what stands beside them; or the branches are equal, whatever their condition.
     """
-    if ensemble._fresh:
+    if is_fresh(ensemble):
         return  # masks of each sample, by its row
     member = ensemble.members[0]
     if any(member is each for each in ensemble.modules()):

@@ -18,6 +18,7 @@ from fastens.composition.targets import And, Or
 from fastens.draws import assigned_to
 from fastens.ensemble import Ensemble
 from fastens.evaluation.denoiser import Denoiser
+from fastens.internal import is_fresh
 from fastens.ops.normal import normal
 
 _STEP, _PROBE, _MOVE, _ACCEPT, _RESAMPLE = (i << 20 for i in range(1, 6))  # draws of a sample, by their use
@@ -176,7 +177,7 @@ class _Run:
                     scores, share = self._corrected(i, m, corrector_steps, scores, step)
                     moves, accepted = moves + 1, accepted + share
                     step *= math.exp(0.5 * (share - ACCEPTED)) if self.corrector == "mala" else 1.0
-        samples = (path.alpha(last + 1) * self.y).to(torch.promote_types(path._dtype, torch.float32))
+        samples = (path.alpha(last + 1) * self.y).to(torch.promote_types(path.dtype, torch.float32))
         share = accepted / moves if moves else 1.0
         return Superposed(samples, self.log_densities, self.variance, effective, resampled, share)
 
@@ -300,7 +301,7 @@ def _check(
 def _check_deterministic(path: Path, y: Tensor) -> None:
     """Raise where the members draw numbers: a log-density along the path is of one field."""
     model: Any = path.denoiser.model
-    if model._fresh or not torch.equal(path.scores(y, 0), path.scores(y, 0)):
+    if is_fresh(model) or not torch.equal(path.scores(y, 0), path.scores(y, 0)):
         raise ValueError(
             "superpose: the members give two results for one input, so they have no log-density along the path; put "
             "them in evaluation mode (ens.eval()), or take MC Dropout with masks='fixed'"

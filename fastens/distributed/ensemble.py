@@ -19,11 +19,12 @@ from fastens.distributed.one_process import OfOneProcess
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_call
 from fastens.distributed.slices import Slices, bits_matter, of_elements, of_rows, weights_of
+from fastens.engine.answers import answers_seen
 from fastens.engine.arguments import Arguments
-from fastens.engine.by_torch import dealt_by
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.eager import replicated_by
+from fastens.engine.engine import Engine
 from fastens.engine.row_by_row import each_member, through_members
-from fastens.engine.ways import ways_seen
+from fastens.internal import begin
 from fastens.methods import call_method
 from fastens.network.stacking import tensors_of
 from fastens.ops._scores import seed_from
@@ -46,7 +47,7 @@ def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], plac
     made = object.__new__(_with(kind))
     nn.Module.__init__(made)
     made.__dict__.update(_place=place, _share=share, _calls=0, _apart={})
-    made._setup(num_members, rule, settings)
+    begin(made, num_members, rule, settings)
     return made
 
 
@@ -56,7 +57,7 @@ def _with(base: type) -> type:
     return type(base.__name__, (Distributed, base), names)
 
 
-def _apart(engine: FoldEngine, *calls: Arguments) -> bool:
+def _apart(engine: Engine, *calls: Arguments) -> bool:
     """Whether each call evaluates its rows independently: a network may ask how many rows there are."""
     return all(engine.rows.independent(engine, each) for each in calls)
 
@@ -73,20 +74,15 @@ class Distributed(OfOneProcess):
         if "masks" in self._settings:
             cast(Any, super())._adopt(skeleton, stacks, shared)
             return
-        engine = FoldEngine(skeleton, stacks, shared, self._share.held, self._settings)
+        engine = Engine(skeleton, stacks, shared, self._share.held, self._settings)
         engine.cap.of_all = self.num_members
         self.__dict__["_engine"] = engine
         self.network = engine.network
         self._become_member_like(skeleton)
 
-    def _adopt_held(self: Any, modules: list[nn.Module], why: str) -> None:
-        self.__dict__.update(_engine=None, _why_loop=why)
-        self.network = nn.ModuleList(modules)
-        self._become_member_like(modules[0])
-
     def _become_member_like(self: Any, member: nn.Module) -> None:
         cast(Any, super())._become_member_like(member)
-        self.__class__ = _with(type(self))
+        self.__class__ = _with(type(self))  # of the class that the members have just given it
 
     def __getattr__(self: Any, name: str) -> Any:
         """What members have; a method of theirs that would combine what only this rank's compute is refused."""
@@ -212,7 +208,7 @@ class Distributed(OfOneProcess):
         members, share = self._place.members, self._share
         arguments = self._arguments(args, kwargs)
         if reproducible.enabled():
-            with dealt_by(functools.partial(dealt, counts=share.counts, exchange=members)):
+            with replicated_by(functools.partial(dealt, counts=share.counts, exchange=members)):
                 return self._local(self._replicated(arguments, common=False))
         return self._local(self._replicated(arguments))
 
@@ -241,7 +237,7 @@ class Distributed(OfOneProcess):
         engine, share = self._engine, self._share
         if engine is None:
             return each_member(self.network, arguments, self._call_module)
-        if engine.masks is None:
+        if engine.kind.own_weights:
             return engine.evaluate(arguments, self.training)
         ks = range(share.first, share.first + share.held)
         if reproducible.enabled() and any(x.requires_grad for x in arguments.tensors) and torch.is_grad_enabled():
@@ -276,7 +272,7 @@ class Distributed(OfOneProcess):
         In deterministic mode a plan and torch give a row other bits: where a rank has no plan, the others take none.
         """
         while True:
-            with ways_seen() as ways:
+            with answers_seen() as answers:
                 try:
                     found = run()
                 except RankLost:
@@ -284,9 +280,9 @@ class Distributed(OfOneProcess):
                 except Exception as error:
                     self._compare(arguments, what, error, False)
                     raise
-            if self._compare(arguments, what, None, ways.planned):
+            if self._compare(arguments, what, None, answers.planned):
                 return found
-            ways.refuse()
+            answers.refuse()
 
     def _compare(self: Any, arguments: Arguments, what: Any, error: Exception | None, planned: bool) -> bool:
         self.__dict__["_calls"] += 1
@@ -337,7 +333,7 @@ class Distributed(OfOneProcess):
         parts = place.num_data
         rows = [list(torch.nonzero(owner == i).flatten().tensor_split(parts)) for i in range(place.members.size)]
         at = rows[place.members.rank][0 if place.data is None else place.data.rank]
-        first = 0 if engine is not None and engine.masks is not None else share.first
+        first = 0 if engine is not None and not engine.kind.own_weights else share.first
         by_rows = cast(Any, super())._by_rows
 
         def run() -> Any:
@@ -387,7 +383,7 @@ class Distributed(OfOneProcess):
 
     def _stacked(self: Any) -> frozenset[str]:
         engine = self._engine
-        if engine is None or engine.masks is not None:
+        if engine is None or not engine.kind.own_weights:
             return frozenset()
         return frozenset(tensors_of(engine.network)) - engine.shared
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastens.distributed.exchange import Exchange
-from fastens.engine.by_torch import added
+from fastens.engine.eager import added
 
 
 class _Gathered(torch.autograd.Function):
@@ -95,7 +95,7 @@ class _DealtOver(torch.autograd.Function):
 
 
 def dealt(x: Tensor, held: int, counts: Sequence[int], exchange: Exchange) -> Sequence[Tensor]:
-    """Expand a replicated argument to each local member; see :func:`fastens.engine.by_torch.dealt_by`."""
+    """Expand a replicated argument to each local member; see :func:`fastens.engine.eager.replicated_by`."""
     return _DealtOver.apply(x, held, counts, exchange)
 
 

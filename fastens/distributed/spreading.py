@@ -14,8 +14,9 @@ from fastens.distributed.ensemble import over
 from fastens.distributed.exchange import RanksDiffer
 from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.ensemble import Ensemble
+from fastens.internal import base_of, engine_of, hold_modules, hold_stacks, settings_of, why_looped
 from fastens.members import copied
 from fastens.network.stacking import check_members, stack_members, tensors_of
 from fastens.settings import check_settings
@@ -68,28 +69,28 @@ def distribute(
 
 def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
     share = Share(ensemble.num_members, place.members.size, place.members.rank)
-    engine = ensemble._engine
+    engine = engine_of(ensemble)
     whole = [t for _, t in sorted(ensemble.state_dict().items())]
     member = next(ensemble.network.children()) if engine is None else engine.skeleton
-    facts = facts_of(member, ensemble.num_members, ensemble._settings, ensemble.rule)
+    facts = facts_of(member, ensemble.num_members, settings_of(ensemble), ensemble.rule)
     check_alike(place.control, {**facts, "the weights": checksum(whole)})
-    made = over(ensemble._kind(), ensemble.num_members, ensemble.rule, ensemble._settings, place, share)
+    made = over(base_of(ensemble), ensemble.num_members, ensemble.rule, settings_of(ensemble), place, share)
     if engine is None:
         modules = [copied(each) for each in list(ensemble.network.children())[share.slice]]
-        made._adopt_held(modules, ensemble.__dict__["_why_loop"])
+        hold_modules(made, modules, why_looped(ensemble))
     else:
         if any(map(any, engine.own_states()[0])):
             raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
-        made._adopt(engine.skeleton, stacks_of(engine, share), engine.shared)
+        hold_stacks(made, engine.skeleton, stacks_of(engine, share), engine.shared)
     made.train(ensemble.training)
     return made
 
 
-def stacks_of(engine: FoldEngine, share: Share) -> dict[str, Tensor]:
+def stacks_of(engine: Engine, share: Share) -> dict[str, Tensor]:
     """Copies of the tensors of some members; of all where these are masks."""
     stacks = {}
     for name, stack in tensors_of(engine.network).items():
-        whole = name in engine.shared or engine.masks is not None
+        whole = name in engine.shared or not engine.kind.own_weights
         own = (stack.detach() if whole else stack.detach()[share.slice]).clone(memory_format=torch.preserve_format)
         stacks[name] = nn.Parameter(own, stack.requires_grad) if isinstance(stack, nn.Parameter) else own
     return stacks
@@ -117,7 +118,7 @@ def _of_members(members: Sequence[nn.Module], place: Place, rule: Any = "mean", 
         numbers = {"the weights": checksum(stacks[name] for name in sorted(stacks))}
         _check_replicas(place, share, numbers)
     made = over(Ensemble, len(members), rule, settings, place, share)
-    made._adopt(skeleton, stacks, shared)
+    hold_stacks(made, skeleton, stacks, shared)
     made.train(held[0].training)
     return made
 

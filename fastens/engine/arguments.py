@@ -19,7 +19,7 @@ _LEAVES = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, type(Non
 
 
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Leaves, and how they are nested: their number and names where all arguments are leaves, which is told at once."""
+    """Return the leaves, and how they are nested: the positional count and the keywords where no argument is nested."""
     leaves = [*args, *kwargs.values()]
     if not torch.compiler.is_compiling() and _LEAVES.issuperset(map(type, leaves)):
         return leaves, (len(args), tuple(kwargs))
@@ -66,7 +66,7 @@ class PerMember:
 
 
 def _exact(number: float) -> Tensor:
-    """A number as a tensor that has all its digits; of no dimension, it leaves the dtype of others as it is."""
+    """Return a number as a tensor [] with all its digits, which leaves the dtype of tensors that meet it alone."""
     return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
@@ -137,7 +137,7 @@ class Arguments:
         return self._rows[0]
 
     def _copy(self) -> Arguments:
-        """The same call, to be given other leaves: which carry rows was told by these."""
+        """Return a copy to be given other leaves; which of them carry rows stays what these leaves tell."""
         _ = self._rows
         return copy.copy(self)
 
@@ -186,12 +186,12 @@ class Arguments:
 
     @property
     def _same(self) -> tuple[int, ...]:
-        """For each tensor, the first that is the same object, which a network may ask for; empty where all differ."""
+        """For each tensor the position of the first that is the same object; empty where all differ."""
         ids = [id(x) for x in self.leaves if isinstance(x, Tensor)]
         return () if len(set(ids)) == len(ids) else tuple(map(ids.index, ids))
 
     def _each(self, function: Callable[[int, Any], Any]) -> list[Any]:
-        """Something made of every leaf by its position, once where leaves are one tensor."""
+        """Return ``function(position, leaf)`` of every leaf; two leaves that are one tensor get one result."""
         made: dict[Any, Any] = {}
         found = []
         for i, x in enumerate(self.leaves):
@@ -300,7 +300,7 @@ class Arguments:
     # What tells calls apart
 
     def plan_key(self, varying: Collection[int] = ()) -> tuple[Any, ...]:
-        """What tells one recorded pass from another: all of a call but the values of its tensors.
+        """The key of a plan: everything of a call but the values of its tensors, strides included.
 
         Args:
             varying: positions of numbers that are inputs of the plan.
@@ -314,7 +314,7 @@ class Arguments:
         return tuple(key)
 
     def kind(self) -> tuple[Any, ...]:
-        """What tells calls apart but for the values of tensors and numbers, and for strides."""
+        """The key under which numbers are seen to vary: shapes, dtypes and types, without values and strides."""
 
         def key(leaf: Any) -> Any:
             return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
@@ -332,7 +332,10 @@ class Arguments:
         return all(map(is_plain, self.leaves))
 
     def signature(self) -> tuple[Any, ...]:
-        """What tells one kind of call from another: structure, shapes, dtypes, and everything else by value."""
+        """The key of a folded signature: structure, shapes, dtypes, and what is no tensor by value.
+
+        Strides do not matter.
+        """
 
         def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
@@ -346,6 +349,21 @@ class Arguments:
             return type(leaf) if type(leaf) is float and leaf not in (0.0, 1.0) else (type(leaf), _told_apart(leaf))
 
         return (*map(key, range(len(self.leaves)), self.leaves), self._nesting, self.own, self.per_row, self._same)
+
+    def described(self, how: str = "") -> str:
+        """The call as a report prints it: ``float32[2, 3, 8, 8], int64[2]``, after how it is made if not so."""
+        leaves = [f"each its {_shown(x)}" if i in self.own else _shown(x) for i, x in enumerate(self.leaves)]
+        if isinstance(self._nesting, tuple):
+            count, names = self._nesting
+            leaves[count:] = [f"{name}={leaf}" for name, leaf in zip(names, leaves[count:], strict=True)]
+        return f"{how}: {', '.join(leaves)}" if how not in ("", "forward") else ", ".join(leaves)
+
+
+def _shown(leaf: Any) -> str:
+    """A leaf as a report prints it: numbers by type, since any may come."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return type(leaf).__name__ if type(leaf) in (int, float) else str(leaf)[:40]
 
 
 def _told_apart(leaf: Any) -> Any:

@@ -24,10 +24,10 @@ from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, all_members, 
 from fastens.network.folded import lists_weights
 from fastens.network.state import state_kept
 from fastens.network.tables import alone
-from fastens.plan.record import NotRecordable, record, trace_of
+from fastens.trace.record import NotRecordable, record, trace_of
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 class PlannedCall:
@@ -42,7 +42,7 @@ class PlannedCall:
         key: the signature; none where numbers among the arguments take any value and the network reads them.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, hidden: Hidden | None = None) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, hidden: Hidden | None = None) -> None:
         self._engine = engine
         self._arguments = arguments
         self._hidden = hidden or all_members(engine.num_members)
@@ -73,11 +73,10 @@ class PlannedCall:
         """What the plan is run on: the tensors of the call, what fresh masks depend on, and the members of the rows."""
         engine, hidden = self._engine, self._hidden
         inputs = list(self._arguments.tensors)
-        if engine.masks is not None and engine.masks.fresh:
-            masks = engine.mask_pass(hidden, self._arguments)
-            assert masks is not None
-            assert masks.samples is not None
-            inputs += [masks.drawn(), masks.samples]
+        if engine.kind.fresh:
+            dropouts = engine.kind.dropouts(hidden, self._arguments)
+            assert dropouts.samples is not None
+            inputs += [dropouts.drawn(), dropouts.samples]
         if hidden.offsets is not None:
             assert hidden.row_members is not None
             inputs += [hidden.offsets, hidden.row_members]
@@ -118,7 +117,7 @@ class PlannedCall:
         return total, entry.leaves.spec
 
     def _run(self, entry: Entry, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor] | None:
-        """Run a plan; none where it takes no such numbers, and none for their kind of call from now on."""
+        """Run a plan. None where it takes no such numbers: then the signature is refused from now on."""
         try:
             return entry.run(inputs, self._values, weights)
         except OtherNumbers as error:
@@ -127,12 +126,12 @@ class PlannedCall:
 
     @property
     def known(self) -> bool:
-        """Whether there is one."""
+        """Whether the signature has a plan that is true now."""
         return self.key is not None and self._engine.plans.current(self.key) is not None
 
     @property
     def refused(self) -> bool:
-        """Whether there is none and will be none."""
+        """Whether the signature has no plan, and gets none while network and weights are as they are."""
         return self.key is None or self._engine.plans.refused(self.key)
 
     def make(
@@ -149,9 +148,17 @@ class PlannedCall:
             return None
         whole, member, numbers = self.passes()
         with torch.no_grad(), suppress_out_of_memory():
-            masks = engine.mask_pass(hidden, arguments)
+            dropouts = engine.kind.dropouts(hidden, arguments)
             made = engine.plans.make(
-                self.key, whole, member, self.inputs, expected, dealt=self._dealt, masks=masks, numbers=numbers
+                self.key,
+                whole,
+                member,
+                self.inputs,
+                expected,
+                call=arguments.described("one member a row" if self._dealt else ""),
+                dealt=self._dealt,
+                dropouts=dropouts,
+                numbers=numbers,
             )
             if (
                 made is None and self._varies and engine.plans.why_refused(self.key)
@@ -161,12 +168,13 @@ class PlannedCall:
                 engine.plans.refuse(self.key, why)
                 return None
             return made
+        engine.plans.decline("recording it ran out of memory")
         return None
 
     def passes(self, differentiated: bool = False) -> tuple[Any, Any, Numbers | None]:
-        """A pass and the first member's call, as functions of the inputs, and the numbers that vary."""
+        """Return the pass and one member's call as functions of the plan's inputs, and the numbers that vary."""
         engine, arguments, hidden = self._engine, self._arguments, self._hidden
-        count, fresh = len(arguments.tensors), engine.masks is not None and engine.masks.fresh
+        count, fresh = len(arguments.tensors), engine.kind.fresh
         numbers = Numbers(self._values, dict(arguments.varying)) if self._varies else None
 
         def given(tensors: list[Tensor], anew: bool = False) -> Arguments:
@@ -179,8 +187,8 @@ class PlannedCall:
             samples = tensors[count + 1] if fresh else None
             own = dataclasses.replace(hidden, offsets=tensors[-2], row_members=tensors[-1]) if self._dealt else hidden
             fold = engine.new_pass(own, given(tensors), recording=True, samples=samples, numbers=numbers)
-            if differentiated and fold.masks is not None:
-                fold.masks.as_factors = True
+            if differentiated:
+                fold.dropouts.as_factors()
             output = engine.run(fold, given(tensors), rows=self._dealt)
             return recorded_rows(output, own) if self._dealt else recorded(output, own)
 
@@ -198,7 +206,7 @@ class PlannedCall:
     # Audit
 
     def _holds(self, entry: Entry, leaves: list[Any]) -> bool:
-        """Whether a plan's answer is that of a member, drawn, as it is now; else everything is forgotten."""
+        """Whether a plan's answer is a drawn member's, as that is now; if not, warn, and forget every plan."""
         engine, hidden = self._engine, self._hidden
         number = entry.calls * 0x9E3779B1 >> 7
         if hidden.row_members is None:
@@ -234,9 +242,12 @@ class PlannedCall:
         return False
 
     def _alone(self, k: int, arguments: Arguments) -> list[Tensor]:
-        """What member k returns now, by the network's own modules on its tensors; nothing where they need the fold."""
+        """Return member k's tensors now, by the network's own modules on its weights.
+
+        Empty where they need the fold.
+        """
         engine = self._engine
-        if engine.masks is not None or lists_weights(engine.network):
+        if not engine.kind.runs_alone or lists_weights(engine.network):
             return []
         try:
             with state_kept(engine.network), alone(k):
@@ -248,9 +259,9 @@ class PlannedCall:
         return [] if any(isinstance(x, MemberTensor) for x in tensors) else tensors  # of weights in no table
 
     def _folded(self, k: int, given: Arguments) -> list[Tensor]:
-        """The same by a pass whose only member is k."""
+        """Return member k's tensors now, by a pass whose only member it is."""
         engine, arguments = self._engine, given.copied()
-        if engine.masks is None:
+        if engine.kind.runs_alone:
             try:
                 with state_kept(engine.network):
                     leaves = engine.one_pass(arguments, one_member(engine.num_members, k))

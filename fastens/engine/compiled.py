@@ -15,12 +15,10 @@ from fastens import reproducible
 from fastens.fold.stand_ins import Nested
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
-def compiled_pass(
-    engine: FoldEngine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
-) -> list[Any]:
+def compiled_pass(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward") -> list[Any]:
     """Run all members inside a trace; return the leaves of their outputs, [K, ...], and the structure last.
 
     Raises:

@@ -15,12 +15,13 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine import row_by_row
 from fastens.engine.arguments import Arguments
+from fastens.engine.caches import remembers_calls
 from fastens.engine.calls import PlannedCall, capturing
 from fastens.engine.check import beyond_rounding
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
-from fastens.engine.remembered import remembers_calls
+from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
 from fastens.engine.transformed import in_transform
 from fastens.fold.tensor import Hidden, NotFoldable
@@ -28,11 +29,11 @@ from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 def grouped(members: Tensor, num_members: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The samples in the order of their members, int64 [B], or none where they are in it; members [B] in that order.
+    """Return the order that sorts samples by member, int64 [B] (none where they are sorted), and the members in it.
 
     Third, where each member's group begins, int64 [K+1].
     """
@@ -48,7 +49,7 @@ def _rises(numbers: list[int]) -> bool:
 
 
 def reordered(output: Any, order: Tensor | None) -> Any:
-    """An output whose rows are in an order of samples, in the samples' own; a copy of it."""
+    """Return a copy of an output, its rows back in the samples' own order."""
     inverse = None if order is None else torch.argsort(order)
 
     def one(leaf: Any) -> Any:
@@ -103,7 +104,7 @@ class DrawnCall:
         members: int64 [B] on the CPU.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, members: Tensor) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, members: Tensor) -> None:
         self._engine = engine
         self._arguments = arguments
         self._members = members
@@ -121,20 +122,20 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
-        if engine.engine == "fold" and observed():
+        if not engine.behaviour.looped and observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
-        if engine.engine == "loop" or not len(self._members):
+        if engine.behaviour.looped or not len(self._members):
             return self._looped()
         try:
             found = self._dealt_out()
         except WritesInput:
-            engine.copies_inputs = True
+            engine.behaviour.writes_arguments = True
             return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
         except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            if isinstance(error, NeedsWrappers) and not engine.wrapped:
-                engine.wrapped = True
+            if isinstance(error, NeedsWrappers) and not engine.behaviour.wrapped:
+                engine.behaviour.wrapped = True
                 return self.at_once()
             why = f"{type(error).__name__}: {error}"
         else:
@@ -144,11 +145,18 @@ class DrawnCall:
         return result
 
     def _dealt_out(self) -> Any:
-        """The answer of one pass over the rows, each with its member, or of its plan; none where members are looped."""
+        """Return the answer of one pass over rows grouped by member, or of its plan.
+
+        None where members must be looped.
+        """
         engine, arguments = self._engine, self._arguments
         eager = not torch.compiler.is_compiling()
         excluded = engine.rows.excluded(engine, arguments) if eager else frozenset()
-        if (eager and engine.stateful and not self._caches_filled()) or excluded is None:  # or members mix the samples
+        if eager and engine.behaviour.writes_itself and not self._caches_filled():
+            return None
+        if excluded is None:
+            why = "members mix the rows of a batch, so each that has some is called on all of it"
+            engine.states.put(("drawn", arguments.signature()), Looped(call=_described(arguments), why=why))
             return None
         arguments = arguments.excluding(excluded)
         dealt, order, offsets, row_members = self._by_member(arguments)
@@ -159,11 +167,11 @@ class DrawnCall:
                 return _result(found, order)
         kind = "drawn", dealt.signature(), engine.network.training
         key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
-        first = eager and key not in engine.checked and not capturing()
+        first = eager and engine.states.of(key) is UNKNOWN and not capturing()
         expected = self._expected() if first else None
-        if first and engine.stateful and not self._caches_filled():
+        if first and engine.behaviour.writes_itself and not self._caches_filled():
             return None
-        if planned is not None and not engine.stateful and not (first and expected is None):
+        if planned is not None and not engine.behaviour.writes_itself and not (first and expected is None):
             found = self._planned(planned, (*kind, False), order, expected)
             if found is not None:
                 return _result(found, order)
@@ -172,21 +180,27 @@ class DrawnCall:
         if expected is not None:
             self._check(folded, expected)
         if first:
-            engine.checked.add(key)
+            random = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            why = random if expected is None else engine.plans.why_not
+            engine.states.put(key, Folded(call=_described(dealt), why=why))
         return folded
 
     def _by_member(self, arguments: Arguments) -> tuple[Arguments, Tensor | None, Tensor, Tensor]:
-        """The samples in the order of their members, that order, where each member's begin, and the members in it."""
+        """Return the rows grouped by member, the order that did it, where groups begin [K+1], and each row's member."""
         order, row_members, offsets = grouped(self._members, self._engine.num_members)
-        if order is None and self._engine.masks is not None:  # which depend on the samples of their rows
+        if order is None and self._engine.kind.by_sample:
             order = torch.arange(len(row_members))
         selected = arguments if order is None else arguments.selected(order)
         return selected.of_rows(row_members), order, offsets, row_members
 
     def _plannable(self, dealt: Arguments, offsets: Tensor, row_members: Tensor) -> PlannedCall | None:
-        """The call as plans see it, none where it may not run as one."""
+        """Return the call as its plans see it; none, with the reason declined, where it may not run as one."""
         engine = self._engine
-        if dealt.per_row or engine.stateful or not engine.can_plan(dealt):
+        if dealt.per_row:
+            engine.plans.decline("an argument that each member has its own of carries no rows")
+        elif engine.behaviour.writes_itself:
+            engine.plans.decline("the network writes to itself")
+        if dealt.per_row or engine.behaviour.writes_itself or not engine.can_plan(dealt):
             return None
         hidden = Hidden(len(row_members), engine.num_members, offsets=offsets, row_members=row_members)
         return PlannedCall(engine, dealt, hidden)
@@ -194,7 +208,7 @@ class DrawnCall:
     def as_plan(self) -> tuple[PlannedCall | None, Tensor | None]:
         """The call as plans see it, none where it may not run as one, and the order of its samples there."""
         engine = self._engine
-        excluded = None if engine.engine == "loop" or observed() else engine.rows.excluded(engine, self._arguments)
+        excluded = None if engine.behaviour.looped or observed() else engine.rows.excluded(engine, self._arguments)
         if excluded is None:
             return None, None
         dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))
@@ -224,13 +238,13 @@ class DrawnCall:
         """Whether members leave nothing behind but caches, which all of them have filled; else they are looped."""
         engine, arguments = self._engine, self._arguments
         key = (arguments.signature(), engine.network.training)
-        if key not in engine.fills:
+        if key not in engine.states.filled:
             if remembers_calls(engine, arguments):
                 engine.give_up("the network remembers its calls, and a draw calls some members only")
                 return False
             with torch.no_grad():
                 engine.fold(arguments)
-            engine.fills.add(key)
+            engine.states.filled.add(key)
         return True
 
     def by_member(self) -> Any:
@@ -253,7 +267,7 @@ class DrawnCall:
             before = torch.random.get_rng_state()
             output = run_drawn(answer, self._arguments.copied(), self._members)
             random = not torch.equal(before, torch.random.get_rng_state())
-        engine.stateful = engine.stateful or any(changed)
+        engine.behaviour.writes_itself = engine.behaviour.writes_itself or any(changed)
         return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
     def _check(self, folded: Any, expected: list[Tensor]) -> None:
@@ -297,13 +311,21 @@ class DrawnCall:
     ) -> list[Any] | None:
         """Make the plan of a call whose samples go to one member each, whichever, and run it; none without plan."""
         engine = self._engine
-        if planned.refused or not engine.cap.holds_recording(key, len(self._members)):
+        if planned.refused:
+            return None
+        if not engine.cap.holds_recording(key, len(self._members)):
+            engine.plans.decline("the free memory does not hold a recording of it")
             return None
         with torch.no_grad(), suppress_out_of_memory():
             if expected is not None and order is not None:
                 expected = [x.index_select(0, order.to(x.device)) for x in expected]
             return planned.make(None if expected is None else [expected])
+        engine.plans.decline("recording it ran out of memory")
         return None
+
+
+def _described(arguments: Arguments) -> str:
+    return arguments.described("one member a row")
 
 
 def _result(found: list[Any], order: Tensor | None) -> Any:

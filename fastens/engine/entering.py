@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 from fastens.fold.rules.metadata import METADATA
 from fastens.fold.tensor import MemberTensor, modules_of
-from fastens.network.of_member import OfMember
+from fastens.network.member_tables import MemberTable
+from fastens.scopes import scope
 
 _NOTED: contextvars.ContextVar[list[bool] | None] = contextvars.ContextVar("noted", default=None)
 
 
-@contextmanager
-def entering() -> Iterator[list[bool]]:
+def entering() -> AbstractContextManager[list[bool]]:
     """A list that gets an item when a function takes a parameter of a network that is called in this scope."""
-    found: list[bool] = []
-    token = _NOTED.set(found)
-    try:
-        yield found
-    finally:
-        _NOTED.reset(token)
+    return scope(_NOTED, [])
 
 
 def _noted(network: nn.Module) -> AbstractContextManager[Any]:
@@ -48,7 +42,7 @@ class _Entering(TorchFunctionMode):
     def __init__(self, network: nn.Module, found: list[bool]) -> None:
         super().__init__()
         tables = [module._parameters for _, module in modules_of(network)]
-        held = [table.source if isinstance(table, OfMember) else table for table in tables]
+        held = [table.source if isinstance(table, MemberTable) else table for table in tables]
         self.parameters = {_memory(x) for table in held for x in dict.values(table) if x is not None}
         self.found = found
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, own_mode
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
-from fastens.network.held import same_bits
+from fastens.network.snapshots import same_bits
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
 class FirstPass:
@@ -33,7 +34,7 @@ class FirstPass:
         method: what is called.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
         self._engine = engine
         self._arguments = arguments
         self._key = key
@@ -43,7 +44,10 @@ class FirstPass:
         self._expected: list[list[Tensor]] = []  # the members' outputs: all that is held of the loop meanwhile
 
     def run(self) -> list[Any] | None:
-        """Check; return the outputs of the plan where one was made, or of the fold where it is not random."""
+        """Return the checked outputs of the plan or of the fold.
+
+        None where the caller has to fold, or members are looped.
+        """
         engine = self._engine
         with random_kept():
             with own_mode():
@@ -67,14 +71,16 @@ class FirstPass:
         engine.originals = None
         if planned is not None:
             return planned
-        engine.checked.add(self._key)
+        why = engine.plans.why_not if self._method == "forward" else "plans are of calls of forward alone"
         if random:
-            engine.why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            engine.behaviour.why = why
+        engine.states.put(self._key, Folded(call=self._arguments.described(self._method), why=why))
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
-        return leaves if useful and not engine.stateful else None
+        return leaves if useful and not engine.behaviour.writes_itself else None
 
     def _run_members(self) -> str | None:
-        """Run the members one by one: what each gives, and the memory of the second; return why they must be."""
+        """Run every member alone and keep its outputs; return why members have to be looped, or none."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
         held = tensors_of(engine.network), engine.shared
@@ -94,14 +100,14 @@ class FirstPass:
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
             touched = sorted(changed | written)
-            if changed.outside or written.outside or not engine.one.isdisjoint(touched):
+            if changed.outside or written.outside or engine.all_one_object(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
             if written_to:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
             self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
-                engine.copies_inputs = True
-            engine.stateful = engine.stateful or bool(changed or written)
+                engine.behaviour.writes_arguments = True
+            engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)
             if touched:
                 engine.unshare(touched)
             self._expected.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
@@ -132,21 +138,21 @@ class FirstPass:
         return engine.cap.measuring(self._key, batch) if wanted else nullcontext()
 
     def _folded(self) -> tuple[str | None, list[Any] | None]:
-        """Fold; return why that fails where the members do not, none where it does not, and what it gave."""
+        """Return why the fold fails where members do not, or none; and what it gave."""
         engine = self._engine
         for _ in range(8):
             try:
                 with state_kept(engine.network) as changed:
                     leaves = engine.fold(self._arguments, self._key, self._method)
-                engine.stateful = engine.stateful or bool(changed)
+                engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed)
                 break
             except NeedsWrappers as error:
                 if not self._unshare(error):
-                    if engine.wrapped:
+                    if engine.behaviour.wrapped:
                         return f"{error}", None
-                    engine.wrapped = True
+                    engine.behaviour.wrapped = True
             except WritesInput:
-                engine.copies_inputs = True
+                engine.behaviour.writes_arguments = True
             except Exception as error:  # the members have no such error
                 if is_out_of_memory(error):
                     raise

@@ -14,25 +14,34 @@ from fastens.ops.run_program import target
 from fastens.report import Report
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 
-def verify(engine: FoldEngine, arguments: Arguments) -> float:
+def verify(engine: Engine, arguments: Arguments) -> float:
     """The largest relative error of a pass of all members against the loop."""
     with torch.no_grad():
         *folded, _ = (
-            engine.evaluate(arguments, engine.network.training) if engine.engine == "fold" else engine.fold(arguments)
+            engine.fold(arguments) if engine.behaviour.looped else engine.evaluate(arguments, engine.network.training)
         )
         *looped, _ = engine.loop(arguments)
     pairs = [(a, b) for a, b in zip(folded, looped, strict=True) if isinstance(b[0], Tensor)]
     return max((relative_error(a[k], x) for a, b in pairs for k, x in enumerate(b)), default=0.0)
 
 
-def report(engine: FoldEngine) -> Report:
-    """What each module that owns tensors got."""
-    plans, loops = engine.plans, engine.engine == "loop"
-    layers = layer_reports(engine.network, engine.num_members, engine.ways, engine.why if loops else None)
+def report(engine: Engine) -> Report:
+    """Return what each module that owns tensors got, the plans, and the state of each signature."""
+    plans, loops = engine.plans, engine.behaviour.looped
+    layers = layer_reports(engine.network, engine.num_members, engine.ways, engine.behaviour.why if loops else None)
     why_not = "the members are called one by one" if loops else plans.why_not
     where = "" if plans.launched else target()  # launches run on no instruction set of the CPU
     found = (layers, plans.kinds, why_not, plans.num_bytes)
-    return Report(engine.engine, engine.num_members, engine.why, *found, where, *plans.launches, slices=engine.slices)
+    return Report(
+        engine.behaviour.engine,
+        engine.num_members,
+        engine.behaviour.why,
+        *found,
+        where,
+        *plans.launches,
+        slices=engine.slices,
+        calls=[] if loops else list(engine.states.reports()),
+    )

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable
-from fastens.plan.record import NotRecordable
+from fastens.trace.record import NotRecordable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def recorded_rows(output: Any, hidden: Hidden) -> tuple[list[Tensor], Leaves]:
 
 
 def without_hidden(leaf: Any, hidden: Hidden) -> Any:
-    """A leaf of a pass over rows as [R, ...]: its logical batch of one goes.
+    """Return a leaf of a pass over rows as [R, ...], without the batch of one that each row's member sees.
 
     Raises:
         NotFoldable: it does not carry the batch.
@@ -134,7 +134,7 @@ VALUES = (
 
 
 def alike(column: Sequence[Any], of: str = "members") -> Any:
-    """The value, no tensor, that all members (or rows) return.
+    """Return the value, no tensor, that all members (or rows) return alike.
 
     Raises:
         TypeError: they differ, or it is an object that may hold tensors of a member.

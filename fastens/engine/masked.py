@@ -1,15 +1,64 @@
-"""One member of an MC Dropout ensemble as a module of its own."""
+"""Members that are dropout masks on one set of weights, as MC Dropout has them."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 
 from fastens.engine.arguments import Arguments
+from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import unwrapped
 from fastens.engine.masks import MaskPass, Masks
 from fastens.fold.dispatch import Fold, inside
-from fastens.fold.tensor import one_member
+from fastens.fold.tensor import Hidden, one_member
+
+if TYPE_CHECKING:
+    from fastens.engine.engine import Engine
+
+
+class Masked(MemberKind):
+    """Members that share all weights, and differ in the masks of the network's dropouts.
+
+    Args:
+        masks: of the ensemble.
+    """
+
+    own_weights = False
+    runs_alone = False
+    by_sample = True
+    wrapped = True
+    mode = False
+    drawn_anew = "fresh dropout masks are drawn", "use masks='fixed'"
+
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks
+        self.fresh = masks.fresh
+
+    def bind(self, network: nn.Module) -> None:
+        """Know the network's dropouts by their paths, and drop the masks that were kept."""
+        self.masks.bind(network)
+
+    def handed_out(self, member: nn.Module, k: int) -> nn.Module:
+        """A module that always applies member k's masks."""
+        return MaskedMember(member, self.masks, k)
+
+    def call(self, engine: Engine, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+        """What a module gives under member k's masks, in a pass of one member."""
+        hidden, arguments = one_member(engine.num_members, k), arguments.copied()
+        self.masks.know(member)
+        output = engine.run(engine.new_pass(hidden, arguments), arguments, method, network=member)
+        return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
+
+    def network_of(self, hidden: Hidden, network: nn.Module) -> nn.Module | None:
+        """None in a pass of one member, which runs that member's module."""
+        return None if hidden.size == 1 else network
+
+    def dropouts(self, hidden: Hidden, arguments: Arguments, samples: Tensor | None = None) -> MaskPass:
+        """The masks of the members of this pass, and of this evaluation where masks are fresh."""
+        members, of_rows = self.masks.layout(hidden, arguments)
+        return MaskPass(self.masks, members, of_rows if samples is None else samples, *arguments.evaluation)
 
 
 class MaskedMember(nn.Module):
@@ -32,8 +81,7 @@ class MaskedMember(nn.Module):
         """Run the network with the member's masks."""
         arguments, hidden = Arguments(args, kwargs).copied(), one_member(self.masks.num_members, self.member)
         self.masks.know(self.network)
-        masks = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
-        fold = Fold(hidden, wrapped=True, masks=masks)
+        fold = Fold(hidden, wrapped=True, dropouts=MaskPass(self.masks, *self.masks.layout(hidden, arguments)))
         bound, named = arguments.bound(fold)
         with inside(fold):
             output = self.network(*bound, **named)

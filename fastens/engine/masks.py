@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastens.engine.arguments import Arguments
+from fastens.fold.callsite import callers
 from fastens.fold.dispatch import Fold
+from fastens.fold.dropouts import Dropouts
 from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden
 from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel
-from fastens.plan.record import MaskInputs, Ref
 from fastens.reference._rows import rows_of
+from fastens.trace.record import MaskInputs, Ref
 
 # function: (draws whole channels, keeps mean and variance)
 FUNCTIONS: dict[Callable[..., Any], tuple[bool, bool]] = {
@@ -157,7 +159,7 @@ class Masks:
         return scale
 
 
-class MaskPass:
+class MaskPass(Dropouts):
     """The masks of one evaluation.
 
     Args:
@@ -170,11 +172,10 @@ class MaskPass:
     Attributes:
         applied: dropouts with p > 0 so far.
         calls: dropouts so far, by path.
-        functions: the functions that are masked.
-        as_factors: let fixed masks be factors in a recording, whose derivative is known, and not one operation.
     """
 
-    functions = FUNCTIONS
+    masked = True
+    functions = FUNCTIONS.keys()
 
     def __init__(
         self, masks: Masks, members: Tensor, samples: Tensor | None, seed: int | None = None, evaluation: int = 0
@@ -183,14 +184,36 @@ class MaskPass:
         self.members = members
         self.samples = samples if masks.fresh else None
         self.evaluation = (seed, evaluation) if masks.fresh else (None, 0)
-        self.as_factors = False
+        self._as_factors = False
         self.applied = 0
         self.calls: dict[str, int] = defaultdict(int)
 
-    @property
-    def fresh(self) -> bool:
-        """Whether masks depend on evaluation and sample."""
-        return self.masks.fresh
+        self.fresh = masks.fresh
+
+    def counted(self) -> dict[str, int]:
+        """How many dropouts each module has applied in this pass; a copy."""
+        return self.calls.copy()
+
+    @contextmanager
+    def counting_from(self, calls: Mapping[str, int] | None) -> Iterator[None]:
+        """Scope in which dropouts are counted on from ``calls``; none to go on. After it they are as before it."""
+        before = self.calls
+        if calls is not None:
+            self.calls = defaultdict(int, calls)
+        try:
+            yield
+        finally:
+            self.calls = before
+
+    def check(self) -> None:
+        """Raise :class:`NothingDropped` where no dropout of a whole pass had p > 0."""
+        if not self.applied:
+            calls = sum(self.calls.values())
+            raise NothingDropped(f"{calls} dropouts with p = 0" if calls else "no dropout")
+
+    def as_factors(self) -> None:
+        """Let fixed masks be factors in a recording, whose derivative is known, and not one operation."""
+        self._as_factors = True
 
     def drawn(self) -> Tensor:
         """What fresh masks depend on: the number of the evaluation, then the key of each dropout, int64 [1 + n]."""
@@ -198,7 +221,7 @@ class MaskPass:
         return torch.tensor([number, *(self.masks.key(seed, *layer) for layer in self.masks.layers)])
 
     def inputs_of(self, drawn: Ref | None) -> MaskInputs:
-        """As plans ask for it; see :class:`fastens.engine.planned.PlannedMasks`."""
+        """The key of each dropout, and the input that fresh masks are drawn from."""
         keys = {self.masks.key(self.evaluation[0], *layer): i for layer, i in self.masks.layers.items()}
         return MaskInputs(self.masks.num_members, keys, drawn)
 
@@ -239,14 +262,13 @@ class MaskPass:
         return fold.again(torch.mul, shifted, scale)
 
     def _path(self) -> str:
-        """The path of the innermost module of the network whose code is running."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            path = self.masks.path(frame.f_locals.get("self"))
-            if path is not None:
-                return path
-            frame = frame.f_back
-        return ""
+        """The path of the innermost module of the network whose code is running; of none, the root's.
+
+        Hooks would tell of modules that are called, and not of ``block.forward(x)``, nor of a helper method in which a
+        dropout is applied: which module's code is running, only the frames tell of all of these.
+        """
+        paths = (self.masks.path(frame.f_locals.get("self")) for frame in callers())
+        return next((path for path in paths if path is not None), "")
 
     def _masked(self, fold: Fold, given: Any, p: float, key: int, features: bool) -> Any:
         rows = self.members.shape[0]
@@ -264,7 +286,7 @@ class MaskPass:
     def _of_rows(self, fold: Fold, x: Tensor, p: float, key: int, features: bool) -> Tensor:
         members, samples, rows = self.members, self.samples, self.members.shape[0]
         number = self.evaluation[1]
-        if fold.recording and not features and not self.as_factors:
+        if fold.recording and not features and not self._as_factors:
             return _recorded(x, rows, members, samples, p, key, number)
         per_row = x.shape[0] // rows  # above 1 where tokens or frames were flattened into the rows
         aligned = (x.shape[1], *(1,) * (x.ndim - 2)) if features else x.shape[1:]

@@ -29,7 +29,7 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
         tensors, nested = emptied(leaves, spec)
         return *tensors, nested
     with unset_fake_temporarily():
-        _ = engine.engine == "loop" and engine.views  # made here, no tensors of theirs are fakes
+        _ = engine.behaviour.looped and engine.views  # made here, no tensors of theirs are fakes
     try:
         with with_stacks(engine, tuple(stacks)):
             *leaves, spec = engine.evaluate_at_once(arguments, False, method)

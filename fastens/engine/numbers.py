@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
-from fastens.fold.around import calling_line
+from fastens.fold.callsite import calling_line
 from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues
-from fastens.plan.record import NotRecordable, in_progress
+from fastens.trace.record import NotRecordable, in_progress
 
 Values = dict[int, float]  # by position among the leaves of the arguments
 Expression = Callable[[Values], float]
@@ -40,7 +40,7 @@ class SeenNumbers:
         self._seen: OrderedDict[Any, Values | dict[int, list[float]]] = OrderedDict()
 
     def note(self, arguments: Arguments) -> None:
-        """Look at a call, and tell its arguments which of their numbers vary, and which take any value."""
+        """Note the numbers of a call, and set ``varying`` and ``free`` of its arguments by what earlier calls had."""
         at = [i for i, x in enumerate(arguments.leaves) if type(x) is float or type(x) is int]
         if not at:
             return
@@ -63,7 +63,7 @@ class SeenNumbers:
 
 
 def _another(number: float) -> float:
-    """A number that may stand where another does."""
+    """Return another number of the same type, to tell an input of a plan from a constant."""
     return abs(number - 1) if type(number) is int else 0.875 * number or 0.125
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +16,20 @@ from fastens.engine.copies import duplicate, separate
 from fastens.engine.guards import Guards, ordinary_context
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.states import Refused, State, States
+from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
 from fastens.network.state import state_kept
 from fastens.network.weights import Weights
 from fastens.ops import run_program
 from fastens.plan.memory import Constants, KeptTensors
-from fastens.plan.record import MaskInputs, NotLowerable, NotRecordable, Recording, Ref, record, trace_of
-from fastens.plan.sketch import sketched
+from fastens.trace.record import NotLowerable, NotRecordable, Recording, record, trace_of
+from fastens.trace.sketch import sketched
 
 if TYPE_CHECKING:
     from fastens.engine.numbers import Numbers
-    from fastens.plan.launches import LaunchPlan
-    from fastens.plan.plan import Plan
+    from fastens.plan.cpu.plan import Plan
+    from fastens.plan.gpu.plan import LaunchPlan
 
 _MOST_PLANS = 16  # signatures; beyond them the oldest is dropped
 _MOST_REFUSALS = 64
@@ -41,34 +42,13 @@ _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded wit
 Tensors = list[Tensor]
 
 
-class PlannedMasks(Protocol):
-    """What a plan of a network under dropout masks asks of the masks of a pass."""
-
-    @property
-    def fresh(self) -> bool:
-        """Whether they depend on the evaluation."""
-        ...
-
-    def inputs_of(self, drawn: Ref | None) -> MaskInputs:
-        """What the recorded pass drew, where ``drawn`` is the input that fresh masks depend on."""
-        ...
-
-    def next_evaluation(self) -> PlannedMasks:
-        """The masks of the evaluation after this one."""
-        ...
-
-    def drawn(self) -> Tensor:
-        """What fresh masks depend on."""
-        ...
-
-
 class OtherNumbers(NotRecordable):
     """A plan takes numbers of one type, and Python makes another of those of a call."""
 
 
 @dataclasses.dataclass
-class Entry:
-    """A plan with what makes members' outputs of its own, and of numbers among the arguments inputs.
+class Entry(State):
+    """The state of a planned signature: its plan, what makes members' outputs of the plan's, and inputs of numbers.
 
     Attributes:
         plan: the recorded program.
@@ -79,6 +59,7 @@ class Entry:
         calls: how often it ran.
     """
 
+    name: ClassVar[str] = "planned"
     plan: Plan | LaunchPlan
     leaves: Leaves
     numbers: Numbers | None
@@ -114,67 +95,67 @@ class Plans:
     """The programs of one folded network, by signature of the call.
 
     Attributes:
-        known: signatures whose pass was held against the members once.
+        states: of the signatures: entries of this class, and refusals.
         why_not: why the last signature that got no plan has none, empty where all have one.
-        ways_of_rows: by signature of one row in deterministic mode, whether it has a plan.
     """
 
     _disturbed = 0  # recordings in succession during which weights were written to
     _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
     _launched = False  # launches on the CPU too, where they are tested
 
-    def __init__(self, network: nn.Module, num_members: int, backend: str = "auto") -> None:
+    def __init__(self, network: nn.Module, num_members: int, backend: str, states: States, guards: Guards) -> None:
         self._network = network
         self._backend = backend
-        self.guards = Guards(network)
+        self.guards = guards
         self._num_members = num_members
         self._changes = 0
-        self.ways_of_rows: dict[Any, bool] = {}
+        self.states = states
         self.clear()
 
     def clear(self) -> None:
         """Drop all plans and the packed weights."""
         self._device = next((t.device for t in self._network.parameters()), torch.device("cpu"))
         self._kind = self._device.type
-        self._plans: OrderedDict[Any, Entry] = OrderedDict()
-        self.known: set[Any] = set()
-        self._refused: dict[Any, str] = {}
+        self.states.drop(Entry, Refused)
         self._constants = Constants(sum(t.numel() for t in self._network.parameters()) * 5 // 2)
         self._kept = KeptTensors()
         self._rests_on: Any = None
         self.guards.look()
         self.why_not = ""
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The plans that there are, the oldest first."""
+        return self.states.all(Entry)
+
     def __len__(self) -> int:
-        return len(self._plans)
+        return len(self.entries)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weights and of all arenas."""
-        return (
-            self._constants.num_bytes
-            + self._kept.num_bytes
-            + sum(entry.plan.num_bytes for entry in self._plans.values())
-        )
+        return self._constants.num_bytes + self._kept.num_bytes + sum(entry.plan.num_bytes for entry in self.entries)
 
     @property
     def kinds(self) -> list[dict[str, int]]:
         """How many steps of each kind each plan has."""
-        return [entry.plan.kinds for entry in self._plans.values()]
+        return [entry.plan.kinds for entry in self.entries]
 
     @property
     def launches(self) -> tuple[list[dict[str, int]], int, str]:
         """Of plans that are launches: the ways of their convolutions, how many graphs there are, why some are not."""
-        from fastens.plan.launches import LaunchPlan
+        from fastens.plan.gpu.plan import LaunchPlan
 
-        plans = [e.plan for e in self._plans.values() if isinstance(e.plan, LaunchPlan)]
+        plans = [e.plan for e in self.entries if isinstance(e.plan, LaunchPlan)]
         why_not = next((plan.replays.why_not for plan in plans if plan.replays.why_not), "")
         return [plan.ways for plan in plans], sum(len(plan.replays) for plan in plans), why_not
 
     def current(self, key: Any) -> Entry | None:
         """The plan of a signature that :meth:`can_plan` let through, while network and weights are as they were."""
-        found = self._plans.get(key)
-        return None if found is None or self.guards.state() != self._rests_on or not found.holds else found
+        found = self.states.get(key)
+        if not isinstance(found, Entry) or self.guards.state() != self._rests_on or not found.holds:
+            return None
+        return found
 
     @property
     def launched(self) -> bool:
@@ -183,7 +164,7 @@ class Plans:
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""
-        return self._hooked() or (key in self._refused and self.guards.state() == self._rests_on)
+        return self._hooked() or (isinstance(self.states.of(key), Refused) and self.guards.state() == self._rests_on)
 
     def _hooked(self) -> bool:
         """Whether hooks want to be called, which a plan does not do."""
@@ -192,14 +173,15 @@ class Plans:
             self.why_not = "forward hooks want to be called, and a plan calls none"
         return hooked
 
-    def refuse(self, key: Any, why: str) -> None:
-        """Keep that a signature has no plan."""
-        self._plans.pop(key, None)
-        self._refused[key] = self.why_not = why
+    def refuse(self, key: Any, why: str, call: str = "") -> None:
+        """Keep that a signature has no plan, which was planned unless ``call`` says what is called."""
+        self.states.put(key, Refused(call=call or self.states.of(key).call, why=why))
+        self.why_not = why
 
     def why_refused(self, key: Any) -> str | None:
         """Why a signature was found to have no plan; none where it was not, or the weights have changed."""
-        return self._refused.get(key)
+        found = self.states.of(key)
+        return found.why if isinstance(found, Refused) else None
 
     def make(
         self,
@@ -209,12 +191,13 @@ class Plans:
         inputs: Tensors,
         expected: list[Tensors] | None = None,
         *,
+        call: str,
         dealt: bool = False,
         seen: Callable[[Tensors], Tensors] = list,
-        masks: PlannedMasks | None = None,
+        dropouts: Dropouts = BY_TORCH,
         numbers: Numbers | None = None,
     ) -> list[Any] | None:
-        """Record a pass and run its plan, so that the first result of a signature is no other than the next.
+        """Record a pass and return its plan's outputs, so that a signature's first result has the bits of the next.
 
         The plan is checked against what the members gave, or else against the recorded pass, and on other inputs
         against the first member.
@@ -226,11 +209,12 @@ class Plans:
             inputs: the tensors of the call.
             expected: what each member gave for these inputs. The pass is then recorded without its arithmetic, and a
                 signature for which that fails is not refused.
+            call: the signature as a report prints it.
             dealt: whether each row goes to one member; the last two inputs are then the offsets of the members' groups
                 and the member of each row, and ``member`` runs the one that all rows belong to.
             seen: what of the plan's outputs is compared with the member's.
-            masks: of a network under dropout masks. Where they are fresh, inputs have what they depend on behind the
-                tensors of the call, and then the sample of each row.
+            dropouts: of the pass. Where their masks are fresh, inputs have what these depend on behind the tensors of
+                the call, and then the sample of each row.
             numbers: of the call that are to be inputs. ``member`` then takes them by position, behind the tensors.
 
         Returns:
@@ -240,7 +224,7 @@ class Plans:
         before = self.guards.state()
         patient = not reproducible.enabled()  # else the same call has a plan at one time and none at another
         if before != self._rests_on:
-            self._changes = 1 if any(entry.calls > _USED for entry in self._plans.values()) else self._changes + 1
+            self._changes = 1 if any(entry.calls > _USED for entry in self.entries) else self._changes + 1
             self._changes *= patient
             self.clear()
             self._rests_on = before
@@ -253,8 +237,11 @@ class Plans:
         if patient and rarer:
             self.why_not = "weights are written to while the network is recorded"
             return None
-        refused = key in self._refused or (patient and len(self._refused) >= _MOST_REFUSALS)
-        if refused or self._hooked():
+        refused = self.why_refused(key)
+        if refused is None and patient and len(self.states.all(Refused)) >= _MOST_REFUSALS:
+            refused = f"{_MOST_REFUSALS} signatures were refused one, so no more are tried"
+        self.why_not = refused or self.why_not
+        if refused is not None or self._hooked():
             return None
         inputs = separate(inputs)
         why = ""
@@ -266,7 +253,7 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, masks, numbers)
+                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, dropouts, numbers)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
             except Exception as error:  # whatever it is: the members and the fold answer such a call
@@ -281,12 +268,11 @@ class Plans:
                     self.why_not = "weights were written to while the network was recorded"
                     return None
                 self._disturbed = 0
-                self._plans[key] = entry
-                self.known.add(key)
-                if len(self._plans) > _MOST_PLANS:
-                    self._plans.popitem(last=False)
+                entry.call = call
+                self.states.put(key, entry)
+                self.states.drop(Entry, most=_MOST_PLANS)
                 return entry.leaves.whole(outputs)
-        self.refuse(key, why)
+        self.refuse(key, why, call)
         return None
 
     def _checked(
@@ -297,7 +283,7 @@ class Plans:
         expected: list[Tensors] | None,
         dealt: bool,
         seen: Callable[[Tensors], Tensors],
-        masks: PlannedMasks | None,
+        dropouts: Dropouts,
         numbers: Numbers | None,
     ) -> tuple[Entry, Tensors]:
         num_threads, exact = torch.get_num_threads(), reproducible.enabled()
@@ -309,8 +295,7 @@ class Plans:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
         recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
         drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
-        if masks is not None:
-            recording.masks = masks.inputs_of(recording.inputs[drawn] if masks.fresh else None)
+        recording.masks = dropouts.inputs_of(recording.inputs[drawn] if dropouts.fresh else None)
         plan = self._lowered(recording, num_threads, exact)
         entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
         values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
@@ -327,8 +312,8 @@ class Plans:
         others = [duplicate(x, _OTHER_INPUT) for x in inputs]
         if dealt:
             others[-2:] = _another_draw(*inputs[-2:])
-        if masks is not None and masks.fresh:
-            others[drawn] = masks.next_evaluation().drawn()
+        if dropouts.fresh:
+            others[drawn] = dropouts.next_evaluation().drawn()
         if plan.sums and leaves.kinds == ("rows",):
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
@@ -347,17 +332,20 @@ class Plans:
     def _lowered(self, recording: Recording, num_threads: int, exact: bool) -> Plan | LaunchPlan:
         # loaded when something is lowered, not with the package
         if not self.launched:
-            from fastens.plan.plan import Plan
+            from fastens.plan.cpu.plan import Plan
 
             return Plan(recording, self._num_members, self._constants, num_threads, exact)
         if exact:
             raise NotLowerable("in deterministic mode: the kernels of launches are chosen by what was measured")
-        from fastens.plan.launches import LaunchPlan
+        from fastens.plan.gpu.plan import LaunchPlan
 
         return LaunchPlan(recording, self._num_members, self._kept, self._device, self._backend)
 
     def decline(self, why: str) -> bool:
-        """Say why a call runs without a plan, which is no plan's fault; return False."""
+        """Keep why a call runs without a plan and return False.
+
+        Its signature is not refused, since the next call may plan.
+        """
         self.why_not = why
         return False
 
@@ -367,7 +355,10 @@ class Plans:
         return not why or self.decline(why)
 
     def _obstacle(self, arguments: Tensors) -> str:
-        """What keeps a call from being a plan before anything of it is known, empty where nothing does."""
+        """Return what of context, device or gradients forbids a plan now, whatever the signature.
+
+        Empty where nothing does.
+        """
         kind = self._kind
         if not ordinary_context(kind):
             return "autocast, a function mode or a transform is active, in which members' own functions are called"

@@ -21,26 +21,27 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.engine.answers import note
 from fastens.engine.arguments import Arguments
-from fastens.engine.by_torch import by_torch, for_members
 from fastens.engine.calls import PlannedCall
+from fastens.engine.eager import eagerly, replicas_for
 from fastens.engine.guards import transformed
 from fastens.engine.leaves import alike, columns_of, joined
 from fastens.engine.rows import RowsOfMembers
-from fastens.engine.ways import note
-from fastens.plan.versions import contiguous
+from fastens.engine.states import Behaviour
 from fastens.reproducible import REMEDY, NotReproducible
+from fastens.trace.functionalize import contiguous
 
 if TYPE_CHECKING:
     from fastens.engine.drawn import DrawnCall
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 Result = TypeVar("Result")
 _OTHER_BITS = "rows by themselves have other bits than in this plan"
 
 
-def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: str) -> list[Any]:
-    """What :meth:`FoldEngine.evaluate` returns, row by row or to the same bits.
+def evaluate(engine: Engine, arguments: Arguments, training: bool, method: str) -> list[Any]:
+    """What :meth:`Engine.evaluate` returns, row by row or to the same bits.
 
     Raises:
         NotReproducible: the rows are mixed, or the network writes to itself or draws random numbers; in a transform.
@@ -65,15 +66,15 @@ def evaluate(engine: FoldEngine, arguments: Arguments, training: bool, method: s
     return found
 
 
-def _as_plan(engine: FoldEngine, arguments: Arguments, method: str) -> PlannedCall | None:
+def _as_plan(engine: Engine, arguments: Arguments, method: str) -> PlannedCall | None:
     if transformed():
         raise NotReproducible(f"deterministic: inside a transform of torch.func rows are not seen; {REMEDY}")
-    plannable = method == "forward" and engine.engine == "fold" and engine.can_plan(arguments)
+    plannable = method == "forward" and not engine.behaviour.looped and engine.can_plan(arguments)
     return PlannedCall(engine, arguments) if plannable else None
 
 
 def _evaluate_row(
-    engine: FoldEngine, row: Arguments, of_members: list[Arguments], training: bool, method: str
+    engine: Engine, row: Arguments, of_members: list[Arguments], training: bool, method: str
 ) -> list[Any]:
     def of_member(k: int, _: Any, method: str) -> Any:
         return engine.call_member(k, of_members[k], method)
@@ -83,8 +84,8 @@ def _evaluate_row(
     return _by_plan_or_torch(engine, once, lambda: _as_plan(engine, row, method), by_members)
 
 
-def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
-    """What some members return, by torch, where gradients are asked for; as :func:`evaluate` returns it.
+def through_members(engine: Engine, arguments: Arguments, members: Sequence[int]) -> list[Any]:
+    """Return what some members give by torch, where gradients are asked for, as :func:`evaluate` returns it.
 
     Raises:
         NotReproducible: likewise.
@@ -92,28 +93,31 @@ def through_members(engine: FoldEngine, arguments: Arguments, members: Sequence[
     found = []
     for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
         calls = list(zip(members, row, strict=True))
-        found.append(by_torch(engine, lambda calls=calls: _outputs(engine, calls)))
+        found.append(eagerly(engine, lambda calls=calls: _outputs(engine, calls)))
     return joined(found, 1)
 
 
-def _outputs(engine: FoldEngine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
+def _outputs(engine: Engine, calls: Sequence[tuple[int, Arguments]]) -> list[Any]:
     return columns_of([pytree.tree_flatten(engine.call_member(k, arguments)) for k, arguments in calls])
 
 
 def _own_rows(
     engine: Any, arguments: Arguments, rows: list[Arguments], count: int, method: str
 ) -> list[list[Arguments]]:
-    """For each row the calls of each member; where gradients are asked for, torch would add them up in its order."""
+    """For each row the call of each member, on replicas where gradients are asked for.
+
+    Torch would sum in its own order.
+    """
     common = [(x, i not in arguments.own) for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor)]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x, _ in common):
         return [[row] * count for row in rows]
-    parts = [for_members(x, count) if x.requires_grad and deals else [x] * count for x, deals in common]
+    parts = [replicas_for(x, count) if x.requires_grad and deals else [x] * count for x, deals in common]
     given = [arguments.with_tensors(list(of_member)) for of_member in zip(*parts, strict=True)]
     return [list(each) for each in zip(*(rows_of(engine, each, method) for each in given), strict=True)]
 
 
 def _by_plan_or_torch(
-    engine: FoldEngine,
+    engine: Engine,
     run: Callable[[], Result],
     as_plan: Callable[[], PlannedCall | None],
     by_members: Callable[[], Result],
@@ -122,12 +126,12 @@ def _by_plan_or_torch(
     planned = as_plan()
     if planned is None:
         note(engine, None, False)
-        return by_torch(engine, by_members)
+        return eagerly(engine, by_members)
     found, known = None, False
     if not planned.refused:
         found = run()
         known = _known(as_plan)
-    if engine.plans.ways_of_rows.setdefault(planned.key, known) != known:  # the check of a plan looks at numbers
+    if engine.states.rows_by_plan.setdefault(planned.key, known) != known:  # the check of a plan looks at numbers
         warnings.warn(
             f"fastens: deterministic: a row has {'a plan now, and had none' if known else 'no plan now, and had one'}, "
             f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
@@ -135,7 +139,7 @@ def _by_plan_or_torch(
         )
     answered = known and found is not None
     note(engine, planned, answered)
-    return found if answered else by_torch(engine, by_members)  # pyright: ignore[reportReturnType]
+    return found if answered else eagerly(engine, by_members)  # pyright: ignore[reportReturnType]
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
@@ -144,8 +148,8 @@ def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:
     return planned is not None and planned.known
 
 
-def drawn(call: DrawnCall, engine: FoldEngine, arguments: Arguments, members: Tensor) -> Any:
-    """What a call gives in which each row has its member."""
+def drawn(call: DrawnCall, engine: Engine, arguments: Arguments, members: Tensor) -> Any:
+    """Return what a member returns, each row by its own member and to the bits that it has alone."""
     if len(members) > 1:
         planned, found = call.planned_answer()
         if found is not None:
@@ -176,7 +180,7 @@ def rows_of(engine: Any, arguments: Arguments, method: str) -> list[Arguments]:
                 f"deterministic: a row's result depends on other rows, or an output does not carry the rows; {REMEDY}"
             )
         arguments = arguments.excluding(excluded)
-    if engine.stateful:
+    if engine.behaviour.writes_itself:
         raise NotReproducible(f"deterministic: the network writes to itself, so no row is evaluated alone; {REMEDY}")
     size = arguments.batch_size
     parts = [arguments.selected(torch.tensor([i])) for i in range(size)] if size != 1 else [arguments]
@@ -196,7 +200,7 @@ def _laid_out(arguments: Arguments) -> Arguments:
 
 
 def differs(made: list[Tensor], expected: list[Tensor]) -> str:
-    """Why a plan of several rows is none, which has other bits than the rows by themselves; else empty."""
+    """Return why a plan of several rows may not be used: other bits than the rows have alone; else empty."""
     return "" if all(map(_same_bits, made, expected)) else _OTHER_BITS
 
 
@@ -215,7 +219,7 @@ class Modules:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.views = list(network.children())
-        self.stateful = False
+        self.behaviour = Behaviour(looped=True, why="they are modules of their own")
         self.rows = self
         self._found = _FOUND.setdefault(network, [RowsOfMembers() for _ in self.views])
 
@@ -225,7 +229,7 @@ class Modules:
         return module(*args, **kwargs) if method == "forward" else getattr(module, method)(*args, **kwargs)
 
     def excluded(self, _: Any, arguments: Arguments, method: str) -> frozenset[int] | None:
-        """What only looks like the batch to all members; none where one of them mixes rows, or they disagree."""
+        """Positions of leaves that only look like the batch; none where a member mixes rows, or members disagree."""
         found = {rows.excluded(self._alone(k), arguments, method) for k, rows in enumerate(self._found)}
         return found.pop() if len(found) == 1 else None
 
@@ -255,7 +259,7 @@ def each_row(
     rows = rows_of(modules, arguments, method)
     if not rows:
         return run(arguments, slice(None))
-    return joined([by_torch(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
+    return joined([eagerly(modules, functools.partial(run, row, slice(i, i + 1))) for i, row in enumerate(rows)], 1)
 
 
 def each_member(
@@ -274,4 +278,4 @@ def each_member(
     if not rows:
         return run([arguments] * count)
     own = _own_rows(modules, arguments, rows, count, method)
-    return joined([by_torch(modules, functools.partial(run, each)) for each in own], 1)
+    return joined([eagerly(modules, functools.partial(run, each)) for each in own], 1)

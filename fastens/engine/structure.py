@@ -24,13 +24,13 @@ from fastens.network.state import state_kept
 from fastens.network.tables import converted, seen_as
 
 if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 
-def exactly(engine: FoldEngine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
-    """What member k gives in float32 on the same weights, none where it takes no other precision."""
+def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
+    """Return member k's tensors in float32 on the same weights; none where it takes no other precision."""
     device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
     given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
 
@@ -59,7 +59,7 @@ class Structure:
         expected: the tensors that each member gave.
     """
 
-    def __init__(self, engine: FoldEngine, arguments: Arguments, method: str, expected: list[list[Tensor]]) -> None:
+    def __init__(self, engine: Engine, arguments: Arguments, method: str, expected: list[list[Tensor]]) -> None:
         self._engine = engine
         self._arguments = arguments
         self._method = method
@@ -93,7 +93,7 @@ class Structure:
             leaves: what fold or plan gave, [K, ...], and their structure last.
         """
         tensors = [leaf for leaf in leaves[:-1] if isinstance(leaf, Tensor)]
-        own = self._engine.masks is None  # masks are the fold's, also where members run one by one
+        own = self._engine.kind.runs_alone  # else the fold would be held against itself
         exact = self._answers(drawn=False) if self.half and own else None
         if exact is None or isinstance(exact, str):
             network = self._engine.network
@@ -127,7 +127,7 @@ class Structure:
         return _parting(tensors, self._expected, allowed)
 
     def _answers(self, drawn: bool) -> tuple[list[Tensor], list[list[Tensor]]] | str | None:
-        """What the fold and each member give for other values, or why the fold gives nothing.
+        """Return what the fold and each member give for other values, or why the fold gives nothing where members do.
 
         None where the members give nothing to hold it to.
         """
@@ -215,7 +215,7 @@ def _shows_nothing(x: Tensor) -> bool:
 def _parting(
     folded: list[Tensor], members: list[list[Tensor]], tolerance: Callable[[Tensor], float], how: str = ""
 ) -> str | None:
-    """Where the fold parts from the members, none where it does not.
+    """Return the first difference of the fold from the members, said with its size; none where there is none.
 
     Args:
         folded: what the fold gave, [K, ...].

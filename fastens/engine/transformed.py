@@ -13,13 +13,13 @@ from fastens.network.state import NetworkState
 
 if TYPE_CHECKING:
     from fastens.engine.arguments import Arguments
-    from fastens.engine.evaluator import FoldEngine
+    from fastens.engine.engine import Engine
 
 Result = TypeVar("Result")
 
 
-def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
-    """What a loop over members gives; where they write to themselves, which no fold learns of, they stay looped.
+def in_transform(engine: Engine, run: Callable[[Any], Result]) -> Result:
+    """Return what a loop over members gives; members that write to themselves in it stay looped afterwards.
 
     Args:
         engine: that folds otherwise.
@@ -29,7 +29,7 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
     def call(k: int, arguments: Arguments, method: str = "forward") -> Any:
         return engine.call_module(engine.views[k], k, arguments, method)
 
-    if not engine.stateful:
+    if not engine.behaviour.writes_itself:
         modules = (engine.network, *engine.views)
         with temporarily_clear_interpreter_stack():  # what is kept is of no transform, which lets nothing be put back
             states = [NetworkState(module) for module in modules]
@@ -46,13 +46,13 @@ def in_transform(engine: FoldEngine, run: Callable[[Any], Result]) -> Result:
     return run(functools.partial(engine.call_member, remembers=True))
 
 
-def in_trace(engine: FoldEngine, arguments: Arguments, method: str = "forward") -> list[Any]:
+def in_trace(engine: Engine, arguments: Arguments, method: str = "forward") -> list[Any]:
     """Evaluate all members for a graph, which would not repeat what members write to themselves, in-place writes apart.
 
     Raises:
         NotFoldable: they write to themselves, which is undone, or have no one answer.
     """
-    loops = engine.engine == "loop"
+    loops = engine.behaviour.looped
     states = [NetworkState(each) for each in (engine.views if loops else [engine.network])]
     changed: set[str] = set()
     try:

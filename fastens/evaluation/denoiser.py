@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastens import parameterisation, rules
 from fastens.aggregation import applied_in, noise_dependent
-from fastens.engine.along import outputs_along
+from fastens.engine.jvp import outputs_and_jvp
 from fastens.ensemble import Ensemble
+from fastens.internal import engine_of, settings_of
 from fastens.ops.aggregate import aggregate
 from fastens.schedules import Prediction, Schedule, per_sample
 
@@ -89,16 +90,16 @@ class Denoiser:
             return self._predicted(output, x)
         return self.at(x, t).unsqueeze(0)
 
-    def outputs_along(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+    def outputs_and_jvp(self, x: Tensor, t: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
         """What every member predicts, and the derivatives of that along a tangent of ``x``, each [K, B, ...].
 
-        None where there is no plan that gives both, see :func:`fastens.engine.along.outputs_along`.
+        None where there is no plan that gives both, see :func:`fastens.engine.jvp.outputs_and_jvp`.
         """
-        engine = self.model._engine if isinstance(self.model, Ensemble) else None
+        engine = engine_of(self.model) if isinstance(self.model, Ensemble) else None
         if engine is None or "_share" in vars(self.model):  # over a mesh, whose other ranks have other members
             return None
         arguments = (self._input(x, t), self._network_time(x, t))
-        found = outputs_along(engine, arguments, self.conditioning, self._input(tangent, t))
+        found = outputs_and_jvp(engine, arguments, self.conditioning, self._input(tangent, t))
         if found is None or found[0].shape[1] != len(x):
             return None
         outputs, moved = (self._predicted(part, x) for part in found)
@@ -122,7 +123,7 @@ class Denoiser:
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
         """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
-        settings = self.model._settings if isinstance(self.model, Ensemble) else {}
+        settings = settings_of(self.model) if isinstance(self.model, Ensemble) else {}
         kind = self._kind
         target = None if rule.linear else applied_in(rule, self.prediction, settings.get("aggregate_in"))
         target, deviation = target or kind, self.prediction.sigma_data

@@ -52,7 +52,7 @@ class AugmentedFlow:
         if denoiser.rule.random or assigned_to(denoiser.model) is not None:
             return None
         for direction in self._directions(x):
-            found = denoiser.outputs_along(x, t, direction)
+            found = denoiser.outputs_and_jvp(x, t, direction)
             if found is None:
                 return None
             outputs, moved = found

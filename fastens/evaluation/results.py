@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.files import whole
+from fastens.internal import settings_of
 
 _SPEED = ("engine", "backend", "max_fold")  # settings of an ensemble that do not change what it computes
 
@@ -24,7 +25,7 @@ def fingerprint(**parts: Any) -> str:
         digest.update(name.encode())
         if isinstance(part, nn.Module):
             if isinstance(part, Ensemble):  # the same weights under other masks, or in another parameterisation
-                kept = {name: value for name, value in part._settings.items() if name not in _SPEED}
+                kept = {name: value for name, value in settings_of(part).items() if name not in _SPEED}
                 digest.update(json.dumps(kept, sort_keys=True, default=repr).encode())
             for key, tensor in part.state_dict().items():
                 digest.update(key.encode())

@@ -7,7 +7,7 @@ import functools
 import types as python_types
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastens.fold.around import calling_line, check_derivatives, checkpoint_in_progress
+from fastens.fold.callsite import calling_line, check_derivatives, checkpoint_in_progress
+from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.seeds import Seeds
 from fastens.fold.slices import entry_by_entry, of_one
@@ -33,6 +34,7 @@ from fastens.fold.tensor import (
 )
 from fastens.fold.writes import WritesInput, check_weights, count_write, depending, promote, writes_to
 from fastens.reference._rows import rows_of
+from fastens.scopes import scope
 
 if TYPE_CHECKING:
     from fastens.engine.numbers import Numbers
@@ -54,7 +56,7 @@ class Fold(TorchFunctionMode):
         wrapped: let common values be wrappers too, so that they can become member-valued in place.
         recording: a pass whose values are not those of the call: reads are refused, and layouts are those of plans.
         inputs: tensors of the call, which are not written to.
-        masks: of an ensemble of dropout masks.
+        dropouts: what its dropouts drop.
         numbers: of the call, which the plan that is recorded takes as inputs; none where it takes them as they are.
         reference: take torch's operations instead of kernels for the CPU.
         network: whose pass it is; none of functions that are called outside one.
@@ -72,7 +74,7 @@ class Fold(TorchFunctionMode):
         wrapped: bool = False,
         recording: bool = False,
         inputs: tuple[Tensor, ...] = (),
-        masks: Any = None,
+        dropouts: Dropouts = BY_TORCH,
         numbers: Numbers | None = None,
         reference: bool = False,
         network: torch.nn.Module | None = None,
@@ -82,7 +84,7 @@ class Fold(TorchFunctionMode):
         self.hidden = hidden
         self.wrapped = wrapped or recording
         self.recording = recording
-        self.masks = masks
+        self.dropouts = dropouts
         self.numbers = numbers
         self.reference = reference
         self.slices: Counter[str] = Counter()
@@ -97,12 +99,12 @@ class Fold(TorchFunctionMode):
     @property
     def outside(self) -> bool:
         """Whether a function was called outside a pass."""
-        return self.network is None and self.masks is None
+        return self.network is None and not self.dropouts.masked
 
     @property
     def alone(self) -> bool:
         """Whether this is one member with its masks, as the loop runs it."""
-        return self.masks is not None and self.hidden.size == 1 and not self.recording
+        return self.dropouts.masked and self.hidden.size == 1 and not self.recording
 
     @staticmethod
     def of(args: Any, kwargs: Any) -> Fold:
@@ -228,20 +230,11 @@ def current_fold() -> Fold | None:
 
 
 @contextmanager
-def inside(fold: Fold, calls: dict[str, int] | None = None) -> Iterator[None]:
+def inside(fold: Fold, calls: Mapping[str, int] | None = None) -> Iterator[None]:
     """Run Python in a pass; or a part of it again, whose dropouts are counted on from ``calls``."""
-    masks = fold.masks
-    counted = None if masks is None else masks.calls
-    if masks is not None and calls is not None:
-        masks.calls = calls.copy()
-    token = _CURRENT.set(fold)
-    try:
-        with nullcontext() if fold in _get_current_function_mode_stack() else fold:
-            yield
-    finally:
-        _CURRENT.reset(token)
-        if masks is not None:
-            masks.calls = counted
+    entered = nullcontext() if fold in _get_current_function_mode_stack() else fold
+    with fold.dropouts.counting_from(calls), scope(_CURRENT, fold), entered:
+        yield
 
 
 def rule(*functions: Any, own_op: bool = False) -> Callable[[Rule], Rule]:
@@ -368,11 +361,10 @@ def _resume(fold: Fold) -> None:
     frame = checkpoint_in_progress()
     if frame is None or frame is fold.checkpoint or getattr(frame.recompute_fn, "func", None) is _again:
         return
-    calls = None if fold.masks is None else fold.masks.calls.copy()
-    frame.recompute_fn = functools.partial(_again, fold, calls, frame.recompute_fn)
+    frame.recompute_fn = functools.partial(_again, fold, fold.dropouts.counted(), frame.recompute_fn)
 
 
-def _again(fold: Fold, calls: dict[str, int] | None, run: Callable[..., None], *args: Any) -> None:
+def _again(fold: Fold, calls: Mapping[str, int], run: Callable[..., None], *args: Any) -> None:
     fold.seeds = None  # the checkpoint itself goes back to where the generator was
     with inside(fold, calls):
         run(*args)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextvars
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-if TYPE_CHECKING:
-    from fastens.engine.evaluator import FoldEngine
+from fastens.scopes import scope
 
-ENGINES: weakref.WeakValueDictionary[str, FoldEngine] = weakref.WeakValueDictionary()
+if TYPE_CHECKING:
+    from fastens.engine.engine import Engine
+
+ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 _STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("stacks", default=None)
 
 
 class Nested(NamedTuple):
-    """How tensors and what else a call gives are nested, as :mod:`fastens.engine.evaluator` returns it."""
+    """How tensors and what else a call gives are nested, as :mod:`fastens.engine.engine` returns it."""
 
     spec: Any
     leaves: tuple[Any, ...]  # of a tensor [K, ...] none, of K tensors of their own K, else the members' K values
@@ -41,7 +43,7 @@ class Nested(NamedTuple):
 
 
 def emptied(leaves: list[Any], spec: Any) -> tuple[tuple[Tensor, ...], Nested]:
-    """The tensors of leaves, and the rest."""
+    """Return the tensors of leaves, and what puts them back in their places."""
     tensors, kept = [], []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -72,17 +74,12 @@ def traced(tensors: Iterable[Tensor]) -> bool:
     return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 
-@contextmanager
-def with_stacks(engine: FoldEngine, given: tuple[Tensor, ...]) -> Iterator[None]:
+def with_stacks(engine: Engine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
     """Scope of a trace, which has these in the place of the engine's stacks."""
-    token = _STANDING_IN.set({id(t): own for t, own in zip(engine.tensors, given, strict=True)})
-    try:
-        yield
-    finally:
-        _STANDING_IN.reset(token)
+    return scope(_STANDING_IN, {id(t): own for t, own in zip(engine.tensors, given, strict=True)})
 
 
-def number_of(engine: FoldEngine) -> str:
+def number_of(engine: Engine) -> str:
     """What a compiled graph finds the engine by: a string, which no compiler takes for a size that may change."""
     number = str(next(_NUMBERS))
     ENGINES[number] = engine

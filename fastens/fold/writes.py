@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastens.fold.nested import leaves_of
 from fastens.fold.tensor import MemberTensor, NotFoldable, memory_of
-from fastens.plan.record import in_progress
+from fastens.trace.record import in_progress
 
 if TYPE_CHECKING:
     from fastens.fold.dispatch import Fold

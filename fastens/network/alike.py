@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
-from fastens.network.held import same_bits, slots_in, slots_of
+from fastens.network.snapshots import same_bits, slots_in, slots_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
 _PROVENANCE = {
@@ -75,7 +75,7 @@ class _Comparison:
         return self._modules(self._first, self._other) or self._of_tensors(self._first, self._other)
 
     def same(self, a: Any, b: Any) -> str | None:
-        """None where two of their values are alike."""
+        """Return where two of their values differ; none where they are alike."""
         self._seen.clear()
         return self._same(a, b, "")
 
@@ -128,7 +128,7 @@ class _Comparison:
         return None
 
     def _same(self, a: Any, b: Any, path: str) -> str | None:
-        """None where two values are alike; what cannot be compared counts as different."""
+        """Return where two values differ, none where they are alike; what cannot be compared counts as different."""
         if a is b:
             return None
         if type(a) is not type(b) and not (isinstance(a, nn.Module) and isinstance(b, nn.Module)):

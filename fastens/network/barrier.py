@@ -122,7 +122,11 @@ def counts(table: dict[Any, Any]) -> bool:
 
 
 def watch(network: nn.Module, barrier: Barrier) -> None:
-    """Let every module of a network, and its tables, count writes."""
+    """Let every module of a network, and its tables, count writes.
+
+    Python looks up ``__setattr__`` on the class, so a module whose writes are counted is of another class; it has to be
+    the same object, since other modules, closures and lists refer to it. So its class is replaced.
+    """
     for _, _, table in tables_of(network):
         table.barrier = barrier
     for module in network.modules():

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastens.fold.tensor import TABLES, tensors_of
-from fastens.network.held import can_change
+from fastens.network.snapshots import can_change
 
 IN_PLACE = {
     "add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.held import same_bits
+from fastens.network.snapshots import same_bits
 from fastens.network.tables import tables_of
 
 __all__ = [

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
-from fastens.network.held import TENSOR, Held, held_by, is_atom
-from fastens.network.of_member import OfMember
-from fastens.network.outside import OutsideState
+from fastens.network.global_state import GlobalState
+from fastens.network.member_tables import MemberTable
+from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
 from fastens.network.tables import Stacks
 
 DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
@@ -42,13 +42,13 @@ class NetworkState:
 
     def __init__(self, network: nn.Module) -> None:
         modules = modules_of(network)
-        self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, OfMember)]
+        self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, MemberTable)]
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
         code = {class_of(module) for _, module in modules}
         code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
-        self._outside = OutsideState(code, seen)
+        self._outside = GlobalState(code, seen)
         self._draws = GlobalDraws() if self._outside.draws else None
 
     def shared(self) -> str:
@@ -75,15 +75,15 @@ class _OfModule:
     def __init__(self, prefix: str, module: nn.Module, seen: set[int]) -> None:
         self._prefix, self._attributes = prefix, vars(module)
         self._before = self._attributes.copy()
-        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, OfMember)]
+        tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, MemberTable)]
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
-        self._names = [(table, set(table)) for table in tables if not isinstance(table, OfMember)]
+        self._names = [(table, set(table)) for table in tables if not isinstance(table, MemberTable)]
         self._held = [
             (name, held)
             for name, value in self._before.items()
             if name not in _LOOKED_AT_ELSEWHERE and not is_atom(value)
-            for held in held_by(value, seen)
+            for held in snapshots_of(value, seen)
         ]
 
     def put_back(self, changed: set[str]) -> None:
@@ -108,7 +108,7 @@ class _OfModule:
 
 def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """The tensors of a table, of a member's those that have no place in the stacks."""
-    own = [(name, table[name]) for name in table.own] if isinstance(table, OfMember) else dict.items(table)
+    own = [(name, table[name]) for name in table.own] if isinstance(table, MemberTable) else dict.items(table)
     return list(own)
 
 
@@ -163,7 +163,7 @@ class Rollback:
         seen = {id(each) for each in (*modules, *tensors_of(network).values())}
         self._state = [
             (module, vars(module).copy(), [held for name, value in vars(module).items()
-                                           if name not in (*TABLES, "_barrier") for held in held_by(value, seen)])
+                                           if name not in (*TABLES, "_barrier") for held in snapshots_of(value, seen)])
             for module in modules
         ]  # fmt: skip
         tables = [state[name] for _, state, _ in self._state for name in TABLES]
@@ -193,10 +193,10 @@ class _Kept:
         self.name = name
         self._table = table
         self._common = isinstance(table, Stacks) and name in table.common
-        self._tensor = Held(tensor, TENSOR.save(tensor), TENSOR)
+        self._tensor = Snapshot(tensor, TENSOR.save(tensor), TENSOR)
 
     def restored(self) -> bool:
-        """Put it back; return whether it had been changed."""
+        """Put the tensor back in its table and its values in place; return whether anything had been changed."""
         replaced = dict.get(self._table, self.name) is not self._tensor.value
         if replaced:
             dict.__setitem__(self._table, self.name, self._tensor.value)

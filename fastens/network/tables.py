@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+import itertools
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastens.fold.callsite import callers
 from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
+from fastens.scopes import scope
 
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
 
-@contextmanager
-def scoped(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-    """Scope in which a context variable has a value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Let networks and members read other values than the stacks hold, made when they are read; none is written."""
-    return scoped(_SEEN, change)
+def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+    """Scope in which networks and members read ``change(stack)``; the stacks themselves are not written to."""
+    return scope(_SEEN, change)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype, a parameter as one; common tensors of a pass in progress are no wrappers."""
+    """Return a tensor in another dtype, of a parameter a parameter; inside a pass, too, it is no wrapper."""
     if tensor.dtype == dtype:
         return tensor
     with torch._C.DisableTorchFunction():
@@ -59,15 +51,19 @@ def as_seen(tensor: Tensor) -> Tensor:
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)
 
 
-def alone(k: int) -> AbstractContextManager[None]:
+def alone(k: int) -> AbstractContextManager[Any]:
     """Let the network's own modules read member k's tensors, as the modules of that member alone do."""
-    return scoped(_ALONE, k)
+    return scope(_ALONE, k)
 
 
 def _asked_by_name() -> bool:
-    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has."""
-    frame = sys._getframe(2).f_back  # of the table's user: the module's attribute, whose user asks
-    return frame is not None and frame.f_code is nn.Module.get_buffer.__code__
+    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has.
+
+    It is called on the root of what is exported, which may be a module of the user's, so there is no class of ours in
+    which to override it: only the frames tell that the stack is asked for, and not what a member sees.
+    """
+    asker = next(itertools.islice(callers(), 3, None), None)  # behind us: the table, the module's attribute, its user
+    return asker is not None and asker.f_code is nn.Module.get_buffer.__code__
 
 
 class Stacks(dict[str, Any]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
-from fastens.network.of_member import OfMember, view_of_member
+from fastens.network.member_tables import MemberTable, view_of_member
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 
@@ -26,7 +26,7 @@ State = list[dict[str, Any]]  # of a member: attributes for each of its modules
 
 
 def undisturbed(make: Callable[[], Made]) -> Made:
-    """What is made of state that calls of other threads write to, made again where they did meanwhile.
+    """Return ``make()``, called again where another thread changed what it iterates over meanwhile.
 
     It outlives a call in inference mode, so no tensor of it is an inference tensor.
     """
@@ -118,7 +118,7 @@ class MemberViews:
         return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]
 
     def adopt(self, states: list[State]) -> None:
-        """Let members have written to themselves what those of a copy had."""
+        """Give members what the members of another engine had written to themselves."""
         if states:
             self.get()
             self.keep()
@@ -175,7 +175,7 @@ def own_state(member: nn.Module, given: nn.Module) -> State:
     for module, attributes in zip(member.modules(), state, strict=True):
         for table in _TABLES:
             own = module.__dict__[table]
-            if isinstance(own, OfMember) and own.own:
+            if isinstance(own, MemberTable) and own.own:
                 attributes[table] = {name: own[name] for name in own.own}
     return state
 
@@ -200,7 +200,7 @@ def write(member: nn.Module, state: State) -> None:
             if name in _TABLES:
                 table = module.__dict__[name]
                 for each, tensor in value.items():
-                    (table.keep if isinstance(table, OfMember) else table.__setitem__)(each, tensor)
+                    (table.keep if isinstance(table, MemberTable) else table.__setitem__)(each, tensor)
             elif isinstance(value, str) and value == _GONE:
                 module.__dict__.pop(name, None)
             else:

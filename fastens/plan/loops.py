@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastens.plan.record import NotLowerable
 from fastens.program import steps
+from fastens.trace.record import NotLowerable
 
 
-def joined(sizes: list[int], strides: list[list[int]]) -> list[tuple[int, list[int]]]:
+def in_line(sizes: list[int], strides: list[list[int]]) -> list[tuple[int, list[int]]]:
     """Dimensions and their strides, sorted by the first operand's, those that lie in line as one."""
     order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -strides[0][d])
     found: list[tuple[int, list[int]]] = []
@@ -21,7 +21,7 @@ def joined(sizes: list[int], strides: list[list[int]]) -> list[tuple[int, list[i
 
 def simplified(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
     """Sort the dimensions by the first operand's strides, join those that lie in line, and pad to six in front."""
-    found = joined(sizes, strides)
+    found = in_line(sizes, strides)
     if len(found) == 1 and found[0][0] > 1024:
         size, inner = found[0]
         run = next((n for n in range(1024, 63, -1) if size % n == 0), size)

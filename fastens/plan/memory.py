@@ -36,18 +36,48 @@ class Buffer:
         self.last = max(self.last, step)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kept:
-    """A constant tensor that is read where it is, contiguous."""
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An input of the call or, behind the inputs, one of its outputs."""
 
-    tensor: Tensor
+    number: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor that does not depend on the inputs, in its logical order; one with the same key is the same.
+
+    Attributes:
+        key: what tells it from others; it may hold the identity of a storage.
+        tensor: the values.
+        source: the tensor that they come from, which is kept alive, so that its identity stays its own; none for one
+            that was made for this.
+    """
+
+    key: object
+    tensor: Tensor = dataclasses.field(compare=False, repr=False)
+    source: Tensor | None = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.tensor.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """A buffer or an argument whose bytes are read as another dtype, in whose elements views of it count."""
+
+    where: Buffer | Argument
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """A place: bytes from the start of a buffer, of a slot, or of a constant."""
+    """A place in a program: bytes from the start of a buffer or of a slot."""
 
-    where: Buffer | Kept | int
+    where: Buffer | int
     num_bytes: int = 0
 
     def plus(self, elements: int, size: int = 4) -> At:
@@ -58,8 +88,6 @@ class At:
         """The address, once the buffers are laid out."""
         if isinstance(self.where, Buffer):
             return address(Slot.ARENA, self.where.offset + self.num_bytes)
-        if isinstance(self.where, Kept):
-            raise TypeError("a constant outside the packed weights has no address in a program")
         return address(self.where, self.num_bytes)
 
 
@@ -141,19 +169,20 @@ class KeptTensors:
     """Constants of launches, where they are: what is contiguous is not copied."""
 
     def __init__(self) -> None:
-        self._known: dict[object, tuple[At, Tensor | None]] = {}
+        self._known: dict[object, tuple[Tensor, Tensor | None]] = {}
         self._joined: dict[object, tuple[Tensor, list[Tensor]]] = {}
 
-    def add(self, key: object, values: Tensor, source: Tensor | None = None) -> At:
-        """Keep a tensor, in its logical order, under a key; ``source`` is kept alive beside it."""
-        if key not in self._known:
-            self._known[key] = (At(Kept(values.detach().contiguous())), source)
-        return self._known[key][0]
+    def add(self, constant: Constant) -> Tensor:
+        """Keep a constant; return it contiguous."""
+        if constant not in self._known:
+            self._known[constant] = (constant.tensor.detach().contiguous(), constant.source)
+        return self._known[constant][0]
 
-    def stack(self, key: object, weight: Tensor) -> At:
+    def stack(self, weight: Constant) -> Tensor:
         """Keep a convolution's weights, which its kernels read in any layout."""
+        key = ("stack", weight)
         if key not in self._known:
-            self._known[key] = (At(Kept(weight.detach())), weight)
+            self._known[key] = (weight.tensor.detach(), weight.source)
         return self._known[key][0]
 
     def joined(self, stacks: list[Tensor]) -> Tensor:
@@ -167,5 +196,4 @@ class KeptTensors:
     def num_bytes(self) -> int:
         """Memory of what had to be copied."""
         copied = sum(tensor.nbytes for tensor, _ in self._joined.values())
-        tensors = ((at.where.tensor, source) for at, source in self._known.values() if isinstance(at.where, Kept))
-        return copied + sum(t.nbytes for t, s in tensors if s is None or t.data_ptr() != s.data_ptr())
+        return copied + sum(t.nbytes for t, s in self._known.values() if s is None or t.data_ptr() != s.data_ptr())

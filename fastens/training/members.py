@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastens.engine.arguments import member_arguments
 from fastens.ensemble import Ensemble
+from fastens.internal import combine, engine_of, output_of_member
 from fastens.outputs import columns, plain, stacked
 
 _MIXING = tuple(
@@ -45,11 +46,12 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     if "_share" in vars(ensemble):
         raise ValueError("an ensemble over a mesh is not trained; train the members apart, or in one process")
     arguments = member_arguments(ensemble.num_members, args, kwargs)
-    if ensemble._engine is not None:
-        leaves = ensemble._engine.evaluate(arguments, ensemble.training)
+    engine = engine_of(ensemble)
+    if engine is not None:
+        leaves = engine.evaluate(arguments, ensemble.training)
     else:
-        leaves = columns([ensemble._call_module(k, arguments) for k in range(ensemble.num_members)])
-    return plain(ensemble._combine(leaves, stacked))
+        leaves = columns([output_of_member(ensemble, k, arguments) for k in range(ensemble.num_members)])
+    return plain(combine(ensemble, leaves, stacked))
 
 
 def training_step(
@@ -105,11 +107,12 @@ def _unreached(ensemble: Ensemble) -> list[tuple[str, int, Tensor, Tensor]]:
 
     Empty for members that are folded: their code takes one way for all.
     """
-    if ensemble._engine is None or ensemble.engine != "loop":
+    engine = engine_of(ensemble)
+    if engine is None or not engine.behaviour.looped:
         return []
     found = []
     for name, p in ensemble.network.named_parameters():
-        if p.grad is not None and name not in ensemble._engine.shared:
+        if p.grad is not None and name not in engine.shared:
             reached = p.grad.reshape(len(p), -1).any(1).tolist()
             found += [(name, k, p, p.detach()[k].clone()) for k, by in enumerate(reached) if not by and any(reached)]
     return found
@@ -141,13 +144,14 @@ def clip_member_grad_norms(ensemble: Ensemble, max_norm: float) -> Tensor:
     Raises:
         ValueError: a parameter that all members share has a gradient, which belongs to no member.
     """
-    if ensemble._engine is None:
+    engine = engine_of(ensemble)
+    if engine is None:
         members = ensemble.network.children()
         return torch.stack([nn.utils.clip_grad_norm_(member.parameters(), max_norm) for member in members])
     gradients = []
     for name, parameter in ensemble.network.named_parameters():
         if parameter.grad is not None:
-            if name in ensemble._engine.shared:
+            if name in engine.shared:
                 raise ValueError(f"{name} is one tensor for all members and has a gradient; it belongs to none of them")
             gradients.append(parameter.grad)
     if not gradients:

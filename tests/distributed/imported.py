@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel  # noqa: F401
 import fastens.cli
 import fastens.evaluation.likelihood
 import fastens.interop.diffusers
-import fastens.plan.lower
+import fastens.plan.lowering.registry
 import fastens.runs
 import fastens.uncertainty.plots  # noqa: F401
 from tests.distributed import kind_cases, ranks  # noqa: F401

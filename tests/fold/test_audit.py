@@ -9,7 +9,7 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.engine.calls import PlannedCall
-from fastens.engine.evaluator import FoldEngine
+from fastens.engine.engine import Engine
 from fastens.engine.planned import Plans
 from tests.networks import randomised
 from tests.tolerances import relative_error
@@ -172,12 +172,12 @@ class Layers(nn.Module):
 def test_an_audit_costs_what_a_member_does_and_leaves_nothing_behind(layer, folds, monkeypatch):
     """The network's own modules run on the member's tensors, where they write nothing to themselves."""
     monkeypatch.setenv("FASTENS_AUDIT", "always")
-    passes, one_pass, recorded, checked = [], FoldEngine.one_pass, [], Plans._checked
+    passes, one_pass, recorded, checked = [], Engine.one_pass, [], Plans._checked
     monkeypatch.setattr(Plans, "_checked", lambda self, *a: (recorded.append(1), checked(self, *a))[1])
     ensemble = fastens.Ensemble([randomised(lambda: Layers(layer), seed) for seed in range(3)])
     x = torch.randn(6, 4)
     ensemble(x)
-    monkeypatch.setattr(FoldEngine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
+    monkeypatch.setattr(Engine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
     state = ensemble._engine.plans.guards.state()
     for _ in range(7):
         ensemble(x)
@@ -203,10 +203,10 @@ def test_a_network_that_only_the_fold_runs_is_audited_by_the_fold(monkeypatch):
     monkeypatch.setenv("FASTENS_AUDIT", "always")
     members, x = [randomised(Listing, seed) for seed in range(3)], torch.randn(6, 4)
     ensemble = fastens.Ensemble(members)
-    passes, one_pass = [], FoldEngine.one_pass
+    passes, one_pass = [], Engine.one_pass
     ensemble(x)
     assert ensemble.report().plans
-    monkeypatch.setattr(FoldEngine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
+    monkeypatch.setattr(Engine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
     expected = torch.stack([member(x) for member in members]).mean(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -81,7 +81,7 @@ def test_a_default_device_is_no_reason_to_fail(device, monkeypatch):
         for _ in range(2):
             assert relative_error(ensemble(X), expected) < 1e-5
         if device == "cpu":
-            (entry,) = ensemble._engine.plans._plans.values()
+            (entry,) = ensemble._engine.plans.entries
             assert entry.calls == 4  # it is planned there too
     fresh = fastens.Ensemble(list(ensemble.members))
     with torch.no_grad(), torch.device(device):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastens.engine import planned
-from fastens.plan import calls, merging
+from fastens.plan.gpu import calls
+from fastens.plan.gpu.passes import masks as drawing
 from fastens.reference.dropout import dropout
 from tests.fold.test_plan_masks import (  # noqa: F401  (they are collected here too)
     DROPPING_UNET,
@@ -35,9 +36,9 @@ def test_layers_that_are_functions_are_launches(masks):
     assert {name for name in plan if name.startswith("aten.")} <= {"aten.mean.dim"}
 
 
-@pytest.mark.parametrize("most", [merging._MOST_DRAWN, 0])
+@pytest.mark.parametrize("most", [drawing._MOST_DRAWN, 0])
 def test_one_launch_draws_all_masks_that_memory_holds(most, monkeypatch):
-    monkeypatch.setattr(merging, "_MOST_DRAWN", most)
+    monkeypatch.setattr(drawing, "_MOST_DRAWN", most)
     x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 6, 7, 8])
     report = same_as_the_loop(randomised(*DROPPING_UNET), "fresh", [((x, t), {}), ((0.5 * x, t), {})], p=0.3)
     (plan,) = report.plans

@@ -55,7 +55,7 @@ def launched_unet(name="unet_2d", **settings):
 
 
 def plan_of(ensemble):
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     return plan
 
 

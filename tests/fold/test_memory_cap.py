@@ -38,13 +38,13 @@ def wide(batch=64, width=256):
 def passes(monkeypatch):
     """The rows of every folded pass."""
     seen = []
-    original = fastens.engine.evaluator.FoldEngine.run
+    original = fastens.engine.engine.Engine.run
 
     def watched(self, fold, arguments, method="forward", rows=False):
         seen.append(fold.hidden.size * (1 if rows else arguments.batch_size))
         return original(self, fold, arguments, method, rows)
 
-    monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "run", watched)
+    monkeypatch.setattr(fastens.engine.engine.Engine, "run", watched)
     return seen
 
 
@@ -109,7 +109,7 @@ def test_memory_enough_means_one_pass(monkeypatch, passes):
 def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, passes):
     members, x = wide()
     ensemble = fastens.Ensemble(members)
-    original = fastens.engine.evaluator.FoldEngine.run
+    original = fastens.engine.engine.Engine.run
     failed = []
 
     def limited(self, fold, arguments, method="forward", rows=False):
@@ -119,7 +119,7 @@ def test_halves_the_fold_that_runs_out_and_remembers(limit, error, monkeypatch, 
             raise error("out of memory")
         return original(self, fold, arguments, method, rows)
 
-    monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "run", limited)
+    monkeypatch.setattr(fastens.engine.engine.Engine, "run", limited)
     with torch.no_grad():
         expected = torch.stack([member(x) for member in members])
         with pytest.warns(UserWarning, match="a pass of 256 rows ran out of memory, so one takes 128"):
@@ -139,8 +139,8 @@ def test_one_row_that_does_not_fit_is_the_callers_error(monkeypatch):
         def exhausted(self, *_):
             raise torch.OutOfMemoryError("out of memory")
 
-        monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "one_pass", exhausted)
-        monkeypatch.setattr(fastens.engine.evaluator.FoldEngine, "can_plan", lambda *_: False)
+        monkeypatch.setattr(fastens.engine.engine.Engine, "one_pass", exhausted)
+        monkeypatch.setattr(fastens.engine.engine.Engine, "can_plan", lambda *_: False)
         ensemble.refresh()
         with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="ran out"):
             ensemble.member_outputs(x)

@@ -65,7 +65,7 @@ def test_a_plan_holds_packed_copies_and_one_pass():
         ensemble(x)
     assert len(ensemble.report().plans) == 1
     assert ensemble._engine is not None
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     convs = [step for step in plan.steps if isinstance(step, steps.Conv)]
     stacks = [p for p in ensemble.parameters() if p.ndim == 5]
     assert len(convs) == len(stacks)

@@ -9,7 +9,7 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.engine import planned
-from fastens.plan.elementwise import has_exact_reciprocal
+from fastens.plan.lowering.elementwise import has_exact_reciprocal
 
 TIMES = torch.arange(1000)
 SIGMAS = torch.cat([torch.logspace(math.log10(0.002), math.log10(80), 1500), torch.tensor([0.002, 80.0])])

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import fastens
 from fastens.engine import planned
 from fastens.ops.group_moments import group_moments
-from fastens.plan import calls
-from fastens.plan.call import call
+from fastens.plan.gpu import calls
+from fastens.plan.torch_call import call
 from fastens.program.block import Prologue
 from fastens.program.steps import Opcode
 from tests.fold.test_plans import members_of
@@ -142,7 +142,7 @@ def test_a_whole_plan_has_no_hidden_kernels(monkeypatch):
     with torch.no_grad():
         expected = torch.stack([member.float()(x.float()) for member in members])
         actual = ensemble.member_outputs(x)
-    (plan,) = [entry.plan for entry in ensemble._engine.plans._plans.values()]
+    (plan,) = [entry.plan for entry in ensemble._engine.plans.entries]
     assert {"attention", "linear", "linear group", "layer norm"} <= set(plan.kinds)
     assert relative_error(actual, expected) <= 2 * OP[torch.float16]  # eight layers
     with Kernels(monkeypatch) as kernels:

@@ -91,7 +91,7 @@ DROPPING_UNET = (lambda: unet_2d(True), 0)
 @pytest.mark.parametrize("masks", ["fixed", "fresh"])
 def test_masks_take_no_pass_of_their_own_and_weights_are_packed_once(masks, monkeypatch):
     monkeypatch.setattr(
-        "fastens.plan.convolution.squares_of", lambda *_: 0
+        "fastens.plan.cpu.convolution.squares_of", lambda *_: 0
     )  # it depends on how many rows share a weight
     member = randomised(*DROPPING_UNET)
     dropout, deep = make(member, masks, p=0.3), fastens.Ensemble([randomised(DROPPING_UNET[0], k) for k in range(K)])
@@ -107,7 +107,7 @@ def test_masks_take_no_pass_of_their_own_and_weights_are_packed_once(masks, monk
         "Pointwise": other["Pointwise"],
     }
     plans = dropout._engine.plans
-    made = next(iter(plans._plans.values())).plan
+    made = next(iter(plans.entries)).plan
     convolutions = [step for step in made.steps if isinstance(step, steps.Conv)]
     assert all(step.rows_per_member == step.rows for step in convolutions)  # one run of one packed weight
     assert plans._constants.num_bytes < 1.2 * deep._engine.plans._constants.num_bytes / K

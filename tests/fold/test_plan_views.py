@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 
-from fastens.plan.record import Recording
-from fastens.plan.values import Apply, Expression, Leaf
-from fastens.plan.views import origin
+from fastens.plan.lowering.origin import origin
+from fastens.plan.lowering.values import Apply, Expression, Leaf
 from fastens.program.steps import Opcode
+from fastens.trace.record import Recording
 
 
 def elements(storage, offset, dims):

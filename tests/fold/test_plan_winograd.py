@@ -10,11 +10,8 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.ops.run_program import available
-from fastens.plan.memory import At
-from fastens.plan.tiling import tile
-from fastens.plan.values import Convolved, Pixels, Runs
-from fastens.plan.winograd import cost, squares_of
-from fastens.program.steps import Slot
+from fastens.plan.cpu.tiling import Shape, tile
+from fastens.plan.cpu.winograd import cost, squares_of
 from fastens.program.winograd import TILES
 from tests.networks import randomised
 from tests.tolerances import NETWORK, relative_error
@@ -23,11 +20,8 @@ pytestmark = pytest.mark.skipif(not available(), reason=f"no compiled library: {
 
 
 def convolved(batch, size, channels=64, out_channels=64, kernel=(3, 3), stride=(1, 1), members=5, given=False):
-    rows = members * batch
-    pixels = Pixels(None, rows, size, size, out_channels, 0, 0, 0)  # pyright: ignore[reportArgumentType]
-    weight = torch.empty(members, out_channels, channels, *kernel, device="meta")
-    runs = Runs(1, At(Slot.ARGUMENTS)) if given else Runs(batch)
-    return Convolved(pixels, pixels, weight, None, None, stride, (1, 1), runs)
+    run = 1 if given else batch
+    return Shape(members * batch, size, size, channels, out_channels, kernel, stride, members, run, given)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +53,7 @@ def test_rows_whose_members_are_given_run_as_those_of_members_in_turn(batch, siz
     in_turn, given = convolved(batch, size), convolved(batch, size, given=True)
     squares = squares_of(in_turn, 2)
     assert squares_of(given, 2) == squares
-    ours, theirs = tile(given, 64, 2, squares), tile(in_turn, 64, 2, squares)
+    ours, theirs = tile(given, 2, squares), tile(in_turn, 2, squares)
     assert dataclasses.replace(ours, tasks=theirs.tasks) == theirs
     assert ours.tasks >= theirs.tasks
 

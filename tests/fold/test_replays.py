@@ -12,7 +12,7 @@ import fastens
 from fastens import tune
 from fastens.engine import planned
 from fastens.kernels import _graph
-from fastens.plan import replay
+from fastens.plan.gpu import replay
 from tests.fold.test_launches import plan_of
 from tests.fold.test_plans import members_of
 from tests.tolerances import NETWORK, relative_error

@@ -6,8 +6,8 @@ import torch
 import fastens
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
-from fastens.plan.record import record
-from fastens.plan.sketch import sketched
+from fastens.trace.record import record
+from fastens.trace.sketch import sketched
 from tests.networks import NETWORKS, randomised
 
 
@@ -27,18 +27,18 @@ def layout(ref):
 
 
 def shapes(recording):
-    return [(node.name, [layout(ref) for ref in node.outs]) for node in recording.nodes]
+    return [(node.name, [layout(ref) for ref in node.outs]) for node in recording.operations]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_sketch_records_what_the_pass_does(name):
     computed, sketch = recordings(name)
-    assert computed.nodes
+    assert computed.operations
     assert shapes(sketch) == shapes(computed)
 
 
 def test_a_sketch_does_not_compute():
     _, sketch = recordings("unet_2d")
-    outs = [ref for node in sketch.nodes if node.name == "fastens.conv" for ref in node.outs]
+    outs = [ref for node in sketch.operations if node.name == "fastens.conv" for ref in node.outs]
     assert outs
     assert all(not sketch.tensors[ref.storage].any() for ref in outs)

@@ -19,9 +19,9 @@ from torch import Tensor
 import fastens
 from fastens.distributed.shares import Share
 from fastens.distributed.spreading import stacks_of
+from fastens.engine.answers import answers_seen
 from fastens.engine.arguments import Arguments
-from fastens.engine.evaluator import FoldEngine
-from fastens.engine.ways import ways_seen
+from fastens.engine.engine import Engine
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
@@ -82,19 +82,19 @@ def _over_ranks(ensemble: Any, ranks: int, args: Any, kwargs: Any) -> list[Tenso
     engine, parts, agreed = ensemble._engine, [], False
     shares = [Share(ensemble.num_members, ranks, rank) for rank in range(ranks)]
     engines = [
-        FoldEngine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
+        Engine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
         for share in shares
     ]
     while not agreed:
         seen = []
         parts = []
         for each in engines:
-            with ways_seen() as ways:
+            with answers_seen() as answers:
                 parts.append(each.evaluate(Arguments(args, kwargs), ensemble.training))
-            seen.append(ways)
-        agreed = len({ways.planned for ways in seen}) == 1
-        for ways in () if agreed else seen:
-            ways.refuse()
+            seen.append(answers)
+        agreed = len({answers.planned for answers in seen}) == 1
+        for answers in () if agreed else seen:
+            answers.refuse()
     columns = zip(*(part[:-1] for part in parts), strict=True)
     return [
         torch.cat([torch.stack(list(x))[: share.count] for x, share in zip(column, shares, strict=True)])

@@ -28,8 +28,7 @@ def run_case(case: Case, make: Callable[..., Any] = fastens.Ensemble) -> Outcome
     """Run one case on an ensemble of its members; see :func:`only_rounding` for what is no fault."""
     outcome = take(case, STEPS, make)
     fault = outcome.fault
-    small = fault is not None and fault.outcome == "wrong" and (fault.size < SMALL or unlike_any(fault))
-    if small and make is not Rounded and only_rounding(case, fault, make):
+    if fault is not None and fault.outcome == "wrong" and make is not Rounded and only_rounding(case, fault, make):
         outcome.fault, outcome.magnified = None, fault
     return outcome
 
@@ -40,16 +39,17 @@ def unlike_any(fault: Fault) -> bool:
 
 
 def only_rounding(case: Case, fault: Fault, make: Callable[..., Any]) -> bool:
-    """Whether a small difference is one of roundings, which the network magnifies.
+    """Whether a difference is one of roundings, which the network magnifies.
 
     It is where the loop with another rounding shows one of its size: batch norm of two rows in training, for one,
-    magnifies rounding a thousandfold. Gradients that cancel have no such witness: such a case has to be right in
-    float64.
+    magnifies rounding a thousandfold, and the gradient of a group norm of two numbers is nothing but rounding. A large
+    one has its witness in the same step. Gradients that cancel may have none: such a case has to be right in float64.
     """
+    small = fault.size < SMALL or unlike_any(fault)
     same = take(case, STEPS, Rounded).fault
-    if same is not None and fault.size < 10 * same.size < float("inf"):
+    if same is not None and fault.size < 10 * same.size < float("inf") and (small or same.step == fault.step):
         return True
-    if not fault.trained or case.network.dtype == "float64":
+    if not small or not fault.trained or case.network.dtype == "float64":
         return False
     return take(replace(case, network=replace(case.network, dtype="float64")), STEPS, make).fault is None
 

@@ -7,7 +7,7 @@ from fastens.ops._block_ways import CHOICE
 from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._tma_ways import Call
 from fastens.ops.group_moments import group_moments
-from fastens.plan import calls
+from fastens.plan.gpu import calls
 from fastens.program.block import ConvBlock
 from tests.tolerances import OP, relative_error
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastens import _native
 from fastens.ops.run_program import available
-from fastens.plan.packing import multiplies_bfloat16, pack, packed_size
+from fastens.plan.cpu.packing import multiplies_bfloat16, pack, packed_size
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Mask, Slot
 from tests.ops.programs import Memory, assert_close, random

@@ -7,7 +7,7 @@ from fastens.ops import conv2d_sum as op
 from fastens.ops._sum_ways import CHOICE
 from fastens.ops._table import Table
 from fastens.ops.group_moments import group_moments
-from fastens.plan import calls
+from fastens.plan.gpu import calls
 from fastens.program.block import ConvBlock
 from tests.ops.cases import needs_triton
 from tests.ops.convolutions import in_double

@@ -21,8 +21,8 @@ def scaled_dot_product(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     bound = dict(zip(_NAMES, args, strict=False)) | kwargs
     q, k, v, mask = (bound.pop(name, None) for name in _NAMES[:4])
     p = bound.get("dropout_p", 0.0)
-    if fold.masks is not None and p:
-        return fold.masks.attention(fold, q, k, v, mask, bound)
+    if p and fold.dropouts.masked:
+        return fold.dropouts.attention(fold, q, k, v, mask, bound)
     if not any(map(member_valued, (q, k, v, mask))):
         if p:
             q = fold.wrap(fold.entries(q).contiguous())
@@ -72,7 +72,7 @@ def multi_head(
     Inputs are [tokens, B, width], as the function takes them.
     """
     given = (query, key, value, in_proj_weight, out_proj_weight, q_proj_weight, attn_mask, key_padding_mask)
-    masked = fold.masks is not None
+    masked = fold.dropouts.masked
     drops = dropout_p > 0 and (training or masked)
     if not drops and not any(map(member_valued, given)):
         return NotImplemented

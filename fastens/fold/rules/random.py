@@ -92,8 +92,8 @@ def in_place(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 @draws(*named(_DROPOUTS))
 def dropout(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Each member's own mask: of its ensemble of masks, or drawn as torch draws."""
-    if fold.masks is not None and func in fold.masks.functions:
-        return fold.masks.dropout(fold, func, args, kwargs)
+    if func in fold.dropouts.functions:
+        return fold.dropouts.dropout(fold, func, args, kwargs)
     x = args[0] if args else kwargs["input"]
     named_args = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
     if func.__name__ in ("rrelu", "rrelu_") or not named_args.get("training", named_args.get("train", False)):

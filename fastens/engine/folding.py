@@ -1,0 +1,154 @@
+"""Passes of all members: the network's own code run once, with the member as a hidden dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
+
+from fastens.engine.arguments import Arguments
+from fastens.engine.calls import capturing
+from fastens.engine.entering import call
+from fastens.engine.leaves import unwrapped
+from fastens.engine.memory_cap import MemoryCap
+from fastens.engine.numbers import Numbers
+from fastens.engine.passes import ReadsRows, in_passes
+from fastens.engine.rows import RowsOfMembers
+from fastens.engine.stacked import StackedMembers
+from fastens.fold import handlers, rules  # noqa: F401  (handlers and rules register themselves)
+from fastens.fold.callsite import check_derivatives
+from fastens.fold.dispatch import Fold, inside
+from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.network.stacking import tensors_of
+from fastens.network.state import NetworkState
+
+Result = TypeVar("Result")
+
+
+class FoldedMembers(StackedMembers):
+    """Members that one pass evaluates together, or several passes where memory asks for it.
+
+    Args:
+        *members: as :class:`StackedMembers` takes them.
+        max_fold: the most rows of a pass that the user asked for; none for no bound.
+        backend: the code that runs the ops.
+
+    Attributes:
+        cap: how many rows a pass may have.
+        rows: which arguments carry rows, as members have shown.
+        ways: of convolution that the last pass took, by the identity of their kernels.
+        slices: functions without a rule that it ran member by member, and how often.
+    """
+
+    def __init__(self, *members: Any, max_fold: int | None, backend: str) -> None:
+        super().__init__(*members)
+        self.backend = backend
+        self.cap = MemoryCap(max_fold)
+        self.rows = RowsOfMembers()
+        self.ways: dict[int, str] = {}
+        self.slices: dict[str, int] = {}
+
+    def new_pass(
+        self,
+        hidden: Hidden,
+        arguments: Arguments,
+        recording: bool = False,
+        samples: Tensor | None = None,
+        numbers: Numbers | None = None,
+    ) -> Fold:
+        """Return a pass that has not run.
+
+        ``samples``, int64 [R], are those of its rows where they are a plan's input.
+        """
+        inputs = () if arguments.owned and not recording else tuple(arguments.tensors)
+        return Fold(
+            hidden,
+            wrapped=self.behaviour.wrapped,
+            recording=recording,
+            inputs=inputs,
+            dropouts=self.kind.dropouts(hidden, arguments, samples),
+            numbers=numbers,
+            reference=self.backend == "reference",
+            network=self.kind.network_of(hidden, self.network),
+        )
+
+    def run(
+        self,
+        fold: Fold,
+        arguments: Arguments,
+        method: str = "forward",
+        rows: bool = False,
+        network: nn.Module | None = None,
+    ) -> Any:
+        """Return what the network's own code, or a member's module, gives in a pass: of wrappers, not stacks."""
+        args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
+        with inside(fold):
+            output = call(network or self.network, method, args, kwargs)
+        if torch.is_grad_enabled():
+            check_derivatives(pytree.tree_leaves(output))
+        if method == "forward" and arguments.batch_size:
+            fold.dropouts.check()
+        return output
+
+    def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
+        """Return all members' leaves [K, ...] and their structure.
+
+        Several passes, of some members or rows, if memory asks.
+        """
+        if torch.compiler.is_compiling() or capturing():
+            return in_passes(self, arguments, key, method)
+        state = NetworkState(self.network)  # a branch that no call took before may write to it first
+        try:
+            leaves = in_passes(self, arguments, key, method)
+            if shared := state.shared():
+                raise NotFoldable(shared)
+        except StopRecomputation:
+            raise
+        except BaseException:
+            self._remembers(state.put_back())  # the members begin where this pass did
+            raise
+        if self.behaviour.writes_itself and not self.behaviour.looped:
+            self._views.forget()  # members by themselves begin with the state that this pass left behind
+            self.tensors = list(tensors_of(self.network).values())
+        return leaves
+
+    def _remembers(self, changed: set[str]) -> None:
+        self.behaviour.writes_itself = self.unshare(changed) or bool(changed) or self.behaviour.writes_itself
+
+    def fold_apart(self, run: Callable[[], Result]) -> Result:
+        """Return what passes over some members or rows give.
+
+        What one writes to the network would not be every member's.
+
+        Raises:
+            NotFoldable: it left something behind, which is undone.
+        """
+        if torch.compiler.is_compiling() or capturing():
+            return run()
+        state, shared = NetworkState(self.network), ""
+        try:
+            result = run()
+            shared = state.shared()
+        finally:
+            changed = state.put_back()
+            self._remembers(changed)
+        if shared or changed:
+            names = ", ".join(sorted(changed)[:3])
+            raise NotFoldable(shared or f"the network writes to itself ({names}), here for some members only")
+        return result
+
+    def one_pass(self, arguments: Arguments, hidden: Hidden, method: str = "forward", part: bool = False) -> list[Any]:
+        """Return the leaves [N, ...] of one pass and their structure.
+
+        With ``part``, raise where Python reads a value.
+        """
+        fold = self.new_pass(hidden, arguments)
+        leaves, spec = pytree.tree_flatten(self.run(fold, arguments, method))
+        if part and fold.reads:
+            raise ReadsRows(fold.reads)
+        self.slices, self.ways = dict(fold.slices), fold.ways
+        return [*(unwrapped(x, hidden) for x in leaves), spec]

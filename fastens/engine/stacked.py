@@ -1,0 +1,139 @@
+"""Members of one structure as stacks of their tensors: what they share, and each of them called by itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastens.engine.arguments import Arguments
+from fastens.engine.guards import Guards
+from fastens.engine.kinds import MemberKind
+from fastens.engine.leaves import columns_of
+from fastens.engine.states import Behaviour
+from fastens.network.folded import build_network, shared_names, skeleton_of
+from fastens.network.member_tables import settle
+from fastens.network.originals import Originals
+from fastens.network.stacking import tensors_of
+from fastens.network.tables import tables_of, unshare
+from fastens.network.views import MemberViews, State, standing_alone
+
+
+class StackedMembers:
+    """K members of one structure, whose tensors are stacks [K, ...].
+
+    Args:
+        skeleton: one member's structure, parameters and buffers on the meta device.
+        stacks: its tensors [K, ...] by name.
+        shared: the names of those that are held once.
+        num_members: K.
+        kind: what members have for themselves.
+        behaviour: what is known of the network as a whole.
+        originals: the members that were handed in, against which the first call is held; none where they are gone.
+
+    Attributes:
+        network: the folded network, which owns the stacks.
+        guards: the state of the network, and what counts writes to it.
+        tensors: the stacks, in the order in which a compiled graph takes them.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        stacks: dict[str, Tensor],
+        shared: frozenset[str],
+        num_members: int,
+        kind: MemberKind,
+        behaviour: Behaviour,
+        originals: Any = None,
+    ) -> None:
+        self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
+        self.network = build_network(skeleton, stacks, shared, num_members)
+        self.guards = Guards(self.network)
+        self.originals = None if originals is None else Originals(originals, self.network)
+        self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
+        self._views = MemberViews(self.network, num_members, self.guards.barrier)
+        self.look()
+        if behaviour.looped:
+            self.unshare_all()
+
+    def look(self) -> None:
+        """Look at the stacks anew, which may have been moved, converted or replaced."""
+        for _, _, table in tables_of(self.network):
+            table.forget()
+        self.tensors = list(tensors_of(self.network).values())
+        self.kind.bind(self.network)
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """One member's structure as it is now, without weights."""
+        return skeleton_of(self.network)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the tensors that all members share."""
+        return shared_names(self.network)
+
+    def member(self, k: int) -> nn.Module:
+        """A module that is member k, with copies of its tensors."""
+        return self.kind.handed_out(standing_alone(self._views.fresh(k), self.skeleton), k)
+
+    def own_states(self) -> tuple[list[State], str]:
+        """What the members wrote to themselves, where they are called one by one, and why they are."""
+        return (self._views.own_states() if self.behaviour.looped else []), self.behaviour.why
+
+    def adopt_states(self, states: list[State], why: str) -> None:
+        """Go on with what the members of another engine wrote to themselves, one by one."""
+        if any(any(state) for state in states):
+            self.behaviour.looped, self.behaviour.why = True, why
+            self.unshare_all()
+            self._views.adopt(states)
+
+    @property
+    def views(self) -> list[nn.Module]:
+        """Every member as a module of its own, whose tensors are parts of the stacks."""
+        if self.behaviour.looped and self._views.stale:
+            self.unshare_all(weights=False)  # of what was put in
+        return self._views.get()
+
+    def attribute(self, name: str) -> Any:
+        """An attribute of the network, or the first member's where members write to attributes of their own."""
+        own = self._views.attributes
+        return own[name] if name in own else getattr(self.network, name)
+
+    def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
+        """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""
+        view, remembers = self.views[k], remembers or self.behaviour.writes_itself or self.behaviour.looped
+        if remembers:
+            self._views.keep()
+        output = self.call_module(view, k, arguments, method)
+        settle(view, keeps=remembers, copies=self.behaviour.looped)
+        return output
+
+    def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+        """What a module that is member k returns."""
+        return self.kind.call(self, module, k, arguments, method)
+
+    def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
+        """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
+        call_member = call_member or functools.partial(self.call_member, remembers=True)
+        outputs = (call_member(k, arguments, method) for k in range(self.num_members))
+        return columns_of([pytree.tree_flatten(output) for output in outputs])
+
+    def unshare(self, names: Iterable[str]) -> bool:
+        """Give each member its own of these tensors, unless one object is in all; return whether there are."""
+        found = unshare(self.network, set(names) - self._one_object)
+        self.tensors = list(tensors_of(self.network).values())
+        return found
+
+    def unshare_all(self, weights: bool = True) -> None:
+        """Give each member its own of what its own code may write."""
+        every = weights and self.kind.own_weights
+        self.unshare(tensors_of(self.network) if every else dict(self.network.named_buffers()))
+
+    def all_one_object(self, names: Iterable[str]) -> bool:
+        """Whether one of these tensors was one object in all members that were handed in: none has its own of it."""
+        return not self._one_object.isdisjoint(names)

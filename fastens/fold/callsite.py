@@ -1,0 +1,65 @@
+"""What is around a torch function in progress: the line that called it, the checkpoint, the graph of autograd."""
+
+import inspect
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import _CheckpointFrame
+
+from fastens.fold.tensor import MemberTensor, NotFoldable
+
+_MACHINERY = ("torch", *(f"fastens.{package}" for package in ("engine", "network", "fold", "trace", "plan")))
+
+
+def callers() -> Iterator[FrameType]:
+    """The Python functions in progress, the innermost first; this one's caller among them.
+
+    Who uses it looks at code of others, which calls us as it calls anything: nothing but its frames tells who it is.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+        yield frame
+
+
+def calling_line() -> str:
+    """File and line of the network's Python that called the function in progress; said in errors, nothing rests on it.
+
+    A torch function knows its arguments and not its caller, so only the frames tell.
+    """
+    for frame in callers():
+        if not frame.f_globals.get("__name__", "").startswith(_MACHINERY):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "an unknown place"
+
+
+def checkpoint_in_progress() -> Any:
+    """The innermost activation checkpoint in progress, whose functions the backward pass runs again.
+
+    Read from the closure of the hooks that it pushed: torch has no function that gives it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
+        return None
+    held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
+    return next((x for x in held if isinstance(x, _CheckpointFrame)), None)  # none in such a second run
+
+
+def check_derivatives(leaves: list[Any]) -> None:
+    """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
+    for leaf in leaves:
+        if (
+            type(leaf) is MemberTensor
+            and not leaf.stack.requires_grad
+            and not isinstance(leaf.stack, torch.nn.Parameter)
+        ):
+            with torch._C.DisableTorchFunctionSubclass():
+                detached = Tensor.requires_grad.__get__(leaf)
+                made = Tensor.grad_fn.__get__(leaf)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
+            if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
+                leaf.stack.requires_grad_()
+            elif detached:
+                raise NotFoldable("an autograd.Function of the network differentiates by itself")

@@ -1,0 +1,233 @@
+"""One member's parameters and buffers: parts of the stacks, or what it put in their place."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from fastens.fold.stand_ins import standing_in, traced
+from fastens.fold.tensor import MemberTensor, modules_of
+from fastens.network.snapshots import member_values
+from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.scopes import scope
+
+_READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
+
+
+def read_through(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+    """Scope in which members' own modules read ``change(part)`` in the place of their part of a stack."""
+    return scope(_READ, change)
+
+
+_CALLED: contextvars.ContextVar[bool] = contextvars.ContextVar("called", default=False)
+
+
+def called() -> AbstractContextManager[Any]:
+    """Scope of a call of a member's own code, whose reads and writes :func:`settle` settles.
+
+    What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
+    """
+    return scope(_CALLED, True)
+
+
+# Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
+# that what autograd saved of the member before is as it was.
+_COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+class MemberTable(dict[str, Any]):
+    """One member's parameters or buffers, read from the stacks whenever they are read.
+
+    Args:
+        source: the stacks.
+        k: the member.
+        parts: what was read of each stack by all its tables, while it is held: tied tensors are one object.
+    """
+
+    def __init__(self, source: Stacks, k: int, parts: weakref.WeakValueDictionary[Any, Tensor]) -> None:
+        super().__init__(dict.fromkeys(source))
+        self.source, self.k, self._parts = source, k, parts
+        self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
+        # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
+        self._given: dict[str, tuple[Tensor, int, Any, int]] = {}
+        self._put: dict[str, Tensor] = {}  # what the member has put in the place of its own, in the call in progress
+
+    def _read(self, name: str) -> Any:
+        if name in self._put:
+            return self._put[name]
+        if name in self.own:
+            return super().__getitem__(name)
+        tensor = dict.__getitem__(self.source, name)
+        if tensor is None:
+            return None
+        tensor = standing_in(tensor)
+        if seen_otherwise():
+            tensor = as_seen(tensor)
+            return tensor if name in self.source.common else part_of(tensor, self.k)
+        read = _READ.get()
+        if read is not None:
+            return read(tensor if name in self.source.common else part_of(tensor, self.k))
+        if name in self.source.common:
+            return tensor
+        if traced((tensor,)):
+            return part_of(tensor, self.k)
+        settled = _CALLED.get()
+        before, copied = (self._given.get(name), id(tensor) in _COPIED) if settled else (None, False)
+        mode = None if copied else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        read = mode, id(tensor), tensor.requires_grad
+        if before is not None:
+            own, address, read_before, _ = before
+            if own.data_ptr() != address or (read_before == read and (copied or self._is_in_place(name, own))):
+                return own  # to a member, one object
+        own = self._parts.get(read)
+        if own is None or not (copied or self._is_in_place(name, own)):
+            with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
+                own = self._parts[read] = part_of(tensor, self.k, copied)
+        if settled:
+            first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
+            self._given[name] = own, own.data_ptr(), read, first
+        return own
+
+    def __getitem__(self, name: str) -> Any:
+        if torch.compiler.is_dynamo_compiling() and name in self.source and name not in self.own:  # in torch.cond
+            stack = dict.__getitem__(self.source, name)
+            return stack if stack is None or name in self.source.common else stack[self.k]
+        with torch._C.DisableTorchFunction():  # that it is read is no use that the member's own code makes of it
+            return self._read(name) if name in self.source or name in self._put else super().__getitem__(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take a member's new value, which :meth:`settle` keeps unless what was there comes back."""
+        if isinstance(value, MemberTensor) and (value.hidden is None or value.hidden.size == 1):
+            value = value.stack if value.hidden is None else value.stack[0]
+        given = self._given.get(name)
+        back = given is not None and given[0] is value
+        if name in self.source and name not in self.own and (back or self._is_in_place(name, value)):
+            self._put.pop(name, None)
+            return
+        self._put[name] = value
+        self.setdefault(name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """What a copy of the member's module has, which its code makes: tensors of its own."""
+        return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
+    def _is_in_place(self, name: str, value: Any) -> bool:
+        """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
+        stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
+        if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
+            return value is stack
+        while torch._C._functorch.is_gradtrackingtensor(value):  # a part that was read in a transform is its own
+            value = torch._C._functorch.get_unwrapped(value)
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return False
+        own = 0 if name in self.source.common else 1
+        offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
+        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
+            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
+        )
+
+    def settle(self, keeps: bool, apart: bool = False, copies: bool = False) -> set[str]:
+        """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names.
+
+        Args:
+            keeps: whether it is kept.
+            apart: apart from the stacks.
+            copies: whether members get copies from now on of what this one wrote to in place.
+        """
+        given = list(self._given.items())  # at once: other threads read as well
+        replaced = {name: own for name, (own, address, *_) in given if own.data_ptr() != address}
+        written = {name: own for name, (own, *_, before) in given if own.is_inference() or _version(own) != before}
+        stacks = {name: dict.get(self.source, name) for name in written}
+        replaced |= {name: own for name, own in written.items() if id(stacks[name]) in _COPIED}
+        if copies and torch.is_grad_enabled():
+            _COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
+        replaced |= self._put
+        self._put, self._given = {}, {}
+        for _, (_, _, read, _) in given:
+            if read[0] is None:  # a copy of this call
+                self._parts.pop(read, None)
+        for name, value in replaced.items():
+            if apart:
+                self._keep_here(name, value)
+            elif keeps:
+                with temporarily_clear_interpreter_stack():  # a transform lets nothing from outside be written to
+                    self.keep(name, value)
+            elif name not in self.source and name not in self.own:
+                super().__delitem__(name)
+        return set(replaced)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
+        stack = dict.get(self.source, name)
+        like = None if stack is None else stack if name in self.source.common else stack[self.k]
+        if like is None or not isinstance(value, Tensor) or (
+            (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
+            or torch._C._functorch.is_functorch_wrapped_tensor(value)
+        ):  # fmt: skip
+            self._keep_here(name, value)
+            return
+        self.own.discard(name)
+        if name in self.source.common:
+            self.source.unshared(name)
+        place = dict.__getitem__(self.source, name).data[self.k]
+        with torch.inference_mode() if place.is_inference() else torch.no_grad():
+            place.copy_(value.detach())
+
+    def _keep_here(self, name: str, value: Any) -> None:
+        self.own.add(name)
+        super().__setitem__(name, value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a name."""
+        return self[name] if name in self else default  # noqa: SIM401  (it is what it would call)
+
+    def items(self) -> Any:
+        """Names and values."""
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        """Values."""
+        return [self[name] for name in self]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:
+    """Settle what a member's own code replaced in its tables; see :meth:`MemberTable.settle`."""
+    for _, module in modules_of(view):
+        for table in (module._parameters, module._buffers):
+            if isinstance(table, MemberTable):
+                table.settle(keeps, apart, copies)
+
+
+def view_of_member(network: nn.Module, k: int) -> nn.Module:
+    """Member k as a module of its own, whose tensors are parts of the stacks and whose Python state is a copy."""
+    memo: dict[int, Any] = {}
+    for _, _, table in tables_of(network):
+        for name, stack in table.items():
+            if stack is not None:
+                own = stack if name in table.common else stack[k]
+                memo[id(stack)] = own
+                memo[id(table[name])] = own
+    for value in member_values(network):  # what its forward left behind in attributes
+        memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
+    view, parts = copy.deepcopy(network, memo), weakref.WeakValueDictionary()
+    for module, original in zip(view.modules(), network.modules(), strict=True):
+        for name in ("_parameters", "_buffers"):
+            table = original.__dict__[name]
+            if isinstance(table, Stacks):
+                module.__dict__[name] = MemberTable(table, k, parts)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
+    return view

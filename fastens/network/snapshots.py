@@ -1,0 +1,338 @@
+"""What attributes reach that code can change in place: saved, compared with later, and put back.
+
+Everything by which members are told apart (:mod:`fastens.network.alike`) is state, so everything of it that can change
+is here: containers of every kind, objects by their attributes and slots, arrays, tensors, random generators and the
+cells of closures.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import enum
+import functools
+import pickle
+import random
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from operator import is_
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastens.fold.tensor import MemberTensor, memory_of
+
+
+class Kind(NamedTuple):
+    """How one kind of object is saved, compared with what was saved, put back, and what it refers to."""
+
+    save: Callable[[Any], Any]
+    same: Callable[[Any, Any], bool]
+    put_back: Callable[[Any, Any], Any] | None  # none where it cannot change, and only refers to what can
+    reached: Callable[[Any], Iterable[Any]] = lambda value: ()
+
+
+class Snapshot(NamedTuple):
+    """One object as it was."""
+
+    value: Any
+    saved: Any
+    kind: Kind
+
+    def restored(self) -> bool:
+        """Put it back; return whether it had been changed."""
+        if self.kind.same(self.value, self.saved):
+            return False
+        assert self.kind.put_back is not None
+        self.kind.put_back(self.value, self.saved)
+        return True
+
+
+def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
+    """Return a snapshot of every object that a value reaches and that can change in place.
+
+    Args:
+        value: where to begin.
+        seen: identities of what is looked at elsewhere; what is found is added.
+    """
+    return [
+        Snapshot(each, kind.save(each), kind)
+        for each, kinds in _reached(value, seen)
+        for kind in kinds
+        if kind.put_back is not None
+    ]
+
+
+def member_values(network: nn.Module) -> list[MemberTensor]:
+    """The tensors with a value per member that a network holds in its attributes."""
+    seen = {id(module) for module in network.modules()}
+    values = [value for module in network.modules() for value in vars(module).values()]
+    return [each for value in values for each, _ in _reached(value, seen) if isinstance(each, MemberTensor)]
+
+
+def _reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        kinds = _kinds_of(type(value))
+        yield value, kinds
+        for kind in kinds:
+            waiting.extend(kind.reached(value))
+
+
+def is_atom(value: Any) -> bool:
+    """Whether a value neither changes in place nor refers to any that does."""
+    kind = type(value)
+    return kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value))
+
+
+def can_change(value: Any) -> bool:
+    """Whether a value that is no tensor, module or function can change in place."""
+    apart = isinstance(value, Tensor | nn.Module | types.FunctionType) or type(value) in _ATOMS
+    return not apart and any(kind.put_back is not None for kind in _kinds_of(type(value)))
+
+
+_ATOMS = frozenset((
+    int, float, complex, bool, str, bytes, type(None), range, type, torch.dtype, torch.device, torch.Size,
+    torch.memory_format, types.BuiltinFunctionType, types.ModuleType,
+))  # fmt: skip
+# what has a life of its own, or is no state: attributes of such objects are left alone
+_LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
+_KNOWN: weakref.WeakKeyDictionary[type, tuple[Kind, ...]] = weakref.WeakKeyDictionary()
+
+
+def _kinds_of(kind: type) -> tuple[Kind, ...]:
+    """What an object of a class is: a container or the like, and what has attributes and slots."""
+    kinds = _KNOWN.get(kind)
+    if kinds is None:
+        kinds = _KNOWN[kind] = tuple(_find_kinds(kind))
+    return kinds
+
+
+def _find_kinds(kind: type) -> Iterable[Kind]:
+    known = next((base for base in kind.__mro__ if base in _BUILT_IN), None)
+    if known is not None:
+        yield _BUILT_IN[known]
+    if kind in _BUILT_IN or issubclass(kind, type | Tensor | enum.Enum):
+        return
+    if kind.__module__.partition(".")[0] not in _LIBRARIES or issubclass(kind, nn.Module):
+        if kind.__dictoffset__:
+            yield _ATTRIBUTES
+        members = list(slots_of(kind))
+        if members:
+            yield _slotted(members)
+
+
+def _same_pairs(now: Iterable[tuple[Any, Any]], saved: list[tuple[Any, Any]]) -> bool:
+    now = list(now)
+    return len(now) == len(saved) and all(a is c and b is d for (a, b), (c, d) in zip(now, saved, strict=True))
+
+
+def _mapping(kind: Any) -> Kind:
+    """Dictionaries of a kind, by its own methods and not those of a subclass."""
+
+    def put_back(value: Any, saved: list[tuple[Any, Any]]) -> None:
+        kind.clear(value)
+        for key, item in saved:
+            kind.__setitem__(value, key, item)
+
+    return Kind(
+        lambda value: list(kind.items(value)),
+        lambda value, saved: _same_pairs(kind.items(value), saved),
+        put_back,
+        lambda value: [*kind.keys(value), *kind.values(value)],
+    )
+
+
+def _same_items(value: Any, saved: list[Any]) -> bool:
+    return len(value) == len(saved) and all(map(is_, value, saved))
+
+
+def _refill_deque(value: collections.deque[Any], saved: list[Any]) -> None:
+    collections.deque.clear(value)
+    collections.deque.extend(value, saved)
+
+
+def _refill_set(value: set[Any], saved: set[Any]) -> None:
+    set.clear(value)
+    set.update(value, saved)
+
+
+def _same_array(value: Any, saved: Any) -> bool:
+    if value.dtype != saved.dtype or value.shape != saved.shape:
+        return False
+    same = all(map(is_, value.flat, saved.flat)) if value.dtype.hasobject else value.tobytes() == saved.tobytes()
+    return bool(same)
+
+
+def _refill_attributes(value: Any, saved: list[tuple[str, Any]]) -> None:
+    vars(value).clear()
+    vars(value).update(saved)
+
+
+def slots_of(kind: type) -> Iterable[Any]:
+    """The descriptors of a class's slots."""
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            private = name.startswith("__") and not name.endswith("__")
+            member = vars(base).get(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+            if isinstance(member, types.MemberDescriptorType):
+                yield member
+
+
+def slots_in(value: Any, members: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The slots of these descriptors that are set in an object, with what they hold."""
+    found = []
+    for member in members:
+        try:
+            found.append((member, member.__get__(value)))
+        except AttributeError:  # not set
+            continue
+    return found
+
+
+def _slotted(members: list[Any]) -> Kind:
+    """Objects by the slots of these descriptors."""
+
+    def items(value: Any) -> list[tuple[Any, Any]]:
+        return slots_in(value, members)
+
+    def put_back(value: Any, saved: list[tuple[Any, Any]]) -> None:
+        for member, _ in items(value):
+            member.__delete__(value)
+        for member, item in saved:
+            member.__set__(value, item)
+
+    return Kind(
+        items,
+        lambda value, saved: _same_pairs(items(value), saved),
+        put_back,
+        lambda value: [item for _, item in items(value)],
+    )
+
+
+def _cells(function: types.FunctionType) -> list[tuple[types.CellType, Any]]:
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append((cell, cell.cell_contents))
+        except ValueError:  # empty
+            continue
+    return found
+
+
+def _refill_cells(_: types.FunctionType, saved: list[tuple[types.CellType, Any]]) -> None:
+    for cell, content in saved:
+        cell.cell_contents = content
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN among them."""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return a.layout is b.layout and same_bits(a.to_dense(), b.to_dense())
+    if a.shape != b.shape or torch.equal(a, b):
+        return a.shape == b.shape
+    if torch.equal(a, a):  # no NaN, and nothing is allocated for the answer
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _of_tensor(tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Its memory, and the values of what is no parameter, since some kernels write without counting a version.
+
+    None where it has no memory, and in a trace, which holds what is written in place.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    tensor = tensor.stack if type(tensor) is MemberTensor else tensor
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_meta or memory_of(tensor) is None:
+        return None
+    return tensor.data, None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+def _same_tensor(tensor: Tensor, saved: tuple[Tensor, Tensor | None] | None) -> bool:
+    tensor = tensor.stack if type(tensor) is MemberTensor else tensor
+    if saved is None:
+        return True
+    data, values = saved
+    return tensor.data_ptr() == data.data_ptr() and (values is None or same_bits(tensor, values))
+
+
+def _put_back_tensor(tensor: Tensor, saved: tuple[Tensor, Tensor | None]) -> None:
+    tensor = tensor.stack if type(tensor) is MemberTensor else tensor
+    data, values = saved
+    if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+        tensor.data = data
+    if values is not None and not same_bits(tensor, values):
+        with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+            tensor.copy_(values)
+
+
+def _pickled(state: Callable[[Any], Any], put_back: Callable[[Any, Any], Any]) -> Kind:
+    """Objects that tell their state as a whole."""
+    return Kind(
+        lambda value: pickle.dumps(state(value)),
+        lambda value, saved: pickle.dumps(state(value)) == saved,
+        lambda value, saved: put_back(value, pickle.loads(saved)),
+    )
+
+
+def _referring(to: Callable[[Any], Iterable[Any]]) -> Kind:
+    """Objects that do not change, and refer to others."""
+    return Kind(to, lambda value, saved: True, None, to)
+
+
+TENSOR = Kind(_of_tensor, _same_tensor, _put_back_tensor)
+_ATTRIBUTES = Kind(
+    lambda value: list(vars(value).items()),
+    lambda value, saved: _same_pairs(vars(value).items(), saved),
+    _refill_attributes,
+    lambda value: list(vars(value).values()),
+)
+_RAW = Kind(
+    lambda value: value[:],
+    lambda value, saved: bytes(value) == bytes(saved),
+    lambda value, saved: value.__setitem__(slice(None), saved),
+)
+_BUILT_IN: dict[type, Kind] = {
+    list: Kind(list.copy, _same_items, lambda value, saved: list.__setitem__(value, slice(None), saved), iter),
+    dict: _mapping(dict),
+    collections.OrderedDict: _mapping(collections.OrderedDict),
+    set: Kind(set.copy, set.__eq__, _refill_set, iter),
+    collections.deque: Kind(list, _same_items, _refill_deque, iter),
+    bytearray: _RAW,
+    array.array: _RAW,
+    np.ndarray: Kind(
+        lambda value: np.array(value, copy=True),
+        _same_array,
+        lambda value, saved: np.ndarray.__setitem__(value, ..., saved),
+        lambda value: value.flat if value.dtype.hasobject else (),
+    ),
+    Tensor: TENSOR,
+    random.Random: _pickled(random.Random.getstate, random.Random.setstate),
+    np.random.Generator: _pickled(lambda v: v.bit_generator.state, lambda v, s: setattr(v.bit_generator, "state", s)),
+    np.random.RandomState: _pickled(np.random.RandomState.get_state, np.random.RandomState.set_state),
+    torch.Generator: Kind(
+        torch.Generator.get_state,
+        lambda value, saved: torch.equal(value.get_state(), saved),
+        torch.Generator.set_state,
+    ),
+    types.FunctionType: Kind(
+        _cells,
+        lambda value, saved: all(cell.cell_contents is content for cell, content in saved),
+        _refill_cells,
+        lambda function: [content for _, content in _cells(function)],
+    ),
+    types.MethodType: _referring(lambda method: (method.__self__,)),
+    functools.partial: _referring(lambda value: (value.func, *value.args, *value.keywords.values())),
+    tuple: _referring(tuple),
+    frozenset: _referring(tuple),
+}
