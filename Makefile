@@ -18,13 +18,15 @@ NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_n
   tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers test-aarch64 fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
 	@echo "            make test-full all combinations of parameters of which make test runs a covering sample"
 	@echo "            make test-interpreted kernels in further dtypes, interpreted; make test-sanitizers the native"
 	@echo "            library under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "            make test-aarch64 the C++ kernels for aarch64, emulated, and by clang++ here: needs"
+	@echo "            g++-aarch64-linux-gnu and qemu-user"
 	@echo "            make test-gpu-build compiles every GPU kernel for every target, and"
 	@echo "            make test-gpu-code reads the machine code of every kernel that the score networks launch"
 	@echo "make test-diffusers  run diffusers' own tests of models on ensembles; SOURCE=FOLDER is a checkout of it"
@@ -84,6 +86,11 @@ $(SANITIZED)/library: $(SOURCES) | $(VENV)/python
 test-sanitizers: $(VENV)/dev $(SANITIZED)/library
 	FASTENS_LIB=$(SANITIZED) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	  $(BIN)/python -m pytest -q -p no:faulthandler $(NATIVE_TESTS) -k "not triton"
+
+# The C++ kernels without torch, for aarch64 under qemu-user (packages g++-aarch64-linux-gnu and qemu-user of Debian), and
+# for this machine by clang++ where there is one, against the references.
+test-aarch64: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/isa/on_machines.py
 
 # The CUDA library little optimised, and a sample of the Triton kernels for every GPU; needs no GPU.
 test-gpu-sample: $(VENV)/dev

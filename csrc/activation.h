@@ -4,6 +4,9 @@
 #include <cmath>
 #include <string>
 
+#include "isa/inline.h"
+#include "kernels/program/layout.h"
+
 #ifdef __CUDACC__
 #define FASTENS_HOST_DEVICE __host__ __device__
 #else
@@ -12,17 +15,21 @@
 
 namespace fastens {
 
-enum class Activation : int { kUnknown = -1, kNone, kSilu, kGelu, kGeluTanh };
+using program::Activation;
+
+constexpr Activation kUnknownActivation = static_cast<Activation>(-1);
 
 inline Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  return name == "gelu_tanh" ? Activation::kGeluTanh : Activation::kUnknown;
+  int64_t number = 0;
+  for (const char* known : program::kActivationNames) {
+    if (name == known) return static_cast<Activation>(number);
+    ++number;
+  }
+  return kUnknownActivation;
 }
 
 template <class W>
-FASTENS_HOST_DEVICE inline W activated(W y, Activation activation) {
+FASTENS_HOST_DEVICE FASTENS_INLINE W activated(W y, Activation activation) {
   switch (activation) {
     case Activation::kSilu:
       return y / (W{1} + std::exp(-y));

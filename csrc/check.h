@@ -1,4 +1,4 @@
-// Checks and compile-time switches that every kernel of the CPU library shares.
+// Checks that the ops of the CPU library share.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,22 +6,6 @@
 
 #include <cstdlib>
 #include <vector>
-
-// Run-time choice of AVX-512, AVX2 or the baseline for one named function. The loader resolves the clones through
-// ifunc, which only ELF with glibc has; everywhere else the function is compiled once, for the baseline. A lambda or a
-// template handed to parallel_for would not be cloned: the cloned function calls FASTENS_INLINE templates instead.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && defined(__GLIBC__)
-#define FASTENS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTENS_CLONES
-#endif
-
-// Inlined into the caller, so that it is compiled for the caller's instruction set.
-#if defined(__GNUC__)
-#define FASTENS_INLINE inline __attribute__((always_inline))
-#else
-#define FASTENS_INLINE inline
-#endif
 
 namespace fastens {
 

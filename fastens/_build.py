@@ -12,21 +12,19 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 LIBRARY_NAME = "libfastens_cpu.so"
-# The forest's kernels are compiled once per instruction set and chosen at run time; no fused additions.
-INSTRUCTION_SETS = {
-    "kernels_baseline": ["-ffp-contract=off"],
-    "kernels_avx2": ["-march=x86-64-v3", "-ffp-contract=off"],
-    "kernels_avx512": [
-        *("-march=x86-64-v4", "-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-ffp-contract=off"),
-    ],
-}
+# Folders of csrc/kernels whose products and sums are rounded one after the other, as in the libraries that they follow.
+NOT_FUSED = ("forest",)
+MULTIPLY_BFLOAT16 = ("program",)  # folders that have kernels of their own where only such products are new
 LIBRARY_NAMES = {"cpu": LIBRARY_NAME, "cuda": "libfastens_cuda.so"}
 CUDA_ARCHITECTURES = (80, 90, 100)  # machine code for each; PTX of the last serves what comes after
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -58,8 +56,39 @@ def source_root() -> pathlib.Path:
 
 
 def sources(device: str = "cpu") -> list[pathlib.Path]:
-    """Return every source of a device type's library, sorted."""
-    return sorted((source_root() / device).rglob("*.cu" if device == "cuda" else "*.cpp"))
+    """Return every source of a device type's library, sorted: of the CPU's without the kernels."""
+    folders, suffix = (("cuda",), "cu") if device == "cuda" else (("cpu", "isa"), "cpp")
+    return sorted(path for folder in folders for path in (source_root() / folder).rglob(f"*.{suffix}"))
+
+
+def kernels() -> list[pathlib.Path]:
+    """Return every source that is compiled once for each instruction set, sorted."""
+    return sorted((source_root() / "kernels").rglob("*.cpp"))
+
+
+class Level(NamedTuple):
+    """An instruction set that kernels are compiled for: a row of ``csrc/isa/levels.h``."""
+
+    name: str
+    products: bool  # whether products of bfloat16 are all that the next row lacks
+    flags: str
+
+
+def levels(cxx: str) -> list[Level]:
+    """Return the instruction sets of the machine that a compiler compiles for, the best first.
+
+    Raises:
+        BuildError: it cannot read the table.
+    """
+    if not kernels():
+        return []
+    table = '#include "isa/levels.h"\nFASTENS_LEVELS(FASTENS_ROW)\n'
+    command = [*shlex.split(cxx), "-E", "-P", f"-I{source_root()}", "-x", "c++", "-"]
+    result = subprocess.run(command, input=table, capture_output=True, text=True, check=False)
+    rows = re.findall(r'FASTENS_ROW\((\w+), (\w+), "(.*?)", ".*?"\)', result.stdout)
+    if result.returncode or not rows:
+        raise BuildError(f"{cxx} cannot read csrc/isa/levels.h:\n{result.stderr or result.stdout}")
+    return [Level(name, products == "true", flags) for name, products, flags in rows]
 
 
 def headers() -> list[pathlib.Path]:
@@ -69,9 +98,9 @@ def headers() -> list[pathlib.Path]:
 
 def fingerprint() -> str:
     """Return 16 hex digits that change with the sources, the headers and the flags: the key of a cached build."""
-    flags = [*compile_flags(), *cuda_flags(), *link_flags(), str(INSTRUCTION_SETS), platform.machine()]
+    flags = [*compile_flags(), *cuda_flags(), *link_flags(), *NOT_FUSED, *MULTIPLY_BFLOAT16, platform.machine()]
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in [*sources(), *sources("cuda"), *headers()]:
+    for path in [*sources(), *kernels(), *sources("cuda"), *headers()]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -125,7 +154,7 @@ def ninja() -> str:
 
 
 def compile_flags() -> list[str]:
-    """Return the flags of every source, without include paths.
+    """Return the flags of every source of the CPU, without include paths.
 
     IEEE semantics are kept: no ``-ffast-math``. The two ``-fno-`` flags change no value; they drop ``errno`` and the
     floating-point exception flags, which otherwise keep selects and square roots from being vectorised.
@@ -141,7 +170,6 @@ def compile_flags() -> list[str]:
         "-Wextra",
         "-Wno-unknown-pragmas",
         "-Wno-psabi",  # 64-byte vectors are passed between inlined functions only
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *(sanitizer_flags() if os.environ.get("FASTENS_SANITIZE") else ()),
     ]
 
@@ -184,7 +212,7 @@ def link_flags() -> list[str]:
 
 
 def build_cpu(out_dir: pathlib.Path, verbose: bool = False, work_dir: pathlib.Path | None = None) -> pathlib.Path:
-    """Compile ``csrc/cpu/*.cpp``: :func:`build` for the CPU."""
+    """Compile ``csrc/cpu``, ``csrc/isa`` and ``csrc/kernels``: :func:`build` for the CPU."""
     return build("cpu", out_dir, verbose, work_dir)
 
 
@@ -210,7 +238,7 @@ def build(
     name = LIBRARY_NAMES[device]
 
     def text() -> str:
-        return cuda_ninja_file(quick) if device == "cuda" else ninja_file(name, source_root() / "cpu")
+        return cuda_ninja_file(quick) if device == "cuda" else ninja_file(name)
 
     return _build(name, text, out_dir, verbose, work_dir)
 
@@ -241,12 +269,33 @@ def _build(
     return library
 
 
-def ninja_file(name: str, folder: pathlib.Path) -> str:
-    """Return the text of ``build.ninja``: one object per source, one link.
+def kernel_flags(source: pathlib.Path, level: Level) -> list[str]:
+    """Return what a source of ``csrc/kernels`` is compiled with besides :func:`compile_flags`, for one level."""
+    fused = "off" if source.relative_to(source_root() / "kernels").parts[0] in NOT_FUSED else "fast"
+    return [*level.flags.split(), f"-ffp-contract={fused}", f"-DFASTENS_LEVEL={level.name}"]
+
+
+def kernel_objects(cxx: str) -> dict[str, tuple[pathlib.Path, list[str]]]:
+    """Return, by object, every kernel's source and its own flags: one object for each of :func:`levels` that it has."""
+    root = source_root() / "kernels"
+    objects = {}
+    for level in levels(cxx):
+        for source in kernels():
+            path = source.relative_to(root)
+            if not level.products or path.parts[0] in MULTIPLY_BFLOAT16:
+                name = "-".join(("kernels", *path.with_suffix("").parts, level.name))
+                objects[f"{name}.o"] = (source, kernel_flags(source, level))
+    return objects
+
+
+def ninja_file(name: str) -> str:
+    """Return the text of ``build.ninja``: one object per source and of a kernel's for each instruction set, one link.
+
+    Kernels are compiled without torch's headers. A function that their object holds weakly would be in the objects of
+    other instruction sets too, and the linker would keep any one of them for all: that is an error of the build.
 
     Args:
         name: file name of the library.
-        folder: every C++ source under it is compiled.
 
     Raises:
         BuildError: no compiler, no torch or no sources.
@@ -255,29 +304,37 @@ def ninja_file(name: str, folder: pathlib.Path) -> str:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise ToolMissing(f"building needs torch, which does not import here: {error}") from error
-    sources = sorted(folder.rglob("*.cpp"))
-    if not sources:
-        raise BuildError(f"no sources of {name} in {folder}")
+    root, cxx = source_root(), compiler()
+    if not sources():
+        raise BuildError(f"no sources of {name} in {root}")
     system = [f"-isystem {_quoted(path)}" for path in include_paths()]
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if x86 or name == "kernels_baseline"}
     libraries = [f"-L{_quoted(path)}" for path in library_paths()]
+    weak = "true" if os.environ.get("FASTENS_SANITIZE") else "! nm -C $out 2>/dev/null | grep ' W '"
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx = {compiler()}",
-        f"cflags = {' '.join([*compile_flags(), f'-I{_quoted(source_root())}', *system])}",
+        f"cxx = {cxx}",
+        f"cflags = {' '.join([*compile_flags(), f'-I{_quoted(root)}'])}",
+        f"torch = -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} {' '.join(system)}",
         f"ldflags = {' '.join([*link_flags(), *libraries, '-ltorch_cpu', '-lc10'])}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $cflags $own -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $cflags $torch -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_kernel",
+        f"  command = $cxx -MMD -MF $out.d $cflags $own -c $in -o $out && {weak}",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         "  command = $cxx $in $ldflags -o $out",
     ]
-    objects = {f"{'-'.join(path.relative_to(folder).with_suffix('').parts)}.o": path for path in sources}
-    for target, source in objects.items():
-        own = " ".join(sets.get(source.stem, ()))
-        lines += [f"build {target}: compile {_escaped(source)}", f"  own = {own}"]
+    objects = []
+    for source in sources():
+        parts = source.relative_to(root).with_suffix("").parts
+        objects.append(f"{'-'.join(parts[1:] if parts[0] == 'cpu' else parts)}.o")
+        lines.append(f"build {objects[-1]}: compile {_escaped(source)}")
+    for target, (source, own) in kernel_objects(cxx).items():
+        objects.append(target)
+        lines += [f"build {target}: compile_kernel {_escaped(source)}", f"  own = {' '.join(own)}"]
     return "\n".join([*lines, f"build {name}: link {' '.join(objects)}", f"default {name}", ""])
 
 

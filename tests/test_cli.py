@@ -13,7 +13,7 @@ from PIL import Image
 import fastens
 from fastens.cli import main
 from fastens.ops import _choice
-from fastens.ops.run_program import target
+from fastens.ops.run_program import target, why_target
 from fastens.provenance import provenance
 from tests.fresh import python
 
@@ -31,6 +31,7 @@ def test_info(capsys, monkeypatch, tmp_path):
     assert "backend reference: available" in printed
     assert "measured choices of conv on NVIDIA H200: 1 grouped, 2 members" in printed
     assert f"plans: run on {target()}; bfloat16 is" in printed or "plans: none" in printed
+    assert f"instruction set of the compiled kernels: {why_target()}" in printed or "plans: none" in printed
     assert "extra [tabular]: installed" in printed  # whichever distribution brings xgboost
 
 

@@ -87,6 +87,32 @@ def test_builds_what_changed_and_no_more(sources, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_kernel_has_no_function_that_instruction_sets_could_share(shared, sources, tmp_path):
+    (sources / "kernels" / "family").mkdir(parents=True)
+    (sources / "isa").mkdir()
+    levels = (
+        '#define FASTENS_LEVELS(LEVEL) LEVEL(vectors, false, "-funroll-loops", "none") LEVEL(scalars, false, "", "")'
+    )
+    (sources / "isa" / "levels.h").write_text(levels + "\n")
+    kept = "inline" if shared else "static"  # the address is taken: it cannot be inlined alone
+    text = f"{kept} int kernel() {{ return 1; }}\nnamespace FASTENS_LEVEL {{ extern int (*const found)(); }}\n"
+    text += "int (*const FASTENS_LEVEL::found)() = kernel;\n"
+    (sources / "kernels" / "family" / "one.cpp").write_text(text)
+    if shared:
+        with pytest.raises(_build.BuildError, match=r"W kernel\(\)"):
+            _build.build_cpu(tmp_path / "out")
+    else:
+        work = tmp_path / "work"
+        _build.build_cpu(tmp_path / "out", work_dir=work)
+        assert {path.name for path in work.glob("kernels*.o")} == {
+            "kernels-family-one-vectors.o",
+            "kernels-family-one-scalars.o",
+        }
+
+
+@needs_compiler
 def test_compile_error_shows_the_compilers_words(sources, tmp_path):
     (sources / "cpu" / "one.cpp").write_text("int broken(;\n")
     with pytest.raises(_build.BuildError, match=r"one\.cpp:1.*error") as raised:

@@ -9,7 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include "program/run.h"
+#include "check.h"
+#include "run_program.h"
 
 namespace fastens {
 namespace {
@@ -17,8 +18,8 @@ namespace {
 using program::Conv;
 using program::kLanes;
 
-constexpr int64_t kPatchBytes = 256 * 1024;  // input of one task: a share of the second-level cache
-constexpr int64_t kTasksPerThread = 3;
+using program::kPatchBytes;
+using program::kTasksPerThread;
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -88,7 +89,7 @@ void cut(Conv& step, int64_t members, int64_t num_threads) {
   const int64_t blocks = over(total, step.vectors);
   const int64_t groups = std::min(members, step.rows), own = over(step.rows, groups);  // about, where rows are given
   const int64_t line =
-      ((step.out_w - 1) * step.stride_w + step.kernel_w) * step.source[0].channels * int64_t{sizeof(float)};
+      ((step.out_w - 1) * step.stride_w + step.kernel_w) * step.sources[0].channels * int64_t{sizeof(float)};
   const auto patch = [&](int64_t lines) { return ((lines - 1) * step.stride_h + step.kernel_h) * line; };
   step.band = step.out_h;
   while (step.band > 1 && patch(step.band) > kPatchBytes) step.band = over(step.band, 2);
@@ -172,9 +173,9 @@ Tensor conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int
   enum : int64_t { kInput, kWeight, kBias, kOutput, kMembers };
   const auto place = [](int64_t slot) { return slot << 48; };
   step.members = offsets ? place(kMembers) : -1;
-  step.source[0] = {place(kInput), in.row(), in.width * in.channels, in.channels, in.channels, in.rows};
-  step.source[1].at = -1;
-  step.source[1].rows = 1;
+  step.sources[0] = {place(kInput), in.row(), in.width * in.channels, in.channels, in.channels, in.rows};
+  step.sources[1].at = -1;
+  step.sources[1].rows = 1;
   step.up = 1;
   step.table_scale = step.table_shift = step.row_vector = step.residual.at = -1;
   step.mask_in.at = step.mask_out.at = -1;

@@ -3,70 +3,18 @@
 // p * 2^32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
 
-#include "activation.h"
 #include "check.h"
-#include "philox.h"
+#include "isa/choice.h"
+#include "kernels/dropout/kernels.h"
 
 namespace fastens {
 namespace {
-
-struct Job {
-  const void* x;
-  void* out;
-  const int64_t* members;
-  const int64_t* samples;  // or none: one mask for all samples and evaluations
-  int64_t count;           // elements of a row
-  uint64_t threshold, key;
-  double scale;
-  uint32_t evaluation;
-  Activation activation;
-};
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-FASTENS_INLINE void drop(const Job& job, int64_t begin, int64_t end) {
-  using W = Wide<T>;
-  uint32_t words[4][kLanes];
-  alignas(64) uint32_t bits[4 * kLanes];
-  alignas(64) W values[4 * kLanes];
-  for (int64_t row = begin; row < end; ++row) {
-    const uint32_t member = static_cast<uint32_t>(job.members[row]);
-    const uint32_t sample = job.samples ? static_cast<uint32_t>(job.samples[row] + 1) : 0;
-    const T* x = static_cast<const T*>(job.x) + row * job.count;
-    T* out = static_cast<T*>(job.out) + row * job.count;
-    for (int64_t at = 0; at < job.count; at += 4 * kLanes) {
-      for (int i = 0; i < kLanes; ++i) words[0][i] = static_cast<uint32_t>(at / 4 + i);
-      philox_lanes(job.key, member, sample, job.samples ? job.evaluation : 0, words);
-      for (int i = 0; i < kLanes; ++i) {
-        for (int w = 0; w < 4; ++w) bits[4 * i + w] = words[w][i];
-      }
-      const int64_t n = std::min<int64_t>(4 * kLanes, job.count - at);
-      for (int64_t i = 0; i < n; ++i) values[i] = static_cast<W>(x[at + i]);
-      if (job.activation != Activation::kNone) {
-        for (int64_t i = 0; i < n; ++i) values[i] = activated(values[i], job.activation);
-      }
-      const W scale = static_cast<W>(job.scale);
-      for (int64_t i = 0; i < n; ++i) {
-        out[at + i] = static_cast<T>(values[i] * (bits[i] >= job.threshold ? scale : W{0}));
-      }
-    }
-  }
-}
-
-FASTENS_CLONES void drop_f32(const Job& job, int64_t begin, int64_t end) { drop<float>(job, begin, end); }
-FASTENS_CLONES void drop_f64(const Job& job, int64_t begin, int64_t end) { drop<double>(job, begin, end); }
-FASTENS_CLONES void drop_bf16(const Job& job, int64_t begin, int64_t end) { drop<c10::BFloat16>(job, begin, end); }
-FASTENS_CLONES void drop_f16(const Job& job, int64_t begin, int64_t end) { drop<c10::Half>(job, begin, end); }
 
 // One int64 on the CPU for each of R rows.
 const int64_t* numbers_of(const Tensor& numbers, int64_t rows, const char* name) {
@@ -84,30 +32,31 @@ Tensor dropout(const Tensor& given, const Tensor& members, const std::optional<T
   const Tensor x = torch::stable::contiguous(given);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   const int64_t rows = x.size(0);
-  Job job{x.data_ptr(),
-          out.data_ptr(),
-          numbers_of(members, rows, "members"),
-          samples ? numbers_of(*samples, rows, "samples") : nullptr,
-          rows ? x.numel() / rows : 0,
-          static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)),
-          static_cast<uint64_t>(key),
-          p < 1 ? 1 / (1 - p) : 0.0,
-          static_cast<uint32_t>(evaluation),
-          activation_of(activation)};
-  STD_TORCH_CHECK(job.activation != Activation::kUnknown, "dropout: unknown activation '", activation, "'");
-  void (*range)(const Job&, int64_t, int64_t) = nullptr;
+  const masking::Job job{x.data_ptr(),
+                         out.data_ptr(),
+                         numbers_of(members, rows, "members"),
+                         samples ? numbers_of(*samples, rows, "samples") : nullptr,
+                         rows ? x.numel() / rows : 0,
+                         static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)),
+                         static_cast<uint64_t>(key),
+                         p < 1 ? 1 / (1 - p) : 0.0,
+                         static_cast<uint32_t>(evaluation),
+                         activation_of(activation)};
+  STD_TORCH_CHECK(job.activation != kUnknownActivation, "dropout: unknown activation '", activation, "'");
+  const masking::Kernels& kernels = masking::kernels_of(isa::chosen());
+  masking::Range range = nullptr;
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      range = drop_f32;
+      range = kernels.of_floats;
       break;
     case ScalarType::Double:
-      range = drop_f64;
+      range = kernels.of_doubles;
       break;
     case ScalarType::BFloat16:
-      range = drop_bf16;
+      range = kernels.of_bfloat16;
       break;
     case ScalarType::Half:
-      range = drop_f16;
+      range = kernels.of_half;
       break;
     default:
       STD_TORCH_CHECK(false, "dropout: the native kernel does not take this dtype; use backend='reference'");

@@ -1,4 +1,6 @@
 // Runs a program: the steps of a folded network one after the other, the tasks of each step shared by the threads.
+#include "run_program.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,15 +8,14 @@
 #include <memory>
 #include <thread>
 
-#include "program/run.h"
-#include "program/targets.h"
+#include "check.h"
+#include "isa/choice.h"
+#include "kernels/program/kernels.h"
 
 namespace fastens {
 namespace {
 
 using namespace program;
-
-constexpr int64_t kKinds = sizeof(baseline::kRuns) / sizeof(baseline::kRuns[0]);
 
 // A counter on a cache line of its own.
 struct alignas(64) Counter {
@@ -25,8 +26,8 @@ struct alignas(64) Counter {
 // left of the others', and goes on when all are done; so a thread that comes late, or never, delays nobody.
 class Execution {
  public:
-  Execution(const Target& target, const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads)
-      : runs_(target.runs),
+  Execution(const Kernels& kernels, const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads)
+      : runs_(kernels.runs),
         program_(program),
         num_steps_(num_steps),
         slots_(slots),
@@ -57,7 +58,7 @@ class Execution {
   }
 
  private:
-  const baseline::Run* runs_;
+  const Run* runs_;
   const int64_t* program_;
   int64_t num_steps_;
   const Slots& slots_;
@@ -65,8 +66,9 @@ class Execution {
   std::unique_ptr<Counter[]> next_, done_;
 };
 
-void execute(const Target& target, const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads) {
-  Execution execution(target, program, num_steps, slots, num_threads);
+void execute(const Kernels& kernels, const int64_t* program, int64_t num_steps, const Slots& slots,
+             int64_t num_threads) {
+  Execution execution(kernels, program, num_steps, slots, num_threads);
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) execution.work(thread);
   });
@@ -82,26 +84,36 @@ void run_program(Tensor program, Tensor weights, Tensor arena, std::vector<Tenso
   for (const Tensor& tensor : inputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
   for (const Tensor& tensor : outputs) bases.push_back(static_cast<char*>(tensor.data_ptr()));
   const int64_t* const steps = static_cast<const int64_t*>(program.data_ptr());
-  const Target& target = *chosen_target().load();
+  const int level = isa::chosen();
+  const Kernels& kernels = kernels_of(level);
   for (int64_t s = 0; s < program.size(0); ++s) {
     const int64_t* const step = steps + s * kStepWidth;
     STD_TORCH_CHECK(step[0] > 0 && step[0] < kKinds, "run_program: step ", s, " is of no known kind");
-    STD_TORCH_CHECK(target.bfloat16 || step[0] != static_cast<int64_t>(Kind::kConv) || !as<Conv>(step).bfloat16,
-                    "run_program: step ", s, " multiplies bfloat16, which the target ", target.name, " does not");
+    STD_TORCH_CHECK(kernels.bfloat16 || step[0] != static_cast<int64_t>(Kind::kConv) || !as<Conv>(step).bfloat16,
+                    "run_program: step ", s, " multiplies bfloat16, which the target ", isa::name_of(level),
+                    " does not");
   }
-  execute(target, steps, program.size(0), Slots{bases.data()}, num_threads);
+  execute(kernels, steps, program.size(0), Slots{bases.data()}, num_threads);
 }
 
-// Sets the target of a name, where that is not empty; returns the name of what steps run on.
+// Sets the target of a name, where that is not empty; returns the name of what kernels run on.
 std::string cpu_target(std::string name) {
-  if (!name.empty()) chosen_target() = &find_target(name);
-  return chosen_target().load()->name;
+  if (!name.empty()) isa::choose(isa::find(name, "FASTENS_CPU_TARGET: "));
+  return isa::name_of(isa::chosen());
+}
+
+std::string cpu_target_described() { return isa::described(); }
+
+std::vector<std::string> cpu_targets() {
+  std::vector<std::string> names;
+  for (int level = 0; level < isa::count(); ++level) names.emplace_back(isa::name_of(level));
+  return names;
 }
 
 }  // namespace
 
 void program::run_steps(const int64_t* program, int64_t num_steps, const Slots& slots, int64_t num_threads) {
-  execute(*chosen_target().load(), program, num_steps, slots, num_threads);
+  execute(kernels_of(isa::chosen()), program, num_steps, slots, num_threads);
 }
 
 }  // namespace fastens
@@ -109,4 +121,6 @@ void program::run_steps(const int64_t* program, int64_t num_steps, const Slots& 
 STABLE_TORCH_LIBRARY_IMPL(fastens, CPU, m) { m.impl("_run_program_native", TORCH_BOX(&fastens::run_program)); }
 STABLE_TORCH_LIBRARY_IMPL(fastens, CompositeExplicitAutograd, m) {
   m.impl("_cpu_target_native", TORCH_BOX(&fastens::cpu_target));
+  m.impl("_cpu_target_described_native", TORCH_BOX(&fastens::cpu_target_described));
+  m.impl("_cpu_targets_native", TORCH_BOX(&fastens::cpu_targets));
 }

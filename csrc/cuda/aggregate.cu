@@ -7,7 +7,7 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/blocks.h"
+#include "cpu/flat.h"
 #include "launch.h"
 
 namespace fastens {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/blocks.h"
+#include "cpu/flat.h"
 #include "drop.h"
 #include "launch.h"
 
@@ -67,7 +67,7 @@ Tensor dropout(const Tensor& given, const Tensor& members, const std::optional<T
   job.members = numbers_of(members, x, "members");
   job.samples = samples ? numbers_of(*samples, x, "samples") : nullptr;
   job.activation = activation_of(activation);
-  STD_TORCH_CHECK(job.activation != Activation::kUnknown, "dropout: unknown activation '", activation, "'");
+  STD_TORCH_CHECK(job.activation != kUnknownActivation, "dropout: unknown activation '", activation, "'");
   if (x.numel() == 0) return out;
   job.x = x.data_ptr();
   job.out = out.data_ptr();

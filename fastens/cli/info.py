@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     versions = found["versions"]
     print(f"fastens {versions['fastens']}, torch {versions['torch']}, Python {versions['python']}")
     print(f"CPU: {found['cpu']['capability']}, {found['cpu']['threads']} threads")
+    print(f"instruction set of the compiled kernels: {found['cpu']['target']}")
     print(f"GPU: {found['gpu'] or 'none that torch can use'}")
     for name, state in found["backends"].items():
         print(f"backend {name}: {state}")
@@ -73,7 +74,11 @@ def gather() -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "target": _target(),
+        },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": dict(fastens.backends()),
         "plans": _plans(),
@@ -84,11 +89,19 @@ def gather() -> dict[str, Any]:
     }
 
 
+def _target() -> str:
+    from fastens.ops.run_program import why_target
+
+    try:
+        return why_target() or "none, for want of the native library"
+    except RuntimeError as error:
+        return f"none; {error}"
+
+
 def _plans() -> str:
     from fastens.ops.run_program import available, describe_target, target
 
     try:
         return f"run on {describe_target(target())}" if available() else "none, for want of the native library"
-    except RuntimeError as error:  # of C++: what it says comes behind the place in the source
-        name = "FASTENS_CPU_TARGET"
-        return f"none; {name}{str(error).partition(name)[2].splitlines()[0]}"
+    except RuntimeError as error:
+        return f"none; {error}"

@@ -13,7 +13,7 @@ UNROLLED = 16  # members that a kernel holds in registers and takes from a list 
 
 
 def result_like(scores: list[Tensor]) -> Tensor:
-    """An uninitialised result [B, ...] in the layout that the native kernels give: as `csrc/cpu/blocks.h` decides."""
+    """An uninitialised result [B, ...] in the layout that the native kernels give: as `csrc/cpu/flat.h` decides."""
     first = scores[0]
     sizes, strides = first.shape, first.stride()
     expected = 1

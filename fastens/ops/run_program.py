@@ -1,4 +1,4 @@
-"""Running the program of a folded pass, and the instruction set that its kernels use."""
+"""Running the program of a folded pass, and the instruction set that the compiled kernels use."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ LIBRARY.define(
     "int num_threads) -> ()"
 )
 LIBRARY.define("_cpu_target_native(str name) -> str")
-TARGETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # the best first
+LIBRARY.define("_cpu_target_described_native() -> str")
+LIBRARY.define("_cpu_targets_native() -> str[]")
 
 
 @functools.cache
@@ -28,16 +29,31 @@ def available() -> bool:
     return bool(target())
 
 
+@functools.cache
+def targets() -> tuple[str, ...]:
+    """The instruction sets that the library was compiled for, the best first; none without the compiled library."""
+    return tuple(torch.ops.fastens._cpu_targets_native()) if _native.has_kernel("_run_program_native") else ()
+
+
 def target() -> str:
-    """The instruction set that programs run on: one of ``TARGETS``, empty without the compiled library.
+    """The instruction set that compiled kernels run on: one of :func:`targets`, empty without the compiled library.
 
     It is the best one of this processor, or the one that the environment variable ``FASTENS_CPU_TARGET`` named when
-    the first program ran. Only ``avx512_bf16`` multiplies bfloat16.
+    the first kernel ran. Only ``avx512_bf16`` multiplies bfloat16.
 
     Raises:
         RuntimeError: as :func:`available`.
     """
     return torch.ops.fastens._cpu_target_native("") if _native.has_kernel("_run_program_native") else ""
+
+
+def why_target() -> str:
+    """The instruction set that compiled kernels run on and why it is no better one; empty without the library.
+
+    Raises:
+        RuntimeError: as :func:`available`.
+    """
+    return torch.ops.fastens._cpu_target_described_native() if _native.has_kernel("_run_program_native") else ""
 
 
 def describe_target(name: str) -> str:
@@ -48,7 +64,7 @@ def describe_target(name: str) -> str:
 
 @contextmanager
 def forced_target(name: str) -> Iterator[None]:
-    """Run programs of the whole process on another target, as tests do; plans made before may not suit it.
+    """Run compiled kernels of the process on another target, as tests do; plans made before may not suit it.
 
     Raises:
         RuntimeError: this processor or build does not have it.

@@ -1,4 +1,4 @@
-"""The steps of a program, in the layout of ``csrc/cpu/program/steps.h``: one dataclass per struct there.
+"""The steps of a program: dataclasses, of which :mod:`fastens.program.layout` makes the structs of C++.
 
 An address is ``slot << 48 | bytes``; slot 0 is the arena, 1 the packed weights, then come the inputs and the outputs of
 the call. Strides are in elements. Activations are channels-last: the channels of a pixel are contiguous.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 STEP_WIDTH = 96
 LANES = 16  # output channels of one vector of packed weights
+PATCH_BYTES, TASKS_PER_THREAD = 256 * 1024, 3  # of a convolution: input of a task, tasks that threads share
 NONE = -1  # the address of what is absent
 MAX_DIMS, MAX_INPUTS, MAX_INSTRUCTIONS = 6, 4, 8
 Address = Any  # NONE, an address, or a place whose ``word()`` is the address once the arena is laid out
@@ -94,7 +95,7 @@ class Strided:
     """A value of any dtype and up to six dimensions."""
 
     at: Address = NONE
-    dtype: int = 0
+    dtype: int = 0  # of DTYPES
     strides: list[int] = dataclasses.field(default_factory=lambda: [0] * MAX_DIMS)
 
 
@@ -104,9 +105,9 @@ class Mask:
 
     at: Address = NONE
     row: int = 0  # from a mask to the next
-    pixel: int = 0
+    pixel: int = 0  # from a pixel to the next
     rows: int = 1  # rows that have one mask, that of their member
-    members: Address = NONE
+    members: Address = NONE  # of the runs of rows
     scale: float = 1.0  # of what is kept
 
 
@@ -151,18 +152,22 @@ def _flatten(values: Iterable[Any], into: list[int]) -> None:
 
 @dataclasses.dataclass
 class Conv(Step):
-    """A convolution, or a linear layer as one of 1x1 over tokens."""
+    """A convolution, or a linear layer as one of 1x1 over tokens.
+
+    out = act_out(((conv(act_in(x * table_scale + table_shift) * mask_in) + bias + row_vector) * mask_out + residual) *
+    scale / divisor).
+    """
 
     kind: ClassVar[int] = 1
     rows: int
     rows_per_member: int
-    row_chunk: int
-    band: int
-    block_chunk: int
-    vectors: int
-    sources: tuple[Image, Image]
-    up: int
-    in_h: int
+    row_chunk: int  # of a task: rows of one member
+    band: int  # lines of the output
+    block_chunk: int  # blocks of channels
+    vectors: int  # of one block of output channels
+    sources: tuple[Image, Image]  # joined along the channels; the second may be absent (0 channels)
+    up: int  # nearest-neighbour enlargement of the sources
+    in_h: int  # after it
     in_w: int
     kernel_h: int
     kernel_w: int
@@ -173,20 +178,20 @@ class Conv(Step):
     out_h: int
     out_w: int
     out_channels: int
-    table_scale: Address
+    table_scale: Address  # [R, C_in]
     table_shift: Address
     act_in: int
-    weight: Address
+    weight: Address  # [K][block][tap][C_in][vectors * 16]; of Winograd, the transformed taps, (tile + 2)^2 of them
     weight_member: int
-    bias: Address
+    bias: Address  # [K, C_out padded to vectors]
     bias_member: int
-    row_vector: Address
+    row_vector: Address  # [R, C_out]
     row_vector_row: int
     residual: Image
     scale: float
     act_out: int
     out: Image
-    bfloat16: int = 0
+    bfloat16: int = 0  # products of bfloat16 values, summed in float32
     members: Address = NONE
     mask_in: Mask = dataclasses.field(default_factory=Mask)
     mask_out: Mask = dataclasses.field(default_factory=Mask)
@@ -203,7 +208,7 @@ class Winograd(Conv):
 
 @dataclasses.dataclass
 class Norm(Step):
-    """Group normalisation as a scale and a shift per row and channel."""
+    """Group normalisation as a scale and a shift per row and channel: y = x * out_scale + out_shift."""
 
     kind: ClassVar[int] = 2
     rows: int
@@ -213,14 +218,14 @@ class Norm(Step):
     height: int
     width: int
     groups: int
-    weight: Address
+    weight: Address  # [K, C]
     bias: Address
-    row_scale: Address
+    row_scale: Address  # [R, C]: y (1 + row_scale) + row_shift
     row_scale_row: int
     row_shift: Address
     row_shift_row: int
     eps: float
-    out_scale: Address
+    out_scale: Address  # [R, C]
     out_shift: Address
     members: Address = NONE
 
@@ -250,9 +255,9 @@ class LayerNorm(Step):
     source: Address
     source_row: int
     source_token: int
-    weight: Address
+    weight: Address  # [K, C]
     bias: Address
-    row_scale: Address
+    row_scale: Address  # [R, C]: y (1 + row_scale) + row_shift
     row_scale_row: int
     row_shift: Address
     row_shift_row: int
@@ -289,16 +294,16 @@ class Draw(Step):
     kind: ClassVar[int] = 7
     rows: int
     rows_per_member: int
-    splits: int
+    splits: int  # a task: a share of the pixels of one row
     pixels: int
     channels: int
     pixel_step: int
     channel_step: int
-    key: Address
+    key: Address  # int64, as are the next two
     evaluation: Address
-    samples: Address
-    threshold: int
-    out: Address
+    samples: Address  # [R]
+    threshold: int  # above 0
+    out: Address  # a Mask's words
     out_row: int
     out_pixel: int
     members: Address = NONE
@@ -310,7 +315,7 @@ class Drop(Step):
 
     kind: ClassVar[int] = 8
     rows: int
-    splits: int
+    splits: int  # a task: a share of the lines of one row
     sources: tuple[Image, Image]
     height: int
     width: int
@@ -327,10 +332,10 @@ class Gather(Step):
 
     kind: ClassVar[int] = 9
     rows: int
-    count: int
-    table: Address
-    members: Address
-    out: Address
+    count: int  # float32 values of a line
+    table: Address  # [K, count]
+    members: Address  # int64 [R]
+    out: Address  # [R, count]
 
 
 def encode(steps: list[Step]) -> Tensor:
@@ -362,7 +367,8 @@ _LENGTHS = {"strides": MAX_DIMS, "sizes": MAX_DIMS, "inputs": MAX_INPUTS, "instr
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, Any]:
+def fields_of(kind: type) -> dict[str, Any]:
+    """The fields of a record in the order of its words, and their types; of a step those behind its header."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name != "tasks"}
 
@@ -372,7 +378,7 @@ def _read(kind: Any, words: Iterator[int], **known: Any) -> Any:
         return next(words)
     if kind is float:
         return struct.unpack("<d", struct.pack("<q", next(words)))[0]
-    for name, hint in _fields(kind).items():
+    for name, hint in fields_of(kind).items():
         if get_origin(hint) is tuple:
             known[name] = tuple(_read(each, words) for each in get_args(hint))
         elif get_origin(hint) is list:

@@ -1,4 +1,4 @@
-"""Weights of 3x3 convolutions for Winograd's minimal filtering, as csrc/cpu/program/winograd.h multiplies them.
+"""Weights of 3x3 convolutions for Winograd's minimal filtering, as csrc/kernels/program/winograd.h multiplies them.
 
 A square of m x m pixels of the output takes a x a products of a square of the input, a = m + 2, in the place of 9 m^2
 (Lavin and Gray, arXiv 1509.09308): A^T (G g G^T * B^T d B) A.

@@ -13,7 +13,7 @@ from fastens.program.steps import Opcode
 
 UNARY: dict[Opcode, Callable[[Tensor], Tensor]] = {
     Opcode.SILU: F.silu,
-    Opcode.GELU: F.gelu,
+    Opcode.GELU: lambda x: F.gelu(x.double()).to(x.dtype),  # in float32, torch has NaN for inf
     Opcode.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
     Opcode.SIGMOID: torch.sigmoid,
     Opcode.TANH: torch.tanh,
@@ -41,6 +41,15 @@ NUMBERED: dict[Opcode, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+def instructed(opcode: Opcode, a: Tensor, b: Tensor, number: float) -> Tensor:
+    """What an instruction computes of its operands: the definition that every kernel is held against."""
+    if opcode is Opcode.COPY:
+        return a
+    if opcode in UNARY:
+        return UNARY[opcode](a)
+    return BINARY[opcode](a, b) if opcode in BINARY else NUMBERED[opcode](a, number)
+
+
 def unrounded(
     inputs: Sequence[Tensor], opcodes: Sequence[int], a: Sequence[int], b: Sequence[int], numbers: Sequence[float]
 ) -> Tensor:
@@ -49,15 +58,7 @@ def unrounded(
     if any(opcode != Opcode.COPY for opcode in opcodes):
         registers = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in registers]
     for code, first, second, number in zip(opcodes, a, b, numbers, strict=True):
-        opcode = Opcode(code)
-        if opcode is Opcode.COPY:
-            registers.append(registers[first])
-        elif opcode in UNARY:
-            registers.append(UNARY[opcode](registers[first]))
-        elif opcode in BINARY:
-            registers.append(BINARY[opcode](registers[first], registers[second]))
-        else:
-            registers.append(NUMBERED[opcode](registers[first], number))
+        registers.append(instructed(Opcode(code), registers[first], registers[second], number))
     return registers[-1]
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from fastens.program import steps
 from fastens.program.steps import Activation, Image, Opcode
 from fastens.program.winograd import recovered
+from fastens.reference._activation import activate
 from fastens.reference.dropout import dropout
+from fastens.reference.pointwise import instructed
 
 
 def run_program(
@@ -79,14 +81,7 @@ class _Memory:
 
 
 def _activated(x: Tensor, activation: int) -> Tensor:
-    match activation:
-        case Activation.SILU:
-            return F.silu(x)
-        case Activation.GELU:
-            return F.gelu(x)
-        case Activation.GELU_TANH:
-            return F.gelu(x, approximate="tanh")
-    return x
+    return activate(x, Activation(activation).name.lower())
 
 
 def _unpacked(step: steps.Conv, memory: _Memory, num_members: int, channels: int) -> Tensor:
@@ -198,33 +193,6 @@ def _attention(step: steps.Attention, memory: _Memory) -> None:
     view(step.out, step.queries, step.value_width).copy_(scores @ v)
 
 
-_INSTRUCTIONS: dict[int, Callable[[Tensor, Tensor, float], Tensor]] = {
-    Opcode.COPY: lambda a, b, number: a,
-    Opcode.ADD: lambda a, b, number: a + b,
-    Opcode.SUBTRACT: lambda a, b, number: a - b,
-    Opcode.MULTIPLY: lambda a, b, number: a * b,
-    Opcode.DIVIDE: lambda a, b, number: a / b,
-    Opcode.ADD_NUMBER: lambda a, b, number: a + number,
-    Opcode.MULTIPLY_NUMBER: lambda a, b, number: a * number,
-    Opcode.NUMBER_MINUS: lambda a, b, number: number - a,
-    Opcode.NUMBER_OVER: lambda a, b, number: torch.full_like(a, number) / a,
-    Opcode.SILU: lambda a, b, number: F.silu(a),
-    Opcode.GELU: lambda a, b, number: F.gelu(a.double()),  # in float32, torch has NaN for inf
-    Opcode.GELU_TANH: lambda a, b, number: F.gelu(a, approximate="tanh"),
-    Opcode.SIGMOID: lambda a, b, number: a.sigmoid(),
-    Opcode.TANH: lambda a, b, number: a.tanh(),
-    Opcode.EXP: lambda a, b, number: a.exp(),
-    Opcode.LOG: lambda a, b, number: a.log(),
-    Opcode.SIN: lambda a, b, number: a.sin(),
-    Opcode.COS: lambda a, b, number: a.cos(),
-    Opcode.SQRT: lambda a, b, number: a.sqrt(),
-    Opcode.SQUARE: lambda a, b, number: a.square(),
-    Opcode.RELU: lambda a, b, number: a.relu(),
-    Opcode.ABS: lambda a, b, number: a.abs(),
-    Opcode.DIVIDE_NUMBER: lambda a, b, number: a / number,
-}
-
-
 @functools.cache
 def _dtype(code: int) -> torch.dtype:
     return next(dtype for dtype, each in steps.DTYPES.items() if each == code)
@@ -243,7 +211,7 @@ def _pointwise(step: steps.Pointwise, memory: _Memory) -> None:
     registers = [torch.empty(step.sizes).copy_(x) for x in sources]
     for word, number in zip(code, numbers, strict=True):
         a, b = registers[word >> 16 & 0xFFFF], registers[word >> 32 & 0xFFFF]
-        registers.append(_INSTRUCTIONS[word & 0xFFFF](a, b, number).float())
+        registers.append(instructed(Opcode(word & 0xFFFF), a, b, number).float())
     out.copy_(registers[-1])
 
 

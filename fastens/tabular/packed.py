@@ -64,7 +64,7 @@ class PackedForest:
             values: of the rule.
             seed: of a random rule.
             offset: of a random rule.
-            instruction_set: "avx512", "avx2", "baseline", or "auto".
+            instruction_set: one of csrc/isa/levels.h by its name, such as "avx2", or "auto" for the chosen one.
 
         Returns:
             float64 [n, p].

@@ -1,5 +1,7 @@
 // What fastens/tabular/packed.py calls by ctypes: a packed forest over NumPy arrays, without copies. By the dispatcher,
 // and tensors made of the arrays, a call of one row would take some 3 us more than the 5 that it takes.
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 #include <new>
 #include <stdexcept>
@@ -77,6 +79,9 @@ Status status_of(const Work& work) {
 }
 
 }  // namespace
+
+int64_t threads_at_most() { return torch::stable::get_num_threads(); }
+
 }  // namespace fastens::forest
 
 using namespace fastens::forest;

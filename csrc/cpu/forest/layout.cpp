@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "kernels/forest/layout.h"
 
 #include <algorithm>
 #include <bit>

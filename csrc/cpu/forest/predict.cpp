@@ -1,15 +1,14 @@
 #include "predict.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 
 #include "draw_members.h"
+#include "isa/choice.h"
 #include "workers.h"
 
 namespace fastens::forest {
@@ -141,7 +140,7 @@ struct Block {
 
 // Estimated nanoseconds of one row on one thread.
 double row_cost(const Layout& layout, const Kernels& kernels, double per_leaf) {
-  const bool vector = layout.whole && std::string_view(kernels.name) != "baseline";
+  const bool vector = layout.whole && kernels.in_registers;
   double cost = 0;
   for (int32_t depth : layout.depth) cost += vector ? 0.6 : 1.0 + 0.7 * depth;
   return cost + static_cast<double>(layout.num_trees * layout.stride) * per_leaf +
@@ -155,8 +154,7 @@ int for_blocks(const Layout& layout, const Kernels& kernels, int64_t n, double c
   const double cost = cost_of_row * static_cast<double>(n);
   const double of_thread = cost >= 2 * kNearThreadCost && helpers_are_near() ? kNearThreadCost : kSleepingThreadCost;
   const double worth = std::max(1.0, cost / of_thread);
-  const int64_t threads =
-      worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t threads = worth < 2 ? 1 : std::min(static_cast<int64_t>(worth), threads_at_most());
   const int64_t most = std::max(kTile, kMemory / memory.of_row());
   // Of several threads each takes some blocks, so that one that comes late takes fewer.
   const int64_t least = threads == 1 ? 1 : kBlocksOfThread * threads;
@@ -310,37 +308,10 @@ int alternating(const Layout& layout, const Kernels& kernels, const Rows& rows, 
   });
 }
 
-bool has(const std::string& instruction_set) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (instruction_set == "avx512") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512cd");
-  }
-  if (instruction_set == "avx2") {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  }
-#endif
-  return instruction_set == "baseline";
-}
-
 }  // namespace
 
-const Kernels& kernels_for(const std::string& given) {
-  static const std::string target = [] {
-    const char* const name = std::getenv("FASTENS_CPU_TARGET");
-    const std::string chosen = name && *name ? name : "auto";
-    return chosen == "avx512_bf16" ? "avx512" : chosen;  // a forest multiplies nothing
-  }();
-  const std::string& instruction_set = given == "auto" ? target : given;
-  for (const Kernels* kernels : {kernels_avx512(), kernels_avx2(), kernels_baseline()}) {
-    if (kernels && (instruction_set == kernels->name || instruction_set == "auto") && has(kernels->name)) {
-      return *kernels;
-    }
-  }
-  throw std::invalid_argument("forest: this machine or this build has no kernels for '" + instruction_set +
-                              "'; there are avx512, avx2 and baseline");
+const Kernels& kernels_for(const std::string& name) {
+  return kernels_of(name == "auto" ? isa::chosen() : isa::find(name, "forest: "));
 }
 
 int predict(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule, double* out) {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/forest/kernels.h"
 
 namespace fastens::forest {
 
@@ -15,10 +15,12 @@ struct Rule {
   int64_t seed, offset;
 };
 
-// The kernels of "avx512", "avx2" or "baseline", or for "auto" of the set that the environment variable
-// FASTENS_CPU_TARGET named when it was first asked for, by default the best one that this machine has.
-// Throws std::invalid_argument for a set that it has not.
+// The kernels of a row of isa/levels.h by its name, or of the chosen one for "auto".
+// Throws std::runtime_error for a row that this build or the processor has not.
 const Kernels& kernels_for(const std::string& instruction_set);
+
+// How many threads may share the work: of the process that has the library.
+int64_t threads_at_most();
 
 // Writes [n, num_outputs]; returns what was seen in the rows. A result of rows with infinities is meaningless.
 int predict(const Layout& layout, const Kernels& kernels, const Rows& rows, int64_t n, const Rule& rule, double* out);

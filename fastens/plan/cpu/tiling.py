@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastens.program.steps import LANES
-
-_PATCH_BYTES = 256 * 1024  # input of one task: a share of the second-level cache
-_TASKS_PER_THREAD = 3
+from fastens.program.steps import LANES, PATCH_BYTES, TASKS_PER_THREAD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +71,10 @@ def tile(shape: Shape, num_threads: int, squares: int = 0) -> Tiling:
         return -(-lines // (2 * whole)) * whole
 
     band = shape.height
-    while band > whole and patch(band) > _PATCH_BYTES:
+    while band > whole and patch(band) > PATCH_BYTES:
         band = halved(band)
-    row_chunk = max(1, min(own, _PATCH_BYTES // patch(band))) if band == shape.height else 1
-    wanted = _TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
+    row_chunk = max(1, min(own, PATCH_BYTES // patch(band))) if band == shape.height else 1
+    wanted = TASKS_PER_THREAD * num_threads if num_threads > 1 else 1
 
     def parts(lines: int, chunk: int) -> int:
         return -(-shape.height // lines) * -(-blocks // chunk)

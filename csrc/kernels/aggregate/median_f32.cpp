@@ -1,0 +1,9 @@
+#include "median.h"
+
+namespace fastens::aggregation::FASTENS_LEVEL {
+
+void median_of_floats(const Job& job, int64_t begin, int64_t end) {
+  median_of_range<float, kFewFloats>(job, begin, end);
+}
+
+}  // namespace fastens::aggregation::FASTENS_LEVEL
