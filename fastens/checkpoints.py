@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -199,7 +199,7 @@ def save_ensemble(
         "shared": sorted(engine.shared),
         "settings": {**settings_of(ensemble), "prediction": prediction.to_dict(), "schedule": None},
         "member_class": f"{type(skeleton).__module__}:{type(skeleton).__qualname__}",
-        "member_config": _plain(dict(skeleton.config)) if hasattr(skeleton, "from_config") else None,
+        "member_config": _plain(dict(cast(Any, skeleton.config))) if hasattr(skeleton, "from_config") else None,
     }
     files[_CONFIG] = json.dumps(config, indent=2) + "\n"
     first, *more = (directory / name for name in files)
