@@ -189,7 +189,11 @@ def test_every_engine_exports_with_a_dynamic_batch(made, kind):
 
 @pytest.mark.parametrize(
     ("kind", "engine"),
-    [*itertools.product([Counts, PutsBuffer, WritesBuffer, Branches], ["fold", "loop"]), (Branches, "auto")],
+    [
+        *itertools.product([Counts, PutsBuffer, WritesBuffer, Branches], ["fold", "loop"]),
+        (Branches, "auto"),
+        *(pytest.param(kind, "auto", marks=pytest.mark.full) for kind in (Counts, PutsBuffer, WritesBuffer)),
+    ],
 )
 def test_what_no_graph_repeats_is_called_outside_it_or_refused(kind, engine):
     """One member counts its calls in a graph; a graph of all members would count once."""
