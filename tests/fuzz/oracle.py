@@ -109,6 +109,12 @@ def tolerance(dtype: torch.dtype, rule: str = "mean") -> float:
     return (GEOMETRIC if rule == "geometric" else TOLERANCE)[dtype]
 
 
+def largest(outputs: list[Any]) -> float:
+    """The largest finite magnitude of the members' scores."""
+    scores = [leaf.detach().double() for leaf in pytree.tree_leaves(outputs) if is_score(leaf) and leaf.numel()]
+    return max((float(torch.where(s.isfinite(), s, 0.0).abs().max()) for s in scores), default=0.0)
+
+
 def check(actual: Any, expected: Any, relative: float, outputs: list[Any] | None = None) -> None:
     """Raise Mismatch unless structures, shapes and dtypes are equal and values as near as rounding leaves them.
 

@@ -179,6 +179,8 @@ class Run:
         """Hold an answer against the outputs of the members."""
         rule = self.rule if how != "members" else "mean"
         relative = oracle.tolerance(self._rounded(expected), rule)
+        if rule == "geometric":  # its shift of 1e-6 magnifies the rounding of scores, which is as large as they are
+            relative *= max(1.0, oracle.largest(expected))
         self.remembers_draws |= self.random and self.stateful
         if self.random or self.remembers_draws:
             shapes(answer, oracle.combined(expected, oracle.stacked if how == "members" else oracle.mean), how)
