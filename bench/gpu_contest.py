@@ -23,7 +23,8 @@ from fastens.ops import _dispatch, conv
 
 DEVICE = os.environ.get("FASTENS_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "")
 REHEARSAL = DEVICE == "cpu"
-planned.Plans._launched = REHEARSAL  # a rehearsal runs the plan that a GPU runs
+if REHEARSAL:  # which runs the plan that a GPU runs
+    planned.launches_on = lambda _: True
 DTYPE = torch.float32 if REHEARSAL else torch.bfloat16
 OUT = Path(os.environ.get("FASTENS_BENCH_OUT", "bench-out"))
 SECONDS = float(os.environ.get("FASTENS_BENCH_SECONDS", "420"))  # after that no further rival is prepared

@@ -294,7 +294,7 @@ def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch):
 
 @torch.no_grad()
 def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
-    monkeypatch.setattr(planned.Plans, "_launched", True)
+    monkeypatch.setattr(planned, "launches_on", lambda _: True)
     members, arguments = members_of("unet_2d", 2)
     ensemble = fastens.Ensemble(members, engine="fold")
     args, _ = arguments(1)

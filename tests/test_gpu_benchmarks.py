@@ -214,7 +214,7 @@ def test_networks_are_launches(monkeypatch):
     monkeypatch.setattr(gpu_networks, "REHEARSAL", True)
     monkeypatch.setattr(gpu_networks, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_networks, "DTYPE", torch.float32)
-    monkeypatch.setattr(planned.Plans, "_launched", True)
+    monkeypatch.setattr(planned, "launches_on", lambda _: True)
     for name in NETWORKS:
         members, (size, *_) = zip(*(gpu_networks.network(name, seed) for seed in range(2)), strict=True)
         ensemble, x, t = fastens.Ensemble(members), torch.randn(1, 3, size, size), torch.tensor([0.5])

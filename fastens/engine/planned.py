@@ -91,6 +91,11 @@ class Entry(State):
         return run(inputs) if weights is None else run(inputs, weights)
 
 
+def launches_on(device_type: str) -> bool:
+    """Whether plans are launches on devices of a type; tests and rehearsals of GPU code put another answer here."""
+    return device_type != "cpu"
+
+
 class Plans:
     """The programs of one folded network, by signature of the call.
 
@@ -101,7 +106,6 @@ class Plans:
 
     _disturbed = 0  # recordings in succession during which weights were written to
     _quiet = 0  # calls without a plan in succession that found the weights as the one before left them
-    _launched = False  # launches on the CPU too, where they are tested
 
     def __init__(self, network: nn.Module, num_members: int, backend: str, states: States, guards: Guards) -> None:
         self._network = network
@@ -160,7 +164,7 @@ class Plans:
     @property
     def launched(self) -> bool:
         """Whether plans are launches, as on a GPU, and not programs."""
-        return self._launched or self._kind != "cpu"
+        return launches_on(self._kind)
 
     def refused(self, key: Any) -> bool:
         """Whether a signature was found to have no plan, or can have none while hooks want to be called."""

@@ -140,7 +140,7 @@ def test_fixed_and_fresh_masks_are_audited(monkeypatch):
 def test_sums_on_launches_are_audited(monkeypatch):
     from fastens.engine import planned
 
-    monkeypatch.setattr(planned.Plans, "_launched", True)
+    monkeypatch.setattr(planned, "launches_on", lambda _: True)
     monkeypatch.setenv("FASTENS_AUDIT", "always")
     ensemble = fastens.Ensemble([randomised(lambda: nn.Conv2d(3, 3, 3, padding=1), seed) for seed in range(2)])
     x = torch.randn(2, 3, 8, 8)

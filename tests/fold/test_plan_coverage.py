@@ -165,7 +165,7 @@ def sequence_of(name, i):
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("name", FORMS)
 def test_it_has_a_plan_that_gives_what_the_members_give(name, launched, monkeypatch):
-    monkeypatch.setattr(planned.Plans, "_launched", launched)
+    monkeypatch.setattr(planned, "launches_on", lambda _: launched)
     torch.manual_seed(0)
     members = [Net(name) for _ in range(3)]
     ensemble = fastens.Ensemble(members)

@@ -32,7 +32,7 @@ def graphs_of(name, back_end, monkeypatch, batch=2):
         return lower_all(*given)
 
     monkeypatch.setattr(f"{BACK_ENDS[back_end]}.lower_all", lowered)
-    monkeypatch.setattr(planned.Plans, "_launched", back_end == "launches")
+    monkeypatch.setattr(planned, "launches_on", lambda _: back_end == "launches")
     args, kwargs = arguments(batch)
     with torch.no_grad():
         fastens.Ensemble([randomised(make, seed) for seed in range(2)], engine="fold")(*args, **kwargs)

@@ -17,7 +17,7 @@ WHOLE = [n for n in range(len(pipeline.PASSES) + 1) if n == 0 or pipeline.PASSES
 
 @pytest.fixture(autouse=True)
 def _launches(monkeypatch):
-    monkeypatch.setattr(planned.Plans, "_launched", True)
+    monkeypatch.setattr(planned, "launches_on", lambda _: True)
 
 
 @pytest.mark.parametrize("count", WHOLE)
