@@ -18,6 +18,7 @@ from fastens import capture
 from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
+from fastens.internal import engine_of
 from fastens.ops.normal import normal, number_on
 from fastens.ops.sampler_step import sampler_step
 from fastens.schedules.schedulers import ddim_steps, described, prediction_of
@@ -147,10 +148,10 @@ class Sampler:
     @torch.no_grad()
     def _record(self, batch_size: int, shape: tuple[int, ...]) -> None:
         model = self.denoiser.model
-        masks = getattr(getattr(model, "_engine", None), "masks", None)
+        engine = engine_of(model)
         if model.training:
             raise ValueError("capture: the model is in training mode, expected evaluation; call .eval() first")
-        if self.denoiser.rule.random or getattr(masks, "fresh", False):
+        if self.denoiser.rule.random or (engine is not None and engine.kind.fresh):
             raise ValueError("capture: a rule that draws members, or fresh masks, differ at each evaluation")
         if assigned_to(model) is not None:
             raise ValueError("capture: members are assigned to rows in this context alone; leave ens.assigned")

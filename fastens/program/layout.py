@@ -11,6 +11,7 @@ import pathlib
 import re
 from typing import Any, get_args, get_origin
 
+from fastens.files import whole
 from fastens.program import steps
 
 HEADER = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "kernels" / "program" / "layout.h"
@@ -121,5 +122,6 @@ def header() -> str:
 
 
 if __name__ == "__main__":
-    HEADER.write_text(header())
+    with whole(HEADER) as (file,):
+        file.write_text(header())
     print(HEADER)
