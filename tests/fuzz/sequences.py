@@ -230,8 +230,13 @@ def degenerate(run: Run, draw: Random) -> None:
 
 @step(0.3)
 def not_a_number(run: Run, draw: Random) -> None:
-    """A NaN among the inputs: where the loop answers NaN, so does the ensemble."""
-    if run.random or run.stateful:
+    """A NaN among the inputs: where the loop answers NaN, so does the ensemble.
+
+    The mean of attention's weights is a number that no row has a part in, and yet one row's NaN is in it: rows that are
+    evaluated apart (max_fold) lose that.
+    """
+    apart = run.case.max_fold is not None and any(name == "MultiheadAttention" for name, _ in run.spec.blocks)
+    if run.random or run.stateful or apart:
         return
     call = run.make(draw, Form(run.spec.rows))
     call[0][0].view(-1)[draw.randrange(call[0][0].numel())] = torch.nan
