@@ -18,7 +18,7 @@ NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_n
   tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers test-aarch64 fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel clean
+.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers test-aarch64 fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel test-newest clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
 	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
@@ -35,7 +35,8 @@ help:
 	@echo "make docs   build the site into build/site, every link checked"
 	@echo "make lint   run ruff, pyright and clang-format"
 	@echo "make bench  run the benchmarks"
-	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it"
+	@echo "make wheel  build the wheel with its native libraries into dist/; make test-wheel installs and tries it;"
+	@echo "            make test-newest does so with the newest torch, and runs a sample of the tests there (several GB)"
 	@echo "make train  train the demo's members again"
 	@echo "TORCH='torch==2.12.0' or TORCH_INDEX=URL choose another torch, VENV=FOLDER another environment"
 
@@ -156,6 +157,20 @@ test-wheel: wheel build/wheel-venv/python
 	build/wheel-venv/bin/$(PIP) dist/fastens-*.whl
 	build/wheel-venv/bin/python -I tests/wheel_smoke.py
 	build/wheel-venv/bin/fastens info
+
+# The wheel and a sample of the tests with the newest torch that they know, whatever $(TORCH) is: a CUDA build, several GB.
+NEWEST ?= torch==2.14.1
+NEWEST_TESTS := tests/test_native.py tests/ops/test_aggregate.py tests/fold/test_contract_layers.py
+build/newest/python: $(VENV)/python
+	$(BIN)/python -m venv build/newest
+	build/newest/bin/$(PIP) "$(NEWEST)" pytest expecttest diffusers safetensors tqdm scikit-learn
+	@touch $@
+
+test-newest: wheel build/newest/python
+	build/newest/bin/$(PIP) --force-reinstall --no-deps dist/fastens-*.whl
+	build/newest/bin/$(PIP) dist/fastens-*.whl
+	build/newest/bin/python -I tests/wheel_smoke.py
+	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest -q $(NEWEST_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info fastens/_lib $(VENV)
