@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help names every default, and which offers the nearest word for one that it does not know."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": _Help, **options})
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and leave with status 2."""
@@ -71,10 +71,9 @@ def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None],
 
 def positive(text: str) -> int:
     """A number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,12 @@ def add_scheduler(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_NO_SCHEDULER = (
+    "fastens: no scheduler lies beside the first checkpoint, so the network is taken for one that predicts noise under "
+    "1000 steps of linear beta; --scheduler FOLDER names another"
+)
+
+
 def scheduler_folder(options: argparse.Namespace) -> Path | None:
     """The folder of the scheduler that was named, or that a pipeline has beside its network; none for neither."""
     if options.scheduler is not None:
@@ -123,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
     result = options.out / "samples.json"
     pieces = Pieces(options.out / "pieces", {**kept, "provenance": made_by}, (options.out / "samples.npy", result))
     made = pieces.made()
+    if folder is None and job.first and not options.quiet:
+        print(_NO_SCHEDULER, file=sys.stderr)
     if made is None:
         with reproducible.deterministic(mode):
             found = sampled(ensemble, scheduler, shape, options, job, pieces)

@@ -9,6 +9,7 @@ from fastens.evaluation import mc_dropout
 from fastens.evaluation.table import Table
 
 ENOUGH = 0.9  # of the full ensemble's gain
+FEW = 16  # test rows
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
@@ -22,6 +23,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
         f"Loss: {best} is the best rule. Its loss is {change} {'below' if gain['value'] <= 0 else 'above'} the member "
         f"mean ({_difference(gain)}), and differs from the best member's by {_difference(over_best)}."
     ]
+    if loss["rows"] < FEW:
+        lines.insert(0, f"Only {loss['rows']} test rows: too few to tell rules apart; what follows is of these alone.")
     sizes = {int(k): v["value"] for k, v in loss["by_size"]["mean"].items()}
     sizes[report["members"]] = loss["rules"]["mean"]["value"]
     full = loss["member_mean"]["value"] - sizes[report["members"]]
@@ -49,7 +52,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
     ratio = cost[best] / cost["one member"]
     lines.append(
         f"Cost: one evaluation by {best} takes {ratio:.1f} times that of one member at batch {report['cost']['batch']} "
-        f"({cost[best]:.0f} ms; the members one by one: {cost['members one by one']:.0f} ms)."
+        f"({cost[best]:.0f} ms; the members one by one, each by its own plan: "
+        f"{cost['members one by one']:.0f} ms)."
     )
     return lines
 
@@ -63,12 +67,14 @@ def _quality_verdict(quality: dict[str, Any], by_loss: list[str]) -> list[str]:
     sampled = [r for r in by_loss if r in distances]
     of_loss = distances[sampled[0]]
     beats = of_loss["high"] < distances[member]["low"]
+    best_apart = all(distances[rule]["high"] < distances[other]["low"] for other in sampled if other != rule)
     return [
         f"Samples: the rule of least loss, {sampled[0]}, has a Fréchet distance of {_interval(of_loss)}; the best "
         f"member has {_interval(distances[member])}. "
         + ("It pays." if beats else "The ensemble does not beat it.")
         + " "
-        f"The rule of least distance is {rule}, {_interval(distances[rule])}."
+        f"The rule of least distance is {rule}, {_interval(distances[rule])}"
+        + ("." if best_apart else ", an interval that overlaps another rule's.")
     ]
 
 

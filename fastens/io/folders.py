@@ -166,7 +166,10 @@ def model_folder(folder: Path, wish: Wish) -> tuple[Path, Wish]:
     config = folder / CONFIG
     if config.is_file():
         if "num_members" in containers.read_json(config):
-            raise ValueError(f"{folder} is a saved ensemble, not a member: fastens.Ensemble.from_pretrained(...)")
+            raise ValueError(
+                f"{folder} is a saved ensemble, not a member: pass the checkpoints that it was made of, or read it in "
+                "Python by fastens.Ensemble.from_pretrained"
+            )
         return folder, wish
     parts = [path for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()]
     named, _, rest = (wish.key or "").partition(".")

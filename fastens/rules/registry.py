@@ -80,7 +80,8 @@ def class_of(name: str) -> type[Rule]:
     offer = f"did you mean {' or '.join(repr(each) for each in near)}? " if near else ""
     raise ValueError(
         f"`rule`: unknown rule {name!r}; {offer}The rules are {', '.join(known)}; "
-        "a rule of your own is known once the module that defines it is imported"
+        "a rule of your own is known once the module that defines it is imported; on the command line, once an "
+        f"installed package names it under the entry points {ENTRY_POINTS!r}"
     )
 
 
