@@ -75,7 +75,7 @@ def test_halves_are_disjoint_and_keep_the_target():
 def test_bad_input(tmp_path, capsys):
     for arguments, message in (
         (["mars"], "'mars' is no data set"),
-        (["iris", "--seeds", "0"], "--seeds: 0 is not at least 1"),
+        (["iris", "--seeds", "0"], "--seeds: '0', expected a whole number of at least 1"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["evaluate", "tabular", *arguments, "--out", str(tmp_path)])
