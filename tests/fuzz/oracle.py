@@ -63,6 +63,8 @@ def median(scores: Tensor) -> Tensor:
 
 
 def geometric(scores: Tensor) -> Tensor:
+    if scores.numel() == 0:
+        return scores[0]
     wide = scores.double()
     lowest = wide.transpose(0, 1).flatten(1).min(1).values.reshape(1, -1, *[1] * (scores.ndim - 2))
     shift = lowest.abs() + 1e-6
