@@ -31,18 +31,21 @@ class Originals:
         listed = isinstance(self._members, list | tuple | nn.ModuleList)
         return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
 
+    def _parts(self) -> list[nn.Module]:
+        """Every module of the network and of the members."""
+        return [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
+
     def _count(self) -> tuple[Any, Any]:
         theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
         return theirs, [_identity(t) for t in tensors_of(self._network).values()]
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
         """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
-        modules = [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
-        return [(module, vars(module).copy(), _hooks(vars(module))) for module in modules]
+        return [(module, vars(module).copy(), _hooks(vars(module))) for module in self._parts()]
 
     def _as_they_were(self) -> bool:
         """Whether all modules are there, with the same attributes and hooks."""
-        modules = [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
+        modules = self._parts()
         return len(modules) == len(self._attributes) and all(
             now is module and _same(attributes, vars(now)) and hooks == _hooks(vars(now))
             for now, (module, attributes, hooks) in zip(modules, self._attributes, strict=True)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastens.scopes import scope
+
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -374,12 +376,9 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
     recording.inputs = [recording.input(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
     # in inference mode an operation that is made of others would come whole
-    token = _IN_PROGRESS.set(recording)
-    try:
-        with torch.inference_mode(False), torch.no_grad(), _Operations(recording), _MemberOps(recording):
-            result = run()
-    finally:
-        _IN_PROGRESS.reset(token)
+    operations, member_ops = _Operations(recording), _MemberOps(recording)
+    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, member_ops:
+        result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result
 

@@ -110,12 +110,17 @@ def _unreached(ensemble: Ensemble) -> list[tuple[str, int, Tensor, Tensor]]:
     engine = engine_of(ensemble)
     if engine is None or not engine.behaviour.looped:
         return []
-    found = []
-    for name, p in ensemble.network.named_parameters():
-        if p.grad is not None and name not in engine.shared:
-            reached = p.grad.reshape(len(p), -1).any(1).tolist()
-            found += [(name, k, p, p.detach()[k].clone()) for k, by in enumerate(reached) if not by and any(reached)]
-    return found
+    shared = engine.shared
+    trained = [(n, p) for n, p in ensemble.network.named_parameters() if p.grad is not None and n not in shared]
+    if not trained:
+        return []
+    reached = torch.stack([p.grad.reshape(len(p), -1).any(1) for _, p in trained if p.grad is not None]).tolist()
+    return [
+        (name, k, p, p.detach()[k].clone())
+        for (name, p), by_member in zip(trained, reached, strict=True)
+        for k, found in enumerate(by_member)
+        if not found and any(by_member)
+    ]
 
 
 def _warn_of_moved(unreached: list[tuple[str, int, Tensor, Tensor]]) -> None:

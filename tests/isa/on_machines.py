@@ -111,13 +111,7 @@ def test_normalisation_and_attention(steps_run):
 
 @pytest.mark.parametrize("opcode", Opcode, ids=lambda opcode: opcode.name)
 def test_instructions(steps_run, opcode):
-    if opcode in pointwise.UNARY:
-        pointwise.test_unary(opcode, 257)
-        pointwise.test_extreme_values_one_by_one(opcode)
-    elif opcode in pointwise.BINARY:
-        pointwise.test_binary(opcode, 17)
-    else:
-        pointwise.test_numbers(opcode, 2.5)
+    pointwise.check_instruction(opcode)
 
 
 def test_chains_and_dtypes(steps_run):

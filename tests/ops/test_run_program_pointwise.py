@@ -104,6 +104,17 @@ def test_extreme_values_one_by_one(opcode):
             assert_close(y[None], expected[None])
 
 
+def check_instruction(opcode):
+    """One instruction, for files that run every one elsewhere: on other targets, and on other machines."""
+    if opcode in UNARY:
+        test_unary(opcode, 257)
+        test_extreme_values_one_by_one(opcode)
+    elif opcode in BINARY:
+        test_binary(opcode, 17)
+    else:
+        test_numbers(opcode, 2.5)
+
+
 def test_nan_and_infinities_in_arithmetic():
     a = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0]).repeat_interleave(5)
     b = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0]).repeat(5)
