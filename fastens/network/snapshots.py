@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import MemberTensor, memory_of
+from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
 
 
 class Kind(NamedTuple):
@@ -61,7 +61,7 @@ def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
     """
     return [
         Snapshot(each, kind.save(each), kind)
-        for each, kinds in _reached(value, seen)
+        for each, kinds in reached(value, seen)
         for kind in kinds
         if kind.put_back is not None
     ]
@@ -71,10 +71,35 @@ def member_values(network: nn.Module) -> list[MemberTensor]:
     """The tensors with a value per member that a network holds in its attributes."""
     seen = {id(module) for module in network.modules()}
     values = [value for module in network.modules() for value in vars(module).values()]
-    return [each for value in values for each, _ in _reached(value, seen) if isinstance(each, MemberTensor)]
+    return [each for value in values for each, _ in reached(value, seen) if isinstance(each, MemberTensor)]
 
 
-def _reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
+def found_in_attributes(network: nn.Module, names: dict[int, str], skipped: Iterable[str] = ()) -> str | None:
+    """Whether an attribute of a network's modules reaches one of some objects.
+
+    Args:
+        network: the modules.
+        names: of the objects, by identity.
+        skipped: attributes that are not looked at, beside the tables of modules.
+
+    Returns:
+        ``attribute has name``, of the first that does.
+    """
+    modules = modules_of(network)
+    seen = {id(module) for _, module in modules}
+    for path, module in modules:
+        for attribute, value in vars(module).items():
+            empty = type(value) in (dict, collections.OrderedDict, list, set) and not value
+            if empty or attribute in skipped or attribute in TABLES or is_atom(value):
+                continue
+            for each, _ in reached(value, seen):
+                if id(each) in names:
+                    return f"{path}.{attribute}".lstrip(".") + f" has {names[id(each)]}"
+    return None
+
+
+def reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
+    """Every object that a value reaches, itself among them, and what kinds of object it is."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
