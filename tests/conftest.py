@@ -53,4 +53,5 @@ def pytest_collection_finish():
     """Leave what was imported and collected out of every garbage collection to come."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 50)  # what tests import stays too, and was looked through a tenth of the time
     gc.enable()
