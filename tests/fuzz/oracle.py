@@ -59,7 +59,12 @@ def total(scores: Tensor) -> Tensor:
 def median(scores: Tensor) -> Tensor:
     ordered = torch.sort(scores, 0)[0]
     k = len(scores)
-    return (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
+    return _seen(scores, (ordered[(k - 1) // 2] + ordered[k // 2]) / 2)
+
+
+def _seen(scores: Tensor, result: Tensor) -> Tensor:
+    """A NaN of one member reaches the output, where comparisons would pass it over."""
+    return torch.where(scores.isnan().any(0), float("nan"), result)
 
 
 def geometric(scores: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ def dominant(scores: Tensor) -> Tensor:
     result = scores[0]
     for other in scores[1:]:
         result = torch.where(other.abs() > result.abs(), other, result)
-    return result
+    return _seen(scores, result)
 
 
 def max_abs(scores: Tensor) -> Tensor:
