@@ -67,7 +67,7 @@ class MemberViews:
 
     def look(self) -> None:
         """Make the members anew when they are asked for next: what they were given may have changed inside."""
-        self._writes = -1
+        self._writes = None
 
     @property
     def made(self) -> list[nn.Module]:
@@ -77,7 +77,7 @@ class MemberViews:
     @property
     def stale(self) -> bool:
         """Whether the network was written to since the members were made."""
-        return not self._views or self._writes != self._barrier.writes
+        return not self._views or self._writes != self._barrier.written
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
@@ -141,7 +141,7 @@ class MemberViews:
         return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
 
     def _make(self) -> list[nn.Module]:
-        writes, written = self._barrier.writes, self._barrier.names
+        writes, written = self._barrier.written, self._barrier.names
         self._barrier.names = set()
         modules, made = list(self._network.modules()), self._anew()
         views, unwritten = self._views, self._given
