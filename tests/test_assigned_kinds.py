@@ -85,3 +85,54 @@ def test_arguments_of_each_member_are_its_rows(shape, drawn_rule, max_fold):
             own = conditions[k][i : i + 1] if shape == (6, 5) else conditions[k]
             torch.testing.assert_close(ours[i : i + 1], members[k](x[i : i + 1], own, scales[k]))
     assert ens.engine == "fold"
+
+
+class Tabled(nn.Module):
+    """Its times are those that it has noise levels for, as score_sde's and CompVis' networks; it may keep these."""
+
+    def __init__(self, check, keeps):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.register_buffer("levels", torch.linspace(0.1, 1, 8))
+        self.check, self.keeps = check, keeps
+
+    def forward(self, x, t):
+        self.check(t)
+        if self.keeps:
+            self.double = self.levels * 2
+        return self.inner(x) / (self.double if self.keeps else self.levels)[t.long()][:, None]
+
+
+class Own(Exception):
+    """Of a network's author."""
+
+
+def in_range(t):
+    assert not ((t < 0) | (t > 7)).any()
+
+
+def whole(t):
+    if not (t == t.round()).all():
+        raise Own("a time between two steps")
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("check", [lambda t: None, in_range, whole])
+def test_members_that_have_numbers_for_some_times_only(check, keeps):
+    members = [randomised(lambda: Tabled(check, keeps), k) for k in range(K)]
+    ens, rows = fastens.Ensemble(members), [3, 0, 3, 1]
+    with torch.no_grad():
+        for t in ([7.0, 7.0, 7.0, 7.0], [7.0, 6.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]):
+            x, t = torch.randn(4, 3), torch.tensor(t)
+            with ens.assigned(rows):
+                torch.testing.assert_close(ens(x, t), RowByRow(members, rows)(x, t))
+            torch.testing.assert_close(ens(x, t), torch.stack([m(x, t) for m in members]).mean(0))
+
+
+@pytest.mark.parametrize("check", [lambda t: None, in_range])
+def test_rows_alone_of_members_that_have_numbers_for_some_times_only(check):
+    members = [randomised(lambda: Tabled(check, False), k) for k in range(K)]
+    ens, x, t = fastens.Ensemble(members), torch.randn(4, 3), torch.full((4,), 7.0)
+    with torch.no_grad(), fastens.deterministic():
+        torch.testing.assert_close(ens(x, t), torch.stack([m(x, t) for m in members]).mean(0))
+        assert torch.equal(ens(x[:1], t[:1]), ens(x, t)[:1])

@@ -131,7 +131,7 @@ class DrawnCall:
         except WritesInput:
             engine.behaviour.writes_arguments = True
             return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
-        except (NotFoldable, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is: where members have it too, they raise it below
             if is_out_of_memory(error):
                 raise
             if isinstance(error, NeedsWrappers) and not engine.behaviour.wrapped:

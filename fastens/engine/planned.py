@@ -227,7 +227,7 @@ class Plans:
         """
         before = self.guards.state()
         patient = not reproducible.enabled()  # else the same call has a plan at one time and none at another
-        if before != self._rests_on:
+        if before != self._rests_on or not all(entry.holds for entry in self.entries):
             self._changes = 1 if any(entry.calls > _USED for entry in self.entries) else self._changes + 1
             self._changes *= patient
             self.clear()

@@ -177,7 +177,8 @@ def rows_of(engine: Any, arguments: Arguments, method: str) -> list[Arguments]:
         excluded = engine.rows.excluded(engine, arguments, method)
         if excluded is None:
             raise NotReproducible(
-                f"deterministic: a row's result depends on other rows, or an output does not carry the rows; {REMEDY}"
+                f"deterministic: a row's result depends on other rows, or an output does not carry the rows, or the "
+                f"network takes no other numbers to try that; {REMEDY}"
             )
         arguments = arguments.excluding(excluded)
     if engine.behaviour.writes_itself:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from fastens.fold.callsite import calling_line, check_derivatives, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
+from fastens.fold.reads import check_constants
 from fastens.fold.seeds import Seeds
 from fastens.fold.slices import entry_by_entry, of_one
 from fastens.fold.stand_ins import traced
@@ -333,7 +334,7 @@ def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) ->
     """Run a function whose arguments are the same for all members once, as it is."""
     if func in READS and (wrappers or any(isinstance(x, Tensor) for x in leaves_of(args))):
         if fold.recording:
-            raise ReadsValues(f"{name_of(func)} reads values of the input in {calling_line()}")
+            check_constants(func, args)
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
     writes = writes_to(func, args)
     if writes:

@@ -37,7 +37,10 @@ def below_autograd(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return MemberTensor(args[0].stack.detach(), args[0].hidden, args[0].alias)
     if all(x.hidden is None for x in leaves):
         return run_common(fold, func, args, kwargs, True)
-    return entry_by_entry(fold, func, args, kwargs)
+    result, around = entry_by_entry(fold, func, args, kwargs), current_fold()
+    if around is not None:
+        around.slices.update(fold.slices)
+    return result
 
 
 HANDLERS.update(function=outside_a_pass, dispatch=below_autograd)

@@ -13,6 +13,7 @@ from torch import nn
 from fastens.network.tables import tables_of
 
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
+_PLAIN = (bool, int, float, str, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -21,17 +22,23 @@ class Barrier:
 
     Attributes:
         writes: to attributes of modules, and to their tables of tensors and of submodules.
+        repeats: writes to attributes that left them as they were.
         names: the attributes, each with the identity of its module; emptied by who has looked at them.
         hooks: to their tables of hooks.
     """
 
     def __init__(self) -> None:
-        self.writes = 0
+        self.writes = self.repeats = 0
         self.names: set[tuple[int, str]] = set()
         self.hooks = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Barrier:
         return Barrier()
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """What every write changes: one that repeats a value takes back what members have in its place."""
+        return self.writes, self.repeats
 
     def wrote(self) -> None:
         """Count a write to the state."""
@@ -46,10 +53,11 @@ class Watched(nn.Module):
     """A module whose attributes cannot change unnoticed; see :func:`watch`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        repeats = _repeats(self, name, value)
         try:
             super().__setattr__(name, value)
         finally:
-            _written(self, name)
+            _written(self, name, repeats)
 
     def __delattr__(self, name: str) -> None:
         try:
@@ -58,11 +66,20 @@ class Watched(nn.Module):
             _written(self, name)
 
 
-def _written(module: nn.Module, name: str) -> None:
+def _repeats(module: Watched, name: str, value: Any) -> bool:
+    """Whether a write leaves the network as it is: samplers call ``eval()`` before every evaluation."""
+    if type(value) not in _PLAIN or module.__dict__.get(name, _PLAIN) is not value:
+        return False
+    kind = class_of(module)  # whose properties and whose own ``__setattr__`` may do more than keep the value
+    return kind.__setattr__ is nn.Module.__setattr__ and not hasattr(kind, name)
+
+
+def _written(module: nn.Module, name: str, repeats: bool = False) -> None:
     barrier = module.__dict__.get("_barrier")  # none while a copy is being made
     if barrier is not None:
         barrier.names.add((id(module), name))
-        barrier.wrote()
+        barrier.repeats += repeats
+        barrier.writes += not repeats
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
+from fastens.network.snapshots import held_tensors
 
 _COUNTED = {*TABLES, "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
@@ -35,9 +36,9 @@ class Originals:
         """Every module of the network and of the members."""
         return [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
 
-    def _count(self) -> tuple[Any, Any]:
-        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
-        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
+    def _count(self) -> list[list[Any]]:
+        networks = (self._network, *self._modules())
+        return [[_identity(t) for t in (*tensors_of(m).values(), *held_tensors(m))] for m in networks]
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
         """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""

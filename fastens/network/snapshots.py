@@ -69,9 +69,19 @@ def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
 
 def member_values(network: nn.Module) -> list[MemberTensor]:
     """The tensors with a value per member that a network holds in its attributes."""
+    return [each for each in _tensors_in(network, ()) if isinstance(each, MemberTensor)]
+
+
+def held_tensors(network: nn.Module) -> list[Tensor]:
+    """The tensors that are the same for all members and that a network holds beside its parameters and buffers."""
+    return [each for each in _tensors_in(network, TABLES) if not isinstance(each, MemberTensor)]
+
+
+def _tensors_in(network: nn.Module, tables: tuple[str, ...]) -> list[Tensor]:
+    """The tensors that the attributes of a network reach, whatever is between; without the given tables."""
     seen = {id(module) for module in network.modules()}
-    values = [value for module in network.modules() for value in vars(module).values()]
-    return [each for value in values for each, _ in reached(value, seen) if isinstance(each, MemberTensor)]
+    values = [value for module in network.modules() for name, value in vars(module).items() if name not in tables]
+    return [each for value in values for each, _ in reached(value, seen) if isinstance(each, Tensor)]
 
 
 def found_in_attributes(network: nn.Module, names: dict[int, str], skipped: Iterable[str] = ()) -> str | None:

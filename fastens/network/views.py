@@ -16,8 +16,10 @@ from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.member_tables import MemberTable, pass_on, view_of_member
+from fastens.network.snapshots import held_tensors
 from fastens.network.stacking import replaced
 from fastens.network.tables import REREAD
+from fastens.network.weights import Weights
 
 _NO_STATE = {"_barrier", "training"}
 _TABLES = ("_parameters", "_buffers")
@@ -67,7 +69,8 @@ class MemberViews:
 
     def look(self) -> None:
         """Make the members anew when they are asked for next: what they were given may have changed inside."""
-        self._writes = -1
+        self._writes: Any = None
+        self._held = Weights([])
 
     @property
     def made(self) -> list[nn.Module]:
@@ -76,8 +79,8 @@ class MemberViews:
 
     @property
     def stale(self) -> bool:
-        """Whether the network was written to since the members were made."""
-        return not self._views or self._writes != self._barrier.writes
+        """Whether the network, or a tensor that it holds, was written to since the members were made."""
+        return not self._views or self._writes != (self._barrier.written, self._held.state())
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
@@ -141,7 +144,8 @@ class MemberViews:
         return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
 
     def _make(self) -> list[nn.Module]:
-        writes, written = self._barrier.writes, self._barrier.names
+        self._held = Weights(held_tensors(self._network))
+        writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
         modules, made = list(self._network.modules()), self._anew()
         views, unwritten = self._views, self._given

@@ -304,6 +304,8 @@ class _Operations(TorchDispatchMode):
         self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(t.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for t in types):
+            return NotImplemented  # a wrapper in a scripted function or an extension: its own handler comes first
         kwargs = kwargs or {}
         func = _RESOLVED.get(func, func)
         self.recording.before(func, args, kwargs)

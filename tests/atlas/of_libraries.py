@@ -294,7 +294,7 @@ def rectified_flow_unet():
     return make, lambda b, r: (r(b, 3, 8, 8), r.unit(b))
 
 
-@network("video-diffusion-pytorch", unplanned="__bool__ reads values of the input")
+@network("video-diffusion-pytorch")
 def video_unet_3d():
     """Factorised attention over space and time, with rotary embedding and relative positions."""
     video = library("video_diffusion_pytorch.video_diffusion_pytorch")

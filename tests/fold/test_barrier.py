@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastens import _native
-from tests.fold.test_guards import X, by_members, planned
+from tests.fold.test_guards import Net, X, by_members, planned
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
@@ -96,3 +96,67 @@ def test_hooks_are_noticed_however_they_come(insert):
         assert relative_error(plain, doubled) > 1e-2
         calls.clear()
     assert len(ensemble.report().plans) == 1  # it is as true as before
+
+
+REPEATED = {
+    "a mode": lambda ensemble: ensemble.eval(),
+    "a mode of the members": lambda ensemble: ensemble.network.train(False),
+    "no gradients": lambda ensemble: ensemble.requires_grad_(True),
+    "a number": lambda ensemble: setattr(ensemble, "scale", ensemble.network.scale),
+    "a number of a part": lambda ensemble: setattr(ensemble.network.norm, "eps", ensemble.network.norm.eps),
+    "a name": lambda ensemble: setattr(ensemble.network, "name", ensemble.network.name),
+    "nothing": lambda ensemble: setattr(ensemble.network, "label", None),
+}
+
+
+class Labelled(Net):
+    def __init__(self):
+        super().__init__()
+        self.name, self.label = "labelled", None
+
+
+@pytest.mark.parametrize("write", REPEATED.values(), ids=REPEATED)
+def test_what_a_sampler_sets_again_at_every_evaluation_keeps_the_plan(write):
+    ensemble = planned(Labelled)
+    for _ in range(6):
+        write(ensemble)
+        with torch.no_grad():
+            ensemble(X)
+    (entry,) = ensemble._engine.plans.entries
+    assert entry.calls >= 6
+
+
+class Counts(Net):
+    """Its output depends on how often its level was set."""
+
+    def forward(self, x):
+        return super().forward(x) * self.__dict__["writes"]
+
+    def write(self, level):
+        self.__dict__.update(level=level, writes=self.__dict__.get("writes", 0) + 1)
+
+
+class ByProperty(Counts):
+    level = property(lambda self: self.__dict__["level"], Counts.write)
+
+    def __init__(self):
+        super().__init__()
+        self.level = 2
+
+
+class BySetter(Counts):
+    def __init__(self):
+        super().__init__()
+        self.level = 2
+
+    def __setattr__(self, name, value):
+        self.write(value) if name == "level" else super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [ByProperty, BySetter])
+def test_the_same_value_again_is_a_write_where_the_class_does_more_than_keep_it(kind):
+    ensemble = planned(kind)
+    ensemble.network.level = 2
+    assert ensemble.network.__dict__["writes"] == 2
+    with torch.no_grad():
+        assert relative_error(ensemble(X), by_members(ensemble)) < 1e-5

@@ -1,4 +1,4 @@
-"""Values that Python reads while it runs are no part of a plan: such networks are folded at every call."""
+"""Values that Python reads: those of the input are in no plan, and a plan rests on those of constants."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fastens
+from fastens import _native
 from tests.networks import randomised
 from tests.tolerances import relative_error
 
@@ -58,3 +59,68 @@ def test_values_that_python_reads_are_not_baked_in(how, dtype):
             expected = torch.stack([member(X, times) for member in ensemble.members]).mean(0)
             assert relative_error(ensemble(X, times), expected) < 1e-5
     assert ensemble.engine == "fold"
+
+
+class OfConstant(nn.Module):
+    """Looks at the values of a tensor that it holds, not of its input."""
+
+    def __init__(self, how, place):
+        super().__init__()
+        self.how, self.place, self.layer = how, place, nn.Linear(4, 4)
+        held = torch.tensor([3.0, 1, 0, 2, 5, 4])
+        self.register_buffer("held", held if place == "buffer" else None)
+        self.listed = [held] if place == "list" else []
+
+    def constant(self):
+        return self.held if self.place == "buffer" else self.listed[0]
+
+    def forward(self, x):
+        given = self.constant() if self.place != "computed" else torch.arange(x.shape[0]).flip(0) * 0.5
+        return self.layer(x) * self.how(given)
+
+
+NOT_PLANNED = ("numpy", "asarray")  # arrays in the same memory, which is written to unnoticed
+
+
+@pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+@pytest.mark.parametrize("place", ["buffer", "list", "computed"])
+@pytest.mark.parametrize("how", READS.values(), ids=READS)
+def test_a_plan_rests_on_constants_that_python_reads(how, place):
+    ensemble = fastens.Ensemble([randomised(lambda: OfConstant(how, place), seed) for seed in range(3)])
+    with torch.no_grad():
+        for factor in (1, 4):
+            for part in (ensemble.network, *ensemble.members):
+                if place != "computed":
+                    part.constant().mul_(factor)
+            for _ in range(3):
+                expected = torch.stack([member(X) for member in ensemble.members]).mean(0)
+                assert relative_error(ensemble(X), expected) < 1e-5
+    assert ensemble.engine == "fold"
+    assert bool(ensemble.report().plans) == (how not in [READS[name] for name in NOT_PLANNED])
+
+
+class Causal(nn.Module):
+    """As diffusion policies have it: torch's own layers look whether a mask is the causal one."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        self.inner, self.decoder, self.outer = nn.Linear(4, 8), nn.TransformerDecoder(layer, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return self.outer(self.decoder(h, h[:, :2], tgt_mask=self.mask))
+
+
+@pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+def test_a_mask_that_torch_looks_at_is_planned():
+    ensemble, x = fastens.Ensemble([randomised(Causal, seed) for seed in range(3)]), torch.randn(2, 6, 4)
+    with torch.no_grad():
+        for mask in (None, torch.zeros(6, 6), torch.full((6, 6), -torch.inf).triu(2)):
+            if mask is not None:
+                ensemble.network.mask.copy_(mask)
+            for _ in range(3):
+                expected = torch.stack([member(x) for member in ensemble.members]).mean(0)
+                assert relative_error(ensemble(x), expected) < 1e-5
+    assert ensemble.report().plans

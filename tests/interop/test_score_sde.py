@@ -6,6 +6,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 import fastens
+from fastens import _native
 from tests.interop.loops import Looped
 from tests.networks import randomised
 from tests.tolerances import relative_error
@@ -50,6 +51,8 @@ def test_predictor():
     with torch.no_grad():
         ensemble = fastens.Ensemble(members)
         assert relative_error(euler_maruyama(nn.DataParallel(ensemble)), euler_maruyama(Looped(members))) < 1e-4
+    assert len(ensemble.report().plans) == 1 or not _native.load()
+    assert not ensemble.report().why_no_plan or not _native.load()
 
 
 def test_eval_at_every_evaluation_keeps_masks_and_draws():
