@@ -13,6 +13,7 @@ from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
 from fastens.internal import engine_of
 from fastens.kernels._graph import record_graph
+from fastens.network.weights import as_it_is
 from fastens.report import CallReport
 
 
@@ -46,7 +47,7 @@ def _state_of(model: nn.Module) -> Any:
     if engine_of(model) is not None:
         return states
     tensors = [*model.parameters(), *model.buffers()]
-    return states, [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    return states, [(id(t), as_it_is(t)) for t in tensors]
 
 
 def _hooked(model: nn.Module) -> bool:

@@ -6,11 +6,11 @@ import copy
 from operator import is_
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
+from fastens.network.weights import as_it_is
 
 _COUNTED = {*TABLES, "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
@@ -36,8 +36,8 @@ class Originals:
         return [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
 
     def _count(self) -> tuple[Any, Any]:
-        theirs = [_identity(t) for m in self._modules() for t in tensors_of(m).values()]
-        return theirs, [_identity(t) for t in tensors_of(self._network).values()]
+        theirs = [as_it_is(t) for m in self._modules() for t in tensors_of(m).values()]
+        return theirs, [as_it_is(t) for t in tensors_of(self._network).values()]
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
         """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
@@ -87,11 +87,6 @@ class Originals:
 
 def _modes(network: nn.Module) -> list[bool]:
     return [module.training for _, module in modules_of(network)]
-
-
-def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
-    """What changes where a tensor is written to, moved or converted."""
-    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
 def _hooks(attributes: dict[str, Any]) -> dict[str, list[Any]]:
