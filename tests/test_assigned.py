@@ -216,6 +216,29 @@ def test_no_task_has_the_rows_of_another(which):
     assert asyncio.run(all_of_them()) == [[k] for k in range(K)]
 
 
+@pytest.mark.parametrize("assigned_elsewhere", [False, True])
+def test_a_task_keeps_the_rows_that_it_began_with(which, assigned_elsewhere):
+    """It may outlive the block that it was made in; whether another one has rows is nothing to it."""
+
+    async def outlive():
+        ended = asyncio.Event()
+
+        async def ask():
+            await ended.wait()
+            return drawn(which, 2)
+
+        with which.assigned([3, 2]):
+            task = asyncio.create_task(ask())
+            await asyncio.sleep(0)
+        ended.set()
+        if not assigned_elsewhere:
+            return await task
+        with which.assigned([0, 0]):
+            return await task
+
+    assert asyncio.run(outlive()) == [3, 2]
+
+
 def test_no_ensemble_has_the_rows_of_another(which):
     other = copy.deepcopy(which)
     with which.assigned([3]):
