@@ -152,12 +152,14 @@ class Capturing(nn.Module):
         return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
 
     if TYPE_CHECKING:
+        _draws: Any
 
         def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members and aggregate; the member's own signature and return type."""
-        if torch.compiler.is_compiling() and reproducible.enabled():  # a compiler chooses by the batch
+        outside = torch.compiler.is_compiling() and reproducible.enabled()  # a compiler chooses by the batch
+        if outside or (torch.compiler.is_dynamo_compiling() and self._draws.any_assigned):
             return drawn_pass(self._evaluated, args, kwargs)
         step = self._recorded_step(args, kwargs)
         return self._evaluated(args, kwargs) if step is None else step(args, kwargs)

@@ -199,6 +199,11 @@ class Draws:
         if isinstance(rows, Assignment) and len(rows) != batch_size:
             raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
 
+    @property
+    def any_assigned(self) -> bool:
+        """Whether members are assigned in some context: then a compiled graph asks outside of it in which."""
+        return bool(self._assignments)
+
     def assignment(self) -> Any:
         """Return the members assigned to the rows in this context, None where there are none.
 

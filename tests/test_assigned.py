@@ -338,7 +338,7 @@ BAD = [
     (other_batch, ValueError, "the batch has 3 rows, expected a multiple of the 2"),
     (other_count, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
     (other_count_unassigned, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
-    (compiled, Exception, "call it uncompiled"),
+    (compiled, Exception, "members are assigned to rows, which a graph cannot see"),
 ]
 
 
@@ -349,6 +349,19 @@ def test_bad_input_is_named_and_leaves_no_scope_behind(use, error, message, whic
     with which.assigned([3]):
         assert drawn(which, 1) == [3]
     assert drawn(which, 1) == [1]
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_compiled_ensemble_leaves_its_graph(calls, which):
+    """Whether it was traced before or is while rows have members; afterwards its graph is what it was."""
+    torch.compiler.reset()
+    compiled = torch.compile(which, backend="eager")
+    for _ in range(calls):
+        assert drawn(compiled, 2) == [1, 1]
+    for rows in ([3, 0], [2, 2], [3, 0]):
+        with which.assigned(rows):
+            assert drawn(compiled, 2) == rows
+    assert drawn(compiled, 2) == [1, 1]
 
 
 def test_no_recording_is_made_or_replayed_in_it(which):
