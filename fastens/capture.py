@@ -13,6 +13,7 @@ from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
 from fastens.internal import engine_of
 from fastens.kernels._graph import record_graph
+from fastens.network.weights import as_it_is
 from fastens.report import CallReport
 
 
@@ -46,7 +47,7 @@ def _state_of(model: nn.Module) -> Any:
     if engine_of(model) is not None:
         return states
     tensors = [*model.parameters(), *model.buffers()]
-    return states, [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    return states, [(id(t), as_it_is(t)) for t in tensors]
 
 
 def _hooked(model: nn.Module) -> bool:
@@ -151,12 +152,14 @@ class Capturing(nn.Module):
         return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
 
     if TYPE_CHECKING:
+        _draws: Any
 
         def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members and aggregate; the member's own signature and return type."""
-        if torch.compiler.is_compiling() and reproducible.enabled():  # a compiler chooses by the batch
+        outside = torch.compiler.is_compiling() and reproducible.enabled()  # a compiler chooses by the batch
+        if outside or (torch.compiler.is_dynamo_compiling() and self._draws.any_assigned):
             return drawn_pass(self._evaluated, args, kwargs)
         step = self._recorded_step(args, kwargs)
         return self._evaluated(args, kwargs) if step is None else step(args, kwargs)

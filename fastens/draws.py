@@ -82,8 +82,8 @@ class Assignment:
 
 
 # By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.
-_TRAJECTORIES: contextvars.ContextVar[dict[int, _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
-_ASSIGNED: contextvars.ContextVar[dict[int, Any]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
+_TRAJECTORIES: contextvars.ContextVar[dict["Draws", _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
+_ASSIGNED: contextvars.ContextVar[dict["Draws", Any]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
 
 
 def assignment_of(members: Any, per_member: int | None, guidance: int | None, num_members: int) -> Assignment:
@@ -154,7 +154,7 @@ class Draws:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
         self._check_nested(rule, self.assignment(), batch_size)
         seed = generator if isinstance(generator, int) else seed_from(generator)
-        with scope(_TRAJECTORIES, {**_TRAJECTORIES.get(), id(self): _Trajectory(seed, batch_size)}):
+        with scope(_TRAJECTORIES, {**_TRAJECTORIES.get(), self: _Trajectory(seed, batch_size)}):
             yield
 
     @contextmanager
@@ -180,7 +180,7 @@ class Draws:
         with self._lock:
             self._assignments += 1
         try:
-            with scope(_ASSIGNED, {**_ASSIGNED.get(), id(self): rows}):
+            with scope(_ASSIGNED, {**_ASSIGNED.get(), self: rows}):
                 yield
         finally:
             with self._lock:
@@ -199,20 +199,25 @@ class Draws:
         if isinstance(rows, Assignment) and len(rows) != batch_size:
             raise ValueError(f"the trajectory has {batch_size} samples, and members are assigned to {len(rows)}")
 
+    @property
+    def any_assigned(self) -> bool:
+        """Whether members are assigned in some context: then a compiled graph asks outside of it in which."""
+        return bool(self._assignments)
+
     def assignment(self) -> Any:
         """Return the members assigned to the rows in this context, None where there are none.
 
         Raises:
             RuntimeError: inside ``torch.compile``, where a context cannot be told.
         """
-        if not self._assignments:  # what a compiled graph rests on
-            return None
-        if torch.compiler.is_dynamo_compiling():
+        if not torch.compiler.is_dynamo_compiling():
+            return _ASSIGNED.get().get(self)
+        if self._assignments:  # what a compiled graph rests on
             raise RuntimeError("members are assigned to rows, which a compiled ensemble cannot see; call it uncompiled")
-        return _ASSIGNED.get().get(id(self))
+        return None
 
     def _trajectory(self) -> "_Trajectory | None":
-        return _TRAJECTORIES.get().get(id(self))
+        return _TRAJECTORIES.get().get(self)
 
     def begin(self, x: Tensor) -> Evaluation:
         """Start an evaluation of the batch ``x`` [B, ...].

@@ -216,6 +216,29 @@ def test_no_task_has_the_rows_of_another(which):
     assert asyncio.run(all_of_them()) == [[k] for k in range(K)]
 
 
+@pytest.mark.parametrize("assigned_elsewhere", [False, True])
+def test_a_task_keeps_the_rows_that_it_began_with(which, assigned_elsewhere):
+    """It may outlive the block that it was made in; whether another one has rows is nothing to it."""
+
+    async def outlive():
+        ended = asyncio.Event()
+
+        async def ask():
+            await ended.wait()
+            return drawn(which, 2)
+
+        with which.assigned([3, 2]):
+            task = asyncio.create_task(ask())
+            await asyncio.sleep(0)
+        ended.set()
+        if not assigned_elsewhere:
+            return await task
+        with which.assigned([0, 0]):
+            return await task
+
+    assert asyncio.run(outlive()) == [3, 2]
+
+
 def test_no_ensemble_has_the_rows_of_another(which):
     other = copy.deepcopy(which)
     with which.assigned([3]):
@@ -315,7 +338,7 @@ BAD = [
     (other_batch, ValueError, "the batch has 3 rows, expected a multiple of the 2"),
     (other_count, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
     (other_count_unassigned, ValueError, "PerMember has 2 values, expected one for each of 4 members"),
-    (compiled, Exception, "call it uncompiled"),
+    (compiled, Exception, "members are assigned to rows, which a graph cannot see"),
 ]
 
 
@@ -326,6 +349,19 @@ def test_bad_input_is_named_and_leaves_no_scope_behind(use, error, message, whic
     with which.assigned([3]):
         assert drawn(which, 1) == [3]
     assert drawn(which, 1) == [1]
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_compiled_ensemble_leaves_its_graph(calls, which):
+    """Whether it was traced before or is while rows have members; afterwards its graph is what it was."""
+    torch.compiler.reset()
+    compiled = torch.compile(which, backend="eager")
+    for _ in range(calls):
+        assert drawn(compiled, 2) == [1, 1]
+    for rows in ([3, 0], [2, 2], [3, 0]):
+        with which.assigned(rows):
+            assert drawn(compiled, 2) == rows
+    assert drawn(compiled, 2) == [1, 1]
 
 
 def test_no_recording_is_made_or_replayed_in_it(which):

@@ -12,6 +12,27 @@
 // at::TensorBase::_version() const, which the stable ABI lacks. Null where libtorch has no such function.
 extern "C" __attribute__((weak)) int64_t _ZNK2at10TensorBase8_versionEv(const void* tensor);
 
+namespace {
+
+// A number that dtype, sizes and strides tell apart; none where the tensor does not tell them.
+bool layout_of(AtenTensorHandle tensor, uint64_t& layout) {
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t dtype = 0;
+  if (aoti_torch_get_dim(tensor, &dim) || aoti_torch_get_dtype(tensor, &dtype) ||
+      aoti_torch_get_sizes(tensor, &sizes) || aoti_torch_get_strides(tensor, &strides)) {
+    return false;
+  }
+  layout = static_cast<uint64_t>(dtype) << 8 | static_cast<uint64_t>(dim);
+  for (int64_t i = 0; i < 2 * dim; ++i) {
+    layout ^= static_cast<uint64_t>(i < dim ? sizes[i] : strides[i - dim]);
+    layout *= 0x9E3779B97F4A7C15;  // odd, so that nothing is lost
+    layout ^= layout >> 32;
+  }
+  return true;
+}
+
+}  // namespace
+
 extern "C" {
 
 struct FastensWatched {
@@ -19,6 +40,7 @@ struct FastensWatched {
   const void* implementation;
   void* address;
   int64_t version;  // -1 for what was made in inference mode and has none
+  uint64_t layout;  // of its dtype, sizes and strides, which `tensor.data = ...` changes and no version counts
 };
 
 struct FastensWatch {
@@ -27,7 +49,7 @@ struct FastensWatch {
   int64_t epoch;
 };
 
-FASTENS_EXPORT int fastens_watch_possible() { return _ZNK2at10TensorBase8_versionEv != nullptr; }
+FASTENS_EXPORT int fastens_watch_layouts_possible() { return _ZNK2at10TensorBase8_versionEv != nullptr; }
 
 // Returns the epoch, one more than before where any of the tensors is not as it was; -1 where one cannot be told. The
 // caller holds the interpreter lock: nobody sees the new without the epoch.
@@ -35,14 +57,16 @@ FASTENS_EXPORT int64_t fastens_watch(FastensWatch* watch) {
   bool changed = false, told = true;
   for (FastensWatched* w = watch->tensors; w != watch->tensors + watch->count && told; ++w) {
     char* const tensor = const_cast<char*>(w->object) + watch->offset;
-    FastensWatched now{w->object, *reinterpret_cast<void* const*>(tensor), nullptr, w->version};
+    const auto handle = reinterpret_cast<AtenTensorHandle>(tensor);
+    FastensWatched now{w->object, *reinterpret_cast<void* const*>(tensor), nullptr, w->version, 0};
     try {
-      told = !aoti_torch_get_data_ptr(reinterpret_cast<AtenTensorHandle>(tensor), &now.address);
+      told = !aoti_torch_get_data_ptr(handle, &now.address) && layout_of(handle, now.layout);
       if (now.version >= 0) now.version = _ZNK2at10TensorBase8_versionEv(tensor);
     } catch (...) {
       told = false;
     }
-    changed |= now.implementation != w->implementation || now.address != w->address || now.version != w->version;
+    changed |= now.implementation != w->implementation || now.address != w->address || now.version != w->version ||
+               now.layout != w->layout;
     *w = now;
   }
   watch->epoch += changed || !told;

@@ -15,10 +15,11 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import beyond_rounding
+from fastens.engine.entry import Entry, OtherNumbers
+from fastens.engine.guards import in_modes, modes
 from fastens.engine.leaves import Leaves, recorded, recorded_rows
 from fastens.engine.memory_cap import suppress_out_of_memory
 from fastens.engine.numbers import Numbers
-from fastens.engine.planned import Entry, OtherNumbers
 from fastens.engine.structure import exactly
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, all_members, one_member
 from fastens.network.folded import lists_weights
@@ -47,6 +48,7 @@ class PlannedCall:
         self._arguments = arguments
         self._hidden = hidden or all_members(engine.num_members)
         self._dealt = self._hidden.offsets is not None
+        self._modes = modes()
         engine.numbers.note(arguments)
         varying = arguments.varying
         self._varies = bool(varying)
@@ -62,7 +64,7 @@ class PlannedCall:
         key = self._arguments.plan_key(varying)
         if reproducible.enabled():
             key = ("deterministic", key)
-        return ("drawn", key, self._arguments.rows_at) if self._dealt else key
+        return self._modes, ("drawn", key, self._arguments.rows_at) if self._dealt else key
 
     @property
     def _values(self) -> dict[int, float]:
@@ -173,7 +175,7 @@ class PlannedCall:
 
     def passes(self, differentiated: bool = False) -> tuple[Any, Any, Numbers | None]:
         """Return the pass and one member's call as functions of the plan's inputs, and the numbers that vary."""
-        engine, arguments, hidden = self._engine, self._arguments, self._hidden
+        engine, arguments, hidden, ambient = self._engine, self._arguments, self._hidden, self._modes
         count, fresh = len(arguments.tensors), engine.kind.fresh
         numbers = Numbers(self._values, dict(arguments.varying)) if self._varies else None
 
@@ -198,8 +200,12 @@ class PlannedCall:
             k, other = int(tensors[-1][0]) if self._dealt else 0, given(tensors, anew=True).with_numbers(values or {})
             if exact:
                 return exactly(engine, k, other)
-            answer = self._alone(k, other)  # which spares a first call the making of modules for all members
-            return answer or [x for x in pytree.tree_leaves(engine.call_member(k, other)) if isinstance(x, Tensor)]
+            with in_modes(ambient):  # which the pass is recorded in others than
+                answer = self._alone(k, other)  # which spares a first call the making of modules for all members
+                found = answer or pytree.tree_leaves(engine.call_member(k, other))
+            if any(isinstance(x, Tensor) and x.requires_grad for x in found):
+                raise NotRecordable("gradients are asked for by a tensor that is no parameter and no buffer")
+            return [x for x in found if isinstance(x, Tensor)]
 
         return whole, member, numbers
 
@@ -226,8 +232,7 @@ class PlannedCall:
             return None if single is None else of_rows(single)
 
         for answer in (self._alone, self._folded):
-            with torch.no_grad():
-                theirs = of_rows(answer(k, self._arguments))
+            theirs = of_rows(answer(k, self._arguments))
             if len(ours) == len(theirs):
                 error = beyond_rounding(ours, theirs, engine.plans.guards.parameters, exact)
                 if error is None:

@@ -95,7 +95,7 @@ class FirstPass:
             parameters = _parameters(member, k, held if own else None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
-            written_to = _put_back(parameters)
+            written_to = self._written_again(member, k, parameters)
             changed |= written_to
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
@@ -117,6 +117,24 @@ class FirstPass:
             with around, state_kept(engine.views[0]):
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
         return None
+
+    def _written_again(self, member: nn.Module, k: int, parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
+        """Return the names of parameters that the member's own code writes to, which get the values that they had.
+
+        Somebody else, such as a thread that trains, may have written to them meanwhile: those values are kept. Whose
+        they are tells a second call, which no other write falls into but by chance.
+        """
+        written = _written(parameters)
+        if not written:
+            return written
+        now = [(name, p, p.detach().clone()) for name, p, _ in parameters if name in written]
+        _put_back(parameters)
+        with state_kept(self._engine.network), state_kept(member):
+            self._engine.call_module(member, k, self._arguments.copied(), self._method)
+        written = _put_back(parameters)
+        if not written:
+            _put_back(now)
+        return written
 
     def _equal_arguments(self, arguments: Arguments) -> bool:
         """Whether arguments still are those of the call; inference mode counts no writes."""
@@ -182,9 +200,14 @@ def _parameters(
     return [(name, p, stacks[name].detach() if name in common else stacks[name].detach()[k]) for name, p in parameters]
 
 
+def _written(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
+    """Return the names of parameters that hold other values than they had."""
+    return {name for name, p, values in parameters if not same_bits(p.detach(), values)}
+
+
 def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
     """Give parameters the values that they had; return the names of those that were written to."""
-    written = {name for name, p, values in parameters if not same_bits(p.detach(), values)}
+    written = _written(parameters)
     for name, p, values in parameters:
         if name in written:
             with torch.inference_mode() if p.is_inference() else torch.no_grad():

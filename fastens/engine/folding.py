@@ -86,8 +86,10 @@ class FoldedMembers(StackedMembers):
     ) -> Any:
         """Return what the network's own code, or a member's module, gives in a pass: of wrappers, not stacks."""
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
+        network = network or self.network
+        fold.dropouts.runs(network)
         with inside(fold):
-            output = call(network or self.network, method, args, kwargs)
+            output = call(network, method, args, kwargs)
         if torch.is_grad_enabled():
             check_derivatives(pytree.tree_leaves(output))
         if method == "forward" and arguments.batch_size:

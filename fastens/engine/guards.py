@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
 from fastens.network.weights import Weights
@@ -82,7 +86,7 @@ def ordinary_context(device: str) -> bool:
 
 def unmodified_context(device: str) -> bool:
     """Whether no mode and no transform is in this context, but for a default device of this kind."""
-    if transformed():
+    if transformed() or torch._C._len_torch_dispatch_stack():
         return False
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
@@ -97,9 +101,31 @@ def transformed() -> bool:
 
 
 def observed() -> bool:
-    """Whether somebody is to see what members call: a transform, or a function mode that is not torch's or ours."""
+    """Whether somebody is to see what members call: a transform, or a mode that is not torch's or ours."""
     modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    if torch._C._len_torch_dispatch_stack():
+        modes += _get_current_dispatch_mode_stack()
     return transformed() or any(type(m).__module__.partition(".")[0] not in ("torch", "fastens") for m in modes)
+
+
+def modes() -> tuple[bool, bool, bool]:
+    """What members' Python may ask torch for and answer by: gradients, inference mode, deterministic algorithms."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+EVERY_MODE = list(itertools.product((False, True), repeat=3))  # that :func:`modes` tells apart
+
+
+@contextmanager
+def in_modes(modes: tuple[bool, bool, bool]) -> Iterator[None]:
+    """Scope of gradients and of inference mode as they were; see :func:`modes`."""
+    grad, inference, _ = modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        yield
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -10,6 +10,7 @@ from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
 from fastens.engine.engine import Engine
+from fastens.engine.guards import modes
 from fastens.engine.leaves import Leaves
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
@@ -34,7 +35,7 @@ def outputs_and_jvp(
         than the CPU, training mode, an operation whose derivative is not known): there, differentiate by autograd.
     """
     arguments = Arguments(args, kwargs, engine.num_members)
-    key = ("along", *arguments.plan_key(), tangent.stride())
+    key = modes(), ("along", arguments.plan_key(), tangent.stride())
     plannable = not engine.behaviour.looped and not torch.compiler.is_compiling() and engine.can_plan(arguments)
     if not plannable or reproducible.enabled() or engine.kind.fresh or arguments.own or engine.plans.refused(key):
         return None

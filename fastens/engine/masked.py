@@ -37,8 +37,8 @@ class Masked(MemberKind):
         self.fresh = masks.fresh
 
     def bind(self, network: nn.Module) -> None:
-        """Know the network's dropouts by their paths, and drop the masks that were kept."""
-        self.masks.bind(network)
+        """Drop the masks that were kept."""
+        self.masks.forget()
 
     def handed_out(self, member: nn.Module, k: int) -> nn.Module:
         """A module that always applies member k's masks."""
@@ -47,7 +47,6 @@ class Masked(MemberKind):
     def call(self, engine: Engine, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module gives under member k's masks, in a pass of one member."""
         hidden, arguments = one_member(engine.num_members, k), arguments.copied()
-        self.masks.know(member)
         output = engine.run(engine.new_pass(hidden, arguments), arguments, method, network=member)
         return pytree.tree_map(lambda x: unwrapped(x, hidden)[0], output)
 
@@ -75,13 +74,13 @@ class MaskedMember(nn.Module):
         self.network = network
         self.member = k
         self.masks = Masks(masks.num_members, masks.seed, masks.fresh, masks.p)
-        self.masks.bind(network)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network with the member's masks."""
         arguments, hidden = Arguments(args, kwargs).copied(), one_member(self.masks.num_members, self.member)
-        self.masks.know(self.network)
-        fold = Fold(hidden, wrapped=True, dropouts=MaskPass(self.masks, *self.masks.layout(hidden, arguments)))
+        dropouts = MaskPass(self.masks, *self.masks.layout(hidden, arguments))
+        dropouts.runs(self.network)
+        fold = Fold(hidden, wrapped=True, dropouts=dropouts)
         bound, named = arguments.bound(fold)
         with inside(fold):
             output = self.network(*bound, **named)

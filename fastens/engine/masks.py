@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from fastens.fold.callsite import callers
 from fastens.fold.dispatch import Fold
 from fastens.fold.dropouts import Dropouts
 from fastens.fold.stand_ins import traced
-from fastens.fold.tensor import Hidden
+from fastens.fold.tensor import Hidden, modules_of
 from fastens.kernels._graph import keep
 from fastens.ops.dropout import dropout, has_kernel
 from fastens.reference._rows import rows_of
@@ -75,7 +74,6 @@ class Masks:
         self.p = p
         self.num_members = num_members
         self.layers: dict[tuple[str, int], int] = {}  # dropouts in the order in which they were met first
-        self._paths: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[Any, tuple[Tensor, Tensor]] = {}
         self._keys: dict[tuple[int | None, str, int], int] = {}
         self._kept: dict[Any, Tensor] = {}
@@ -85,28 +83,6 @@ class Masks:
         """Drop the masks that are kept from earlier passes."""
         self._kept.clear()
         self._kept_bytes = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_paths"}  # a copy's modules are others
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._paths = weakref.WeakKeyDictionary()
-
-    def bind(self, network: nn.Module) -> None:
-        """Know a network's modules, and drop what was kept of another's masks."""
-        self._paths.clear()
-        self.know(network)
-        self.forget()
-
-    def know(self, network: nn.Module) -> None:
-        """Know the modules of a further network of the same structure, such as one member's."""
-        if network not in self._paths:
-            self._paths.update({module: path for path, module in network.named_modules()})
-
-    def path(self, module: Any) -> str | None:
-        """Where a module is in its network; none for what is no module of one."""
-        return self._paths.get(module) if isinstance(module, nn.Module) else None
 
     def layout(self, hidden: Hidden, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Member and sample of each row of a pass, int64 [R]."""
@@ -187,8 +163,12 @@ class MaskPass(Dropouts):
         self._as_factors = False
         self.applied = 0
         self.calls: dict[str, int] = defaultdict(int)
-
         self.fresh = masks.fresh
+        self._paths: dict[int, str] = {}
+
+    def runs(self, network: nn.Module) -> None:
+        """Know the modules of the network that the pass runs, which may be others than in the pass before."""
+        self._paths = {id(module): path for path, module in modules_of(network)}
 
     def counted(self) -> dict[str, int]:
         """How many dropouts each module has applied in this pass; a copy."""
@@ -267,7 +247,7 @@ class MaskPass(Dropouts):
         Hooks would tell of modules that are called, and not of ``block.forward(x)``, nor of a helper method in which a
         dropout is applied: which module's code is running, only the frames tell of all of these.
         """
-        paths = (self.masks.path(frame.f_locals.get("self")) for frame in callers())
+        paths = (self._paths.get(id(frame.f_locals.get("self"))) for frame in callers())
         return next((path for path in paths if path is not None), "")
 
     def _masked(self, fold: Fold, given: Any, p: float, key: int, features: bool) -> Any:

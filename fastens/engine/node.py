@@ -42,8 +42,9 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
 
 
 _WHY = (
-    "members or dropout masks are drawn anew in each call, which a graph would repeat; a method other than forward "
-    "asks by values whether members agree; or deterministic mode is on, which a compiler does not keep"
+    "members or dropout masks are drawn anew in each call, which a graph would repeat; members are assigned to rows, "
+    "which a graph cannot see; a method other than forward asks by values whether members agree; or deterministic mode "
+    "is on, which a compiler does not keep"
 )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from fastens import reproducible
 from fastens.engine.check import beyond_rounding
 from fastens.engine.copies import duplicate, separate
-from fastens.engine.guards import Guards, ordinary_context
+from fastens.engine.entry import Entry, Tensors
+from fastens.engine.guards import EVERY_MODE, Guards, ordinary_context
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
-from fastens.engine.states import Refused, State, States
+from fastens.engine.states import Refused, States
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
 from fastens.network.state import state_kept
@@ -38,57 +38,6 @@ _LAUNCHED_DTYPES = _DTYPES | {torch.float16}
 _MOST_CHANGES = 2  # of weights or state after which a plan is made only where a second call finds them as they were
 _USED = 8  # calls of a plan that was worth making
 _OTHER_INPUT = 0.875  # a plan is checked on inputs that it was not recorded with: these times the recorded ones
-
-Tensors = list[Tensor]
-
-
-class OtherNumbers(NotRecordable):
-    """A plan takes numbers of one type, and Python makes another of those of a call."""
-
-
-@dataclasses.dataclass
-class Entry(State):
-    """The state of a planned signature: its plan, what makes members' outputs of the plan's, and inputs of numbers.
-
-    Attributes:
-        plan: the recorded program.
-        leaves: what its outputs are.
-        numbers: those of the call that are inputs; none where it has them as they were.
-        trace: what it was recorded from, step by step.
-        constants: what else it rests on: tensors that are no weights, in attributes, lists, closures and globals.
-        calls: how often it ran.
-    """
-
-    name: ClassVar[str] = "planned"
-    plan: Plan | LaunchPlan
-    leaves: Leaves
-    numbers: Numbers | None
-    trace: list[str]
-    constants: Weights | None = None
-    calls: int = 0
-
-    def __post_init__(self) -> None:
-        """Keep what the constants are now."""
-        self._state = None if self.constants is None else self.constants.state()
-
-    @property
-    def holds(self) -> bool:
-        """Whether the constants are as they were."""
-        return self.constants is None or self.constants.state() == self._state
-
-    def run(self, inputs: Tensors, values: Mapping[int, float], weights: list[float] | None = None) -> Tensors:
-        """Run the program on the tensors of a call and its numbers by position.
-
-        Raises:
-            OtherNumbers: Python makes something else of these numbers than of those that it was recorded with.
-        """
-        made = [] if self.numbers is None else self.numbers.tensors(dict(values))
-        if made is None:
-            raise OtherNumbers("what Python makes of it is an error or of another type for another value")
-        self.calls += 1
-        inputs = separate([*inputs, *made])
-        run: Any = self.plan.run  # launches alone are asked for sums
-        return run(inputs) if weights is None else run(inputs, weights)
 
 
 def launches_on(device_type: str) -> bool:
@@ -129,8 +78,8 @@ class Plans:
 
     @property
     def entries(self) -> list[Entry]:
-        """The plans that there are, the oldest first."""
-        return self.states.all(Entry)
+        """The plans that there are, the oldest first; one may serve several modes."""
+        return list({id(entry): entry for entry in self.states.all(Entry)}.values())
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -257,7 +206,8 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    entry, outputs = self._checked(whole, member, inputs, expected, dealt, seen, dropouts, numbers)
+                    given = member, inputs, expected, dealt, seen, dropouts, numbers
+                    entry, outputs = self._of_other_modes(key, *given) or self._checked(whole, *given)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
             except Exception as error:  # whatever it is: the members and the fold answer such a call
@@ -302,30 +252,63 @@ class Plans:
         recording.masks = dropouts.inputs_of(recording.inputs[drawn] if dropouts.fresh else None)
         plan = self._lowered(recording, num_threads, exact)
         entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
-        values, other_values = ({}, {}) if numbers is None else (numbers.values, numbers.others)
+        values = {} if numbers is None else numbers.values
         outputs = entry.run(inputs, values)
-
-        def of_member(given: Tensors, k: int) -> Tensors:
-            return given if dealt else [x[k] for x in leaves.whole(given)[:-1] if isinstance(x, Tensor)]
-
         if expected is None:
             self._check(outputs, tensors)
-        else:
-            for k, theirs in enumerate(expected):
-                self._check(of_member(outputs, k), theirs)
-        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
-        if dealt:
-            others[-2:] = _another_draw(*inputs[-2:])
-        if dropouts.fresh:
-            others[drawn] = dropouts.next_evaluation().drawn()
         if plan.sums and leaves.kinds == ("rows",):
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
-        given = [] if numbers is None else [other_values]
-        found = seen(of_member(entry.run(others, other_values), 0))
-        self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
+        self._hold(entry, outputs, member, inputs, expected, dealt, seen, dropouts, numbers)
         entry.calls = 1
+        return entry, outputs
+
+    def _hold(
+        self,
+        entry: Entry,
+        outputs: Tensors,
+        member: Callable[..., Tensors],
+        inputs: Tensors,
+        expected: list[Tensors] | None,
+        dealt: bool,
+        seen: Callable[[Tensors], Tensors],
+        dropouts: Dropouts,
+        numbers: Numbers | None,
+    ) -> None:
+        """Hold a plan's outputs against the members', and on other inputs against the first member's."""
+
+        def of_member(given: Tensors, k: int) -> Tensors:
+            return given if dealt else [x[k] for x in entry.leaves.whole(given)[:-1] if isinstance(x, Tensor)]
+
+        for k, theirs in enumerate(expected or ()):
+            self._check(of_member(outputs, k), theirs)
+        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
+        if dealt:
+            others[-2:] = _another_draw(*inputs[-2:])
+        if dropouts.fresh:
+            drawn = len(inputs) - (4 if dealt else 2)
+            others[drawn] = dropouts.next_evaluation().drawn()
+        values = {} if numbers is None else numbers.others
+        given = [] if numbers is None else [values]
+        found = seen(of_member(entry.run(others, values), 0))
+        self._check(found, member(others, *given), lambda: member(others, *given, exact=True))
+
+    def _of_other_modes(self, key: Any, *given: Any) -> tuple[Entry, Tensors] | None:
+        """The plan of this signature in other modes, and its outputs, where it gives what members give in these."""
+        ambient, signature = key
+        found = [self.states.get((other, signature)) for other in EVERY_MODE if other != ambient]
+        entry = next((each for each in found if isinstance(each, Entry) and each.holds), None)
+        if entry is None:
+            return None
+        calls, numbers = entry.calls, given[-1]
+        try:
+            outputs = entry.run(given[1], {} if numbers is None else numbers.values)
+            self._hold(entry, outputs, *given)
+        except NotLowerable:  # the network's Python answers otherwise in these
+            return None
+        finally:
+            entry.calls = calls
         return entry, outputs
 
     def _beside_weights(self, recording: Recording) -> Weights | None:

@@ -26,6 +26,9 @@ class Dropouts:
     functions: Collection[Any] = frozenset()
     samples: Tensor | None = None
 
+    def runs(self, network: Any) -> None:
+        """Know the network that the pass runs, by whose modules dropouts are told apart."""
+
     def dropout(self, fold: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call of one of :attr:`functions`."""
         raise NotImplementedError

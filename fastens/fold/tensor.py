@@ -129,6 +129,11 @@ class MemberTensor(Tensor):
         shape = stack.shape if hidden is None else torch.Size(stack.shape[1:])
         self._known = shape, stack.dtype, stack.device
 
+    def fits(self) -> bool:
+        """Whether the stack still is of the shape and dtype that it had, which ``stack.data = ...`` may change."""
+        shape = self.stack.shape if self.hidden is None else self.stack.shape[1:]
+        return shape == self.shape and self.stack.dtype == self.dtype
+
     @property
     def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
         """The shape that a member sees."""
@@ -215,7 +220,7 @@ _OF_STACKS: weakref.WeakValueDictionary[int, MemberTensor] = weakref.WeakValueDi
 def of_stack(stack: Tensor, num_members: int) -> MemberTensor:
     """What members see of a stack: one object for tied tensors, as in a member."""
     known, hidden = _OF_STACKS.get(id(stack)), all_members(num_members)
-    if known is not None and known.stack is stack and known.hidden is hidden:
+    if known is not None and known.stack is stack and known.hidden is hidden and known.fits():
         return known
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
         made = _OF_STACKS[id(stack)] = MemberTensor(stack, hidden)

@@ -6,12 +6,12 @@ import copy
 from operator import is_
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.snapshots import held_tensors
+from fastens.network.weights import as_it_is
 
 _COUNTED = {*TABLES, "_barrier", "training", *HOOK_TABLES}  # looked at otherwise
 
@@ -38,7 +38,7 @@ class Originals:
 
     def _count(self) -> list[list[Any]]:
         networks = (self._network, *self._modules())
-        return [[_identity(t) for t in (*tensors_of(m).values(), *held_tensors(m))] for m in networks]
+        return [[as_it_is(t) for t in (*tensors_of(m).values(), *held_tensors(m))] for m in networks]
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
         """The attributes of every module, theirs and ours, which people set before a first call; its hooks."""
@@ -88,11 +88,6 @@ class Originals:
 
 def _modes(network: nn.Module) -> list[bool]:
     return [module.training for _, module in modules_of(network)]
-
-
-def _identity(t: Tensor) -> tuple[int, int, torch.dtype]:
-    """What changes where a tensor is written to, moved or converted."""
-    return 0 if t.is_inference() else t._version, t.data_ptr(), t.dtype
 
 
 def _hooks(attributes: dict[str, Any]) -> dict[str, list[Any]]:

@@ -298,13 +298,19 @@ def _same_tensor(tensor: Tensor, saved: tuple[Tensor, Tensor | None] | None) -> 
     if saved is None:
         return True
     data, values = saved
-    return tensor.data_ptr() == data.data_ptr() and (values is None or same_bits(tensor, values))
+    return _same_place(tensor, data) and (values is None or same_bits(tensor, values))
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    strides = a.layout is not torch.strided or a.stride() == b.stride()
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and strides
 
 
 def _put_back_tensor(tensor: Tensor, saved: tuple[Tensor, Tensor | None]) -> None:
     tensor = tensor.stack if type(tensor) is MemberTensor else tensor
     data, values = saved
-    if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+    if not _same_place(tensor, data):
         tensor.data = data
     if values is not None and not same_bits(tensor, values):
         with torch.inference_mode() if tensor.is_inference() else torch.no_grad():

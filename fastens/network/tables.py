@@ -130,7 +130,7 @@ class Stacks(dict[str, Any]):
         if name in self.unsaved and _asked_by_name():
             return tensor
         seen = self._seen.get(name)
-        if seen is None or seen.stack is not tensor:
+        if seen is None or seen.stack is not tensor or not seen.fits():
             seen = self._seen[name] = of_stack(tensor, self.num_members)
             STACKS[memory_of(tensor)] = tensor
         return seen

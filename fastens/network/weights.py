@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastens import _native
 
-_VERSION = operator.attrgetter("_version")
 _EPOCHS = itertools.count(step=1 << 32)  # those of one list of tensors are fewer
 
 
@@ -28,20 +27,21 @@ class Weights:
         self._looked = False
 
     def state(self) -> Any:
-        """What is another than before where a tensor was written to, as far as torch counts, or got other memory."""
+        """What is another than before where a tensor was written to, as far as torch counts, or got other data."""
         if not self._looked:  # not before it is asked for: members of other kinds of tensors never do
             self._watch, self._looked = _watch_of(self.tensors), True
         epoch = -1 if self._watch is None else self._watch.look()
-        return _by_python(self.tensors) if epoch < 0 else epoch
+        return tuple(map(as_it_is, self.tensors)) if epoch < 0 else epoch
 
 
-def _by_python(tensors: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Versions, -1 for tensors that were made in inference mode and have none, and addresses."""
-    try:
-        versions = tuple(map(_VERSION, tensors))
-    except RuntimeError:
-        versions = tuple(-1 if t.is_inference() else t._version for t in tensors)
-    return versions, tuple(map(Tensor.data_ptr, tensors))
+def as_it_is(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes where a tensor is written to, as far as torch counts, or is given other memory or another layout.
+
+    A tensor that was made in inference mode counts no writes.
+    """
+    version = -1 if tensor.is_inference() else tensor._version
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return version, tensor.data_ptr(), tensor.dtype, tensor.shape, strides
 
 
 class _Watched(ctypes.Structure):
@@ -50,6 +50,7 @@ class _Watched(ctypes.Structure):
         ("implementation", ctypes.c_void_p),
         ("address", ctypes.c_void_p),
         ("version", ctypes.c_int64),
+        ("layout", ctypes.c_uint64),
     )
 
 
@@ -71,16 +72,18 @@ def _watch_of(tensors: list[Tensor]) -> _Watch | None:
     """The library's watch over tensors; none where it cannot be had, or sees another state than Python."""
     library = _native.functions()
     ordinary = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-    if library is None or not tensors or not ordinary or not library.fastens_watch_possible():
+    if library is None or not tensors or not ordinary or not library.fastens_watch_layouts_possible():
         return None
-    versions, addresses = _by_python(tensors)
+    seen = [(t.data_ptr(), as_it_is(t)[0]) for t in tensors]
     implementations = [t._cdata for t in tensors]
     words = [(ctypes.c_int64 * (type(t).__basicsize__ // 8)).from_address(id(t)) for t in tensors]
     offset = list(words[0]).index(implementations[0])
     if any(held[offset] != own for held, own in zip(words, implementations, strict=True)):
         return None
-    facts = zip(map(id, tensors), implementations, addresses, versions, strict=True)
-    watch = _Watch((_Watched * len(tensors))(*facts), len(tensors), 8 * offset, epoch := next(_EPOCHS))
+    facts = ((id(t), own, *facts) for t, own, facts in zip(tensors, implementations, seen, strict=True))
+    watched = (_Watched * len(tensors))(*facts)
+    watch = _Watch(watched, len(tensors), 8 * offset, next(_EPOCHS))
     watch.address = ctypes.addressof(watch)
     watch.function = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(("fastens_watch", library))
-    return watch if watch.look() == epoch else None
+    told = watch.look() >= 0  # which finds the layouts
+    return watch if told and [(each.address or 0, each.version) for each in watched] == seen else None

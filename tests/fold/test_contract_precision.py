@@ -10,7 +10,7 @@ import fastens
 from fastens import _native
 from fastens.engine import structure
 from fastens.engine.check import TOLERANCE, relative_error
-from fastens.engine.planned import Entry
+from fastens.engine.entry import Entry
 from fastens.fold.dispatch import RULES
 from tests.fold.contract import Held, averaged, batch, made, near
 

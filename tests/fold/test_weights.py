@@ -43,6 +43,8 @@ WRITES = {
     "counted by hand": torch.autograd.graph.increment_version,
     "swapped": swapped,
     "a part of its memory": lambda t: setattr(t, "data", t.data[:, 1:]),
+    "the front of its memory": lambda t: setattr(t, "data", t.data[:-1]),
+    "other strides": lambda t: setattr(t, "data", t.data.as_strided(t.shape, (t.stride(0) - 1, 1))),
 }
 
 
