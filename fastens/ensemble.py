@@ -345,7 +345,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
     def _apply(self, fn: Any, recurse: bool = True) -> "Ensemble":
         """Move or convert the stacks; whatever was derived from them is dropped."""
         super()._apply(fn, recurse)
-        self._forget(state=True)
+        self._forget()
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,11 +31,6 @@ class Pickled(nn.Module):
         if engine is None:
             content: Any = (None, list(self.network), self.__dict__["_why_loop"])
         else:
-            if kept := engine.held_on_to():
-                raise ValueError(
-                    f"{kept}, which its member read in an earlier call, so that a copy would keep another one; let the "
-                    "member read it where it is used, or copy the members and make an ensemble of the copies"
-                )
             content = (engine.skeleton, tensors_of(self.network), engine.shared, *engine.own_states())
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training

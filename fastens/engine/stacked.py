@@ -15,7 +15,7 @@ from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
 from fastens.network.folded import build_network, shared_names, skeleton_of
-from fastens.network.member_tables import follow, held_on_to, settle
+from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
 from fastens.network.stacking import tensors_of
 from fastens.network.tables import tables_of, unshare
@@ -85,10 +85,6 @@ class StackedMembers:
         """What the members wrote to themselves, where they are called one by one, and why they are."""
         return (self._views.own_states() if self.behaviour.looped else []), self.behaviour.why
 
-    def held_on_to(self) -> str | None:
-        """An attribute in which a member, called one by one, keeps a weight; none where there is none."""
-        return next((kept for view in self._views.made if (kept := held_on_to(view))), None)
-
     def adopt_states(self, states: list[State], why: str) -> None:
         """Go on with what the members of another engine wrote to themselves, one by one."""
         if any(any(state) for state in states):
@@ -113,7 +109,6 @@ class StackedMembers:
         view, remembers = self.views[k], remembers or self.behaviour.writes_itself or self.behaviour.looped
         if remembers:
             self._views.keep()
-        follow(view)
         output = self.call_module(view, k, arguments, method)
         settle(view, keeps=remembers, copies=self.behaviour.looped)
         return output

@@ -15,8 +15,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, modules_of
-from fastens.network.snapshots import found_in_attributes, member_values
-from fastens.network.tables import REREAD, Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.network.snapshots import member_values
+from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
@@ -54,8 +54,7 @@ class MemberTable(dict[str, Any]):
 
     def __init__(self, source: Stacks, k: int, parts: weakref.WeakValueDictionary[Any, Tensor]) -> None:
         super().__init__(dict.fromkeys(source))
-        self.source, self.k = source, k
-        self.parts = parts
+        self.source, self.k, self._parts = source, k, parts
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
         # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
         self._given: dict[str, tuple[Tensor, int, Any, int]] = {}
@@ -88,12 +87,10 @@ class MemberTable(dict[str, Any]):
             own, address, read_before, _ = before
             if own.data_ptr() != address or (read_before == read and (copied or self._is_in_place(name, own))):
                 return own  # to a member, one object
-        own = self.parts.get(read)
-        if own is not None and not copied:
-            self._follow(name, own, tensor)
-        if own is None:
+        own = self._parts.get(read)
+        if own is None or not (copied or self._is_in_place(name, own)):
             with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
-                own = self.parts[read] = part_of(tensor, self.k, copied)
+                own = self._parts[read] = part_of(tensor, self.k, copied)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
             self._given[name] = own, own.data_ptr(), read, first
@@ -137,19 +134,6 @@ class MemberTable(dict[str, Any]):
             (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
         )
 
-    def follow(self) -> None:
-        """See :func:`follow`."""
-        for name in self.source:
-            stack = dict.__getitem__(self.source, name)
-            for (_, read, _), own in list(self.parts.items()):
-                if read == id(stack) and name not in self.source.common:
-                    self._follow(name, own, stack)
-
-    def _follow(self, name: str, own: Tensor, stack: Tensor) -> None:
-        """Let what was read of a stack, and is held on to, be where that is now."""
-        if not self._is_in_place(name, own):
-            own.data = stack.detach()[self.k]
-
     def settle(self, keeps: bool, apart: bool = False, copies: bool = False) -> set[str]:
         """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names.
 
@@ -169,7 +153,7 @@ class MemberTable(dict[str, Any]):
         self._put, self._given = {}, {}
         for _, (_, _, read, _) in given:
             if read[0] is None:  # a copy of this call
-                self.parts.pop(read, None)
+                self._parts.pop(read, None)
         for name, value in replaced.items():
             if apart:
                 self._keep_here(name, value)
@@ -217,31 +201,6 @@ class MemberTable(dict[str, Any]):
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to, where that is counted."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def follow(view: nn.Module) -> None:
-    """Let what a member holds on to of the stacks be where they are now: a parameter stays one where its data moves."""
-    root = view._parameters
-    if not isinstance(root, MemberTable) or not root.parts:
-        return
-    for _, module in modules_of(view):
-        for table in (module._parameters, module._buffers):
-            if isinstance(table, MemberTable):
-                table.follow()
-
-
-def pass_on(view: nn.Module, made: nn.Module) -> None:
-    """Let a member that is made anew hold on to what it held on to before."""
-    before, now = view._parameters, made._parameters
-    if isinstance(before, MemberTable) and isinstance(now, MemberTable):
-        now.parts.update(before.parts)
-
-
-def held_on_to(view: nn.Module) -> str | None:
-    """An attribute in which a member keeps what it read of the stacks; none where there is none."""
-    root = view._parameters
-    parts = {id(own): own for own in list(root.parts.values())} if isinstance(root, MemberTable) else {}
-    return found_in_attributes(view, dict.fromkeys(parts, "a weight"), REREAD) if parts else None
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:

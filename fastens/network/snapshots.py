@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
+from fastens.fold.tensor import MemberTensor, memory_of
 
 
 class Kind(NamedTuple):
@@ -61,7 +61,7 @@ def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
     """
     return [
         Snapshot(each, kind.save(each), kind)
-        for each, kinds in reached(value, seen)
+        for each, kinds in _reached(value, seen)
         for kind in kinds
         if kind.put_back is not None
     ]
@@ -81,35 +81,10 @@ def _tensors_in(network: nn.Module, tables: tuple[str, ...]) -> list[Tensor]:
     """The tensors that the attributes of a network reach, whatever is between; without the given tables."""
     seen = {id(module) for module in network.modules()}
     values = [value for module in network.modules() for name, value in vars(module).items() if name not in tables]
-    return [each for value in values for each, _ in reached(value, seen) if isinstance(each, Tensor)]
+    return [each for value in values for each, _ in _reached(value, seen) if isinstance(each, Tensor)]
 
 
-def found_in_attributes(network: nn.Module, names: dict[int, str], skipped: Iterable[str] = ()) -> str | None:
-    """Whether an attribute of a network's modules reaches one of some objects.
-
-    Args:
-        network: the modules.
-        names: of the objects, by identity.
-        skipped: attributes that are not looked at, beside the tables of modules.
-
-    Returns:
-        ``attribute has name``, of the first that does.
-    """
-    modules = modules_of(network)
-    seen = {id(module) for _, module in modules}
-    for path, module in modules:
-        for attribute, value in vars(module).items():
-            empty = type(value) in (dict, collections.OrderedDict, list, set) and not value
-            if empty or attribute in skipped or attribute in TABLES or is_atom(value):
-                continue
-            for each, _ in reached(value, seen):
-                if id(each) in names:
-                    return f"{path}.{attribute}".lstrip(".") + f" has {names[id(each)]}"
-    return None
-
-
-def reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
-    """Every object that a value reaches, itself among them, and what kinds of object it is."""
+def _reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
     waiting = [value]
     while waiting:
         value = waiting.pop()

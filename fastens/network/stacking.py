@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.snapshots import found_in_attributes, same_bits
-from fastens.network.tables import REREAD, tables_of
+from fastens.network.snapshots import same_bits
+from fastens.network.tables import tables_of
 
 __all__ = [
     "AS_THEY_ARE",
@@ -168,9 +168,6 @@ def stack_members(
     back = reaches_back(first)
     if back is not None:
         raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
-    kept = found_in_attributes(first, {id(tensor): name for name, tensor in tensors_of(first).items()}, REREAD)
-    if kept is not None:
-        raise DifferentMembers(f"{kept}, which conversions and copies of the stacks would not reach there")
     try:
         skeleton = make_skeleton(first)
     except Exception as error:

@@ -20,9 +20,10 @@ from fastens.network.barrier import class_of
 from fastens.network.global_state import GlobalState
 from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
-from fastens.network.tables import REREAD, Stacks
+from fastens.network.tables import Stacks
 
 DRAWS_ELSEWHERE = "their code draws from Python's or NumPy's random generators, each a number of its own"
+REREAD = ("_flat_weights", "_flat_weight_refs")  # which recurrent layers make anew in their forward
 _LOOKED_AT_ELSEWHERE = frozenset((*TABLES, *HOOK_TABLES, "_barrier", "_non_persistent_buffers_set"))
 
 

@@ -20,7 +20,6 @@ from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
 from fastens.fold.writes import STACKS
 from fastens.scopes import scope
 
-REREAD = ("_flat_weights", "_flat_weight_refs")  # attributes that recurrent layers make anew in their forward
 _SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
 
 
@@ -185,10 +184,7 @@ class Stacks(dict[str, Any]):
     pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
 
     def forget(self) -> None:
-        """Look at the stacks anew, which may have been moved or converted; who holds what they see sees that."""
-        for seen in self._seen.values():
-            with torch._C.DisableTorchFunction():
-                seen.become(seen.stack, seen.hidden)
+        """Look at the stacks anew, which may have been moved or converted."""
         self._seen.clear()
 
     def unshared(self, name: str, tied: Tensor | None = None) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
-from fastens.network.member_tables import MemberTable, pass_on, view_of_member
+from fastens.network.member_tables import MemberTable, view_of_member
 from fastens.network.snapshots import held_tensors
 from fastens.network.stacking import replaced
-from fastens.network.tables import REREAD
+from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
 _NO_STATE = {"_barrier", "training"}
@@ -71,11 +71,6 @@ class MemberViews:
         """Make the members anew when they are asked for next: what they were given may have changed inside."""
         self._writes: Any = None
         self._held = Weights([])
-
-    @property
-    def made(self) -> list[nn.Module]:
-        """Those that were made."""
-        return self._views
 
     @property
     def stale(self) -> bool:
@@ -165,8 +160,6 @@ class MemberViews:
                     anew = {*apart(before_modules[i], new), *(n for m, n in written if m == id(module))}
                     kept.append({name: value for name, value in state[i].items() if name not in anew})
                 write(view, kept)
-            for view, before in zip(made, views, strict=True):
-                pass_on(before, view)
             self._given = given
         self._hook(made)
         self._modules, self._views, self._writes = modules, made, writes

@@ -184,3 +184,31 @@ def test_an_audit_costs_what_a_member_does_and_leaves_nothing_behind(layer, fold
     assert len(passes) == folds
     assert len(recorded) == 1
     assert ensemble._engine.plans.guards.state() == state
+
+
+class Listing(nn.Module):
+    """A network that reads a weight where no table has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.listed = [self.inner.weight]
+
+    def forward(self, x):
+        return self.last(torch.tanh(x @ self.listed[0].mT))
+
+
+@torch.no_grad()
+def test_a_network_that_only_the_fold_runs_is_audited_by_the_fold(monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "always")
+    members, x = [randomised(Listing, seed) for seed in range(3)], torch.randn(6, 4)
+    ensemble = fastens.Ensemble(members)
+    passes, one_pass = [], Engine.one_pass
+    ensemble(x)
+    assert ensemble.report().plans
+    monkeypatch.setattr(Engine, "one_pass", lambda self, *a: (passes.append(1), one_pass(self, *a))[1])
+    expected = torch.stack([member(x) for member in members]).mean(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(ensemble(x), expected) < 1e-5
+    assert len(passes) == 1
