@@ -30,7 +30,7 @@ def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward
     with torch.no_grad(), random_kept():
         for _ in range(2):
             with state_kept(engine.network):
-                view = unwatched(view_of_member(engine.network, 0))
+                view = unwatched(view_of_member(engine.network, 0)[0])
                 engine.call_module(view, 0, drawn_like(arguments), method)
                 settle(view, keeps=True, apart=True)
                 with state_kept(engine.network) as tables, state_kept(view) as again:

@@ -216,6 +216,8 @@ def of_stack(stack: Tensor, num_members: int) -> MemberTensor:
     """What members see of a stack: one object for tied tensors, as in a member."""
     known, hidden = _OF_STACKS.get(id(stack)), all_members(num_members)
     if known is not None and known.stack is stack and known.hidden is hidden:
+        if known.dtype is not stack.dtype or known.device != stack.device:  # converted since
+            known.become(stack, hidden)
         return known
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
         made = _OF_STACKS[id(stack)] = MemberTensor(stack, hidden)
