@@ -96,11 +96,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
             members = load_members(cast("Sequence[str | Path]", members))
         members = cast(Sequence[nn.Module], members)
-        first = members[0]
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
         self._take(members, place)
-        self.training = first.training
+        self.training = members[0].training
 
     # Construction
 
@@ -178,9 +177,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         if rule.per_evaluation or rule.per_trajectory:
             return drawn_pass(self._drawn, args, kwargs) if torch.compiler.is_compiling() else self._drawn(args, kwargs)
         found = summed(self._engine, rule, args, kwargs)
-        if found is not None:
-            return found
-        return self._combine(self._evaluate(args, kwargs), self._aggregation(args, kwargs))
+        return self._combine(self._evaluate(args, kwargs), self._aggregation(args, kwargs)) if found is None else found
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate all members without combining them.
@@ -353,6 +350,12 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         result = super().load_state_dict(*args, **kwargs)
         self._forget()
         return result
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Ensemble":
+        """Train the stacks, or freeze them; what frozen members had in common is each member's own once it trains."""
+        if requires_grad and self._engine is not None:
+            self._engine.unshare_parameters()
+        return super().requires_grad_(requires_grad)
 
     def train(self, mode: bool = True) -> "Ensemble":
         """Set the mode of the members, as for one of them."""

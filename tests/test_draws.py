@@ -1,5 +1,6 @@
 """Random rules: who draws when, which rows go together, and the solvers that refuse them."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -182,3 +183,36 @@ def test_fixed_steps_take_alternating():
     ensemble = fastens.Ensemble([randomised(mlp, seed) for seed in range(2)], "alternating")
     with torch.no_grad():
         odeint(lambda t, y: ensemble(y), torch.randn(2, 5), torch.tensor([0.0, 0.5, 1.0]), method="euler")
+
+
+class Refusing(nn.Linear):
+    """Raises in the fold, and not by itself."""
+
+    def __init__(self, error):
+        super().__init__(4, 4)
+        self.error = error
+
+    def forward(self, x):
+        h = super().forward(x)
+        if type(h) is not torch.Tensor:
+            raise self.error("a wrapper")
+        return h
+
+
+ERRORS = [RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError, ZeroDivisionError, OSError]
+
+
+@pytest.mark.parametrize("scope", ["drawn", "assigned", "all"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_what_fails_in_the_fold_alone_is_looped(error, scope):
+    members, x = [Refusing(error) for _ in range(2)], torch.randn(3, 4)
+    ensemble = fastens.Ensemble(members, "alternating" if scope == "drawn" else "mean")
+    rows = torch.stack([member(x) for member in members])
+    assigned = ensemble.assigned([1, 0, 1]) if scope == "assigned" else nullcontext()
+    with assigned, pytest.warns(UserWarning, match="one by one"):
+        found = ensemble(x)
+    if scope == "drawn":
+        assert float((found - rows).abs().amax(2).min(0).values.max()) < 1e-6
+    else:
+        expected = rows[[1, 0, 1], [0, 1, 2]] if scope == "assigned" else rows.mean(0)
+        assert relative_error(found, expected) < 1e-6

@@ -46,7 +46,7 @@ def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward
 def _left_behind(engine: Engine, arguments: Arguments, method: str) -> tuple[nn.Module, dict[str, Tensor]] | None:
     """A copy of the first member after a call on drawn numbers, and its tensors; none where another call changes it."""
     with state_kept(engine.network):
-        view = unwatched(view_of_member(engine.network, 0))
+        view = unwatched(view_of_member(engine.network, 0)[0])
         engine.call_module(view, 0, drawn_like(arguments), method)
         settle(view, keeps=True, apart=True)
         with state_kept(engine.network) as tables, state_kept(view) as again:

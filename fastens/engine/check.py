@@ -31,7 +31,7 @@ def rounding_tolerance(half: Tensor, single: Tensor) -> float:
         half: a member's output.
         single: the same on the same weights in float32.
     """
-    rounding = relative_error(half, single)
+    rounding = relative_error(half.to(single.dtype), single)
     if not math.isfinite(rounding):  # beyond its largest number
         return TOLERANCE[half.dtype]
     return _ROUNDINGS * max(rounding, torch.finfo(half.dtype).eps)
@@ -61,8 +61,8 @@ def beyond_rounding(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Max |actual - expected| / max |expected|; NaN and inf must stand in the same places, else inf."""
-    if actual.shape != expected.shape:
+    """Max |actual - expected| / max |expected|; inf unless shape, dtype and the places of NaN and inf are the same."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():
         return 0.0

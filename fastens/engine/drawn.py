@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
 from fastens.engine import row_by_row
@@ -20,10 +21,12 @@ from fastens.engine.calls import PlannedCall, capturing
 from fastens.engine.check import beyond_rounding
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
+from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
 from fastens.engine.transformed import in_transform
+from fastens.fold.callsite import counted_if_it_succeeds
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import random_kept, state_kept
@@ -127,12 +130,13 @@ class DrawnCall:
         if engine.behaviour.looped or not len(self._members):
             return self._looped()
         try:
-            found = self._dealt_out()
+            with counted_if_it_succeeds():
+                found = self._dealt_out()
         except WritesInput:
             engine.behaviour.writes_arguments = True
             return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
-        except Exception as error:  # whatever it is: where members have it too, they raise it below
-            if is_out_of_memory(error):
+        except Exception as error:  # the members decide whether it is their own error
+            if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise
             if isinstance(error, NeedsWrappers) and not engine.behaviour.wrapped:
                 engine.behaviour.wrapped = True

@@ -24,6 +24,7 @@ from fastens.engine.numbers import SeenNumbers
 from fastens.engine.planned import Plans
 from fastens.engine.states import UNKNOWN, Behaviour, States
 from fastens.engine.transformed import in_trace, in_transform
+from fastens.fold.callsite import counted_if_it_succeeds
 from fastens.fold.stand_ins import number_of
 from fastens.fold.tensor import NotFoldable
 from fastens.fold.writes import WritesInput
@@ -142,7 +143,8 @@ class Engine(FoldedMembers):
     def _fold_or_loop(self, arguments: Arguments, key: Any, method: str) -> list[Any]:
         """Fold; where that fails and the members one by one do not, loop from now on."""
         try:
-            return self.fold(arguments, key, method)
+            with counted_if_it_succeeds():
+                return self.fold(arguments, key, method)
         except WritesInput:  # on the way that it takes now
             self.behaviour.writes_arguments = True
             return self._fold_or_loop(arguments, key, method)

@@ -13,7 +13,7 @@ from fastens.engine.arguments import Arguments
 from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.states import Folded
-from fastens.engine.structure import Structure, own_mode
+from fastens.engine.structure import Structure, uncounted
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.snapshots import same_bits
@@ -50,7 +50,7 @@ class FirstPass:
         """
         engine = self._engine
         with random_kept():
-            with own_mode():
+            with uncounted():
                 problem = self._run_members()
             if problem is not None:
                 engine.give_up(problem)
@@ -61,7 +61,7 @@ class FirstPass:
                 engine.plans.decline("members draw random numbers in this mode")
             elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-            with own_mode():
+            with uncounted():
                 problem, leaves = self._folded() if planned is None else (None, planned)
             if problem is None and leaves is not None and not random:
                 problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)

@@ -134,6 +134,11 @@ class StackedMembers:
         every = weights and self.kind.own_weights
         self.unshare(tensors_of(self.network) if every else dict(self.network.named_buffers()))
 
+    def unshare_parameters(self) -> None:
+        """Give each member its own of every parameter, where members have their own: they are to be trained apart."""
+        if self.kind.own_weights:
+            self.unshare(dict(self.network.named_parameters()))
+
     def all_one_object(self, names: Iterable[str]) -> bool:
         """Whether one of these tensors was one object in all members that were handed in: none has its own of it."""
         return not self._one_object.isdisjoint(names)

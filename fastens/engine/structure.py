@@ -43,10 +43,17 @@ def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 
-def own_mode() -> AbstractContextManager[Any]:
-    """The call's own gradient mode, on which torch's paths depend; not in a checkpoint, which counts what is saved."""
+def uncounted() -> AbstractContextManager[Any]:
+    """Scope of a pass whose graph is dropped: a checkpoint around it, which counts what is saved, sees none of that.
+
+    The pass has the call's own gradient mode, on which torch's paths depend.
+    """
     saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return torch.no_grad() if saves else nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is) if saves else nullcontext()
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class Structure:
@@ -144,7 +151,7 @@ class Structure:
 
         members: list[list[Tensor]] = []
         try:
-            with own_mode(), torch.autocast(device, enabled=enabled), state_kept(network):
+            with uncounted(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
                     with state_kept(views[k]), seen_as(change):
                         output = engine.call_module(views[k], k, arguments, self._method)
@@ -227,6 +234,8 @@ def _parting(
         if len(theirs) != len(folded):
             return f"{how}the fold gives {len(folded)} tensors, member {k} {len(theirs)}"
         for stack, expected in zip(folded, theirs, strict=True):
+            if stack.dtype != expected.dtype:
+                return f"{how}the fold gives {stack.dtype}, member {k} {expected.dtype}"
             error = relative_error(stack[k], expected)
             if not error <= tolerance(expected):
                 return f"{how}the fold is {error:.1e} from member {k}"

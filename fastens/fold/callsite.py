@@ -1,7 +1,8 @@
-"""What is around a torch function in progress: the line that called it, the checkpoint, the graph of autograd."""
+"""What is around a torch function in progress: the line that called it, the checkpoint, the graph, the transform."""
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -46,6 +47,34 @@ def checkpoint_in_progress() -> Any:
         return None
     held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
     return next((x for x in held if isinstance(x, _CheckpointFrame)), None)  # none in such a second run
+
+
+@contextmanager
+def counted_if_it_succeeds() -> Iterator[None]:
+    """Scope of a pass; where it raises, the checkpoint around it does not count what the pass saved.
+
+    A checkpoint compares the number of tensors that its function saved with that of the second run.
+    """
+    frame = checkpoint_in_progress()
+    saved = 0 if frame is None else len(frame.weak_holders)
+    try:
+        yield
+    except Exception:
+        if frame is not None:
+            del frame.weak_holders[saved:], frame.x_metadatas[saved:]
+        raise
+
+
+def check_transforms(leaves: list[Any]) -> None:
+    """Raise where a transform of the network's own has a member-valued tensor in it, whose members it does not see."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            continue
+        inner = leaf.stack if type(leaf) is MemberTensor else leaf
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            inner = torch._C._functorch.get_unwrapped(inner)
+            if type(inner) is MemberTensor:
+                raise NotFoldable("a transform of torch.func inside the network is of what differs between members")
 
 
 def check_derivatives(leaves: list[Any]) -> None:

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fastens.fold.callsite import calling_line, check_derivatives, checkpoint_in_progress
+from fastens.fold.callsite import calling_line, check_derivatives, check_transforms, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.reads import check_constants
@@ -289,6 +289,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             if leaf.hidden is not None:
                 members = True
                 break
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        check_transforms(leaves)
     if kwargs and not args:
         args, kwargs = first_in_front(kwargs)
     if torch.is_grad_enabled():
@@ -367,8 +369,15 @@ def _resume(fold: Fold) -> None:
 
 def _again(fold: Fold, calls: Mapping[str, int], run: Callable[..., None], *args: Any) -> None:
     fold.seeds = None  # the checkpoint itself goes back to where the generator was
+
+    def here(x: Tensor) -> Tensor:
+        """An argument, which a checkpoint around this one may have made again, in a second pass over the same rows."""
+        other = member_valued(x) and x.hidden is not None and not x.hidden.whole
+        return MemberTensor(x.stack, fold.hidden, x.alias) if other else x
+
+    check_derivatives(leaves_of(args))
     with inside(fold, calls):
-        run(*args)
+        run(*mapped(here, args))
 
 
 def _into(fold: Fold, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -131,8 +131,10 @@ class MemberTensor(Tensor):
 
     def fits(self) -> bool:
         """Whether the stack still is of the shape and dtype that it had, which ``stack.data = ...`` may change."""
-        shape = self.stack.shape if self.hidden is None else self.stack.shape[1:]
-        return shape == self.shape and self.stack.dtype == self.dtype
+        with torch._C.DisableTorchFunction():
+            stack = self.stack
+            shape = stack.shape if self.hidden is None else stack.shape[1:]
+            return (shape, stack.dtype, stack.device) == self._known
 
     @property
     def shape(self) -> torch.Size:  # pyright: ignore[reportIncompatibleVariableOverride]  # a wrapper tells what the member sees
@@ -220,7 +222,9 @@ _OF_STACKS: weakref.WeakValueDictionary[int, MemberTensor] = weakref.WeakValueDi
 def of_stack(stack: Tensor, num_members: int) -> MemberTensor:
     """What members see of a stack: one object for tied tensors, as in a member."""
     known, hidden = _OF_STACKS.get(id(stack)), all_members(num_members)
-    if known is not None and known.stack is stack and known.hidden is hidden and known.fits():
+    if known is not None and known.stack is stack and known.hidden is hidden:
+        if not known.fits():  # converted since, or given other data
+            known.become(stack, hidden)
         return known
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # it is kept for calls outside it
         made = _OF_STACKS[id(stack)] = MemberTensor(stack, hidden)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.tensor import MemberTensor, all_members, tensors_of
+from fastens.fold.tensor import MemberTensor, of_stack, tensors_of
 from fastens.network.barrier import unwatched
 from fastens.network.registry import fold_registered
 from fastens.network.stacking import replaced
@@ -29,8 +29,8 @@ def build_network(
     Returns:
         A module of the member's structure and classes; its own code sees one member's shapes.
     """
-    hidden = all_members(num_members)
-    seen = {name: t if name in shared else MemberTensor(t, hidden) for name, t in stacks.items()}
+    # Attributes that refer to a weight refer to what the tables give for it, here and in every copy.
+    seen = {name: t if name in shared else of_stack(t, num_members) for name, t in stacks.items()}
     network = replaced(skeleton, seen)
     common = {id(t) for name, t in stacks.items() if name in shared}
     for module in network.modules():

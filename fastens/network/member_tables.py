@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
-from fastens.fold.tensor import MemberTensor, modules_of
+from fastens.fold.tensor import MemberTensor, memory_of, modules_of
 from fastens.network.snapshots import member_values
 from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
@@ -41,6 +42,29 @@ def called() -> AbstractContextManager[Any]:
 # Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
 # that what autograd saved of the member before is as it was.
 _COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A part of a stack that an attribute of a member holds, as in a list of weights, and no table reads anew.
+
+    Attributes:
+        part: the member's part.
+        stack: what it is of.
+        differentiated: whether it was made where gradients are enabled.
+    """
+
+    part: Tensor
+    stack: Tensor
+    differentiated: bool
+
+    @property
+    def stale(self) -> bool:
+        """Whether the stack has other memory or another layout since, or gradients are wanted, or not any more."""
+        part, stack = self.part, self.stack
+        differentiated = stack.requires_grad and torch.is_grad_enabled() is not self.differentiated
+        kept = part.dtype == stack.dtype and (part.shape, part.stride()) == (stack.shape[1:], stack.stride()[1:])
+        return differentiated or not kept or memory_of(part) != memory_of(stack)
 
 
 class MemberTable(dict[str, Any]):
@@ -211,18 +235,28 @@ def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = Fal
                 table.settle(keeps, apart, copies)
 
 
-def view_of_member(network: nn.Module, k: int) -> nn.Module:
-    """Member k as a module of its own, whose tensors are parts of the stacks and whose Python state is a copy."""
+def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Reference]]:
+    """Member k as a module of its own, whose tensors are parts of the stacks and whose Python state is a copy.
+
+    Second, what attributes of it refer to past its tables.
+    """
     memo: dict[int, Any] = {}
+    parts: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+    mode, references = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), []
     for _, _, table in tables_of(network):
         for name, stack in table.items():
-            if stack is not None:
-                own = stack if name in table.common else stack[k]
-                memo[id(stack)] = own
-                memo[id(table[name])] = own
+            if stack is None or id(stack) in memo:
+                continue
+            own = stack if name in table.common else part_of(stack, k)
+            memo[id(stack)] = memo[id(table[name])] = own
+            if own is not stack:
+                key = mode, id(stack), stack.requires_grad
+                parts[key] = own
+                references.append((key, stack))
     for value in member_values(network):  # what its forward left behind in attributes
-        memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
-    view, parts = copy.deepcopy(network, memo), weakref.WeakValueDictionary()
+        if id(value) not in memo:
+            memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
+    view, own = copy.deepcopy(network, memo), None
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]
@@ -230,4 +264,5 @@ def view_of_member(network: nn.Module, k: int) -> nn.Module:
                 module.__dict__[name] = MemberTable(table, k, parts)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
-    return view
+    memo.clear()  # of the parts, those are left that attributes hold
+    return view, [Reference(parts[key], stack, mode[0]) for key, stack in references if key in parts]

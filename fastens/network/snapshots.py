@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import MemberTensor, memory_of
+from fastens.fold.tensor import TABLES, MemberTensor, memory_of
 
 
 class Kind(NamedTuple):

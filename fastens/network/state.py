@@ -103,7 +103,7 @@ class _OfModule:
             if len(table) != len(names):
                 for name in set(table) - names:  # registered meanwhile
                     changed.add(f"{prefix}{name}")
-                    dict.pop(table, name)
+                    table.withdraw(name) if isinstance(table, Stacks) else table.pop(name)
 
 
 def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -103,6 +103,14 @@ class Stacks(dict[str, Any]):
             "put those on the members, and make the ensemble of them"
         )
 
+    def withdraw(self, name: str) -> None:
+        """Take away what a pass that is undone registered."""
+        super().pop(name)
+        self.common.discard(name)
+        self._ndim.pop(name, None)
+        self._seen.pop(name, None)
+        self._written()
+
     def _written(self) -> None:
         if self.barrier is not None:
             self.barrier.writes += 1

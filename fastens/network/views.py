@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
-from fastens.network.member_tables import MemberTable, view_of_member
+from fastens.network.member_tables import MemberTable, Reference, view_of_member
 from fastens.network.snapshots import held_tensors
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
@@ -63,6 +63,7 @@ class MemberViews:
         self._views: list[nn.Module] = []
         self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
         self._modules: list[nn.Module] = []  # of the network, when they were made
+        self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
         self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
         self.look()
@@ -74,8 +75,9 @@ class MemberViews:
 
     @property
     def stale(self) -> bool:
-        """Whether the network, or a tensor that it holds, was written to since the members were made."""
-        return not self._views or self._writes != (self._barrier.written, self._held.state())
+        """Whether the network, or a tensor that it holds, was written to, or weights moved that attributes hold."""
+        written = not self._views or self._writes != (self._barrier.written, self._held.state())
+        return written or any(reference.stale for reference in self._references)
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
@@ -109,7 +111,7 @@ class MemberViews:
     def keep(self) -> None:
         """Keep what members write to themselves from now on."""
         if not self._given:
-            self._given = self._anew()
+            self._given, _ = self._anew()
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -131,21 +133,22 @@ class MemberViews:
     def fresh(self, k: int) -> nn.Module:
         """Member k with the state that the network has now, noticed or not, and with what it wrote to itself."""
         if not self._given:
-            return undisturbed(lambda: unwatched(view_of_member(self._network, k)))
+            return undisturbed(lambda: unwatched(view_of_member(self._network, k)[0]))
         self.look()
         return self.get()[k]
 
-    def _anew(self) -> list[nn.Module]:
-        return undisturbed(lambda: [unwatched(view_of_member(self._network, k)) for k in range(self._num_members)])
+    def _anew(self) -> tuple[list[nn.Module], list[Reference]]:
+        made = undisturbed(lambda: [view_of_member(self._network, k) for k in range(self._num_members)])
+        return [unwatched(view) for view, _ in made], [each for _, references in made for each in references]
 
     def _make(self) -> list[nn.Module]:
         self._held = Weights(held_tensors(self._network))
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
-        modules, made = list(self._network.modules()), self._anew()
+        modules, (made, references) = list(self._network.modules()), self._anew()
         views, unwritten = self._views, self._given
         if views and unwritten:
-            given = self._anew()
+            given, _ = self._anew()
             states = [own_state(view, other) for view, other in zip(views, unwritten, strict=True)]
             places = {id(module): i for i, module in enumerate(self._modules)}
             for view, state, before, now in zip(made, states, unwritten, given, strict=True):
@@ -162,7 +165,7 @@ class MemberViews:
                 write(view, kept)
             self._given = given
         self._hook(made)
-        self._modules, self._views, self._writes = modules, made, writes
+        self._modules, self._views, self._writes, self._references = modules, made, writes, references
         return made
 
 

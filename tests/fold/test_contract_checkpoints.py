@@ -81,10 +81,11 @@ class Rescaled(nn.Module):
         return checkpoint(lambda x: self.gain.tanh() * self.inner(x) * self.inner.weight.sum(), x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+@pytest.mark.parametrize("make", [lambda: Network(mixes=False), Rescaled, lambda: Nested(False, False)])
+@pytest.mark.parametrize("around", [False, True], ids=["", "around"])
 @pytest.mark.parametrize("how", ["some members", "rows"])
-def test_checkpoints_in_a_pass_of_some_members_or_rows(how, around):
-    held = Held(lambda k: Network(mixes=False) if around else Rescaled(), max_fold=5 if how == "some members" else None)
+def test_checkpoints_in_a_pass_of_some_members_or_rows(how, around, make):
+    held = Held(lambda k: make(), max_fold=5 if how == "some members" else None)
     ensemble, x = held.ensemble, torch.randn(4, 4)
     scope = ensemble.assigned([0, 1, 2, 1]) if how == "rows" else nullcontext()
     with scope:
@@ -185,3 +186,49 @@ def test_a_checkpoint_around_the_ensemble(reentrant, engine):
     for name, _ in held.members[0].named_parameters():
         theirs = torch.stack([dict(m.named_parameters())[name].grad for m in held.members])
         near(gradients_of(held.ensemble)[name], theirs, 1e-4)
+
+
+class Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Unfoldable(nn.Module):
+    """Saves tensors, and then does what no pass of all members can, from some call on."""
+
+    def __init__(self, what, since):
+        super().__init__()
+        self.first, self.what, self.since = nn.Linear(4, 4), what, since
+
+    def forward(self, x, t=0):
+        h = torch.tanh(self.first(x)) * 2
+        if t < self.since:
+            return h
+        if self.what == "function":
+            return Saving.apply(h)
+        if self.what == "type" and type(h) is not torch.Tensor:
+            raise AttributeError("no wrapper")
+        return h * float(self.first.bias.detach()[0])
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["all", "rows"])
+@pytest.mark.parametrize("since", [0, 1], ids=["at first", "later"])
+@pytest.mark.parametrize("what", ["function", "type", "value"])
+def test_a_checkpoint_around_a_call_whose_fold_fails(what, since, rows):
+    held = Held(lambda k: Unfoldable(what, since), 2)
+    x = torch.randn(2, 4, requires_grad=True)
+    for t in range(since + 1):
+        with held.ensemble.assigned([1, 0]) if rows else nullcontext():
+            found = held.quietly(lambda t=t: checkpoint(held.ensemble, x, t, use_reentrant=False))
+            ours = torch.autograd.grad(found.square().sum(), x)
+        theirs = held.loop(x, t)
+        expected = torch.stack([theirs[1][0], theirs[0][1]]) if rows else averaged(theirs)
+        near(found, expected)
+        near(ours, torch.autograd.grad(expected.square().sum(), x))
+    assert held.ensemble.engine == "loop"

@@ -343,7 +343,7 @@ def test_an_audit_tells_a_change_from_the_rounding_of_half_precision(rule, monke
         with pytest.warns(UserWarning, match="call refresh"):
             found = ensemble(x)
         scores = torch.stack([member(x) for member in members]).float()
-    expected = scores.mean(0) if rule == "mean" else found
+    expected = scores.mean(0) if rule == "mean" else found.float()
     assert relative_error(found.float(), expected) < 0.03
 
 
@@ -363,3 +363,32 @@ def test_a_plan_is_held_beyond_rounding_on_other_inputs(monkeypatch):
     assert len(calls) == 2
     assert not ensemble.report().plans
     assert "from the members" in ensemble.report().why_no_plan
+
+
+class OtherDtype(nn.Module):
+    """Returns another dtype in the fold, of values that are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.layer(x).bfloat16()
+        return h if type(h) is torch.Tensor else h.float()
+
+
+@pytest.mark.parametrize("rule", ["mean", "alternating"])
+def test_a_fold_of_another_dtype_is_no_fold(rule):
+    held = Held(lambda k: OtherDtype())
+    held.ensemble.rule = rule
+    found = held.quietly(lambda: held.ensemble(torch.randn(5, 4)))
+    assert found.dtype is torch.bfloat16
+    assert held.ensemble.engine == "loop"
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_transformer_layer_in_autocast_is_the_members(norm_first):
+    """Its fast path leaves autocast's dtype on a CPU, and its slow one does not."""
+    held = Held(lambda k: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True, norm_first=norm_first))
+    with torch.autocast("cpu", torch.bfloat16):
+        held.sampling(batch(2, 3, 4))

@@ -104,6 +104,32 @@ def test_tangents_of_dual_numbers(enabled, engine):
         held.sampling(batch(3, 4))
 
 
+class Transforming(nn.Module):
+    """Differentiates or maps a part of itself, at the input or at what differs between members."""
+
+    def __init__(self, transform, member_valued):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.transform, self.member_valued = transform, member_valued
+
+    def part(self, h):
+        return torch.tanh(self.second(h))
+
+    def forward(self, x):
+        h = self.first(x) if self.member_valued else x
+        found = TRANSFORMS[self.transform](self.part, h, torch.ones_like(h))
+        return found[1] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("member_valued", [False, True], ids=["common", "member-valued"])
+@pytest.mark.parametrize("name", ["vmap", "jvp", "vjp", "jacrev", "jacfwd", "grad", "vmap of jvp", "vmap of grad"])
+def test_transforms_inside_a_network(name, member_valued, trains):
+    held = Held(lambda k: Transforming(name, member_valued).requires_grad_(trains), 2)
+    held.sampling(batch(3, 4))
+    held.gradients(batch(3, 4))
+
+
 @pytest.mark.parametrize("called", [False, True], ids=["before any call", "after calls"])
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout])
 def test_transforms_of_dropout_masks(kind, called):

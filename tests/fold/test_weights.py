@@ -179,3 +179,31 @@ def test_guards_call_nothing_for_each_tensor_and_nothing_twice(monkeypatch):
     assert [deep.count(f"Guards.{name}") for name in ("state", "hooked")] == [1, 1]
     assert deep.count("ordinary_context") == 1
     assert not any("data_ptr" in name or "modules" in name for name in deep)
+
+
+@pytest.mark.parametrize("one_object", [False, True], ids=["equal", "one object"])
+@pytest.mark.parametrize("called", [False, True], ids=["before any call", "after calls"])
+def test_frozen_members_that_are_trained_later_part(called, one_object):
+    """A layer that is one object in all members stays one, as in the loop."""
+    torch.manual_seed(0)
+    members = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False) for _ in range(3)]
+    for member in members[1:]:
+        if one_object:
+            member[0] = members[0][0]
+        else:
+            member[0].load_state_dict(members[0][0].state_dict())
+    ensemble, x = fastens.Ensemble(members), torch.randn(5, 4)
+    assert ensemble.network[0].weight.ndim == 2
+    if called:
+        ensemble(x)
+    for module in (ensemble, *members):
+        module.requires_grad_()
+    ours = torch.optim.SGD(ensemble.parameters(), 0.1)
+    theirs = torch.optim.SGD({p for m in members for p in m.parameters()}, 0.1)
+    for _ in range(2):
+        for optimizer, outputs in ((ours, ensemble.member_outputs(x)), (theirs, torch.stack([m(x) for m in members]))):
+            optimizer.zero_grad()
+            outputs.square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble.member_outputs(x), torch.stack([m(x) for m in members]))
