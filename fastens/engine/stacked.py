@@ -111,6 +111,8 @@ class StackedMembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)
         settle(view, keeps=remembers, copies=self.behaviour.looped)
+        if remembers:
+            self._views.check_kept(view)
         return output
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:

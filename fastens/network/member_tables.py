@@ -78,7 +78,7 @@ class MemberTable(dict[str, Any]):
 
     def __init__(self, source: Stacks, k: int, parts: weakref.WeakValueDictionary[Any, Tensor]) -> None:
         super().__init__(dict.fromkeys(source))
-        self.source, self.k, self._parts = source, k, parts
+        self.source, self.k, self.parts = source, k, parts
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
         # what was read in the call in progress, and where it was: the member may give it other memory, by ``data``
         self._given: dict[str, tuple[Tensor, int, Any, int]] = {}
@@ -111,10 +111,10 @@ class MemberTable(dict[str, Any]):
             own, address, read_before, _ = before
             if own.data_ptr() != address or (read_before == read and (copied or self._is_in_place(name, own))):
                 return own  # to a member, one object
-        own = self._parts.get(read)
+        own = self.parts.get(read)
         if own is None or not (copied or self._is_in_place(name, own)):
             with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
-                own = self._parts[read] = part_of(tensor, self.k, copied)
+                own = self.parts[read] = part_of(tensor, self.k, copied)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
             self._given[name] = own, own.data_ptr(), read, first
@@ -177,7 +177,7 @@ class MemberTable(dict[str, Any]):
         self._put, self._given = {}, {}
         for _, (_, _, read, _) in given:
             if read[0] is None:  # a copy of this call
-                self._parts.pop(read, None)
+                self.parts.pop(read, None)
         for name, value in replaced.items():
             if apart:
                 self._keep_here(name, value)
@@ -225,6 +225,12 @@ class MemberTable(dict[str, Any]):
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to, where that is counted."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def read_by(view: nn.Module) -> dict[int, int]:
+    """The identities of the parts of stacks that a member read and that are still there, with those of the stacks."""
+    table = view._parameters
+    return {id(part): read[1] for read, part in list(table.parts.items())} if isinstance(table, MemberTable) else {}
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:

@@ -72,15 +72,15 @@ def member_values(network: nn.Module) -> list[MemberTensor]:
     return [each for each in _tensors_in(network, ()) if isinstance(each, MemberTensor)]
 
 
-def held_tensors(network: nn.Module) -> list[Tensor]:
+def held_tensors(network: nn.Module, skipped: tuple[str, ...] = ()) -> list[Tensor]:
     """The tensors that are the same for all members and that a network holds beside its parameters and buffers."""
-    return [each for each in _tensors_in(network, TABLES) if not isinstance(each, MemberTensor)]
+    return [each for each in _tensors_in(network, (*TABLES, *skipped)) if not isinstance(each, MemberTensor)]
 
 
-def _tensors_in(network: nn.Module, tables: tuple[str, ...]) -> list[Tensor]:
-    """The tensors that the attributes of a network reach, whatever is between; without the given tables."""
+def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:
+    """The tensors that the attributes of a network reach, whatever is between; but for some of them, by name."""
     seen = {id(module) for module in network.modules()}
-    values = [value for module in network.modules() for name, value in vars(module).items() if name not in tables]
+    values = [value for module in network.modules() for name, value in vars(module).items() if name not in skipped]
     return [each for value in values for each, _ in _reached(value, seen) if isinstance(each, Tensor)]
 
 

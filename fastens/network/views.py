@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
-from fastens.network.member_tables import MemberTable, Reference, view_of_member
+from fastens.network.member_tables import MemberTable, Reference, read_by, view_of_member
 from fastens.network.snapshots import held_tensors
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
@@ -112,6 +112,23 @@ class MemberViews:
         """Keep what members write to themselves from now on."""
         if not self._given:
             self._given, _ = self._anew()
+
+    def check_kept(self, view: nn.Module) -> None:
+        """Raise where a member keeps a weight, which a call of it read, in an attribute.
+
+        It would miss the gradients of other calls, and what takes the place of the weight's memory.
+        """
+        read = read_by(view)
+        known = {id(reference.part) for reference in self._references}
+        if read.keys() <= known:
+            return
+        for each in held_tensors(view, REREAD):
+            if id(each) in read and id(each) not in known:
+                names = {id(stack): name for name, stack in tensors_of(self._network).items()}
+                raise ValueError(
+                    f"a member keeps {names.get(read[id(each)], 'a weight')} in an attribute when it is called, which "
+                    "the loop over stacks cannot follow: read it where it is used, or keep it when the member is made"
+                )
 
     @property
     def attributes(self) -> dict[str, Any]:
