@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.device import device_of
 from fastens.engine.check import beyond_rounding
 from fastens.engine.copies import duplicate, separate
 from fastens.engine.guards import Guards, ordinary_context
@@ -373,7 +374,7 @@ class Plans:
         launched = self.launched
         if self._backend not in ("auto", "triton" if launched else "native"):
             return f"backend={self._backend!r} has none; backend='auto' takes them"
-        if launched and kind not in ("cpu", "cuda"):
+        if launched and device_of(self._device).library is None:
             return f"the weights are on {kind}"
         for x in arguments:
             if not (x.is_cpu or (launched and x.device.type == kind)):

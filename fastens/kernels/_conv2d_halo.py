@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastens.device import device_of
 from fastens.kernels._conv2d import has_whole_groups
 from fastens.kernels._conv2d_tma import _in_boxes, _strides
 from fastens.kernels._launch import Kernel
@@ -220,7 +221,7 @@ def conv2d_halo(block: ConvBlock, into: tuple[Tensor, Tensor | None] | None = No
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
         return TensorDescriptor(tensor, lengths, strides, box, layout)
 
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         KERNEL[(rows * tiles_down * output_tiles,)](
             descriptor(x, lengths, _strides(lengths), [1, tile_h, width, BLOCK_K]),
             descriptor(x, lengths, _strides(lengths), [1, 2, width, BLOCK_K]),

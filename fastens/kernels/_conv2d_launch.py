@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._conv2d import maps_kernel
 from fastens.kernels._counters import counters
-from fastens.kernels._rows import members_of_rows, multiprocessors
+from fastens.kernels._rows import members_of_rows
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
@@ -125,8 +126,8 @@ def tiles_for(
             for its part of 128 places beside the sums.
     """
     return _cut(
-        x.dtype.itemsize, multiprocessors(x.device), MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps,
-        per_group, tiling, sums, normed,
+        x.dtype.itemsize, device_of(x).multiprocessors, MOST_SPLITS, groups_of_rows, rows, space, outputs, sources,
+        taps, per_group, tiling, sums, normed,
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def whole(steps: int, splits: int) -> int:
 
 def splits_of(programs: int, steps: int, of_step: int, of_part: int, device: torch.device) -> int:
     """Into how many splits the sums of so many programs are cut, so that none waits long: one where they fill a GPU."""
-    most = min(MOST_SPLITS, multiprocessors(device) // programs, max(1, steps // STEPS_PER_SPLIT))
+    most = min(MOST_SPLITS, device_of(device).multiprocessors // programs, max(1, steps // STEPS_PER_SPLIT))
     best = min(range(1, most + 1), key=lambda splits: moved(steps, splits, of_step, of_part), default=1)
     return whole(steps, best)
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import finish, has_whole_groups, joined
 from fastens.kernels._conv2d_launch import meeting, splits_of
 from fastens.kernels._launch import kernel, wait_for_previous
@@ -173,7 +174,7 @@ def conv2d_tma(
         lengths = [rows, *pixels, channels]
     else:
         lengths, box = [rows, height // 2, 2, width // 2, 2 * channels], [*box[:2], 1, *box[2:]]
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
     row_tiles, output_tiles = triton.cdiv(rows // num_members, tile.rows), triton.cdiv(outputs, block_n)
     tiles_down, tiles_across = triton.cdiv(at_h, tile.height), triton.cdiv(at_w, tile.width)
     programs = num_members * row_tiles * tiles_down * tiles_across * output_tiles
@@ -181,7 +182,7 @@ def conv2d_tma(
     splits = 1
     if size * block_n <= LARGEST_SPLIT:
         splits = splits_of(programs, steps, (size + block_n) * block_k * x.element_size(), size * block_n * 4, x.device)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         workspace, arrivals = meeting(splits, programs, size * block_n, y)
         conv2d_tma_kernel[(programs, splits)](
             TensorDescriptor(x, lengths, _strides(lengths), box),

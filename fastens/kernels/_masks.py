@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._dropout import mask_scale
 from fastens.kernels._launch import kernel, wait_for_previous
 
@@ -106,7 +107,7 @@ def draw_bits(
             some = numbers[start : start + TOGETHER]
             counts = [triton.cdiv(bits[i].shape[1], PLACES) * bits[i].shape[2] for i in some]
             firsts = [0, *itertools.accumulate(counts)]
-            with torch.cuda.device(drawn.device if drawn.is_cuda else -1):
+            with device_of(drawn).current():
                 draw_bits_kernel[(bits[some[0]].shape[0] * firsts[-1],)](
                     tuple(bits[i] for i in some), drawn, tuple(keys[i] for i in some),
                     tuple(bits[i].shape[1] for i in some), tuple(channels[i] for i in some),
@@ -156,7 +157,7 @@ def apply_bits(x: Tensor, bits: Tensor, scale: float, into: Tensor) -> Tensor:
     block_c = min(256, triton.next_power_of_2(channels))
     block_s = min(max(1, TILE // block_c), triton.next_power_of_2(height * width))
     channel_tiles, place_tiles = triton.cdiv(channels, block_c), triton.cdiv(height * width, block_s)
-    with torch.cuda.device(into.device if into.is_cuda else -1):
+    with device_of(into).current():
         apply_bits_kernel[(rows * channel_tiles * place_tiles,)](
             into, x, bits, rows // bits.shape[0], channels, height, width, bits.shape[-1], channel_tiles, place_tiles,
             *into.stride(), *x.stride(), SCALE=scale, WORD=WORD, BLOCK_C=block_c, BLOCK_S=block_s,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_images
 from fastens.kernels._launch import kernel, wait_for_previous
@@ -189,7 +190,7 @@ def normalise(x: Tensor, prologue: Prologue, offsets: Tensor | None = None, into
         else min(norm_groups, (block_c - 2) // per_group + 2)
     )
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         if held * parts * spans > MOST_MOMENTS and parts * spans > 1:
             assert moments is not None
             whole = moments.new_empty(rows, norm_groups, 1, 2)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels import _members
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import result_like
@@ -322,7 +323,7 @@ def launch(
     block = min(BLOCK, triton.next_power_of_2(length))
     chunks = triton.cdiv(length, block)
     few = len(scores) if len(scores) <= _members.UNROLLED else 0
-    with torch.cuda.device(like.device if like.is_cuda else -1):
+    with device_of(like).current():
         lows, parts, low_step = None, 1, 1
         if rule == "geometric":
             lows, parts, low_step = _smallest(ptrs, stride, few, len(scores), rows, length, block, wide, option)

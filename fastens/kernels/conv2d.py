@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import (
     PART,
     channels_of_steps,
@@ -131,10 +132,10 @@ def conv2d(
     mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
     bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         norm = Norm.prepare(block, tiles)
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
@@ -101,9 +102,9 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
     programs = row_tiles * place_tiles * output_tiles
     steps = taps * tiles.blocks((channels,))
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         norm = Norm.prepare(block, tiles)
         maps, in_moments, _, *norm_maps = norm.tensors
         workspace, arrivals = tiles.meeting(programs, y)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._launch import kernel, wait_for_previous
@@ -69,7 +70,7 @@ def dropout(
     span = max(4, min(TILE // lines, triton.next_power_of_2(space)))
     bundles, spans = triton.cdiv(channels, lines), triton.cdiv(space, span)
     line = space if channels > 1 else 4  # a single line begins at 0
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         dropout_kernel[(rows * bundles * spans,)](
             x, y, *of_rows(1.0, members, samples, x.device), channels, space, stride_c, stride_s, bundles, spans,
             **mask_settings(p, key, evaluation, samples is not None, line), LINES=lines, SPAN=span,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._into import strided_images
 from fastens.kernels.group_norm import SECTOR, partial_kernel
 from fastens.reference import group_moments as reference
@@ -36,7 +37,7 @@ def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Ten
         while bundled < num_groups and bundled * per_group * x.element_size() < 2 * SECTOR:
             bundled *= 2
     bundles = triton.cdiv(num_groups, bundled)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         partial_kernel[(rows * bundles * spans,)](
             x, moments, channels, num_groups, space, bundles, *strides,
             CG=per_group, NG=bundled, PADDED_CG=padded, SPAN=SPAN, SPANS=spans,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_images
@@ -217,7 +218,7 @@ def group_norm(
     }
     sizes = (channels, groups, space, bundles, *strides)
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         partial = None
         if spans > 1:
             partial = torch.empty(rows, groups, spans, 2, dtype=wide, device=x.device)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_rows
@@ -144,7 +145,7 @@ def layer_norm(
     held = max(1, min(16, 2048 // block, triton.next_power_of_2(vectors)))
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         layer_norm_kernel[(triton.cdiv(vectors, held),)](
             x, y, weight, bias, scale, shift, members_of_rows(offsets, num_members, rows, x.device),
             vectors, max(1, vectors // rows), max(1, rows // num_members), length, *x_strides, *y_strides,

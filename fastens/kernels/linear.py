@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of, product_precision
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_vectors
@@ -109,8 +110,8 @@ def linear(
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    tf32 = dtype == torch.float32 and product_precision() == "tf32"
+    with device_of(x).current():
         linear_kernel[(num_members * row_tiles * output_tiles,)](
             x, weight, bias, y, first_row, per_member, outputs, inputs,
             row_tiles, output_tiles, per_row, *weight.stride(), 0 if bias is None else bias.stride(0), x_stride,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of, product_precision
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_vectors
 from fastens.kernels._launch import kernel, wait_for_previous
@@ -129,8 +130,8 @@ def linear_group(
         num_warps, num_stages = 4, 1
     row_tiles = triton.cdiv(rows, block_m)
     wide = dtype == torch.float64
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    tf32 = dtype == torch.float32 and product_precision() == "tf32"
+    with device_of(x).current():
         for start in range(0, len(layers), LAYERS):
             stacks, added, outs = zip(*layers[start : start + LAYERS], strict=True)
             outputs = tuple(w.shape[1] for w in stacks)

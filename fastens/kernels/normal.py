@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normal import normal_at
 
@@ -36,7 +37,7 @@ def normal(seed: Tensor, offset: Tensor, samples: Tensor, shape: Sequence[int]) 
     if y.numel() == 0:
         return y
     tiles = triton.cdiv(numel, TILE)
-    with torch.cuda.device(y.device if y.is_cuda else -1):
+    with device_of(y).current():
         normal_kernel[(len(samples) * tiles,)](
             y, seed, offset.contiguous(), samples.contiguous(), numel, int(offset.numel() > 1), tiles, TILE=TILE
         )

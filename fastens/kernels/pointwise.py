@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.program.steps import Opcode
@@ -198,7 +199,7 @@ def pointwise(
     outer_block = min(TILE // inner_block, triton.next_power_of_2(outer_size))
     inner_tiles = triton.cdiv(inner_size, inner_block)
     names = tuple(Opcode(opcode).name for opcode in opcodes)
-    with torch.cuda.device(out.device if out.is_cuda else -1):
+    with device_of(out).current():
         pointwise_kernel[(inner_tiles * triton.cdiv(outer_size, outer_block),)](
             out, tuple(inputs), sizes, out_strides, sum(strides, ()), inner_size, outer_size, inner_tiles, out_inner,
             tuple(inners), CODE=names, A=tuple(a), B=tuple(b), NUMBERS=tuple(numbers), DIMS=len(sizes),

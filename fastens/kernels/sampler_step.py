@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normal import normal_at
 
@@ -69,7 +70,7 @@ def sampler_step(
     numel = x[0].numel()
     tiles = triton.cdiv(numel, TILE)
     several = 0 if offset is None else int(offset.numel() > 1)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         sampler_step_kernel[(len(x) * tiles,)](
             x, output, second, y, row.contiguous(), seed, None if offset is None else offset.contiguous(),
             None if samples is None else samples.contiguous(), numel, several, tiles, low, high, KIND=kind,

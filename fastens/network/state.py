@@ -11,9 +11,9 @@ from operator import is_
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from fastens.device import random_forked
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
@@ -135,7 +135,7 @@ def random_kept() -> Iterator[None]:
     """Undo what is drawn from the global generators of torch, Python and NumPy."""
     elsewhere = GlobalDraws()
     try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        with random_forked():
             yield
     finally:
         elsewhere.put_back()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastens.device import on_gpu
 from fastens.fold.dispatch import Fold, rule
 from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
@@ -41,7 +42,7 @@ def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: 
     way = CHOICE.choose(whole, rows.device, ruled=not fold.reference)
     fold.ways[id(weight.stack if member_valued(weight) else plain(weight))] = way
     y = conv(*whole, way=way)
-    if not fold.recording and rows.is_contiguous() and not rows.is_cuda:
+    if not fold.recording and rows.is_contiguous() and not on_gpu(rows):
         y = y.contiguous()
     return fold.unrows(y)
 
