@@ -161,6 +161,16 @@ def test_questions_to_a_device_are_asked_of_the_device(path):
         assert found
 
 
+def test_types_are_checked_in_all_packages_alike():
+    """A rule is switched off for a kernel's file, which is not Python, or for a line, with the reason; nowhere else."""
+    assert "executionEnvironments" not in (ROOT / "pyproject.toml").read_text()
+    for path in FILES:
+        for line in path.read_text().splitlines():
+            if "# pyright: " in line and not re.search(r"# pyright: ignore\[\w+(, \w+)*\]  # \w", line):
+                assert path.parent.name == "kernels", f"{path}: {line}"
+                assert re.match(r"# pyright: (\w+=false(, )?)+$", line), f"{path}: {line}"
+
+
 def defined_in(tree):
     """Names that the classes of a file define: methods, class attributes, attributes of instances."""
     for node in ast.walk(tree):

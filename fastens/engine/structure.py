@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, rounding_tolerance, tolerance_for
@@ -45,7 +46,7 @@ def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward
 
 def own_mode() -> AbstractContextManager[Any]:
     """The call's own gradient mode, on which torch's paths depend; not in a checkpoint, which counts what is saved."""
-    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    saves = _top_saved_tensors_default_hooks(True) is not None
     return torch.no_grad() if saves else nullcontext()
 
 

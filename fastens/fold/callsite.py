@@ -6,11 +6,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils.checkpoint import _CheckpointFrame
 
-from fastens.fold.tensor import MemberTensor, NotFoldable
+from fastens.fold.tensor import MemberTensor, NotFoldable, getters
 
+_requires_grad, _grad_fn = getters("requires_grad grad_fn")
 _MACHINERY = ("torch", *(f"fastens.{package}" for package in ("engine", "network", "fold", "trace", "plan")))
 
 
@@ -41,7 +42,7 @@ def checkpoint_in_progress() -> Any:
 
     Read from the closure of the hooks that it pushed: torch has no function that gives it.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _top_saved_tensors_default_hooks(True)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
         return None
     held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
@@ -57,8 +58,7 @@ def check_derivatives(leaves: list[Any]) -> None:
             and not isinstance(leaf.stack, torch.nn.Parameter)
         ):
             with torch._C.DisableTorchFunctionSubclass():
-                detached = Tensor.requires_grad.__get__(leaf)
-                made = Tensor.grad_fn.__get__(leaf)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
+                detached, made = _requires_grad(leaf), _grad_fn(leaf)
             if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
                 leaf.stack.requires_grad_()
             elif detached:

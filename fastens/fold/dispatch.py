@@ -181,10 +181,11 @@ class Fold(TorchFunctionMode):
             Stacks [K, ...] where all are the members' own, else [N, ...], one for each entry of this pass; and whether
             entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
         """
-        given = [x for x in values if x is not None]
-        if all(member_valued(x) and x.hidden and x.hidden is not self.hidden and x.hidden.whole for x in given):
-            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]
-            return stacks, self.hidden.offsets is not None
+        own = [x for x in values if member_valued(x)]
+        all_own = len(own) == sum(x is not None for x in values)
+        if all_own and all(x.hidden and x.hidden is not self.hidden and x.hidden.whole for x in own):
+            stacks = iter([self.hidden.weights(x.stack) for x in own])
+            return [None if x is None else next(stacks) for x in values], self.hidden.offsets is not None
         return [None if x is None else self.entries(x) for x in values], False
 
     def rows(self, x: Tensor) -> Tensor:
@@ -255,9 +256,8 @@ _NAMESPACES: tuple[Any, ...] = (
     torch,
     torch.Tensor,
     torch.nn.functional,
-    torch._C._nn,
     torch.special,
-    torch._C._VariableFunctions,
+    *(getattr(torch._C, name) for name in ("_nn", "_VariableFunctions")),  # in no stub
 )
 
 

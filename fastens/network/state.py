@@ -45,7 +45,7 @@ class NetworkState:
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
-        code = {class_of(module) for _, module in modules}
+        code: set[type | types.FunctionType] = {class_of(module) for _, module in modules}
         code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
         self._outside = GlobalState(code, seen)
         self._draws = GlobalDraws() if self._outside.draws else None
@@ -166,7 +166,9 @@ class Rollback:
             for module in modules
         ]  # fmt: skip
         tables = [state[name] for _, state, _ in self._state for name in TABLES]
-        self._tables = [(table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables]
+        self._tables: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
+            (table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables
+        ]
         self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
         self._network = network
 

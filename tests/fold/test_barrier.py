@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastens import _native
+from fastens.network.barrier import HOOKS, Barrier, watch
 from tests.fold.test_guards import X, by_members, planned
 from tests.tolerances import relative_error
 
@@ -96,3 +97,21 @@ def test_hooks_are_noticed_however_they_come(insert):
         assert relative_error(plain, doubled) > 1e-2
         calls.clear()
     assert len(ensemble.report().plans) == 1  # it is as true as before
+
+
+class Annotated(nn.Module):
+    scale: float
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 2.0
+
+
+def test_a_watched_module_reads_of_its_class_what_it_did():
+    module = Annotated()
+    of_classes = {"__class__", "__init_subclass__", "__subclasshook__"}
+    names = set(dir(module)) - {"__dict__", "_modules", *of_classes, *HOOKS}
+    before = {name: getattr(module, name) for name in names}
+    watch(module, Barrier())
+    changed = {name for name in names if getattr(module, name) != before[name]}
+    assert changed == {"__setattr__", "__delattr__"}

@@ -74,10 +74,8 @@ def _transposed(space: int) -> Any:
         fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
-        numbers = [_numbers(value, space) for value in (stride, padding, dilation)]
-        return _convolve(
-            fold, func, space, input, weight, bias, (*numbers, True, _numbers(output_padding, space), groups)
-        )
+        strides, paddings, dilations, more = (_numbers(n, space) for n in (stride, padding, dilation, output_padding))
+        return _convolve(fold, func, space, input, weight, bias, (strides, paddings, dilations, True, more, groups))
 
     return convolution
 
