@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from fastens import _build
+from fastens.device import lacking
 
 PACKAGE_DIR = pathlib.Path(os.environ.get("FASTENS_LIB") or pathlib.Path(__file__).resolve().parent / "_lib")
 
@@ -79,8 +80,9 @@ def _out_dir() -> pathlib.Path:
 @functools.cache
 def _load(device: str = "cpu") -> str | None:
     """Load the first library of a device type that loads; return None, or the causes."""
-    if device == "cuda" and torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
+    why = lacking(device)
+    if why is not None:
+        return why
 
     def load_library(path: pathlib.Path) -> None:
         torch.ops.load_library(path)
@@ -105,16 +107,14 @@ def _first(name: str, load_library: Callable[[pathlib.Path], object], device: st
             causes.append(f"{path} does not load: {error}")
             continue
         return None
+    which = "" if device == "cpu" else f" {device}"
     try:
         tool = _build.compiler() if device == "cpu" else _build.nvcc()
-        remedy = f"a compiler is at hand ({tool}): run `python -m fastens._native{' cuda' if device == 'cuda' else ''}`"
+        remedy = f"a compiler is at hand ({tool}): run `python -m fastens._native{which}`"
     except _build.BuildError as error:
         remedy = str(error)
     return f"{'; '.join(causes)}; {remedy}"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["cuda"]:
-        print(build(verbose=True, device="cuda"))
-    else:
-        print(build(verbose=True))
+    print(build(None, True, *sys.argv[1:2]))

@@ -10,8 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens import parameterisation, reproducible, rules, schedules
+from fastens.device import capturing
 from fastens.engine.arguments import Arguments
-from fastens.engine.calls import capturing
 from fastens.kernels._graph import keep
 from fastens.ops import run_program
 from fastens.ops.aggregate import aggregate

@@ -8,6 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
+from fastens.device import capturing, convolution_precision, device_of, product_precision
 from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
@@ -76,8 +77,7 @@ class RecordedStep:
         self.call = Arguments(args, kwargs).described()
         self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
-        self.device = device
-        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self._turns = device_of(device).turns()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether weights and state are those that were recorded."""
@@ -85,16 +85,12 @@ class RecordedStep:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
-        if self.done is not None:  # another stream may still read what this call overwrites
-            torch.cuda.current_stream(self.device).wait_event(self.done)
-        for static, given in zip(self.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(given, non_blocking=True)
-        self.replay()
-        result = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.output)
-        if self.done is not None:
-            self.done.record(torch.cuda.current_stream(self.device))
-        return result
+        with self._turns:
+            for static, given in zip(self.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
+                if isinstance(static, Tensor):
+                    static.copy_(given, non_blocking=True)
+            self.replay()
+            return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.output)
 
 
 class Capturing(nn.Module):
@@ -114,7 +110,7 @@ class Capturing(nn.Module):
             ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat:
                 such calls need no capture, since the launches of a plan replay as a graph by themselves.
         """
-        if self.device.type != "cuda":
+        if not device_of(self.device).launches:
             raise RuntimeError(f"capture: the ensemble is on {self.device}, expected a CUDA device; call it as it is")
         self._record(args, kwargs)
 
@@ -147,8 +143,7 @@ class Capturing(nn.Module):
         of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]  # in no stub
-        precision = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
+        precision = product_precision(), convolution_precision()
         return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
 
     if TYPE_CHECKING:
@@ -180,7 +175,7 @@ class Capturing(nn.Module):
             return None
         if not unmodified_context(self.device.type):
             return None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if capturing():
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
         try:
             step = recorded.get(self._signature(args, kwargs))

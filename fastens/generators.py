@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastens.device import random_states, set_random_states
+
 
 class GeneratorStates:
     """The generators that the runs draw from, as they were before."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._of_gpus = random_states()
         self._numpy, self._python = np.random.get_state(), random.getstate()
         self._own: dict[int, tuple[torch.Generator, Tensor]] = {}
 
@@ -27,14 +29,8 @@ class GeneratorStates:
     def restore(self) -> None:
         """Let everything draw again what it drew."""
         torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        set_random_states(self._of_gpus)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
         for generator, state in self._own.values():
             generator.set_state(state)
-
-
-def global_generator(device: str) -> torch.Generator:
-    """Torch's own of a device type, which draws where no other is given."""
-    return torch.cuda.default_generators[torch.cuda.current_device()] if device == "cuda" else torch.default_generator

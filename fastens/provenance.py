@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastens._version import __version__
+from fastens.device import device_of
 
 _PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
 
@@ -29,6 +30,7 @@ def provenance(checkpoints: Iterable[str | Path] = (), *, device: Any = "cpu", s
     """
     program = Path(sys.argv[0]).name.replace("__main__.py", "fastens")  # of python -m
     packages = {name: _version(name) for name in _PACKAGES}
+    on = device_of(device)
     record: dict[str, Any] = {
         "command": shlex.join([program, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -37,7 +39,7 @@ def provenance(checkpoints: Iterable[str | Path] = (), *, device: Any = "cpu", s
             "python": platform.python_version(),
             **{name: version for name, version in packages.items() if version is not None},
         },
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
+        "device": on.name if on.launches else str(device),
         "threads": torch.get_num_threads(),
     }
     if seed is not None:

@@ -3,9 +3,8 @@
 import itertools
 from dataclasses import dataclass, field
 
-import torch
-
-from fastens import _native
+from fastens import _build, _native
+from fastens.device import gpu
 from fastens.ops._dispatch import missing_triton
 from fastens.ops.run_program import describe_target, target
 
@@ -142,11 +141,11 @@ def _counted(counts: dict[str, int]) -> str:
 
 def backends() -> dict[str, str]:
     """The code that can run the ops here: name -> "available", or why not."""
-    cuda = torch.device("cuda")
-    triton = missing_triton(cuda) if torch.cuda.is_available() else "torch sees no CUDA device"
+    found = gpu()
+    triton = "torch sees no CUDA device" if found is None else missing_triton(found.where)
     return {
         "reference": "available",
         "native": _native.status(),
-        "native (CUDA)": _native.status("cuda"),
+        **{f"native ({name.upper()})": _native.status(name) for name in _build.LIBRARY_NAMES if name != "cpu"},
         "triton": triton or "available",
     }

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from fastens.device import device_of
 from fastens.draws import numbers_of
 from fastens.engine.arguments import PerMember
 from fastens.engine.leaves import same
@@ -23,7 +24,7 @@ from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import Hidden, MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import NeedsWrappers, promote, writes_to
-from fastens.generators import GeneratorStates, global_generator
+from fastens.generators import GeneratorStates
 from fastens.internal import combine, draws_of, outputs_of
 from fastens.sampler_call import SamplerCall
 
@@ -280,7 +281,7 @@ class _Together(_Assigned, Fold):
             return self.common(func(*first[0], **first[1]))
         if writes_to(func, args) and not member_valued(args[0]):
             promote(self, args[0])
-        source = kwargs.get("generator") or global_generator(self.device_type(args))
+        source = kwargs.get("generator") or device_of(self.device_type(args)).generator()
         state, ends = source.get_state(), []
 
         @functools.wraps(func)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastens import capture
+from fastens.device import device_of
 from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
@@ -140,7 +141,7 @@ class Sampler:
             ValueError: training mode, a rule that draws members or fresh dropout masks, which no recording draws anew:
                 such runs go step by step, and the launches of each step replay as a graph by themselves.
         """
-        if self.denoiser.device.type != "cuda":
+        if not device_of(self.denoiser.device).launches:
             raise RuntimeError(f"capture: the model is on {self.denoiser.device}, expected a CUDA device")
         with torch.inference_mode(False), torch.no_grad():  # later calls write to what a recording keeps
             self._record(batch_size, tuple(shape))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.files import write_json
-from fastens.ops._choice import CHOICES, Choice, device_name
+from fastens.ops._choice import CHOICES, Choice
 
 Call = tuple[Choice, tuple[Any, ...]]
 
@@ -67,7 +68,7 @@ def tune(
     Returns:
         How many were measured.
     """
-    name = device_name(device)
+    name = device_of(device).name
     unknown = [
         call for (op, key), call in calls.items() if call[0].table.find(name, op, key) is None and len(call[0].ways) > 1
     ]
@@ -83,7 +84,7 @@ def export(path: pathlib.Path, device: torch.device) -> int:
     Returns:
         How many measurements.
     """
-    name = device_name(device)
+    name = device_of(device).name
     tables = {id(choice.table): choice.table for choice in CHOICES.values()}
     ops: dict[str, Any] = {}
     for table in tables.values():

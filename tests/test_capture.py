@@ -12,6 +12,7 @@ from torch import nn
 
 import fastens
 from fastens import capture
+from fastens.device import device_of
 from fastens.engine import planned
 from fastens.kernels import _graph
 from fastens.trace.record import mapped
@@ -261,7 +262,7 @@ def test_a_step_waits_for_whoever_reads_its_last_result(monkeypatch):
         capture, "record_graph", lambda run, device: (lambda: cuda.log.append("replay"), {"sample": memory})
     )
     step = capture.RecordedStep(lambda args, kwargs: None, (X,), {}, fastens.Ensemble([Net(), Net()]))
-    step.device, step.done = torch.device("cuda"), torch.cuda.Event()
+    step._turns = device_of("cuda").turns()
     cuda.stream_now = "other"  # the caller's stream, not that of the recording
     result = step((2 * X,), {})
     assert cuda.log == ["other wait_event event", "replay", "event record other"]
@@ -307,7 +308,7 @@ def test_constants_of_a_recorded_plan_outlive_the_plan(monkeypatch):
     assert len(constants) > 20
     del read
     FakeCuda(monkeypatch)
-    plan._done = object()  # as on a GPU
+    plan._on = device_of("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     replay, _ = capture.record_graph(lambda: ensemble._evaluated(args, {}), torch.device("cuda"), 0)

@@ -1,6 +1,7 @@
 """The tree keeps its shape: one op in every folder, imports downward, short files."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ LEVELS = [  # a module imports from its own level or below
         "kernels",
         "_native",
         "_build",
+        "device",
         "rules",
         "schedules",
         "program",
@@ -134,6 +136,39 @@ def test_files_are_short():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".h"):
                 assert len(path.read_text().splitlines()) <= 400, f"{path}: one concept, or several?"
+
+
+# Beside the device itself: what compiles the library by nvcc, and what asks Triton for which driver it compiles.
+NAME_A_KIND_OF_DEVICE = {"device.py", "_build.py", "kernels/_launch.py"}
+
+
+def names_a_kind_of_device(node):
+    """Whether code asks what a kind of GPU answers, by torch or by the kind's name."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str) and node.value.partition(":")[0] in ("cuda", "hip", "xpu")
+    return isinstance(node, ast.Attribute) and (
+        node.attr == "is_cuda" or re.match(r"torch\.((backends|version)\.)?(cuda|cudnn|hip|xpu)\b", ast.unparse(node))
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_questions_to_a_device_are_asked_of_the_device(path):
+    """Another kind of GPU is one file; a list of torch's own names is no question."""
+    found = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if names_a_kind_of_device(node)]
+    if path.relative_to(PACKAGE).as_posix() not in NAME_A_KIND_OF_DEVICE:
+        assert not found
+    else:
+        assert found
+
+
+def test_types_are_checked_in_all_packages_alike():
+    """A rule is switched off for a kernel's file, which is not Python, or for a line, with the reason; nowhere else."""
+    assert "executionEnvironments" not in (ROOT / "pyproject.toml").read_text()
+    for path in FILES:
+        for line in path.read_text().splitlines():
+            if "# pyright: " in line and not re.search(r"# pyright: ignore\[\w+(, \w+)*\]  # \w", line):
+                assert path.parent.name == "kernels", f"{path}: {line}"
+                assert re.match(r"# pyright: (\w+=false(, )?)+$", line), f"{path}: {line}"
 
 
 def defined_in(tree):

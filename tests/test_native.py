@@ -167,9 +167,9 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
     assert _native._load.__wrapped__() is None
 
 
-LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture draws dropout engine ensemble files
-    fold internal kernels laplace members methods network ops outputs parameterisation pickled plan program reference
-    report reproducible rules schedules scopes settings summary trace views""".split()
+LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture device draws dropout engine ensemble
+    files fold internal kernels laplace members methods network ops outputs parameterisation pickled plan program
+    reference report reproducible rules schedules scopes settings summary trace views""".split()
 
 
 def run_python(code):

@@ -63,8 +63,10 @@ def gather() -> dict[str, Any]:
 
     import fastens
     from fastens import proven
+    from fastens.device import gpu
     from fastens.ops._choice import TABLE
 
+    found = gpu()
     choices: dict[str, dict[str, Any]] = {}
     for (device, op), ways in TABLE.summary().items():
         choices.setdefault(device, {})[op] = dict(ways)
@@ -79,7 +81,7 @@ def gather() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "target": _target(),
         },
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None if found is None else found.name,
         "backends": dict(fastens.backends()),
         "plans": _plans(),
         "gpu_code": proven.describe(),

@@ -199,7 +199,10 @@ def device_of(options: argparse.Namespace) -> str:
     """
     import torch
 
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from fastens.device import gpu
+
+    found = gpu()
+    name = options.device or ("cpu" if found is None else str(found.where))
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--members", type=positive, help="members, of one checkpoint's shape; default: one per CKPT")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="images at a time")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
-    parser.add_argument("--device", default="cuda", help="the GPU")
+    parser.add_argument("--device", help="the GPU")
     parser.add_argument("--out", type=Path, help="also write all that is known of this GPU to this file")
 
 
@@ -32,10 +32,11 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import fastens
+    from fastens.device import gpu
     from fastens.ops._choice import TABLE
     from fastens.tune import calls_of, export, tune
 
-    if not torch.cuda.is_available():
+    if gpu() is None:
         raise ValueError("tune measures on a GPU, and torch sees none; on the CPU there is nothing to choose")
     one = len(options.checkpoints) == 1
     paths = options.checkpoints * (options.members or 1) if one else options.checkpoints

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.engine.arguments import Arguments, PerMember
 from fastens.ensemble import Ensemble
 from fastens.internal import is_fresh
@@ -149,8 +150,7 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
     if any(member is each for each in ensemble.modules()):
         raise Apart("a member that cannot be copied cannot be asked whether it mixes rows")
     member = member.eval()
-    device = "cuda" if ensemble.device.type == "cuda" else "cpu"
-    with random_kept(), torch.autocast(device, enabled=False):
+    with random_kept(), torch.autocast(device_of(ensemble.device).autocast, enabled=False):
         try:
             member, wide = member.double(), torch.float64
             together = [_first(member, joined, wide) for _ in range(2)]

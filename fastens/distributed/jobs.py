@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from fastens.device import gpu
 from fastens.files import partial, whole, write_json
 
 MANIFEST = "manifest.json"
@@ -47,9 +47,8 @@ class Job:
     @property
     def device(self) -> str | None:
         """Return this process's GPU on its machine, None without GPUs or in a job of one."""
-        if self.size == 1 or not torch.cuda.is_available():
-            return None
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        found = None if self.size == 1 else gpu(int(os.environ.get("LOCAL_RANK", 0)))
+        return None if found is None else str(found.where)
 
     def mine(self, piece: int) -> bool:
         """Whether a piece is this rank's."""

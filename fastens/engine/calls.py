@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens import reproducible
+from fastens.device import capturing
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import beyond_rounding
 from fastens.engine.entry import Entry, OtherNumbers
@@ -301,8 +302,3 @@ def _due(calls: int) -> bool:
     mode = os.environ.get("FASTENS_AUDIT", "sampled")
     due = calls & (calls - 1) == 0 if mode == "sampled" else mode == "always"
     return due and not capturing()
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being recorded, in which nothing can be looked at."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

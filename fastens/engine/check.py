@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fastens.device import convolution_precision, on_gpu, product_precision
+
 # The largest error of the fold against the loop, relative to the largest magnitude of the loop's output. Both do the
 # same arithmetic in another order; a network of some hundred layers adds up a few hundred rounding errors.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -16,9 +18,7 @@ TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless
 
 def tolerance_for(tensor: Tensor, parameters: Iterable[Tensor] = ()) -> float:
     """The tolerance for one output of a network, which computes no more exactly than its parameters are."""
-    # allow_tf32, the older name, raises where one of these was set
-    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    tf32 = tensor.is_cuda and "tf32" in precisions
+    tf32 = on_gpu(tensor) and "tf32" in (convolution_precision(), product_precision())
     tolerances = {**TOLERANCE, torch.float32: TOLERANCE_TF32} if tf32 else TOLERANCE
     weights = (tolerances.get(parameter.dtype, 0.0) for parameter in parameters)
     return max([tolerances[tensor.dtype], *weights]) if tensor.dtype in tolerances else 0.0

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 _PLAIN = int | float | str | torch.dtype | torch.device | None
 
@@ -53,7 +54,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
 
     Tensors that are differentiated share it only where they are views of one, as far as torch knows.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         return [x.clone() for x in tensors]
     groups: dict[int, list[Tensor]] = {}
     for x in tensors:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
+from fastens.device import capturing
 from fastens.engine import row_by_row
 from fastens.engine.arguments import Arguments
 from fastens.engine.caches import remembers_calls
-from fastens.engine.calls import PlannedCall, capturing
+from fastens.engine.calls import PlannedCall
 from fastens.engine.check import beyond_rounding
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
+from fastens.device import capturing
 from fastens.engine import row_by_row
 from fastens.engine.arguments import Arguments
-from fastens.engine.calls import PlannedCall, capturing
+from fastens.engine.calls import PlannedCall
 from fastens.engine.drawn import DrawnCall
 from fastens.engine.first import FirstPass
 from fastens.engine.folding import FoldedMembers

@@ -10,8 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
+from fastens.device import capturing
 from fastens.engine.arguments import Arguments
-from fastens.engine.calls import capturing
 from fastens.engine.entering import call
 from fastens.engine.leaves import unwrapped
 from fastens.engine.memory_cap import MemoryCap
@@ -95,6 +95,10 @@ class FoldedMembers(StackedMembers):
         if method == "forward" and arguments.batch_size:
             fold.dropouts.check()
         return output
+
+    def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+        """What a module that is member k returns."""
+        return self.kind.call(self, module, k, arguments, method)
 
     def fold(self, arguments: Arguments, key: Any = None, method: str = "forward") -> list[Any]:
         """Return all members' leaves [K, ...] and their structure.

@@ -13,7 +13,7 @@ from fastens.fold.tensor import Hidden
 from fastens.network.member_tables import called
 
 if TYPE_CHECKING:
-    from fastens.engine.engine import Engine
+    from fastens.engine.folding import FoldedMembers
 
 
 class MemberKind:
@@ -44,7 +44,7 @@ class MemberKind:
         """Member k as the user gets it, given a module with copies of its tensors."""
         return member
 
-    def call(self, engine: Engine, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+    def call(self, engine: FoldedMembers, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns, of plain tensors."""
         with called():
             return call(member, method, *arguments.of_member(k))

@@ -15,7 +15,7 @@ from fastens.fold.dispatch import Fold, inside
 from fastens.fold.tensor import Hidden, one_member
 
 if TYPE_CHECKING:
-    from fastens.engine.engine import Engine
+    from fastens.engine.folding import FoldedMembers
 
 
 class Masked(MemberKind):
@@ -44,7 +44,7 @@ class Masked(MemberKind):
         """A module that always applies member k's masks."""
         return MaskedMember(member, self.masks, k)
 
-    def call(self, engine: Engine, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
+    def call(self, engine: FoldedMembers, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module gives under member k's masks, in a pass of one member."""
         hidden, arguments = one_member(engine.num_members, k), arguments.copied()
         output = engine.run(engine.new_pass(hidden, arguments), arguments, method, network=member)

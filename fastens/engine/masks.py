@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastens.device import on_gpu
 from fastens.engine.arguments import Arguments
 from fastens.fold.callsite import callers
 from fastens.fold.dispatch import Fold
@@ -277,7 +278,7 @@ class MaskPass(Dropouts):
             draw = _recorded if fold.recording else _dropped
             scale = draw(ones, rows, members, samples, p, key, number)
             return (x * scale.reshape(-1, *aligned)).to(x.dtype)
-        if x.is_cuda and not features and has_kernel(x):  # drawn in place of being read: a mask is larger than x
+        if on_gpu(x) and not features and has_kernel(x):  # drawn in place of being read: a mask is larger than x
             return _dropped(x, rows, members, None, p, key, 0)
         scale = self.masks.fixed(x, p, key, per_row * math.prod(aligned))  # [K, n]
         if fold.hidden.whole:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastens import reproducible
+from fastens.device import release_memory
 
 _SHARE = 0.75  # of the free memory for one pass; the rest is for buffers inside kernels and for fragmentation
 _CLOSE = 64  # a pass is measured where module outputs times this exceed the free memory: they are not all there is
@@ -230,8 +231,7 @@ class MemoryCap:
         """Take half as many rows from now on as a pass that ran out of memory had."""
         self._found[key] = failed // 2
         self._tell(f"a pass of {failed} rows ran out of memory, so one takes {failed // 2}")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def _tell(self, what: str) -> None:
         if not self._told:

@@ -11,7 +11,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastens.fold.callsite import calling_line
 from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
-from fastens.fold.tensor import MemberTensor, ReadsValues
+from fastens.fold.tensor import MemberTensor, ReadsValues, getters
 from fastens.trace.record import NotRecordable, in_progress
 
 Values = dict[int, float]  # by position among the leaves of the arguments
@@ -100,7 +100,7 @@ _AS_TENSOR = _functions(
     "to float double long int shape ndim dim size numel nelement is_floating_point is_complex dtype device __len__"
     " expand reshape view unsqueeze repeat flatten __getitem__ expand_as broadcast_to type_as clone detach contiguous"
 )
-_GETTERS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")}
+_GETTERS = set(getters("shape ndim dtype device is_cuda requires_grad"))
 _FILL = _functions("full full_like new_full")
 _FROM_DATA = _functions("tensor as_tensor scalar_tensor asarray new_tensor")
 _MAKES = {  # what their arguments are by position
@@ -196,7 +196,7 @@ class Numbers:
             raise NotRecordable(f"{name_of(func)} of {dtype} and a number")
         return NotImplemented, *inputs(dtype)
 
-    def _is(self, x: Any) -> bool:
+    def _is(self, x: Any) -> TypeGuard[MemberTensor]:
         return id(x) in self._known
 
     def _applied(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Expression:
@@ -232,8 +232,7 @@ class Numbers:
         if dtype is None and func in _FILL and isinstance(like, Tensor):
             dtype = like.dtype
         elif dtype is None:
-            double = value.dtype == torch.float64  # pyright: ignore[reportOptionalMemberAccess]  # by _is above
-            dtype = torch.get_default_dtype() if double else torch.int64
+            dtype = torch.get_default_dtype() if value.dtype == torch.float64 else torch.int64
         made: Any = plain(self._input(fold, value, dtype))
         device = given.get("device") or (like.device if isinstance(like, Tensor) else None)
         made = made if device is None else made.to(device)

@@ -14,14 +14,14 @@ from fastens.fold.stand_ins import tracing
 from fastens.fold.tensor import Hidden, NotFoldable, all_members, one_member
 
 if TYPE_CHECKING:
-    from fastens.engine.engine import Engine
+    from fastens.engine.folding import FoldedMembers
 
 
 class ReadsRows(NotFoldable):
     """Python reads a value of the input in a pass over some rows."""
 
 
-def in_passes(engine: Engine, arguments: Arguments, key: Any, method: str) -> list[Any]:
+def in_passes(engine: FoldedMembers, arguments: Arguments, key: Any, method: str) -> list[Any]:
     """The leaves of all members' outputs, [K, ...], and their structure last."""
     members, batch = engine.num_members, max(1, arguments.batch_size)
     given = arguments.copied() if engine.behaviour.writes_arguments else arguments
@@ -52,12 +52,12 @@ def in_passes(engine: Engine, arguments: Arguments, key: Any, method: str) -> li
     return engine.fold_apart(by_rows)
 
 
-def _may_part(engine: Engine, arguments: Arguments, method: str) -> bool:
+def _may_part(engine: FoldedMembers, arguments: Arguments, method: str) -> bool:
     """Whether a member's rows may go through several passes; derivatives may depend on all of them at once."""
     return not torch.is_grad_enabled() and engine.rows.independent(engine, arguments, method)
 
 
-def _by_rows(engine: Engine, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
+def _by_rows(engine: FoldedMembers, arguments: Arguments, key: Any, k: int, method: str) -> list[Any]:
     """One member, some of its rows at a time."""
     hidden = one_member(engine.num_members, k)
 

@@ -137,9 +137,9 @@ def _by_plan_or_torch(
             f"so its last bits may be others than before ({engine.plans.why_not or 'after a change'})",
             stacklevel=8,
         )
-    answered = known and found is not None
-    note(engine, planned, answered)
-    return found if answered else eagerly(engine, by_members)  # pyright: ignore[reportReturnType]
+    found = found if known else None
+    note(engine, planned, found is not None)
+    return eagerly(engine, by_members) if found is None else found
 
 
 def _known(as_plan: Callable[[], PlannedCall | None]) -> bool:

@@ -16,7 +16,7 @@ from fastens.network.state import random_kept, state_kept
 from fastens.network.tables import converted, seen_as
 
 if TYPE_CHECKING:
-    from fastens.engine.engine import Engine
+    from fastens.engine.folding import FoldedMembers
 
 _MOST = 256  # signatures
 _EXACT = 1e-5  # of float64, where a network may go through float32
@@ -32,11 +32,11 @@ class RowsOfMembers:
         """Forget what was established."""
         self._found.clear()
 
-    def independent(self, engine: Engine, arguments: Arguments, method: str = "forward") -> bool:
+    def independent(self, engine: FoldedMembers, arguments: Arguments, method: str = "forward") -> bool:
         """Whether every row of a call is evaluated by itself."""
         return self.excluded(engine, arguments, method) is not None
 
-    def excluded(self, engine: Engine, arguments: Arguments, method: str = "forward") -> frozenset[int] | None:
+    def excluded(self, engine: FoldedMembers, arguments: Arguments, method: str = "forward") -> frozenset[int] | None:
         """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
         key = _key(engine, arguments, method)
         if key not in self._found:
@@ -46,21 +46,21 @@ class RowsOfMembers:
             self._found[key] = found
         return self._found[key]
 
-    def mix(self, engine: Engine, arguments: Arguments, method: str) -> None:
+    def mix(self, engine: FoldedMembers, arguments: Arguments, method: str) -> None:
         """Keep that rows of such calls may be mixed."""
         self._found[_key(engine, arguments, method)] = None
 
-    def part(self, engine: Engine, arguments: Arguments, start: int, stop: int) -> Arguments:
+    def part(self, engine: FoldedMembers, arguments: Arguments, start: int, stop: int) -> Arguments:
         """The arguments of some rows of a call whose rows are independent."""
         excluded = self.excluded(engine, arguments) or frozenset()
         return arguments.excluding(excluded).selected(torch.arange(start, stop))
 
 
-def _key(engine: Engine, arguments: Arguments, method: str) -> tuple[str, Any, bool]:
+def _key(engine: FoldedMembers, arguments: Arguments, method: str) -> tuple[str, Any, bool]:
     return method, arguments.signature(), engine.network.training
 
 
-def _established(engine: Engine, arguments: Arguments, method: str) -> frozenset[int] | None:
+def _established(engine: FoldedMembers, arguments: Arguments, method: str) -> frozenset[int] | None:
     """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ.
 
     In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
@@ -86,7 +86,7 @@ class _Member:
         exact: whether weights are read in float64.
     """
 
-    def __init__(self, engine: Engine, method: str, given: Arguments, exact: bool) -> None:
+    def __init__(self, engine: FoldedMembers, method: str, given: Arguments, exact: bool) -> None:
         self._engine, self._method, self._given, self._exact = engine, method, given, exact
         self._whole = self._answer(given)
         tensors = [x for x in self._whole if isinstance(x, Tensor)]

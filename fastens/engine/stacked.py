@@ -117,7 +117,7 @@ class StackedMembers:
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
-        return self.kind.call(self, module, k, arguments, method)
+        raise NotImplementedError
 
     def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, rounding_tolerance, tolerance_for
@@ -48,7 +49,7 @@ def uncounted() -> AbstractContextManager[Any]:
 
     The pass has the call's own gradient mode, on which torch's paths depend.
     """
-    saves = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    saves = _top_saved_tensors_default_hooks(True) is not None
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is) if saves else nullcontext()
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.utils.checkpoint import _CheckpointFrame
 
-from fastens.fold.tensor import MemberTensor, NotFoldable
+from fastens.fold.tensor import MemberTensor, NotFoldable, getters
 
+_requires_grad, _grad_fn = getters("requires_grad grad_fn")
 _MACHINERY = ("torch", *(f"fastens.{package}" for package in ("engine", "network", "fold", "trace", "plan")))
 
 
@@ -42,7 +45,7 @@ def checkpoint_in_progress() -> Any:
 
     Read from the closure of the hooks that it pushed: torch has no function that gives it.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _top_saved_tensors_default_hooks(True)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
         return None
     held = (cell.cell_contents for cell in hooks[0].__closure__ or ())
@@ -71,8 +74,8 @@ def check_transforms(leaves: list[Any]) -> None:
         if not isinstance(leaf, Tensor):
             continue
         inner = leaf.stack if type(leaf) is MemberTensor else leaf
-        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-            inner = torch._C._functorch.get_unwrapped(inner)
+        while is_functorch_wrapped_tensor(inner):
+            inner = get_unwrapped(inner)
             if type(inner) is MemberTensor:
                 raise NotFoldable("a transform of torch.func inside the network is of what differs between members")
 
@@ -86,8 +89,7 @@ def check_derivatives(leaves: list[Any]) -> None:
             and not isinstance(leaf.stack, torch.nn.Parameter)
         ):
             with torch._C.DisableTorchFunctionSubclass():
-                detached = Tensor.requires_grad.__get__(leaf)
-                made = Tensor.grad_fn.__get__(leaf)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
+                detached, made = _requires_grad(leaf), _grad_fn(leaf)
             if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
                 leaf.stack.requires_grad_()
             elif detached:

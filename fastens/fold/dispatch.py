@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastens.fold.callsite import calling_line, check_derivatives, check_transforms, checkpoint_in_progress
@@ -182,10 +183,11 @@ class Fold(TorchFunctionMode):
             Stacks [K, ...] where all are the members' own, else [N, ...], one for each entry of this pass; and whether
             entries find theirs by the offsets of :meth:`Hidden.scaled_offsets`.
         """
-        given = [x for x in values if x is not None]
-        if all(member_valued(x) and x.hidden and x.hidden is not self.hidden and x.hidden.whole for x in given):
-            stacks = [None if x is None else self.hidden.weights(x.stack) for x in values]
-            return stacks, self.hidden.offsets is not None
+        own = [x for x in values if member_valued(x)]
+        all_own = len(own) == sum(x is not None for x in values)
+        if all_own and all(x.hidden and x.hidden is not self.hidden and x.hidden.whole for x in own):
+            stacks = iter([self.hidden.weights(x.stack) for x in own])
+            return [None if x is None else next(stacks) for x in values], self.hidden.offsets is not None
         return [None if x is None else self.entries(x) for x in values], False
 
     def rows(self, x: Tensor) -> Tensor:
@@ -256,9 +258,8 @@ _NAMESPACES: tuple[Any, ...] = (
     torch,
     torch.Tensor,
     torch.nn.functional,
-    torch._C._nn,
     torch.special,
-    torch._C._VariableFunctions,
+    *(getattr(torch._C, name) for name in ("_nn", "_VariableFunctions")),  # in no stub
 )
 
 
@@ -289,7 +290,7 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             if leaf.hidden is not None:
                 members = True
                 break
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         check_transforms(leaves)
     if kwargs and not args:
         args, kwargs = first_in_front(kwargs)
@@ -372,8 +373,9 @@ def _again(fold: Fold, calls: Mapping[str, int], run: Callable[..., None], *args
 
     def here(x: Tensor) -> Tensor:
         """An argument, which a checkpoint around this one may have made again, in a second pass over the same rows."""
-        other = member_valued(x) and x.hidden is not None and not x.hidden.whole
-        return MemberTensor(x.stack, fold.hidden, x.alias) if other else x
+        if not member_valued(x) or x.hidden is None or x.hidden.whole:
+            return x
+        return MemberTensor(x.stack, fold.hidden, x.alias)
 
     check_derivatives(leaves_of(args))
     with inside(fold, calls):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.dispatch import Fold, current_fold, dispatch, run_common
 from fastens.fold.nested import leaves_of
@@ -26,7 +27,7 @@ def below_autograd(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Evaluate entry by entry what scripted functions and extensions call, where nothing is differentiated."""
     fold = Fold.of(args, kwargs)
     leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, MemberTensor)]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x.stack) for x in leaves):
+    if any(is_functorch_wrapped_tensor(x.stack) for x in leaves):
         raise NotFoldable(f"{func} is of a transform of torch.func inside the network")
     if torch.is_grad_enabled() and any(x.stack.requires_grad for x in leaves):
         raise NotFoldable(f"{func} of a scripted function or an extension cannot be differentiated for all members")

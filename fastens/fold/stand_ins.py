@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
 
 from fastens.scopes import scope
@@ -70,7 +71,7 @@ def tracing() -> bool:
 
 def traced(tensors: Iterable[Tensor]) -> bool:
     """Whether a trace or a transform is in progress, whose tensors are its own: nothing is kept for other passes."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = peek_interpreter_stack() is not None
     return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
 
 

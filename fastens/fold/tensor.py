@@ -278,6 +278,12 @@ def memory_of(x: Tensor) -> int | None:
         return None
 
 
+def getters(names: str) -> list[Any]:
+    """The functions by which torch reads attributes of tensors, of those that there are."""
+    found: list[Any] = [getattr(Tensor, name, None) for name in names.split()]
+    return [each.__get__ for each in found if hasattr(each, "__get__") and not callable(each)]
+
+
 def member_valued(x: Any) -> TypeGuard[MemberTensor]:
     """Whether a value differs between members."""
     return type(x) is MemberTensor and x.hidden is not None

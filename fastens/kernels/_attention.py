@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
-from fastens.kernels._rows import interpreting, multiprocessors
+from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 LARGEST = 256  # channels of a head
 
@@ -87,13 +88,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, into: Tensor) -> Te
         return into
     rows, heads, queries, width = q.shape
     keys, value_width = v.shape[2:]
-    block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (width, value_width))
-    block_m = min(64, max(16, triton.next_power_of_2(queries)))
-    while block_m > 16 and rows * heads * triton.cdiv(queries, block_m) < multiprocessors(into.device):
+    block_d, block_v = (max(16, next_power_of_2(n)) for n in (width, value_width))
+    block_m = min(64, max(16, next_power_of_2(queries)))
+    while block_m > 16 and rows * heads * cdiv(queries, block_m) < device_of(into).multiprocessors:
         block_m //= 2
-    block_n = min(32 if max(block_d, block_v) > 128 else 64, max(16, triton.next_power_of_2(keys)))
-    tiles = triton.cdiv(queries, block_m)
-    with torch.cuda.device(into.device if into.is_cuda else -1):
+    block_n = min(32 if max(block_d, block_v) > 128 else 64, max(16, next_power_of_2(keys)))
+    tiles = cdiv(queries, block_m)
+    with device_of(into).current():
         attention_kernel[(rows * heads * tiles,)](
             q, k, v, into, heads, queries, keys, width, value_width, tiles, scale * math.log2(math.e),
             *q.stride(), *k.stride(), *v.stride(), *into.stride(),

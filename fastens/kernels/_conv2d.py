@@ -213,7 +213,7 @@ def products(
         maps_corner = maps + first * 3 * channels
         maps_offset = tl.arange(0, ROWS)[:, None] * (3 * channels) + of_block[None, :]
     for step in range(begin, end):
-        tap = step % (TAPS_H * TAPS_W)
+        tap = step % (TAPS_H * TAPS_W)  # pyright: ignore[reportOperatorIssue]  # a constexpr is a number here
         tap_h, tap_w = tap // TAPS_W, tap % TAPS_W
         block = step // (TAPS_H * TAPS_W)
         if skip is not None:

@@ -6,22 +6,24 @@ by one of three columns, is loaded once into shared memory: the three taps of th
 the first, second and third. A product of 256 places and 128 channels thus loads 28 to 30 KB, where a tile of
 :mod:`fastens.kernels._conv2d_tma` of as many sums loads 48. What is before the convolution is a pass of its own.
 """
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
-# Triton compiles these functions: pyright takes them for Python.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# Gluon compiles these functions: pyright takes them for Python, and a constexpr for no number, layout or function.
 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastens.device import device_of
 from fastens.kernels._conv2d import has_whole_groups
 from fastens.kernels._conv2d_tma import _in_boxes, _strides
 from fastens.kernels._launch import Kernel
+from fastens.kernels._tiles import cdiv
 from fastens.kernels.group_moments import group_moments
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN, counts
@@ -220,13 +222,13 @@ def conv2d_halo(block: ConvBlock, into: tuple[Tensor, Tensor | None] | None = No
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
         return TensorDescriptor(tensor, lengths, strides, box, layout)
 
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         KERNEL[(rows * tiles_down * output_tiles,)](
             descriptor(x, lengths, _strides(lengths), [1, tile_h, width, BLOCK_K]),
             descriptor(x, lengths, _strides(lengths), [1, 2, width, BLOCK_K]),
             descriptor(weight, of_weight, [channels, 9 * channels, 1], [1, BLOCK_N, BLOCK_K]),
             bias, y, row_bias, epilogue.residual, found if with_moments else None, rows // num_members, outputs, space,
-            tiles_down, output_tiles, 3 * triton.cdiv(channels, BLOCK_K),
+            tiles_down, output_tiles, 3 * cdiv(channels, BLOCK_K),
             output_scale=epilogue.output_scale, OUTPUT_ACTIVATION=epilogue.output_activation, TILE_H=tile_h,
             TILE_W=width, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STAGES=STAGES, HALOS=halos_for(width), PER_GROUP=per_group,
             num_warps=NUM_WARPS,

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._conv2d import maps_kernel
 from fastens.kernels._counters import counters
-from fastens.kernels._rows import members_of_rows, multiprocessors
+from fastens.kernels._rows import members_of_rows
+from fastens.kernels._tiles import next_power_of_2
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
@@ -48,11 +49,11 @@ class Norm:
         _, groups, spans, _ = moments.shape
         per_group, per_norm = x_channels // groups, channels // (before.norm_groups or groups)
         parts = per_norm // per_group * spans
-        padded = triton.next_power_of_2(parts)
+        padded = next_power_of_2(parts)
         by_tile = parts <= JOINED_PARTS
         most = MAP_TILE // 2 if by_tile and tiles.block_n > COLUMNS else MAP_TILE
         width = max(16, most // (padded * tiles.rows)) if by_tile else max(1, most // padded)
-        width = min(512, triton.next_power_of_2(channels), width)
+        width = min(512, next_power_of_2(channels), width)
         constants = {"eps": eps, "SPANS": spans, "PARTS": parts, "PADDED_PARTS": padded, "BLOCK": width}
         maps = moments.new_empty(rows, 3, channels)
         given = (moments, before.skip_moments, before.norm_weight, before.norm_bias, before.scale, before.shift)
@@ -125,8 +126,8 @@ def tiles_for(
             for its part of 128 places beside the sums.
     """
     return _cut(
-        x.dtype.itemsize, multiprocessors(x.device), MOST_SPLITS, groups_of_rows, rows, space, outputs, sources, taps,
-        per_group, tiling, sums, normed,
+        x.dtype.itemsize, device_of(x).multiprocessors, MOST_SPLITS, groups_of_rows, rows, space, outputs, sources,
+        taps, per_group, tiling, sums, normed,
     )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def whole(steps: int, splits: int) -> int:
 
 def splits_of(programs: int, steps: int, of_step: int, of_part: int, device: torch.device) -> int:
     """Into how many splits the sums of so many programs are cut, so that none waits long: one where they fill a GPU."""
-    most = min(MOST_SPLITS, multiprocessors(device) // programs, max(1, steps // STEPS_PER_SPLIT))
+    most = min(MOST_SPLITS, device_of(device).multiprocessors // programs, max(1, steps // STEPS_PER_SPLIT))
     best = min(range(1, most + 1), key=lambda splits: moved(steps, splits, of_step, of_part), default=1)
     return whole(steps, best)
 
@@ -162,13 +163,13 @@ def _cut(
     sources: tuple[int, ...], taps: int, per_group: int, tiling: str, sums: int, normed: bool,
 ) -> Tiles:  # fmt: skip
     narrow, wide = tiling == "narrow", tiling == "wide"
-    places = min(SPAN // 2 if narrow and not per_group else SPAN, triton.next_power_of_2(space))
-    together = max(min(SPAN // places, triton.next_power_of_2(rows)), 16 // places, 1)
+    places = min(SPAN // 2 if narrow and not per_group else SPAN, next_power_of_2(space))
+    together = max(min(SPAN // places, next_power_of_2(rows)), 16 // places, 1)
     if narrow and together > 1:
         together = max(together // 2, 16 // places, 1)
     size = together * places
-    block_n = min(256 if wide else 64 if narrow else 128, max(16, triton.next_power_of_2(outputs)))
-    block_k = min(64, max(16, triton.next_power_of_2(max(sources))))
+    block_n = min(256 if wide else 64 if narrow else 128, max(16, next_power_of_2(outputs)))
+    block_k = min(64, max(16, next_power_of_2(max(sources))))
     num_stages = 3
     if itemsize == 4:
         block_n, block_k = min(block_n, 128 if wide else 64), min(block_k, 32)

@@ -14,15 +14,16 @@ import dataclasses
 import functools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import finish, has_whole_groups, joined
 from fastens.kernels._conv2d_launch import meeting, splits_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.kernels.group_moments import group_moments
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN, counts
@@ -106,7 +107,7 @@ def tile_for(size: int, rows: int, height: int, width: int) -> Tile:
     for across in (1 << n for n in range(size.bit_length())):
         if across >= 2 * width:
             break
-        down = min(size // across, triton.next_power_of_2(height))
+        down = min(size // across, next_power_of_2(height))
         together = size // (across * down)
         covered = (-(-rows // together) * together) * (-(-height // down) * down) * (-(-width // across) * across)
         best = min(best or (covered, -across, down), (covered, -across, down))
@@ -159,7 +160,7 @@ def conv2d_tma(
     size, block_n, num_warps, num_stages = TILINGS[tiling]
     if x.element_size() == 4:
         num_warps = 8  # a warp of four would have more numbers of the epilogue than it has registers
-    block_k = min(128 // x.element_size(), max(16, triton.next_power_of_2(channels)))
+    block_k = min(128 // x.element_size(), max(16, next_power_of_2(channels)))
     pixels = (height, width)
     at_h, at_w = out_height, out_width
     if taps_h * taps_w == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and y.shape[2:] == x.shape[2:]:
@@ -173,15 +174,15 @@ def conv2d_tma(
         lengths = [rows, *pixels, channels]
     else:
         lengths, box = [rows, height // 2, 2, width // 2, 2 * channels], [*box[:2], 1, *box[2:]]
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
-    row_tiles, output_tiles = triton.cdiv(rows // num_members, tile.rows), triton.cdiv(outputs, block_n)
-    tiles_down, tiles_across = triton.cdiv(at_h, tile.height), triton.cdiv(at_w, tile.width)
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
+    row_tiles, output_tiles = cdiv(rows // num_members, tile.rows), cdiv(outputs, block_n)
+    tiles_down, tiles_across = cdiv(at_h, tile.height), cdiv(at_w, tile.width)
     programs = num_members * row_tiles * tiles_down * tiles_across * output_tiles
-    steps = taps_h * taps_w * triton.cdiv(channels, block_k)
+    steps = taps_h * taps_w * cdiv(channels, block_k)
     splits = 1
     if size * block_n <= LARGEST_SPLIT:
         splits = splits_of(programs, steps, (size + block_n) * block_k * x.element_size(), size * block_n * 4, x.device)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         workspace, arrivals = meeting(splits, programs, size * block_n, y)
         conv2d_tma_kernel[(programs, splits)](
             TensorDescriptor(x, lengths, _strides(lengths), box),
@@ -191,7 +192,7 @@ def conv2d_tma(
             ),
             bias, y, workspace, arrivals, row_bias, epilogue.residual, found if with_moments else None,
             rows // num_members, channels, outputs, at_h, at_w, *padding, row_tiles, tiles_down, tiles_across,
-            output_tiles, steps, triton.cdiv(steps, splits),
+            output_tiles, steps, cdiv(steps, splits),
             output_scale=epilogue.output_scale, OUTPUT_ACTIVATION=epilogue.output_activation,
             PRECISION="tf32" if tf32 else "ieee",
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits

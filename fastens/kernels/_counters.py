@@ -13,6 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
+from fastens.device import device_of, on_gpu
+
 OF_STREAM = 1024  # at least; splits are for tiles that are fewer than half of the multiprocessors
 OF_CAPTURES = 1 << 18  # of a device: 1 MB, a hundred graphs of sixty launches and forty tiles
 
@@ -24,19 +26,19 @@ _captured: dict[tuple[torch.device, int, int], Tensor] = {}
 
 def counters(tiles: int, y: Tensor) -> Tensor:
     """Return int32 counters, at least as many as tiles and zero, for a launch on the current stream that writes y."""
-    device = y.device
-    if not y.is_cuda:  # nothing runs at the same time, and an interpreted kernel may be interrupted
+    if not on_gpu(y):  # nothing runs at the same time, and an interpreted kernel may be interrupted
         return torch.zeros(tiles, dtype=torch.int32)
+    device, on = y.device, device_of(y)
     with _lock:
-        if torch.cuda.is_current_stream_capturing():
+        if on.capturing():
             return _of_capture(tiles, y)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        key = (device, on.stream())
         held = _of_streams.get(key)
         if held is None or len(held) < tiles:
             held = _of_streams[key] = torch.zeros(max(tiles, OF_STREAM), dtype=torch.int32, device=device)
         if device not in _for_captures:  # now: memory that a capture asks for is zeroed when its graph runs
             _for_captures[device] = torch.zeros(OF_CAPTURES, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()  # graphs run on any stream
+            on.settle()  # graphs run on any stream
         return held
 
 

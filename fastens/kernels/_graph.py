@@ -1,4 +1,4 @@
-"""Recording of what runs on a GPU as a CUDA graph, and of what has to live as long as the graph."""
+"""Recording of what runs on a GPU as a graph, and of what has to live as long as the graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from fastens.device import device_of
 
 WARM_UP = 3  # runs before a recording, in which libraries choose their algorithms and Triton compiles
 
@@ -30,24 +32,23 @@ def keep(x: T) -> T:
 def record_graph(
     run: Callable[[], Any], device: torch.device, warm_up: int = WARM_UP
 ) -> tuple[Callable[[], None], Any]:
-    """Record ``run`` as a CUDA graph; return what replays it, and the outputs that a replay overwrites."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    """Record ``run`` as a graph; return what replays it, and the outputs that a replay overwrites."""
+    held: list[Any] = []
+
+    def often() -> None:
         for _ in range(warm_up):
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    held: list[Any] = []
-    # a stream of this device: the default one is of the device that recorded first; other threads may be at work
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+    def holding() -> Any:
         before, _recording.held = getattr(_recording, "held", None), held
         try:
-            output = run()
+            return run()
         finally:
             _recording.held = before
-    return functools.partial(_replay, graph, held), output
+
+    replay, output = device_of(device).record(often, holding)
+    return functools.partial(_replay, replay, held), output
 
 
-def _replay(graph: torch.cuda.CUDAGraph, held: list[Any]) -> None:
-    graph.replay()
+def _replay(replay: Callable[[], None], held: list[Any]) -> None:
+    replay()

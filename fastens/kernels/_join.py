@@ -7,12 +7,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 TILE = 1024  # elements of a program
 
@@ -50,13 +50,13 @@ def join(images: Sequence[Tensor], up: int, into: Tensor) -> Tensor:
     strides = sum((image.stride() for image in images), ())
     # along what is contiguous in the result
     if into.stride(1) == 1:
-        block_c = min(256, triton.next_power_of_2(channels))
-        block_s = min(TILE // block_c, triton.next_power_of_2(height * width))
+        block_c = min(256, next_power_of_2(channels))
+        block_s = min(TILE // block_c, next_power_of_2(height * width))
     else:
-        block_s = min(256, triton.next_power_of_2(height * width))
-        block_c = min(TILE // block_s, triton.next_power_of_2(channels))
-    channel_tiles, place_tiles = triton.cdiv(channels, block_c), triton.cdiv(height * width, block_s)
-    with torch.cuda.device(into.device if into.is_cuda else -1):
+        block_s = min(256, next_power_of_2(height * width))
+        block_c = min(TILE // block_s, next_power_of_2(channels))
+    channel_tiles, place_tiles = cdiv(channels, block_c), cdiv(height * width, block_s)
+    with device_of(into).current():
         concatenate_kernel[(rows * channel_tiles * place_tiles,)](
             into, tuple(images), firsts, strides, channels, height, width, channel_tiles, place_tiles, *into.stride(),
             UP=up, BLOCK_C=block_c, BLOCK_S=block_s, num_warps=max(1, block_c * block_s // 256),

@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._dropout import mask_scale
 from fastens.kernels._launch import kernel, wait_for_previous
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 WORD = 32  # channels of a word
 PLACES = 32  # of a program that draws
@@ -104,9 +105,9 @@ def draw_bits(
     for (along, kind), numbers in alike.items():
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
-            counts = [triton.cdiv(bits[i].shape[1], PLACES) * bits[i].shape[2] for i in some]
+            counts = [cdiv(bits[i].shape[1], PLACES) * bits[i].shape[2] for i in some]
             firsts = [0, *itertools.accumulate(counts)]
-            with torch.cuda.device(drawn.device if drawn.is_cuda else -1):
+            with device_of(drawn).current():
                 draw_bits_kernel[(bits[some[0]].shape[0] * firsts[-1],)](
                     tuple(bits[i] for i in some), drawn, tuple(keys[i] for i in some),
                     tuple(bits[i].shape[1] for i in some), tuple(channels[i] for i in some),
@@ -153,10 +154,10 @@ def apply_bits(x: Tensor, bits: Tensor, scale: float, into: Tensor) -> Tensor:
     rows, channels, height, width = into.shape
     if into.numel() == 0:
         return into
-    block_c = min(256, triton.next_power_of_2(channels))
-    block_s = min(max(1, TILE // block_c), triton.next_power_of_2(height * width))
-    channel_tiles, place_tiles = triton.cdiv(channels, block_c), triton.cdiv(height * width, block_s)
-    with torch.cuda.device(into.device if into.is_cuda else -1):
+    block_c = min(256, next_power_of_2(channels))
+    block_s = min(max(1, TILE // block_c), next_power_of_2(height * width))
+    channel_tiles, place_tiles = cdiv(channels, block_c), cdiv(height * width, block_s)
+    with device_of(into).current():
         apply_bits_kernel[(rows * channel_tiles * place_tiles,)](
             into, x, bits, rows // bits.shape[0], channels, height, width, bits.shape[-1], channel_tiles, place_tiles,
             *into.stride(), *x.stride(), SCALE=scale, WORD=WORD, BLOCK_C=block_c, BLOCK_S=block_s,

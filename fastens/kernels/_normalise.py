@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_images
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import members_of_rows
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.program.block import Prologue
 from fastens.reference.group_moments import SPAN
 
@@ -181,25 +183,23 @@ def normalise(x: Tensor, prologue: Prologue, offsets: Tensor | None = None, into
     )
     per_group, span = channels // norm_groups, SPAN
     by_channel = x_strides[1] == 1 and own_channels > 1
-    block_c = min(128 if by_channel else 32, triton.next_power_of_2(channels))
-    block_s = min(TILE // 2 // block_c, triton.next_power_of_2(space))
-    held = triton.next_power_of_2(
-        triton.cdiv(block_c, per_group)
-        if block_c % per_group == 0
-        else min(norm_groups, (block_c - 2) // per_group + 2)
+    block_c = min(128 if by_channel else 32, next_power_of_2(channels))
+    block_s = min(TILE // 2 // block_c, next_power_of_2(space))
+    held = next_power_of_2(
+        cdiv(block_c, per_group) if block_c % per_group == 0 else min(norm_groups, (block_c - 2) // per_group + 2)
     )
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         if held * parts * spans > MOST_MOMENTS and parts * spans > 1:
             assert moments is not None
             whole = moments.new_empty(rows, norm_groups, 1, 2)
             join_moments_kernel[(rows * norm_groups,)](
                 moments, skip_moments, whole, norm_groups, first, second, space, span, PARTS=parts, SPANS=spans,
-                PER_PART=per_group // parts, BLOCK=min(PART, triton.next_power_of_2(parts * spans)), WIDE=wide,
+                PER_PART=per_group // parts, BLOCK=min(PART, next_power_of_2(parts * spans)), WIDE=wide,
             )  # fmt: skip
             moments, skip_moments, first, second, parts, spans, span = whole, None, norm_groups, 0, 1, 1, space
-        block = min(max(1, PART // held), triton.next_power_of_2(parts * spans))
-        channel_tiles, space_tiles = triton.cdiv(channels, block_c), triton.cdiv(space, block_s)
+        block = min(max(1, PART // held), next_power_of_2(parts * spans))
+        channel_tiles, space_tiles = cdiv(channels, block_c), cdiv(space, block_s)
         normalise_kernel[(rows * channel_tiles * space_tiles,)](
             x, skip, into, moments, skip_moments, weight, bias, scale, shift,
             members_of_rows(offsets, num_members, rows, x.device), max(1, rows // num_members), channels, own_channels,

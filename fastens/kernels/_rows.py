@@ -1,11 +1,9 @@
-"""Which member each row of a folded batch belongs to, and where a kernel runs."""
+"""Which member each row of a folded batch belongs to, and whether Triton interprets kernels."""
 
 import os
 
 import torch
 from torch import Tensor
-
-MULTIPROCESSORS = 132  # of an H100 or H200, where there is no device to ask
 
 
 def members_of_rows(offsets: Tensor | None, num_members: int, rows: int, device: torch.device) -> Tensor | None:
@@ -27,10 +25,3 @@ def members_of_rows(offsets: Tensor | None, num_members: int, rows: int, device:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at the same time at least."""
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count

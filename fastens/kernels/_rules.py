@@ -35,7 +35,7 @@ def median_few(v, K: tl.constexpr, PAIRS: tl.constexpr, AVERAGE: tl.constexpr):
     nan = v[0] != v[0]
     for k in tl.static_range(1, K):
         nan = nan | (v[k] != v[k])
-    for p in tl.static_range(len(PAIRS) // 2):
+    for p in tl.static_range(len(PAIRS) // 2):  # pyright: ignore[reportArgumentType]  # a constexpr is a tuple here
         v = exchange(v, PAIRS[2 * p], PAIRS[2 * p + 1])
     middle = v[(K - 1) // 2]
     if AVERAGE and K % 2 == 0:

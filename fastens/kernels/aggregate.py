@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels import _members
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import result_like
@@ -27,6 +28,7 @@ from fastens.kernels._rules import (
     smaller,
     sorting_network,
 )
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -319,10 +321,10 @@ def launch(
     rows = scores[0].shape[0] if per_sample else 1
     batch = rows // (1 if guidance is None else 2)
     length = scores[0].numel() // rows
-    block = min(BLOCK, triton.next_power_of_2(length))
-    chunks = triton.cdiv(length, block)
+    block = min(BLOCK, next_power_of_2(length))
+    chunks = cdiv(length, block)
     few = len(scores) if len(scores) <= _members.UNROLLED else 0
-    with torch.cuda.device(like.device if like.is_cuda else -1):
+    with device_of(like).current():
         lows, parts, low_step = None, 1, 1
         if rule == "geometric":
             lows, parts, low_step = _smallest(ptrs, stride, few, len(scores), rows, length, block, wide, option)
@@ -333,7 +335,7 @@ def launch(
             K=few, RULE=rule, WEIGHTED=bool(values), AVERAGE=option != "lower",
             EPS=values[0] if rule == "geometric" else 0.0,
             PAIRS=sorting_network(few) if rule == "median" else (), LOWS=parts,
-            PADDED_LOWS=triton.next_power_of_2(parts), GUIDED=int(guidance is not None), VARIANCE=variance is not None,
+            PADDED_LOWS=next_power_of_2(parts), GUIDED=int(guidance is not None), VARIANCE=variance is not None,
             UPDATES=coefficients is not None, BLOCK=block, WIDE=tl_wide, num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -350,9 +352,9 @@ def _smallest(
     option: str,
 ) -> tuple[Tensor, int, int]:
     """The smallest values [rows, parts], parts and distance of a sample's; of the whole batch in one, distance 0."""
-    blocks = triton.cdiv(length, block)
-    per_part = triton.cdiv(blocks, min(blocks, 64))  # every block of a sample reads all of its parts again
-    parts = triton.cdiv(blocks, per_part)
+    blocks = cdiv(length, block)
+    per_part = cdiv(blocks, min(blocks, 64))  # every block of a sample reads all of its parts again
+    parts = cdiv(blocks, per_part)
     lows = torch.empty(rows, parts, dtype=wide, device=ptrs[0].device)
     smallest_kernel[(rows * parts,)](
         ptrs, stride, lows, length, num_members,

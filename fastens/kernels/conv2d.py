@@ -11,10 +11,10 @@ a workspace, and the last program of a tile to arrive adds them in order, so tha
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import (
     PART,
     channels_of_steps,
@@ -28,6 +28,7 @@ from fastens.kernels._conv2d import (
 from fastens.kernels._conv2d_launch import COLUMNS, Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv
 from fastens.kernels.group_moments import group_moments
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN, counts
@@ -123,25 +124,25 @@ def conv2d(
     # what chooses between two images takes registers too, beside the sums of 256 columns
     part = PART // 2 if normed and skip is not None and tiles.block_n > COLUMNS else PART
     with_moments = num_groups > 0 and has_whole_groups(tiles.block_n, per_group, part)
-    row_tiles = triton.cdiv(most, tiles.rows)
-    place_tiles, output_tiles = triton.cdiv(space, tiles.places), triton.cdiv(outputs, tiles.block_n)
+    row_tiles = cdiv(most, tiles.rows)
+    place_tiles, output_tiles = cdiv(space, tiles.places), cdiv(outputs, tiles.block_n)
     programs = num_members * row_tiles * place_tiles * output_tiles
     steps = taps_h * taps_w * tiles.blocks(sources)
     aligned = skip is None or x.shape[1] % 32 == 0
     mask_words = -(-tiles.block_k // 32) + (not aligned)  # that the channels of a step are of
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
     bias, row_bias, mask = (None if t is None else t.contiguous() for t in (block.bias, epilogue.row_bias, mask))
     out_moments = found if with_moments else None
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         norm = Norm.prepare(block, tiles)
         workspace, arrivals = tiles.meeting(programs, y)
         conv2d_kernel[(programs, tiles.splits)](
             x, skip, mask, weight, bias, y, workspace, arrivals, *norm.tensors, row_bias, epilogue.residual,
             out_moments, first_row, per_member, channels, skip_channels, outputs, height, width, out_height, out_width,
             *block.stride, *block.padding, row_tiles, place_tiles, output_tiles, steps,
-            triton.cdiv(steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
+            cdiv(steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
             mask_scale=block.prologue.mask_scale, MASK_WORDS=mask_words,
             MASK_BY_MEMBER=mask is not None and len(mask) != rows,
             ACTIVATION=block.prologue.activation, output_scale=epilogue.output_scale,

@@ -9,15 +9,16 @@ that no member's output is written or read. Norm, layout and splits are those of
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._conv2d import channels_of_steps, finish, joined, place_of_tile, products, write_maps
 from fastens.kernels._conv2d_launch import Norm, tiles_for
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._members import on_device
 from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv
 from fastens.program.block import ConvBlock
 from fastens.reference.group_moments import SPAN
 
@@ -96,14 +97,14 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
     space, taps = out_height * out_width, taps_h * taps_w
     normed = block.prologue.moments is not None
     tiles = tiles_for(x, 1, rows, space, outputs, (channels,), taps, 0, sums=num_members, normed=normed)
-    row_tiles, place_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(space, tiles.places)
-    output_tiles = triton.cdiv(outputs, tiles.block_n)
+    row_tiles, place_tiles = cdiv(rows, tiles.rows), cdiv(space, tiles.places)
+    output_tiles = cdiv(outputs, tiles.block_n)
     programs = row_tiles * place_tiles * output_tiles
     steps = taps * tiles.blocks((channels,))
     wide_type = tl.float64 if wide == torch.float64 else tl.float32
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    tf32 = x.dtype == torch.float32 and convolution_precision() == "tf32"
     cut = {"ROWS": tiles.rows, "PLACES": tiles.places, "BLOCK_N": tiles.block_n, "SPLITS": tiles.splits}
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         norm = Norm.prepare(block, tiles)
         maps, in_moments, _, *norm_maps = norm.tensors
         workspace, arrivals = tiles.meeting(programs, y)
@@ -112,7 +113,7 @@ def conv2d_sum(block: ConvBlock, member_weights: list[float]) -> Tensor:
             on_device(tuple(member_weights), wide, x.device), y, workspace, arrivals, maps, in_moments, *norm_maps,
             num_members, rows, channels, outputs, height, width, out_height, out_width, *block.stride,
             *block.padding, row_tiles, place_tiles, output_tiles, steps,
-            triton.cdiv(num_members * steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
+            cdiv(num_members * steps, tiles.splits), norm.per_group, norm.per_norm, SPAN, *weight.stride(),
             ACTIVATION=block.prologue.activation, PRECISION="tf32" if tf32 else "ieee", WIDE=wide_type,
             WIDENED=x.dtype == torch.bfloat16 and interpreting(),  # the interpreter multiplies bfloat16's bits
             TAPS_H=taps_h, TAPS_W=taps_w, BLOCK_K=tiles.block_k, num_warps=tiles.num_warps,

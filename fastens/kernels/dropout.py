@@ -9,13 +9,14 @@ y = act(x) * m / (1 - p), m in {0, 1} a function of key, member, sample, evaluat
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._launch import kernel, wait_for_previous
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.kernels.group_norm import channels_last, dense
 
 TILE = 1024  # elements of a program
@@ -65,11 +66,11 @@ def dropout(
     if x.ndim > 2 and channels_last(x):
         channels = x.shape[1]
         space, stride_c, stride_s = count // channels, 1, channels
-    lines = min(64, triton.next_power_of_2(channels))
-    span = max(4, min(TILE // lines, triton.next_power_of_2(space)))
-    bundles, spans = triton.cdiv(channels, lines), triton.cdiv(space, span)
+    lines = min(64, next_power_of_2(channels))
+    span = max(4, min(TILE // lines, next_power_of_2(space)))
+    bundles, spans = cdiv(channels, lines), cdiv(space, span)
     line = space if channels > 1 else 4  # a single line begins at 0
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         dropout_kernel[(rows * bundles * spans,)](
             x, y, *of_rows(1.0, members, samples, x.device), channels, space, stride_c, stride_s, bundles, spans,
             **mask_settings(p, key, evaluation, samples is not None, line), LINES=lines, SPAN=span,

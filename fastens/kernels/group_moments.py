@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._into import strided_images
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.kernels.group_norm import SECTOR, partial_kernel
 from fastens.reference import group_moments as reference
 from fastens.reference.group_moments import SPAN, counts
@@ -19,7 +20,7 @@ def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Ten
     """Take the moments; the arguments are those of ``fastens::group_moments``, ``into`` is where they are written."""
     rows, channels = x.shape[:2]
     space, per_group = x.shape[2:].numel(), channels // num_groups
-    padded = triton.next_power_of_2(per_group)
+    padded = next_power_of_2(per_group)
     if padded * SPAN > LARGEST:
         moments = reference.group_moments(x, num_groups)
         return moments if into is None else into.copy_(moments)
@@ -35,8 +36,8 @@ def group_moments(x: Tensor, num_groups: int, into: Tensor | None = None) -> Ten
     if strides[1] == 1 and padded == per_group:  # neighbouring groups in one tile, as wide as memory transactions
         while bundled < num_groups and bundled * per_group * x.element_size() < 2 * SECTOR:
             bundled *= 2
-    bundles = triton.cdiv(num_groups, bundled)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    bundles = cdiv(num_groups, bundled)
+    with device_of(x).current():
         partial_kernel[(rows * bundles * spans,)](
             x, moments, channels, num_groups, space, bundles, *strides,
             CG=per_group, NG=bundled, PADDED_CG=padded, SPAN=SPAN, SPANS=spans,

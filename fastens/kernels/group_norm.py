@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_images
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normalise import normalise as normalise  # of moments that are known: one concept, two files
 from fastens.kernels._rows import members_of_rows
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 WHOLE = 16384  # elements of a tile that holds whole groups: 32 registers of each of 512 threads in float32
 PART = 4096  # elements of a tile that holds a span of a group too large for one
@@ -192,8 +194,8 @@ def group_norm(
     stride_c = strides[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     groups, cg = num_groups, channels // num_groups
-    padded = triton.next_power_of_2(cg)
-    bundled, whole = 1, triton.next_power_of_2(space)
+    padded = next_power_of_2(cg)
+    bundled, whole = 1, next_power_of_2(space)
     if stride_c == 1 and padded == cg:  # neighbouring groups in one tile, so that it is as wide as memory transactions
         limit = WHOLE if padded * whole <= WHOLE else PART
         while bundled < groups and bundled * cg * x.element_size() < 2 * SECTOR and 2 * bundled * padded <= limit:
@@ -201,7 +203,7 @@ def group_norm(
         while bundled * cg * x.element_size() > SECTOR and limit == WHOLE and bundled * padded * whole > WHOLE:
             bundled //= 2
     span = whole if bundled * padded * whole <= WHOLE else max(1, PART // (bundled * padded))
-    spans, bundles = triton.cdiv(space, span), triton.cdiv(groups, bundled)
+    spans, bundles = cdiv(space, span), cdiv(groups, bundled)
     num_warps = max(1, min(16, span * bundled * padded // 1024))
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
     member_of_row = members_of_rows(offsets, num_members, rows, x.device)
@@ -217,7 +219,7 @@ def group_norm(
     }
     sizes = (channels, groups, space, bundles, *strides)
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         partial = None
         if spans > 1:
             partial = torch.empty(rows, groups, spans, 2, dtype=wide, device=x.device)
@@ -226,7 +228,7 @@ def group_norm(
             x, y, partial, weight, bias, scale, shift, member_of_row, *sizes, *y_strides, max(1, rows // num_members),
             *of_rows(p, members, samples, x.device),
             **mask_settings(p, key, evaluation, samples is not None, math.gcd(space, span)),
-            eps=eps, PADDED_SPANS=triton.next_power_of_2(spans), ACTIVATION=activation, **shape,
+            eps=eps, PADDED_SPANS=next_power_of_2(spans), ACTIVATION=activation, **shape,
         )  # fmt: skip
     return y
 

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_rows
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import members_of_rows
+from fastens.kernels._tiles import cdiv, next_power_of_2
 
 TILE = 8192  # features that one program holds; longer vectors are read in parts, three times
 
@@ -140,12 +142,12 @@ def layer_norm(
     x, x_strides = strided_rows(x, len(normalized_shape), copy=True)
     y_strides = strided_rows(y, len(normalized_shape))[1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    block = min(TILE, triton.next_power_of_2(length))
-    held = max(1, min(16, 2048 // block, triton.next_power_of_2(vectors)))
+    block = min(TILE, next_power_of_2(length))
+    held = max(1, min(16, 2048 // block, next_power_of_2(vectors)))
     num_members = next((t.shape[0] for t in (weight, bias) if t is not None), 1)
     weight, bias, scale, shift = (None if t is None else t.contiguous() for t in (weight, bias, scale, shift))
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        layer_norm_kernel[(triton.cdiv(vectors, held),)](
+    with device_of(x).current():
+        layer_norm_kernel[(cdiv(vectors, held),)](
             x, y, weight, bias, scale, shift, members_of_rows(offsets, num_members, rows, x.device),
             vectors, max(1, vectors // rows), max(1, rows // num_members), length, *x_strides, *y_strides,
             *of_rows(p, members, samples, x.device),

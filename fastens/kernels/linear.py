@@ -6,15 +6,16 @@ y[r] = act(x[r] W_k^T + b_k) for the rows r of member k; the sums are in float32
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of, product_precision
 from fastens.kernels._activation import activated
 from fastens.kernels._dropout import VARYING, mask_scale, mask_settings, of_rows
 from fastens.kernels._into import strided_vectors
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv
 
 
 @kernel(do_not_specialize=VARYING)
@@ -104,13 +105,13 @@ def linear(
     block_m, block_n, block_k, num_warps, num_stages = tiles(per_member, outputs, dtype)
     if p:  # the words of the masks need registers that a tile of 128 columns does not leave
         block_n = min(block_n, 64)
-    row_tiles = triton.cdiv(vectors if offsets is not None else per_member, block_m)
-    output_tiles = triton.cdiv(outputs, block_n)
+    row_tiles = cdiv(vectors if offsets is not None else per_member, block_m)
+    output_tiles = cdiv(outputs, block_n)
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
     first_row = None if offsets is None else offsets.to(x.device, non_blocking=True)
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    tf32 = dtype == torch.float32 and product_precision() == "tf32"
+    with device_of(x).current():
         linear_kernel[(num_members * row_tiles * output_tiles,)](
             x, weight, bias, y, first_row, per_member, outputs, inputs,
             row_tiles, output_tiles, per_row, *weight.stride(), 0 if bias is None else bias.stride(0), x_stride,

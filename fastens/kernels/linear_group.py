@@ -11,14 +11,15 @@ from __future__ import annotations
 import itertools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of, product_precision
 from fastens.kernels._activation import activated
 from fastens.kernels._into import strided_vectors
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._rows import interpreting
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.kernels.linear import tiles
 
 LAYERS = 64  # of one launch: three pointers and five numbers each, of the 4096 bytes that a launch may hand over
@@ -123,18 +124,18 @@ def linear_group(
     block_m, block_n, block_k, num_warps, num_stages = tiles(rows, max(sizes), dtype)
     few = rows <= FEW_ROWS
     if few:
-        block_m = triton.next_power_of_2(rows)
-        block_k = max(16, min(512 // dtype.itemsize, triton.next_power_of_2(inputs)))
-        block_n = max(1, min(FEW_TILE // (block_k * max(2, block_m)), triton.next_power_of_2(max(sizes))))
+        block_m = next_power_of_2(rows)
+        block_k = max(16, min(512 // dtype.itemsize, next_power_of_2(inputs)))
+        block_n = max(1, min(FEW_TILE // (block_k * max(2, block_m)), next_power_of_2(max(sizes))))
         num_warps, num_stages = 4, 1
-    row_tiles = triton.cdiv(rows, block_m)
+    row_tiles = cdiv(rows, block_m)
     wide = dtype == torch.float64
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    tf32 = dtype == torch.float32 and product_precision() == "tf32"
+    with device_of(x).current():
         for start in range(0, len(layers), LAYERS):
             stacks, added, outs = zip(*layers[start : start + LAYERS], strict=True)
             outputs = tuple(w.shape[1] for w in stacks)
-            last = list(itertools.accumulate(triton.cdiv(n, block_n) for n in outputs))
+            last = list(itertools.accumulate(cdiv(n, block_n) for n in outputs))
             linear_group_kernel[(num_members * last[-1] * row_tiles,)](
                 x, stacks, tuple(w if b is None else b for w, b in zip(stacks, added, strict=True)), outs,
                 (0, *last[:-1]), outputs, tuple(strided_vectors(y)[1] for y in outs),

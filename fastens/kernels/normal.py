@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normal import normal_at
+from fastens.kernels._tiles import cdiv
 
 TILE = 512  # elements of a program
 
@@ -35,8 +36,8 @@ def normal(seed: Tensor, offset: Tensor, samples: Tensor, shape: Sequence[int]) 
     numel = math.prod(shape)
     if y.numel() == 0:
         return y
-    tiles = triton.cdiv(numel, TILE)
-    with torch.cuda.device(y.device if y.is_cuda else -1):
+    tiles = cdiv(numel, TILE)
+    with device_of(y).current():
         normal_kernel[(len(samples) * tiles,)](
             y, seed, offset.contiguous(), samples.contiguous(), numel, int(offset.numel() > 1), tiles, TILE=TILE
         )

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._activation import activated
 from fastens.kernels._launch import kernel, wait_for_previous
+from fastens.kernels._tiles import cdiv, next_power_of_2
 from fastens.program.steps import Opcode
 from fastens.reference.pointwise import result_dtype
 
@@ -194,12 +196,12 @@ def pointwise(
     sizes = tuple(size for size, _ in reversed(outer))  # the fastest first, as the kernel divides them out
     out_strides, *strides = [tuple(of[i] for _, of in reversed(outer)) for i in range(len(inputs) + 1)]
     outer_size = math.prod(sizes)
-    inner_block = min(SQUARE if turned else TILE, triton.next_power_of_2(inner_size))
-    outer_block = min(TILE // inner_block, triton.next_power_of_2(outer_size))
-    inner_tiles = triton.cdiv(inner_size, inner_block)
+    inner_block = min(SQUARE if turned else TILE, next_power_of_2(inner_size))
+    outer_block = min(TILE // inner_block, next_power_of_2(outer_size))
+    inner_tiles = cdiv(inner_size, inner_block)
     names = tuple(Opcode(opcode).name for opcode in opcodes)
-    with torch.cuda.device(out.device if out.is_cuda else -1):
-        pointwise_kernel[(inner_tiles * triton.cdiv(outer_size, outer_block),)](
+    with device_of(out).current():
+        pointwise_kernel[(inner_tiles * cdiv(outer_size, outer_block),)](
             out, tuple(inputs), sizes, out_strides, sum(strides, ()), inner_size, outer_size, inner_tiles, out_inner,
             tuple(inners), CODE=names, A=tuple(a), B=tuple(b), NUMBERS=tuple(numbers), DIMS=len(sizes),
             ALONG=sum(1 << i for i, stride in enumerate(inners) if stride),

@@ -8,12 +8,13 @@ The formulae are those of ``fastens/reference/sampler_step.py``.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._launch import kernel, wait_for_previous
 from fastens.kernels._normal import normal_at
+from fastens.kernels._tiles import cdiv
 
 TILE = 512  # elements of a program
 
@@ -67,9 +68,9 @@ def sampler_step(
     if y.numel() == 0:
         return y
     numel = x[0].numel()
-    tiles = triton.cdiv(numel, TILE)
+    tiles = cdiv(numel, TILE)
     several = 0 if offset is None else int(offset.numel() > 1)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device_of(x).current():
         sampler_step_kernel[(len(x) * tiles,)](
             x, output, second, y, row.contiguous(), seed, None if offset is None else offset.contiguous(),
             None if samples is None else samples.contiguous(), numel, several, tiles, low, high, KIND=kind,

@@ -144,7 +144,7 @@ class _Comparison:
         self._kept.append((a, b))
         if isinstance(a, nn.Module):
             return self._modules_elsewhere(a, b, path)
-        if isinstance(a, Tensor):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
             names = [self._names[i].get(id(x)) for i, x in enumerate((a, b))]
             if names[0] is not None or names[1] is not None:
                 return None if names[0] == names[1] else _differ(path, a, b)

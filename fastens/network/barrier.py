@@ -6,7 +6,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
@@ -49,8 +49,16 @@ class Barrier:
         self.hooks += 1
 
 
+class Counted(Protocol):
+    """A table of a module that counts what is written to it."""
+
+    written: Callable[[], None]
+
+
 class Watched(nn.Module):
     """A module whose attributes cannot change unnoticed; see :func:`watch`."""
+
+    watches = nn.Module  # the class of such modules; without annotation, which would hide those of that class
 
     def __setattr__(self, name: str, value: Any) -> None:
         repeats = _repeats(self, name, value)
@@ -126,14 +134,14 @@ def _counted(kind: type[dict[Any, Any]]) -> type[dict[Any, Any]]:
 
 def _count(module: nn.Module, name: str, written: Callable[[], None]) -> None:
     """Let a table of a module count what is written to it."""
-    table = module.__dict__[name]
+    table: dict[str, Any] = module.__dict__[name]
     if type(table) in (dict, OrderedDict):
         table = module.__dict__[name] = _counted(type(table))(table)
     if counts(table):
         table.written = written
 
 
-def counts(table: dict[Any, Any]) -> bool:
+def counts(table: dict[Any, Any]) -> TypeGuard[Counted]:
     """Whether a table counts what is written to it."""
     return hasattr(table, "written")
 
@@ -159,7 +167,7 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
 def unwatched(module: nn.Module) -> nn.Module:
     """The same module, of the class that it had."""
     for each in module.modules():
-        if isinstance(each, Watched):
+        if type(each) is not class_of(each):
             each.__class__ = class_of(each)
         each.__dict__.pop("_barrier", None)
     return module

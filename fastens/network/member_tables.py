@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
@@ -148,9 +149,9 @@ class MemberTable(dict[str, Any]):
         stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
         if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
             return value is stack
-        while torch._C._functorch.is_gradtrackingtensor(value):  # a part that was read in a transform is its own
-            value = torch._C._functorch.get_unwrapped(value)
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        while is_gradtrackingtensor(value):  # a part that was read in a transform is its own
+            value = get_unwrapped(value)
+        if is_functorch_wrapped_tensor(value):
             return False
         own = 0 if name in self.source.common else 1
         offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
@@ -194,7 +195,7 @@ class MemberTable(dict[str, Any]):
         like = None if stack is None else stack if name in self.source.common else stack[self.k]
         if like is None or not isinstance(value, Tensor) or (
             (like.shape, like.dtype, like.device) != (value.shape, value.dtype, value.device)
-            or torch._C._functorch.is_functorch_wrapped_tensor(value)
+            or is_functorch_wrapped_tensor(value)
         ):  # fmt: skip
             self._keep_here(name, value)
             return

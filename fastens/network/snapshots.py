@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.tensor import TABLES, MemberTensor, memory_of
 
@@ -263,7 +264,7 @@ def _of_tensor(tensor: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if torch.compiler.is_compiling():
         return None
     tensor = tensor.stack if type(tensor) is MemberTensor else tensor
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_meta or memory_of(tensor) is None:
+    if is_functorch_wrapped_tensor(tensor) or tensor.is_meta or memory_of(tensor) is None:
         return None
     return tensor.data, None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 

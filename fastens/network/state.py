@@ -11,9 +11,9 @@ from operator import is_
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from fastens.device import random_forked
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
@@ -46,7 +46,7 @@ class NetworkState:
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
-        code = {class_of(module) for _, module in modules}
+        code: set[type | types.FunctionType] = {class_of(module) for _, module in modules}
         code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
         self._outside = GlobalState(code, seen)
         self._draws = GlobalDraws() if self._outside.draws else None
@@ -136,7 +136,7 @@ def random_kept() -> Iterator[None]:
     """Undo what is drawn from the global generators of torch, Python and NumPy."""
     elsewhere = GlobalDraws()
     try:
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        with random_forked():
             yield
     finally:
         elsewhere.put_back()
@@ -167,7 +167,9 @@ class Rollback:
             for module in modules
         ]  # fmt: skip
         tables = [state[name] for _, state, _ in self._state for name in TABLES]
-        self._tables = [(table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables]
+        self._tables: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
+            (table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables
+        ]
         self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
         self._network = network
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.parameter import is_lazy
 
 from fastens.fold.callsite import callers
@@ -213,7 +214,7 @@ def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
     own: Any = stack[k].clone() if copied else stack[k]
     if not isinstance(stack, nn.Parameter):
         return own
-    if type(own) is Tensor and torch._C._functorch.peek_interpreter_stack() is None and not tracing():
+    if type(own) is Tensor and peek_interpreter_stack() is None and not tracing():
         return own.as_subclass(nn.Parameter)
     own._is_param = True
     return own

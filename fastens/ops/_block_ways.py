@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of, on_gpu
 from fastens.ops._choice import Choice, Way
 from fastens.ops._conv_kernels import WIDE_OUTPUTS
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
@@ -57,7 +58,7 @@ def key(*arguments: Any) -> str:
         "" if behind.residual is None else "residual",
         "" if behind.output_activation == "none" else f"then {behind.output_activation}",
         f"moments{behind.num_groups}" if behind.num_groups else "",
-        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+        convolution_precision() if block.x.dtype == torch.float32 else "",
     ]
     return " ".join(filter(None, parts))
 
@@ -65,10 +66,10 @@ def key(*arguments: Any) -> str:
 def _input(block: ConvBlock) -> Tensor:
     """What the library convolves, but for its mask."""
     before = block.prologue
-    if block.x.is_cuda and block.offsets is None and refuses_pass(block) is None:
+    if on_gpu(block.x) and block.offsets is None and refuses_pass(block) is None:
         return prepared(block).x
     x, moments = together(block.x, before)
-    if moments is None or not x.is_cuda or before.activation not in ("none", "silu"):
+    if moments is None or not on_gpu(x) or before.activation not in ("none", "silu"):
         return reference.prepared(block.x, before, block.offsets)
     # an image whose space is innermost, and its statistics again
     return group_norm(
@@ -129,7 +130,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
                 return "no more outputs than an ordinary tile has"
             if size[0] * size[1] < WIDE_PLACES:
                 return "a tile of so many images that their moments and maps have no registers beside its sums"
-            if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+            if (device_of(x).generation or 9) < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
         return missing_triton(x.device)
 
@@ -143,10 +144,9 @@ def rule(*arguments: Any) -> str | None:
     Triton's pointer loads reach 140 to 180 % of cuDNN there, and 36 to 71 % on large shapes.
     """
     c = Call(*arguments)
-    if not c.block.x.is_cuda or refuses("auto")(*arguments) is not None:
+    if not on_gpu(c.block.x) or refuses("auto")(*arguments) is not None:
         return None
-    multiprocessors = torch.cuda.get_device_properties(c.block.x.device).multi_processor_count
-    return "triton" if fills_less_than(c.block, c.size, multiprocessors) else None
+    return "triton" if fills_less_than(c.block, c.size, device_of(c.block.x).multiprocessors) else None
 
 
 CHOICE = Choice(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from fastens import reproducible
+from fastens.device import GPUS, capturing, device_of
 from fastens.ops._clock import clock as device_clock
 from fastens.ops._table import TABLE, Entry, Table
 
@@ -66,7 +67,7 @@ class Choice:
         *,
         table: Table = TABLE,
         clock: Callable[[Callable[[], Any], torch.device], Callable[[], float]] = device_clock,
-        devices: Sequence[str] = ("cuda",),
+        devices: Sequence[str] = GPUS,
         rule: Callable[..., str | None] = lambda *_: None,
     ) -> None:
         self.op = op
@@ -137,7 +138,7 @@ class Choice:
         key = self.key(*arguments)
         known = self._known.get((device, key))
         if known is None:
-            entry = self.table.find(device_name(device), self.op, key)
+            entry = self.table.find(device_of(device).name, self.op, key)
             known = None if entry is None else self._keep(entry, arguments, device)
         return known
 
@@ -171,7 +172,7 @@ class Choice:
             best = self.default
         entry = {"chosen": best, "seconds": medians, "failed": failed, "torch": torch.__version__}
         if lasting:  # another process may have the memory that was lacking
-            self.table.add(device_name(device), self.op, self.key(*arguments), entry)
+            self.table.add(device_of(device).name, self.op, self.key(*arguments), entry)
         return entry
 
     def forget(self) -> None:
@@ -212,16 +213,10 @@ def _notice(device: torch.device, path: pathlib.Path) -> None:
     if _spent.get(device, 0.0) > NOTICE_AFTER and device not in _noticed:
         _noticed.add(device)
         warnings.warn(
-            f"fastens: measuring which kernels suit these shapes on {device_name(device)}; this is done once and kept "
-            f"in {path}. `fastens tune` does it ahead of use",
+            f"fastens: measuring which kernels suit these shapes on {device_of(device).name}; this is done once and "
+            f"kept in {path}. `fastens tune` does it ahead of use",
             stacklevel=2,
         )
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    """The name that measurements on this device are kept under."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.lru_cache(maxsize=8)
@@ -239,7 +234,7 @@ def _is_plain() -> bool:
 
 def can_measure() -> bool:
     """Whether timing makes sense now: plain, and no graph is recorded."""
-    return _is_plain() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return _is_plain() and not capturing()
 
 
 def _disagreement(actual: Tensor, expected: Tensor) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastens.device import device_of
 from fastens.kernels._graph import record_graph
 
 REPETITIONS = 10  # calls of a timing at most
@@ -25,31 +26,11 @@ def clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
         run: takes nothing; what it returns is dropped.
         device: where it runs.
     """
-    return _graph_clock(run, device) if device.type == "cuda" else _host_clock(run)
-
-
-def repetitions(seconds: float) -> int:
-    """Return the number of calls in one timing, given the approximate seconds of a call."""
-    return max(1, min(REPETITIONS, math.ceil(ONE_TIMING / max(seconds, 1e-9))))
-
-
-def _host_clock(run: Callable[[], Any]) -> Callable[[], float]:
-    def seconds() -> float:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-
-    return seconds
-
-
-def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-    number = repetitions(start.elapsed_time(end) / 1e3)
+    on = device_of(device)
+    stopwatch = on.stopwatch()
+    if not on.launches:
+        return functools.partial(stopwatch, run)
+    number = repetitions(stopwatch(run))
 
     def several() -> None:
         for _ in range(number):
@@ -58,12 +39,13 @@ def _graph_clock(run: Callable[[], Any], device: torch.device) -> Callable[[], f
     replay, _ = record_graph(several, device, warm_up=1)
 
     def seconds() -> float:
-        with torch.cuda.device(device):
+        with on.current():
             replay()  # wakes the device, and brings the weights as near as a second evaluation finds them
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) / 1e3 / number
+            return stopwatch(replay) / number
 
     return seconds
+
+
+def repetitions(seconds: float) -> int:
+    """Return the number of calls in one timing, given the approximate seconds of a call."""
+    return max(1, min(REPETITIONS, math.ceil(ONE_TIMING / max(seconds, 1e-9))))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.ops._conv_ways import Convolution, channels_last, of_convolution
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.ops._tma_ways import refuses_tma
@@ -43,7 +44,7 @@ def refuses(tiling: str) -> Callable[..., str | None]:
         if tiling == "wide":
             if c.weight.shape[1] <= WIDE_OUTPUTS or c.x.dtype == torch.float64:
                 return "no more outputs than an ordinary tile has"
-            if c.x.is_cuda and torch.cuda.get_device_capability(c.x.device)[0] < 9:
+            if (device_of(c.x).generation or 9) < 9:
                 return "a tile of more sums than there are registers before compute capability 9.0"
         return missing_triton(c.x.device)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastens.device import convolution_precision
 from fastens.ops._dispatch import missing
 from fastens.ops.conv2d import output_size
 from fastens.reference.linear import linear
@@ -65,7 +66,7 @@ def key(c: Convolution) -> str:
         f"kernels {_layout(c.weight[0])}" if _layout(c.weight[0]) else "",
         "" if c.bias is not None else "no bias",
         "" if c.offsets is None else "ragged",
-        torch.backends.cudnn.conv.fp32_precision if c.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+        convolution_precision() if c.x.dtype == torch.float32 else "",
     ]
     return " ".join(filter(None, parts))
 

@@ -16,6 +16,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from fastens import _native
+from fastens.device import device_of
 
 BACKENDS = ("auto", "reference", "native", "triton")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -119,12 +120,13 @@ def missing(kernel: str | None, backend: str, device: torch.device, dtype: torch
         return f"its kernel takes {', '.join(map(str, KERNEL_DTYPES))}, and these tensors are {dtype}"
     if backend == "triton":
         return missing_triton(device)
-    if device.type not in ("cpu", "cuda"):
+    library = device_of(device).library
+    if library is None:
         return f"the compiled libraries serve CPU and CUDA tensors, and these are on {device}"
-    if not _native.load(device.type):
-        return f"the compiled library is not loaded: {_native.status(device.type)}"
-    if not _native.has_kernel(kernel, device.type):
-        where = device.type.upper()
+    if not _native.load(library):
+        return f"the compiled library is not loaded: {_native.status(library)}"
+    if not _native.has_kernel(kernel, library):
+        where = library.upper()
         return f"the loaded library has no {where} kernel for fastens::{kernel}: if it should have one, rebuild it"
     return None
 
@@ -135,9 +137,10 @@ def missing_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if device.type != "cuda":
+    capability = device_of(device).capability
+    if capability is None:
         return f"triton kernels serve CUDA tensors, and these are on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability
     return None if major >= 8 else f"triton kernels need compute capability 8.0, and {device} has {major}.{minor}"
 
 
@@ -170,7 +173,7 @@ def _choice(
         return name
     if backend == "auto":
         # Triton's interpreter, which "auto" never takes, is there to be asked for by name
-        usable = [(each, kernel) for each, kernel in kernels if each != "triton" or device.type == "cuda"]
+        usable = [(each, kernel) for each, kernel in kernels if each != "triton" or device_of(device).launches]
         return next((kernel for each, kernel in usable if missing(kernel, each, device, dtype) is None), name)
     kernel = dict(kernels).get(backend)
     cause = missing(kernel, backend, device, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastens.device import convolution_precision
 from fastens.ops._choice import Choice, Way
 from fastens.ops._tma_ways import prepared, refuses_pass
 from fastens.program.block import ConvBlock
@@ -20,7 +21,7 @@ def key(block: ConvBlock, _: list[float]) -> str:
         "" if before.moments is None else f"norm{before.moments.shape[1]}",
         "" if before.scale is None else "by row",
         "" if before.activation == "none" else before.activation,
-        torch.backends.cudnn.conv.fp32_precision if block.x.dtype == torch.float32 else "",  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+        convolution_precision() if block.x.dtype == torch.float32 else "",
     ]
     return " ".join(filter(None, parts))
 

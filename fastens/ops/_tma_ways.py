@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastens.device import convolution_precision, device_of
 from fastens.kernels._rows import interpreting
 from fastens.ops._dispatch import KERNEL_DTYPES, missing_triton
 from fastens.program.block import ConvBlock, Prologue
@@ -147,7 +148,7 @@ def refuses_halo(*arguments: Any) -> str | None:
         return why
     if interpreting() or importlib.util.find_spec("triton.experimental.gluon") is None:
         return "a Triton without Gluon, or its interpreter, which does not run it"
-    if block.x.is_cuda and torch.cuda.get_device_capability(block.x.device)[0] != 9:
+    if device_of(block.x).generation not in (None, 9):
         return "a device without the products of compute capability 9"
     if block.offsets is not None or block.prologue.mask is not None or block.shared:
         return "drawn or shared rows, or a mask"
@@ -181,12 +182,12 @@ def refuses_tma(
         return why
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return "a Triton without tensor descriptors"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+    if device_of(x).generation not in (None, 9, 10):
         return "a device without tensor memory accelerator and 227 KiB of shared memory (compute capability 9 or 10)"
     channels, itemsize = weight.shape[2], x.element_size()
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.dtype != x.dtype:
         return "a dtype without products of a warp group, or several"
-    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    if x.dtype == torch.float32 and convolution_precision() != "tf32":
         return "float32 in full precision"
     if not weight.movedim(2, -1).is_contiguous() or not (
         x.is_contiguous(memory_format=torch.channels_last) or not loads_x

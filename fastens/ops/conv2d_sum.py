@@ -1,6 +1,7 @@
 """The last convolution under a linear rule: summed over the members, so that only the aggregate is written."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ _conv2d_sum = Op(
 )
 
 
-def sums(block: ConvBlock) -> bool:
+def sums(block: ConvBlock[Any]) -> bool:
     """Whether there is nothing that the kernel has not: offsets, shared rows, a second image, a mask, an epilogue."""
     before = block.prologue
     return before.skip is before.mask is block.offsets is None and block.ends_plain and not block.shared

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from fastens.device import on_gpu
 from fastens.ops._dispatch import Op
 from fastens.ops._rows import ACTIVATIONS, check_activation, check_masks, is_dense
 from fastens.reference import dropout as reference
 
 
 def _native_fake(x: Tensor, *_: object) -> Tensor:
-    return _triton_fake(x) if x.is_cuda else x.new_empty(x.shape)
+    return _triton_fake(x) if on_gpu(x) else x.new_empty(x.shape)
 
 
 def _triton_fake(x: Tensor, *_: object) -> Tensor:

@@ -106,7 +106,7 @@ def mapped(kind: type | UnionType, function: Callable[[Any], Any], tree: Any) ->
         items = [mapped(kind, function, item) for item in tree]
         if type(tree) is list:
             return items
-        return type(tree)._make(items) if hasattr(tree, "_make") else tuple(items)
+        return getattr(type(tree), "_make", tuple)(items)
     if isinstance(tree, dict):
         return {key: mapped(kind, function, item) for key, item in tree.items()}
     return tree
@@ -147,7 +147,7 @@ class Recording:
         if key not in self.tensors:
             self.tensors[key] = x
             self._keep.append(x.untyped_storage())
-        return Ref(key, x.storage_offset() - self._first.get(key, 0), tuple(x.shape), tuple(x.stride()), x.dtype)
+        return Ref(key, int(x.storage_offset()) - self._first.get(key, 0), tuple(x.shape), tuple(x.stride()), x.dtype)
 
     def result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation, computed or sketched."""
@@ -175,7 +175,7 @@ class Recording:
 
     def input(self, x: Tensor) -> Ref:
         """What a tensor of the call is; a plan gets it by its first element, wherever that is in its storage."""
-        self._first[x.untyped_storage()._cdata] = x.storage_offset()
+        self._first[x.untyped_storage()._cdata] = int(x.storage_offset())
         return self.ref(x)
 
     def add_input(self, x: Tensor) -> None:

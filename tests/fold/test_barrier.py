@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastens import _native
+from fastens.network.barrier import HOOKS, Barrier, watch
 from tests.fold.test_guards import Net, X, by_members, planned
 from tests.tolerances import relative_error
 
@@ -160,3 +161,21 @@ def test_the_same_value_again_is_a_write_where_the_class_does_more_than_keep_it(
     assert ensemble.network.__dict__["writes"] == 2
     with torch.no_grad():
         assert relative_error(ensemble(X), by_members(ensemble)) < 1e-5
+
+
+class Annotated(nn.Module):
+    scale: float
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 2.0
+
+
+def test_a_watched_module_reads_of_its_class_what_it_did():
+    module = Annotated()
+    of_classes = {"__class__", "__init_subclass__", "__subclasshook__"}
+    names = set(dir(module)) - {"__dict__", "_modules", *of_classes, *HOOKS}
+    before = {name: getattr(module, name) for name in names}
+    watch(module, Barrier())
+    changed = {name for name in names if getattr(module, name) != before[name]}
+    assert changed == {"__setattr__", "__delattr__"}

@@ -5,6 +5,7 @@ import torch
 
 import fastens
 from fastens import _native, capture
+from fastens.device import device_of
 from fastens.engine import planned
 from tests.fold.test_plans import DRAWS, follow_the_members, members_of, scaled
 from tests.networks import NETWORKS, randomised, tensor_of
@@ -178,7 +179,7 @@ def test_a_recorded_step_holds_the_launches(monkeypatch):
     """What a CUDA graph records is the plan, bound to memory of its own."""
     ensemble, args = launched_unet()
     plan, bound = plan_of(ensemble), []
-    monkeypatch.setattr(plan, "_done", object())  # as on a GPU
+    monkeypatch.setattr(plan, "_on", device_of("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     bind = type(plan)._bind

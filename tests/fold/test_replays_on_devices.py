@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import fastens
+from fastens.device import device_of
 from fastens.kernels import _graph
 from tests.fold.test_launches import plan_of
 from tests.fold.test_replays import MANY, log  # noqa: F401
@@ -146,8 +148,8 @@ def test_threads_with_streams_of_their_own_use_a_plan_one_after_another(log, mon
     ensemble(inputs[0])
     plan = plan_of(ensemble)
     cuda = Streams(monkeypatch)
-    plan._done = cuda.handle("done")
-    plan._device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: cuda.handle("done"))
+    plan._turns = device_of("cuda:1").turns()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     launch = plan._bound.launch
 
@@ -181,12 +183,12 @@ def test_threads_with_streams_of_their_own_use_a_plan_one_after_another(log, mon
 
 
 def guarded(call, parents):
-    """Whether a call is within ``with torch.cuda.device``, and the function that it is in."""
+    """Whether a call is within ``with device_of(x).current()``, and the function that it is in."""
     found, node = False, call
     while node in parents:
         node = parents[node]
         if isinstance(node, ast.With):
-            found |= any("torch.cuda.device(" in ast.unparse(item) for item in node.items)
+            found |= any(re.fullmatch(r"device_of\(\w+\)\.current\(\)", ast.unparse(item)) for item in node.items)
         if isinstance(node, ast.FunctionDef):
             return found, node.name
     return found, ""

@@ -113,7 +113,7 @@ def of_sum():
 def of_attention():
     q, k, v = (torch.randn(2, 2, 96, 64).to(BF16) for _ in "qkv")
     into = torch.full_like(q, torch.nan)
-    with mock.patch.object(_attention, "multiprocessors", return_value=1):  # tiles of 64 queries
+    with mock.patch("fastens.device.MULTIPROCESSORS", 1):  # tiles of 64 queries
         _attention.attention(q, k, v, 0.125, into)
     return [(into, torch.nn.functional.scaled_dot_product_attention(*doubled(q, k, v), scale=0.125))]
 

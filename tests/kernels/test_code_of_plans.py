@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastens.kernels._rows import MULTIPROCESSORS
+from fastens.device import MULTIPROCESSORS
 from tests.kernels.test_ahead_of_time import MAX_REGISTERS_OF_PRODUCTS, MAX_SHARED_OF_DESCRIPTORS, needs_triton
 
 SAMPLE = ("songunet", "256", "--sample", "9", "--ways", "triton", "triton wide", "tma 128x128", "tma 128x256")

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastens.device import device_of
+
 _counters = pytest.importorskip("fastens.kernels._counters")
 
 
@@ -18,6 +20,7 @@ def device(monkeypatch):
         lambda _: SimpleNamespace(cuda_stream=state.stream, synchronize=lambda: None),
     )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(_counters, "device_of", lambda _: device_of("cuda"))
     for name in ("_of_streams", "_for_captures", "_captured"):
         monkeypatch.setattr(_counters, name, {})
     return state

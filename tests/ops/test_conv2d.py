@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import nn
 
+from fastens.device import device_of
 from fastens.ops import all_ops
 from fastens.ops.group_moments import group_moments
 from fastens.ops.group_norm import group_norm
@@ -35,10 +36,10 @@ class Recorder:
 @pytest.fixture
 def launched(monkeypatch, request):
     """The kernels that ran, by name, as on a GPU of one multiprocessor unless the test is of split sums."""
-    from fastens.kernels import _conv2d_launch, _rows, conv2d, conv2d_sum, group_moments
+    from fastens.kernels import _conv2d_launch, conv2d, conv2d_sum, group_moments
 
     if "split" not in request.node.name:
-        monkeypatch.setattr(_rows, "MULTIPROCESSORS", 1)
+        monkeypatch.setattr("fastens.device.MULTIPROCESSORS", 1)
     names = []
     for module in (_conv2d_launch, conv2d, conv2d_sum, group_moments):
         for name in ("maps_kernel", "conv2d_kernel", "conv2d_sum_kernel", "partial_kernel"):
@@ -147,7 +148,7 @@ def test_tiles_of_few_programs_hold_whole_groups_where_they_can(dtype, per_group
     for rows, space, channels in ((1, 1, 3), (1, 64, 256), (2, 100, 512), (64, 16, 256)):
         tiles = launch.tiles_for(torch.empty(0, dtype=dtype), 5, rows, space, 256, (channels, 40), 9, per_group)
         programs = 5 * -(-rows // tiles.rows) * -(-space // tiles.places) * -(-256 // tiles.block_n)
-        assert tiles.splits == 1 or programs * tiles.splits <= launch.multiprocessors(torch.device("cpu"))
+        assert tiles.splits == 1 or programs * tiles.splits <= device_of("cpu").multiprocessors
         assert tiles.block_n >= (per_group if per_group in (1, 8) else 16)
         assert per_group != 64 or dtype == torch.double or tiles.block_n in (64, 128)
 

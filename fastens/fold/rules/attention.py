@@ -6,9 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _VariableFunctions
 
-from fastens.fold.dispatch import RANDOM, Fold, dispatch
+from fastens.fold.dispatch import RANDOM, Fold, dispatch, named
 from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import NotFoldable, member_valued
@@ -157,4 +156,4 @@ def left_aligned(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> bool:
     raise NotFoldable("nn.TransformerEncoder leaves padded places out (enable_nested_tensor=False keeps them)")
 
 
-RANDOM[_VariableFunctions._nested_tensor_from_mask_left_aligned] = left_aligned
+RANDOM.update(dict.fromkeys(named("_nested_tensor_from_mask_left_aligned"), left_aligned))

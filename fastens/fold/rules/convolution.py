@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastens.device import on_gpu
 from fastens.fold.dispatch import Fold, rule
 from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
@@ -41,7 +42,7 @@ def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: 
     way = CHOICE.choose(whole, rows.device, ruled=not fold.reference)
     fold.ways[id(weight.stack if member_valued(weight) else plain(weight))] = way
     y = conv(*whole, way=way)
-    if not fold.recording and rows.is_contiguous() and not rows.is_cuda:
+    if not fold.recording and rows.is_contiguous() and not on_gpu(rows):
         y = y.contiguous()
     return fold.unrows(y)
 
@@ -73,10 +74,8 @@ def _transposed(space: int) -> Any:
         fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
-        numbers = [_numbers(value, space) for value in (stride, padding, dilation)]
-        return _convolve(
-            fold, func, space, input, weight, bias, (*numbers, True, _numbers(output_padding, space), groups)
-        )
+        strides, paddings, dilations, more = (_numbers(n, space) for n in (stride, padding, dilation, output_padding))
+        return _convolve(fold, func, space, input, weight, bias, (strides, paddings, dilations, True, more, groups))
 
     return convolution
 

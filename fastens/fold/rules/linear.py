@@ -12,7 +12,7 @@ from fastens.fold.tensor import member_valued
 from fastens.ops.linear import linear
 
 
-@rule(F.linear, torch._C._nn.linear, own_op=True)
+@rule(*named("linear"), own_op=True)
 def linear_rule(fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     """``x @ weight.T + bias``."""
     if not member_valued(weight):

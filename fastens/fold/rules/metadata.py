@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import READS, Fold, named, rule
 from fastens.fold.nested import plain
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued
 from fastens.fold.writes import check_weights, writes_to
 
 _ATTRIBUTES = """
@@ -30,12 +30,7 @@ READS.update(named(_READS))
 METADATA: set[Any] = set()  # functions that tell nothing of a tensor's values
 
 
-def _getters(names: str) -> list[Any]:
-    found: list[Any] = [getattr(Tensor, name, None) for name in names.split()]
-    return [getter.__get__ for getter in found if hasattr(getter, "__get__") and not callable(getter)]
-
-
-METADATA.update(named(_METHODS), _getters(_ATTRIBUTES))
+METADATA.update(named(_METHODS), getters(_ATTRIBUTES))
 
 
 @rule(*METADATA)
@@ -51,19 +46,19 @@ def metadata(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*map(one, args), **kwargs)
 
 
-@rule(*_getters("grad_fn is_leaf"))
+@rule(*getters("grad_fn is_leaf"))
 def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
     """Where the derivatives of the stack come from."""
     return func(fold.stack(x))
 
 
-@rule(Tensor.data.__get__)
+@rule(*getters("data"))
 def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
     """The stack without its derivatives, in the same memory."""
     return fold.wrap(fold.stack(x).data, fold.aliases(x))
 
 
-@rule(Tensor.data.__set__, Tensor.grad.__set__)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
+@rule(*(getattr(Tensor, name).__set__ for name in ("data", "grad")))
 def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
     if not writes_to(func, (x, value)):
@@ -80,7 +75,7 @@ def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     func(fold.stack(x), value)
 
 
-@rule(Tensor.grad.__get__)  # pyright: ignore[reportOptionalMemberAccess]  # typed as its value
+@rule(*getters("grad"))
 def grad(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor | None:
     """The gradient of the stack."""
     found = fold.stack(x).grad
@@ -106,10 +101,11 @@ def autograd_grad(
     with torch.enable_grad():  # parts of the outputs belong to the graph, wherever it is differentiated
         outs = [fold.entries(x) for x in outs]
         parts = [[x[n] for x in outs] for n in range(fold.hidden.size)]
-    if all(map(member_valued, ins)):
-        found = func(outs, [fold.stack(x) for x in ins], seeds, *args, **kwargs)
+    own = [x for x in ins if member_valued(x)]
+    if len(own) == len(ins):
+        found = func(outs, [fold.stack(x) for x in own], seeds, *args, **kwargs)
         return tuple(None if x is None else fold.wrap(x) for x in found)
-    if any(map(member_valued, ins)):
+    if own:
         raise NotFoldable("derivatives by common and by member-valued tensors together")
     kwargs["retain_graph"] = True
     columns = [

@@ -18,7 +18,7 @@ from fastens.ops.layer_norm import layer_norm
 from fastens.ops.rms_norm import rms_norm
 
 
-def _parameters(fold: Fold, input: Any, *values: Any) -> tuple[list[Tensor | None], Tensor | None]:
+def _parameters(fold: Fold, input: Any, *values: Any) -> tuple[list[Any], Tensor | None]:
     """Parameters as the ops take them, [1, ...] where all are common, and the offsets beside them."""
     if not any(map(member_valued, values)):
         return [None if value is None else plain(value)[None] for value in values], None

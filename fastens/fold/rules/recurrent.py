@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _VariableFunctions
 
 from fastens.fold.dispatch import Fold, dispatch, rule
 from fastens.fold.tensor import NotFoldable, member_valued
@@ -82,5 +81,5 @@ def _cell(call: Any, name: str, of_input: Any, of_hidden: Any, state: tuple[Any,
 
 
 for _name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
-    rule(getattr(_VariableFunctions, _name))(_layers)
+    rule(getattr(torch, _name))(_layers)
 _ = member_valued

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, rule
 from fastens.fold.rules.shape import behind
-from fastens.fold.tensor import member_valued
+from fastens.fold.tensor import MemberTensor, member_valued
 
 _OVER_SOME = """
     sum mean nansum nanmean amax amin aminmax std var std_mean var_mean logsumexp prod all any count_nonzero norm
@@ -71,7 +71,7 @@ def _over_all(fold: Fold, func: Any, stack: Tensor, before: tuple[Any, ...], kwa
 
 def _kept(fold: Fold, func: Any, stack: Tensor, before: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = _over_all(fold, func, stack, before, kwargs)
-    if not isinstance(found, Tensor):
+    if not isinstance(found, MemberTensor):
         return NotImplemented
     return fold.wrap(fold.stack(found).reshape(len(stack), *(1,) * (stack.ndim - 1)))
 

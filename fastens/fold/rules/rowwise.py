@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, rule
@@ -41,7 +40,7 @@ def rowwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     return fold.unrows(found) if isinstance(found, Tensor) else type(found)(map(fold.unrows, found))
 
 
-@rule(F.one_hot, torch._C._nn.one_hot)
+@rule(*named("one_hot"))
 def one_hot(fold: Fold, func: Any, x: Any, num_classes: int = -1) -> Any:
     """Classes as unit vectors; how many there are must be said."""
     return NotImplemented if num_classes < 0 or not member_valued(x) else fold.wrap(func(fold.stack(x), num_classes))

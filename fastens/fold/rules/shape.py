@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import Fold, named, rule
 from fastens.fold.nested import plain
-from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued, memory_of
+from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued, memory_of
 
 
 def behind(dim: int, ndim: int) -> int:
@@ -85,7 +85,7 @@ def moved(fold: Fold, func: Any, x: Any, *dims: Any, **kwargs: Any) -> Any:
     return fold.wrap(func(fold.stack(x), *map(shift, dims), **named_dims), fold.aliases(x))
 
 
-@rule(*named("t"), *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")), *named("adjoint"))
+@rule(*named("t"), *getters("T mT H mH"), *named("adjoint"))
 def turned(fold: Fold, func: Any, x: Any) -> Any:
     """The last two dimensions exchanged; all of them reversed by ``T``."""
     name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -232,7 +232,7 @@ def stack(fold: Fold, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any
     return fold.wrap(torch.stack([fold.entries(x) for x in tensors], dim))
 
 
-@rule(torch.nn.utils.rnn.pad_sequence, torch._C._nn.pad_sequence)
+@rule(torch.nn.utils.rnn.pad_sequence, *named("pad_sequence"))
 def pad_sequence(
     fold: Fold,
     func: Any,
@@ -259,7 +259,7 @@ def in_place(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
-@rule(F.pad, torch._C._nn.pad, torch.constant_pad_nd)
+@rule(*named("pad"), torch.constant_pad_nd)
 def pad(fold: Fold, func: Any, x: Any, pad: Any, *args: Any, **kwargs: Any) -> Any:
     """Padding of the last dimensions."""
     mode = kwargs.get("mode", args[0] if args and isinstance(args[0], str) else "constant")

@@ -173,9 +173,9 @@ class Emitter:
         (rows, tokens, channels), x, out = node.out.size, node.x, node.out
         self.steps.append(
             steps.LayerNorm(
-                rows, node.runs.rows, tokens, channels, self.at(x), *x.stride[:2], self.parameters(node.weight),
-                self.parameters(node.bias), NONE, 0, NONE, 0, node.eps, self.at(out), *out.stride[:2],
-                self.bits(node.runs.members), tasks=rows,
+                rows, node.runs.rows, tokens, channels, self.at(x), x.stride[0], x.stride[1],
+                self.parameters(node.weight), self.parameters(node.bias), NONE, 0, NONE, 0, node.eps, self.at(out),
+                out.stride[0], out.stride[1], self.bits(node.runs.members), tasks=rows,
             )
         )  # fmt: skip
 
@@ -191,7 +191,8 @@ class Emitter:
         )
 
     def _gather(self, node: graph.Gather) -> None:
-        self.steps.append(steps.Gather(*node.out.size, self.at(node.table), self.at(node.members), self.at(node.out)))
+        rows, width = node.out.size
+        self.steps.append(steps.Gather(rows, width, self.at(node.table), self.at(node.members), self.at(node.out)))
 
     def _draw(self, node: graph.Draw) -> None:
         for bits, key, channels, (pixel_step, channel_step) in zip(

@@ -47,15 +47,14 @@ TARGET = Target(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A view of an input of the call, or one of its outputs."""
+    """A view of an input of the call, or one of its outputs, by its number."""
 
+    number: int
     view: View
     whole: bool
 
     def read(self, given: list[Tensor]) -> Tensor:
-        view = self.view
-        where, dtype = view.where, view.dtype
-        x = given[(where.where if isinstance(where, Cast) else where).number]
+        view, dtype, x = self.view, self.view.dtype, given[self.number]
         if self.whole:
             return x
         start = x.storage_offset() * x.itemsize // dtype.itemsize + view.offset
@@ -86,12 +85,14 @@ class _Call:
         leaves = pytree.tree_leaves((self.args, self.kwargs, self.outs))
         self._late = any(isinstance(leaf, _Given | _Wide) for leaf in leaves)
         self._exact = not any(isinstance(x, _Wide) for x in self.outs)
+        self._in_place = [x for x in self.outs if isinstance(x, Tensor)]  # all of them, unless some are late
 
     def run(self, given: list[Tensor]) -> None:
-        args, kwargs, outs = self.args, self.kwargs, self.outs
+        args, kwargs, outs = self.args, self.kwargs, self._in_place
         if self._late:
             args, kwargs = mapped(_Given | _Wide, lambda x: x.read(given), (args, kwargs))
-            outs = [x.view if isinstance(x, _Wide) else x.read(given) if isinstance(x, _Given) else x for x in outs]
+            wide = (x.view if isinstance(x, _Wide) else x for x in self.outs)
+            outs = [x.read(given) if isinstance(x, _Given) else x for x in wide]
         call(outs, self.func, args, kwargs, self._exact)
 
 
@@ -162,7 +163,7 @@ class Plan:
         where, dtype = view.where, view.dtype
         buffer = where.where if isinstance(where, Cast) else where
         if not isinstance(buffer, Buffer):
-            return _Given(view, self._is_whole(buffer, view))
+            return _Given(buffer.number, view, self._is_whole(buffer, view))
         held = torch.float32 if dtype in _HALF else dtype
         found = self._arena.view(held).as_strided(view.size, view.stride, buffer.offset // held.itemsize + view.offset)
         return found if held is dtype else _Wide(found, dtype)

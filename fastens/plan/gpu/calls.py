@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastens.device import on_gpu
 from fastens.kernels._into import merged
 from fastens.ops import conv2d_sum as sum_op
 from fastens.ops import dropout as dropout_op
@@ -68,7 +69,7 @@ def conv2d_way(out: Tensor, block: ConvBlock, moments: Tensor | None, backend: s
 
 
 def _measured(block: ConvBlock) -> bool:
-    return block.x.is_cuda and block.offsets is block.prologue.mask is None
+    return on_gpu(block.x) and block.offsets is block.prologue.mask is None
 
 
 def _ours(call: Call, backend: str) -> bool:
@@ -79,7 +80,7 @@ def _ours(call: Call, backend: str) -> bool:
 def conv2d_sum(weights: list[float], block: ConvBlock, backend: str) -> Tensor:
     """The last convolution, summed over the members with their weights: [B, O, H', W'], contiguous."""
     block = block.replace(x=block.x.to(block.weight.dtype), num_groups=0)
-    if block.x.is_cuda and uses_triton(block.x, backend):
+    if on_gpu(block.x) and uses_triton(block.x, backend):
         return SUM_CHOICE.ways[SUM_CHOICE.choose((block, weights), block.x.device)].run(block, weights).contiguous()
     return sum_op.conv2d_sum(block, weights, _named(block.x, backend)).contiguous()
 
@@ -262,7 +263,7 @@ def pointwise(out: Tensor, inputs: Sequence[Tensor], code: Sequence[Instruction]
 
 def uses_triton(x: Tensor, backend: str) -> bool:
     """Whether a launch on this tensor is one of Triton's kernels."""
-    return backend == "triton" or (backend == "auto" and x.is_cuda and _runs_triton(x.device))
+    return backend == "triton" or (backend == "auto" and on_gpu(x) and _runs_triton(x.device))
 
 
 @functools.cache
@@ -271,4 +272,4 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def _named(x: Tensor, backend: str) -> str:
-    return "auto" if x.is_cuda and backend == "triton" else backend
+    return "auto" if on_gpu(x) and backend == "triton" else backend

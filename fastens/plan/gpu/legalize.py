@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.plan import graph
 from fastens.plan.gpu.launch import Conv, GroupNorm, Join, LayerNorm, Masked, Moments
 from fastens.plan.graph import (
@@ -268,7 +269,7 @@ class Legalizer:
 
     def _as_torch(self, code: Code) -> Code:
         """(x / d)  ->  x (1 / d), by the reciprocal that torch itself takes on CUDA."""
-        if self.device.type != "cuda":
+        if not device_of(self.device).launches:
             return code
         one = torch.ones((), device=self.device)
         return [

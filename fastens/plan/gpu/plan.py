@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels._graph import keep
 from fastens.ops.conv2d_sum import sums
 from fastens.plan.gpu import calls as run
@@ -101,7 +102,8 @@ class LaunchPlan:
         self.num_bytes = max(64, lay_out(builder.buffers))
         self._lock = threading.Lock()
         self._bound = self._bind()
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        self._on = device_of(device)
+        self._turns = self._on.turns()
         self.replays = Replays(device, self.num_bytes)
 
     @property
@@ -178,19 +180,14 @@ class LaunchPlan:
             The outputs of the pass, in memory of their own.
         """
         last = None if weights is None else self._last
-        if self._done is not None and torch.cuda.is_current_stream_capturing():
+        if self._on.capturing():
             keep(self._launches)  # they hold the constants; what is bound to them is memory of the graph
             bound = self._bind()
             bound.read(inputs)
             results = bound.launch(last, weights)
             return bound.copies(results) if last is None else results
-        with self._lock:
-            if self._done is not None:  # another stream may still use the memory
-                torch.cuda.current_stream(self._device).wait_event(self._done)
+        with self._lock, self._turns:
             self._bound.read(inputs)
             kind = None if last is None or weights is None else tuple(weights)
             results, kept = self.replays.run(kind, lambda: self._bound.launch(last, weights))
-            outputs = self._bound.copies(results) if kept or last is None else results
-            if self._done is not None:
-                self._done.record(torch.cuda.current_stream(self._device))
-            return outputs
+            return self._bound.copies(results) if kept or last is None else results

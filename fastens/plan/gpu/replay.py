@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from fastens.device import device_of
 from fastens.kernels import _graph
 from fastens.ops._choice import can_measure, observed
 
@@ -31,7 +32,7 @@ class Replays:
     """
 
     def __init__(self, device: torch.device, num_bytes: int) -> None:
-        self._wanted = device.type == "cuda"
+        self._on = device_of(device)
         self._num_bytes = num_bytes
         self._device = device
         self._runs: Counter[Hashable] = Counter()
@@ -51,7 +52,7 @@ class Replays:
         Returns:
             What ``launch`` returned, and whether the next run overwrites it.
         """
-        if not self._wanted or observed() or os.environ.get("FASTENS_GRAPHS") == "0":
+        if not self._on.launches or observed() or os.environ.get("FASTENS_GRAPHS") == "0":
             return launch(), False
         found = self._graphs.get(kind)
         if found is None:
@@ -75,10 +76,4 @@ class Replays:
 
     def _fits(self) -> bool:
         """Whether there is memory for graphs whose launches keep as much as the arena."""
-        return self._num_bytes <= MOST_BYTES or self._num_bytes * SHARE <= free_memory(self._device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody holds, and those that torch holds for nobody."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+        return self._num_bytes <= MOST_BYTES or self._num_bytes * SHARE <= self._on.free_memory()

@@ -36,22 +36,25 @@ def attention(builder: Builder, op: Operation) -> bool:
         return False
     if any(builder.constant(ref) is not None or not builder.readable(ref) for ref in (q, k, v)):
         return False
-    heads = [builder.stored(ref) for ref in (q, k, v)]
+    of_q, of_k, of_v = (builder.stored(ref) for ref in (q, k, v))
     builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
     written = builder.stored(out)
     scale = named.get("scale")
     scale = float(q.size[-1] ** -0.5 if scale is None else scale)
     of_each = q.size[1] // groups
     if of_each == 1:
-        builder.add(Attention(written, *heads, scale))
+        builder.add(Attention(written, of_q, of_k, of_v, scale))
         return True
     for group in range(groups):
-        shared = [_heads(of, group, 1) for of in heads[1:]]
-        shared = [View(of.where, of.offset, (of.size[0], of_each, *of.size[2:]), (of.stride[0], 0, *of.stride[2:]))
-                  for of in shared]  # fmt: skip
-        own = [_heads(of, group * of_each, of_each) for of in (written, heads[0])]
-        builder.add(Attention(*own, *shared, scale))
+        ours, theirs = (_heads(of, group * of_each, of_each) for of in (written, of_q))
+        keys, values = (_repeated(_heads(of, group, 1), of_each) for of in (of_k, of_v))
+        builder.add(Attention(ours, theirs, keys, values, scale))
     return True
+
+
+def _repeated(of: View, count: int) -> View:
+    """One head, so many times."""
+    return View(of.where, of.offset, (of.size[0], count, *of.size[2:]), (of.stride[0], 0, *of.stride[2:]))
 
 
 def _heads(of: View, first: int, count: int) -> View:
@@ -106,7 +109,7 @@ def _in_line(ref: Ref) -> bool:
     return True
 
 
-def kept_scores(builder: Builder, x: Ref, out: Ref, number: float, compute: Callable[[], None]) -> bool:
+def kept_scores(builder: Builder, x: Ref, out: Ref, number: float, compute: Callable[[], object]) -> bool:
     """Let scores times a number, or copied weights, be scores or weights still; return whether they are.
 
     Args:
@@ -169,7 +172,8 @@ def _attend(builder: Builder, scores: Scores, values: Ref, out: Ref) -> bool:
     made = Ref(id(place), 0, size, stride, scores.ref.dtype)
     builder.values[made.storage] = Stored(place)
     scale = scores.scale * sources[0].scale * sources[1].scale
-    builder.add(Attention(builder.stored(made), *heads, scale))
+    of_q, of_k, of_v = heads
+    builder.add(Attention(builder.stored(made), of_q, of_k, of_v, scale))
     row, token, channel = out.stride
     recorded = dataclasses.replace(out, size=size, stride=(row * count, row, token, channel))
     builder.values[out.storage] = Expression(recorded, Leaf(made))

@@ -159,16 +159,16 @@ def _normed(
     return True
 
 
-def _affine(builder: Builder, *parameters: Ref | None) -> list[Constant | None] | None:
+def _affine(builder: Builder, weight: Ref | None, bias: Ref | None) -> tuple[Constant | None, Constant | None] | None:
     """Weight and bias of a norm, [K, C] or [1, C], where it has them; none where one is not constant."""
     found: list[Constant | None] = []
-    for ref in parameters:
+    for ref in (weight, bias):
         stack = None if ref is None else builder.constant(ref)
         if ref is not None and stack is None:
             return None
         rows = None if stack is None else stack[None] if stack.ndim == 1 else stack.flatten(1)
         found.append(None if rows is None else Constant(("norm", ref), rows, stack))
-    return found
+    return found[0], found[1]
 
 
 def _moments(builder: Builder, op: Operation) -> bool:
@@ -283,10 +283,10 @@ def cat(builder: Builder, op: Operation) -> bool:
     parts = [part for part in parts if part.numel]
     dim %= len(out.size)
     pixels = pixels_of(out, dim) if dim > 0 else None
-    inner = [pixels_of(part, dim) for part in parts] if dim > 0 else []
+    first, second = (pixels_of(part, dim) for part in parts) if dim > 0 and len(parts) == 2 else (None, None)
     inside = all(builder.constant(part) is not None or builder.readable(part) for part in parts)
-    if pixels is not None and len(parts) == 2 and all(p is not None for p in inner) and inside:
-        builder.values[out.storage] = Joined(pixels, (inner[0], inner[1]))
+    if pixels is not None and first is not None and second is not None and inside:
+        builder.values[out.storage] = Joined(pixels, (first, second))
         return True
     buffer = builder.buffer(out.span, out.dtype)
     start = 0

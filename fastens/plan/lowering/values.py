@@ -201,7 +201,7 @@ class Scores:
     k: Ref  # [N, K, D]
     scale: float
     softmax: bool
-    compute: Callable[[], None]  # makes them an ordinary value, where something else than attention wants them
+    compute: Callable[[], object]  # makes them an ordinary value, where something else than attention wants them
 
 
 @dataclasses.dataclass
