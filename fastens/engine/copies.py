@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,9 +15,12 @@ _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 
 def is_plain(x: Any) -> bool:
-    """Whether a leaf is a number, a name or the like, or a tensor whose elements are where its strides say."""
+    """Whether a leaf is a number, a name or the like, or a tensor whose elements are where its strides say.
+
+    A number of a class of the user's may have attributes, which no key tells; those of an enumeration are of its name.
+    """
     if not isinstance(x, Tensor):
-        return isinstance(x, _PLAIN)
+        return isinstance(x, _PLAIN) and (isinstance(x, enum.Enum) or not hasattr(x, "__dict__"))
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided

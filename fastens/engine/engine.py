@@ -116,6 +116,8 @@ class Engine(FoldedMembers):
         """
         if torch.compiler.is_compiling():  # an export, whose tensors are in the tables
             return in_trace(self, arguments, method)
+        if torch.is_grad_enabled():
+            self.check_frozen()
         if self.behaviour.looped:
             return self.loop(arguments, method)
         if observed():

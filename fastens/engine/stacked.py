@@ -55,6 +55,8 @@ class StackedMembers:
         self.guards = Guards(self.network)
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
+        held_once = shared - self._one_object if kind.own_weights else ()
+        self._frozen = [(n, t) for n, t in tensors_of(self.network).items() if n in held_once and not t.requires_grad]
         self._views = MemberViews(self.network, num_members, self.guards.barrier)
         self.look()
         if behaviour.looped:
@@ -140,6 +142,16 @@ class StackedMembers:
         """Give each member its own of every parameter, where members have their own: they are to be trained apart."""
         if self.kind.own_weights:
             self.unshare(dict(self.network.named_parameters()))
+
+    def check_frozen(self) -> None:
+        """Raise where a parameter that is held once, since all members had it frozen, is to be trained."""
+        for name, tensor in self._frozen:
+            if tensor.requires_grad and name in self.shared:
+                raise ValueError(
+                    f"{name} is held once, being equal and frozen in all members, and would be trained on the sum of "
+                    "their gradients: unfreeze by ens.requires_grad_(), after which each member has its own, and "
+                    "freeze again what stays as it is; or make the ensemble of members in which it is not frozen"
+                )
 
     def all_one_object(self, names: Iterable[str]) -> bool:
         """Whether one of these tensors was one object in all members that were handed in: none has its own of it."""

@@ -286,3 +286,19 @@ def test_a_number_that_torch_refuses_is_refused(values, last):
         with pytest.raises(theirs.type) as ours:
             ensemble(x, last)
     assert str(ours.value) == str(theirs.value)
+
+
+class Labelled(float):
+    """A number of a class of the user's, with an attribute that a network reads."""
+
+
+@torch.no_grad()
+def test_a_number_with_attributes_has_no_plan(monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
+    members = [randomised(lambda: Timed(lambda net, x, t: net.inner(x) * t.gain), k) for k in range(2)]
+    ensemble, x = fastens.Ensemble(members), torch.randn(3, 4)
+    for gain in (1.0, 2.0, 3.0, 1.0, 5.0):
+        t = Labelled(0.5)
+        t.gain = gain
+        assert relative_error(ensemble(x, t), torch.stack([m(x, t) for m in members]).mean(0)) < NETWORK[torch.float32]
+    assert not ensemble.report().plans

@@ -1,5 +1,6 @@
 """The state of weights: another one after every write that torch counts, at a cost that hardly grows with them."""
 
+import copy
 import sys
 
 import pytest
@@ -207,3 +208,25 @@ def test_frozen_members_that_are_trained_later_part(called, one_object):
             optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(ensemble.member_outputs(x), torch.stack([m(x) for m in members]))
+
+
+@pytest.mark.parametrize("unfreeze", [
+    lambda ensemble: [p.requires_grad_() for p in ensemble.parameters()],
+    lambda ensemble: ensemble.network[0].requires_grad_(),
+], ids=["parameters", "a module"])  # fmt: skip
+@pytest.mark.parametrize("called", [False, True], ids=["before any call", "after calls"])
+def test_one_held_tensor_is_not_trained_for_all(unfreeze, called):
+    member = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    members, x = [member, copy.deepcopy(member)], torch.randn(5, 4)
+    torch.nn.init.zeros_(members[1][1].weight)
+    ensemble = fastens.Ensemble(members)
+    if called:
+        ensemble(x)
+    unfreeze(ensemble)
+    with pytest.raises(ValueError, match=r"0\.weight is held once, .*ens\.requires_grad_\(\)"):
+        ensemble(x)
+    with torch.no_grad():
+        ensemble(x)
+    ensemble.requires_grad_()
+    ensemble(x).sum().backward()
+    assert ensemble.network._modules["0"]._parameters.get("weight").grad.shape == (2, 4, 4)
