@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastens.fold.dispatch import Fold, dispatch, rule
-from fastens.fold.tensor import NotFoldable, member_valued
+from fastens.fold.tensor import NotFoldable
 
 # Of longer sequences a plan would have too many steps.
 MOST_STEPS = 128
@@ -82,4 +82,3 @@ def _cell(call: Any, name: str, of_input: Any, of_hidden: Any, state: tuple[Any,
 
 for _name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
     rule(getattr(torch, _name))(_layers)
-_ = member_valued
