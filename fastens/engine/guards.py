@@ -86,14 +86,22 @@ def ordinary_context(device: str) -> bool:
 
 
 def unmodified_context(device: str) -> bool:
-    """Whether no mode and no transform is in this context, but for a default device of this kind."""
-    if transformed() or torch._C._len_torch_dispatch_stack():
+    """Whether no mode and no transform is in this context, but for a default device of this kind and our own."""
+    if transformed() or (torch._C._len_torch_dispatch_stack() and _dispatched_by_others()):
         return False
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
         if not isinstance(mode, DeviceContext) or mode.device.type != device:
             return False
     return True
+
+
+def _dispatched_by_others() -> bool:
+    return any(_owner(mode) != "fastens" for mode in _get_current_dispatch_mode_stack())
+
+
+def _owner(mode: Any) -> str:
+    return type(mode).__module__.partition(".")[0]
 
 
 def transformed() -> bool:
@@ -106,7 +114,7 @@ def observed() -> bool:
     modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
     if torch._C._len_torch_dispatch_stack():
         modes += _get_current_dispatch_mode_stack()
-    return transformed() or any(type(m).__module__.partition(".")[0] not in ("torch", "fastens") for m in modes)
+    return transformed() or any(_owner(mode) not in ("torch", "fastens") for mode in modes)
 
 
 def modes() -> tuple[bool, bool, bool]:

@@ -40,8 +40,9 @@ def as_it_is(tensor: Tensor) -> tuple[Any, ...]:
     A tensor that was made in inference mode counts no writes.
     """
     version = -1 if tensor.is_inference() else tensor._version
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return version, tensor.data_ptr(), tensor.dtype, tensor.shape, strides
+    strided = tensor.layout is torch.strided
+    where = (tensor.data_ptr(), tensor.stride()) if strided else None  # others tell no address
+    return version, where, tensor.dtype, tensor.shape
 
 
 class _Watched(ctypes.Structure):

@@ -138,11 +138,13 @@ def test_nothing_is_recorded_where_it_is_not_wanted(log, monkeypatch):
         for _ in range(MANY):
             ensemble(*args)
     assert not log
-    ensemble(*args)
-    assert log == ["record", "replay"]
+    for _ in range(MANY):
+        ensemble(*args)
+    assert log[:2] == ["record", "replay"]
+    recorded = len(log)
     monkeypatch.setenv("FASTENS_GRAPHS", "0")
     ensemble(*args)
-    assert log == ["record", "replay"]
+    assert len(log) == recorded
 
 
 @torch.no_grad()
