@@ -50,10 +50,10 @@ def uncounted() -> AbstractContextManager[Any]:
     The pass has the call's own gradient mode, on which torch's paths depend.
     """
     saves = _top_saved_tensors_default_hooks(True) is not None
-    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is) if saves else nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged) if saves else nullcontext()
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
