@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.utils.checkpoint import _CheckpointFrame
 
 from fastens.fold.tensor import MemberTensor, NotFoldable, getters
@@ -75,9 +75,9 @@ def check_transforms(leaves: list[Any]) -> None:
             continue
         inner = leaf.stack if type(leaf) is MemberTensor else leaf
         while is_functorch_wrapped_tensor(inner):
-            inner = get_unwrapped(inner)
-            if type(inner) is MemberTensor:
-                raise NotFoldable("a transform of torch.func inside the network is of what differs between members")
+            differentiated, inner = is_gradtrackingtensor(inner), get_unwrapped(inner)
+            if type(inner) is MemberTensor and differentiated:  # vmap is of operations, which see the stack
+                raise NotFoldable("torch.func differentiates inside the network what differs between members")
 
 
 def check_derivatives(leaves: list[Any]) -> None:
