@@ -1,4 +1,4 @@
-"""Members whose Python holds on to their weights outside of the modules' tables, in attributes and containers."""
+"""Members that hold on to their weights when they are called: in attributes, in containers, or as recurrent layers."""
 
 import copy
 import functools
@@ -14,12 +14,12 @@ from tests.tolerances import NETWORK, relative_error
 
 
 class Keeps(nn.Module):
-    """A linear layer between others, by a weight that ``keep`` put somewhere when it was made, or when it is called."""
+    """A linear layer between others, by a weight that ``keep`` puts somewhere when it is called."""
 
-    def __init__(self, keep, find, lazily):
+    def __init__(self, keep, find):
         super().__init__()
         self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.keep, self.find, self.kept = keep, find, None if lazily else keep(self.inner.weight)
+        self.keep, self.find, self.kept = keep, find, None
 
     def forward(self, x):
         if self.kept is None:
@@ -92,11 +92,7 @@ def scaled(modules):
 
 
 NETWORKS = {
-    **{
-        f"{name}, lazily" if late else name: functools.partial(Keeps, *KEPT[name], late)
-        for name in KEPT
-        for late in (0, 1)
-    },
+    **{name: functools.partial(Keeps, *KEPT[name]) for name in KEPT},
     **{kind.__name__: functools.partial(Recurrent, kind) for kind in (nn.GRU, nn.LSTM, nn.RNN)},
 }
 
@@ -109,8 +105,8 @@ def test_a_weight_that_is_held_elsewhere_is_the_member_s(network, route, engine)
     torch.manual_seed(0)
     members = [NETWORKS[network]().eval() for _ in range(3)]
     x = torch.randn(2, 4)
-    ensemble, lazily = fastens.Ensemble(copy.deepcopy(members), engine=engine), network.endswith("lazily")
-    if lazily and engine == "loop":
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    if network in KEPT and engine == "loop":
         for _ in range(2):
             with pytest.raises(ValueError, match=r"a member keeps inner\.weight in an attribute when it is called"):
                 ensemble(x)
