@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from fastens.trace.record import NotRecordable
 
 if TYPE_CHECKING:
     from fastens.engine.numbers import Numbers
+    from fastens.fold.dropouts import Dropouts
     from fastens.plan.cpu.plan import Plan
     from fastens.plan.gpu.plan import LaunchPlan
 
@@ -25,6 +26,24 @@ Tensors = list[Tensor]
 
 class OtherNumbers(NotRecordable):
     """A plan takes numbers of one type, and Python makes another of those of a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a plan is held against before it is used; as :meth:`fastens.engine.planned.Plans.make` is given it."""
+
+    member: Callable[..., Tensors | None]
+    inputs: Tensors
+    expected: list[Tensors] | None
+    dealt: bool
+    seen: Callable[[Tensors], Tensors]
+    dropouts: Dropouts
+    numbers: Numbers | None
+
+    @property
+    def drawn(self) -> int:
+        """Which input fresh masks depend on: behind it are the samples of the rows, and where rows go to one member."""
+        return len(self.inputs) - (4 if self.dealt else 2)
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from fastens import reproducible
 from fastens.device import device_of
 from fastens.engine.check import beyond_rounding
 from fastens.engine.copies import duplicate, separate
-from fastens.engine.entry import Entry, Tensors
+from fastens.engine.entry import Entry, Tensors, Trial
 from fastens.engine.guards import EVERY_MODE, Guards, ordinary_context
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
@@ -207,8 +207,8 @@ class Plans:
         else:
             try:
                 with torch.inference_mode(False), torch.no_grad():  # later calls may write to what a plan keeps
-                    given = member, inputs, expected, dealt, seen, dropouts, numbers
-                    entry, outputs = self._of_other_modes(key, *given) or self._checked(whole, *given)
+                    trial = Trial(member, inputs, expected, dealt, seen, dropouts, numbers)
+                    entry, outputs = self._of_other_modes(key, trial) or self._checked(whole, trial)
             except (NotRecordable, NotLowerable, NotFoldable) as error:
                 why = str(error)
             except Exception as error:  # whatever it is: the members and the fold answer such a call
@@ -230,17 +230,9 @@ class Plans:
         self.refuse(key, why, call)
         return None
 
-    def _checked(
-        self,
-        whole: Callable[[Tensors], tuple[Tensors, Leaves]],
-        member: Callable[..., Tensors | None],
-        inputs: Tensors,
-        expected: list[Tensors] | None,
-        dealt: bool,
-        seen: Callable[[Tensors], Tensors],
-        dropouts: Dropouts,
-        numbers: Numbers | None,
-    ) -> tuple[Entry, Tensors]:
+    def _checked(self, whole: Callable[[Tensors], tuple[Tensors, Leaves]], trial: Trial) -> tuple[Entry, Tensors]:
+        """Record a pass; return its plan, which does what members do, and its outputs."""
+        inputs, expected, numbers = trial.inputs, trial.expected, trial.numbers
         num_threads, exact = torch.get_num_threads(), reproducible.enabled()
         own = [duplicate(x) for x in inputs]  # the network may write to them
         alone = reproducible.one_thread() if exact else nullcontext()  # sums over weights are constants of a plan
@@ -248,9 +240,8 @@ class Plans:
             recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
-        recording.row_members = recording.inputs[len(inputs) - 1] if dealt else None
-        drawn = len(inputs) - (4 if dealt else 2)  # before the samples of the rows
-        recording.masks = dropouts.inputs_of(recording.inputs[drawn] if dropouts.fresh else None)
+        recording.row_members = recording.inputs[len(inputs) - 1] if trial.dealt else None
+        recording.masks = trial.dropouts.inputs_of(recording.inputs[trial.drawn] if trial.dropouts.fresh else None)
         plan = self._lowered(recording, num_threads, exact)
         entry = Entry(plan, leaves, numbers, trace_of(recording), self._beside_weights(recording))
         values = {} if numbers is None else numbers.values
@@ -261,53 +252,41 @@ class Plans:
             (stack,) = outputs
             mean = stack.unflatten(0, (self._num_members, -1)).mean(0)
             self._check(entry.run(inputs, values, [1 / self._num_members] * self._num_members), [mean])
-        self._hold(entry, outputs, member, inputs, expected, dealt, seen, dropouts, numbers)
+        self._hold(entry, outputs, trial)
         entry.calls = 1
         return entry, outputs
 
-    def _hold(
-        self,
-        entry: Entry,
-        outputs: Tensors,
-        member: Callable[..., Tensors | None],
-        inputs: Tensors,
-        expected: list[Tensors] | None,
-        dealt: bool,
-        seen: Callable[[Tensors], Tensors],
-        dropouts: Dropouts,
-        numbers: Numbers | None,
-    ) -> None:
+    def _hold(self, entry: Entry, outputs: Tensors, trial: Trial) -> None:
         """Hold a plan's outputs against the members', and on other inputs against the first member's."""
 
         def of_member(given: Tensors, k: int) -> Tensors:
-            return given if dealt else [x[k] for x in entry.leaves.whole(given)[:-1] if isinstance(x, Tensor)]
+            return given if trial.dealt else [x[k] for x in entry.leaves.whole(given)[:-1] if isinstance(x, Tensor)]
 
-        for k, theirs in enumerate(expected or ()):
+        for k, theirs in enumerate(trial.expected or ()):
             self._check(of_member(outputs, k), theirs)
-        others = [duplicate(x, _OTHER_INPUT) for x in inputs]
-        if dealt:
-            others[-2:] = _another_draw(*inputs[-2:])
-        if dropouts.fresh:
-            drawn = len(inputs) - (4 if dealt else 2)
-            others[drawn] = dropouts.next_evaluation().drawn()
-        values = {} if numbers is None else numbers.others
-        given = [] if numbers is None else [values]
-        found = seen(of_member(entry.run(others, values), 0))
-        theirs = member(others, *given)
+        others = [duplicate(x, _OTHER_INPUT) for x in trial.inputs]
+        if trial.dealt:
+            others[-2:] = _another_draw(*trial.inputs[-2:])
+        if trial.dropouts.fresh:
+            others[trial.drawn] = trial.dropouts.next_evaluation().drawn()
+        values = {} if trial.numbers is None else trial.numbers.others
+        given = [] if trial.numbers is None else [values]
+        found = trial.seen(of_member(entry.run(others, values), 0))
+        theirs = trial.member(others, *given)
         assert theirs is not None  # but where it is asked for float32
-        self._check(found, theirs, lambda: member(others, *given, exact=True))
+        self._check(found, theirs, lambda: trial.member(others, *given, exact=True))
 
-    def _of_other_modes(self, key: Any, *given: Any) -> tuple[Entry, Tensors] | None:
+    def _of_other_modes(self, key: Any, trial: Trial) -> tuple[Entry, Tensors] | None:
         """The plan of this signature in other modes, and its outputs, where it gives what members give in these."""
         ambient, signature = key
         found = [self.states.get((other, signature)) for other in EVERY_MODE if other != ambient]
         entry = next((each for each in found if isinstance(each, Entry) and each.holds), None)
         if entry is None:
             return None
-        calls, numbers = entry.calls, given[-1]
+        calls, numbers = entry.calls, trial.numbers
         try:
-            outputs = entry.run(given[1], {} if numbers is None else numbers.values)
-            self._hold(entry, outputs, *given)
+            outputs = entry.run(trial.inputs, {} if numbers is None else numbers.values)
+            self._hold(entry, outputs, trial)
         except NotLowerable:  # the network's Python answers otherwise in these
             return None
         finally:
