@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastens.fold.tensor import modules_of
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
 from fastens.network.weights import Weights
 
@@ -40,7 +41,7 @@ class Guards:
         watch(self._network, self.barrier)
         tensors: list[Tensor] = [
             tensor
-            for module in self._network.modules()
+            for _, module in modules_of(self._network)
             for table in (module._parameters, module._buffers)
             for tensor in table.values()
             if tensor is not None
@@ -53,7 +54,7 @@ class Guards:
     def _look_for_hooks(self) -> None:
         """List the tables that have hooks, or do not tell when they get one."""
         seen = self.barrier.hooks
-        tables = [vars(module)[name] for module in self._network.modules() for name in HOOKS]
+        tables = [vars(module)[name] for _, module in modules_of(self._network) for name in HOOKS]
         self._hooks = [table for table in tables if table or not counts(table)]
         self._seen_hooks = seen
 

@@ -236,7 +236,8 @@ TABLES = ("_parameters", "_buffers", "_modules")  # of a module, among its attri
 
 def table_of(module: torch.nn.Module, name: str) -> Any:
     """The parameters, buffers or modules of a module; a traced one has them elsewhere."""
-    return vars(module)[name] if name in vars(module) else getattr(module, name)
+    attributes = vars(module)
+    return attributes[name] if name in attributes else getattr(module, name)
 
 
 def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -247,7 +248,8 @@ def modules_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     def visit(path: str, each: torch.nn.Module) -> None:
         seen.add(id(each))
         found.append((path, each))
-        for name, child in table_of(each, "_modules").items():
+        children = vars(each).get("_modules")
+        for name, child in (each._modules if children is None else children).items():
             if child is not None and id(child) not in seen:
                 visit(f"{path}.{name}" if path else name, child)
 
@@ -262,10 +264,11 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
     for table in ("_parameters", "_buffers"):
         seen: set[int] = set()
         for prefix, each in modules:
-            for name, tensor in table_of(each, table).items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[prefix + name] = tensor
+            if tensors := table_of(each, table):
+                for name, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        found[prefix + name] = tensor
     return found
 
 

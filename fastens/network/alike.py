@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import TABLES, tensors_of
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
 from fastens.network.snapshots import same_bits, slots_in, slots_of
 
@@ -64,7 +64,8 @@ class _Comparison:
     """A walk over two members side by side."""
 
     def __init__(self, first: nn.Module, other: nn.Module) -> None:
-        self._names = tuple({id(t): name for name, t in tensors_of(m).items()} for m in (first, other))
+        self._tensors = tensors_of(first), tensors_of(other)
+        self._names = tuple({id(t): name for name, t in tensors.items()} for tensors in self._tensors)
         self._seen: set[tuple[int, int]] = set()
         self._classes_seen: set[tuple[int, int]] = set()
         self._kept: list[Any] = []  # what ids stand for
@@ -72,16 +73,15 @@ class _Comparison:
 
     def difference(self) -> str | None:
         """Where the members differ first."""
-        return self._modules(self._first, self._other) or self._of_tensors(self._first, self._other)
+        return self._modules(self._first, self._other) or self._of_tensors()
 
     def same(self, a: Any, b: Any) -> str | None:
         """Return where two of their values differ; none where they are alike."""
         self._seen.clear()
         return self._same(a, b, "")
 
-    @staticmethod
-    def _of_tensors(first: nn.Module, other: nn.Module) -> str | None:
-        a, b = tensors_of(first), tensors_of(other)
+    def _of_tensors(self) -> str | None:
+        a, b = self._tensors
         for name in [*a, *b]:
             if name not in a or name not in b:
                 return f"{name}: present in one and absent (or tied) in the other"
@@ -92,7 +92,7 @@ class _Comparison:
         return None
 
     def _modules(self, first: nn.Module, other: nn.Module) -> str | None:
-        ours, theirs = dict(first.named_modules()), dict(other.named_modules())
+        ours, theirs = dict(modules_of(first)), dict(modules_of(other))
         for path in [*ours, *theirs]:
             if path not in ours or path not in theirs:
                 return f"{path}: present in one and absent in the other"
@@ -114,12 +114,14 @@ class _Comparison:
         return self._attributes(vars(a), vars(b), prefix, {*TABLES})
 
     def _attributes(self, a: dict[str, Any], b: dict[str, Any], prefix: str, skipped: set[str]) -> str | None:
-        for name in [*a, *b]:
+        for name in a if a.keys() == b.keys() else [*a, *b]:
             if name in skipped or name in _PROVENANCE:
                 continue
             if name not in a or name not in b:
                 return f"{prefix}{name}: present in one and absent in the other"
             mine, yours = a[name], b[name]
+            if mine is yours:
+                continue
             if isinstance(mine, dict) and isinstance(yours, dict) and "_hooks" in name:  # keyed by a running number
                 mine, yours = list(mine.values()), list(yours.values())
             found = self._same(mine, yours, f"{prefix}{name}")

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
+from fastens.fold.tensor import modules_of
 from fastens.network.tables import tables_of
 
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
@@ -154,7 +155,7 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
     """
     for _, _, table in tables_of(network):
         table.barrier = barrier
-    for module in network.modules():
+    for _, module in modules_of(network):
         module.__dict__["_barrier"] = barrier
         _count(module, "_modules", barrier.wrote)
         for name in HOOKS:
@@ -166,7 +167,7 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
 
 def unwatched(module: nn.Module) -> nn.Module:
     """The same module, of the class that it had."""
-    for each in module.modules():
+    for _, each in modules_of(module):
         if type(each) is not class_of(each):
             each.__class__ = class_of(each)
         each.__dict__.pop("_barrier", None)

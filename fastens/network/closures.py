@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastens.fold.tensor import TABLES, tensors_of
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.snapshots import can_change
 
 IN_PLACE = {
@@ -55,9 +55,10 @@ def reaches_back(member: nn.Module) -> str | None:
     Returns:
         The name of the function, none where a copy of the member is on its own.
     """
-    own = {id(m) for m in member.modules()} | {id(t) for t in tensors_of(member).values()}
+    modules = modules_of(member)
+    own = {id(m) for _, m in modules} | {id(t) for t in tensors_of(member).values()}
     seen: set[int] = set()
-    for path, module in member.named_modules():
+    for path, module in modules:
         for name, value in _reachable(module):
             for function in _functions_in(value, seen):
                 if any(_holds(cell, own) for cell in (*(function.__closure__ or ()), *_defaults(function))):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.tensor import MemberTensor, of_stack, tensors_of
+from fastens.fold.tensor import MemberTensor, modules_of, of_stack, tensors_of
 from fastens.network.barrier import unwatched
 from fastens.network.registry import fold_registered
 from fastens.network.stacking import replaced
@@ -33,7 +33,7 @@ def build_network(
     seen = {name: t if name in shared else of_stack(t, num_members) for name, t in stacks.items()}
     network = replaced(skeleton, seen)
     common = {id(t) for name, t in stacks.items() if name in shared}
-    for module in network.modules():
+    for _, module in modules_of(network):
         for name in ("_parameters", "_buffers"):
             found = [(n, t.stack if isinstance(t, MemberTensor) else t) for n, t in module.__dict__[name].items()]
             same = [n for n, t in found if id(t) in common]
@@ -45,7 +45,7 @@ def build_network(
 def skeleton_of(network: nn.Module) -> nn.Module:
     """One member's structure as it is now, with parameters and buffers on the meta device."""
     memo: dict[int, Any] = {}
-    for module in network.modules():
+    for _, module in modules_of(network):
         for table in (module._parameters, module._buffers):
             for name, stack in table.items():
                 if stack is not None and id(stack) not in memo:
@@ -56,7 +56,7 @@ def skeleton_of(network: nn.Module) -> nn.Module:
                     if isinstance(table, Stacks):
                         memo[id(table[name])] = shell
     skeleton = unwatched(copy.deepcopy(network, memo))
-    for module in skeleton.modules():
+    for _, module in modules_of(skeleton):
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())
     return skeleton
@@ -65,7 +65,7 @@ def skeleton_of(network: nn.Module) -> nn.Module:
 def shared_names(network: nn.Module) -> frozenset[str]:
     """The names of the tensors that all members share, those of modules that were put in later among them."""
     stacked: set[int] = set()
-    for module in network.modules():
+    for _, module in modules_of(network):
         for table in (module._parameters, module._buffers):
             if isinstance(table, Stacks):
                 stacked.update(id(t) for name, t in table.items() if name not in table.common)
@@ -74,7 +74,7 @@ def shared_names(network: nn.Module) -> frozenset[str]:
 
 def lists_weights(network: nn.Module) -> bool:
     """Whether a forward keeps what it reads of its tensors in an attribute, so that others are written there."""
-    return any(isinstance(module, nn.RNNBase) for module in network.modules())
+    return any(isinstance(module, nn.RNNBase) for _, module in modules_of(network))
 
 
 def layer_reports(
@@ -89,7 +89,7 @@ def layer_reports(
         why_loop: why the whole network is looped, none where it is folded.
     """
     layers: list[LayerReport] = []
-    for path, module in network.named_modules():
+    for path, module in modules_of(network):
         owned = [(n, t, n in table.common) for table in (module._parameters, module._buffers)
                  if isinstance(table, Stacks) for n, t in table.items() if t is not None]  # fmt: skip
         if not owned:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from fastens.fold.tensor import TABLES, MemberTensor, memory_of
+from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
 
 
 class Kind(NamedTuple):
@@ -62,7 +62,7 @@ def snapshots_of(value: Any, seen: set[int]) -> list[Snapshot]:
     """
     return [
         Snapshot(each, kind.save(each), kind)
-        for each, kinds in _reached(value, seen)
+        for each, kinds in _reached([value], seen)
         for kind in kinds
         if kind.put_back is not None
     ]
@@ -80,13 +80,18 @@ def held_tensors(network: nn.Module, skipped: tuple[str, ...] = ()) -> list[Tens
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:
     """The tensors that the attributes of a network reach, whatever is between; but for some of them, by name."""
-    seen = {id(module) for module in network.modules()}
-    values = [value for module in network.modules() for name, value in vars(module).items() if name not in skipped]
-    return [each for value in values for each, _ in _reached(value, seen) if isinstance(each, Tensor)]
+    modules = [module for _, module in modules_of(network)]
+    values = [
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if type(value) not in _ATOMS and name not in skipped and (type(value) not in _CONTAINERS or value)
+    ]
+    return [each for each, _ in _reached(values[::-1], set(map(id, modules))) if isinstance(each, Tensor)]
 
 
-def _reached(value: Any, seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
-    waiting = [value]
+def _reached(waiting: list[Any], seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
+    """What values reach, the last of them first; the list is used up."""
     while waiting:
         value = waiting.pop()
         if type(value) in _ATOMS or id(value) in seen:
@@ -114,6 +119,7 @@ _ATOMS = frozenset((
     int, float, complex, bool, str, bytes, type(None), range, type, torch.dtype, torch.device, torch.Size,
     torch.memory_format, types.BuiltinFunctionType, types.ModuleType,
 ))  # fmt: skip
+_CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, tuple))  # which reach nothing while they are empty
 # what has a life of its own, or is no state: attributes of such objects are left alone
 _LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
 _KNOWN: weakref.WeakKeyDictionary[type, tuple[Kind, ...]] = weakref.WeakKeyDictionary()

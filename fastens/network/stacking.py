@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.snapshots import same_bits
@@ -81,7 +81,7 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     originals = tensors_of(module)
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
     copied = copy.deepcopy(module, memo)
-    for one, other in zip(copied.modules(), module.modules(), strict=True):
+    for (_, one), (_, other) in zip(modules_of(copied), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
     return copied
 
@@ -160,7 +160,7 @@ def stack_members(
     """
     num_members = len(members)
     first = members[0]
-    for path, module in ((path, each) for member in members for path, each in member.named_modules()):
+    for path, module in (each for member in members for each in modules_of(member)):
         if isinstance(module, torch.jit.ScriptModule):
             raise DifferentMembers(
                 f"{path or 'the member'} is a TorchScript module, whose functions the fold does not see"
@@ -201,7 +201,7 @@ def stack_members(
                 if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
     apart = attributes_apart(first, skeleton, {*HOOK_TABLES, "training"})
-    for (path, module), copied in zip(first.named_modules(), skeleton.modules(), strict=True):
+    for (path, module), (_, copied) in zip(modules_of(first), modules_of(skeleton), strict=True):
         for name in apart(module, copied):
             raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")
     if num_members == 1:
@@ -230,7 +230,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 def _statistics(member: nn.Module) -> Iterator[str]:
     """The buffers that normalisations write in training: each member's own, also while they are equal."""
-    for path, module in member.named_modules():
+    for path, module in modules_of(member):
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for name, _ in module.named_buffers(recurse=False):
                 yield f"{path}.{name}" if path else name
