@@ -87,7 +87,7 @@ class FirstPass:
         around: AbstractContextManager[None] = nullcontext()
         elsewhere = GlobalDraws()
         for k in range(engine.num_members):
-            member = originals.member(k) if own and originals is not None else engine.views[k]
+            member = originals.member(k) if own and originals is not None else engine.view(k)
             arguments = self._arguments.copied()
             drawn = torch.random.get_rng_state()
             versions = _versions(arguments)

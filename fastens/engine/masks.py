@@ -94,7 +94,7 @@ class Masks:
                 device
             )
         batch = arguments.batch_size
-        keeps = samples is None and not traced(arguments.tensors)
+        keeps = samples is None and not traced(*arguments.tensors)
         identity = (hidden.first, hidden.size, batch, arguments.num_samples, device) if keeps else None
         if identity in self._layouts:
             return self._layouts[identity]
@@ -121,7 +121,7 @@ class Masks:
 
     def fixed(self, x: Tensor, p: float, key: int, count: int) -> Tensor:
         """Zero or 1 / (1 - p) for each member and element, [K, n]; kept, because fixed masks return in every pass."""
-        keeps = not traced([x])
+        keeps = not traced(x)
         identity = (key, p, count, _wide(x), x.device) if keeps else None
         scale = self._kept.get(identity)
         if scale is not None:

@@ -24,7 +24,7 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
     """
     engine = ENGINES[number]
     arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
-    if not traced((*arguments.tensors, *stacks)):
+    if not traced(*arguments.tensors, *stacks):
         *leaves, spec = engine.evaluate(arguments, engine.network.training, method)
         tensors, nested = emptied(leaves, spec)
         return *tensors, nested

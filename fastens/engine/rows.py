@@ -95,7 +95,7 @@ class _Member:
 
     def _answer(self, given: Arguments) -> list[Any]:
         engine = self._engine
-        view, device = engine.views[0], given.batch.device.type
+        view, device = engine.view(0), given.batch.device.type
         seen = seen_as(_double) if self._exact else nullcontext()
         precise = torch.autocast(device, enabled=False) if self._exact else nullcontext()
         with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:

@@ -97,9 +97,17 @@ class StackedMembers:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        if self.behaviour.looped and self._views.stale:
-            self.unshare_all(weights=False)  # of what was put in
+        self._unshare_put_in()
         return self._views.get()
+
+    def view(self, k: int) -> nn.Module:
+        """One of them."""
+        self._unshare_put_in()
+        return self._views.member(k)
+
+    def _unshare_put_in(self) -> None:
+        if self.behaviour.looped and self._views.stale:
+            self.unshare_all(weights=False)
 
     def attribute(self, name: str) -> Any:
         """An attribute of the network, or the first member's where members write to attributes of their own."""
@@ -108,7 +116,7 @@ class StackedMembers:
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
         """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""
-        view, remembers = self.views[k], remembers or self.behaviour.writes_itself or self.behaviour.looped
+        view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
         if remembers:
             self._views.keep()
         output = self.call_module(view, k, arguments, method)

@@ -32,7 +32,7 @@ _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward") -> list[Tensor] | None:
     """Return member k's tensors in float32 on the same weights; none where it takes no other precision."""
-    device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.views[k]
+    device, view = next((x.device.type for x in arguments.tensors), "cpu"), engine.view(k)
     given = arguments.with_tensors([_wide(x) for x in arguments.tensors]).copied()
 
     try:

@@ -27,7 +27,7 @@ def in_transform(engine: Engine, run: Callable[[Any], Result]) -> Result:
     """
 
     def call(k: int, arguments: Arguments, method: str = "forward") -> Any:
-        return engine.call_module(engine.views[k], k, arguments, method)
+        return engine.call_module(engine.view(k), k, arguments, method)
 
     if not engine.behaviour.writes_itself:
         modules = (engine.network, *engine.views)
@@ -57,7 +57,7 @@ def in_trace(engine: Engine, arguments: Arguments, method: str = "forward") -> l
     changed: set[str] = set()
     try:
         if loops:
-            return engine.loop(arguments, method, lambda k, x, name: engine.call_module(engine.views[k], k, x, name))
+            return engine.loop(arguments, method, lambda k, x, name: engine.call_module(engine.view(k), k, x, name))
         return engine.fold(arguments, None, method)
     finally:
         changed.update(*(state.put_back() for state in states))

@@ -96,7 +96,7 @@ class Fold(TorchFunctionMode):
         self.inputs = inputs
         self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
         self.input_storages = set() if recording else {memory_of(x) for x in inputs} - {None}
-        self.seeds = Seeds() if network is not None and not traced(inputs) else None
+        self.seeds = Seeds() if network is not None and not traced(*inputs) else None
 
     @property
     def outside(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import itertools
 import weakref
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,10 +68,14 @@ def tracing() -> bool:
     return _STANDING_IN.get() is not None
 
 
-def traced(tensors: Iterable[Tensor]) -> bool:
+def traced(*tensors: Tensor) -> bool:
     """Whether a trace or a transform is in progress, whose tensors are its own: nothing is kept for other passes."""
-    transformed = peek_interpreter_stack() is not None
-    return torch.compiler.is_compiling() or transformed or tracing() or any(isinstance(x, FakeTensor) for x in tensors)
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or tracing():
+        return True
+    for x in tensors:  # noqa: SIM110  (asked for every weight that a member reads, where a generator costs more)
+        if isinstance(x, FakeTensor):
+            return True
+    return False
 
 
 def with_stacks(engine: Engine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -102,10 +102,11 @@ class MemberTable(dict[str, Any]):
             return read(tensor if name in self.source.common else part_of(tensor, self.k))
         if name in self.source.common:
             return tensor
-        if traced((tensor,)):
+        if traced(tensor):
             return part_of(tensor, self.k)
         settled = _CALLED.get()
-        before, copied = (self._given.get(name), id(tensor) in _COPIED) if settled else (None, False)
+        before = self._given.get(name) if settled else None
+        copied = settled and bool(_COPIED) and id(tensor) in _COPIED
         mode = None if copied else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         read = mode, id(tensor), tensor.requires_grad
         if before is not None:
@@ -114,12 +115,15 @@ class MemberTable(dict[str, Any]):
                 return own  # to a member, one object
         own = self.parts.get(read)
         if own is None or not (copied or self._is_in_place(name, own)):
-            with torch.enable_grad() if copied else nullcontext():  # it is read where it is written first, as often
-                own = self.parts[read] = part_of(tensor, self.k, copied)
+            own = self.parts[read] = self._copied(tensor) if copied else part_of(tensor, self.k)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
             self._given[name] = own, own.data_ptr(), read, first
         return own
+
+    def _copied(self, stack: Tensor) -> Tensor:
+        with torch.enable_grad():  # it is read where it is written first, as often
+            return part_of(stack, self.k, copied=True)
 
     def __getitem__(self, name: str) -> Any:
         if torch.compiler.is_dynamo_compiling() and name in self.source and name not in self.own:  # in torch.cond
@@ -167,6 +171,8 @@ class MemberTable(dict[str, Any]):
             apart: apart from the stacks.
             copies: whether members get copies from now on of what this one wrote to in place.
         """
+        if not (self._given or self._put):
+            return set()
         given = list(self._given.items())  # at once: other threads read as well
         replaced = {name: own for name, (own, address, *_) in given if own.data_ptr() != address}
         written = {name: own for name, (own, *_, before) in given if own.is_inference() or _version(own) != before}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.member_tables import MemberTable, Reference, read_by, view_of_member
@@ -81,13 +81,26 @@ class MemberViews:
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
-        views = self._views
+        views = self._current()
+        for view in views:
+            self._set_modes(view)
+        return views
+
+    def member(self, k: int) -> nn.Module:
+        """One of them."""
+        view = self._current()[k]
+        self._set_modes(view)
+        return view
+
+    def _set_modes(self, view: nn.Module) -> None:
+        for (_, module), (_, original) in zip(modules_of(view), modules_of(self._network), strict=True):
+            if module.training is not original.training:
+                module.training = original.training
+
+    def _current(self) -> list[nn.Module]:
+        views = self._views  # as they are here: another thread may forget them meanwhile
         if self.stale:
             views = self._make()
-        for view in views:  # as they were here: another thread may forget them meanwhile
-            for module, original in zip(view.modules(), self._network.modules(), strict=True):
-                if module.training is not original.training:
-                    module.training = original.training
         if self._hooks_seen != self._barrier.hooks or any(a.keys() != b.keys() for a, b in self._rebound):
             self._hook(views)
         return views
