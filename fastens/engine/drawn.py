@@ -182,6 +182,8 @@ class DrawnCall:
                 return _result(found, order)
         memory = (*kind, torch.is_grad_enabled())
         folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        if engine.functions:
+            engine.hold_functions(arguments, self._one_by_one, self._at_once, "one member a row")
         if expected is not None:
             self._check(folded, expected)
         if first:
@@ -262,18 +264,29 @@ class DrawnCall:
     def _expected(self) -> list[Tensor] | None:
         """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
-        views = engine.views
-
-        def answer(k: int, arguments: Arguments) -> Any:
-            return engine.call_module(views[k], k, arguments, "forward")
-
         with random_kept(), torch.no_grad(), ExitStack() as kept:
-            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *views)]
+            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *engine.views)]
             before = torch.random.get_rng_state()
-            output = run_drawn(answer, self._arguments.copied(), self._members)
+            outputs = self._one_by_one(self._arguments.copied())
             random = not torch.equal(before, torch.random.get_rng_state())
         engine.behaviour.writes_itself = engine.behaviour.writes_itself or any(changed)
-        return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        return None if random else outputs
+
+    def _one_by_one(self, arguments: Arguments) -> list[Tensor]:
+        """The tensors that the members give, one member after the other on the whole batch."""
+        engine, views = self._engine, self._engine.views
+
+        def answer(k: int, given: Arguments) -> Any:
+            return engine.call_module(views[k], k, given, "forward")
+
+        output = run_drawn(answer, arguments, self._members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _at_once(self, arguments: Arguments) -> list[Tensor]:
+        """The same of one pass over rows grouped by member."""
+        dealt, order, offsets, row_members = self._by_member(arguments)
+        output = self._folded(dealt, ("drawn", "gradients"), order, offsets, row_members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
     def _check(self, folded: Any, expected: list[Tensor]) -> None:
         """Raise NotFoldable where a fold parts from the members."""
