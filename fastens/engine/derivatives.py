@@ -29,6 +29,10 @@ _SUMMED = 10  # gradients are sums over rows and places, with more rounding erro
 _CANCELLED = 1e-2  # of the largest gradient: what is smaller may be what is left of sums that cancel out
 
 
+class Disturbed(NotFoldable):
+    """Somebody wrote to weights while fold and members were held against each other: only this call is looped."""
+
+
 def check_gradients(
     engine: FoldedMembers,
     arguments: Arguments,

@@ -20,6 +20,7 @@ from fastens.engine.arguments import Arguments
 from fastens.engine.caches import remembers_calls
 from fastens.engine.calls import PlannedCall
 from fastens.engine.check import beyond_rounding
+from fastens.engine.derivatives import Disturbed
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.masks import NothingDropped
@@ -133,6 +134,8 @@ class DrawnCall:
         try:
             with counted_if_it_succeeds():
                 found = self._dealt_out()
+        except Disturbed:
+            return self._looped()
         except WritesInput:
             engine.behaviour.writes_arguments = True
             return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
@@ -173,6 +176,7 @@ class DrawnCall:
         kind = "drawn", dealt.signature(), engine.network.training
         key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
         first = eager and engine.states.of(key) is UNKNOWN and not capturing()
+        weights = engine.weights_now() if first else None
         expected = self._expected() if first else None
         if first and engine.behaviour.writes_itself and not self._caches_filled():
             return None
@@ -185,7 +189,7 @@ class DrawnCall:
         if engine.functions:
             engine.hold_functions(arguments, self._one_by_one, self._at_once, "one member a row")
         if expected is not None:
-            self._check(folded, expected)
+            self._check(folded, expected, weights)
         if first:
             random = "members draw random numbers in this mode, so the fold was not checked against the loop"
             why = random if expected is None else engine.plans.why_not
@@ -288,12 +292,13 @@ class DrawnCall:
         output = self._folded(dealt, ("drawn", "gradients"), order, offsets, row_members)
         return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
-    def _check(self, folded: Any, expected: list[Tensor]) -> None:
-        """Raise NotFoldable where a fold parts from the members."""
+    def _check(self, folded: Any, expected: list[Tensor], weights: Any) -> None:
+        """Raise NotFoldable where a fold parts from the members whose weights were as these are."""
         ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
         error = beyond_rounding(ours, expected, self._engine.plans.guards.parameters, self._exactly)
         if error is not None:
-            raise NotFoldable(f"the fold is {error:.1e} from the members")
+            kind = NotFoldable if self._engine.weights_now() == weights else Disturbed
+            raise kind(f"the fold is {error:.1e} from the members")
 
     def _exactly(self) -> list[Tensor] | None:
         """What the members give in float32."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens.device import capturing
 from fastens.engine.arguments import Arguments
-from fastens.engine.derivatives import check_gradients
+from fastens.engine.derivatives import Disturbed, check_gradients
 from fastens.engine.entering import call
 from fastens.engine.leaves import unwrapped
 from fastens.engine.memory_cap import MemoryCap
@@ -144,14 +144,19 @@ class FoldedMembers(StackedMembers):
 
         Raises:
             NotFoldable: the fold has no such gradients.
+            Disturbed: somebody wrote to weights meanwhile, so that nothing is known of them.
         """
         new = {(each, how) for each in self.functions} - self._held_functions
         if not new or traced(arguments.tensors):
             return
         self._held_functions |= new  # before a fold that comes here again
+        weights = self.weights_now()
         try:
             check_gradients(self, arguments, members, fold)
         except NotFoldable as error:
+            self._held_functions -= new
+            if self.weights_now() != weights:
+                raise Disturbed(f"{error}") from error
             names = ", ".join(sorted(each.__name__ for each, _ in new))
             raise NotFoldable(f"autograd.Function ({names}): {error}") from error
 
