@@ -95,8 +95,13 @@ class FoldedMembers(StackedMembers):
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
         network = network or self.network
         fold.dropouts.runs(network)
-        with inside(fold):
-            output = call(network, method, args, kwargs)
+        try:
+            with inside(fold):
+                output = call(network, method, args, kwargs)
+        except Exception as error:
+            if type(error).__module__.startswith("torch._dynamo") and not torch.compiler.is_compiling():
+                torch._dynamo.reset()  # what it failed to trace, as in torch.cond, it would not try again in members
+            raise
         self.functions |= fold.functions
         if torch.is_grad_enabled():
             check_derivatives(pytree.tree_leaves(output))
