@@ -20,6 +20,7 @@ from fastens.engine.arguments import Arguments
 from fastens.engine.caches import remembers_calls
 from fastens.engine.calls import PlannedCall
 from fastens.engine.check import beyond_rounding
+from fastens.engine.derivatives import Disturbed
 from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.masks import NothingDropped
@@ -133,6 +134,8 @@ class DrawnCall:
         try:
             with counted_if_it_succeeds():
                 found = self._dealt_out()
+        except Disturbed:
+            return self._looped()
         except WritesInput:
             engine.behaviour.writes_arguments = True
             return DrawnCall(engine, self._arguments.copied(), self._members).at_once()
@@ -173,6 +176,7 @@ class DrawnCall:
         kind = "drawn", dealt.signature(), engine.network.training
         key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
         first = eager and engine.states.of(key) is UNKNOWN and not capturing()
+        weights = engine.weights_now() if first else None
         expected = self._expected() if first else None
         if first and engine.behaviour.writes_itself and not self._caches_filled():
             return None
@@ -182,8 +186,10 @@ class DrawnCall:
                 return _result(found, order)
         memory = (*kind, torch.is_grad_enabled())
         folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        if engine.functions:
+            engine.hold_functions(arguments, self._one_by_one, self._at_once, "one member a row")
         if expected is not None:
-            self._check(folded, expected)
+            self._check(folded, expected, weights)
         if first:
             random = "members draw random numbers in this mode, so the fold was not checked against the loop"
             why = random if expected is None else engine.plans.why_not
@@ -262,25 +268,37 @@ class DrawnCall:
     def _expected(self) -> list[Tensor] | None:
         """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
-        views = engine.views
-
-        def answer(k: int, arguments: Arguments) -> Any:
-            return engine.call_module(views[k], k, arguments, "forward")
-
         with random_kept(), torch.no_grad(), ExitStack() as kept:
-            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *views)]
+            changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *engine.views)]
             before = torch.random.get_rng_state()
-            output = run_drawn(answer, self._arguments.copied(), self._members)
+            outputs = self._one_by_one(self._arguments.copied())
             random = not torch.equal(before, torch.random.get_rng_state())
         engine.behaviour.writes_itself = engine.behaviour.writes_itself or any(changed)
-        return None if random else [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        return None if random else outputs
 
-    def _check(self, folded: Any, expected: list[Tensor]) -> None:
-        """Raise NotFoldable where a fold parts from the members."""
+    def _one_by_one(self, arguments: Arguments) -> list[Tensor]:
+        """The tensors that the members give, one member after the other on the whole batch."""
+        engine, views = self._engine, self._engine.views
+
+        def answer(k: int, given: Arguments) -> Any:
+            return engine.call_module(views[k], k, given, "forward")
+
+        output = run_drawn(answer, arguments, self._members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _at_once(self, arguments: Arguments) -> list[Tensor]:
+        """The same of one pass over rows grouped by member."""
+        dealt, order, offsets, row_members = self._by_member(arguments)
+        output = self._folded(dealt, ("drawn", "gradients"), order, offsets, row_members)
+        return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+    def _check(self, folded: Any, expected: list[Tensor], weights: Any) -> None:
+        """Raise NotFoldable where a fold parts from the members whose weights were as these are."""
         ours = [x for x in pytree.tree_leaves(folded) if isinstance(x, Tensor)]
         error = beyond_rounding(ours, expected, self._engine.plans.guards.parameters, self._exactly)
         if error is not None:
-            raise NotFoldable(f"the fold is {error:.1e} from the members")
+            kind = NotFoldable if self._engine.weights_now() == weights else Disturbed
+            raise kind(f"the fold is {error:.1e} from the members")
 
     def _exactly(self) -> list[Tensor] | None:
         """What the members give in float32."""

@@ -14,6 +14,7 @@ from fastens.device import capturing
 from fastens.engine import row_by_row
 from fastens.engine.arguments import Arguments
 from fastens.engine.calls import PlannedCall
+from fastens.engine.derivatives import Disturbed
 from fastens.engine.drawn import DrawnCall
 from fastens.engine.first import FirstPass
 from fastens.engine.folding import FoldedMembers
@@ -132,10 +133,11 @@ class Engine(FoldedMembers):
         self.numbers.note(arguments)
         key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())
         if self.states.of(key) is UNKNOWN:
-            found = FirstPass(self, arguments, key, plannable, method).run()
+            first = FirstPass(self, arguments, key, plannable, method)
+            found = first.run()
             if found is not None:
                 return found
-            if self.behaviour.looped:
+            if self.behaviour.looped or first.disturbed:
                 return self.loop(arguments, method)
         elif plannable:
             planned = self.planned(arguments, key)
@@ -151,6 +153,8 @@ class Engine(FoldedMembers):
         except WritesInput:  # on the way that it takes now
             self.behaviour.writes_arguments = True
             return self._fold_or_loop(arguments, key, method)
+        except Disturbed:
+            return self.loop(arguments, method)
         except Exception as error:  # the members decide whether it is their own error
             if is_out_of_memory(error) or isinstance(error, NothingDropped | StopRecomputation):
                 raise

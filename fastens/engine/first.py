@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, uncounted
-from fastens.fold.tensor import tensors_of
+from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.snapshots import same_bits
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
@@ -32,6 +33,10 @@ class FirstPass:
         key: what tells this kind of call from others.
         plannable: whether a plan is wanted.
         method: what is called.
+
+    Attributes:
+        disturbed: whether somebody wrote to weights meanwhile where fold and members parted: the next call is a first
+            one again.
     """
 
     def __init__(self, engine: Engine, arguments: Arguments, key: Any, plannable: bool, method: str) -> None:
@@ -40,6 +45,7 @@ class FirstPass:
         self._key = key
         self._plannable = plannable
         self._method = method
+        self.disturbed = False
         self._random = False  # whether members draw random numbers
         self._expected: list[list[Tensor]] = []  # the members' outputs: all that is held of the loop meanwhile
 
@@ -48,7 +54,7 @@ class FirstPass:
 
         None where the caller has to fold, or members are looped.
         """
-        engine = self._engine
+        engine, weights = self._engine, self._engine.weights_now()
         with random_kept():
             with uncounted():
                 problem = self._run_members()
@@ -66,7 +72,9 @@ class FirstPass:
             if problem is None and leaves is not None and not random:
                 problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
         if problem is not None:
-            engine.give_up(problem)
+            self.disturbed = engine.weights_now() != weights
+            if not self.disturbed:
+                engine.give_up(problem)
             return None
         engine.originals = None
         if planned is not None:
@@ -83,7 +91,7 @@ class FirstPass:
         """Run every member alone and keep its outputs; return why members have to be looped, or none."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
-        held = tensors_of(engine.network), engine.shared
+        held, weights = (tensors_of(engine.network), engine.shared), engine.weights_now()
         around: AbstractContextManager[None] = nullcontext()
         elsewhere = GlobalDraws()
         for k in range(engine.num_members):
@@ -93,9 +101,11 @@ class FirstPass:
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
             parameters = _parameters(member, k, held if own else None)
+            if own and engine.weights_now() != weights:  # the stacks are not what this member is any more
+                parameters = _parameters(member, k, None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
-            written_to = self._written_again(member, k, parameters)
+            written_to = self._written_by_itself(member, k, parameters)
             changed |= written_to
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
@@ -118,23 +128,23 @@ class FirstPass:
                 engine.call_module(engine.views[0], 0, self._arguments, self._method)
         return None
 
-    def _written_again(self, member: nn.Module, k: int, parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
+    def _written_by_itself(self, member: nn.Module, k: int, parameters: list[_Parameter]) -> set[str]:
         """Return the names of parameters that the member's own code writes to, which get the values that they had.
 
-        Somebody else, such as a thread that trains, may have written to them meanwhile: those values are kept. Whose
-        they are tells a second call, which no other write falls into but by chance.
+        Somebody else, such as a thread that trains, may have written to them meanwhile: those values stay. Whose they
+        are tells a second call, whose own writes are seen as it does them, or that nothing counted the write.
         """
-        written = _written(parameters)
+        written = [each for each in parameters if each.is_written()]
         if not written:
-            return written
-        now = [(name, p, p.detach().clone()) for name, p, _ in parameters if name in written]
-        _put_back(parameters)
-        with state_kept(self._engine.network), state_kept(member):
+            return set()
+        own = {each.name for each in written if not each.is_counted()}
+        with state_kept(self._engine.network), state_kept(member), _Writes() as writes:
             self._engine.call_module(member, k, self._arguments.copied(), self._method)
-        written = _put_back(parameters)
-        if not written:
-            _put_back(now)
-        return written
+        own |= {each.name for each in written if memory_of(each.tensor) in writes.memories}
+        for each in written:
+            if each.name in own:
+                each.put_back()
+        return own
 
     def _equal_arguments(self, arguments: Arguments) -> bool:
         """Whether arguments still are those of the call; inference mode counts no writes."""
@@ -189,30 +199,58 @@ class FirstPass:
         )
 
 
-def _parameters(
-    member: nn.Module, k: int, held: tuple[dict[str, Tensor], frozenset[str]] | None
-) -> list[tuple[str, Tensor, Tensor]]:
-    """Member k's parameters by name, with what they hold: what the stacks and the shared ones say, or copies."""
-    parameters = [(name, p) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)]
-    if held is None:
-        return [(name, p, p.detach().clone()) for name, p in parameters]
-    stacks, common = held
-    return [(name, p, stacks[name].detach() if name in common else stacks[name].detach()[k]) for name, p in parameters]
+class _Parameter:
+    """One of a member's parameters, and what it held.
+
+    Args:
+        name: of the parameter.
+        tensor: the parameter.
+        stack: what it is held against; none where it is to be copied.
+        k: the member, where the stack is of all.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, stack: Tensor | None, k: int | None) -> None:
+        self.name, self.tensor = name, tensor
+        held = (tensor.clone() if stack is None else stack).detach()
+        self._values = held if k is None or stack is None else held[k]
+        self._counted = [x for x in (tensor, stack) if x is not None and not x.is_inference()]
+        self._counts = [x._version for x in self._counted]
+
+    def is_written(self) -> bool:
+        """Whether it holds other values than it did."""
+        return not same_bits(self.tensor.detach(), self._values)
+
+    def is_counted(self) -> bool:
+        """Whether writes were counted meanwhile."""
+        return [x._version for x in self._counted] != self._counts
+
+    def put_back(self) -> None:
+        """Give it the values that it had."""
+        with torch.inference_mode() if self.tensor.is_inference() else torch.no_grad():
+            self.tensor.detach().copy_(self._values)
 
 
-def _written(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
-    """Return the names of parameters that hold other values than they had."""
-    return {name for name, p, values in parameters if not same_bits(p.detach(), values)}
+def _parameters(member: nn.Module, k: int, held: tuple[dict[str, Tensor], frozenset[str]] | None) -> list[_Parameter]:
+    """Member k's parameters, with what they hold: what the stacks and the shared ones say, or copies."""
+    stacks, common = held or ({}, frozenset())
+    found = [(name, p) for name, p in tensors_of(member).items() if isinstance(p, nn.Parameter)]
+    return [_Parameter(name, p, stacks.get(name), None if name in common else k) for name, p in found]
 
 
-def _put_back(parameters: list[tuple[str, Tensor, Tensor]]) -> set[str]:
-    """Give parameters the values that they had; return the names of those that were written to."""
-    written = _written(parameters)
-    for name, p, values in parameters:
-        if name in written:
-            with torch.inference_mode() if p.is_inference() else torch.no_grad():
-                p.detach().copy_(values)
-    return written
+class _Writes(TorchDispatchMode):
+    """The memory that operations of this thread write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memories: set[int | None] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                self.memories |= {memory_of(x) for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
+        return func(*args, **kwargs)
 
 
 def _versions(arguments: Arguments) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens.device import capturing
 from fastens.engine.arguments import Arguments
+from fastens.engine.derivatives import Disturbed, check_gradients
 from fastens.engine.entering import call
 from fastens.engine.leaves import unwrapped
 from fastens.engine.memory_cap import MemoryCap
@@ -19,14 +21,16 @@ from fastens.engine.numbers import Numbers
 from fastens.engine.passes import ReadsRows, in_passes
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.stacked import StackedMembers
-from fastens.fold import handlers, rules  # noqa: F401  (handlers and rules register themselves)
+from fastens.fold import functions, handlers, rules  # noqa: F401  (they register themselves)
 from fastens.fold.callsite import check_derivatives
 from fastens.fold.dispatch import Fold, inside
+from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.network.stacking import tensors_of
 from fastens.network.state import NetworkState
 
 Result = TypeVar("Result")
+Outputs = Callable[[Arguments], list[Tensor]]
 
 
 class FoldedMembers(StackedMembers):
@@ -42,6 +46,7 @@ class FoldedMembers(StackedMembers):
         rows: which arguments carry rows, as members have shown.
         ways: of convolution that the last pass took, by the identity of their kernels.
         slices: functions without a rule that it ran member by member, and how often.
+        functions: hand-written ``autograd.Function``s that passes have differentiated.
     """
 
     def __init__(self, *members: Any, max_fold: int | None, backend: str) -> None:
@@ -51,6 +56,8 @@ class FoldedMembers(StackedMembers):
         self.rows = RowsOfMembers()
         self.ways: dict[int, str] = {}
         self.slices: dict[str, int] = {}
+        self.functions: set[type] = set()
+        self._held_functions: set[tuple[type, str]] = set()
 
     def new_pass(
         self,
@@ -88,8 +95,14 @@ class FoldedMembers(StackedMembers):
         args, kwargs = arguments.bound_rows(fold) if rows else arguments.bound(fold)
         network = network or self.network
         fold.dropouts.runs(network)
-        with inside(fold):
-            output = call(network, method, args, kwargs)
+        try:
+            with inside(fold):
+                output = call(network, method, args, kwargs)
+        except Exception as error:
+            if type(error).__module__.startswith("torch._dynamo") and not torch.compiler.is_compiling():
+                torch._dynamo.reset()  # what it failed to trace, as in torch.cond, it would not try again in members
+            raise
+        self.functions |= fold.functions
         if torch.is_grad_enabled():
             check_derivatives(pytree.tree_leaves(output))
         if method == "forward" and arguments.batch_size:
@@ -112,6 +125,9 @@ class FoldedMembers(StackedMembers):
             leaves = in_passes(self, arguments, key, method)
             if shared := state.shared():
                 raise NotFoldable(shared)
+            if self.functions:
+                one_by_one, at_once = (functools.partial(f, method) for f in (self._one_by_one, self._at_once))
+                self.hold_functions(arguments, one_by_one, at_once)
         except StopRecomputation:
             raise
         except BaseException:
@@ -121,6 +137,43 @@ class FoldedMembers(StackedMembers):
             self._views.forget()  # members by themselves begin with the state that this pass left behind
             self.tensors = list(tensors_of(self.network).values())
         return leaves
+
+    def hold_functions(self, arguments: Arguments, members: Outputs, fold: Outputs, how: str = "") -> None:
+        """Hold the gradients of ``autograd.Function``s, where passes of a kind met new ones, against the members'.
+
+        Args:
+            arguments: of the call.
+            members: the outputs of the members one by one.
+            fold: the same of a fold.
+            how: the kind of pass.
+
+        Raises:
+            NotFoldable: the fold has no such gradients.
+            Disturbed: somebody wrote to weights meanwhile, so that nothing is known of them.
+        """
+        new = {(each, how) for each in self.functions} - self._held_functions
+        if not new or traced(arguments.tensors):
+            return
+        self._held_functions |= new  # before a fold that comes here again
+        weights = self.weights_now()
+        try:
+            check_gradients(self, arguments, members, fold)
+        except NotFoldable as error:
+            self._held_functions -= new
+            if self.weights_now() != weights:
+                raise Disturbed(f"{error}") from error
+            names = ", ".join(sorted(each.__name__ for each, _ in new))
+            raise NotFoldable(f"autograd.Function ({names}): {error}") from error
+
+    def _one_by_one(self, method: str, arguments: Arguments) -> list[Tensor]:
+        """The members' tensors, one member after the other."""
+        outputs = [self.call_module(view, k, arguments, method) for k, view in enumerate(self.views)]
+        return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+    def _at_once(self, method: str, arguments: Arguments) -> list[Tensor]:
+        """The same of a fold."""
+        leaves = [x for x in self.fold(arguments, (method, "gradients"), method)[:-1] if isinstance(x, Tensor)]
+        return [x[k] for k in range(self.num_members) for x in leaves]
 
     def _remembers(self, changed: set[str]) -> None:
         self.behaviour.writes_itself = self.unshare(changed) or bool(changed) or self.behaviour.writes_itself

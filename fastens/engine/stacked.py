@@ -20,6 +20,7 @@ from fastens.network.originals import Originals
 from fastens.network.stacking import tensors_of
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews, State, standing_alone
+from fastens.network.weights import as_it_is
 
 
 class StackedMembers:
@@ -68,6 +69,11 @@ class StackedMembers:
             table.forget()
         self.tensors = list(tensors_of(self.network).values())
         self.kind.bind(self.network)
+
+    def weights_now(self) -> list[Any]:
+        """What changes where somebody writes to parameters: to the stacks, or to the members that were handed in."""
+        given = [] if self.originals is None else self.originals.parameters()
+        return [as_it_is(p) for p in (*self.network.parameters(), *given)]
 
     @property
     def skeleton(self) -> nn.Module:

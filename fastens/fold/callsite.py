@@ -81,7 +81,7 @@ def check_transforms(leaves: list[Any]) -> None:
 
 
 def check_derivatives(leaves: list[Any]) -> None:
-    """Raise where an ``autograd.Function`` made a tensor: its derivatives went by the wrapper, not by the stack."""
+    """Raise where torch differentiated a wrapper, below its functions: derivatives went by that, not by the stack."""
     for leaf in leaves:
         if (
             type(leaf) is MemberTensor
@@ -93,4 +93,4 @@ def check_derivatives(leaves: list[Any]) -> None:
             if detached and made is None:  # saved by a checkpoint inside another, whose second run is no one's graph
                 leaf.stack.requires_grad_()
             elif detached:
-                raise NotFoldable("an autograd.Function of the network differentiates by itself")
+                raise NotFoldable("a function below torch's own differentiates what differs between members")

@@ -67,6 +67,7 @@ class Fold(TorchFunctionMode):
         slices: functions that ran entry by entry, and how often.
         ways: of convolution, by the identity of their kernels.
         reads: the line of Python that read a common value first, empty where none did.
+        functions: the ``autograd.Function``s that were differentiated.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Fold(TorchFunctionMode):
         self.reference = reference
         self.slices: Counter[str] = Counter()
         self.reads = ""
+        self.functions: set[type] = set()
         self.ways: dict[int, str] = {}
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs

@@ -6,6 +6,7 @@ hidden dimension in front: the members, or, where each row has a member of its o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -193,6 +194,11 @@ class MemberTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return MemberTensor, (self.stack, self.hidden, self.alias)
+
+    def __copy__(self) -> MemberTensor:
+        """As of one member's tensor: another one in the same memory, to which no graph leads."""
+        with torch._C.DisableTorchFunction():
+            return MemberTensor(copy.copy(self.stack), self.hidden, self.alias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemberTensor:
         copied = MemberTensor(self.stack.detach().clone(), self.hidden, self.alias)

@@ -18,7 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of
 from fastens.network.snapshots import member_values
-from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
+from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)
@@ -95,8 +95,7 @@ class MemberTable(dict[str, Any]):
             return None
         tensor = standing_in(tensor)
         if seen_otherwise():
-            tensor = as_seen(tensor)
-            return tensor if name in self.source.common else part_of(tensor, self.k)
+            return as_seen(tensor) if name in self.source.common else part_as_seen(tensor, self.k)
         read = _READ.get()
         if read is not None:
             return read(tensor if name in self.source.common else part_of(tensor, self.k))

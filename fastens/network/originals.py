@@ -52,6 +52,10 @@ class Originals:
             for now, (module, attributes, hooks) in zip(modules, self._attributes, strict=True)
         )
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the members that are modules."""
+        return [p for member in self._modules() for p in member.parameters()]
+
     def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
         if self._count() != self._counts or not self._as_they_were():

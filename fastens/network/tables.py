@@ -21,12 +21,36 @@ from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of
 from fastens.fold.writes import STACKS
 from fastens.scopes import scope
 
-_SEEN: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("seen", default=None)
+
+class _Seen:
+    """What networks and members read in the place of the stacks; members' parts are kept where they are one object."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], kept: bool) -> None:
+        self.change = change
+        self._parts: dict[Any, Tensor] | None = {} if kept else None
+
+    def part(self, stack: Tensor, k: int) -> Tensor:
+        """Member k's part of what is read in the place of a stack."""
+        seen = self.change(stack)
+        if self._parts is None:
+            return part_of(seen, k)
+        key = id(seen), k, torch.is_grad_enabled()
+        if key not in self._parts:
+            self._parts[key] = part_of(seen, k)
+        return self._parts[key]
 
 
-def seen_as(change: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
-    """Scope in which networks and members read ``change(stack)``; the stacks themselves are not written to."""
-    return scope(_SEEN, change)
+_SEEN: contextvars.ContextVar[_Seen | None] = contextvars.ContextVar("seen", default=None)
+
+
+def seen_as(change: Callable[[Tensor], Tensor], kept: bool = False) -> AbstractContextManager[Any]:
+    """Scope in which networks and members read ``change(stack)``; the stacks themselves are not written to.
+
+    Args:
+        change: gives another tensor for a stack.
+        kept: whether it gives one object whenever it is asked, of which a member's part is one object as well.
+    """
+    return scope(_SEEN, _Seen(change, kept))
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,8 +69,14 @@ def seen_otherwise() -> bool:
 
 def as_seen(tensor: Tensor) -> Tensor:
     """What a network reads in the place of a stack."""
-    change = _SEEN.get()
-    return tensor if change is None else change(tensor)
+    seen = _SEEN.get()
+    return tensor if seen is None else seen.change(tensor)
+
+
+def part_as_seen(stack: Tensor, k: int) -> Tensor:
+    """What member k reads as its part of a stack, while networks read other values."""
+    seen = _SEEN.get()
+    return part_of(stack, k) if seen is None else seen.part(stack, k)
 
 
 _ALONE: contextvars.ContextVar[int | None] = contextvars.ContextVar("alone", default=None)

@@ -188,7 +188,7 @@ def test_a_checkpoint_around_the_ensemble(reentrant, engine):
         near(gradients_of(held.ensemble)[name], theirs, 1e-4)
 
 
-class Saving(torch.autograd.Function):
+class Reading(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -196,7 +196,8 @@ class Saving(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
+        (x,) = ctx.saved_tensors
+        return grad * x.cos() if float(x.sum()) else grad
 
 
 class Unfoldable(nn.Module):
@@ -211,7 +212,7 @@ class Unfoldable(nn.Module):
         if t < self.since:
             return h
         if self.what == "function":
-            return Saving.apply(h)
+            return Reading.apply(h)
         if self.what == "type" and type(h) is not torch.Tensor:
             raise AttributeError("no wrapper")
         return h * float(self.first.bias.detach()[0])

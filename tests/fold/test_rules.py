@@ -182,3 +182,10 @@ def test_needs_no_slices(function):
     assert not fold.slices
     for k in range(K):
         assert same(entry(output, k), function(stack[k]))
+
+
+@pytest.mark.parametrize("question", [lambda x: x.type(), lambda x: x.half().type(), lambda x: x.double().type()])
+def test_the_name_of_a_type_is_a_members(question):
+    stack = torch.randn(K, 2, 3)
+    with Fold(all_members(K)):
+        assert question(MemberTensor(stack, all_members(K))) == question(stack[0])

@@ -35,6 +35,8 @@ _LAYOUTS = {torch.contiguous_format: None, torch.preserve_format: None}
 @rule(*named(NAMES), *named(_IN_PLACE))
 def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the function on the stacks."""
+    if func is Tensor.type and len(args) == 1 and not kwargs:  # the name of its type, as a member's
+        return func(fold.stack(args[0]))
     if any(isinstance(leaf, torch.memory_format) and leaf not in _LAYOUTS for leaf in leaves_of((args, kwargs))):
         return _laid_out(fold, func, args, kwargs)
     if func in _TAKES_OTHER and isinstance(kwargs.get("other"), Tensor):

@@ -101,15 +101,35 @@ def autograd_grad(
     with torch.enable_grad():  # parts of the outputs belong to the graph, wherever it is differentiated
         outs = [fold.entries(x) for x in outs]
         parts = [[x[n] for x in outs] for n in range(fold.hidden.size)]
-    own = [x for x in ins if member_valued(x)]
-    if len(own) == len(ins):
-        found = func(outs, [fold.stack(x) for x in own], seeds, *args, **kwargs)
-        return tuple(None if x is None else fold.wrap(x) for x in found)
-    if own:
-        raise NotFoldable("derivatives by common and by member-valued tensors together")
-    kwargs["retain_graph"] = True
-    columns = [
-        func(part, [plain(x) for x in ins], [None if s is None else s[n] for s in seeds], *args, **kwargs)
-        for n, part in enumerate(parts)
-    ]
-    return tuple(None if c[0] is None else fold.wrap(torch.stack(c)) for c in zip(*columns, strict=True))
+    apart = [x for x in ins if _is_apart(fold, x)]
+    rest = [x for x in ins if not _is_apart(fold, x)]
+    kwargs["retain_graph"] = True if rest else kwargs.get("retain_graph")
+    whole = func(outs, [_bare(x) for x in apart], seeds, *args, **kwargs) if apart else ()
+    columns: list[list[Any]] = []
+    for n, part in enumerate(parts if rest else ()):
+        own = [None if seed is None else seed[n] for seed in seeds]
+        by_rest = func(part, [_bare(x) for x in rest], own, *args, **kwargs)
+        columns.append([None if g is None else _of_entry(fold, g, x, n) for g, x in zip(by_rest, rest, strict=True)])
+    at_once = iter([None if g is None else _of_entries(fold, g, x) for g, x in zip(whole, apart, strict=True)])
+    one_by_one = iter([None if c[0] is None else torch.stack(c) for c in zip(*columns, strict=True)])
+    found = [next(at_once if _is_apart(fold, x) else one_by_one) for x in ins]
+    return tuple(None if g is None else fold.wrap(g) for g in found)
+
+
+def _is_apart(fold: Fold, x: Any) -> bool:
+    """Whether derivatives by a tensor are each entry's own: not by a common one, or by weights of several rows."""
+    return member_valued(x) and (x.hidden is fold.hidden or fold.hidden.row_members is None)
+
+
+def _bare(x: Any) -> Tensor:
+    """What a wrapper stands for: of a weight the whole stack, to which the graph leads."""
+    return x.stack if isinstance(x, MemberTensor) else x
+
+
+def _of_entries(fold: Fold, gradient: Tensor, x: Any) -> Tensor:
+    return fold.entries(MemberTensor(gradient, x.hidden))
+
+
+def _of_entry(fold: Fold, gradient: Tensor, x: Any, n: int) -> Tensor:
+    """The derivative of entry n by a tensor, of a weight by that of its member."""
+    return _of_entries(fold, gradient, x)[n] if member_valued(x) else gradient
