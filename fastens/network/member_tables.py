@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of
-from fastens.network.snapshots import member_values
+from fastens.network.snapshots import copied, member_values
 from fastens.network.tables import Stacks, as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
@@ -250,7 +250,7 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
     for value in member_values(network):  # what its forward left behind in attributes
         if id(value) not in memo:
             memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
-    view, own = copy.deepcopy(network, memo), None
+    view, own = copied(network, memo), None
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]
