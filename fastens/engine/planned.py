@@ -20,6 +20,7 @@ from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.states import Refused, States
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
+from fastens.network.snapshots import thread_locals
 from fastens.network.state import state_kept
 from fastens.network.weights import Weights
 from fastens.ops import run_program
@@ -234,6 +235,8 @@ class Plans:
         """Record a pass; return its plan, which does what members do, and its outputs."""
         inputs, expected, numbers = trial.inputs, trial.expected, trial.numbers
         num_threads, exact = torch.get_num_threads(), reproducible.enabled()
+        if thread_locals(self._network):
+            raise NotRecordable("the network keeps values for each thread by itself")
         own = [duplicate(x) for x in inputs]  # the network may write to them
         alone = reproducible.one_thread() if exact else nullcontext()  # sums over weights are constants of a plan
         with state_kept(self._network) as changed, alone:

@@ -34,7 +34,7 @@ from fastens.fold.tensor import (
     memory_of,
     modules_of,
 )
-from fastens.fold.writes import WritesInput, check_weights, count_write, depending, promote, writes_to
+from fastens.fold.writes import WritesInput, check_weights, count_write, depending, of_call, promote, writes_to
 from fastens.reference._rows import rows_of
 from fastens.scopes import scope
 
@@ -348,8 +348,9 @@ def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) ->
         return func(*args, **kwargs)
     if writes and args and isinstance(args[0], Tensor) and memory_of(plain(args[0])) in fold.input_storages:
         raise WritesInput(f"{name_of(func)} writes to an argument of the call")
+    original = args
     if wrappers:
-        original, (args, kwargs) = args, (mapped(plain, args), mapped(plain, kwargs))
+        args, kwargs = mapped(plain, args), mapped(plain, kwargs)
         if writes and isinstance(original[0], MemberTensor):
             if fold.recording:
                 args = (depending(fold, original[0], (args[1:], kwargs)), *args[1:])
@@ -359,7 +360,10 @@ def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) ->
                 return original[0]
             return result
     result = func(*args, **kwargs)
-    return fold.common(result) if fold.wrapped else result
+    if not fold.wrapped:
+        return result
+    itself = args and result is args[0] and isinstance(result, Tensor) and not of_call(fold, result)
+    return original[0] if itself else fold.common(result)  # as ``table.to(x.device)`` gives a table that is there
 
 
 def _resume(fold: Fold) -> None:

@@ -49,6 +49,12 @@ def _sets_nothing(target: Any, value: Any) -> bool:
     return isinstance(target, MemberTensor) and isinstance(value, MemberTensor) and value.stack is target.stack
 
 
+def of_call(fold: Fold, x: Tensor) -> bool:
+    """Whether a common value is in the memory of a tensor of the call, or made of one while a pass is recorded."""
+    recording = in_progress() if fold.recording else None
+    return memory_of(x) in fold.input_storages if recording is None else recording.depends(x)
+
+
 def check_weights(fold: Fold, targets: Any) -> None:
     """Raise where what is written to is in the memory of the network's parameters: those are each member's own."""
     for target in leaves_of(targets):

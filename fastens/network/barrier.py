@@ -8,10 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastens.fold.tensor import modules_of
-from fastens.network.tables import tables_of
+from fastens.fold.tensor import TABLES, modules_of
+from fastens.network.tables import Stacks, tables_of
 
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
 _PLAIN = (bool, int, float, str, type(None))
@@ -76,11 +76,26 @@ class Watched(nn.Module):
 
 
 def _repeats(module: Watched, name: str, value: Any) -> bool:
-    """Whether a write leaves the network as it is: samplers call ``eval()`` before every evaluation."""
-    if type(value) not in _PLAIN or module.__dict__.get(name, _PLAIN) is not value:
+    """Whether a write leaves the network as it is: samplers call ``eval()`` before every evaluation.
+
+    So does ``self.table = self.table.to(x.device)``, where the table is there already: a tensor's own version tells of
+    writes to it.
+    """
+    if type(value) not in _PLAIN and not isinstance(value, Tensor):
+        return False
+    if not _holds(module, name, value):
         return False
     kind = class_of(module)  # whose properties and whose own ``__setattr__`` may do more than keep the value
     return kind.__setattr__ is nn.Module.__setattr__ and not hasattr(kind, name)
+
+
+def _holds(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether a module's attribute or its table of tensors has a value by a name."""
+    state = module.__dict__
+    if name in state:
+        return state[name] is value
+    tables = (state[each] for each in TABLES[:2] if type(state.get(each)) is Stacks)
+    return any(table.holds(name, value) for table in tables)
 
 
 def _written(module: nn.Module, name: str, repeats: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import MemberTensor, modules_of, of_stack, tensors_of
 from fastens.network.barrier import unwatched
 from fastens.network.registry import fold_registered
+from fastens.network.snapshots import copied
 from fastens.network.stacking import replaced
 from fastens.network.tables import Stacks, unsaved_in
 from fastens.report import LayerReport
@@ -55,7 +55,7 @@ def skeleton_of(network: nn.Module) -> nn.Module:
                     memo[id(stack)] = shell
                     if isinstance(table, Stacks):
                         memo[id(table[name])] = shell
-    skeleton = unwatched(copy.deepcopy(network, memo))
+    skeleton = unwatched(copied(network, memo))
     for _, module in modules_of(skeleton):
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())

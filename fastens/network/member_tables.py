@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of
-from fastens.network.snapshots import member_values
+from fastens.network.snapshots import copied, member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
@@ -110,10 +110,12 @@ class MemberTable(dict[str, Any]):
         read = mode, id(tensor), tensor.requires_grad
         if before is not None:
             own, address, read_before, _ = before
-            if own.data_ptr() != address or (read_before == read and (copied or self._is_in_place(name, own))):
+            if own.data_ptr() != address or (
+                read_before == read and (copied or self.source.has_part(name, self.k, own))
+            ):
                 return own  # to a member, one object
         own = self.parts.get(read)
-        if own is None or not (copied or self._is_in_place(name, own)):
+        if own is None or not (copied or self.source.has_part(name, self.k, own)):
             own = self.parts[read] = self._copied(tensor) if copied else part_of(tensor, self.k)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
@@ -137,7 +139,7 @@ class MemberTable(dict[str, Any]):
             value = value.stack if value.hidden is None else value.stack[0]
         given = self._given.get(name)
         back = given is not None and given[0] is value
-        if name in self.source and name not in self.own and (back or self._is_in_place(name, value)):
+        if name in self.source and name not in self.own and (back or self.source.has_part(name, self.k, value)):
             self._put.pop(name, None)
             return
         self._put[name] = value
@@ -146,21 +148,6 @@ class MemberTable(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """What a copy of the member's module has, which its code makes: tensors of its own."""
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
-
-    def _is_in_place(self, name: str, value: Any) -> bool:
-        """Whether a value is the member's part of the stack: what ``functional_call`` took out comes back."""
-        stack = dict.__getitem__(self.source, name)  # a part of it, in a transform, has no memory to look at
-        if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
-            return value is stack
-        while is_gradtrackingtensor(value):  # a part that was read in a transform is its own
-            value = get_unwrapped(value)
-        if is_functorch_wrapped_tensor(value):
-            return False
-        own = 0 if name in self.source.common else 1
-        offset = stack.storage_offset() + self.k * stack.stride(0) if own else stack.storage_offset()
-        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
-            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
-        )
 
     def settle(self, keeps: bool, apart: bool = False, copies: bool = False) -> set[str]:
         """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names.
@@ -268,7 +255,7 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
     for value in member_values(network):  # what its forward left behind in attributes
         if id(value) not in memo:
             memo[id(value)] = value.stack if value.hidden is None else value.stack[k]
-    view, own = copy.deepcopy(network, memo), None
+    view, own = copied(network, memo), None
     for module, original in zip(view.modules(), network.modules(), strict=True):
         for name in ("_parameters", "_buffers"):
             table = original.__dict__[name]

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import array
 import collections
+import copy
 import enum
 import functools
 import pickle
 import random
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
+
+T = TypeVar("T")
 
 
 class Kind(NamedTuple):
@@ -76,6 +80,20 @@ def member_values(network: nn.Module) -> list[MemberTensor]:
 def held_tensors(network: nn.Module, skipped: tuple[str, ...] = ()) -> list[Tensor]:
     """The tensors that are the same for all members and that a network holds beside its parameters and buffers."""
     return [each for each in _tensors_in(network, (*TABLES, *skipped)) if not isinstance(each, MemberTensor)]
+
+
+def thread_locals(value: Any) -> list[threading.local]:
+    """What a network, or its state, keeps for each thread by itself; of its content this thread sees its own."""
+    return [each for each, _ in _reached(value, set()) if type(each) is threading.local]
+
+
+def copied(value: T, memo: dict[int, Any] | None = None) -> T:
+    """Copy a network or its state, with what is kept for each thread as this one has it, which ``copy`` refuses."""
+    memo = {} if memo is None else memo
+    for kept in thread_locals(value):
+        memo[id(kept)] = own = threading.local()
+        vars(own).update(copy.deepcopy(vars(kept), memo))
+    return copy.deepcopy(value, memo)
 
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:
@@ -331,6 +349,7 @@ _BUILT_IN: dict[type, Kind] = {
     collections.OrderedDict: _mapping(collections.OrderedDict),
     set: Kind(set.copy, set.__eq__, _refill_set, iter),
     collections.deque: Kind(list, _same_items, _refill_deque, iter),
+    threading.local: _ATTRIBUTES,  # of this thread
     bytearray: _RAW,
     array.array: _RAW,
     np.ndarray: Kind(

@@ -1,6 +1,5 @@
 """Reading members: their structure, and their tensors stacked."""
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.snapshots import same_bits
+from fastens.network.snapshots import copied, same_bits
 from fastens.network.tables import tables_of
 
 __all__ = [
@@ -80,10 +79,10 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Copy a module with its parameters and buffers replaced, ties and second references kept."""
     originals = tensors_of(module)
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
-    copied = copy.deepcopy(module, memo)
-    for (_, one), (_, other) in zip(modules_of(copied), modules_of(module), strict=True):
+    made = copied(module, memo)
+    for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
-    return copied
+    return made
 
 
 def make_skeleton(member: nn.Module) -> nn.Module:
@@ -201,8 +200,8 @@ def stack_members(
                 if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
     apart = attributes_apart(first, skeleton, {*HOOK_TABLES, "training"})
-    for (path, module), (_, copied) in zip(modules_of(first), modules_of(skeleton), strict=True):
-        for name in apart(module, copied):
+    for (path, module), (_, other) in zip(modules_of(first), modules_of(skeleton), strict=True):
+        for name in apart(module, other):
             raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")
     if num_members == 1:
         identical = set()

@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
 from torch.nn.parameter import is_lazy
 
 from fastens.fold.callsite import callers
@@ -192,6 +197,8 @@ class Stacks(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
+        if isinstance(value, Tensor) and self.holds(name, value):
+            return
         if isinstance(value, MemberTensor):
             self._ndim[name] = value.ndim
             if value.hidden is None:
@@ -213,6 +220,26 @@ class Stacks(dict[str, Any]):
                 )
         super().__setitem__(name, value)
         self._written()
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether a value is what the network reads by a name, so that to write it there changes nothing."""
+        k = _ALONE.get()
+        return name in self and (value is self[name] if k is None else self.has_part(name, k, value))
+
+    def has_part(self, name: str, k: int, value: Any) -> bool:
+        """Whether a value is member k's part of a stack: what ``functional_call`` took out comes back."""
+        stack = super().__getitem__(name)  # a part of it, in a transform, has no memory to look at
+        if not isinstance(value, Tensor) or stack is None or value.layout is not torch.strided:
+            return value is stack
+        while is_gradtrackingtensor(value):  # a part that was read in a transform is its own
+            value = get_unwrapped(value)
+        if is_functorch_wrapped_tensor(value):
+            return False
+        own = 0 if name in self.common else 1
+        offset = stack.storage_offset() + k * stack.stride(0) if own else stack.storage_offset()
+        return value.untyped_storage()._cdata == stack.untyped_storage()._cdata and (
+            (value.storage_offset(), value.shape, value.stride()) == (offset, stack.shape[own:], stack.stride()[own:])
+        )
 
     def __ior__(self, other: Any) -> Any:
         self.update(other)

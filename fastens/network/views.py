@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections import OrderedDict
@@ -16,7 +15,7 @@ from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.member_tables import MemberTable, Reference, read_by, view_of_member
-from fastens.network.snapshots import held_tensors
+from fastens.network.snapshots import copied, held_tensors
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
@@ -221,12 +220,12 @@ def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
     """A member with copies of its tensors and of its state, in its structure."""
     tensors = tensors_of(view)
 
-    def copied(name: str, like: Tensor) -> Tensor:
+    def cloned(name: str, like: Tensor) -> Tensor:
         clone = tensors[name].detach().clone()
         return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
 
-    member = replaced(skeleton, {name: copied(name, like) for name, like in tensors_of(skeleton).items()})
-    write(member, copy.deepcopy(own_state(view, member)))
+    member = replaced(skeleton, {name: cloned(name, like) for name, like in tensors_of(skeleton).items()})
+    write(member, copied(own_state(view, member)))
     return member
 
 

@@ -392,7 +392,8 @@ def trace_of(recording: Recording) -> list[str]:
         constant = recording.constant(leaf)
         if constant is None:
             return f"{list(leaf.size)}"
-        total = float(constant.detach().to(torch.float64).sum()) if constant.numel() else 0.0
+        wide = torch.complex128 if constant.is_complex() else torch.float64
+        total = constant.detach().to(wide).sum().item() if constant.numel() else 0.0
         return f"constant {list(leaf.size)} that adds up to {total:.17g}"
 
     return [f"{op.name}{mapped(Ref, described, (op.args, op.kwargs))}" for op in recording.operations]

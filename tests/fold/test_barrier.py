@@ -127,6 +127,49 @@ def test_what_a_sampler_sets_again_at_every_evaluation_keeps_the_plan(write):
     assert entry.calls >= 6
 
 
+class Moving(Net):
+    """Moves its tables to where its input is, as published networks do: they are there, so nothing changes."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move = move
+        self.held, self.listed, self.named = torch.arange(4.0), [torch.arange(4.0)], {"a": torch.arange(4.0)}
+        self.register_buffer("own", torch.randn(4))
+
+    def forward(self, x):
+        move = self.move
+        self.held, self.listed[0], self.named["a"] = (
+            move(self.held, x),
+            move(self.listed[0], x),
+            move(self.named["a"], x),
+        )
+        self.own, self.offset = move(self.own, x), move(self.offset, x)
+        return super().forward(x) * self.own + self.held + self.listed[0] * self.named["a"]
+
+
+MOVES = {
+    "to a device": lambda t, x: t.to(x.device),
+    "to a dtype": lambda t, x: t.to(dtype=x.dtype),
+    "as another": lambda t, x: t.to(x),
+    "by type": lambda t, x: t.type_as(x),
+    "by name": lambda t, x: t.cpu().float(),
+    "contiguous": lambda t, x: t.contiguous(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_table_that_is_moved_to_where_it_is_has_a_plan(move):
+    ensemble = planned(lambda: Moving(move))
+    for factor in (1, 2):
+        for tensor in (ensemble.network.held, ensemble.network.offset):
+            tensor.mul_(factor)
+        with torch.no_grad():
+            for _ in range(4):
+                assert relative_error(ensemble(X), by_members(ensemble)) < 1e-5
+    (entry,) = ensemble._engine.plans.entries
+    assert entry.calls == 3  # the first of four after a write is the members'
+
+
 class Counts(Net):
     """Its output depends on how often its level was set."""
 

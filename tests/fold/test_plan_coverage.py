@@ -8,6 +8,7 @@ from torch import nn
 import fastens
 from fastens import _native
 from fastens.engine import planned
+from fastens.trace.record import record, trace_of
 from tests.tolerances import NETWORK, OP, relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
@@ -59,6 +60,12 @@ def inputs_of_other_dtypes(self, x, image, short, half):
 @form(numbers)
 def integer_inputs(self, x, labels):
     return self.b(self.a(x) + self.table(labels) + (labels[:, None] % 3))
+
+
+@form(lambda i: numbers(i).clamp(max=7))
+def classes_as_unit_vectors(self, x, classes):
+    y = self.a(x) + F.one_hot(classes, 8) + F.one_hot(num_classes=8, input=classes.view(2, 2)).flatten(0, 1)
+    return self.b(y) + F.one_hot(y.argmax(1), num_classes=8)
 
 
 @form(lambda i: torch.polar(torch.ones(4, 4), torch.arange(16.0).view(4, 4) * (i + 1)))
@@ -258,3 +265,26 @@ def test_a_read_value_is_named_by_its_line():
     finally:
         del FORMS["reads"]
     assert f"{__file__}:{reads.__code__.co_firstlineno + 1}" in ensemble.report().why_no_plan
+
+
+def test_a_class_that_there_is_not_is_an_error_in_a_plan_too():
+    torch.manual_seed(0)
+    ensemble = fastens.Ensemble([Net("classes_as_unit_vectors") for _ in range(2)])
+    with torch.no_grad():
+        for _ in range(2):
+            ensemble(*sequence_of("classes_as_unit_vectors", 0))
+        assert len(ensemble.report().plans) == 1
+        for wrong in (8, -1):
+            with pytest.raises(RuntimeError, match=r"class|Class|out of bounds"):
+                ensemble(torch.zeros(4, 8), torch.tensor([0, wrong, 1, 2]))
+
+
+def test_a_trace_tells_complex_constants_apart():
+    def traced(constant):
+        x = torch.ones(2)
+        recording, _ = record(lambda: x * constant, [x])
+        return trace_of(recording)
+
+    ones = torch.ones(2)
+    assert traced(torch.complex(ones, ones)) == traced(torch.complex(ones, ones))
+    assert traced(torch.complex(ones, ones)) != traced(torch.complex(ones, 2 * ones))

@@ -156,9 +156,43 @@ def pairs(x):
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j)
 
 
+def diagonal_written(x, value=1.0):
+    y, i = x.clone(), torch.arange(3)
+    y[..., i, i] = value if isinstance(value, float) else value(y[..., i, i])
+    return y
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (torch.tensor([1, 0]), slice(None), torch.tensor([2, 0])),
+        (torch.tensor([1, 0]), ..., torch.tensor([2, 0])),
+        (slice(None), 1, torch.tensor([2, 0])),
+        (torch.tensor([1, 0]), None, torch.tensor([2, 0])),
+    ],
+)
+def test_indices_with_something_between_them(index):
+    """What they choose moves to the front of each member's own."""
+    stack = torch.randn(K, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    with Fold(all_members(K)):
+        read, written = MemberTensor(stack, all_members(K))[index], MemberTensor(stack.clone(), all_members(K))
+        written[index] = read + 1
+    for k in range(K):
+        expected = stack[k].clone()
+        expected[index] += 1
+        assert same(entry(read, k), stack[k][index])
+        assert same(entry(written, k), expected)
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x: x[:, torch.tensor([[0], [2]]), torch.tensor([1, 3])],
+        lambda x: x[torch.tensor([1, 0]), torch.tensor([2, 0])],
+        lambda x: x[..., torch.tensor([True, False, True]), torch.tensor([1, 3])][:, 1:],
+        diagonal_written,
+        lambda x: diagonal_written(x, lambda part: part * 2),
+        lambda x: diagonal_written(x, lambda part: torch.ones(3)),
         lambda x: torch.einsum("... i d, ... j d -> ... i j", x, x),
         lambda x: torch.einsum("...id,...jd", x, x[0]),
         lambda x: torch.einsum("...d,de->...e", x, x[0].mT @ x[0]),

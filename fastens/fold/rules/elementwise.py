@@ -21,7 +21,7 @@ NAMES = """
     negative nextafter not_equal polygamma positive pow rad2deg real imag reciprocal relu relu6 remainder round rrelu
     rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract
     tan tanh tanhshrink threshold true_divide trunc fix xlogy where complex polar
-    to type type_as float double half bfloat16 int long bool short clone contiguous zero_ fill_ copy_
+    to cpu cuda type type_as float double half bfloat16 int long bool short clone contiguous zero_ fill_ copy_
     __and__ __or__ __xor__ __rand__ __ror__ __rxor__ __rpow__ __rsub__ __rdiv__ __rtruediv__ __rfloordiv__ __rmod__
     __radd__ __rmul__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __neg__ __pos__ __abs__ __invert__ __pow__ __add__
     __sub__ __mul__ __truediv__ __div__ __floordiv__ __mod__ __idiv__
@@ -65,13 +65,16 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         func(align(target), *rest, **named_rest)
         return target
     own_args, own_kwargs = mapped(cast, (args, kwargs))
-    result = back(func(*own_args, **own_kwargs))
+    made = func(*own_args, **own_kwargs)
+    if made is next(iter(own_args), None) and member_valued(target):  # which a member's code gets back itself
+        return target
+    result = back(made)
     if func in _MAY_ALIAS and member_valued(target):
         result.alias = _reaches(fold, target, result, kwargs)
     return result
 
 
-_MAY_ALIAS = set(named("detach contiguous to type type_as float double half bfloat16 int long bool short"))
+_MAY_ALIAS = set(named("detach contiguous to cpu cuda type type_as float double half bfloat16 int long bool short"))
 
 
 def _reaches(fold: Fold, x: MemberTensor, result: MemberTensor, kwargs: Any) -> bool:
@@ -91,7 +94,11 @@ def _converted(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     x, other, *rest = args
     other = fold.stack(other) if member_valued(other) else plain(other)
     if member_valued(x):
-        result = fold.wrap(func(fold.stack(x), other, *rest, **kwargs))
+        stack = fold.stack(x)
+        made = func(stack, other, *rest, **kwargs)
+        if made is stack:
+            return x
+        result = fold.wrap(made)
         result.alias = _reaches(fold, x, result, kwargs)
         return result
     return fold.common(func(plain(x), other, *rest, **kwargs))

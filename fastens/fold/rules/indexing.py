@@ -23,29 +23,35 @@ def _indices(index: Any) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 
-def _one_tensor(indices: tuple[Any, ...]) -> Any:
-    """The only index that is a tensor, among full or partial slices; none for other forms."""
-    tensors = [i for i in indices if isinstance(i, Tensor)]
-    rest = [i for i in indices if not isinstance(i, Tensor)]
-    sliced = all(i is Ellipsis or isinstance(i, slice) for i in rest)
-    return tensors[0] if len(tensors) == 1 and sliced and tensors[0].dtype != torch.uint8 else None
+def _tensors(indices: tuple[Any, ...]) -> list[Tensor]:
+    """The indices that are tensors, side by side among full or partial slices; none for other forms.
+
+    What they choose then stands where they do, as it does with the hidden dimension in front; it moves to dimension 0
+    where something is between them.
+    """
+    where = [n for n, i in enumerate(indices) if isinstance(i, Tensor)]
+    sliced = all(isinstance(i, Tensor | slice) or i is Ellipsis for i in indices)
+    together = bool(where) and where[-1] - where[0] == len(where) - 1
+    found = [indices[n] for n in where]
+    return found if sliced and together and all(i.dtype != torch.uint8 for i in found) else []
 
 
 @rule(*named("__getitem__"))
 def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
-    """``x[index]``: slices are views, one tensor of numbers is a lookup in each entry."""
+    """``x[index]``: slices are views, tensors of numbers are a lookup in each entry."""
     indices = _indices(index)
     if any(isinstance(i, slice) and any(isinstance(e, Tensor) for e in (i.start, i.stop, i.step)) for i in indices):
         return NotImplemented
     if all(map(_basic, indices)):
         _check_bounds(x, indices)
         return fold.wrap(fold.stack(x)[(slice(None), *indices)], fold.aliases(x))
-    numbers = _one_tensor(indices)
-    if numbers is None:
+    tensors = _tensors(indices)
+    if not tensors:
         return NotImplemented
-    if not member_valued(numbers):
+    if not any(map(member_valued, tensors)):
         own = tuple(plain(i) if isinstance(i, Tensor) else i for i in indices)
         return fold.wrap(fold.stack(x)[(slice(None), *own)])
+    numbers: Any = tensors[0]
     if len(indices) > 1 or numbers.dtype == torch.bool:
         return NotImplemented
     chosen = fold.stack(numbers)
@@ -63,7 +69,7 @@ def _check_bounds(x: Any, indices: tuple[Any, ...]) -> None:
 def setitem(fold: Fold, func: Any, x: Any, index: Any, value: Any) -> Any:
     """``x[index] = value``."""
     indices = _indices(index)
-    if not all(map(_basic, indices)) and (_one_tensor(indices) is None or any(map(member_valued, indices))):
+    if not all(map(_basic, indices)) and (not _tensors(indices) or any(map(member_valued, indices))):
         return NotImplemented
     own = (slice(None), *(plain(i) if isinstance(i, Tensor) else i for i in indices))
     stack = fold.stack(x)

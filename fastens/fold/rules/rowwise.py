@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
-from fastens.fold.nested import mapped
+from fastens.fold.dispatch import AS_STEPS, Fold, named, rule, run_common
+from fastens.fold.nested import mapped, plain
 from fastens.fold.tensor import member_valued
 
 # function: dimensions of a batched input
@@ -43,7 +43,25 @@ def rowwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
 @rule(*named("one_hot"))
 def one_hot(fold: Fold, func: Any, x: Any, num_classes: int = -1) -> Any:
     """Classes as unit vectors; how many there are must be said."""
-    return NotImplemented if num_classes < 0 or not member_valued(x) else fold.wrap(func(fold.stack(x), num_classes))
+    if num_classes < 1 or not member_valued(x):
+        return NotImplemented
+    return fold.wrap(_unit_vectors(fold.stack(x), num_classes) if fold.recording else func(fold.stack(x), num_classes))
+
+
+def _unit_vectors(classes: Tensor, num_classes: int) -> Tensor:
+    """What ``one_hot`` makes, by an operation that checks the classes itself: torch's has Python read them for that."""
+    zeros = torch.zeros(*classes.shape, num_classes, dtype=torch.int64, device=classes.device)
+    return zeros.scatter(-1, classes.unsqueeze(-1), 1)
+
+
+def _one_hot_of_all(fold: Fold, func: Any, x: Any, num_classes: int = -1) -> Any:
+    """The same of classes that all members share, while a pass is recorded."""
+    if num_classes < 1:
+        return run_common(fold, func, (x, num_classes), {}, True)
+    return fold.common(_unit_vectors(plain(x), num_classes))
+
+
+AS_STEPS.update(dict.fromkeys(named("one_hot"), _one_hot_of_all))
 
 
 @rule(*named("tril triu"))
