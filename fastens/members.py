@@ -101,6 +101,12 @@ def _write(engine: Any, k: int, module: nn.Module) -> None:
             )
     shared = [name for name in engine.shared if not torch.equal(tensors[name].to(stacks[name].device), stacks[name])]
     engine.unshare(shared)
+    one = next((name for name in shared if name in engine.shared), None)
+    if one is not None:
+        raise ValueError(
+            f"member {k}: {one} is another one than that of the ensemble, which is one object in all members or in a "
+            f"module that was put in; {_anew(k)}"
+        )
     for name, stack in tensors_of(engine.network).items():
         if name not in engine.shared:
             with torch.no_grad():
@@ -120,4 +126,10 @@ def _check_fit(skeleton: nn.Module, module: nn.Module, k: int) -> None:
         each.training = modes.get(path, each.training)
     difference = first_difference(skeleton, shell)
     if difference is not None:
-        raise ValueError(f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}")
+        raise ValueError(
+            f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}; {_anew(k)}"
+        )
+
+
+def _anew(k: int) -> str:
+    return f"make another ensemble: members = list(ens.members); members[{k}] = member; fastens.Ensemble(members)"

@@ -124,7 +124,7 @@ def test_members_of_their_own_structures_are_replaced(x):
     [
         (3, lambda: small(0), IndexError, "member 3 of 3"),
         (0, lambda: 1.0, TypeError, "expected a torch.nn.Module or a state_dict"),
-        (0, lambda: nn.Linear(5, 5), ValueError, "differ at 0: present in one"),
+        (0, lambda: nn.Linear(5, 5), ValueError, r"differ at 0: present in one.*members\[0\] = member"),
         (0, lambda: small(0).double(), ValueError, r"member 0: .* is torch.float64, but torch.float32 in the ensemble"),
         (1, lambda: nn.Linear(5, 5).state_dict(), ValueError, "does not fit member 1.*Missing key"),
     ],
@@ -134,6 +134,36 @@ def test_what_does_not_fit_changes_nothing(k, member, error, message, x):
     before = call(ens, x)
     with pytest.raises(error, match=message):
         ens.replace_member(k, member())
+    assert torch.equal(call(ens, x), before)
+
+
+def of_one_object():
+    table = nn.Linear(5, 5)
+    members = [nn.Sequential(table, small(k)) for k in range(3)]
+    return fastens.Ensemble(members)
+
+
+def put_in():
+    ens = fastens.Ensemble([nn.Sequential(nn.Linear(5, 5), small(k)) for k in range(3)])
+    ens.network[0] = nn.Linear(5, 5)
+    return ens
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+@pytest.mark.parametrize("make", [of_one_object, put_in])
+def test_a_tensor_that_is_one_object_in_all_members_is_not_silently_kept(make, as_state, x):
+    ens = make()
+    before = call(ens, x)
+    new = ens.members[1]
+    with torch.no_grad():
+        new[1][0].weight.mul_(2)
+    ens.replace_member(1, new)  # what all of them have is as it was
+    assert not torch.equal(call(ens, x), before)
+    before = call(ens, x)
+    with torch.no_grad():
+        new[0].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"0\.weight is another one .* one object .* fastens\.Ensemble\(members\)"):
+        ens.replace_member(1, new.state_dict() if as_state else new)
     assert torch.equal(call(ens, x), before)
 
 
