@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastens.internal import engine_of
 from fastens.network.alike import first_difference
@@ -55,6 +57,8 @@ def copied(member: nn.Module) -> nn.Module:
         return member
 
     def own(tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):
+            return copy.deepcopy(tensor)
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 

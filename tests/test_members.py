@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 import fastens
 from tests.networks import mlp, randomised, small_unet
@@ -135,6 +137,61 @@ def test_what_does_not_fit_changes_nothing(k, member, error, message, x):
     with pytest.raises(error, match=message):
         ens.replace_member(k, member())
     assert torch.equal(call(ens, x), before)
+
+
+def pruned(seed):
+    net = small(seed)
+    prune.l1_unstructured(net[0], "weight", amount=0.3)
+    return net
+
+
+def weight_normed(seed):
+    net = small(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(net[0])
+    return net
+
+
+def spectrally_normed(seed):
+    net = small(seed)
+    torch.manual_seed(seed)
+    nn.utils.spectral_norm(net[0])
+    return net
+
+
+def lazy(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize("make", [pruned, weight_normed, spectrally_normed, lazy])
+def test_members_that_python_cannot_copy_at_once_stay_as_they_are(make, x):
+    members = [make(k) for k in range(2)]
+
+    def tensors():
+        return [None if is_lazy(p) else p.detach().clone() for m in members for p in (*m.parameters(), *m.buffers())]
+
+    before = tensors()
+    with pytest.warns(UserWarning, match="one by one"):
+        ens = fastens.Ensemble(members)
+    ens.double()
+    ens(x.double()).sum().backward()
+    with torch.no_grad():
+        for p in ens.parameters():
+            p.zero_()
+    for a, b in zip(tensors(), before, strict=True):
+        assert a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    assert not any(p.grad is not None for m in members for p in m.parameters() if not is_lazy(p))
+
+
+def test_lazy_members_are_named_with_the_remedy(x):
+    members = [lazy(k) for k in range(2)]
+    with pytest.raises(ValueError, match=r"0\.weight has no shape .* call each member once"):
+        fastens.Ensemble(members, engine="fold")
+    for member in members:
+        member(x)
+    assert fastens.Ensemble(members, engine="fold").verify(x) < 1e-6
 
 
 def of_one_object():
