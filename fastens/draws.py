@@ -1,6 +1,5 @@
 """Which trajectory and evaluation an ensemble is in, which rows are one sample, and the members that they have."""
 
-import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from fastens.adaptive import refuse_adaptive
 from fastens.internal import output_by_rows
 from fastens.ops._scores import seed_from
 from fastens.ops.draw_members import draw_members
-from fastens.scopes import scope
+from fastens.scopes import Blocks
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ class Assignment:
 
 
 # By ensemble; of a context, so that no thread or task is in the trajectory, or has the members, of another.
-_TRAJECTORIES: contextvars.ContextVar[dict["Draws", _Trajectory]] = contextvars.ContextVar("trajectories", default={})  # noqa: B039
-_ASSIGNED: contextvars.ContextVar[dict["Draws", Any]] = contextvars.ContextVar("assigned", default={})  # noqa: B039
+_TRAJECTORIES: Blocks[_Trajectory] = Blocks("ens.trajectory")
+_ASSIGNED: Blocks[Any] = Blocks("ens.assigned")
 
 
 def assignment_of(members: Any, per_member: int | None, guidance: int | None, num_members: int) -> Assignment:
@@ -154,7 +153,7 @@ class Draws:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
         self._check_nested(rule, self.assignment(), batch_size)
         seed = generator if isinstance(generator, int) else seed_from(generator)
-        with scope(_TRAJECTORIES, {**_TRAJECTORIES.get(), self: _Trajectory(seed, batch_size)}):
+        with _TRAJECTORIES.block(self, _Trajectory(seed, batch_size)):
             yield
 
     @contextmanager
@@ -180,7 +179,7 @@ class Draws:
         with self._lock:
             self._assignments += 1
         try:
-            with scope(_ASSIGNED, {**_ASSIGNED.get(), self: rows}):
+            with _ASSIGNED.block(self, rows):
                 yield
         finally:
             with self._lock:
@@ -211,13 +210,13 @@ class Draws:
             RuntimeError: inside ``torch.compile``, where a context cannot be told.
         """
         if not torch.compiler.is_dynamo_compiling():
-            return _ASSIGNED.get().get(self)
+            return _ASSIGNED.of(self)
         if self._assignments:  # what a compiled graph rests on
             raise RuntimeError("members are assigned to rows, which a compiled ensemble cannot see; call it uncompiled")
         return None
 
     def _trajectory(self) -> "_Trajectory | None":
-        return _TRAJECTORIES.get().get(self)
+        return _TRAJECTORIES.of(self)
 
     def begin(self, x: Tensor) -> Evaluation:
         """Start an evaluation of the batch ``x`` [B, ...].

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastens.internal import engine_of
 from fastens.network.alike import first_difference
@@ -55,6 +57,8 @@ def copied(member: nn.Module) -> nn.Module:
         return member
 
     def own(tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):
+            return copy.deepcopy(tensor)
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
@@ -101,6 +105,12 @@ def _write(engine: Any, k: int, module: nn.Module) -> None:
             )
     shared = [name for name in engine.shared if not torch.equal(tensors[name].to(stacks[name].device), stacks[name])]
     engine.unshare(shared)
+    one = next((name for name in shared if name in engine.shared), None)
+    if one is not None:
+        raise ValueError(
+            f"member {k}: {one} is another one than that of the ensemble, which is one object in all members or in a "
+            f"module that was put in; {_anew(k)}"
+        )
     for name, stack in tensors_of(engine.network).items():
         if name not in engine.shared:
             with torch.no_grad():
@@ -120,4 +130,10 @@ def _check_fit(skeleton: nn.Module, module: nn.Module, k: int) -> None:
         each.training = modes.get(path, each.training)
     difference = first_difference(skeleton, shell)
     if difference is not None:
-        raise ValueError(f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}")
+        raise ValueError(
+            f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}; {_anew(k)}"
+        )
+
+
+def _anew(k: int) -> str:
+    return f"make another ensemble: members = list(ens.members); members[{k}] = member; fastens.Ensemble(members)"

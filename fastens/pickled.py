@@ -8,6 +8,7 @@ from torch import nn
 
 from fastens import rules
 from fastens.internal import begin, engine_of, hold_modules, hold_stacks
+from fastens.network.loading import fit
 from fastens.network.stacking import tensors_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _REMADE = {
 
 
 class Pickled(nn.Module):
-    """How an ensemble is copied and pickled: from skeleton and stacks, so that classes made on the fly are not."""
+    """How an ensemble is copied, pickled and loaded: as skeleton and stacks, without the classes made on the fly."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """What :func:`rebuild` takes; then what is its own and may refer to it: attributes, hooks, draws."""
@@ -36,6 +37,12 @@ class Pickled(nn.Module):
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}
         return rebuild, (self.num_members, self.rule, self._settings, content, self._kind()), (own, added)
+
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load what is the ensemble's own; its network is loaded next, from the same dictionary."""
+        if self._engine is not None and self._engine.kind.own_weights:
+            fit(self.network, state_dict, f"{prefix}network.", self._engine.unshare)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __setstate__(self, state: Any) -> None:
         """Take what was the ensemble's own."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,9 @@ from typing import Any
 
 import torch
 
-_own: contextvars.ContextVar[bool | None] = contextvars.ContextVar("deterministic", default=None)
+from fastens.scopes import Blocks
+
+_OWN: Blocks[bool] = Blocks("fastens.deterministic")
 _of_process = False
 _blocks = 0  # that are open with the mode on, in all threads
 _anywhere = False  # the mode is on in the process, or in a block
@@ -45,12 +46,13 @@ class deterministic:
     def __enter__(self) -> None:
         """Make it the block's."""
         _set(self._before, self._mode)
-        self._token = _own.set(self._mode)
+        self._block = _OWN.block(None, self._mode)
+        self._block.__enter__()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         """Leave the block."""
-        _own.reset(self._token)
         _set(_of_process, -self._mode)
+        self._block.__exit__(*error)
 
 
 def _set(of_process: bool, blocks: int = 0) -> None:
@@ -64,7 +66,7 @@ def enabled() -> bool:
     """Whether rows keep their bits, here and now; in a trace, whose result is for all, whether they do anywhere."""
     if torch.compiler.is_compiling():
         return _anywhere
-    own = _own.get()
+    own = _OWN.of(None)
     return _of_process if own is None else own
 
 

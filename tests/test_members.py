@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 import fastens
 from tests.networks import mlp, randomised, small_unet
@@ -124,7 +126,7 @@ def test_members_of_their_own_structures_are_replaced(x):
     [
         (3, lambda: small(0), IndexError, "member 3 of 3"),
         (0, lambda: 1.0, TypeError, "expected a torch.nn.Module or a state_dict"),
-        (0, lambda: nn.Linear(5, 5), ValueError, "differ at 0: present in one"),
+        (0, lambda: nn.Linear(5, 5), ValueError, r"differ at 0: present in one.*members\[0\] = member"),
         (0, lambda: small(0).double(), ValueError, r"member 0: .* is torch.float64, but torch.float32 in the ensemble"),
         (1, lambda: nn.Linear(5, 5).state_dict(), ValueError, "does not fit member 1.*Missing key"),
     ],
@@ -134,6 +136,91 @@ def test_what_does_not_fit_changes_nothing(k, member, error, message, x):
     before = call(ens, x)
     with pytest.raises(error, match=message):
         ens.replace_member(k, member())
+    assert torch.equal(call(ens, x), before)
+
+
+def pruned(seed):
+    net = small(seed)
+    prune.l1_unstructured(net[0], "weight", amount=0.3)
+    return net
+
+
+def weight_normed(seed):
+    net = small(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(net[0])
+    return net
+
+
+def spectrally_normed(seed):
+    net = small(seed)
+    torch.manual_seed(seed)
+    nn.utils.spectral_norm(net[0])
+    return net
+
+
+def lazy(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize("make", [pruned, weight_normed, spectrally_normed, lazy])
+def test_members_that_python_cannot_copy_at_once_stay_as_they_are(make, x):
+    members = [make(k) for k in range(2)]
+
+    def tensors():
+        return [None if is_lazy(p) else p.detach().clone() for m in members for p in (*m.parameters(), *m.buffers())]
+
+    before = tensors()
+    with pytest.warns(UserWarning, match="one by one"):
+        ens = fastens.Ensemble(members)
+    ens.double()
+    ens(x.double()).sum().backward()
+    with torch.no_grad():
+        for p in ens.parameters():
+            p.zero_()
+    for a, b in zip(tensors(), before, strict=True):
+        assert a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    assert not any(p.grad is not None for m in members for p in m.parameters() if not is_lazy(p))
+
+
+def test_lazy_members_are_named_with_the_remedy(x):
+    members = [lazy(k) for k in range(2)]
+    with pytest.raises(ValueError, match=r"0\.weight has no shape .* call each member once"):
+        fastens.Ensemble(members, engine="fold")
+    for member in members:
+        member(x)
+    assert fastens.Ensemble(members, engine="fold").verify(x) < 1e-6
+
+
+def of_one_object():
+    table = nn.Linear(5, 5)
+    members = [nn.Sequential(table, small(k)) for k in range(3)]
+    return fastens.Ensemble(members)
+
+
+def put_in():
+    ens = fastens.Ensemble([nn.Sequential(nn.Linear(5, 5), small(k)) for k in range(3)])
+    ens.network[0] = nn.Linear(5, 5)
+    return ens
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+@pytest.mark.parametrize("make", [of_one_object, put_in])
+def test_a_tensor_that_is_one_object_in_all_members_is_not_silently_kept(make, as_state, x):
+    ens = make()
+    before = call(ens, x)
+    new = ens.members[1]
+    with torch.no_grad():
+        new[1][0].weight.mul_(2)
+    ens.replace_member(1, new)  # what all of them have is as it was
+    assert not torch.equal(call(ens, x), before)
+    before = call(ens, x)
+    with torch.no_grad():
+        new[0].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"0\.weight is another one .* one object .* fastens\.Ensemble\(members\)"):
+        ens.replace_member(1, new.state_dict() if as_state else new)
     assert torch.equal(call(ens, x), before)
 
 

@@ -28,8 +28,9 @@ def compiled_pass(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any],
         raise reproducible.NotReproducible(
             f"deterministic: a compiled graph chooses by the batch; {reproducible.REMEDY}"
         )
-    from fastens.engine.node import node  # as dynamo traces this line, which has been imported then
+    from fastens.engine.node import looked_at, node  # as dynamo traces this line, which has been imported then
 
+    looked_at(engine.number, engine.guards.barrier.state)  # and what replaced a stack, or changed a mode, traces anew
     tensors = list(node(engine.number, method, args, kwargs, engine.tensors))  # pyright: ignore[reportCallIssue]  # torch's stub
     nested = tensors.pop() if isinstance(tensors[-1], Nested) else engine.nested  # of the trace that has just run
     return nested.filled(tensors)

@@ -154,7 +154,7 @@ class Structure:
         try:
             with uncounted(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
-                    with state_kept(views[k]), seen_as(change):
+                    with state_kept(network), state_kept(views[k]), seen_as(change):  # a buffer that all share, too
                         output = engine.call_module(views[k], k, arguments, self._method)
                     members.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
                     if not all(bool(torch.isfinite(x).all()) for x in members[-1] if x.is_floating_point()):

@@ -26,12 +26,17 @@ class Barrier:
         repeats: writes to attributes that left them as they were.
         names: the attributes, each with the identity of its module; emptied by who has looked at them.
         hooks: to their tables of hooks.
+        state: the modes of all modules, and a number that every other write changes. A compiled graph is of one state:
+            dynamo compares strings by value, where it would take a number that has changed for one that varies.
     """
 
     def __init__(self) -> None:
         self.writes = self.repeats = 0
         self.names: set[tuple[int, str]] = set()
         self.hooks = 0
+        self._bits: dict[int, int] = {}  # by the identity of a module, its bit in the modes
+        self._modes = self._turns = 0
+        self.state = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Barrier:
         return Barrier()
@@ -44,6 +49,24 @@ class Barrier:
     def wrote(self) -> None:
         """Count a write to the state."""
         self.writes += 1
+        self._tell()
+
+    def turned(self, module: nn.Module) -> None:
+        """Count a change of a module's mode."""
+        self.writes += 1
+        self._turns += 1
+        bit = self._bits.get(id(module), 0)
+        self._modes = self._modes | bit if module.training else self._modes & ~bit
+        self._tell()
+
+    def look(self, network: nn.Module) -> None:
+        """List the modules of a network, and their modes, as they are now."""
+        self._bits = {id(module): 1 << i for i, module in enumerate(network.modules())}
+        self._modes = sum(self._bits[id(module)] for module in network.modules() if module.training)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.state = f"{self.writes - self._turns} {self._modes:x}"
 
     def hooked(self) -> None:
         """Count a write to the hooks."""
@@ -102,8 +125,12 @@ def _written(module: nn.Module, name: str, repeats: bool = False) -> None:
     barrier = module.__dict__.get("_barrier")  # none while a copy is being made
     if barrier is not None:
         barrier.names.add((id(module), name))
-        barrier.repeats += repeats
-        barrier.writes += not repeats
+        if repeats:
+            barrier.repeats += 1
+        elif name == "training":
+            barrier.turned(module)
+        else:
+            barrier.wrote()
 
 
 @functools.cache
@@ -170,6 +197,7 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
     """
     for _, _, table in tables_of(network):
         table.barrier = barrier
+    barrier.look(network)
     for _, module in modules_of(network):
         module.__dict__["_barrier"] = barrier
         _count(module, "_modules", barrier.wrote)

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
@@ -79,10 +83,21 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Copy a module with its parameters and buffers replaced, ties and second references kept."""
     originals = tensors_of(module)
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
+    memo |= {id(tensor): tensor.detach().clone() for tensor in _made_anew(module)}
     made = copied(module, memo)
     for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
     return made
+
+
+def _made_anew(module: nn.Module) -> Iterator[Tensor]:
+    """The weights that hooks of torch compute before every call, which autograd made: Python cannot copy those."""
+    for each in module.modules():
+        for hook in each._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+                weight = vars(each).get(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
+                if isinstance(weight, Tensor) and not weight.is_leaf:
+                    yield weight
 
 
 def make_skeleton(member: nn.Module) -> nn.Module:
@@ -167,6 +182,12 @@ def stack_members(
     back = reaches_back(first)
     if back is not None:
         raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
+    for name, tensor in tensors_of(first).items():
+        if is_lazy(tensor):
+            raise DifferentMembers(
+                f"{name} has no shape before the first call of its member; call each member once, then make the "
+                "ensemble of them"
+            )
     try:
         skeleton = make_skeleton(first)
     except Exception as error:

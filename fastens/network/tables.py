@@ -149,7 +149,7 @@ class Stacks(dict[str, Any]):
 
     def _written(self) -> None:
         if self.barrier is not None:
-            self.barrier.writes += 1
+            self.barrier.wrote()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Stacks, (list(super().items()), self.num_members, self.common, self.put_in, self.unsaved)

@@ -225,7 +225,10 @@ def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
         return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
 
     member = replaced(skeleton, {name: cloned(name, like) for name, like in tensors_of(skeleton).items()})
-    write(member, copied(own_state(view, member)))
+    state = own_state(view, member)
+    kept = [tensor for attributes in state for table in _TABLES for tensor in attributes.get(table, {}).values()]
+    made = [x for x in (*held_tensors(view), *kept) if isinstance(x, Tensor) and not x.is_leaf]
+    write(member, copied(state, {id(x): x.detach().clone() for x in made}))  # which Python cannot copy
     return member
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastens
 from tests.fold.contract import Held, batch
 
 HOLDERS = {
@@ -130,3 +131,18 @@ def test_buffers_registered_in_a_pass_that_is_undone(max_fold, num_members, comm
     for shape in ((3, 4), (2, 3, 4), (3, 4)):
         held.sampling(batch(*shape), 2)
         held.gradients(batch(*shape))
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_members_that_refer_to_weights_that_were_are_handed_out(holder, engine, differentiated):
+    members = [Referring(holder) for _ in range(3)]
+    ensemble, x = fastens.Ensemble(copy.deepcopy(members), engine=engine), torch.randn(2, 4)
+    for module in (ensemble, *members):
+        loaded(module, assign=True)  # what the attribute refers to is no parameter any more
+    with torch.set_grad_enabled(differentiated):
+        ensemble(x)
+        for handed_out, member in zip(ensemble.members, members, strict=True):
+            torch.testing.assert_close(handed_out(x), member(x))
+            assert all(weight.is_leaf for weight in READ[holder](handed_out.held))
