@@ -152,7 +152,7 @@ class FoldedMembers(StackedMembers):
             Disturbed: somebody wrote to weights meanwhile, so that nothing is known of them.
         """
         new = {(each, how) for each in self.functions} - self._held_functions
-        if not new or traced(arguments.tensors):
+        if not new or traced(*arguments.tensors):
             return
         self._held_functions |= new  # before a fold that comes here again
         weights = self.weights_now()

@@ -84,13 +84,20 @@ def held_tensors(network: nn.Module, skipped: tuple[str, ...] = ()) -> list[Tens
 
 def thread_locals(value: Any) -> list[threading.local]:
     """What a network, or its state, keeps for each thread by itself; of its content this thread sees its own."""
-    return [each for each, _ in _reached(value, set()) if type(each) is threading.local]
+    waiting = _attributes_in(value, ()) if isinstance(value, nn.Module) else [value]
+    return [each for each, _ in _reached(waiting, set()) if type(each) is threading.local]
 
 
 def copied(value: T, memo: dict[int, Any] | None = None) -> T:
     """Copy a network or its state, with what is kept for each thread as this one has it, which ``copy`` refuses."""
     memo = {} if memo is None else memo
-    for kept in thread_locals(value):
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except TypeError:
+        found = thread_locals(value)
+        if not found:
+            raise
+    for kept in found:
         memo[id(kept)] = own = threading.local()
         vars(own).update(copy.deepcopy(vars(kept), memo))
     return copy.deepcopy(value, memo)
@@ -98,14 +105,19 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:
     """The tensors that the attributes of a network reach, whatever is between; but for some of them, by name."""
-    modules = [module for _, module in modules_of(network)]
+    seen = {id(module) for _, module in modules_of(network)}
+    return [each for each, _ in _reached(_attributes_in(network, skipped), seen) if isinstance(each, Tensor)]
+
+
+def _attributes_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Any]:
+    """The values of a network's attributes that may reach others, the last of them first."""
     values = [
         value
-        for module in modules
+        for _, module in modules_of(network)
         for name, value in vars(module).items()
         if type(value) not in _ATOMS and name not in skipped and (type(value) not in _CONTAINERS or value)
     ]
-    return [each for each, _ in _reached(values[::-1], set(map(id, modules))) if isinstance(each, Tensor)]
+    return values[::-1]
 
 
 def _reached(waiting: list[Any], seen: set[int]) -> Iterator[tuple[Any, tuple[Kind, ...]]]:
