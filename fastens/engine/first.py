@@ -17,6 +17,7 @@ from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, uncounted
 from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
+from fastens.network.made import MadeWhenCalled
 from fastens.network.snapshots import same_bits
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
 
@@ -57,7 +58,7 @@ class FirstPass:
         engine, weights = self._engine, self._engine.weights_now()
         with random_kept():
             with uncounted():
-                problem = self._run_members()
+                problem = self._run_members(weights)
             if problem is not None:
                 engine.give_up(problem)
                 return None
@@ -87,11 +88,11 @@ class FirstPass:
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
         return leaves if useful and not engine.behaviour.writes_itself else None
 
-    def _run_members(self) -> str | None:
+    def _run_members(self, weights: list[Any]) -> str | None:
         """Run every member alone and keep its outputs; return why members have to be looped, or none."""
         engine, originals = self._engine, self._engine.originals
         own = originals is not None and originals.usable()
-        held, weights = (tensors_of(engine.network), engine.shared), engine.weights_now()
+        held = tensors_of(engine.network), engine.shared
         around: AbstractContextManager[None] = nullcontext()
         elsewhere = GlobalDraws()
         for k in range(engine.num_members):
@@ -101,10 +102,13 @@ class FirstPass:
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
             parameters = _parameters(member, k, held if own else None)
-            if own and engine.weights_now() != weights:  # the stacks are not what this member is any more
+            if own and engine.weights_now(k) != [weights[0], *weights[k + 1 : k + 2]]:
+                # the stacks are not what this member is any more
                 parameters = _parameters(member, k, None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
+            if modules := changed.modules | written.modules:
+                raise MadeWhenCalled(modules)
             written_to = self._written_by_itself(member, k, parameters)
             changed |= written_to
             if elsewhere.drawn():

@@ -14,10 +14,10 @@ from fastens.engine.guards import Guards
 from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
+from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
-from fastens.network.stacking import tensors_of
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews, State, standing_alone
 from fastens.network.weights import as_it_is
@@ -70,10 +70,18 @@ class StackedMembers:
         self.tensors = list(tensors_of(self.network).values())
         self.kind.bind(self.network)
 
-    def weights_now(self) -> list[Any]:
-        """What changes where somebody writes to parameters: to the stacks, or to the members that were handed in."""
-        given = [] if self.originals is None else self.originals.parameters()
-        return [as_it_is(p) for p in (*self.network.parameters(), *given)]
+    def weights_now(self, k: int | None = None) -> list[Any]:
+        """What changes where somebody writes to parameters: to the stacks, or to the members that were handed in.
+
+        Args:
+            k: the only one of these members that is looked at.
+        """
+        given = [] if self.originals is None else self.originals.modules()
+        networks = (self.network, *(given if k is None else given[k : k + 1]))
+        return [
+            [as_it_is(p) for _, module in modules_of(each) for p in module._parameters.values() if p is not None]
+            for each in networks
+        ]
 
     @property
     def skeleton(self) -> nn.Module:

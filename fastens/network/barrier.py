@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeGuard
 from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of
+from fastens.network.made import allow_in_passes
 from fastens.network.tables import Stacks, tables_of
 
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
@@ -77,6 +78,7 @@ class Counted(Protocol):
     """A table of a module that counts what is written to it."""
 
     written: Callable[[], None]
+    allow: Callable[[dict[str, Any], tuple[Any, ...]], None]
 
 
 class Watched(nn.Module):
@@ -162,6 +164,7 @@ def _counted(kind: type[dict[Any, Any]]) -> type[dict[Any, Any]]:
 
     def counting(method: Callable[..., Any]) -> Callable[..., Any]:
         def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.allow(self, args)
             try:
                 return method(self, *args, **kwargs)
             finally:
@@ -172,16 +175,19 @@ def _counted(kind: type[dict[Any, Any]]) -> type[dict[Any, Any]]:
     methods = {name: counting(getattr(kind, name)) for name in _WRITES}
     methods["__deepcopy__"] = lambda self, memo: kind({n: copy.deepcopy(x, memo) for n, x in self.items()})
     methods["__reduce_ex__"] = lambda self, _: (kind, (list(self.items()),))
-    return type(kind.__name__, (kind,), {**methods, "written": staticmethod(lambda: None)})
+    ignored = {"written": staticmethod(lambda: None), "allow": staticmethod(lambda table, args: None)}
+    return type(kind.__name__, (kind,), {**methods, **ignored})
 
 
-def _count(module: nn.Module, name: str, written: Callable[[], None]) -> None:
-    """Let a table of a module count what is written to it."""
+def _count(module: nn.Module, name: str, written: Callable[[], None], allow: Callable[..., None] | None = None) -> None:
+    """Let a table of a module count what is written to it, where that is allowed."""
     table: dict[str, Any] = module.__dict__[name]
     if type(table) in (dict, OrderedDict):
         table = module.__dict__[name] = _counted(type(table))(table)
     if counts(table):
         table.written = written
+        if allow is not None:
+            table.allow = allow
 
 
 def counts(table: dict[Any, Any]) -> TypeGuard[Counted]:
@@ -200,7 +206,7 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
     barrier.look(network)
     for _, module in modules_of(network):
         module.__dict__["_barrier"] = barrier
-        _count(module, "_modules", barrier.wrote)
+        _count(module, "_modules", barrier.wrote, allow_in_passes)
         for name in HOOKS:
             if not module.__dict__[name]:  # the handles of hooks that there are refer to their table as it is
                 _count(module, name, barrier.hooked)

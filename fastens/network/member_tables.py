@@ -17,6 +17,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of
+from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.snapshots import copied, member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
@@ -227,11 +228,28 @@ def read_by(view: nn.Module) -> dict[int, int]:
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:
-    """Settle what a member's own code replaced in its tables; see :meth:`MemberTable.settle`."""
+    """Settle what a member's own code replaced in its tables; see :meth:`MemberTable.settle`.
+
+    Raises:
+        MadeWhenCalled: it put modules into the member, which are taken out again.
+    """
+    made: list[str] = []
     for _, module in modules_of(view):
-        for table in (module._parameters, module._buffers):
+        parameters = module._parameters
+        for table in (parameters, module._buffers):
             if isinstance(table, MemberTable):
                 table.settle(keeps, apart, copies)
+        if isinstance(parameters, MemberTable):
+            found = [
+                name
+                for name, child in module._modules.items()
+                if child is not None and is_apart(child) and has_tensors(child)
+            ]
+            made += found
+            for name in found:
+                del module._modules[name]
+    if made:
+        raise MadeWhenCalled(made)
 
 
 def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Reference]]:

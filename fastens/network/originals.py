@@ -28,16 +28,17 @@ class Originals:
         self._counts = self._count()
         self._attributes = self._state()
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """The members; none where they come from files."""
         listed = isinstance(self._members, list | tuple | nn.ModuleList)
         return [m for m in self._members if isinstance(m, nn.Module)] if listed else []
 
     def _parts(self) -> list[nn.Module]:
         """Every module of the network and of the members."""
-        return [module for root in (self._network, *self._modules()) for _, module in modules_of(root)]
+        return [module for root in (self._network, *self.modules()) for _, module in modules_of(root)]
 
     def _count(self) -> list[list[Any]]:
-        networks = (self._network, *self._modules())
+        networks = (self._network, *self.modules())
         return [[as_it_is(t) for t in (*tensors_of(m).values(), *held_tensors(m))] for m in networks]
 
     def _state(self) -> list[tuple[nn.Module, dict[str, Any], dict[str, list[Any]]]]:
@@ -52,17 +53,13 @@ class Originals:
             for now, (module, attributes, hooks) in zip(modules, self._attributes, strict=True)
         )
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of the members that are modules."""
-        return [p for member in self._modules() for p in member.parameters()]
-
     def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
         if self._count() != self._counts or not self._as_they_were():
             return False
         ours = _modes(self._network)
         device = next((t.device for t in tensors_of(self._network).values()), None)
-        for member in self._modules():
+        for member in self.modules():
             theirs = next((t.device for t in tensors_of(member).values()), None)
             if _modes(member) != ours or theirs != device:
                 return False
@@ -70,7 +67,7 @@ class Originals:
 
     def of_one_object(self) -> frozenset[str]:
         """The names of tensors that are one object in the first two members, as what all of them share is."""
-        members = self._modules()
+        members = self.modules()
         pairs = zip(modules_of(members[0]), modules_of(members[1]), strict=True) if len(members) > 1 else ()
         return frozenset(
             f"{path}.{name}" if path else name

@@ -18,6 +18,7 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
 from fastens.network.global_state import GlobalState
+from fastens.network.made import has_tensors
 from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
 from fastens.network.tables import Stacks
@@ -32,9 +33,11 @@ class Changed(set[str]):
 
     Attributes:
         outside: whether some of it is shared by all members: attributes of classes, globals, defaults of functions.
+        modules: the paths of modules with tensors that it made, replaced or removed.
     """
 
     outside = False
+    modules: frozenset[str] = frozenset()
 
 
 class NetworkState:
@@ -63,6 +66,9 @@ class NetworkState:
         changed = Changed(name for table in self._tables for name in table.settle(keeps=False))
         for saved in self._saved:
             saved.put_back(changed)
+        others = {path: x for saved in self._saved for path, x in saved.modules_put_back().items()}
+        changed.update(others)
+        changed.modules = frozenset(path for path, modules in others.items() if any(map(has_tensors, modules)))
         outside = self._outside.put_back()
         changed |= outside
         changed.outside = bool(outside)
@@ -76,6 +82,7 @@ class _OfModule:
         self._prefix, self._attributes = prefix, vars(module)
         self._before = self._attributes.copy()
         tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, MemberTable)]
+        self._children = self._before["_modules"], dict(self._before["_modules"])
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
         self._names = [(table, set(table)) for table in tables if not isinstance(table, MemberTable)]
@@ -104,6 +111,17 @@ class _OfModule:
                 for name in set(table) - names:  # registered meanwhile
                     changed.add(f"{prefix}{name}")
                     table.withdraw(name) if isinstance(table, Stacks) else table.pop(name)
+
+    def modules_put_back(self) -> dict[str, tuple[Any, Any]]:
+        """Undo what happened to its modules; return those that were there and those that were put in, by path."""
+        table, before = self._children
+        now = dict(table)
+        if now == before and list(now) == list(before):
+            return {}
+        dict.clear(table)
+        dict.update(table, before)
+        pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
+        return {f"{self._prefix}{name}": (x, y) for name, (x, y) in pairs.items() if x is not y}
 
 
 def _own(table: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -152,7 +170,7 @@ def state_kept(network: nn.Module) -> Iterator[Changed]:
     finally:
         found = state.put_back()
         changed |= found
-        changed.outside = found.outside
+        changed.outside, changed.modules = found.outside, found.modules
 
 
 class Rollback:

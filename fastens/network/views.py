@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
+from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.member_tables import MemberTable, Reference, read_by, view_of_member
 from fastens.network.snapshots import copied, held_tensors
 from fastens.network.stacking import replaced
@@ -92,9 +93,20 @@ class MemberViews:
         return view
 
     def _set_modes(self, view: nn.Module) -> None:
-        for (_, module), (_, original) in zip(modules_of(view), modules_of(self._network), strict=True):
-            if module.training is not original.training:
-                module.training = original.training
+        for module, original in self._pairs(view):
+            if module is not None and module.training is not original.training:
+                module.training = mode = original.training
+                for made in [child for name, child in module._modules.items() if name not in original._modules]:
+                    for _, each in modules_of(made) if made is not None else ():
+                        each.training = mode
+
+    def _pairs(self, view: nn.Module) -> list[tuple[nn.Module | None, nn.Module]]:
+        """Each module of the network with the member's; see :func:`pairs_of`."""
+        try:
+            return pairs_of(view, self._network)
+        except MadeWhenCalled:
+            self.forget()
+            raise
 
     def _current(self) -> list[nn.Module]:
         views = self._views  # as they are here: another thread may forget them meanwhile
@@ -108,8 +120,11 @@ class MemberViews:
         """Give members the hooks of the network, which run in fold and loop alike."""
         self._hooks_seen, self._rebound = self._barrier.hooks, []
         for view in views:
-            own = {id(theirs): mine for mine, theirs in zip(view.modules(), self._network.modules(), strict=True)}
-            for module, original in zip(view.modules(), self._network.modules(), strict=True):
+            pairs = self._pairs(view)
+            own = {id(theirs): mine for mine, theirs in pairs if mine is not None}
+            for module, original in pairs:
+                if module is None:
+                    continue
                 for name in HOOK_TABLES:
                     hooks = original.__dict__[name]
                     rebound = {key: _rebound(hook, own) for key, hook in hooks.items()}
@@ -203,17 +218,35 @@ _GONE = "fastens: no such attribute"
 
 def own_state(member: nn.Module, given: nn.Module) -> State:
     """What a member wrote to itself, as against a member in which no code ran."""
-    apart = attributes_apart(member, given, _NO_STATE)
-    state = [
-        {name: vars(own).get(name, _GONE) for name in apart(own, other) if "_hooks" not in name and name not in REREAD}
-        for own, other in zip(member.modules(), given.modules(), strict=True)
-    ]
-    for module, attributes in zip(member.modules(), state, strict=True):
+    apart, state = attributes_apart(member, given, _NO_STATE), []
+    for module, other in pairs_of(member, given):
+        if module is None:
+            state.append({})
+            continue
+        names = [name for name in apart(module, other) if "_hooks" not in name and name not in REREAD]
+        attributes = {name: vars(module).get(name, _GONE) for name in names}
         for table in _TABLES:
             own = module.__dict__[table]
             if isinstance(own, MemberTable) and own.own:
                 attributes[table] = {name: own[name] for name in own.own}
+        made = {n: x for n, x in module._modules.items() if x is not None and (n not in other._modules or is_apart(x))}
+        removed = [name for name in other._modules if name not in module._modules]
+        if made or removed:
+            attributes["_modules"] = made, removed, module.training
+        state.append(attributes)
     return state
+
+
+def pairs_of(member: nn.Module, network: nn.Module) -> list[tuple[nn.Module | None, nn.Module]]:
+    """Each module of a network with the member's, none where the member removed it; what the member made is left out.
+
+    Raises:
+        MadeWhenCalled: the member removed some that have tensors.
+    """
+    own, theirs = dict(modules_of(member)), modules_of(network)
+    if removed := [path for path, each in theirs if path not in own and has_tensors(each)]:
+        raise MadeWhenCalled(removed)
+    return [(own.get(path), each) for path, each in theirs]
 
 
 def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
@@ -234,9 +267,14 @@ def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
 
 def write(member: nn.Module, state: State) -> None:
     """Give a member the state that another one had."""
-    for module, attributes in zip(member.modules(), state, strict=True):
+    for (_, module), attributes in zip(modules_of(member), state, strict=True):
         for name, value in attributes.items():
-            if name in _TABLES:
+            if name == "_modules":
+                made, removed, module.training = value  # what was made has this mode until the module is given another
+                module._modules.update(made)
+                for each in removed:
+                    module._modules.pop(each, None)
+            elif name in _TABLES:
                 table = module.__dict__[name]
                 for each, tensor in value.items():
                     (table.keep if isinstance(table, MemberTable) else table.__setitem__)(each, tensor)
