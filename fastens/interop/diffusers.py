@@ -1,5 +1,8 @@
 """diffusers: an ensemble of its models is a ``ModelMixin``, so that pipelines move, save and reload it."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +46,10 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
             member = next(self.network.children()) if self._engine is None else self._engine.skeleton
             check_flow_network(type(member).__name__, said)
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(_cache_context, self, found) if name == "cache_context" else found
+
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weights of every member in another dtype than it computes in, by hooks: members are looped then."""
         change_members(self, "enable_layerwise_casting", *args, **kwargs)
@@ -57,6 +64,17 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
     ) -> Ensemble:
         """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
         return Ensemble.from_pretrained(directory, factory, **options)
+
+
+@contextmanager
+def _cache_context(ensemble: Ensemble, context: Any, name: str, **kwargs: Any) -> Iterator[None]:
+    """The members' scope of a call, of which pipelines make one at every step: it tells hooks, where there are any.
+
+    It changes nothing else, so that plans stay.
+    """
+    hooks = (getattr(module, "_diffusers_hook", None) for module in ensemble.network.modules())
+    with context(name, **kwargs) if any(hook is not None and hook.hooks for hook in hooks) else nullcontext():
+        yield
 
 
 def check_flow_network(name: str, said: Prediction) -> None:
