@@ -1,8 +1,8 @@
 """diffusers: an ensemble of its models is a ``ModelMixin``, so that pipelines move, save and reload it."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,9 @@ from fastens.schedules import Flow, Prediction
 # Others are called with sigma or 1 - sigma, some give the velocity's negative, and none of that is in a config.
 _AS_SCHEDULED = """SD3Transformer2DModel WanTransformer3DModel HunyuanVideoTransformer3DModel MochiTransformer3DModel
     LTXVideoTransformer3DModel CogView4Transformer2DModel SkyReelsV2Transformer3DModel""".split()
+
+# What pipelines call at every step and at their end, and what it gives where no hook listens.
+_TOLD_TO_HOOKS: dict[str, Callable[[], Any]] = {"cache_context": nullcontext, "_reset_stateful_cache": lambda: None}
 
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
@@ -48,7 +51,7 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        return functools.partial(_cache_context, self, found) if name == "cache_context" else found
+        return functools.partial(_told, self, name, found) if name in _TOLD_TO_HOOKS else found
 
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weights of every member in another dtype than it computes in, by hooks: members are looped then."""
@@ -66,15 +69,10 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
         return Ensemble.from_pretrained(directory, factory, **options)
 
 
-@contextmanager
-def _cache_context(ensemble: Ensemble, context: Any, name: str, **kwargs: Any) -> Iterator[None]:
-    """The members' scope of a call, of which pipelines make one at every step: it tells hooks, where there are any.
-
-    It changes nothing else, so that plans stay.
-    """
+def _told(ensemble: Ensemble, name: str, tell: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Tell the members' hooks, where there are any: nothing else changes, so that plans stay."""
     hooks = (getattr(module, "_diffusers_hook", None) for module in ensemble.network.modules())
-    with context(name, **kwargs) if any(hook is not None and hook.hooks for hook in hooks) else nullcontext():
-        yield
+    return tell(*args, **kwargs) if any(hook is not None and hook.hooks for hook in hooks) else _TOLD_TO_HOOKS[name]()
 
 
 def check_flow_network(name: str, said: Prediction) -> None:

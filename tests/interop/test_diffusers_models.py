@@ -318,6 +318,9 @@ def test_scopes_that_pipelines_make_of_every_call_leave_plans_and_reach_hooks(ho
             super().__init__()
             self.manager = StateManager(BaseState)
 
+        def reset_state(self, module):
+            return module
+
         def post_forward(self, module, output):
             return output * (2 if self.manager.context.name == "doubled" else 1)
 
@@ -336,5 +339,6 @@ def test_scopes_that_pipelines_make_of_every_call_leave_plans_and_reach_hooks(ho
                     scopes.enter_context(each.cache_context(name))
                 expected = torch.stack([member(**call).sample for member in members]).mean(0)
                 assert relative_error(ensemble(**call).sample, expected) < 1e-5
+    ensemble._reset_stateful_cache()  # as pipelines do at their end
     states = [each.state for each in ensemble.report().calls]
     assert hooked or states == ["planned"]
