@@ -21,6 +21,7 @@ from fastens.io import containers, described, hub, stacks
 from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
+from fastens.modes import evaluating, moved
 from fastens.network.stacking import AS_THEY_ARE, Placement, make_skeleton, tensors_of
 from fastens.pickled import KINDS, rebuild
 from fastens.settings import check_settings
@@ -57,7 +58,7 @@ class Checkpoints(Sequence[nn.Module]):
             return [self[i] for i in range(*k.indices(len(self)))]
         member = load_member(self.paths[k], self._factory and self._make, self._wishes[k], self._allow_pickle)
         self._made.add(member)
-        return member.to(*self._place.arguments) if self._place.changes else member
+        return moved(member, *self._place.arguments) if self._place.changes else member
 
     def _make(self) -> nn.Module:
         assert self._factory is not None
@@ -283,7 +284,7 @@ def load_ensemble(
         name = config["member_class"].rpartition(":")[2]
         numbers = sum(stack.numel() for stack in found.values())
         member = described.make(file, name, config["member_config"], numbers)
-    skeleton = make_skeleton(member.eval())
+    skeleton = make_skeleton(evaluating(member))
     shared = frozenset(config["shared"])
     _check_fit(weights, skeleton, found, shared, num_members)
     wanted: dict[str, Tensor] = {}
@@ -294,7 +295,7 @@ def load_ensemble(
             stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
     content = (skeleton, wanted, shared)
-    ensemble = rebuild(num_members, config["rule"], settings, content, KINDS["masks" in settings]).eval()
+    ensemble = evaluating(rebuild(num_members, config["rule"], settings, content, KINDS["masks" in settings]))
     return ensemble if device is None else ensemble.to(device)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
+from fastens.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -29,7 +30,7 @@ def squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict
         ValueError: no data, losses that are not one number per sample, or parameters without gradient.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        return _squared_gradients(copy.deepcopy(model).eval(), loss, data)
+        return _squared_gradients(evaluating(copy.deepcopy(model)), loss, data)
 
 
 def _squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict[str, Tensor]:

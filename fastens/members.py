@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastens.internal import engine_of
+from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.stacking import make_skeleton, replaced, tensors_of
@@ -86,8 +87,8 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
         raise TypeError(f"member is a {type(member).__name__}, expected a torch.nn.Module or a state_dict")
     with torch.inference_mode(False):
         if engine is None:
-            own = copied(module).train(ensemble.training)
-            ensemble.network.register_module(str(k), own.to(ensemble.device))
+            own = moved(in_mode(copied(module), ensemble.training), ensemble.device)
+            ensemble.network.register_module(str(k), own)
         else:
             _write(engine, k, module)
     ensemble.refresh()

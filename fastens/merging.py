@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
 from fastens.internal import engine_of, settings_of, why_looped
+from fastens.modes import evaluating
 from fastens.network.alike import first_difference
 from fastens.network.stacking import DifferentMembers, check_members, replaced, tensors_of
 from fastens.pickled import rebuild
@@ -77,7 +78,7 @@ def merge(
         merged = totals[name].to(like.dtype)
         return nn.Parameter(merged, like.requires_grad) if isinstance(like, nn.Parameter) else merged
 
-    return replaced(first, {name: own(name, tensor) for name, tensor in tensors_of(first).items()}).eval()
+    return evaluating(replaced(first, {name: own(name, tensor) for name, tensor in tensors_of(first).items()}))
 
 
 def merge_weights(
@@ -195,7 +196,7 @@ class _Candidates:
             stacks = {n: nn.Parameter(x, n in sums) if n in parameters else x for n, x in stacks.items()}
             settings = {**settings_of(self._source), "engine": "fold"}
             made = rebuild(count, Mean(), settings, (engine.skeleton, stacks, frozenset(self._kept)), Ensemble)
-            self._ensemble = made.eval()
+            self._ensemble = evaluating(made)
         else:
             own = tensors_of(self._ensemble.network)
             with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +16,23 @@ from fastens.aggregation import by_kernels, of_each_row
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.entering import entering
 from fastens.engine.row_by_row import each_member
+from fastens.fold.tensor import MemberTensor
+from fastens.holders import Contexts, Holders, in_turn, is_context
 from fastens.internal import (
     arguments_of,
     combine,
     draws_of,
     engine_of,
-    forget,
     output_of_member,
     prediction_of,
     settings_of,
     take,
 )
-from fastens.network.member_tables import called, settle
 from fastens.network.state import Rollback
 from fastens.ops.aggregate import aggregate
+from fastens.outputs import columns, is_scores
 
 if TYPE_CHECKING:
-    from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
 
 
@@ -41,6 +42,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     A method that is called with tensors is evaluated for all members, and what differs between them is combined as the
     results of ``forward`` are. One that is not is called on the network of all members, to set what it sets; where that
     fails, as where it computes new weights from those of each member, on every member, which the ensemble takes anew.
+    Of the context managers and the generators that it returns, the code runs later: for all members too.
     """
     engine = engine_of(ensemble)
     leaves = pytree.tree_leaves((args, kwargs))
@@ -48,21 +50,7 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
         member = next(ensemble.network.children()) if engine is None else ensemble.network
         return getattr(type(member), name)(ensemble, *args, **kwargs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        if engine is None:
-            first, *_ = [getattr(member, name)(*args, **kwargs) for member in ensemble.network.children()]
-            return first
-        if any(map(any, engine.own_states()[0])):
-            result = set_members(engine, name, *args, **kwargs)
-            return ensemble if result is engine.views[0] else result
-        before = Rollback(ensemble.network)
-        try:
-            result = getattr(ensemble.network, name)(*args, **kwargs)
-        except Exception:
-            if not before.restore() or not engine.kind.own_weights:
-                raise
-            return change_members(ensemble, name, *args, **kwargs)
-        forget(ensemble)
-        return ensemble if result is ensemble.network else result
+        return _called(ensemble, name, args, kwargs)
     if torch.compiler.is_compiling():  # whether members return the same is a question of values
         return drawn_pass(functools.partial(_combined, ensemble, name), args, kwargs)
     return _combined(ensemble, name, args, kwargs)
@@ -82,26 +70,62 @@ def _combined(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict
     return combine(ensemble, outputs, lambda scores: alike_or_combined(ensemble, name, scores, bool(parameters)))
 
 
-def set_members(engine: Engine, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a method on every member of a loop, which have state of their own; return what the first returns."""
-    with called():
-        first, *_ = [getattr(view, name)(*args, **kwargs) for view in engine.views]
-    for view in engine.views:
-        settle(view, keeps=True)
-    return first
+def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method without tensors on whatever holds the members' Python state."""
+    holders, network = Holders(ensemble), ensemble.network
+    if holders.modules != [network]:
+        with holders.running():
+            results = [getattr(each, name)(*args, **kwargs) for each in holders.modules]
+        return returned(holders, name, results)
+    engine, before = engine_of(ensemble), Rollback(network)
+    try:
+        with holders.running():
+            result = getattr(network, name)(*args, **kwargs)
+    except Exception:
+        if not before.restore() or engine is None or not engine.kind.own_weights:
+            raise
+        return change_members(ensemble, name, *args, **kwargs)
+    return returned(holders, name, [result])
+
+
+def returned(holders: Holders, name: str, results: list[Any]) -> Any:
+    """One value of what a method without tensors gave for all members.
+
+    The ensemble where that is the member, and what is made of scores as a result of ``forward`` is: in the network of
+    all members these are tensors with a value for each.
+    """
+    ensemble, first = holders.ensemble, results[0]
+    if first is holders.modules[0]:
+        return ensemble
+    if is_context(first):
+        return Contexts(holders, results, functools.partial(returned, holders, name))
+    if isinstance(first, types.GeneratorType):
+        return in_turn(holders, results, functools.partial(returned, holders, name))
+    if len(results) == 1:  # of the network
+        return pytree.tree_map_only(MemberTensor, lambda x: _of_network(ensemble, name, x), first)
+    if not any(isinstance(x, Tensor) and is_scores(x) for x in pytree.tree_leaves(first)):
+        return first
+    return combine(ensemble, columns(results), lambda scores: alike_or_combined(ensemble, name, scores, False))
+
+
+def _of_network(ensemble: Ensemble, name: str, value: MemberTensor) -> Tensor:
+    """What a method of the network of all members returned: its stacks as they are, else combined."""
+    stack = value.stack
+    if any(stack is held for held in (*ensemble.network.parameters(), *ensemble.network.buffers())):
+        return stack
+    return combine(ensemble, [stack, pytree.tree_structure(0)], lambda x: alike_or_combined(ensemble, name, x, False))
 
 
 def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call a method on every member, and make the ensemble of what they have become; its parameters are new ones.
 
     Returns:
-        What the method returned, the ensemble where that was the member.
+        What the method returned, the ensemble where that was the member; see :func:`returned`.
     """
     members = list(ensemble.members)
-    first, *_ = [getattr(member, name)(*args, **kwargs) for member in members]
-    result = ensemble if first is members[0] else first
+    results = [getattr(member, name)(*args, **kwargs) for member in members]
     take(ensemble, members)
-    return result
+    return returned(Holders(ensemble, members), name, results)
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bool) -> Tensor:

@@ -29,6 +29,7 @@ LEVELS = [  # a module imports from its own level or below
         "schemes",
         "adapters",
         "methods",
+        "holders",
         "generators",
         "settings",
         "members",
@@ -57,6 +58,7 @@ LEVELS = [  # a module imports from its own level or below
         "reproducible",
         "files",
         "io",
+        "modes",
         "provenance",
         "proven",
         "scopes",
@@ -197,3 +199,19 @@ def test_no_private_of_another_class_is_read():
         if ast.unparse(node.value) not in ("self", "cls", "super()")
     ]
     assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_is_taken_from_a_change_of_its_mode(path):
+    """A class's own ``train()`` may return nothing; fastens/modes.py returns the module itself."""
+    tree = ast.parse(path.read_text())
+    alone = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    taken = [
+        ast.unparse(node)
+        for node in set(ast.walk(tree)) - alone
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("eval", "train", "to_empty")
+        and ast.unparse(node.func) != "xgboost.train"
+    ]
+    assert not taken

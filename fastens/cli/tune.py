@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastens.cli.parsing import DTYPES, add_members, command, members_of, positive
+from fastens.modes import evaluating, moved
 
 
 def add(commands: Any) -> None:
@@ -40,10 +41,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("tune measures on a GPU, and torch sees none; on the CPU there is nothing to choose")
     one = len(options.checkpoints) == 1
     paths = options.checkpoints * (options.members or 1) if one else options.checkpoints
-    members = [member.to(memory_format=torch.channels_last) for member in members_of(options, paths)]
+    members = [moved(member, memory_format=torch.channels_last) for member in members_of(options, paths)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fastens: all .* members hold the same weights")  # as --members asks for
-        ensemble = fastens.Ensemble(members).eval()
+        ensemble = evaluating(fastens.Ensemble(members))
     calls = calls_of(ensemble, options.batch)
     measured = tune(calls, ensemble.device, lambda unknown: tqdm(unknown, unit="shape", desc="measuring"))
     print(f"{measured} of {len(calls)} shapes measured, the others were known: {TABLE.path}")

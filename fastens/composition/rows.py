@@ -14,6 +14,7 @@ from fastens.device import device_of
 from fastens.engine.arguments import Arguments, PerMember
 from fastens.ensemble import Ensemble
 from fastens.internal import is_fresh
+from fastens.modes import evaluating, moved
 from fastens.network.state import random_kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -149,13 +150,13 @@ def check_rows(ensemble: Ensemble, joined: Call, calls: Sequence[Call], batch: i
     member = ensemble.members[0]
     if any(member is each for each in ensemble.modules()):
         raise Apart("a member that cannot be copied cannot be asked whether it mixes rows")
-    member = member.eval()
+    evaluating(member)
     with random_kept(), torch.autocast(device_of(ensemble.device).autocast, enabled=False):
         try:
-            member, wide = member.double(), torch.float64
+            member, wide = moved(member, torch.float64), torch.float64
             together = [_first(member, joined, wide) for _ in range(2)]
         except Exception:  # it holds its dtype by itself
-            member, wide = ensemble.members[0].eval(), None
+            member, wide = evaluating(ensemble.members[0]), None
             together = [_first(member, joined, wide) for _ in range(2)]
         if not torch.equal(together[0], together[1]):
             return

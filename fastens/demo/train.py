@@ -23,6 +23,7 @@ from fastens.demo import members_folder
 from fastens.demo.data import LOADERS
 from fastens.ensemble import Ensemble
 from fastens.files import write_json
+from fastens.modes import evaluating, in_mode
 from fastens.training import training_step
 
 MODEL = {
@@ -90,7 +91,7 @@ def train_together(
     Returns:
         For each member its model with averaged weights, and its mean loss of every hundred steps.
     """
-    ensemble = Ensemble([new_member(seed, model) for seed in seeds], engine="fold").train()
+    ensemble = in_mode(Ensemble([new_member(seed, model) for seed in seeds], engine="fold"), True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler = make_scheduler()
 
@@ -103,7 +104,7 @@ def train_together(
 
     losses = optimise(list(ensemble.parameters()), steps, step, progress)
     columns = [[round(value, 6) for value in column] for column in torch.stack(losses).T.tolist()]
-    return [(member.eval(), column) for member, column in zip(ensemble.members, columns, strict=True)]
+    return [(evaluating(member), column) for member, column in zip(ensemble.members, columns, strict=True)]
 
 
 def train_member(
@@ -124,7 +125,7 @@ def train_member(
         return loss.detach()
 
     losses = optimise(list(network.parameters()), steps, step, progress)
-    return network.eval(), [round(float(value), 6) for value in losses]
+    return evaluating(network), [round(float(value), 6) for value in losses]
 
 
 def optimise(parameters: list[Any], steps: int, step: Callable[[Any], Tensor], progress: Any) -> list[Tensor]:

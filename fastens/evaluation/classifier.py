@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastens.modes import evaluating
+
 FEATURES = 32
 
 
@@ -56,4 +58,4 @@ def train_classifier(images: Tensor, labels: Tensor, *, epochs: int = 20, seed: 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return network.eval()
+    return evaluating(network)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastens.modes import evaluating
+
 WIDTH = 2048
 CLASSES = 1008
 SIZE = 299
@@ -197,7 +199,7 @@ def _scripted(path: Path) -> Callable[[Tensor], Tensor] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            module = torch.jit.load(str(path), map_location="cpu").eval()
+            module = evaluating(torch.jit.load(str(path), map_location="cpu"))
         except RuntimeError:
             return None
     arguments = {argument.name for argument in module.forward.schema.arguments}
@@ -228,4 +230,4 @@ def _from_weights(path: Path) -> Inception:
         )
     state = {name: torch.zeros((), dtype=torch.int64) for name in optional} | state
     network.load_state_dict(state, assign=True)
-    return network.float().requires_grad_(False).eval()
+    return evaluating(network.float().requires_grad_(False))

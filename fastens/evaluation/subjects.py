@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastens.ensemble import Ensemble
 from fastens.evaluation.classifier import Classifier, train_classifier
 from fastens.evaluation.denoiser import Denoiser
+from fastens.modes import evaluating
 from fastens.parameterisation import resolve
 from fastens.schedules import Discrete, Prediction, Schedule
 
@@ -210,7 +211,7 @@ def _random_features(images: Tensor, half: int) -> tuple[Callable[[Tensor], Tens
         f"features: {WIDTH} of a convolutional network with random weights (Naeem et al., ICML 2020), which "
         "compare samples of one data set and are no FID; --inception FILE takes FID's network"
     )
-    return RandomFeatures(images.shape[1]).eval(), None, note
+    return evaluating(RandomFeatures(images.shape[1])), None, note
 
 
 def scheduler_in(folder: Path) -> Any:

@@ -1,5 +1,8 @@
 """diffusers: an ensemble of its models is a ``ModelMixin``, so that pipelines move, save and reload it."""
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,9 @@ from fastens.schedules import Flow, Prediction
 # Others are called with sigma or 1 - sigma, some give the velocity's negative, and none of that is in a config.
 _AS_SCHEDULED = """SD3Transformer2DModel WanTransformer3DModel HunyuanVideoTransformer3DModel MochiTransformer3DModel
     LTXVideoTransformer3DModel CogView4Transformer2DModel SkyReelsV2Transformer3DModel""".split()
+
+# What pipelines call at every step and at their end, and what it gives where no hook listens.
+_TOLD_TO_HOOKS: dict[str, Callable[[], Any]] = {"cache_context": nullcontext, "_reset_stateful_cache": lambda: None}
 
 __all__ = ["DiffusersEnsemble", "DiffusersMCDropout", "ModelMixin", "VarianceMaps", "ensemble_class"]
 
@@ -43,6 +49,10 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
             member = next(self.network.children()) if self._engine is None else self._engine.skeleton
             check_flow_network(type(member).__name__, said)
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return functools.partial(_told, self, name, found) if name in _TOLD_TO_HOOKS else found
+
     def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weights of every member in another dtype than it computes in, by hooks: members are looped then."""
         change_members(self, "enable_layerwise_casting", *args, **kwargs)
@@ -57,6 +67,12 @@ class DiffusersEnsemble(Ensemble, ModelMixin):  # pyright: ignore[reportIncompat
     ) -> Ensemble:
         """Read a saved ensemble; takes the keywords with which a pipeline loads its parts (``torch_dtype``, ...)."""
         return Ensemble.from_pretrained(directory, factory, **options)
+
+
+def _told(ensemble: Ensemble, name: str, tell: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Tell the members' hooks, where there are any: nothing else changes, so that plans stay."""
+    hooks = (getattr(module, "_diffusers_hook", None) for module in ensemble.network.modules())
+    return tell(*args, **kwargs) if any(hook is not None and hook.hooks for hook in hooks) else _TOLD_TO_HOOKS[name]()
 
 
 def check_flow_network(name: str, said: Prediction) -> None:

@@ -13,6 +13,7 @@ from fastens.io import containers, described, folders
 from fastens.io.choice import NoFit, Wish, check_not_empty, choose, load_into
 from fastens.io.contents import Contents, Entry
 from fastens.io.names import EMA, UNCLEAR, kind_of, unwrapped
+from fastens.modes import evaluating
 
 Factory = Callable[[], nn.Module]
 _NETWORKS = ("net", "model", "G", "network", "unet", "denoiser")  # names in snapshots
@@ -41,7 +42,7 @@ def load_member(path: Path, factory: Factory | None, wish: Wish, trusted: bool) 
     contents = folders.read(path, wish, trusted) if folder else containers.read(path, trusted)
     make = factory or (_diffusers_factory(path, config, contents) if folder else None)
     if make is None:
-        return _held(contents, wish).eval()
+        return evaluating(_held(contents, wish))
     network = _made(make)
     if factory is None:
         name = type(network).__name__
@@ -56,7 +57,7 @@ def load_member(path: Path, factory: Factory | None, wish: Wish, trusted: bool) 
         loaded = _by_its_own_code(network, contents, wish)
         if loaded is None:
             raise
-    return loaded.eval()
+    return evaluating(loaded)
 
 
 def _made(make: Factory) -> nn.Module:

@@ -14,6 +14,7 @@ from fastens.ensemble import Ensemble
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.loss import times_at
 from fastens.evaluation.progress import Progress
+from fastens.modes import evaluating, in_mode
 from fastens.schedules import Prediction
 
 
@@ -135,7 +136,8 @@ def distill(
         )
     draw = _drawer(data, conditions or {}, data_range)
     teacher = Denoiser(ensemble, schedule, prediction)
-    trained = copy.deepcopy(student).train().requires_grad_(True)
+    trained = in_mode(copy.deepcopy(student), True)
+    trained.requires_grad_(True)
     of_student = Denoiser(trained, teacher.schedule, student_prediction or teacher.prediction)
     parameters = list(trained.parameters())
     average = torch.optim.swa_utils.AveragedModel(trained, avg_fn=_average(ema), use_buffers=True)
@@ -164,7 +166,7 @@ def distill(
                 losses.append(float(torch.stack(recent).mean()))
                 recent = []
             bar.update(1)
-    return Distilled(average.module.eval(), losses)
+    return Distilled(evaluating(average.module), losses)
 
 
 def _average(decay: float) -> Callable[[Tensor, Tensor, Any], Tensor]:

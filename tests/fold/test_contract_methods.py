@@ -1,5 +1,8 @@
 """What is called and set on an ensemble as on a member: methods, setters, hooks."""
 
+import copy
+import warnings
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -202,3 +205,136 @@ def test_a_hook_on_the_ensemble_itself_is_the_ensembles():
     expected = torch.stack(held.loop(x)).mean(0) + 1
     near(held.ensemble(x), expected)
     handle.remove()
+
+
+class Scoped(nn.Module):
+    """Methods without tensors whose code runs later, or returns tensors."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, width), nn.Linear(width, 4)
+        self.options, self.scale = {"scale": 1.0}, 1.0
+
+    def forward(self, x):
+        return self.outer(self.inner(x).tanh()) * self.options["scale"] * self.scale
+
+    def set_option(self, value):
+        self.options["scale"] = value
+
+    @contextmanager
+    def option(self, value):
+        kept, self.options["scale"] = self.options["scale"], value
+        try:
+            yield self
+        finally:
+            self.options["scale"] = kept
+
+    @contextmanager
+    def attribute(self, value):
+        kept, self.scale = self.scale, value
+        try:
+            yield self
+        finally:
+            self.scale = kept
+
+    @contextmanager
+    def weights(self, value):
+        """As a scope of averaged weights writes them."""
+        kept = self.outer.weight.detach().clone()
+        self.outer.weight.data.mul_(value)
+        try:
+            yield self
+        finally:
+            self.outer.weight.data.copy_(kept)
+
+    def options_in_turn(self):
+        for value in (3.0, 2.0, 1.0):
+            self.options["scale"] = value
+            yield value
+
+    def sample(self, rows):
+        x = torch.linspace(-1.0, 1.0, 4).expand(rows, 4)
+        for _ in range(3):
+            x = x + self(x)
+        return {"sample": x, "rows": rows}
+
+    def steps(self, rows):
+        x = torch.linspace(-1.0, 1.0, 4).expand(rows, 4)
+        for _ in range(3):
+            x = x + self(x)
+            yield x
+
+    def sampled_in_steps(self, rows):
+        return list(self.steps(rows))[-1]
+
+
+def scoped(engine):
+    """Members, and an ensemble of copies of them that has been called."""
+    members = []
+    for k in range(3):
+        torch.manual_seed(k)
+        members.append(Scoped(6 if engine == "apart" and k == 0 else 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine.replace("apart", "auto"))
+    agree(ensemble, members)
+    return ensemble, members
+
+
+def agree(ensemble, members):
+    x = torch.linspace(-2.0, 2.0, 12).reshape(3, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            near(ensemble(x), torch.stack([member(x) for member in members]).mean(0))
+
+
+ENGINES = pytest.mark.parametrize("engine", ["auto", "loop", "apart"])
+
+
+@ENGINES
+def test_a_method_that_writes_where_nothing_tells_reaches_all_members(engine):
+    ensemble, members = scoped(engine)
+    for value in (3.0, 1.0):
+        for each in (ensemble, *members):
+            each.set_option(value)
+        agree(ensemble, members)
+
+
+@ENGINES
+@pytest.mark.parametrize("method", ["option", "attribute", "weights"])
+def test_context_managers_of_members_are_entered_and_left_for_all(method, engine):
+    ensemble, members = scoped(engine)
+    for value in (3.0, 2.0):
+        with ExitStack() as entered:
+            for each in (ensemble, *members):
+                assert entered.enter_context(getattr(each, method)(value)) is each
+            agree(ensemble, members)
+        agree(ensemble, members)
+    with pytest.raises(ZeroDivisionError), getattr(ensemble, method)(3.0):
+        raise ZeroDivisionError
+    agree(ensemble, members)
+
+
+@ENGINES
+def test_generators_of_members_run_for_all(engine):
+    ensemble, members = scoped(engine)
+    values = []
+    for value, *_ in zip(ensemble.options_in_turn(), *(member.options_in_turn() for member in members), strict=True):
+        values.append(value)
+        agree(ensemble, members)
+    assert values == [3.0, 2.0, 1.0]
+    with torch.no_grad():
+        found, theirs = list(ensemble.steps(2)), [list(member.steps(2)) for member in members]
+    for x, *expected in zip(found, *theirs, strict=True):
+        near(x, torch.stack(expected).mean(0))
+
+
+@ENGINES
+def test_what_a_method_without_tensors_returns_is_combined(engine):
+    ensemble, members = scoped(engine)
+    with torch.no_grad():
+        found = ensemble.sample(2)
+        near(found["sample"], torch.stack([member.sample(2)["sample"] for member in members]).mean(0))
+        near(ensemble.sampled_in_steps(2), torch.stack([member.sampled_in_steps(2) for member in members]).mean(0))
+    assert found["rows"] == 2
+    assert type(found["sample"]) is torch.Tensor

@@ -1,14 +1,17 @@
 """An ensemble of diffusers models does what diffusers' own tests of a model ask of one: files, attributes, settings."""
 
 import copy
+import functools
 import json
 import logging
+from contextlib import ExitStack
 
 import diffusers
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
 
 import fastens
 from tests.networks import dit, randomised, small_unet, unet_2d_condition
@@ -287,3 +290,55 @@ def test_hooks_of_diffusers_belong_to_their_member():
     with pytest.warns(UserWarning, match=r"one by one: conv_in\.forward reaches"):
         ensemble = fastens.Ensemble(nets)
     assert relative_error(evaluated(ensemble), looped(nets)) < 1e-6
+
+
+def flux(seed):
+    torch.manual_seed(seed)
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 2, 2),
+    ).eval()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_scopes_that_pipelines_make_of_every_call_leave_plans_and_reach_hooks(hooked):
+    """Transformers' pipelines call them in ``cache_context``, which tells stateful hooks what is called."""
+
+    class Doubles(ModelHook):
+        _is_stateful = True
+
+        def __init__(self):
+            super().__init__()
+            self.manager = StateManager(BaseState)
+
+        def reset_state(self, module):
+            return module
+
+        def post_forward(self, module, output):
+            return output * (2 if self.manager.context.name == "doubled" else 1)
+
+    members, given = ([flux(seed) for seed in range(2)] for _ in range(2))
+    for each in (*members, *given) if hooked else ():
+        HookRegistry.check_if_exists_or_initialize(each.proj_out).register_hook(Doubles(), "doubles")
+    ensemble = fastens.Ensemble(given)
+    generator = torch.Generator().manual_seed(0)
+    drawn = functools.partial(torch.randn, generator=generator)
+    call = {"hidden_states": drawn(1, 6, 4), "encoder_hidden_states": drawn(1, 5, 8), "timestep": torch.tensor([0.5])}
+    call |= {"pooled_projections": drawn(1, 8), "img_ids": drawn(6, 3), "txt_ids": torch.zeros(5, 3)}
+    with torch.no_grad():
+        for name in ("plain", "doubled", "plain", "doubled", "plain"):
+            with ExitStack() as scopes:
+                for each in (ensemble, *members):
+                    scopes.enter_context(each.cache_context(name))
+                expected = torch.stack([member(**call).sample for member in members]).mean(0)
+                assert relative_error(ensemble(**call).sample, expected) < 1e-5
+    ensemble._reset_stateful_cache()  # as pipelines do at their end
+    states = [each.state for each in ensemble.report().calls]
+    assert hooked or states == ["planned"]
