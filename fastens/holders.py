@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,10 @@ class Contexts:
 
 
 def is_context(value: Any) -> bool:
-    """Whether a value is there to be entered."""
-    return isinstance(value, AbstractContextManager) and not isinstance(value, nn.Module)
+    """Whether a value is there to be entered, and code of the members may run then: no device, lock, file or mode."""
+    library = type(value).__module__.partition(".")[0]
+    foreign = library != "contextlib" and (library in sys.stdlib_module_names or library in ("torch", "numpy"))
+    return isinstance(value, AbstractContextManager) and not isinstance(value, nn.Module) and not foreign
 
 
 def in_turn(

@@ -29,6 +29,7 @@ from fastens.internal import (
     take,
 )
 from fastens.network.state import Rollback
+from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns, is_scores
 
@@ -79,8 +80,11 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
         return returned(holders, name, results)
     engine, before = engine_of(ensemble), Rollback(network)
     try:
-        with holders.running():
+        with holders.running(), listed_as_read():
             result = getattr(network, name)(*args, **kwargs)
+        if any(isinstance(x, torch.optim.Optimizer) for x in pytree.tree_leaves(result)):  # it is to train the stacks
+            with holders.running():
+                result = getattr(network, name)(*args, **kwargs)
     except Exception:
         if not before.restore() or engine is None or not engine.kind.own_weights:
             raise

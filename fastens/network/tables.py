@@ -92,6 +92,14 @@ def alone(k: int) -> AbstractContextManager[Any]:
     return scope(_ALONE, k)
 
 
+_LISTED: contextvars.ContextVar[bool] = contextvars.ContextVar("listed", default=False)
+
+
+def listed_as_read() -> AbstractContextManager[Any]:
+    """Scope of the network's own code outside a pass, to which parameters are listed as its members have them."""
+    return scope(_LISTED, True)
+
+
 def _asked_by_name() -> bool:
     """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has.
 
@@ -193,7 +201,7 @@ class Stacks(dict[str, Any]):
 
     def _in_pass(self) -> bool:
         fold = current_fold()
-        return fold is not None and id(self) in fold.tables
+        return _LISTED.get() if fold is None else id(self) in fold.tables
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
