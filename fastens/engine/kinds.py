@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.entering import call
 from fastens.fold.dropouts import BY_TORCH, Dropouts
@@ -46,7 +48,9 @@ class MemberKind:
 
     def call(self, engine: FoldedMembers, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns, of plain tensors."""
-        with called():
+        modes = member.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = k, method, modes, engine.guards.barrier.writes, *((x.shape, x.dtype) for x in arguments.tensors)
+        with called(), engine.questions.answered(member, kind, reproducible.enabled()):
             return call(member, method, *arguments.of_member(k))
 
     def network_of(self, hidden: Hidden, network: nn.Module) -> nn.Module | None:
