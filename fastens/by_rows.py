@@ -81,7 +81,8 @@ class ByRows(nn.Module):
     ) -> AbstractContextManager[None]:
         """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
 
-        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone.
+        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone: a generator that
+        yields inside, and is resumed by another, finds no members assigned there, and is told so only if it ends there.
 
         Args:
             members: int64 [B], the member of each row; or a sequence of integers.

@@ -14,6 +14,7 @@ from fastens.engine.guards import Guards
 from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
+from fastens.network.asked import Questions
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
@@ -38,6 +39,7 @@ class StackedMembers:
     Attributes:
         network: the folded network, which owns the stacks.
         guards: the state of the network, and what counts writes to it.
+        questions: what members' own code asks of their weights.
         tensors: the stacks, in the order in which a compiled graph takes them.
     """
 
@@ -54,6 +56,7 @@ class StackedMembers:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
         self.network = build_network(skeleton, stacks, shared, num_members)
         self.guards = Guards(self.network)
+        self.questions = Questions()
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
         held_once = shared - self._one_object if kind.own_weights else ()
@@ -73,7 +76,10 @@ class StackedMembers:
     def weights_now(self) -> list[Any]:
         """What changes where somebody writes to parameters: to the stacks, or to the members that were handed in."""
         given = [] if self.originals is None else self.originals.parameters()
-        return [as_it_is(p) for p in (*self.network.parameters(), *given)]
+        stacks = [
+            x for _, module, table in tables_of(self.network) if table is module._parameters for x in table.stacks()
+        ]
+        return [as_it_is(p) for p in (*stacks, *given)]
 
     @property
     def skeleton(self) -> nn.Module:
