@@ -31,18 +31,17 @@ class Questions:
         self._asked = False
         self._watched: set[Any] = set()
 
-    def answered(self, member: nn.Module, kind: Any, always: bool) -> AbstractContextManager[Any]:
+    def answered(self, member: nn.Module, kind: Any) -> AbstractContextManager[Any]:
         """Scope of a call of a member.
 
         Args:
             member: whose tables may be of parts of stacks.
-            kind: what tells this call from others.
-            always: whether the call is not to differ from others of its kind.
+            kind: what tells this call from others; none where it is always watched.
         """
         parts = parts_of(member)
-        if parts is None or torch.compiler.is_dynamo_compiling():
+        if parts is None:
             return nullcontext()
-        if not (self._asked or always):
+        if not (self._asked or kind is None):
             if kind in self._watched:
                 return nullcontext()
             if len(self._watched) >= _MOST:

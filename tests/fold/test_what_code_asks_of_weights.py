@@ -63,6 +63,29 @@ def test_a_weight_answers_as_a_members_own(asks, engine, of, grad):
             near(ensemble(X, T), expected)
 
 
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("rows", [None, [0, 2]], ids=["all members", "assigned"])
+@pytest.mark.parametrize("asks", ["is_leaf", "grad_fn"])
+def test_passes_over_some_members_or_rows_answer_alike(asks, rows, engine):
+    members = [made(lambda _: Asks(asks, "weight"), k) for k in range(3)]
+    ensemble = fastens.Ensemble(members, engine=engine, max_fold=2)
+    outputs = torch.stack([member(X, T) for member in members])
+    for _ in range(3):
+        if rows is None:
+            near(ensemble(X, T), outputs.mean(0))
+        else:
+            with ensemble.assigned(rows):
+                near(ensemble(X, T), outputs[rows, range(2)])
+    assert ensemble.engine == engine
+
+
+@pytest.mark.parametrize(("engine", "asks"), [("loop", "is_leaf"), ("loop", "_base"), ("fold", "is_leaf")])
+def test_a_compiled_ensemble_answers_alike(asks, engine):
+    members = [made(lambda _: Asks(asks, "weight"), k) for k in range(2)]
+    compiled = torch.compile(fastens.Ensemble(members, engine=engine), backend="aot_eager")
+    near(compiled(X, T), torch.stack([member(X, T) for member in members]).mean(0))
+
+
 def test_gradients_are_each_members_own_in_a_loop():
     class Looks(nn.Module):
         def __init__(self):
