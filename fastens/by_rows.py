@@ -13,6 +13,7 @@ from fastens.adaptive import refuse_adaptive
 from fastens.draws import Assignment, Evaluation, assignment_of
 from fastens.engine.arguments import Arguments
 from fastens.engine.drawn import run_drawn
+from fastens.engine.guards import refuse_tracers
 from fastens.engine.row_by_row import each_row
 from fastens.outputs import columns
 
@@ -46,6 +47,7 @@ class ByRows(nn.Module):
 
     def _begin(self: Any, arguments: Arguments) -> Evaluation:
         """Start an evaluation; what it draws depends on its number, and on the trajectory's seed where there is one."""
+        refuse_tracers()  # a graph would repeat what is drawn
         evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
@@ -81,7 +83,8 @@ class ByRows(nn.Module):
     ) -> AbstractContextManager[None]:
         """Scope in which each row is evaluated by its own member, whatever the rule, at the price of one member a row.
 
-        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone.
+        Rows i, i+B, i+2B, ... of a guided batch are one sample. It is this thread's, or task's, alone: a generator that
+        yields inside, and is resumed by another, finds no members assigned there, and is told so only if it ends there.
 
         Args:
             members: int64 [B], the member of each row; or a sequence of integers.

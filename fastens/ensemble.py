@@ -297,7 +297,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         Raises:
             IndexError: no member k.
             TypeError: neither a module nor a mapping.
-            ValueError: it differs in more than its weights, in dtype, or in what is one object in all; nothing changed.
+            ValueError: it differs in more than weights, unless members do; in dtype; in what is one object in all.
         """
         replace_member(self, k, member)
 

@@ -87,6 +87,7 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
         raise TypeError(f"member is a {type(member).__name__}, expected a torch.nn.Module or a state_dict")
     with torch.inference_mode(False):
         if engine is None:
+            _check_dtypes(list(ensemble.network.children())[k], module, k)
             own = moved(in_mode(copied(module), ensemble.training), ensemble.device)
             ensemble.network.register_module(str(k), own)
         else:
@@ -116,6 +117,15 @@ def _write(engine: Any, k: int, module: nn.Module) -> None:
         if name not in engine.shared:
             with torch.no_grad():
                 stack[k].copy_(tensors[name].detach())
+
+
+def _check_dtypes(before: nn.Module, module: nn.Module, k: int) -> None:
+    """Raise ValueError where a module has tensors of a floating-point dtype that the one before it had not."""
+    old, new = ({t.dtype for t in tensors_of(m).values() if t.is_floating_point()} for m in (before, module))
+    if not new <= old:
+        had = ", ".join(sorted(map(str, old)))
+        found = next(f"{n} is {t.dtype}" for n, t in tensors_of(module).items() if t.dtype in new - old)
+        raise ValueError(f"member {k}: {found}, but {had} in the ensemble; convert it first, as by member.to")
 
 
 def _check_fit(skeleton: nn.Module, module: nn.Module, k: int) -> None:

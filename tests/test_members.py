@@ -111,6 +111,15 @@ def test_tied_tensors_stay_tied():
         assert member.a.weight is member.b.weight
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_member_of_another_dtype_is_refused(alike, x):
+    ens = fastens.Ensemble([small(0), small(1) if alike else nn.Sequential(nn.Linear(5, 5))], engine="loop")
+    expected = ens(x)
+    with pytest.raises(ValueError, match=r"member 1: .* is torch.float64, but torch.float32 in the ensemble; convert"):
+        ens.replace_member(1, ens.members[1].double())
+    assert torch.equal(ens(x), expected)
+
+
 def test_members_of_their_own_structures_are_replaced(x):
     ens = fastens.Ensemble([nn.Sequential(nn.Linear(5, 5)).eval(), nn.Linear(5, 5).eval()], engine="loop")
     new = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).train()

@@ -18,7 +18,7 @@ from fastens.engine.derivatives import Disturbed
 from fastens.engine.drawn import DrawnCall
 from fastens.engine.first import FirstPass
 from fastens.engine.folding import FoldedMembers
-from fastens.engine.guards import observed
+from fastens.engine.guards import observed, refuse_tracers
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory
@@ -103,7 +103,11 @@ class Engine(FoldedMembers):
             arguments: of the call.
             training: the mode of the ensemble.
             method: what is called.
+
+        Raises:
+            RuntimeError: inside ``torch.jit.trace`` or ``make_fx``.
         """
+        refuse_tracers()
         if reproducible.enabled() and not torch.compiler.is_compiling():
             return row_by_row.evaluate(self, arguments, training, method)
         return self.evaluate_at_once(arguments, training, method)
@@ -166,6 +170,7 @@ class Engine(FoldedMembers):
 
     def evaluate_drawn(self, arguments: Arguments, members: Tensor) -> Any:
         """Run for each sample only its member, ``members`` int64 [B] on the CPU; return what a member returns."""
+        refuse_tracers()
         return DrawnCall(self, arguments, members).run()
 
     def can_plan(self, arguments: Arguments) -> bool:
@@ -185,6 +190,7 @@ class Engine(FoldedMembers):
 
         None where no plan of this call does that: then evaluate, and add.
         """
+        refuse_tracers()
         if self.behaviour.looped or reproducible.enabled() or not self.can_plan(arguments):
             return None
         return PlannedCall(self, arguments).run_sum(weights)

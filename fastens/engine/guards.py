@@ -118,6 +118,20 @@ def observed() -> bool:
     return transformed() or any(_owner(mode) not in ("torch", "fastens") for mode in modes)
 
 
+def refuse_tracers() -> None:
+    """Raise where a tracer records what this thread does, plans and checks among it, that no compiler's own call is.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` or ``make_fx`` is in progress.
+    """
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if (proxies or torch._C._is_tracing()) and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{'make_fx' if proxies else 'torch.jit.trace'} does not see through an ensemble: export it first, and "
+            "trace torch.export.export(ens, args).module()"
+        )
+
+
 def modes() -> tuple[bool, bool, bool]:
     """What members' Python may ask torch for and answer by: gradients, inference mode, deterministic algorithms."""
     return (

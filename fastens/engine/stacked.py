@@ -15,6 +15,7 @@ from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
 from fastens.fold.tensor import modules_of, tensors_of
+from fastens.network.asked import Questions
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
@@ -38,6 +39,7 @@ class StackedMembers:
     Attributes:
         network: the folded network, which owns the stacks.
         guards: the state of the network, and what counts writes to it.
+        questions: what members' own code asks of their weights.
         tensors: the stacks, in the order in which a compiled graph takes them.
     """
 
@@ -54,6 +56,7 @@ class StackedMembers:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
         self.network = build_network(skeleton, stacks, shared, num_members)
         self.guards = Guards(self.network)
+        self.questions = Questions()
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
         held_once = shared - self._one_object if kind.own_weights else ()
@@ -77,11 +80,12 @@ class StackedMembers:
             k: the only one of these members that is looked at.
         """
         given = [] if self.originals is None else self.originals.modules()
-        networks = (self.network, *(given if k is None else given[k : k + 1]))
-        return [
-            [as_it_is(p) for _, module in modules_of(each) for p in module._parameters.values() if p is not None]
-            for each in networks
+        given = given if k is None else given[k : k + 1]
+        stacks = [
+            x for _, module, table in tables_of(self.network) if table is module._parameters for x in table.stacks()
         ]
+        own = [[p for _, m in modules_of(each) for p in m._parameters.values() if p is not None] for each in given]
+        return [[as_it_is(p) for p in each] for each in (stacks, *own)]
 
     @property
     def skeleton(self) -> nn.Module:

@@ -79,7 +79,10 @@ def traced(*tensors: Tensor) -> bool:
 
 
 def with_stacks(engine: Engine, given: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
-    """Scope of a trace, which has these in the place of the engine's stacks."""
+    """Scope of a trace, which has these in the place of the engine's stacks: of parameters they are parameters."""
+    for stack, own in zip(engine.tensors, given, strict=True):
+        if isinstance(stack, torch.nn.Parameter) and not isinstance(own, torch.nn.Parameter):
+            own._is_param = True  # by which torch's class of parameters knows its own
     return scope(_STANDING_IN, {id(t): own for t, own in zip(engine.tensors, given, strict=True)})
 
 

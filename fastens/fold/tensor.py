@@ -201,8 +201,9 @@ class MemberTensor(Tensor):
             return MemberTensor(copy.copy(self.stack), self.hidden, self.alias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemberTensor:
-        copied = MemberTensor(self.stack.detach().clone(), self.hidden, self.alias)
-        memo[id(self)] = copied
+        with torch._C.DisableTorchFunction():
+            own = copy.deepcopy(self.stack)  # of a parameter one, and no copy of what autograd made, as in a member
+        copied = memo[id(self)] = MemberTensor(own, self.hidden, self.alias)
         return copied
 
     def set_(self, *args: Any, **kwargs: Any) -> Any:

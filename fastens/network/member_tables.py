@@ -140,7 +140,9 @@ class MemberTable(dict[str, Any]):
             value = value.stack if value.hidden is None else value.stack[0]
         given = self._given.get(name)
         back = given is not None and given[0] is value
-        if name in self.source and name not in self.own and (back or self.source.has_part(name, self.k, value)):
+        with torch._C.DisableTorchFunction():
+            back = back or (name in self.source and self.source.has_part(name, self.k, value))
+        if back and name in self.source and name not in self.own:
             self._put.pop(name, None)
             return
         self._put[name] = value
@@ -221,10 +223,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def parts_of(view: nn.Module) -> weakref.WeakValueDictionary[Any, Tensor] | None:
+    """The parts of stacks that a member read and that are still there, by the mode and the identity of each stack."""
+    table = view._parameters
+    return table.parts if isinstance(table, MemberTable) else None
+
+
 def read_by(view: nn.Module) -> dict[int, int]:
     """The identities of the parts of stacks that a member read and that are still there, with those of the stacks."""
-    table = view._parameters
-    return {id(part): read[1] for read, part in list(table.parts.items())} if isinstance(table, MemberTable) else {}
+    parts = parts_of(view)
+    return {} if parts is None else {id(part): read[1] for read, part in list(parts.items())}
 
 
 def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = False) -> None:

@@ -142,10 +142,7 @@ class Stacks(dict[str, Any]):
         self.barrier: Any = None  # counts what replaces a tensor
 
     def __delitem__(self, name: str) -> None:
-        raise ValueError(
-            f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations or pruning do: "
-            "put those on the members, and make the ensemble of them"
-        )
+        raise _fixed(name)
 
     def withdraw(self, name: str) -> None:
         """Take away what a pass that is undone registered."""
@@ -186,6 +183,10 @@ class Stacks(dict[str, Any]):
             STACKS[memory_of(tensor)] = tensor
         return seen
 
+    def stacks(self) -> list[Tensor]:
+        """What there is of them, whoever asks."""
+        return [tensor for tensor in super().values() if tensor is not None]
+
     def items(self) -> Any:
         """Names and stacks; in a pass of the network, what its members see."""
         if self._in_pass():
@@ -207,6 +208,10 @@ class Stacks(dict[str, Any]):
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
         if isinstance(value, Tensor) and self.holds(name, value):
             return
+        if name not in self and isinstance(value, Tensor) and not self._in_pass():
+            moved = next((n for n in self if self.holds(n, value)), None)
+            if moved is not None:  # pruning does so first, and takes it away next
+                raise _fixed(moved)
         if isinstance(value, MemberTensor):
             self._ndim[name] = value.ndim
             if value.hidden is None:
@@ -274,6 +279,13 @@ class Stacks(dict[str, Any]):
         return stack
 
 
+def _fixed(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations or pruning do: "
+        "put those on the members, and make the ensemble of them"
+    )
+
+
 def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
     """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
     own: Any = stack[k].clone() if copied else stack[k]
@@ -294,18 +306,31 @@ def tables_of(network: nn.Module) -> list[tuple[str, nn.Module, Stacks]]:
     """Every table of a folded network, with the path of its module and the module.
 
     A module that was put in later has tables of its own, which become tables of what all members share.
+
+    Raises:
+        ValueError: its weights have no shape yet.
     """
     names = "_parameters", "_buffers"
     found = [(path, module, name, vars(module).get(name)) for path, module in modules_of(network) for name in names]
     num_members = next((table.num_members for *_, table in found if isinstance(table, Stacks)), None)
     tables: list[tuple[str, nn.Module, Stacks]] = []
     for path, module, name, table in found:
-        if num_members is not None and type(table) is dict and not any(map(is_lazy, table.values())):
+        if num_members is not None and type(table) is dict:
+            _check_made(path, table)
             unsaved = unsaved_in(module, name)
             table = vars(module)[name] = Stacks(table.items(), num_members, table, put_in=True, unsaved=unsaved)
         if isinstance(table, Stacks):
             tables.append((path, module, table))
     return tables
+
+
+def _check_made(path: str, table: dict[str, Any]) -> None:
+    for name, tensor in table.items():
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{path}.{name}, which was put into an ensemble, has no shape before the first call of its module: "
+                f"call {path} once by itself, on what it will get in the network, or put in a module that has weights"
+            )
 
 
 def unshare(network: nn.Module, names: Iterable[str]) -> bool:

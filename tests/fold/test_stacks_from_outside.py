@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import fastens
 from tests.tolerances import NETWORK, relative_error
@@ -72,6 +73,44 @@ def test_what_stacks_cannot_take_is_refused(kind, engine):
     with pytest.raises(RuntimeError, match="do this to the members, and make the ensemble of them"):
         ensemble.apply(weights(REFUSED[kind]))
     torch.testing.assert_close(ensemble(x), expected)
+
+
+REPARAMETRIZED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "pruned bias": lambda layer: prune.random_unstructured(layer, "bias", 0.3),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+    "weight_norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "spectral_norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+    "taken away": lambda layer: delattr(layer, "weight"),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("kind", REPARAMETRIZED)
+def test_a_stack_that_cannot_be_taken_away_leaves_nothing_changed(kind, engine):
+    ensemble, x = fastens.Ensemble([sequential() for _ in range(3)], engine=engine), torch.randn(2, 6)
+
+    def held():
+        modules = [(path, type(m), [*m._parameters], [*m._buffers], len(m._forward_pre_hooks))
+                   for path, m in ensemble.network.named_modules()]  # fmt: skip
+        return modules, list(ensemble.state_dict())
+
+    expected, before = ensemble(x), held()
+    with pytest.raises((ValueError, RuntimeError), match="the members, and make the ensemble of them"):
+        REPARAMETRIZED[kind](ensemble.network[0])
+    assert held() == before
+    torch.testing.assert_close(ensemble(x), expected)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("use", [lambda e, x: e(x), lambda e, x: e.members[0]], ids=["call", "members"])
+def test_a_module_without_weights_yet_is_refused_with_the_remedy(use, engine):
+    ensemble, x = fastens.Ensemble([sequential() for _ in range(3)], engine=engine), torch.randn(2, 6)
+    ensemble.network[0] = nn.LazyLinear(6)
+    with pytest.raises(ValueError, match=r"0\.weight, which was put into an ensemble.* call 0 once by itself"):
+        use(ensemble, x)
+    ensemble.network[0](x)
+    torch.testing.assert_close(ensemble(x), torch.stack([member(x) for member in ensemble.members]).mean(0))
 
 
 class Adapter(nn.Module):

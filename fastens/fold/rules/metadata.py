@@ -46,9 +46,14 @@ def metadata(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*map(one, args), **kwargs)
 
 
+(_IS_LEAF,) = getters("is_leaf")
+
+
 @rule(*getters("grad_fn is_leaf"))
 def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
-    """Where the derivatives of the stack come from."""
+    """Where the derivatives of the stack come from; a weight is a leaf, also where a pass has a part of it."""
+    if isinstance(x, torch.nn.Parameter):
+        return True if func == _IS_LEAF else None
     return func(fold.stack(x))
 
 

@@ -1,0 +1,155 @@
+"""What a member's own code asks of its tensors beside their values, answered as for a member that is by itself.
+
+A part of a stack is a view and, where gradients are enabled, no leaf of a graph: a member's parameter is a leaf.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastens.fold.tensor import getters
+from fastens.network.member_tables import parts_of
+
+Parts = Mapping[Any, Tensor]
+_MOST = 512  # kinds of calls that are remembered
+
+
+class Questions:
+    """Whether the members of an ensemble ask such things: each kind of call is watched once, and answered right then.
+
+    A mode around every call would cost each torch function some microseconds, and torch its fast paths.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._watched: set[Any] = set()
+
+    def answered(self, member: nn.Module, kind: Any) -> AbstractContextManager[Any]:
+        """Scope of a call of a member.
+
+        Args:
+            member: whose tables may be of parts of stacks.
+            kind: what tells this call from others; none where it is always watched.
+        """
+        parts = parts_of(member)
+        if parts is None:
+            return nullcontext()
+        if not (self._asked or kind is None):
+            if kind in self._watched:
+                return nullcontext()
+            if len(self._watched) >= _MOST:
+                self._watched.clear()
+            self._watched.add(kind)
+        return _Answers(parts, self._note)
+
+    def _note(self) -> None:
+        self._asked = True
+
+
+class _Answers(TorchFunctionMode):
+    """Answers what is asked of parts of stacks."""
+
+    def __init__(self, parts: Parts, note: Callable[[], None]) -> None:
+        super().__init__()
+        self._parts, self._note = parts, note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = _ANSWERS.get(func)
+        if answer is None:
+            return func(*args) if kwargs is None else func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            part = _part_behind(args[0], self._parts)
+            if part is not None:
+                self._note()
+                return answer(func, part, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _part_behind(x: Any, parts: Parts) -> Tensor | None:
+    """The part of a stack that a tensor is, or is a view of."""
+    if not isinstance(x, Tensor):
+        return None
+    held = list(parts.items())
+    if isinstance(x, nn.Parameter) or any(x is part for _, part in held):
+        return x
+    base = x._base if x.layout is torch.strided else None
+    return None if base is None else next((part for key, part in held if key[1] == id(base)), None)
+
+
+def _of_part(value: Any) -> Callable[..., Any]:
+    """What is always so of a member's own tensor, and of a view of it is what torch says."""
+    return lambda func, part, x, *args, **kwargs: value if x is part else func(x, *args, **kwargs)
+
+
+def _is_leaf(func: Any, part: Tensor, x: Tensor) -> bool:
+    return isinstance(x, nn.Parameter) or func(x)
+
+
+def _grad_fn(func: Any, part: Tensor, x: Tensor) -> Any:
+    return None if isinstance(x, nn.Parameter) else func(x)
+
+
+def _base(func: Any, part: Tensor, x: Tensor) -> Tensor | None:
+    return None if x is part else part
+
+
+def _offset(func: Any, part: Tensor, x: Tensor) -> int:
+    return func(x) - part.storage_offset() if part._is_view() else func(x)
+
+
+def _grad(func: Any, part: Tensor, x: Tensor) -> Tensor | None:
+    """The member's own of the gradient that its stack has."""
+    stack = x._base if x is part else None
+    if stack is None or not isinstance(stack, nn.Parameter) or stack.shape[1:] != x.shape:
+        return func(x)
+    k = (x.storage_offset() - stack.storage_offset()) // max(stack.stride(0), 1)
+    return None if stack.grad is None else stack.grad[k]
+
+
+def _retain(func: Any, part: Tensor, x: Tensor) -> None:
+    if not (x.requires_grad and isinstance(x, nn.Parameter)):  # of a leaf it does nothing
+        func(x)
+
+
+def _repr(func: Any, part: Tensor, x: Tensor, **kwargs: Any) -> str:
+    own = nn.Parameter(x.detach(), x.requires_grad) if isinstance(x, nn.Parameter) else x
+    return func(own, **kwargs)
+
+
+def _storage(func: Any, part: Tensor, x: Tensor) -> Any:
+    if part._is_view():
+        warnings.warn(
+            "fastens: a member looks at the storage of a weight, which in an ensemble is that of all members' weights: "
+            "its size and address are not those of the member alone",
+            stacklevel=3,
+        )
+    return func(x)
+
+
+def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """By the function that torch calls for each name."""
+    return {(getters(name) or [getattr(Tensor, name)])[0]: answer for name, answer in answers.items()}
+
+
+_ANSWERS = _answers(
+    {
+        "is_leaf": _is_leaf,
+        "grad_fn": _grad_fn,
+        "grad": _grad,
+        "retains_grad": _of_part(False),
+        "retain_grad": _retain,
+        "_base": _base,
+        "_is_view": _of_part(False),
+        "storage_offset": _offset,
+        "untyped_storage": _storage,
+        "storage": _storage,
+        "__repr__": _repr,
+    }
+)
