@@ -96,8 +96,14 @@ _LISTED: contextvars.ContextVar[bool] = contextvars.ContextVar("listed", default
 
 
 def listed_as_read() -> AbstractContextManager[Any]:
-    """Scope of the network's own code outside a pass, to which parameters are listed as its members have them."""
+    """Scope of the network's own code outside a pass, to which parameters are listed as its members have them.
+
+    State dicts that it makes or loads have the stacks.
+    """
     return scope(_LISTED, True)
+
+
+_FILES = {nn.Module._save_to_state_dict.__code__, nn.Module._load_from_state_dict.__code__}
 
 
 def _asked_by_name() -> bool:
@@ -202,7 +208,9 @@ class Stacks(dict[str, Any]):
 
     def _in_pass(self) -> bool:
         fold = current_fold()
-        return _LISTED.get() if fold is None else id(self) in fold.tables
+        if fold is not None:
+            return id(self) in fold.tables
+        return _LISTED.get() and _FILES.isdisjoint(frame.f_code for frame in itertools.islice(callers(), 6))
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Take what replaces a tensor: member-valued, or, with a dimension less, the same for all members."""
