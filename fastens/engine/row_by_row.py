@@ -229,6 +229,10 @@ class Modules:
         args, kwargs = arguments.of_member(k)
         return module(*args, **kwargs) if method == "forward" else getattr(module, method)(*args, **kwargs)
 
+    def view(self, k: int) -> nn.Module:
+        """One of them."""
+        return self.views[k]
+
     def excluded(self, _: Any, arguments: Arguments, method: str) -> frozenset[int] | None:
         """Positions of leaves that only look like the batch; none where a member mixes rows, or members disagree."""
         found = {rows.excluded(self._alone(k), arguments, method) for k, rows in enumerate(self._found)}

@@ -37,7 +37,7 @@ def ddpm_unet_guided():
 KARRAS = {"dim": 8, "dim_max": 16, "num_downsamples": 1, "num_blocks_per_stage": 1, "attn_res": (4,)}
 
 
-@network("denoising-diffusion-pytorch", unplanned="aten._local_scalar_dense depends on the values")
+@network("denoising-diffusion-pytorch")
 def karras_unet():
     """EDM2: weights normalised in the pass."""
     karras = library("denoising_diffusion_pytorch.karras_unet")
@@ -81,7 +81,7 @@ def k_image_v1():
     return make, lambda b, r: (r(b, 3, 8, 8), r.unit(b), r(b, 4))
 
 
-@network("k-diffusion", looped="the network writes to its parameters")
+@network("k-diffusion", unplanned="change from call to call")
 def k_image_transformer_v1():
     """Axial rotary positions; clamps a parameter in each pass. Not compiled inside, which takes half a minute."""
     os.environ.setdefault("K_DIFFUSION_USE_COMPILE", "0")

@@ -196,7 +196,7 @@ def sedd():
     return partial(SEDD, masked=False), lambda b, r: (r.ids(11, b, 6), r.unit(b))
 
 
-@network("arXiv 2406.07524", unplanned="aten._local_scalar_dense depends on the values")
+@network("arXiv 2406.07524")
 def mdlm():
     return partial(SEDD, masked=True), lambda b, r: (r.ids(11, b, 6), r.unit(b))
 
