@@ -107,6 +107,11 @@ def test_sparse_matrices(buffer):
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_in_autocast(kind):
     members, x = [kind(4, 6, batch_first=True).eval() for _ in range(3)], torch.randn(4, 7, 4)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            members[0](x)
+    except RuntimeError as error:  # of oneDNN, on processors without such instructions
+        pytest.skip(f"a {kind.__name__} itself raises in autocast here: {error}")
     ensemble = fastens.Ensemble(members)
     for _ in range(3):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
