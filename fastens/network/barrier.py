@@ -60,10 +60,10 @@ class Barrier:
         self._modes = self._modes | bit if module.training else self._modes & ~bit
         self._tell()
 
-    def look(self, network: nn.Module) -> None:
+    def look(self, modules: list[nn.Module]) -> None:
         """List the modules of a network, and their modes, as they are now."""
-        self._bits = {id(module): 1 << i for i, module in enumerate(network.modules())}
-        self._modes = sum(self._bits[id(module)] for module in network.modules() if module.training)
+        self._bits = {id(module): 1 << i for i, module in enumerate(modules)}
+        self._modes = sum(self._bits[id(module)] for module in modules if module.training)
         self._tell()
 
     def _tell(self) -> None:
@@ -203,8 +203,9 @@ def watch(network: nn.Module, barrier: Barrier) -> None:
     """
     for _, _, table in tables_of(network):
         table.barrier = barrier
-    barrier.look(network)
-    for _, module in modules_of(network):
+    modules = [module for _, module in modules_of(network)]
+    barrier.look(modules)
+    for module in modules:
         module.__dict__["_barrier"] = barrier
         _count(module, "_modules", barrier.wrote, allow_in_passes)
         for name in HOOKS:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from fastens.fold.dispatch import current_fold
 from fastens.fold.tensor import tensors_of
@@ -38,8 +37,7 @@ def has_tensors(module: Any) -> bool:
 
 def is_apart(module: nn.Module) -> bool:
     """Whether a module of a member is none of the network's, whose tables are read from the stacks."""
-    table: Any = module._parameters
-    return type(table) is dict and not any(map(is_lazy, table.values()))
+    return type(module._parameters) is dict
 
 
 def allow_in_passes(table: dict[str, Any], args: tuple[Any, ...]) -> None:

@@ -62,6 +62,13 @@ class Building(nn.Module):
         return self.last(h) if hasattr(self, "last") else h
 
 
+def members_that_build(how, when):
+    """Three members, copies of them for the loop, and the modules that they have."""
+    torch.manual_seed(0)
+    members = [Building(how, when).eval() for _ in range(3)]
+    return members, copy.deepcopy(members), [dict(m._modules) for m in members]
+
+
 def mean_of(members, x):
     """What the loop returns."""
     return torch.stack([member(x) for member in members]).mean(0)
@@ -80,9 +87,7 @@ WITHOUT = ["makes an activation", "adds an activation", "replaces an activation"
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("how", WITHOUT)
 def test_modules_without_tensors_are_each_members_own(how, engine, when, grad):
-    torch.manual_seed(0)
-    members = [Building(how, when).eval() for _ in range(3)]
-    loop, before = copy.deepcopy(members), [dict(m._modules) for m in members]
+    members, loop, before = members_that_build(how, when)
     ensemble = fastens.Ensemble(members, engine=engine)
     with torch.set_grad_enabled(grad):
         for i, x in enumerate(torch.randn(8, 2, 4)):
@@ -107,9 +112,7 @@ def test_modules_without_tensors_are_each_members_own(how, engine, when, grad):
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("how", WITH_TENSORS)
 def test_modules_with_tensors_are_an_error_that_says_what_to_do(how, engine, when, grad):
-    torch.manual_seed(0)
-    members = [Building(how, when).eval() for _ in range(3)]
-    loop, before = copy.deepcopy(members), [dict(m._modules) for m in members]
+    members, loop, before = members_that_build(how, when)
     ensemble = fastens.Ensemble(members, engine=engine)
     x = torch.randn(2, 4)
     with torch.set_grad_enabled(grad):
