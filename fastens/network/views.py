@@ -34,7 +34,8 @@ def undisturbed(make: Callable[[], Made]) -> Made:
     """
     while True:
         try:
-            with torch.inference_mode(False):
+            grad = torch.is_grad_enabled()  # which leaving inference mode would enable
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
                 return make()
         except RuntimeError as error:
             if "changed size during iteration" not in str(error):

@@ -146,3 +146,17 @@ def test_members_that_refer_to_weights_that_were_are_handed_out(holder, engine, 
         for handed_out, member in zip(ensemble.members, members, strict=True):
             torch.testing.assert_close(handed_out(x), member(x))
             assert all(weight.is_leaf for weight in READ[holder](handed_out.held))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_members_that_refer_to_weights_are_made_once_in_a_mode(holder, mode):
+    """Copying all members is not what a call costs; the parts that attributes hold fit the mode that they are for."""
+    held = Held(lambda k: Referring(holder), 2, engine="loop")
+    x = torch.randn(3, 4)
+    with mode():
+        held.ensemble(x)
+        views = held.ensemble._engine._views.get()
+        held.ensemble(x)
+        again = held.ensemble._engine._views.get()
+    assert all(a is b for a, b in zip(views, again, strict=True))
