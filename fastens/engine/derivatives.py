@@ -17,6 +17,7 @@ from torch import Tensor
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, tolerance_for
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.predictable import PredictableDraws
 from fastens.engine.structure import uncounted
 from fastens.fold.tensor import NotFoldable
 from fastens.network.state import random_kept, state_kept
@@ -54,13 +55,11 @@ def check_gradients(
     for wide in (True, False) if half else (False,):
         theirs, ours = (_Side(engine, arguments, wide) for _ in range(2))
         try:
-            random = theirs.run(members)
+            theirs.run(members)
         except Exception as error:  # it casts itself, or is not differentiated in such a way
             if is_out_of_memory(error):
                 raise
             continue
-        if random:
-            return  # of what members draw, no two calls have the same
         try:
             ours.run(fold)
         except Exception as error:  # the members have no such error
@@ -93,20 +92,23 @@ class _Side:
                 self._leaves[id(stack)] = torch.nn.Parameter(self._leaf(stack), stack.requires_grad)
         return self._leaves[id(stack)]
 
-    def run(self, forward: Callable[[Arguments], list[Tensor]]) -> bool:
-        """Run forward and backward, and undo what they leave behind; return whether random numbers were drawn."""
+    def run(self, forward: Callable[[Arguments], list[Tensor]]) -> None:
+        """Run forward and backward, in which fold and members draw alike, and undo what they leave behind."""
         autocast, engine = torch.is_autocast_enabled(self._device) and not self._wide, self._engine
         with ExitStack() as kept:
-            for scope in (random_kept(), uncounted(), *map(state_kept, (engine.network, *engine.views))):
+            for scope in (
+                random_kept(),
+                uncounted(),
+                PredictableDraws(),
+                *map(state_kept, (engine.network, *engine.views)),
+            ):
                 kept.enter_context(scope)
             kept.enter_context(seen_as(self._seen, kept=True))
-            before = torch.random.get_rng_state()
             with torch.autocast(self._device, enabled=autocast):
                 outputs = forward(self._arguments.copied())
             pairs = [(x, _direction(x, i)) for i, x in enumerate(outputs) if x.requires_grad]
             if pairs:
                 torch.autograd.backward([x for x, _ in pairs], [seed for _, seed in pairs])
-            return not torch.equal(before, torch.random.get_rng_state())
 
     def gradients(self) -> dict[Any, Tensor]:
         """By what has them."""

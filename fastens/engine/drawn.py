@@ -25,13 +25,14 @@ from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.engine.predictable import PredictableDraws
 from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
 from fastens.engine.transformed import in_transform
 from fastens.fold.callsite import counted_if_it_succeeds
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.fold.writes import NeedsWrappers, WritesInput
-from fastens.network.state import random_kept, state_kept
+from fastens.network.state import TorchDraws, random_kept, state_kept
 
 if TYPE_CHECKING:
     from fastens.engine.engine import Engine
@@ -191,7 +192,9 @@ class DrawnCall:
         if expected is not None:
             self._check(folded, expected, weights)
         if first:
-            random = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            if expected is None:
+                self._check_drawing_alike(arguments, weights)
+            random = "members draw random numbers in this mode"
             why = random if expected is None else engine.plans.why_not
             engine.states.put(key, Folded(call=_described(dealt), why=why))
         return folded
@@ -270,9 +273,9 @@ class DrawnCall:
         engine = self._engine
         with random_kept(), torch.no_grad(), ExitStack() as kept:
             changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *engine.views)]
-            before = torch.random.get_rng_state()
+            draws = TorchDraws()
             outputs = self._one_by_one(self._arguments.copied())
-            random = not torch.equal(before, torch.random.get_rng_state())
+            random = draws.drawn()
         engine.behaviour.writes_itself = engine.behaviour.writes_itself or any(changed)
         return None if random else outputs
 
@@ -299,6 +302,20 @@ class DrawnCall:
         if error is not None:
             kind = NotFoldable if self._engine.weights_now() == weights else Disturbed
             raise kind(f"the fold is {error:.1e} from the members")
+
+    def _check_drawing_alike(self, arguments: Arguments, weights: Any) -> None:
+        """The same for members that draw random numbers, which fold and members draw alike for once."""
+        engine = self._engine
+        with random_kept(), torch.no_grad(), PredictableDraws(), ExitStack() as kept:
+            for network in (engine.network, *engine.views):
+                kept.enter_context(state_kept(network))
+            try:
+                expected = self._one_by_one(arguments.copied())
+            except Exception as error:  # it takes no such numbers
+                if is_out_of_memory(error):
+                    raise
+                return
+            self._check(self._at_once(arguments.copied()), expected, weights)
 
     def _exactly(self) -> list[Tensor] | None:
         """What the members give in float32."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.network.member_tables import read_through
-from fastens.network.state import GlobalDraws, state_kept
+from fastens.network.state import GlobalDraws, TorchDraws, state_kept
 from fastens.reproducible import REMEDY, NotReproducible, one_thread
 from fastens.scopes import scope
 
@@ -57,14 +57,14 @@ def eagerly(engine: Any, run: Callable[[], Result]) -> Result:
     Raises:
         NotReproducible: it draws random numbers, or leaves something behind in the network.
     """
-    before, elsewhere, read = torch.random.get_rng_state(), GlobalDraws(), _Read()
+    draws, elsewhere, read = TorchDraws(), GlobalDraws(), _Read()
     with ExitStack() as kept:
         changed = [kept.enter_context(state_kept(each)) for each in (engine.network, *engine.views)]
         with one_thread(), read_through(read):
             result = run()
     if engine.behaviour.writes_itself or read.written or any(changed):
         raise NotReproducible(f"deterministic: the network writes to itself; {REMEDY}")
-    if elsewhere.drawn() or not torch.equal(before, torch.random.get_rng_state()):
+    if elsewhere.drawn() or draws.drawn():
         raise NotReproducible(f"deterministic: the network draws random numbers in this mode; {REMEDY}")
     return result
 

@@ -19,7 +19,7 @@ from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.made import MadeWhenCalled
 from fastens.network.snapshots import same_bits
-from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, random_kept, state_kept
+from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, TorchDraws, random_kept, state_kept
 
 if TYPE_CHECKING:
     from fastens.engine.engine import Engine
@@ -70,8 +70,9 @@ class FirstPass:
                 planned = engine.planned(self._arguments, self._key, self._expected)
             with uncounted():
                 problem, leaves = self._folded() if planned is None else (None, planned)
-            if problem is None and leaves is not None and not random:
-                problem = Structure(engine, self._arguments, self._method, self._expected).problem(leaves)
+            if problem is None and leaves is not None:
+                structure = Structure(engine, self._arguments, self._method, self._expected)
+                problem = structure.problem_drawing_alike() if random else structure.problem(leaves)
         if problem is not None:
             self.disturbed = engine.weights_now() != weights
             if not self.disturbed:
@@ -82,7 +83,7 @@ class FirstPass:
             return planned
         why = engine.plans.why_not if self._method == "forward" else "plans are of calls of forward alone"
         if random:
-            why = "members draw random numbers in this mode, so the fold was not checked against the loop"
+            why = "members draw random numbers in this mode"
             engine.behaviour.why = why
         engine.states.put(self._key, Folded(call=self._arguments.described(self._method), why=why))
         useful = not random and not torch.is_grad_enabled() and not engine.network.training
@@ -98,7 +99,7 @@ class FirstPass:
         for k in range(engine.num_members):
             member = originals.member(k) if own and originals is not None else engine.view(k)
             arguments = self._arguments.copied()
-            drawn = torch.random.get_rng_state()
+            draws = TorchDraws()
             versions = _versions(arguments)
             network = nullcontext(Changed()) if own else state_kept(engine.network)
             parameters = _parameters(member, k, held if own else None)
@@ -118,7 +119,7 @@ class FirstPass:
                 return f"their code changes what they share ({', '.join(touched[:3])})"
             if written_to:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
-            self._random = self._random or not torch.equal(drawn, torch.random.get_rng_state())
+            self._random = self._random or draws.drawn()
             if versions != _versions(arguments) or not self._equal_arguments(arguments):
                 engine.behaviour.writes_arguments = True
             engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)

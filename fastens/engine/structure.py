@@ -19,6 +19,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, rounding_tolerance, tolerance_for
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.predictable import PredictableDraws
 from fastens.fold.tensor import tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import state_kept
@@ -110,6 +111,20 @@ class Structure:
             found = _parting(*exact, tolerance_for, "in float32 ") or self._beyond_rounding(tensors, exact[1])
         if found is not None or not self.degenerate or not own:
             return found
+        return self._problem_with_drawn_weights()
+
+    def problem_drawing_alike(self) -> str | None:
+        """The same where members draw random numbers, which fold and members draw alike for once."""
+        if not self._engine.kind.runs_alone:
+            return None
+        with PredictableDraws():
+            found = self._answers(drawn=False)
+            if isinstance(found, str):
+                return found
+            problem = None if found is None else _parting(*found, tolerance_for, "with the same random numbers ")
+            return self._problem_with_drawn_weights() if problem is None and self.degenerate else problem
+
+    def _problem_with_drawn_weights(self) -> str | None:
         drawn = self._answers(drawn=True)
         if drawn is None or isinstance(drawn, str):
             return drawn
@@ -141,7 +156,8 @@ class Structure:
         """
         engine = self._engine
         arguments = self._given(drawn)
-        views = engine.views
+        as_it_is, originals = not drawn and not self.half, engine.originals
+        own = as_it_is and originals is not None and originals.usable()
         network = engine.network
         device = next((x.device.type for x in arguments.tensors), "cpu")
         enabled = torch.is_autocast_enabled(device) and not self.half
@@ -150,16 +166,20 @@ class Structure:
             with torch._C.DisableTorchFunction():
                 return self._drawn(tensor) if drawn else _wide(tensor)
 
+        def seen() -> AbstractContextManager[Any]:
+            return nullcontext() if as_it_is else seen_as(change)
+
         members: list[list[Tensor]] = []
         try:
             with uncounted(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
-                    with state_kept(network), state_kept(views[k]), seen_as(change):  # a buffer that all share, too
-                        output = engine.call_module(views[k], k, arguments, self._method)
+                    member = originals.member(k) if own and originals is not None else engine.view(k)
+                    with state_kept(network), state_kept(member), seen():  # a buffer that all share, too
+                        output = engine.call_module(member, k, arguments.copied(), self._method)
                     members.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])
                     if not all(bool(torch.isfinite(x).all()) for x in members[-1] if x.is_floating_point()):
                         return None
-                with seen_as(change):
+                with seen():
                     leaves = self._fold(arguments.copied())
         except Exception:  # it casts itself, or takes no other values
             return None
@@ -173,7 +193,7 @@ class Structure:
         except Exception as error:  # the members have no such error
             if self.half or is_out_of_memory(error) or isinstance(error, NeedsWrappers | WritesInput):
                 return None
-            return f"on drawn weights and inputs the fold fails where they do not: {type(error).__name__}: {error}"
+            return f"on other numbers the fold fails where they do not: {type(error).__name__}: {error}"
 
     def _given(self, drawn: bool) -> Arguments:
         """The arguments in float32; where they are to be drawn, without those that show nothing of rows."""

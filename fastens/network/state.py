@@ -11,9 +11,10 @@ from operator import is_
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from fastens.device import random_forked
+from fastens.device import random_forked, random_states
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
@@ -147,6 +148,22 @@ class GlobalDraws:
             random.setstate(self._python)
             np.random.set_state(self._array)
         return drawn
+
+
+class TorchDraws:
+    """Where torch's global generators are, the CPU's and those of GPUs that are used."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> list[Tensor]:
+        return [torch.random.get_rng_state(), *random_states()]
+
+    def drawn(self) -> bool:
+        """Whether numbers were drawn since."""
+        now = self._now()
+        return len(now) != len(self._before) or not all(map(torch.equal, now, self._before))
 
 
 @contextmanager
