@@ -28,7 +28,7 @@ class Holders:
     def __init__(self, ensemble: Ensemble, modules: list[nn.Module] | None = None) -> None:
         engine = engine_of(ensemble)
         self.ensemble = ensemble
-        self._views = modules is None and engine is not None and any(map(any, engine.own_states()[0]))
+        self._views = modules is None and engine is not None and engine.remember
         if modules is not None:
             self.modules = modules
         elif engine is None:

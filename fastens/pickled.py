@@ -32,7 +32,8 @@ class Pickled(nn.Module):
         if engine is None:
             content: Any = (None, list(self.network), self.__dict__["_why_loop"])
         else:
-            content = (engine.skeleton, tensors_of(self.network), engine.shared, *engine.own_states())
+            skeleton = engine.skeleton
+            content = (skeleton, tensors_of(self.network), engine.shared, *engine.own_states(skeleton))
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}
@@ -80,5 +81,5 @@ def rebuild(
         hold_stacks(ensemble, skeleton, stacks, shared)
         engine = engine_of(ensemble)
         if own and engine is not None:  # files have none
-            engine.adopt_states(*own)
+            engine.adopt_states(skeleton, *own)
     return ensemble

@@ -79,7 +79,7 @@ def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
         modules = [copied(each) for each in list(ensemble.network.children())[share.slice]]
         hold_modules(made, modules, why_looped(ensemble))
     else:
-        if any(map(any, engine.own_states()[0])):
+        if engine.remember:
             raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
         hold_stacks(made, engine.skeleton, stacks_of(engine, share), engine.shared)
     made.train(ensemble.training)

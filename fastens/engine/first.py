@@ -117,6 +117,8 @@ class FirstPass:
             touched = sorted(changed | written)
             if changed.outside or written.outside or engine.all_one_object(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
+            if changed.back is not None:
+                return f"they keep a function that reaches them by a closure ({changed.back}) when they are called"
             if written_to:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
             self._random = self._random or draws.drawn()

@@ -101,16 +101,25 @@ class StackedMembers:
         """A module that is member k, with copies of its tensors."""
         return self.kind.handed_out(standing_alone(self._views.fresh(k), self.skeleton), k)
 
-    def own_states(self) -> tuple[list[State], str]:
-        """What the members wrote to themselves, where they are called one by one, and why they are."""
-        return (self._views.own_states() if self.behaviour.looped else []), self.behaviour.why
+    @property
+    def remember(self) -> bool:
+        """Whether members are called one by one, and wrote to themselves."""
+        return self.behaviour.looped and self._views.remember
 
-    def adopt_states(self, states: list[State], why: str) -> None:
-        """Go on with what the members of another engine wrote to themselves, one by one."""
+    def own_states(self, skeleton: nn.Module) -> tuple[list[State], str]:
+        """What the members wrote to themselves, where they are called one by one, and why they are.
+
+        Args:
+            skeleton: what that refers to in the place of a member.
+        """
+        return (self._views.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
+
+    def adopt_states(self, skeleton: nn.Module, states: list[State], why: str) -> None:
+        """Go on with what the members of another engine wrote to themselves, one by one; see :meth:`own_states`."""
         if any(any(state) for state in states):
             self.behaviour.looped, self.behaviour.why = True, why
             self.unshare_all()
-            self._views.adopt(states)
+            self._views.adopt(states, skeleton)
 
     @property
     def views(self) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -49,8 +49,12 @@ def content_of(cell: types.CellType) -> Any:
         return None
 
 
-def reaches_back(member: nn.Module) -> str | None:
+def reaches_back(member: nn.Module, skipped: Collection[str] = ()) -> str | None:
     """A function of a member that reaches a module or tensor by a closure, which a copy of the member would share.
+
+    Args:
+        member: whose functions are looked at.
+        skipped: names of attributes that are not.
 
     Returns:
         The name of the function, none where a copy of the member is on its own.
@@ -60,7 +64,7 @@ def reaches_back(member: nn.Module) -> str | None:
     seen: set[int] = set()
     for path, module in modules:
         for name, value in _reachable(module):
-            for function in _functions_in(value, seen):
+            for function in () if name in skipped else _functions_in(value, seen):
                 if any(_holds(cell, own) for cell in (*(function.__closure__ or ()), *_defaults(function))):
                     return f"{f'{path}.' if path else ''}{name}"
     return None

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,8 +107,7 @@ class MemberTable(dict[str, Any]):
         settled = _CALLED.get()
         before = self._given.get(name) if settled else None
         copied = settled and bool(_COPIED) and id(tensor) in _COPIED
-        mode = None if copied else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        read = mode, id(tensor), tensor.requires_grad
+        read = (None, id(tensor), tensor.requires_grad) if copied else _key(tensor)
         if before is not None:
             own, address, read_before, _ = before
             if own.data_ptr() != address or (
@@ -117,7 +116,7 @@ class MemberTable(dict[str, Any]):
                 return own  # to a member, one object
         own = self.parts.get(read)
         if own is None or not (copied or self.source.has_part(name, self.k, own)):
-            own = self.parts[read] = self._copied(tensor) if copied else part_of(tensor, self.k)
+            own = self.parts[read] = self._copied(tensor) if copied else _part(tensor, self.k)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
             self._given[name] = own, own.data_ptr(), read, first
@@ -218,6 +217,18 @@ class MemberTable(dict[str, Any]):
         return [self[name] for name in self]
 
 
+def _key(stack: Tensor) -> tuple[tuple[bool, bool], int, bool]:
+    """What tells a part of a stack, as it is read here, from others: the mode, which parts of frozen ones lack."""
+    trained = stack.requires_grad
+    return (torch.is_grad_enabled() or not trained, torch.is_inference_mode_enabled()), id(stack), trained
+
+
+def _part(stack: Tensor, k: int) -> Tensor:
+    """Member k's part of a stack in the mode of its :func:`_key`."""
+    with nullcontext() if stack.requires_grad else torch.enable_grad():
+        return part_of(stack, k)
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to, where that is counted."""
     return 0 if tensor.is_inference() else tensor._version
@@ -227,6 +238,24 @@ def parts_of(view: nn.Module) -> weakref.WeakValueDictionary[Any, Tensor] | None
     """The parts of stacks that a member read and that are still there, by the mode and the identity of each stack."""
     table = view._parameters
     return table.parts if isinstance(table, MemberTable) else None
+
+
+def take_parts(view: nn.Module, other: nn.Module) -> dict[int, Tensor]:
+    """Let a member read the parts of stacks that another module of the same member holds, where it has none itself.
+
+    Returns:
+        By the identity of each, what the member reads.
+    """
+    own, parts = parts_of(view), parts_of(other)
+    if own is None or parts is None:
+        return {}
+    found: dict[int, Tensor] = {}
+    for key, part in list(parts.items()):
+        read = own.get(key)
+        if read is None or memory_of(read) != memory_of(part):
+            own[key] = read = part
+        found[id(part)] = read
+    return found
 
 
 def read_by(view: nn.Module) -> dict[int, int]:
@@ -267,16 +296,15 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
     """
     memo: dict[int, Any] = {}
     parts: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-    mode, references = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), []
+    references: list[tuple[Any, Tensor]] = []
     for _, _, table in tables_of(network):
         for name, stack in table.items():
             if stack is None or id(stack) in memo:
                 continue
-            own = stack if name in table.common else part_of(stack, k)
+            own = stack if name in table.common else _part(stack, k)
             memo[id(stack)] = memo[id(table[name])] = own
             if own is not stack:
-                key = mode, id(stack), stack.requires_grad
-                parts[key] = own
+                parts[key := _key(stack)] = own
                 references.append((key, stack))
     for value in member_values(network):  # what its forward left behind in attributes
         if id(value) not in memo:
@@ -290,4 +318,4 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     memo.clear()  # of the parts, those are left that attributes hold
-    return view, [Reference(parts[key], stack, mode[0]) for key, stack in references if key in parts]
+    return view, [Reference(parts[key], stack, key[0][0]) for key, stack in references if key in parts]

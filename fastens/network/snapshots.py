@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,6 +101,11 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
         memo[id(kept)] = own = threading.local()
         vars(own).update(copy.deepcopy(vars(kept), memo))
     return copy.deepcopy(value, memo)
+
+
+def reaches(value: Any, ids: Collection[int], modules: Iterable[nn.Module]) -> bool:
+    """Whether a value reaches one of some objects, by their identities, not through some modules."""
+    return any(id(each) in ids for each, _ in _reached([value], {id(module) for module in modules}))
 
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from fastens.device import random_forked, random_states
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
+from fastens.network.closures import reaches_back
 from fastens.network.global_state import GlobalState
 from fastens.network.made import has_tensors
 from fastens.network.member_tables import MemberTable
@@ -35,9 +36,11 @@ class Changed(set[str]):
     Attributes:
         outside: whether some of it is shared by all members: attributes of classes, globals, defaults of functions.
         modules: the paths of modules with tensors that it made, replaced or removed.
+        back: a function that it left behind and that reaches the network by a closure, none where there is none.
     """
 
     outside = False
+    back: str | None = None
     modules: frozenset[str] = frozenset()
 
 
@@ -45,7 +48,7 @@ class NetworkState:
     """A network's Python state and buffers, and what its code can change outside of it; to be put back."""
 
     def __init__(self, network: nn.Module) -> None:
-        modules = modules_of(network)
+        self._network, modules = network, modules_of(network)
         self._tables = [t for _, m in modules for t in (m._parameters, m._buffers) if isinstance(t, MemberTable)]
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
@@ -65,6 +68,8 @@ class NetworkState:
     def put_back(self) -> Changed:
         """Undo what happened to it; return the names of what had been changed."""
         changed = Changed(name for table in self._tables for name in table.settle(keeps=False))
+        if any(saved.has_other_attributes() for saved in self._saved):
+            changed.back = reaches_back(self._network, HOOK_TABLES)
         for saved in self._saved:
             saved.put_back(changed)
         others = {path: x for saved in self._saved for path, x in saved.modules_put_back().items()}
@@ -94,10 +99,15 @@ class _OfModule:
             for held in snapshots_of(value, seen)
         ]
 
+    def has_other_attributes(self) -> bool:
+        """Whether attributes were set, or taken away."""
+        now, before = self._attributes, self._before
+        return len(now) != len(before) or not all(map(is_, now.values(), before.values()))
+
     def put_back(self, changed: set[str]) -> None:
         """Undo what happened to it, and add the names of what had been changed."""
         now, before, prefix = self._attributes, self._before, self._prefix
-        if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+        if self.has_other_attributes():
             for name in [n for n in now if n not in before and n not in REREAD]:
                 changed.add(f"{prefix}{name}")
                 del now[name]
@@ -187,7 +197,7 @@ def state_kept(network: nn.Module) -> Iterator[Changed]:
     finally:
         found = state.put_back()
         changed |= found
-        changed.outside, changed.modules = found.outside, found.modules
+        changed.outside, changed.modules, changed.back = found.outside, found.modules, found.back
 
 
 class Rollback:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections import OrderedDict
@@ -11,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastens.fold.tensor import modules_of, tensors_of
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
+from fastens.network.closures import reaches_back
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
-from fastens.network.member_tables import MemberTable, Reference, read_by, view_of_member
-from fastens.network.snapshots import copied, held_tensors
+from fastens.network.member_tables import MemberTable, Reference, read_by, take_parts, view_of_member
+from fastens.network.snapshots import copied, held_tensors, reaches
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
@@ -163,17 +165,23 @@ class MemberViews:
         """Those of the first member that are its own, where members keep what they write to themselves."""
         return {} if not self._given else {n: v for n, v in vars(self.get()[0]).items() if n not in _TABLES}
 
-    def own_states(self) -> list[State]:
-        """What each member wrote to itself."""
-        return [own_state(view, given) for view, given in zip(self._views, self._given, strict=False)]
+    @property
+    def remember(self) -> bool:
+        """Whether a member wrote to itself."""
+        return any(any(own_state(view, given)) for view, given in zip(self._views, self._given, strict=False))
 
-    def adopt(self, states: list[State]) -> None:
-        """Give members what the members of another engine had written to themselves."""
+    def own_states(self, skeleton: nn.Module) -> list[State]:
+        """What each member wrote to itself; where that refers to the member, it refers to a skeleton instead."""
+        pairs = zip(self._views, self._given, strict=False)
+        return [moved(own_state(view, given), view, skeleton) for view, given in pairs]
+
+    def adopt(self, states: list[State], skeleton: nn.Module) -> None:
+        """Give members what the members of another engine had written to themselves, see :meth:`own_states`."""
         if states:
             self.get()
             self.keep()
             for view, state in zip(self._views, states, strict=True):
-                write(view, state)
+                write(view, moved(state, skeleton, view))
 
     def fresh(self, k: int) -> nn.Module:
         """Member k with the state that the network has now, noticed or not, and with what it wrote to itself."""
@@ -190,28 +198,74 @@ class MemberViews:
         self._held = Weights(held_tensors(self._network))
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
+        back = reaches_back(self._network, HOOK_TABLES)
+        if back is not None:
+            raise ValueError(
+                f"{back} reaches a part of the ensemble's network by a closure, which members one by one would share: "
+                "call every member once, and make the ensemble of them then"
+            )
         modules, (made, references) = list(self._network.modules()), self._anew()
-        views, unwritten = self._views, self._given
-        if views and unwritten:
+        views = self._views
+        if views and self._given:
             given, _ = self._anew()
-            states = [own_state(view, other) for view, other in zip(views, unwritten, strict=True)]
-            places = {id(module): i for i, module in enumerate(self._modules)}
-            for view, state, before, now in zip(made, states, unwritten, given, strict=True):
-                apart = attributes_apart(before, now, _NO_STATE)
-                before_modules = list(before.modules())
-                kept: State = []
-                for module, new in zip(modules, now.modules(), strict=True):
-                    i = places.get(id(module))
-                    if i is None:
-                        kept.append({})
-                        continue
-                    anew = {*apart(before_modules[i], new), *(n for m, n in written if m == id(module))}
-                    kept.append({name: value for name, value in state[i].items() if name not in anew})
-                write(view, kept)
-            self._given = given
+            references = self._update(made, references, given, written)
+            made, self._given = views, given
         self._hook(made)
         self._modules, self._views, self._writes, self._references = modules, made, writes, references
         return made
+
+    def _update(
+        self, made: list[nn.Module], references: list[Reference], given: list[nn.Module], written: Any
+    ) -> list[Reference]:
+        """Give members what the network was given since; what they keep of themselves refers to them as before.
+
+        Returns the references of these members.
+
+        Args:
+            made: new members, whose code did not run.
+            references: of these.
+            given: the same once more, to compare others with.
+            written: identities of the network's modules, and names of their attributes, that were written to.
+        """
+        network, taken = self._network.modules, {}
+        parts = {id(reference.part) for reference in references}
+        for view, new, before, now in zip(self._views, made, self._given, given, strict=True):
+            apart, own = attributes_apart(before, now, _NO_STATE), dict(modules_of(view))
+            known = {id(x): (own.get(path), b) for x, (path, b) in zip(self._modules, modules_of(before), strict=True)}
+            mine = {id(x): known.get(id(x), (fresh,))[0] for x, fresh in zip(network(), new.modules(), strict=True)}
+            memo = {id(fresh): mine[id(x)] for x, fresh in zip(network(), new.modules(), strict=True)}
+            taken |= take_parts(view, new)
+            memo |= taken
+            for original, fresh, other in zip(network(), new.modules(), now.modules(), strict=True):
+                module, was = known.get(id(original), (fresh, other))
+                if module is None:
+                    continue
+                names = {*apart(was, other), *(name for m, name in written if m == id(original))}
+                names |= {name for name, value in vars(fresh).items() if parts and reaches(value, parts, new.modules())}
+                for name in names - {*TABLES, *HOOK_TABLES, *_NO_STATE}:
+                    if name in vars(fresh):
+                        vars(module)[name] = copied(vars(fresh)[name], memo)
+                    else:
+                        vars(module).pop(name, None)
+                for table in _TABLES:
+                    _move_table(module, fresh, table)
+                for name in was._modules.keys() - original._modules.keys():
+                    module._modules.pop(name, None)
+                children = {name: (x, None if x is None else mine[id(x)]) for name, x in original._modules.items()}
+                module._modules.update(
+                    {name: own for name, (x, own) in children.items() if (own is None) is (x is None)}
+                )
+        return [dataclasses.replace(reference, part=taken[id(reference.part)]) for reference in references]
+
+
+def _move_table(module: nn.Module, fresh: nn.Module, name: str) -> None:
+    """Let a member read a module's tensors from the stacks that there are now; what it has of its own stays."""
+    table, other = vars(module)[name], vars(fresh)[name]
+    if not isinstance(table, MemberTable) or not isinstance(other, MemberTable) or table.source is other.source:
+        return
+    for each in table.own:
+        other.keep(each, table[each])
+    vars(module)[name] = other
 
 
 _GONE = "fastens: no such attribute"
@@ -259,11 +313,21 @@ def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
         return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
 
     member = replaced(skeleton, {name: cloned(name, like) for name, like in tensors_of(skeleton).items()})
-    state = own_state(view, member)
-    kept = [tensor for attributes in state for table in _TABLES for tensor in attributes.get(table, {}).values()]
-    made = [x for x in (*held_tensors(view), *kept) if isinstance(x, Tensor) and not x.is_leaf]
-    write(member, copied(state, {id(x): x.detach().clone() for x in made}))  # which Python cannot copy
+    write(member, moved(own_state(view, member), view, member))
     return member
+
+
+def moved(state: State, source: nn.Module, target: nn.Module) -> State:
+    """A copy of the state of a member for another: what refers to modules of the one refers to the other's."""
+    if not any(state):
+        return state
+    kept = [tensor for attributes in state for table in _TABLES for tensor in attributes.get(table, {}).values()]
+    made = [x for x in (*held_tensors(source), *kept) if isinstance(x, Tensor) and not x.is_leaf]
+    memo: dict[int, Any] = {id(x): x.detach().clone() for x in made}  # which Python cannot copy
+    put_in = [each for attributes in state if "_modules" in attributes for each in attributes["_modules"][0].values()]
+    own, modules = {id(x) for each in put_in for x in each.modules()}, dict(modules_of(target))
+    theirs = {id(x): modules[path] for path, x in modules_of(source) if path in modules and id(x) not in own}
+    return copied(state, memo | theirs)
 
 
 def write(member: nn.Module, state: State) -> None:
