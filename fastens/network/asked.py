@@ -6,7 +6,7 @@ A part of a stack is a view and, where gradients are enabled, no leaf of a graph
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastens.fold.tensor import getters
-from fastens.network.member_tables import parts_of
+from fastens.network.member_tables import Parts, parts_of
 
-Parts = Mapping[Any, Tensor]
 _MOST = 512  # kinds of calls that are remembered
 
 
@@ -68,6 +67,7 @@ class _Answers(TorchFunctionMode):
             part = _part_behind(args[0], self._parts)
             if part is not None:
                 self._note()
+                self._parts.asked = True
                 return answer(func, part, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -104,13 +104,34 @@ def _offset(func: Any, part: Tensor, x: Tensor) -> int:
     return func(x) - part.storage_offset() if part._is_view() else func(x)
 
 
-def _grad(func: Any, part: Tensor, x: Tensor) -> Tensor | None:
-    """The member's own of the gradient that its stack has."""
+def _place(part: Tensor, x: Tensor) -> tuple[nn.Parameter, int] | None:
+    """The stack that a tensor is a member's part of, and which member's; none where it is no such part."""
     stack = x._base if x is part else None
     if stack is None or not isinstance(stack, nn.Parameter) or stack.shape[1:] != x.shape:
+        return None
+    return stack, (x.storage_offset() - stack.storage_offset()) // max(stack.stride(0), 1)
+
+
+def _grad(func: Any, part: Tensor, x: Tensor) -> Tensor | None:
+    """The member's own of the gradient that its stack has."""
+    place = _place(part, x)
+    if place is None:
         return func(x)
-    k = (x.storage_offset() - stack.storage_offset()) // max(stack.stride(0), 1)
+    stack, k = place
     return None if stack.grad is None else stack.grad[k]
+
+
+def _set_grad(func: Any, part: Tensor, x: Tensor, value: Tensor | None) -> None:
+    """Give the member its own of the gradient of the stack, in which those of others without one are zero."""
+    place = _place(part, x)
+    if place is None:
+        return func(x, value)
+    stack, k = place
+    if stack.grad is None and value is not None:
+        stack.grad = torch.zeros_like(stack)
+    if stack.grad is not None:
+        with torch.no_grad():
+            stack.grad[k] = 0.0 if value is None else value
 
 
 def _retain(func: Any, part: Tensor, x: Tensor) -> None:
@@ -152,4 +173,4 @@ _ANSWERS = _answers(
         "storage": _storage,
         "__repr__": _repr,
     }
-)
+) | {vars(torch._C.TensorBase)["grad"].__set__: _set_grad}

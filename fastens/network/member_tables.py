@@ -69,6 +69,16 @@ class Reference:
         return differentiated or not kept or memory_of(part) != memory_of(stack)
 
 
+class Parts(weakref.WeakValueDictionary[Any, Tensor]):
+    """What a member read of each stack, while somebody holds it.
+
+    Attributes:
+        asked: whether the member's code asks what only a call of it can answer; see :mod:`fastens.network.asked`.
+    """
+
+    asked = False
+
+
 class MemberTable(dict[str, Any]):
     """One member's parameters or buffers, read from the stacks whenever they are read.
 
@@ -78,7 +88,7 @@ class MemberTable(dict[str, Any]):
         parts: what was read of each stack by all its tables, while it is held: tied tensors are one object.
     """
 
-    def __init__(self, source: Stacks, k: int, parts: weakref.WeakValueDictionary[Any, Tensor]) -> None:
+    def __init__(self, source: Stacks, k: int, parts: Parts) -> None:
         super().__init__(dict.fromkeys(source))
         self.source, self.k, self.parts = source, k, parts
         self.own: set[str] = set()  # names whose values have no place in the stacks: those are in this dictionary
@@ -105,6 +115,11 @@ class MemberTable(dict[str, Any]):
         if traced(tensor):
             return part_of(tensor, self.k)
         settled = _CALLED.get()
+        if not settled and self.parts.asked and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"a member that asks what its weights are (is_leaf, grad, ...) reads {name} in a backward pass, where "
+                "an ensemble cannot answer for one member: switch its activation checkpoints off"
+            )
         before = self._given.get(name) if settled else None
         copied = settled and bool(_COPIED) and id(tensor) in _COPIED
         read = (None, id(tensor), tensor.requires_grad) if copied else _key(tensor)
@@ -234,7 +249,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def parts_of(view: nn.Module) -> weakref.WeakValueDictionary[Any, Tensor] | None:
+def parts_of(view: nn.Module) -> Parts | None:
     """The parts of stacks that a member read and that are still there, by the mode and the identity of each stack."""
     table = view._parameters
     return table.parts if isinstance(table, MemberTable) else None
@@ -295,7 +310,7 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
     Second, what attributes of it refer to past its tables.
     """
     memo: dict[int, Any] = {}
-    parts: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+    parts = Parts()
     references: list[tuple[Any, Tensor]] = []
     for _, _, table in tables_of(network):
         for name, stack in table.items():

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastens
 from tests.fold.contract import made, near
@@ -139,3 +140,68 @@ def test_what_autograd_made_is_not_copied(engine):
         ensemble(X, T)
     with torch.no_grad():
         near(ensemble(X, T), torch.stack([member(X, T) for member in ensemble.members]).mean(0))
+
+
+class Sets(nn.Module):
+    """Gives a weight a gradient in its forward."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.inner, self.last, self.value = nn.Linear(4, 4), nn.Linear(4, 4), value
+
+    def forward(self, x):
+        """Two layers."""
+        self.inner.weight.grad = None if self.value is None else torch.full((4, 4), self.value)
+        return self.last(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("value", [None, 2.0])
+def test_a_gradient_that_a_member_sets_is_its_own(value, engine):
+    """And is added to by the backward pass, whichever call it is."""
+    members = [made(lambda _: Sets(value), k) for k in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+        for _ in range(3):
+            ensemble(X).sum().backward()
+            torch.stack([member(X) for member in members]).mean(0).sum().backward()
+            for name, stack in ensemble.network.named_parameters():
+                near(stack.grad, torch.stack([member.get_parameter(name).grad for member in members]))
+
+
+class Checkpointed(nn.Module):
+    """Asks of a weight inside an activation checkpoint."""
+
+    def __init__(self, asks, reentrant):
+        super().__init__()
+        self.inner, self.last, self.asks, self.reentrant = nn.Linear(4, 4), nn.Linear(4, 4), asks, reentrant
+
+    def block(self, h):
+        weight = self.inner.weight
+        h = torch.sin(nn.functional.linear(h, weight, self.inner.bias))
+        return h * 2 if self.asks and weight.is_leaf else torch.cos(h)
+
+    def forward(self, x):
+        """Two layers."""
+        return checkpoint(self.block, self.last(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("asks", [False, True])
+def test_what_is_asked_in_a_checkpoint(asks, reentrant, engine):
+    """The fold answers there; members one by one cannot, where backward runs their code again."""
+    members = [made(lambda _: Checkpointed(asks, reentrant), k) for k in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    for _ in range(2):
+        found, expected = ensemble(X), torch.stack([member(X) for member in members]).mean(0)
+        near(found, expected)
+        if asks and engine == "loop":
+            with pytest.raises(RuntimeError, match="switch its activation checkpoints off"):
+                found.sum().backward()
+            continue
+        found.sum().backward()
+        expected.sum().backward()
+        for name, stack in ensemble.network.named_parameters():
+            near(stack.grad, torch.stack([member.get_parameter(name).grad for member in members]))
