@@ -1,11 +1,15 @@
 """Rows of members of every kind: masks, draws of a posterior, other structures; and arguments of each member."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torchdiffeq import odeint
 
 import fastens
+from fastens.fold.dispatch import RULES
+from fastens.fold.tensor import NotFoldable
 from tests.networks import mlp, randomised
 from tests.test_assigned import K, RowByRow
 
@@ -136,3 +140,29 @@ def test_rows_alone_of_members_that_have_numbers_for_some_times_only(check):
     with torch.no_grad(), fastens.deterministic():
         torch.testing.assert_close(ens(x, t), torch.stack([m(x, t) for m in members]).mean(0))
         assert torch.equal(ens(x[:1], t[:1]), ens(x, t)[:1])
+
+
+def test_rows_that_cannot_be_folded_leave_other_calls_as_they_are(monkeypatch):
+    """Each row's member is called by itself then, in calls of this signature."""
+
+    def of_all_members_alone(fold, func, x):
+        if fold.hidden.row_members is not None:
+            raise NotFoldable("there is no rule for rows")
+        return tanh(fold, func, x)
+
+    tanh = RULES[torch.tanh]
+    monkeypatch.setitem(RULES, torch.tanh, of_all_members_alone)
+    members = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    ensemble, x, whose = fastens.Ensemble(members), torch.randn(4, 4), torch.tensor([0, 1, 2, 1])
+    expected = torch.stack([members[k](row) for k, row in zip(whose.tolist(), x, strict=True)])
+    with torch.no_grad():
+        ensemble(x)
+        with ensemble.assigned(whose):
+            with pytest.warns(UserWarning, match="one by one where each row has its own, .* there is no rule for rows"):
+                torch.testing.assert_close(ensemble(x), expected)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                torch.testing.assert_close(ensemble(x), expected)
+        torch.testing.assert_close(ensemble(x), torch.stack([member(x) for member in members]).mean(0))
+    assert ensemble.engine == "fold"
+    assert any("one member a row" in call.call and call.state == "looped" for call in ensemble.report().calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,9 @@ class DrawnCall:
         engine = self._engine
         if not engine.behaviour.looped and observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
-        if engine.behaviour.looped or not len(self._members):
+        modes = engine.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled()
+        key = "drawn, and fails", self._arguments.signature(), modes
+        if engine.behaviour.looped or not len(self._members) or isinstance(engine.states.get(key), Looped):
             return self._looped()
         try:
             with counted_if_it_succeeds():
@@ -149,8 +152,14 @@ class DrawnCall:
             why = f"{type(error).__name__}: {error}"
         else:
             return self._looped() if found is None else found
-        result = self._looped()
-        engine.give_up(f"the fold of drawn rows failed where they do not: {why}")
+        result, why = self._looped(), f"the fold of drawn rows failed where they do not: {why}"
+        if engine.behaviour.writes_itself:  # what members remember is in one place
+            engine.give_up(why)
+        else:
+            engine.states.put(key, Looped(call=_described(self._arguments), why=why))
+            warnings.warn(
+                f"fastens: members are evaluated one by one where each row has its own, because {why}", stacklevel=6
+            )
         return result
 
     def _dealt_out(self) -> Any:

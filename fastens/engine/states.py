@@ -29,7 +29,7 @@ class State:
 
 @dataclasses.dataclass
 class Folded(State):
-    """The fold was held against the members, or draws random numbers, which cannot be; calls fold from now on."""
+    """The fold was held against the members; calls fold from now on."""
 
     name: ClassVar[str] = "folded"
 
@@ -92,10 +92,10 @@ class States:
         self.filled.clear()
 
     def reports(self) -> Iterator[CallReport]:
-        """Each call once, the oldest first: a plan, or why there is none, says more than that it folds."""
+        """Each call once, the oldest first: that it is looped says most, then a plan, or why there is none."""
         found: dict[str, State] = {}
         for state in list(self._of.values()):
-            if state.call not in found or type(found[state.call]) is Folded:
+            if state.call not in found or type(found[state.call]) is Folded or type(state) is Looped:
                 found[state.call] = state
         return (CallReport(call, state.name, state.why) for call, state in found.items())
 
