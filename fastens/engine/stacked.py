@@ -138,8 +138,7 @@ class StackedMembers:
 
     def attribute(self, name: str) -> Any:
         """An attribute of the network, or the first member's where members write to attributes of their own."""
-        own = self._views.attributes
-        return own[name] if name in own else getattr(self.network, name)
+        return self._views.attribute(name)
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
         """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""

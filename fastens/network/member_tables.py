@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,20 +53,19 @@ class Reference:
     Attributes:
         part: the member's part.
         stack: what it is of.
-        differentiated: whether it was made where gradients are enabled.
+        trained: whether that had gradients where the part was made; a part says what its stack does by now.
     """
 
     part: Tensor
     stack: Tensor
-    differentiated: bool
+    trained: bool
 
     @property
     def stale(self) -> bool:
-        """Whether the stack has other memory or another layout since, or gradients are wanted, or not any more."""
+        """Whether the stack has other memory or another layout since, or is trained, or not any more."""
         part, stack = self.part, self.stack
-        differentiated = stack.requires_grad and torch.is_grad_enabled() is not self.differentiated
         kept = part.dtype == stack.dtype and (part.shape, part.stride()) == (stack.shape[1:], stack.stride()[1:])
-        return differentiated or not kept or memory_of(part) != memory_of(stack)
+        return not kept or self.trained is not stack.requires_grad or memory_of(part) != memory_of(stack)
 
 
 class Parts(weakref.WeakValueDictionary[Any, Tensor]):
@@ -138,7 +137,7 @@ class MemberTable(dict[str, Any]):
         return own
 
     def _copied(self, stack: Tensor) -> Tensor:
-        with torch.enable_grad():  # it is read where it is written first, as often
+        with torch.enable_grad():
             return part_of(stack, self.k, copied=True)
 
     def __getitem__(self, name: str) -> Any:
@@ -232,15 +231,17 @@ class MemberTable(dict[str, Any]):
         return [self[name] for name in self]
 
 
-def _key(stack: Tensor) -> tuple[tuple[bool, bool], int, bool]:
-    """What tells a part of a stack, as it is read here, from others: the mode, which parts of frozen ones lack."""
-    trained = stack.requires_grad
-    return (torch.is_grad_enabled() or not trained, torch.is_inference_mode_enabled()), id(stack), trained
+def _key(stack: Tensor) -> tuple[bool, int, bool]:
+    """What tells a part of a stack, as it is read here, from others."""
+    return torch.is_inference_mode_enabled(), id(stack), stack.requires_grad
 
 
 def _part(stack: Tensor, k: int) -> Tensor:
-    """Member k's part of a stack in the mode of its :func:`_key`."""
-    with nullcontext() if stack.requires_grad else torch.enable_grad():
+    """Member k's part of a stack, to use where gradients are enabled and where they are not.
+
+    One that is made where they are not cannot be differentiated, nor be looked at once the stack was written to.
+    """
+    with torch.enable_grad():
         return part_of(stack, k)
 
 
@@ -333,4 +334,4 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.__dict__["sparse"] = False  # the gradient of a part of a stack is none that torch has sparsely
     memo.clear()  # of the parts, those are left that attributes hold
-    return view, [Reference(parts[key], stack, key[0][0]) for key, stack in references if key in parts]
+    return view, [Reference(parts[key], stack, key[2]) for key, stack in references if key in parts]

@@ -18,7 +18,7 @@ from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.member_tables import MemberTable, Reference, read_by, take_parts, view_of_member
-from fastens.network.snapshots import copied, held_tensors, reaches
+from fastens.network.snapshots import copied, held_tensors, is_atom, reaches
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
@@ -98,10 +98,8 @@ class MemberViews:
     def _set_modes(self, view: nn.Module) -> None:
         for module, original in self._pairs(view):
             if module is not None and module.training is not original.training:
-                module.training = mode = original.training
-                for made in [child for name, child in module._modules.items() if name not in original._modules]:
-                    for _, each in modules_of(made) if made is not None else ():
-                        each.training = mode
+                module.training = original.training
+                _set_mode([x for n, x in module._modules.items() if n not in original._modules], original.training)
 
     def _pairs(self, view: nn.Module) -> list[tuple[nn.Module | None, nn.Module]]:
         """Each module of the network with the member's; see :func:`pairs_of`."""
@@ -160,19 +158,25 @@ class MemberViews:
                     "the loop over stacks cannot follow: read it where it is used, or keep it when the member is made"
                 )
 
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Those of the first member that are its own, where members keep what they write to themselves."""
-        return {} if not self._given else {n: v for n, v in vars(self.get()[0]).items() if n not in _TABLES}
+    def attribute(self, name: str) -> Any:
+        """An attribute of the network, or the first member's where it wrote to that itself."""
+        if self._given:
+            view, given = self.get()[0], self._given[0]
+            own = vars(view).get(name, _GONE) if name not in _TABLES else _GONE
+            if own is not _GONE and (is_atom(own) or name in attributes_apart(view, given, _NO_STATE)(view, given)):
+                return own
+        return getattr(self._network, name)
 
     @property
     def remember(self) -> bool:
         """Whether a member wrote to itself."""
+        if self._given:
+            self._current()
         return any(any(own_state(view, given)) for view, given in zip(self._views, self._given, strict=False))
 
     def own_states(self, skeleton: nn.Module) -> list[State]:
         """What each member wrote to itself; where that refers to the member, it refers to a skeleton instead."""
-        pairs = zip(self._views, self._given, strict=False)
+        pairs = zip(self._current() if self._given else [], self._given, strict=True)
         return [moved(own_state(view, given), view, skeleton) for view, given in pairs]
 
     def adopt(self, states: list[State], skeleton: nn.Module) -> None:
@@ -247,6 +251,8 @@ class MemberViews:
                         vars(module)[name] = copied(vars(fresh)[name], memo)
                     else:
                         vars(module).pop(name, None)
+                if (id(original), "training") in written:
+                    _set_mode([x for n, x in module._modules.items() if n not in was._modules], original.training)
                 for table in _TABLES:
                     _move_table(module, fresh, table)
                 for name in was._modules.keys() - original._modules.keys():
@@ -256,6 +262,12 @@ class MemberViews:
                     {name: own for name, (x, own) in children.items() if (own is None) is (x is None)}
                 )
         return [dataclasses.replace(reference, part=taken[id(reference.part)]) for reference in references]
+
+
+def _set_mode(made: list[nn.Module | None], mode: bool) -> None:
+    """Give modules that a member made a mode."""
+    for each in [x for child in made if child is not None for _, x in modules_of(child)]:
+        each.training = mode
 
 
 def _move_table(module: nn.Module, fresh: nn.Module, name: str) -> None:
