@@ -14,7 +14,7 @@ from fastens.internal import engine_of
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.stacking import make_skeleton, replaced, tensors_of
+from fastens.network.stacking import difference_of_copy, make_skeleton, replaced, tensors_of
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -52,7 +52,7 @@ def checked_index(k: int, num_members: int) -> int:
 def copied(member: nn.Module) -> nn.Module:
     """A module with tensors of its own.
 
-    One that cannot be copied, or whose copy would reach it by a closure, comes as it is.
+    One that cannot be copied, whose copy differs from it, or would reach it by a closure, comes as it is.
     """
     if reaches_back(member) is not None:
         return member
@@ -64,9 +64,10 @@ def copied(member: nn.Module) -> nn.Module:
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
     try:
-        return replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
+        made = replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
     except Exception:  # it refers to what Python cannot copy
         return member
+    return made if difference_of_copy(member, made) is None else member
 
 
 def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:

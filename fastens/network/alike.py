@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
@@ -199,6 +200,8 @@ class _Comparison:
             return self._same(content_of(a), content_of(b), path)
         if isinstance(a, _LOCKS) or type(a) is object:
             return None
+        if isinstance(a, RemovableHandle):  # by which of the hooks it removes, which are compared where they are kept
+            return None if _place(a) == _place(b) else _differ(path, a, b)
         return self._objects(a, b, path)
 
     def _objects(self, a: Any, b: Any, path: str) -> str | None:
@@ -272,6 +275,10 @@ class _Comparison:
                 return found
         mine, yours = ({n: v for n, v in vars(c).items() if n not in _CLASS_NAMES} for c in (a, b))
         return self._attributes(mine, yours, f"{path}: class {a.__qualname__}.", {"__slotnames__", "__firstlineno__"})
+
+
+def _place(handle: RemovableHandle) -> list[bool]:
+    return [key == handle.id for key in handle.hooks_dict_ref() or ()]
 
 
 def _equal_arrays(a: Any, b: Any) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import MemberTensor, modules_of, of_stack, tensors_of
 from fastens.network.barrier import unwatched
+from fastens.network.deep_copies import copied
 from fastens.network.registry import fold_registered
-from fastens.network.snapshots import copied
 from fastens.network.stacking import replaced
 from fastens.network.tables import Stacks, unsaved_in
 from fastens.report import LayerReport

@@ -17,8 +17,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of
+from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
-from fastens.network.snapshots import copied, member_values
+from fastens.network.snapshots import member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 

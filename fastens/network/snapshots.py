@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import collections
-import copy
 import enum
 import functools
 import pickle
@@ -20,7 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +27,6 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
-
-T = TypeVar("T")
 
 
 class Kind(NamedTuple):
@@ -86,21 +83,6 @@ def thread_locals(value: Any) -> list[threading.local]:
     """What a network, or its state, keeps for each thread by itself; of its content this thread sees its own."""
     waiting = _attributes_in(value, ()) if isinstance(value, nn.Module) else [value]
     return [each for each, _ in _reached(waiting, set()) if type(each) is threading.local]
-
-
-def copied(value: T, memo: dict[int, Any] | None = None) -> T:
-    """Copy a network or its state, with what is kept for each thread as this one has it, which ``copy`` refuses."""
-    memo = {} if memo is None else memo
-    try:
-        return copy.deepcopy(value, dict(memo))
-    except TypeError:
-        found = thread_locals(value)
-        if not found:
-            raise
-    for kept in found:
-        memo[id(kept)] = own = threading.local()
-        vars(own).update(copy.deepcopy(vars(kept), memo))
-    return copy.deepcopy(value, memo)
 
 
 def reaches(value: Any, ids: Collection[int], modules: Iterable[nn.Module]) -> bool:

@@ -16,7 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.snapshots import copied, same_bits
+from fastens.network.deep_copies import copied
+from fastens.network.snapshots import same_bits
 from fastens.network.tables import tables_of
 
 __all__ = [
@@ -88,6 +89,15 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
     return made
+
+
+def difference_of_copy(member: nn.Module, made: nn.Module) -> str | None:
+    """The first attribute in which a copy of a member differs from it, by its path; none where it is alike."""
+    apart = attributes_apart(member, made, {*HOOK_TABLES, "training"})
+    for (path, module), (_, other) in zip(modules_of(member), modules_of(made), strict=True):
+        for name in apart(module, other):
+            return f"{path}.{name}" if path else name
+    return None
 
 
 def _made_anew(module: nn.Module) -> Iterator[Tensor]:
@@ -220,10 +230,9 @@ def stack_members(
                 identical.discard(name)
                 if name in equal and not _same_values(stack[k], stack[0]):
                     equal.discard(name)
-    apart = attributes_apart(first, skeleton, {*HOOK_TABLES, "training"})
-    for (path, module), (_, other) in zip(modules_of(first), modules_of(skeleton), strict=True):
-        for name in apart(module, other):
-            raise DifferentMembers(f"a copy of a member differs from it at {f'{path}.' if path else ''}{name}")
+    difference = difference_of_copy(first, skeleton)
+    if difference is not None:
+        raise DifferentMembers(f"a copy of a member differs from it at {difference}")
     if num_members == 1:
         identical = set()
     shared = identical | equal

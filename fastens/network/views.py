@@ -16,9 +16,10 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
+from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.member_tables import MemberTable, Reference, read_by, take_parts, view_of_member
-from fastens.network.snapshots import copied, held_tensors, is_atom, reaches
+from fastens.network.snapshots import held_tensors, is_atom, reaches
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
