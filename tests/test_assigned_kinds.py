@@ -12,6 +12,7 @@ from fastens.fold.dispatch import RULES
 from fastens.fold.tensor import NotFoldable
 from tests.networks import mlp, randomised
 from tests.test_assigned import K, RowByRow
+from tests.tolerances import NETWORK, relative_error
 
 
 @pytest.mark.parametrize("masks", ["fixed", "fresh"])
@@ -166,3 +167,40 @@ def test_rows_that_cannot_be_folded_leave_other_calls_as_they_are(monkeypatch):
         torch.testing.assert_close(ensemble(x), torch.stack([member(x) for member in members]).mean(0))
     assert ensemble.engine == "fold"
     assert any("one member a row" in call.call and call.state == "looped" for call in ensemble.report().calls)
+
+
+class ReadsItsTime(nn.Module):
+    """Multiplies each row by a number that Python reads of its time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        return self.inner(x) * torch.tensor([float(each) for each in t])[:, None]
+
+
+@pytest.mark.parametrize("first", ["whole", "assigned"])
+def test_rows_of_values_that_python_reads_leave_the_fold_of_all_members(first):
+    members = [randomised(ReadsItsTime, seed) for seed in range(3)]
+    ensemble = fastens.Ensemble(members)
+    x, late, early = torch.randn(3, 4), torch.tensor([1, 2, 5]), torch.tensor([1, 2, 3])
+
+    def whole():
+        for t in (late, early):
+            expected = torch.stack([member(x, t) for member in members]).mean(0)
+            assert relative_error(ensemble(x, t), expected) < NETWORK[torch.float32]
+
+    def assigned():
+        for t in (late, early):
+            with ensemble.assigned([2, 0, 1]):
+                ours = ensemble(x, t)
+            expected = torch.stack([members[k](x, t)[i] for i, k in enumerate((2, 0, 1))])
+            assert relative_error(ours, expected) < NETWORK[torch.float32]
+
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for run in (whole, assigned, whole) if first == "whole" else (assigned, whole, assigned):
+            run()
+    assert ensemble.engine == "fold"
+    assert any("one by one where each row has its own" in str(each.message) for each in caught)
