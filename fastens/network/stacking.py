@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
+from fastens.network.parametrized import with_own_classes
 from fastens.network.snapshots import copied, same_bits
 from fastens.network.tables import tables_of
 
@@ -85,6 +86,7 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
     memo |= {id(tensor): tensor.detach().clone() for tensor in _made_anew(module)}
     made = copied(module, memo)
+    with_own_classes(each for _, each in modules_of(made))
     for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
     return made
