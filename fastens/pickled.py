@@ -32,7 +32,7 @@ class Pickled(nn.Module):
         if engine is None:
             content: Any = (None, list(self.network), self.__dict__["_why_loop"])
         else:
-            content = (engine.skeleton, tensors_of(self.network), engine.shared, *engine.own_states())
+            content = (engine.skeleton, tensors_of(self.network), engine.shared, *engine.states_of_copy())
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}

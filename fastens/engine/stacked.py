@@ -19,6 +19,7 @@ from fastens.network.asked import Questions
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
+from fastens.network.snapshots import thread_locals
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews, State, standing_alone
 from fastens.network.weights import as_it_is
@@ -104,6 +105,11 @@ class StackedMembers:
     def own_states(self) -> tuple[list[State], str]:
         """What the members wrote to themselves, where they are called one by one, and why they are."""
         return (self._views.own_states() if self.behaviour.looped else []), self.behaviour.why
+
+    def states_of_copy(self) -> tuple[list[State], str]:
+        """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
+        states, why = self.own_states()
+        return [[{n: x for n, x in own.items() if not thread_locals(x)} for own in state] for state in states], why
 
     def adopt_states(self, states: list[State], why: str) -> None:
         """Go on with what the members of another engine wrote to themselves, one by one."""
