@@ -28,7 +28,7 @@ from fastens.internal import (
     settings_of,
     take,
 )
-from fastens.network.state import Rollback
+from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns, is_scores
@@ -80,7 +80,7 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
         return returned(holders, name, results)
     engine, before = engine_of(ensemble), Rollback(network)
     try:
-        with holders.running(), listed_as_read():
+        with holders.running(), listed_as_read(), before:
             result = getattr(network, name)(*args, **kwargs)
         if any(isinstance(x, torch.optim.Optimizer) for x in pytree.tree_leaves(result)):  # it is to train the stacks
             with holders.running():
