@@ -126,3 +126,82 @@ def test_a_method_that_fails_halfway_leaves_nothing_changed(kind, way, same):
                 ens.merge(fails=True)
             assert relative_error(ens.member_outputs(x), expected) < 1e-5
             assert not any(each.merged for each in ens.modules() if isinstance(each, Adapted))
+
+
+def _of_parameters(net, trained):
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+
+
+def _of_attributes(net, trained):
+    for name, p in net.named_parameters():
+        p.requires_grad = name.startswith(trained)
+
+
+def _of_modules(net, trained):
+    net.requires_grad_(False)
+    getattr(net, trained).requires_grad_(True)
+
+
+def _turned(net, trained):
+    for p in net.parameters():
+        p.requires_grad_(not p.requires_grad)
+
+
+def _by_calls(net, trained):
+    net.a.requires_grad_(net.calls % 2 == 0)
+
+
+SWITCHES = {"parameters": _of_parameters, "attributes": _of_attributes, "modules": _of_modules, "turned": _turned}
+
+
+class Switching(nn.Module):
+    """Counts its calls, so that members which are looped have state of their own."""
+
+    def __init__(self, switch):
+        super().__init__()
+        self.a, self.b, self.switch, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), switch, 0
+
+    def train_only(self, name):
+        self.switch(self, name)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_trained_is_so_in_the_stacks(switch, engine, mode, called):
+    members, x = [Switching(SWITCHES[switch]) for _ in range(2)], torch.randn(3, 4)
+    ens = fastens.Ensemble(members, engine=engine)
+    if called:
+        ens(x)
+    for name in ("b", "a"):
+        with mode():
+            ens.train_only(name)
+            for member in members:
+                member.train_only(name)
+        for each in (ens, members[0]):
+            each.zero_grad()
+            if any(p.requires_grad for p in each.parameters()):
+                each(x).sum().backward()
+        own = dict(members[0].named_parameters())
+        assert {n: p.requires_grad for n, p in ens.network.named_parameters()} == {
+            n: p.requires_grad for n, p in own.items()
+        }
+        assert all((p.grad is None) is (own[n].grad is None) for n, p in ens.network.named_parameters())
+
+
+def test_members_that_disagree_on_it_are_an_error():
+    members, x = [Switching(_by_calls) for _ in range(3)], torch.randn(3, 4)
+    ens = fastens.Ensemble(members, engine="loop")
+    with ens.assigned([0, 0, 1]):
+        ens(x)
+    with pytest.raises(ValueError, match="trained in some members"):
+        ens.train_only("a")
+    assert all(p.requires_grad for p in ens.parameters())
