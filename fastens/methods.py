@@ -90,6 +90,8 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
         if not before.restore() or engine is None or not engine.kind.own_weights:
             raise
         return change_members(ensemble, name, *args, **kwargs)
+    if engine is not None and before.changed_inside():
+        engine.guards.barrier.wrote()  # which compiled graphs are told of
     return returned(holders, name, [result])
 
 

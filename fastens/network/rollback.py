@@ -56,6 +56,10 @@ class Rollback(TorchFunctionMode):
         if held is not None and id(held) not in self._written:
             self._written[id(held)] = held, held.data, held.detach().clone()
 
+    def changed_inside(self) -> bool:
+        """Whether what attributes hold was changed in place, as lists are, of which no write to a module tells."""
+        return any(not each.kind.same(each.value, each.saved) for _, _, held in self._state for each in held)
+
     def restore(self) -> bool:
         """Go back; return whether that is all, which it is not where values were changed past torch's functions."""
         for module, state, held in self._state:
