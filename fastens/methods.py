@@ -28,7 +28,6 @@ from fastens.internal import (
     settings_of,
     take,
 )
-from fastens.network.asked import Questions
 from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
@@ -107,8 +106,7 @@ def _called_on_each(holders: Holders, name: str, args: tuple[Any, ...], kwargs: 
     for each in holders.modules:
         for n, trained in before.items():
             parameters[n].requires_grad_(trained)
-        with Questions().answered(each, None):
-            results.append(getattr(each, name)(*args, **kwargs))
+        results.append(getattr(each, name)(*args, **kwargs))
         found = {n: p.requires_grad for n, p in parameters.items()}
         other = next((n for n in found if first is not None and found[n] is not first[n]), None)
         if other is not None:

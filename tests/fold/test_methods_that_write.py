@@ -1,6 +1,7 @@
 """Methods that change weights, as merging adapters does: all members' at once, or none where that fails."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -165,6 +166,12 @@ class Switching(nn.Module):
     def train_only(self, name):
         self.switch(self, name)
 
+    @contextmanager
+    def training_only(self, name):
+        self.switch(self, name)
+        yield
+        self.switch(self, "a" if name == "b" else "b")
+
     def forward(self, x):
         self.calls += 1
         return self.b(self.a(x).tanh())
@@ -195,6 +202,21 @@ def test_what_is_trained_is_so_in_the_stacks(switch, engine, mode, called):
             n: p.requires_grad for n, p in own.items()
         }
         assert all((p.grad is None) is (own[n].grad is None) for n, p in ens.network.named_parameters())
+
+
+@pytest.mark.parametrize("switch", [name for name in SWITCHES if name != "turned"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_is_trained_in_a_scope_is_so_in_the_stacks(switch, engine):
+    members, x = [Switching(SWITCHES[switch]) for _ in range(2)], torch.randn(3, 4)
+    ens = fastens.Ensemble(members, engine=engine)
+    ens(x)
+
+    def trained():
+        return {n for n, p in ens.network.named_parameters() if p.requires_grad}
+
+    with ens.training_only("b"):
+        assert trained() == {"b.weight", "b.bias"}
+    assert trained() == {"a.weight", "a.bias"}
 
 
 def test_members_that_disagree_on_it_are_an_error():
