@@ -66,10 +66,15 @@ class MemberLike(nn.Module):
             raise error from None
         if isinstance(value, MemberTensor):
             return value.stack
-        if inspect.ismethod(value) and value.__self__ is member:
+        if inspect.ismethod(value) and _is_part(value.__self__, member):
             ensemble: Any = self
             return functools.partial(call_method, ensemble, name)
         return value
+
+
+def _is_part(owner: Any, member: nn.Module) -> bool:
+    """Whether the owner of a method is a member, or the module inside it that it leaves the attribute to."""
+    return owner is member or (isinstance(owner, nn.Module) and any(owner is each for each in member.modules()))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastens.internal import engine_of
+from fastens.network.asked import Questions
 from fastens.network.member_tables import called, settle
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ class Holders:
         Members without state of their own get copies of the network's anew: it may be written to where nothing tells.
         """
         try:
-            with called() if self._views else nullcontext():
+            with called() if self._views else nullcontext(), ExitStack() as answered:
+                for view in self.modules if self._views else ():
+                    answered.enter_context(Questions().answered(view, None))
                 yield
         finally:
             for view in self.modules if self._views else ():

@@ -1,6 +1,5 @@
 """Laplace: members drawn from a diagonal Gaussian posterior around one checkpoint."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.ensemble import Ensemble
+from fastens.members import copy_of
 from fastens.modes import evaluating
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -30,7 +30,7 @@ def squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict
         ValueError: no data, losses that are not one number per sample, or parameters without gradient.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        return _squared_gradients(evaluating(copy.deepcopy(model)), loss, data)
+        return _squared_gradients(evaluating(copy_of(model)), loss, data)
 
 
 def _squared_gradients(model: nn.Module, loss: Loss, data: Iterable[Any]) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class LaplaceMembers(Sequence[nn.Module]):
         if unknown:
             raise ValueError(f"curvature names {sorted(unknown)[0]!r}, which the model has not")
         with torch.inference_mode(False):
-            self._model, self._curvature, self._count = copy.deepcopy(model), curvature, num_members
+            self._model, self._curvature, self._count = copy_of(model), curvature, num_members
         self._temperature, self._prior, self._seed = temperature, prior_precision, seed
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class LaplaceMembers(Sequence[nn.Module]):
         if not 0 <= k < self._count:
             raise IndexError(f"draw {given} of {self._count}")
         with torch.inference_mode(False), torch.no_grad():
-            member = copy.deepcopy(self._model)
+            member = copy_of(self._model)
             self._draw(member, torch.Generator().manual_seed(self._seed * 1_000_003 + k))
         return member
 

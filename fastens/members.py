@@ -56,6 +56,19 @@ def copied(member: nn.Module) -> nn.Module:
     """
     if reaches_back(member) is not None:
         return member
+    try:
+        made = copy_of(member)
+    except Exception:  # it refers to what Python cannot copy
+        return member
+    return made if difference_of_copy(member, made) is None else member
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy of a module, also of one whose hooks computed weights of it by autograd, which ``deepcopy`` refuses.
+
+    Raises:
+        Exception: it refers to what Python cannot copy.
+    """
 
     def own(tensor: Tensor) -> Tensor:
         if is_lazy(tensor):
@@ -63,11 +76,7 @@ def copied(member: nn.Module) -> nn.Module:
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
-    try:
-        made = replaced(member, {name: own(tensor) for name, tensor in tensors_of(member).items()})
-    except Exception:  # it refers to what Python cannot copy
-        return member
-    return made if difference_of_copy(member, made) is None else member
+    return replaced(module, {name: own(tensor) for name, tensor in tensors_of(module).items()})
 
 
 def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, Any]) -> None:

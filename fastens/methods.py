@@ -28,7 +28,7 @@ from fastens.internal import (
     settings_of,
     take,
 )
-from fastens.network.state import Rollback
+from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import columns, is_scores
@@ -76,11 +76,11 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
     holders, network = Holders(ensemble), ensemble.network
     if holders.modules != [network]:
         with holders.running():
-            results = [getattr(each, name)(*args, **kwargs) for each in holders.modules]
+            results = _called_on_each(holders, name, args, kwargs)
         return returned(holders, name, results)
     engine, before = engine_of(ensemble), Rollback(network)
     try:
-        with holders.running(), listed_as_read():
+        with holders.running(), listed_as_read(), before:
             result = getattr(network, name)(*args, **kwargs)
         if any(isinstance(x, torch.optim.Optimizer) for x in pytree.tree_leaves(result)):  # it is to train the stacks
             with holders.running():
@@ -89,7 +89,34 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
         if not before.restore() or engine is None or not engine.kind.own_weights:
             raise
         return change_members(ensemble, name, *args, **kwargs)
+    if engine is not None and before.changed_inside():
+        engine.guards.barrier.wrote()  # which compiled graphs are told of
     return returned(holders, name, [result])
+
+
+def _called_on_each(holders: Holders, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What the method returns for each of the members, which begin with the same parameters trained and frozen.
+
+    Raises:
+        ValueError: they end with others, where stacks hold those of all members.
+    """
+    folded = engine_of(holders.ensemble) is not None
+    parameters = dict(holders.ensemble.network.named_parameters()) if folded else {}
+    results, before, first = [], {n: p.requires_grad for n, p in parameters.items()}, None
+    for each in holders.modules:
+        for n, trained in before.items():
+            parameters[n].requires_grad_(trained)
+        results.append(getattr(each, name)(*args, **kwargs))
+        found = {n: p.requires_grad for n, p in parameters.items()}
+        other = next((n for n in found if first is not None and found[n] is not first[n]), None)
+        if other is not None:
+            for n, trained in before.items():
+                parameters[n].requires_grad_(trained)
+            raise ValueError(
+                f"{name}: {other} is trained in some members and frozen in others, and it is one parameter"
+            )
+        first = found
+    return results
 
 
 def returned(holders: Holders, name: str, results: list[Any]) -> Any:

@@ -33,7 +33,7 @@ class Pickled(nn.Module):
             content: Any = (None, list(self.network), self.__dict__["_why_loop"])
         else:
             skeleton = engine.skeleton
-            content = (skeleton, tensors_of(self.network), engine.shared, *engine.own_states(skeleton))
+            content = (skeleton, tensors_of(self.network), engine.shared, *engine.states_of_copy(skeleton))
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import fastens
 from fastens.laplace import LaplaceMembers, squared_gradients
@@ -135,3 +136,31 @@ def test_bad_input_is_named(data, options, message):
     arguments = {"loss": losses, "data": data, "num_members": 2, **options}
     with pytest.raises(ValueError, match=message):
         fastens.laplace(randomised(mlp, 0), **arguments)
+
+
+class Computed(nn.Module):
+    """Weights that torch computes of others: by hooks before a call, or when they are read."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.net = nn.Sequential(norm(nn.Linear(5, 5)), nn.Tanh(), nn.Linear(5, 5))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm], ids=["hooks", "read"])
+def test_draws_around_computed_weights_are_networks_of_their_own(data, norm):
+    torch.manual_seed(0)
+    model = Computed(norm)
+    x = torch.randn(3, 5)
+    model(x)  # whose computed weight is part of a graph
+    draws = list(LaplaceMembers(model, squared_gradients(model, losses, data), 3))
+    ens = fastens.laplace(model, losses, data, 3)
+    with torch.no_grad():
+        expected = torch.stack([draw(x) for draw in draws])
+        assert (expected[0] - expected[1]).abs().max() > 1e-2
+        with parametrize.cached():
+            assert relative_error(torch.stack([draw(x) for draw in draws]), expected) < 1e-6
+            assert relative_error(ens.member_outputs(x), expected) < 1e-5

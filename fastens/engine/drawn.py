@@ -22,7 +22,6 @@ from fastens.engine.caches import remembers_calls
 from fastens.engine.calls import PlannedCall
 from fastens.engine.check import beyond_rounding
 from fastens.engine.derivatives import Disturbed
-from fastens.engine.guards import observed
 from fastens.engine.leaves import alike, columns_of, without_hidden
 from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
@@ -129,7 +128,7 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
-        if not engine.behaviour.looped and observed():
+        if not engine.behaviour.looped and engine.guards.observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
         modes = engine.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled()
         key = "drawn, and fails", self._arguments.signature(), modes
@@ -231,7 +230,8 @@ class DrawnCall:
     def as_plan(self) -> tuple[PlannedCall | None, Tensor | None]:
         """The call as plans see it, none where it may not run as one, and the order of its samples there."""
         engine = self._engine
-        excluded = None if engine.behaviour.looped or observed() else engine.rows.excluded(engine, self._arguments)
+        looped = engine.behaviour.looped or engine.guards.observed()
+        excluded = None if looped else engine.rows.excluded(engine, self._arguments)
         if excluded is None:
             return None, None
         dealt, order, offsets, row_members = self._by_member(self._arguments.excluding(excluded))

@@ -18,7 +18,7 @@ from fastens.engine.derivatives import Disturbed
 from fastens.engine.drawn import DrawnCall
 from fastens.engine.first import FirstPass
 from fastens.engine.folding import FoldedMembers
-from fastens.engine.guards import observed, refuse_tracers
+from fastens.engine.guards import refuse_tracers
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory
@@ -125,7 +125,7 @@ class Engine(FoldedMembers):
             self.check_frozen()
         if self.behaviour.looped:
             return self.loop(arguments, method)
-        if observed():
+        if self.guards.observed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastens.fold.tensor import modules_of
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
+from fastens.network.parametrized import any_parametrized, caching
 from fastens.network.weights import Weights
 
 
@@ -73,6 +74,17 @@ class Guards:
         if self.barrier.writes != self._seen:
             self.look()
         return self._seen, self._weights.state(), torch.get_default_dtype()
+
+    def observed(self) -> bool:
+        """Whether members' own code is to run: for others to see it, or to keep weights that it computes."""
+        return observed() or self._keeps_weights()
+
+    def ordinary_context(self, device: str) -> bool:
+        """Whether nothing in this context changes what functions do, nor what weights are that members compute."""
+        return ordinary_context(device) and not self._keeps_weights()
+
+    def _keeps_weights(self) -> bool:
+        return caching() and any_parametrized(module for _, module in modules_of(self._network))
 
     def hooked(self) -> bool:
         """Whether hooks want to be called."""

@@ -14,7 +14,7 @@ from fastens.device import device_of
 from fastens.engine.check import beyond_rounding
 from fastens.engine.copies import duplicate, separate
 from fastens.engine.entry import Entry, Tensors, Trial
-from fastens.engine.guards import EVERY_MODE, Guards, ordinary_context
+from fastens.engine.guards import EVERY_MODE, Guards
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.states import Refused, States
@@ -332,8 +332,8 @@ class Plans:
         Empty where nothing does.
         """
         kind = self._kind
-        if not ordinary_context(kind):
-            return "autocast, a function mode or a transform is active, in which members' own functions are called"
+        if not self.guards.ordinary_context(kind):
+            return "autocast, a mode, a transform or parametrize.cached() is active, in which members' own code runs"
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments, *self.guards.tensors)):
             return "gradients are enabled and asked for; call it under torch.no_grad()"
         if self.guards.hooked():

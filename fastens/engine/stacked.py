@@ -19,6 +19,7 @@ from fastens.network.asked import Questions
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
+from fastens.network.snapshots import thread_locals
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews, State, standing_alone
 from fastens.network.weights import as_it_is
@@ -113,6 +114,11 @@ class StackedMembers:
             skeleton: what that refers to in the place of a member.
         """
         return (self._views.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
+
+    def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str]:
+        """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
+        states, why = self.own_states(skeleton)
+        return [[{n: x for n, x in own.items() if not thread_locals(x)} for own in state] for state in states], why
 
     def adopt_states(self, skeleton: nn.Module, states: list[State], why: str) -> None:
         """Go on with what the members of another engine wrote to themselves, one by one; see :meth:`own_states`."""

@@ -1,4 +1,4 @@
-"""Calls inside function transforms, forward-mode differentiation and function modes: the members' code, one by one."""
+"""Calls inside transforms, forward-mode differentiation, function modes and ``cached()``: members' code, one by one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.tensor import NotFoldable
+from fastens.network.parametrized import forget
 from fastens.network.state import NetworkState
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def in_transform(engine: Engine, run: Callable[[Any], Result]) -> Result:
                 changed.update(*(state.put_back() for state in states))
         if not changed:
             return result
+        forget(modules)
     with temporarily_clear_interpreter_stack():  # what members are given of their own outlives the transform
-        engine.give_up("members that write to themselves were called inside a transform or a function mode")
+        engine.give_up("members that write to themselves were called in a transform, a mode or parametrize.cached()")
     return run(functools.partial(engine.call_member, remembers=True))
 
 

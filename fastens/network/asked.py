@@ -134,6 +134,16 @@ def _set_grad(func: Any, part: Tensor, x: Tensor, value: Tensor | None) -> None:
             stack.grad[k] = 0.0 if value is None else value
 
 
+def _switch(func: Any, part: Tensor, x: Tensor, requires_grad: bool = True) -> Tensor:
+    """Train, or freeze, the stack with the part: it is one parameter, whose members agree on that."""
+    stack = x._base if x is part else None
+    if stack is None or not isinstance(stack, nn.Parameter):
+        func(x, requires_grad)
+    else:
+        stack.requires_grad_(requires_grad)
+    return x
+
+
 def _retain(func: Any, part: Tensor, x: Tensor) -> None:
     if not (x.requires_grad and isinstance(x, nn.Parameter)):  # of a leaf it does nothing
         func(x)
@@ -159,18 +169,24 @@ def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., 
     return {(getters(name) or [getattr(Tensor, name)])[0]: answer for name, answer in answers.items()}
 
 
-_ANSWERS = _answers(
-    {
-        "is_leaf": _is_leaf,
-        "grad_fn": _grad_fn,
-        "grad": _grad,
-        "retains_grad": _of_part(False),
-        "retain_grad": _retain,
-        "_base": _base,
-        "_is_view": _of_part(False),
-        "storage_offset": _offset,
-        "untyped_storage": _storage,
-        "storage": _storage,
-        "__repr__": _repr,
-    }
-) | {vars(torch._C.TensorBase)["grad"].__set__: _set_grad}
+_SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore[reportAttributeAccessIssue]  # not in its stub
+_ANSWERS: dict[Any, Callable[..., Any]] = (
+    {_SET_REQUIRES_GRAD: _switch}
+    | _answers(
+        {
+            "is_leaf": _is_leaf,
+            "grad_fn": _grad_fn,
+            "grad": _grad,
+            "retains_grad": _of_part(False),
+            "retain_grad": _retain,
+            "requires_grad_": _switch,
+            "_base": _base,
+            "_is_view": _of_part(False),
+            "storage_offset": _offset,
+            "untyped_storage": _storage,
+            "storage": _storage,
+            "__repr__": _repr,
+        }
+    )
+    | {vars(torch._C.TensorBase)["grad"].__set__: _set_grad}
+)

@@ -17,6 +17,7 @@ from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
+from fastens.network.parametrized import with_own_classes
 from fastens.network.snapshots import same_bits
 from fastens.network.tables import tables_of
 
@@ -86,6 +87,7 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
     memo |= {id(tensor): tensor.detach().clone() for tensor in _made_anew(module)}
     made = copied(module, memo)
+    with_own_classes(each for _, each in modules_of(made))
     for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
     return made

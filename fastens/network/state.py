@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.device import random_forked, random_states
-from fastens.fold.tensor import TABLES, modules_of, tensors_of
+from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
 from fastens.network.closures import reaches_back
@@ -198,39 +198,6 @@ def state_kept(network: nn.Module) -> Iterator[Changed]:
         found = state.put_back()
         changed |= found
         changed.outside, changed.modules, changed.back = found.outside, found.modules, found.back
-
-
-class Rollback:
-    """What a network consisted of, its Python state among it, to go back to where a change of it failed halfway."""
-
-    def __init__(self, network: nn.Module) -> None:
-        modules = list(network.modules())
-        seen = {id(each) for each in (*modules, *tensors_of(network).values())}
-        self._state = [
-            (module, vars(module).copy(), [held for name, value in vars(module).items()
-                                           if name not in (*TABLES, "_barrier") for held in snapshots_of(value, seen)])
-            for module in modules
-        ]  # fmt: skip
-        tables = [state[name] for _, state, _ in self._state for name in TABLES]
-        self._tables: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
-            (table, dict(dict.items(table)), set(getattr(table, "common", ()))) for table in tables
-        ]
-        self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
-        self._network = network
-
-    def restore(self) -> bool:
-        """Go back; return whether that is all, which it is not where values of tensors were changed."""
-        for module, state, held in self._state:
-            vars(module).clear()
-            vars(module).update(state)
-            for each in held:
-                each.restored()
-        for table, content, common in self._tables:
-            dict.clear(table)
-            dict.update(table, content)
-            if isinstance(table, Stacks):
-                table.common = common
-        return self._versions == {name: tensor._version for name, tensor in tensors_of(self._network).items()}
 
 
 class _Kept:

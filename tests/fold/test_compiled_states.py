@@ -21,9 +21,20 @@ class Net(nn.Module):
         self.norm.get_buffer("running_mean").normal_()
         self.scale = 1.0
         self.register_buffer("shift", torch.randn(6))
+        self.scales, self.options = [], {"negative": False}
+
+    def append(self):
+        self.scales.append(3.0)
+
+    def choose(self):
+        self.options["negative"] = True
+
+    def ask(self):
+        return len(self.scales)
 
     def forward(self, x):
-        return self.scale * self.last(torch.relu(self.norm(self.first(x)) + self.shift))
+        scale = -self.scale if self.options["negative"] else self.scale
+        return scale * sum(self.scales, 1.0) * self.last(torch.relu(self.norm(self.first(x)) + self.shift))
 
 
 class Compiled:
@@ -93,3 +104,14 @@ def test_modes_that_come_back_and_trained_weights_compile_no_further():
                         parameter.mul_(1.1)
             compiled.check()
     assert compiled.graphs == 2
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("append", 2), ("choose", 2), ("ask", 1)])
+def test_what_methods_change_inside_of_attributes_is_noticed(method, graphs):
+    compiled = Compiled()
+    compiled.check()
+    for network in (compiled.ensemble, *compiled.members):
+        getattr(network, method)()
+    compiled.check()
+    compiled.check()
+    assert compiled.graphs == graphs

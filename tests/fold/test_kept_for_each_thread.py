@@ -1,7 +1,9 @@
 """What a network keeps for each thread by itself, as caches of text embeddings do: each thread has its own."""
 
 import copy
+import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,3 +81,36 @@ def test_a_member_that_copy_refuses_for_it_can_be_one():
         with pytest.warns(UserWarning, match="one by one"):
             ensemble = fastens.Ensemble(members)
         assert relative_error(ensemble(x, x[0]), expected) < NETWORK[torch.float32]
+
+
+class Copyable(Caching):
+    """Says itself how it is copied, as classes that keep locks and values for each thread do."""
+
+    def __init__(self):
+        super().__init__(True)
+        self.calls = 0
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "kept"}
+
+    def forward(self, x, text):
+        self.calls += 1
+        return super().forward(x, text)
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("assigned", [False, True])
+def test_copies_of_members_that_are_looped_keep_the_rest(duplicate, assigned):
+    torch.manual_seed(0)
+    members = [Copyable().eval() for _ in range(K)]
+    ensemble, x, text = fastens.Ensemble(members, engine="loop"), torch.randn(3, 4), torch.randn(4)
+    for member in members:
+        member(x, text)
+    with ensemble.assigned([0, 1, 2]) if assigned else nullcontext():
+        ensemble(x, text)
+    made, others = duplicate(ensemble), [duplicate(member) for member in members]
+    text = torch.randn(4)  # which copies have not kept
+    expected = torch.stack([other(x, text) for other in others])
+    assert relative_error(made.member_outputs(x, text), expected) < NETWORK[torch.float32]
+    assert [member.calls for member in made.members] == [2] * K
