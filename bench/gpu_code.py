@@ -141,22 +141,31 @@ class Code:
         )
 
 
-def read(kernel, grid, constants, binary):
-    """The :class:`Code` of a compiled kernel; ptxas runs again, since Triton keeps no message of it."""
+def assembled(binary, folder):
+    """The file of a kernel's machine code, and what ptxas says of it; it runs again, since Triton keeps no message."""
     architecture = "sm_90a" if binary.metadata.target.arch == 90 else f"sm_{binary.metadata.target.arch}a"
     newer = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in compiler_text() else []
+    ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+    ptx.write_text(binary.asm["ptx"])
+    command = [BIN / "ptxas", "-lineinfo", "-v", *newer, f"--gpu-name={architecture}", ptx, "-o", cubin]
+    return cubin, subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def complaints(log):
+    """The lines of what ptxas says that are no figures."""
+    return "\n".join(line for line in log.splitlines() if re.search(r"\(C\d+\)|warning", line))
+
+
+def read(kernel, grid, constants, binary):
+    """The :class:`Code` of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(binary.asm["ptx"])
-        command = [BIN / "ptxas", "-lineinfo", "-v", *newer, f"--gpu-name={architecture}", ptx, "-o", cubin]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        cubin, log = assembled(binary, folder)
         sass = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     instructions, loops = parse(sass)
-    complaints = [line for line in log.splitlines() if re.search(r"\(C\d+\)|warning", line)]
     names = [name for name, _ in instructions]
     return Code(
         kernel, grid, constants, binary.metadata.num_warps, int(re.search(r"Used (\d+) registers", log)[1]),
-        sum(map(int, re.findall(r"(\d+) bytes spill stores", log))), binary.metadata.shared, "\n".join(complaints),
+        sum(map(int, re.findall(r"(\d+) bytes spill stores", log))), binary.metadata.shared, complaints(log),
         overlaps(names) and binary.metadata.launch_pdl, len(instructions), loops,
         dict(Counter(width(name) for name in names if name.startswith("STG"))),
         dict(Counter(width(name) for name in names if name.startswith(("LDG.", "LDGSTS")))),

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import NamedTuple
 
 LIBRARY_NAME = "libfastens_cpu.so"
@@ -138,13 +137,14 @@ def nvcc() -> str:
 
 
 def ninja() -> str:
-    """Return the ninja program: on the path, beside this Python, or of the ``ninja`` distribution.
+    """Return the ninja program: beside this Python, on the path, or of the ``ninja`` distribution.
+
+    The environment's own comes first: ninja builds everything again that another version has built.
 
     Raises:
         ToolMissing: there is none.
     """
-    found = shutil.which("ninja") or shutil.which("ninja", path=str(pathlib.Path(sys.executable).parent))
-    if found:
+    if found := shutil.which("ninja", path=str(pathlib.Path(sys.executable).parent)) or shutil.which("ninja"):
         return found
     try:
         from ninja import BIN_DIR
@@ -235,27 +235,20 @@ def build(
     Raises:
         BuildError: no compiler, no ninja, no torch, an unsupported platform, or a compile error (with its output).
     """
-    name = LIBRARY_NAMES[device]
-
-    def text() -> str:
-        return cuda_ninja_file(quick) if device == "cuda" else ninja_file(name)
-
-    return _build(name, text, out_dir, verbose, work_dir)
-
-
-def _build(
-    name: str, text: Callable[[], str], out_dir: pathlib.Path, verbose: bool, work_dir: pathlib.Path | None
-) -> pathlib.Path:
     if sys.platform == "win32":
         raise ToolMissing("the libraries are built with g++ or clang++ on Linux and macOS; Windows uses the reference")
+    import fcntl  # which Windows lacks
+
     if work_dir is None:
         with tempfile.TemporaryDirectory(prefix="fastens-build-") as temporary:
-            return _build(name, text, out_dir, verbose, pathlib.Path(temporary))
-    work_dir = pathlib.Path(work_dir).resolve()
+            return build(device, out_dir, verbose, pathlib.Path(temporary), quick)
+    name, work_dir = LIBRARY_NAMES[device], pathlib.Path(work_dir).resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
-    (work_dir / "build.ninja").write_text(text())
-    command = [ninja(), "-C", str(work_dir), *(["-v"] if verbose else [])]
-    result = subprocess.run(command, capture_output=not verbose, text=True, check=False)
+    with (work_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another build of this folder ends first, and leaves little to do
+        (work_dir / "build.ninja").write_text(cuda_ninja_file(quick) if device == "cuda" else ninja_file(name))
+        command = [ninja(), "-C", str(work_dir), *(["-v"] if verbose else [])]
+        result = subprocess.run(command, capture_output=not verbose, text=True, check=False)
     if result.returncode:
         output = "" if verbose else f":\n{result.stdout}{result.stderr}"
         raise BuildError(f"ninja failed in {work_dir} (exit status {result.returncode}){output}")

@@ -16,6 +16,7 @@ import itertools  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.covering import covering  # noqa: E402
+from tests.longest_first import longest_first  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,6 +29,7 @@ def pytest_collection_modifyitems(items):
             chosen = covering([tuple(map(id, test.callspec.params.values())) for test in tests], *mark.args)
             for number in set(range(len(tests))).difference(chosen):
                 tests[number].add_marker("full")
+    longest_first(items)
 
 
 @pytest.hookimpl(optionalhook=True)

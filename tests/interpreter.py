@@ -5,8 +5,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import math
 import os
 
+import numpy as np
 import torch
 
 
@@ -18,6 +20,9 @@ def choose() -> None:
         _patch_once()
         _look_dtypes_up()
         _compute_no_unread_checks()
+        if importlib.metadata.version("triton").startswith("3.7."):
+            _describe_shapes_once()
+            _widen_by_shifts()
         if importlib.metadata.version("triton").startswith("3.6."):
             _read_loop_bounds()
 
@@ -59,6 +64,54 @@ def _compute_no_unread_checks() -> None:
 
     if not interpreter_builder.options.debug:
         interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def _describe_shapes_once() -> None:
+    """A block's type and a tensor spell their shape out, in objects of its sizes: once a shape, not once a value."""
+    from triton.language import core
+
+    @functools.cache
+    def of_block(sizes: tuple[int, ...]):
+        return core.tuple(list(sizes)), core.validate_block_shape(sizes)
+
+    @functools.cache
+    def of_tensor(sizes: tuple[int, ...]):
+        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
+
+    def block_type(self, element_ty, shape):
+        sizes = tuple(core._unwrap_shape(shape) if isinstance(shape, core.constexpr) else map(_value, shape))
+        if not sizes:
+            raise TypeError("0d block_type is forbidden")
+        if set(map(type, sizes)) != {int}:
+            core.validate_block_shape(sizes)
+        self.element_ty = element_ty
+        self.shape, self.numel = of_block(sizes)
+
+    def _value(size):
+        return size.value if isinstance(size, core.constexpr) else size
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_tensor(tuple(type.shape.values) if type.is_block() else ())
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+
+
+def _widen_by_shifts() -> None:
+    """bfloat16 is the upper half of float32; the interpreter takes both apart instead, and small numbers wrongly."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(x, source, target, rounding_mode):
+        if (source.name, target.name) == ("bf16", "fp32"):
+            return x.view(np.uint16).astype(np.uint32) << 16
+        if (source.name, target.name, rounding_mode) == ("fp32", "bf16", None):  # to zero
+            return (x.view(np.uint32) >> 16).astype(np.uint16)
+        return convert(x, source, target, rounding_mode)
+
+    interpreter._convert_float = converted
 
 
 def _read_loop_bounds() -> None:

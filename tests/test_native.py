@@ -142,6 +142,18 @@ def test_missing_tools_are_named(monkeypatch, tmp_path):
         _build.ninja()
 
 
+def test_the_environment_s_ninja_comes_first(monkeypatch, tmp_path):
+    """Whatever the path of a build, an installation's or ``make``'s: another ninja would compile everything again."""
+    for folder in ("environment", "system"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ninja").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    assert _build.ninja() == str(tmp_path / "environment" / "ninja")
+    (tmp_path / "environment" / "ninja").unlink()
+    assert _build.ninja() == str(tmp_path / "system" / "ninja")
+
+
 @pytest.mark.parametrize("damage", ["absent", "no library"])
 def test_without_the_library_the_reference_serves_and_says_why(damage, tmp_path, monkeypatch):
     package = tmp_path / "_lib"

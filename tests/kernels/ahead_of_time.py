@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.gpu_code import compiling, read
+from bench.gpu_code import assembled, compiling, complaints
 from fastens import rules
 from fastens.kernels._attention import attention
 from fastens.kernels._conv2d_halo import conv2d_halo
@@ -47,17 +47,18 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def resources(kernel):
-    """Registers, stack and local memory of a compiled kernel's machine code, and its shared memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    """What a kernel's machine code takes: registers, stack, local and shared memory; and what ptxas says of it."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+        complaint = complaints(assembled(kernel, folder)[1]) if "wgmma" in ptx else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     registers, stack, _, local = map(int, found.groups())
-    ptx = kernel.asm["ptx"]
     waits = ptx.find("griddepcontrol.wait")
     return {
-        "complaint": read("", (), {}, kernel).complaint if "wgmma" in ptx else "",
+        "complaint": complaint,
         "overlaps": kernel.metadata.launch_pdl and "griddepcontrol.launch_dependents" in ptx,
         "waits": waits >= 0 and waits < min((found.start() for found in OF_MEMORY.finditer(ptx)), default=len(ptx)),
         "registers": registers,

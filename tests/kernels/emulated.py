@@ -1,6 +1,7 @@
 """Small launches as the compiler makes them for sm_90a, emulated, against the reference: prints each error as JSON.
 
-A process of its own, without TRITON_INTERPRET: ``python -m tests.kernels.emulated [NAME...] [--removed REGEX]``.
+A process of its own, without TRITON_INTERPRET: ``python -m tests.kernels.emulated [NAME...] [--without NAME REGEX]...``
+runs the launches of these names, by default all, and those whose PTX lacks what a regular expression finds.
 """
 
 import argparse
@@ -151,28 +152,31 @@ def difference(actual, expected):
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def main(names, removed):
+def main(names, without):
     for name, run in launches():
-        if names and name not in names:
-            continue
-        for loads, reverse in (("early", False), ("late", True)):
-            torch.manual_seed(0)
-            torch.backends.cudnn.conv.fp32_precision = "tf32"
-            row = {"launch": name, "loads": loads}
-            try:
-                with torch.no_grad(), emulating(loads, reverse, lambda ptx: re.sub(removed, "", ptx)) as compiled:
-                    pairs = run()
-            except (IndexError, RuntimeError) as error:
-                print(json.dumps({**row, "error": str(error)}), flush=True)
-                continue
-            if pairs is not None:
-                row["splits"] = max(constants.get("SPLITS", 1) for _, _, constants, _ in compiled)
-                print(json.dumps({**row, "errors": [difference(*pair) for pair in pairs]}), flush=True)
+        for removed in [None] * (name in names or not (names or without)) + [x for of, x in without if of == name]:
+            for loads, reverse in (("early", False), ("late", True)):
+                found = result(run, loads, reverse, removed or r"(?!)")
+                if found is not None:
+                    print(json.dumps({"launch": name, "removed": removed, "loads": loads, **found}), flush=True)
+
+
+def result(run, loads, reverse, removed):
+    """The errors of a launch and in how many splits it ran, or why it did not; nothing if its way refuses it."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        with torch.no_grad(), emulating(loads, reverse, lambda ptx: re.sub(removed, "", ptx)) as compiled:
+            pairs = run()
+    except (IndexError, RuntimeError) as error:
+        return {"error": str(error)}
+    splits = max((constants.get("SPLITS", 1) for _, _, constants, _ in compiled), default=1)
+    return None if pairs is None else {"splits": splits, "errors": [difference(*pair) for pair in pairs]}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--removed", default=r"(?!)", help="of the PTX, as a regular expression")
+    parser.add_argument("--without", nargs=2, action="append", default=[], metavar=("NAME", "REGEX"))
     options = parser.parse_args()
-    main(options.names, options.removed)
+    main(options.names, options.without)

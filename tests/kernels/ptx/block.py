@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from tests.kernels.ptx.arithmetic import PARAMETERS, UNSIGNED, Arithmetic
-from tests.kernels.ptx.layouts import bits_of, fragment, lines, operand, rows_of_lanes, swizzled
+from tests.kernels.ptx.layouts import bits_of, fragment, lines, operand, places_of_sums, rows_of_lanes, swizzled
 from tests.kernels.ptx.memory import Barrier, Shared
 
 STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
@@ -261,6 +261,7 @@ class Block(Arithmetic):
         across_a, across_b = (0, flags[-1]) if of_registers else flags
 
         def multiply():
+            found = np.empty((len(names), self.threads), np.float32)
             for group in range(self.threads // 128):
                 own = slice(128 * group, 128 * group + 128)
                 if of_registers:
@@ -268,11 +269,10 @@ class Block(Arithmetic):
                 else:
                     x = operand(self.shared.bytes, int(a[own][0]), 64, depth, kind, across_a)
                 y = operand(self.shared.bytes, int(b[own][0]), columns, depth, kind, across_b)
-                sums, t = x @ y.T, np.arange(128)
-                for r, name in enumerate(names):
-                    found = sums[16 * (t // 32) + t % 32 // 4 + 8 * (r // 2 % 2), 8 * (r // 4) + t % 4 * 2 + r % 2]
-                    before = self.registers.get(name, np.zeros(self.threads, np.uint32)).view(np.float32).copy()
-                    before[own] = np.where(keeps[own], before[own], 0) + found
-                    self.registers[name] = before.view(np.uint32)
+                found[:, own] = (x @ y.T)[places_of_sums(len(names))]
+            nothing = np.zeros(self.threads, np.uint32)
+            for name, sums in zip(names, found, strict=True):
+                before = self.registers.get(name, nothing).view(np.float32)
+                self.registers[name] = (np.where(keeps, before, 0) + sums).view(np.uint32)
 
         return multiply

@@ -76,6 +76,13 @@ def fragment(registers, kind):
     return whole
 
 
+@functools.cache
+def places_of_sums(registers):
+    """Rows and columns of a warp group's sums that its 128 threads have in so many registers each."""
+    t, r = np.arange(128), np.arange(registers)[:, None]
+    return 16 * (t // 32) + t % 32 // 4 + 8 * (r // 2 % 2), 8 * (r // 4) + t % 4 * 2 + r % 2
+
+
 def rows_of_lanes(matrices, transposed):
     """What each lane gets of its warp's matrix [warps, 8, 8] of 16 bits: two neighbours of a row, or of a column."""
     lane = np.arange(32)

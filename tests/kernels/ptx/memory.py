@@ -1,7 +1,6 @@
 """What an emulated kernel has of memory: tensors, boxes of them, a block's shared memory, and barriers in it."""
 
 import ctypes
-import itertools
 
 import numpy as np
 
@@ -108,12 +107,11 @@ class TensorMap:
         """The bytes of the box at a corner, its last dimension innermost."""
         whole = np.zeros((*self.lengths[:-1], self.lengths[-1] * self.item), np.uint8)
         start, end = max(0, corner[-1]), min(self.shape[-1], corner[-1] + self.lengths[-1])
-        for index in itertools.product(*map(range, self.lengths[:-1])):
-            at = [c + i for c, i in zip(corner, index, strict=False)]
-            if end > start and all(0 <= a < n for a, n in zip(at, self.shape, strict=False)):
-                element = sum(a * s for a, s in zip(at, self.strides, strict=False)) + start
-                address = np.array([self.tensor.data_ptr() + element * self.item], np.uint64)
-                first = (start - corner[-1]) * self.item
-                size = (end - start) * self.item
-                whole[index][first : first + size] = memory.load(address, size)[0]
+        if end > start:
+            places = np.moveaxis(np.indices(self.lengths[:-1]), 0, -1) + corner[:-1]
+            inside = ((places >= 0) & (places < self.shape[:-1])).all(-1)
+            elements = places[inside] @ np.array(self.strides[:-1]) + start
+            addresses = (self.tensor.data_ptr() + elements * self.item).astype(np.uint64)
+            columns = slice((start - corner[-1]) * self.item, (end - corner[-1]) * self.item)
+            whole[inside, columns] = memory.load(addresses, (end - start) * self.item)
         return whole.ravel()
