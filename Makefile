@@ -18,11 +18,10 @@ NATIVE_TESTS := $(wildcard tests/ops/test_run_program*.py) tests/ops/test_conv_n
   tests/tabular/test_forest.py tests/tabular/test_packed.py tests/fold/test_plan_arithmetic.py tests/test_native.py
 SOURCES := $(shell find csrc -type f) fastens/_build.py
 
-.PHONY: help demo docs test test-all test-diffusers test-full test-interpreted test-sanitizers test-aarch64 fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel test-newest clean
+.PHONY: help demo docs test test-diffusers test-full test-interpreted test-sanitizers test-aarch64 fuzz atlas test-gpu-sample test-gpu-build test-gpu-code lint bench train wheel test-wheel test-newest clean
 help:
 	@echo "make demo   sample digits with the shipped ensemble by every rule; writes a picture and figures"
-	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels;"
-	@echo "            make test-all both, and make test-interpreted, in one run"
+	@echo "make test   run the tests; make test-gpu-sample those that compile a sample of the GPU kernels"
 	@echo "            make test-full all combinations of parameters of which make test runs a covering sample"
 	@echo "            make test-interpreted kernels in further dtypes, interpreted; make test-sanitizers the native"
 	@echo "            library under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -69,10 +68,6 @@ demo: $(VENV)/demo build/native
 SELECTED := not gpu_compiler and not interpreted and not full
 test: $(VENV)/dev build/native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "$(SELECTED)" tests
-
-# What test, test-interpreted and test-gpu-sample run, in one run, whose workers stay busy until its end.
-test-all: SELECTED := gpu_compiler or interpreted or not full
-test-all: test
 
 # The combinations of parameters that `make test` samples.
 test-full: $(VENV)/dev build/native
