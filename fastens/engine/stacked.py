@@ -100,12 +100,12 @@ class StackedMembers:
 
     def member(self, k: int) -> nn.Module:
         """A module that is member k, with copies of its tensors."""
-        return self.kind.handed_out(standing_alone(self._views.fresh(k), self.skeleton), k)
+        return self.kind.handed_out(standing_alone(self._members.fresh(k), self.skeleton), k)
 
     @property
     def remember(self) -> bool:
         """Whether members are called one by one, and wrote to themselves."""
-        return self.behaviour.looped and self._views.remember
+        return self.behaviour.looped and self._members.remember
 
     def own_states(self, skeleton: nn.Module) -> tuple[list[State], str]:
         """What the members wrote to themselves, where they are called one by one, and why they are.
@@ -113,7 +113,7 @@ class StackedMembers:
         Args:
             skeleton: what that refers to in the place of a member.
         """
-        return (self._views.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
+        return (self._members.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
 
     def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str]:
         """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
@@ -130,21 +130,22 @@ class StackedMembers:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        self._unshare_put_in()
-        return self._views.get()
+        return self._members.get()
 
     def view(self, k: int) -> nn.Module:
         """One of them."""
-        self._unshare_put_in()
-        return self._views.member(k)
+        return self._members.member(k)
 
-    def _unshare_put_in(self) -> None:
+    @property
+    def _members(self) -> MemberViews:
+        """The members as they are to be made: where they are looped, each has its own of a buffer that was put in."""
         if self.behaviour.looped and self._views.stale:
             self.unshare_all(weights=False)
+        return self._views
 
     def attribute(self, name: str) -> Any:
         """An attribute of the network, or the first member's where members write to attributes of their own."""
-        return self._views.attribute(name)
+        return self._members.attribute(name)
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
         """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""

@@ -200,3 +200,12 @@ def test_lives_of_members_that_remember(seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draw.randint(8, 20)):
         held.quietly(lambda: step(held, draw, generator))
+
+
+def test_a_buffer_that_is_put_in_is_each_members_own_whoever_looks_first():
+    held = Held(lambda k: Remembering(["averages in place", "closure"]))
+    for change in ("scale", "average"):
+        held.each(CHANGES[change])
+        assert len(held.ensemble.inner) == 2
+        held.quietly(lambda: gradients(held, torch.randn(5, 4)))
+        held.quietly(lambda: gradients(held, torch.randn(5, 4)))
