@@ -240,7 +240,7 @@ class MemberViews:
             mine = {id(x): known.get(id(x), (fresh,))[0] for x, fresh in zip(network(), new.modules(), strict=True)}
             memo = {id(fresh): mine[id(x)] for x, fresh in zip(network(), new.modules(), strict=True)}
             taken |= take_parts(view, new)
-            memo |= taken
+            memo |= {id(x): x for x in held_tensors(new)} | taken  # of the new member, whom nobody else has
             for original, fresh, other in zip(network(), new.modules(), now.modules(), strict=True):
                 module, was = known.get(id(original), (fresh, other))
                 if module is None:
