@@ -128,6 +128,8 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
+        if not (torch.compiler.is_compiling() or capturing()):
+            engine.guards.check_memory()
         if not engine.behaviour.looped and engine.guards.observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
         modes = engine.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled()

@@ -124,6 +124,7 @@ class Engine(FoldedMembers):
         if torch.is_grad_enabled():
             self.check_frozen()
         if self.behaviour.looped:
+            self.guards.check_memory()
             return self.loop(arguments, method)
         if self.guards.observed():
             return in_transform(self, lambda call: self.loop(arguments, method, call))
@@ -134,6 +135,7 @@ class Engine(FoldedMembers):
                 return planned
         if capturing():
             return self.fold(arguments, None, method)
+        self.guards.check_memory()
         self.numbers.note(arguments)
         key = (method, arguments.signature(), training, torch.is_grad_enabled(), torch.is_autocast_enabled())
         if self.states.of(key) is UNKNOWN:

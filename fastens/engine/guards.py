@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastens.fold.tensor import modules_of
+from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
 from fastens.network.parametrized import any_parametrized, caching
 from fastens.network.weights import Weights
@@ -33,6 +33,7 @@ class Guards:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._weights = Weights([])
+        self._with_memory: Any = None  # the state of the weights that was found to have memory
         self.barrier = Barrier()
         self.look()
 
@@ -86,11 +87,38 @@ class Guards:
     def _keeps_weights(self) -> bool:
         return caching() and any_parametrized(module for _, module in modules_of(self._network))
 
+    def check_memory(self) -> None:
+        """Look whether all weights have values, where they are others than when it was looked last.
+
+        Raises:
+            ValueError: ``weight.data`` of one that all members share was set to values that differ between them.
+        """
+        state = self._weights.state()
+        if state == self._with_memory:
+            return
+        if any(map(_lacks_memory, self.tensors)):
+            lacking = [name for name, x in tensors_of(self._network).items() if _lacks_memory(x)]
+            raise ValueError(
+                f"{', '.join(lacking[:3])}: `.data` of a weight that all members share was set to values that differ "
+                "between them, which it cannot hold: call the method that does so on the ensemble"
+            )
+        self._with_memory = state
+
     def hooked(self) -> bool:
         """Whether hooks want to be called."""
         if self.barrier.hooks != self._seen_hooks:
             self._look_for_hooks()
         return any(self._hooks) or bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor took the data of a wrapper, which has none."""
+    if tensor.is_meta or not tensor.numel() or tensor.layout is not torch.strided:
+        return False
+    try:
+        return not tensor.data_ptr()
+    except RuntimeError:
+        return True
 
 
 def ordinary_context(device: str) -> bool:

@@ -1,7 +1,7 @@
 """Methods that change weights, as merging adapters does: all members' at once, or none where that fails."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -227,3 +227,38 @@ def test_members_that_disagree_on_it_are_an_error():
     with pytest.raises(ValueError, match="trained in some members"):
         ens.train_only("a")
     assert all(p.requires_grad for p in ens.parameters())
+
+
+class Merging(nn.Module):
+    """Adds weights of its own to those of a layer that all members have."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.own = base, nn.Parameter(torch.randn(base.weight.shape))
+
+    def merge(self):
+        self.base.weight.data = self.base.weight.data + self.own.data
+
+    def forward(self, x):
+        return self.base(x) * self.own.sum()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("assigned", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "convolution", "embedding"])
+def test_weights_that_lost_their_memory_are_an_error(layer, assigned, engine, grad):
+    """Past the ensemble's methods torch asks nobody about ``.data``; kernels ended the process once."""
+    base, x = {
+        "linear": lambda: (nn.Linear(4, 4), torch.randn(2, 4)),
+        "convolution": lambda: (nn.Conv2d(4, 4, 3), torch.randn(2, 4, 5, 5)),
+        "embedding": lambda: (nn.Embedding(4, 4), torch.tensor([1, 2])),
+    }[layer]()
+    base.requires_grad_(False)
+    ensemble = fastens.Ensemble([Merging(base) for _ in range(2)], engine=engine)
+    with torch.set_grad_enabled(grad), ensemble.assigned([0, 1]) if assigned else nullcontext():
+        ensemble(x)
+        ensemble.network.merge()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"base.weight: `.data` of a weight that all members share"):
+                ensemble(x)
