@@ -85,9 +85,9 @@ def thread_locals(value: Any) -> list[threading.local]:
     return [each for each, _ in _reached(waiting, set()) if type(each) is threading.local]
 
 
-def reaches(value: Any, ids: Collection[int], modules: Iterable[nn.Module]) -> bool:
-    """Whether a value reaches one of some objects, by their identities, not through some modules."""
-    return any(id(each) in ids for each, _ in _reached([value], {id(module) for module in modules}))
+def reaches(value: Any, ids: Collection[int], apart: Collection[int]) -> bool:
+    """Whether a value reaches one of some objects, by their identities, not through others."""
+    return type(value) not in _ATOMS and any(id(each) in ids for each, _ in _reached([value], set(apart)))
 
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:

@@ -241,12 +241,13 @@ class MemberViews:
             memo = {id(fresh): mine[id(x)] for x, fresh in zip(network(), new.modules(), strict=True)}
             taken |= take_parts(view, new)
             memo |= {id(x): x for x in held_tensors(new)} | taken  # of the new member, whom nobody else has
+            inside = {id(x) for x in new.modules()}
             for original, fresh, other in zip(network(), new.modules(), now.modules(), strict=True):
                 module, was = known.get(id(original), (fresh, other))
                 if module is None:
                     continue
                 names = {*apart(was, other), *(name for m, name in written if m == id(original))}
-                names |= {name for name, value in vars(fresh).items() if parts and reaches(value, parts, new.modules())}
+                names |= {name for name, value in vars(fresh).items() if parts and reaches(value, parts, inside)}
                 for name in names - {*TABLES, *HOOK_TABLES, *_NO_STATE}:
                     if name in vars(fresh):
                         vars(module)[name] = copied(vars(fresh)[name], memo)
