@@ -16,10 +16,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
-from fastens.fold.tensor import MemberTensor, memory_of, modules_of
+from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
 from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
-from fastens.network.snapshots import member_values
+from fastens.network.snapshots import exchange, member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
@@ -272,6 +272,36 @@ def take_parts(view: nn.Module, other: nn.Module) -> dict[int, Tensor]:
         if read is None or memory_of(read) != memory_of(part):
             own[key] = read = part
         found[id(part)] = read
+    return found
+
+
+def renew_parts(view: nn.Module, references: list[Reference]) -> list[Reference]:
+    """Let attributes of a member hold parts of the stacks as they are now; return the references that are its own."""
+    table = view._parameters
+    if not isinstance(table, MemberTable):
+        return []
+    parts, others, own = table.parts, {}, []
+    read = {id(part) for part in parts.values()}
+    for reference in [each for each in references if id(each.part) in read]:
+        if reference.stale:
+            key, part = _key(reference.stack), _part(reference.stack, table.k)
+            others[id(reference.part)] = parts[key] = part
+            own.append(Reference(part, reference.stack, key[2]))
+        else:
+            own.append(reference)
+    if others:
+        exchange(view, others)
+    return own
+
+
+def names_read(module: nn.Module) -> dict[int, str]:
+    """The names of a module's tensors by identity; of a member's, by those of all that it read and that is there."""
+    found = {id(tensor): name for name, tensor in tensors_of(module).items()}
+    for path, each in modules_of(module):
+        for table in (each._parameters, each._buffers):
+            if isinstance(table, MemberTable):
+                stacks = {id(stack): f"{path}.{name}" if path else name for name, stack in dict.items(table.source)}
+                found |= {id(x): stacks[key[1]] for key, x in list(table.parts.items()) if key[1] in stacks}
     return found
 
 
