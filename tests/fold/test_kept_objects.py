@@ -164,6 +164,7 @@ class HoldingBuffer(nn.Module):
     def __init__(self, counts):
         super().__init__()
         self.layer, self.counts, self.count = nn.Linear(4, 4), counts, 0
+        self.shift: torch.Tensor
         self.register_buffer("shift", torch.ones(4))
         self.held = {"shift": (self.shift, 1.0)}
 
