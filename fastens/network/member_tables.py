@@ -183,8 +183,8 @@ class MemberTable(dict[str, Any]):
         replaced |= {name: own for name, own in written.items() if id(stacks[name]) in _COPIED}
         if copies and torch.is_grad_enabled():
             _COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
-        replaced |= self._put
-        self._put, self._given = {}, {}
+        put, self._put, self._given = self._put, {}, {}
+        replaced |= put
         for _, (_, _, read, _) in given:
             if read[0] is None:  # a copy of this call
                 self.parts.pop(read, None)
@@ -194,9 +194,18 @@ class MemberTable(dict[str, Any]):
             elif keeps:
                 with temporarily_clear_interpreter_stack():  # a transform lets nothing from outside be written to
                     self.keep(name, value)
+                    self._begin_anew(name, put.get(name))
             elif name not in self.source and name not in self.own:
                 super().__delitem__(name)
         return set(replaced)
+
+    def _begin_anew(self, name: str, put: Any) -> None:
+        """Of a parameter that a member put in the place of its own: it has no gradient, and is trained or not."""
+        stack = dict.get(self.source, name)
+        if isinstance(put, nn.Parameter) and isinstance(stack, nn.Parameter) and name not in self.own:
+            stack.requires_grad_(put.requires_grad)
+            if stack.grad is not None:
+                stack.grad[self.k] = 0.0
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""

@@ -228,7 +228,8 @@ class Stacks(dict[str, Any]):
             else:
                 self.common.discard(name)
                 self._seen[name] = value  # in the pass in progress it may be of rows
-            value = value.stack
+            parameter = isinstance(value, nn.Parameter) and current_fold() is None  # made of what members read
+            value = nn.Parameter(value.stack.detach(), value.requires_grad) if parameter else value.stack
         elif isinstance(value, Tensor):
             ndim = self._ndim.get(name)
             if ndim is None or value.ndim == ndim:
