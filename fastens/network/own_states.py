@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.tensor import modules_of, tensors_of
-from fastens.network.alike import attributes_apart
+from fastens.fold.tensor import TABLES, modules_of, tensors_of
+from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.member_tables import MemberTable, names_read
-from fastens.network.snapshots import held_tensors
+from fastens.network.snapshots import can_change, held_tensors
 from fastens.network.stacking import replaced
 from fastens.network.state import REREAD
 
@@ -79,7 +79,27 @@ def moved(state: State, source: nn.Module, target: nn.Module) -> State:
     theirs = {id(x): modules[path] for path, x in modules_of(source) if path in modules and id(x) not in own}
     tensors = tensors_of(target)
     parts = {read: tensors[name] for read, name in names_read(source).items() if name in tensors}
-    return copied(state, memo | theirs | parts)
+    memo |= theirs | parts
+    sources = {path: vars(x) for path, x in modules_of(source) if id(x) in theirs}
+    for (path, module), attributes in zip(modules.items(), state, strict=True):  # what is alike is the other's own
+        mine = sources.get(path, {})
+        for name in mine.keys() & vars(module).keys() - attributes.keys() - {*TABLES, *HOOK_TABLES}:
+            same_objects(mine[name], vars(module)[name], memo)
+    return copied(state, memo)
+
+
+def same_objects(fresh: Any, own: Any, memo: dict[int, Any]) -> None:
+    """Note what a member has of its own in the place of each object of a value that it was given."""
+    if not can_change(fresh) or id(fresh) in memo:
+        return
+    memo[id(fresh)] = own
+    mine, given = (x if isinstance(x, dict | list) else getattr(x, "__dict__", {}) for x in (own, fresh))
+    if isinstance(given, dict) and isinstance(mine, dict):
+        for key in given.keys() & mine.keys():
+            same_objects(given[key], mine[key], memo)
+    elif isinstance(given, list) and isinstance(mine, list):
+        for one, other in zip(given, mine, strict=False):
+            same_objects(one, other, memo)
 
 
 def write(member: nn.Module, state: State) -> None:

@@ -27,8 +27,8 @@ from fastens.network.member_tables import (
     take_parts,
     view_of_member,
 )
-from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, write
-from fastens.network.snapshots import can_change, held_tensors, is_atom
+from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
+from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
@@ -269,7 +269,7 @@ class MemberViews:
                 for name in names - vars(fresh).keys():
                     vars(module).pop(name, None)
                 for name in vars(fresh).keys() & vars(module).keys() - names - {*TABLES, *HOOK_TABLES}:
-                    _same_objects(vars(fresh)[name], vars(module)[name], memo)
+                    same_objects(vars(fresh)[name], vars(module)[name], memo)
                 if (id(original), "training") in written:
                     _set_mode([x for n, x in module._modules.items() if n not in was._modules], original.training)
                 for table in TENSORS:
@@ -285,20 +285,6 @@ class MemberViews:
             held = {id(x) for x in held_tensors(view)}
             renewed += {id(r.part): r for r in found if id(r.part) in held}.values()
         return renewed
-
-
-def _same_objects(fresh: Any, own: Any, memo: dict[int, Any]) -> None:
-    """Note what a member has of its own in the place of each object of a value that it was given."""
-    if not can_change(fresh) or id(fresh) in memo:
-        return
-    memo[id(fresh)] = own
-    mine, given = (x if isinstance(x, dict | list) else getattr(x, "__dict__", {}) for x in (own, fresh))
-    if isinstance(given, dict) and isinstance(mine, dict):
-        for key in given.keys() & mine.keys():
-            _same_objects(given[key], mine[key], memo)
-    elif isinstance(given, list) and isinstance(mine, list):
-        for one, other in zip(given, mine, strict=False):
-            _same_objects(one, other, memo)
 
 
 def _set_mode(made: list[nn.Module | None], mode: bool) -> None:

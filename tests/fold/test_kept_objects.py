@@ -186,3 +186,39 @@ def test_a_shared_buffer_that_each_member_gets_is_what_attributes_hold(counts, e
                 for module in (held.ensemble, *held.members):
                     next(module.buffers()).mul_(2)
             near(held.ensemble(x), torch.stack([member(x) for member in held.members]).mean(0))
+
+
+class Referring(nn.Module):
+    """Keeps a list that is its own, and another module's, with what only it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.log, self.kept = Layer(), [], None
+        self.a.log, self.part = self.log, nn.Tanh()
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.log, Box(self.part)
+        log, box = self.kept
+        box.count += 1
+        return self.a(x) + 0.1 * len(log) + box.count
+
+
+@pytest.mark.parametrize("way", ["copy", "member"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_copies_keep_is_shared_in_them_as_in_the_members(way, engine):
+    held = Held(lambda k: Referring(), engine=engine)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        held.ensemble(x)
+        for member in held.members:
+            member(x)
+        held.each(lambda module: setattr(module, "part", None))
+        if way == "member":
+            found, expected = held.ensemble.members[1], copy.deepcopy(held.members[1])
+            for _ in range(3):
+                near(found(x), expected(x))
+            return
+        held.ensemble, *held.members = [CHANGES[way](each) for each in (held.ensemble, *held.members)]
+        for _ in range(3):
+            near(held.ensemble(x), torch.stack([member(x) for member in held.members]).mean(0))
