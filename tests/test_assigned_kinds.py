@@ -9,7 +9,7 @@ from torchdiffeq import odeint
 
 import fastens
 from fastens.fold.dispatch import RULES
-from fastens.fold.tensor import NotFoldable
+from fastens.fold.tensor import ReadsValues
 from tests.networks import mlp, randomised
 from tests.test_assigned import K, RowByRow
 from tests.tolerances import NETWORK, relative_error
@@ -148,7 +148,7 @@ def test_rows_that_cannot_be_folded_leave_other_calls_as_they_are(monkeypatch):
 
     def of_all_members_alone(fold, func, x):
         if fold.hidden.row_members is not None:
-            raise NotFoldable("there is no rule for rows")
+            raise ReadsValues("there is no rule for rows")
         return tanh(fold, func, x)
 
     tanh = RULES[torch.tanh]

@@ -30,7 +30,7 @@ from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
 from fastens.engine.transformed import in_transform
 from fastens.fold.callsite import counted_if_it_succeeds
-from fastens.fold.tensor import Hidden, NotFoldable
+from fastens.fold.tensor import Hidden, NotFoldable, ReadsValues
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import TorchDraws, random_kept, state_kept
 
@@ -150,11 +150,15 @@ class DrawnCall:
             if isinstance(error, NeedsWrappers) and not engine.behaviour.wrapped:
                 engine.behaviour.wrapped = True
                 return self.at_once()
-            why = f"{type(error).__name__}: {error}"
+            why, reads = f"{type(error).__name__}: {error}", isinstance(error, ReadsValues)
         else:
             return self._looped() if found is None else found
-        result, why = self._looped(), f"the fold of drawn rows failed where they do not: {why}"
-        if engine.behaviour.writes_itself:  # what members remember is in one place
+        why = f"the fold of drawn rows failed where they do not: {why}"
+        alone = reads and not engine.behaviour.writes_itself  # what members remember is in one place
+        if alone:
+            engine.unshare_all()
+        result = self._looped()
+        if not alone:
             engine.give_up(why)
         else:
             engine.states.put(key, Looped(call=_described(self._arguments), why=why))

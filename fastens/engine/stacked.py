@@ -19,9 +19,10 @@ from fastens.network.asked import Questions
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
+from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
 from fastens.network.tables import tables_of, unshare
-from fastens.network.views import MemberViews, State, standing_alone
+from fastens.network.views import MemberViews
 from fastens.network.weights import as_it_is
 
 

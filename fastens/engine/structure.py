@@ -119,9 +119,9 @@ class Structure:
             return None
         with PredictableDraws():
             found = self._answers(drawn=False)
-            if isinstance(found, str):
-                return found
-            problem = None if found is None else _parting(*found, tolerance_for, "with the same random numbers ")
+            if found is None or isinstance(found, str):  # such draws are not for it, as those of scripted functions
+                return None
+            problem = _parting(*found, tolerance_for, "with the same random numbers ")
             return self._problem_with_drawn_weights() if problem is None and self.degenerate else problem
 
     def _problem_with_drawn_weights(self) -> str | None:

@@ -16,10 +16,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastens.fold.stand_ins import standing_in, traced
-from fastens.fold.tensor import MemberTensor, memory_of, modules_of
+from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
 from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
-from fastens.network.snapshots import member_values
+from fastens.network.snapshots import exchange, member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
 
@@ -183,8 +183,8 @@ class MemberTable(dict[str, Any]):
         replaced |= {name: own for name, own in written.items() if id(stacks[name]) in _COPIED}
         if copies and torch.is_grad_enabled():
             _COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
-        replaced |= self._put
-        self._put, self._given = {}, {}
+        put, self._put, self._given = self._put, {}, {}
+        replaced |= put
         for _, (_, _, read, _) in given:
             if read[0] is None:  # a copy of this call
                 self.parts.pop(read, None)
@@ -194,9 +194,18 @@ class MemberTable(dict[str, Any]):
             elif keeps:
                 with temporarily_clear_interpreter_stack():  # a transform lets nothing from outside be written to
                     self.keep(name, value)
+                    self._begin_anew(name, put.get(name))
             elif name not in self.source and name not in self.own:
                 super().__delitem__(name)
         return set(replaced)
+
+    def _begin_anew(self, name: str, put: Any) -> None:
+        """Of a parameter that a member put in the place of its own: it has no gradient, and is trained or not."""
+        stack = dict.get(self.source, name)
+        if isinstance(put, nn.Parameter) and isinstance(stack, nn.Parameter) and name not in self.own:
+            stack.requires_grad_(put.requires_grad)
+            if stack.grad is not None:
+                stack.grad[self.k] = 0.0
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
@@ -242,6 +251,8 @@ def _part(stack: Tensor, k: int) -> Tensor:
 
     One that is made where they are not cannot be differentiated, nor be looked at once the stack was written to.
     """
+    if torch.compiler.is_compiling():  # whose graph would have the mode in it
+        return part_of(stack, k)
     with torch.enable_grad():
         return part_of(stack, k)
 
@@ -272,6 +283,36 @@ def take_parts(view: nn.Module, other: nn.Module) -> dict[int, Tensor]:
         if read is None or memory_of(read) != memory_of(part):
             own[key] = read = part
         found[id(part)] = read
+    return found
+
+
+def renew_parts(view: nn.Module, references: list[Reference]) -> list[Reference]:
+    """Let attributes of a member hold parts of the stacks as they are now; return the references that are its own."""
+    table = view._parameters
+    if not isinstance(table, MemberTable):
+        return []
+    parts, others, own = table.parts, {}, []
+    read = {id(part) for part in parts.values()}
+    for reference in [each for each in references if id(each.part) in read]:
+        if reference.stale:
+            key, part = _key(reference.stack), _part(reference.stack, table.k)
+            others[id(reference.part)] = parts[key] = part
+            own.append(Reference(part, reference.stack, key[2]))
+        else:
+            own.append(reference)
+    if others:
+        exchange(view, others)
+    return own
+
+
+def names_read(module: nn.Module) -> dict[int, str]:
+    """The names of a module's tensors by identity; of a member's, by those of all that it read and that is there."""
+    found = {id(tensor): name for name, tensor in tensors_of(module).items()}
+    for path, each in modules_of(module):
+        for table in (each._parameters, each._buffers):
+            if isinstance(table, MemberTable):
+                stacks = {id(stack): f"{path}.{name}" if path else name for name, stack in dict.items(table.source)}
+                found |= {id(x): stacks[key[1]] for key, x in list(table.parts.items()) if key[1] in stacks}
     return found
 
 

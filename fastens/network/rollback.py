@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastens.fold.nested import leaves_of
-from fastens.fold.tensor import TABLES, MemberTensor, member_valued, memory_of, tensors_of
+from fastens.fold.tensor import TABLES, MemberTensor, NotFoldable, member_valued, memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, writes_to
 from fastens.network.snapshots import snapshots_of
 from fastens.network.tables import Stacks
@@ -18,7 +18,8 @@ from fastens.network.tables import Stacks
 class Rollback(TorchFunctionMode):
     """What a network consisted of, its Python state among it; in its scope, also the values of what is written to.
 
-    A tensor that all members share takes no values of each member's in this scope: that is an error there.
+    What each member is to do itself is an error there: a tensor that all share takes no values of each member's, and
+    ``torch.nn.init`` initialises one tensor.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -41,6 +42,8 @@ class Rollback(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__ and any(map(member_valued, leaves_of((args, kwargs)))):
+            raise NotFoldable(f"{func.__name__} is of one member's tensor, to which it gives draws of its own")
         with torch._C.DisableTorchFunction():
             targets = [args[0]] if args and writes_to(func, args) else []
             targets += [kwargs["out"]] if kwargs.get("out") is not None else []

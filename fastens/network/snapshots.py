@@ -17,7 +17,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -85,9 +85,28 @@ def thread_locals(value: Any) -> list[threading.local]:
     return [each for each, _ in _reached(waiting, set()) if type(each) is threading.local]
 
 
-def reaches(value: Any, ids: Collection[int], apart: Collection[int]) -> bool:
-    """Whether a value reaches one of some objects, by their identities, not through others."""
-    return type(value) not in _ATOMS and any(id(each) in ids for each, _ in _reached([value], set(apart)))
+def exchange(network: nn.Module, others: dict[int, Any]) -> None:
+    """Put others in the place of objects, by identity, wherever the attributes of a network hold them."""
+    modules = {id(module) for _, module in modules_of(network)}
+
+    def other(item: Any) -> Any:
+        if type(item) is tuple:
+            return tuple(map(other, item))
+        return others.get(id(item), item)
+
+    for _, module in modules_of(network):
+        for name, value in vars(module).items():
+            if name in TABLES or is_atom(value):
+                continue
+            for each, kinds in _reached([value], set(modules)):
+                for kind in kinds:
+                    if kind.put_back is None or kind is TENSOR:
+                        continue
+                    saved = kind.save(each)
+                    now = type(saved)(map(other, saved)) if isinstance(saved, list | set) else saved
+                    if not kind.same(each, now):
+                        kind.put_back(each, now)
+            vars(module)[name] = other(value)
 
 
 def _tensors_in(network: nn.Module, skipped: tuple[str, ...]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
+from fastens.network.snapshots import exchange
 from fastens.scopes import scope
 
 
@@ -227,7 +228,9 @@ class Stacks(dict[str, Any]):
             else:
                 self.common.discard(name)
                 self._seen[name] = value  # in the pass in progress it may be of rows
-            value = value.stack
+            tied = isinstance(value.stack, nn.Parameter) or current_fold() is not None  # else made of what members read
+            made = isinstance(value, nn.Parameter) and not tied
+            value = nn.Parameter(value.stack.detach(), value.requires_grad) if made else value.stack
         elif isinstance(value, Tensor):
             ndim = self._ndim.get(name)
             if ndim is None or value.ndim == ndim:
@@ -354,4 +357,6 @@ def unshare(network: nn.Module, names: Iterable[str]) -> bool:
     for table, name, tensor, _ in shared:
         if id(tensor) in stacks:
             stacks[id(tensor)] = table.unshared(name, stacks[id(tensor)])
+    if stacks:  # attributes that refer to one refer to what the tables give for it
+        exchange(network, {old: of_stack(stack, shared[0][0].num_members) for old, stack in stacks.items()})
     return bool(stacks)

@@ -6,28 +6,41 @@ import dataclasses
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
-from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
-from fastens.network.member_tables import MemberTable, Reference, read_by, take_parts, view_of_member
-from fastens.network.snapshots import held_tensors, is_atom, reaches
-from fastens.network.stacking import replaced
+from fastens.network.made import MadeWhenCalled
+from fastens.network.member_tables import (
+    MemberTable,
+    Reference,
+    read_by,
+    renew_parts,
+    take_parts,
+    view_of_member,
+)
+from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
+from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
-_NO_STATE = {"_barrier", "training"}
-_TABLES = ("_parameters", "_buffers")
 Made = TypeVar("Made")
-State = list[dict[str, Any]]  # of a member: attributes for each of its modules
+
+
+@contextmanager
+def _outliving() -> Iterator[None]:
+    """Scope in which no tensor is made an inference tensor."""
+    grad = torch.is_grad_enabled()  # which leaving inference mode would enable
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 def undisturbed(make: Callable[[], Made]) -> Made:
@@ -37,8 +50,7 @@ def undisturbed(make: Callable[[], Made]) -> Made:
     """
     while True:
         try:
-            grad = torch.is_grad_enabled()  # which leaving inference mode would enable
-            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with _outliving():
                 return make()
         except RuntimeError as error:
             if "changed size during iteration" not in str(error):
@@ -66,6 +78,7 @@ class MemberViews:
         """Drop the members, and what they wrote to themselves."""
         self._views: list[nn.Module] = []
         self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
+        self._given_references: list[Reference] = []
         self._modules: list[nn.Module] = []  # of the network, when they were made
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
@@ -140,7 +153,7 @@ class MemberViews:
     def keep(self) -> None:
         """Keep what members write to themselves from now on."""
         if not self._given:
-            self._given, _ = self._anew()
+            self._given, self._given_references = self._anew()
 
     def check_kept(self, view: nn.Module) -> None:
         """Raise where a member keeps a weight, which a call of it read, in an attribute.
@@ -163,8 +176,8 @@ class MemberViews:
         """An attribute of the network, or the first member's where it wrote to that itself."""
         if self._given:
             view, given = self.get()[0], self._given[0]
-            own = vars(view).get(name, _GONE) if name not in _TABLES else _GONE
-            if own is not _GONE and (is_atom(own) or name in attributes_apart(view, given, _NO_STATE)(view, given)):
+            own = vars(view).get(name, GONE) if name not in TENSORS else GONE
+            if own is not GONE and (is_atom(own) or name in attributes_apart(view, given, NO_STATE)(view, given)):
                 return own
         return getattr(self._network, name)
 
@@ -212,9 +225,10 @@ class MemberViews:
         modules, (made, references) = list(self._network.modules()), self._anew()
         views = self._views
         if views and self._given:
-            given, _ = self._anew()
-            references = self._update(made, references, given, written)
-            made, self._given = views, given
+            given, given_references = self._anew()
+            with _outliving():
+                references = self._update(made, references, given, written)
+            made, self._given, self._given_references = views, given, given_references
         self._hook(made)
         self._modules, self._views, self._writes, self._references = modules, made, writes, references
         return made
@@ -232,30 +246,33 @@ class MemberViews:
             given: the same once more, to compare others with.
             written: identities of the network's modules, and names of their attributes, that were written to.
         """
-        network, taken = self._network.modules, {}
-        parts = {id(reference.part) for reference in references}
+        network, renewed = self._network.modules, list[Reference]()
+        tensors = {id(x): x for x in tensors_of(self._network).values()}  # those of all members stay
         for view, new, before, now in zip(self._views, made, self._given, given, strict=True):
-            apart, own = attributes_apart(before, now, _NO_STATE), dict(modules_of(view))
+            renew_parts(before, self._given_references)
+            apart, own = attributes_apart(before, now, NO_STATE), dict(modules_of(view))
             known = {id(x): (own.get(path), b) for x, (path, b) in zip(self._modules, modules_of(before), strict=True)}
             mine = {id(x): known.get(id(x), (fresh,))[0] for x, fresh in zip(network(), new.modules(), strict=True)}
-            memo = {id(fresh): mine[id(x)] for x, fresh in zip(network(), new.modules(), strict=True)}
-            taken |= take_parts(view, new)
-            memo |= {id(x): x for x in held_tensors(new)} | taken  # of the new member, whom nobody else has
-            inside = {id(x) for x in new.modules()}
+            memo = tensors | {id(fresh): mine[id(x)] for x, fresh in zip(network(), new.modules(), strict=True)}
+            found = renew_parts(view, self._references)
+            taken = take_parts(view, new)
+            found += [dataclasses.replace(r, part=taken[id(r.part)]) for r in references if id(r.part) in taken]
+            memo |= taken
+            values: dict[tuple[int, str], Any] = {}  # to set: at once, so that one object stays one
             for original, fresh, other in zip(network(), new.modules(), now.modules(), strict=True):
                 module, was = known.get(id(original), (fresh, other))
                 if module is None:
                     continue
                 names = {*apart(was, other), *(name for m, name in written if m == id(original))}
-                names |= {name for name, value in vars(fresh).items() if parts and reaches(value, parts, inside)}
-                for name in names - {*TABLES, *HOOK_TABLES, *_NO_STATE}:
-                    if name in vars(fresh):
-                        vars(module)[name] = copied(vars(fresh)[name], memo)
-                    else:
-                        vars(module).pop(name, None)
+                names = {*(vars(fresh) if module is fresh else names)} - {*TABLES, *HOOK_TABLES, *NO_STATE}
+                values |= {(id(original), name): vars(fresh)[name] for name in names if name in vars(fresh)}
+                for name in names - vars(fresh).keys():
+                    vars(module).pop(name, None)
+                for name in vars(fresh).keys() & vars(module).keys() - names - {*TABLES, *HOOK_TABLES}:
+                    same_objects(vars(fresh)[name], vars(module)[name], memo)
                 if (id(original), "training") in written:
                     _set_mode([x for n, x in module._modules.items() if n not in was._modules], original.training)
-                for table in _TABLES:
+                for table in TENSORS:
                     _move_table(module, fresh, table)
                 for name in was._modules.keys() - original._modules.keys():
                     module._modules.pop(name, None)
@@ -263,7 +280,11 @@ class MemberViews:
                 module._modules.update(
                     {name: own for name, (x, own) in children.items() if (own is None) is (x is None)}
                 )
-        return [dataclasses.replace(reference, part=taken[id(reference.part)]) for reference in references]
+            for (original, name), value in copied(values, memo).items():
+                vars(mine[original])[name] = value
+            held = {id(x) for x in held_tensors(view)}
+            renewed += {id(r.part): r for r in found if id(r.part) in held}.values()
+        return renewed
 
 
 def _set_mode(made: list[nn.Module | None], mode: bool) -> None:
@@ -280,87 +301,6 @@ def _move_table(module: nn.Module, fresh: nn.Module, name: str) -> None:
     for each in table.own:
         other.keep(each, table[each])
     vars(module)[name] = other
-
-
-_GONE = "fastens: no such attribute"
-
-
-def own_state(member: nn.Module, given: nn.Module) -> State:
-    """What a member wrote to itself, as against a member in which no code ran."""
-    apart, state = attributes_apart(member, given, _NO_STATE), []
-    for module, other in pairs_of(member, given):
-        if module is None:
-            state.append({})
-            continue
-        names = [name for name in apart(module, other) if "_hooks" not in name and name not in REREAD]
-        attributes = {name: vars(module).get(name, _GONE) for name in names}
-        for table in _TABLES:
-            own = module.__dict__[table]
-            if isinstance(own, MemberTable) and own.own:
-                attributes[table] = {name: own[name] for name in own.own}
-        made = {n: x for n, x in module._modules.items() if x is not None and (n not in other._modules or is_apart(x))}
-        removed = [name for name in other._modules if name not in module._modules]
-        if made or removed:
-            attributes["_modules"] = made, removed, module.training
-        state.append(attributes)
-    return state
-
-
-def pairs_of(member: nn.Module, network: nn.Module) -> list[tuple[nn.Module | None, nn.Module]]:
-    """Each module of a network with the member's, none where the member removed it; what the member made is left out.
-
-    Raises:
-        MadeWhenCalled: the member removed some that have tensors.
-    """
-    own, theirs = dict(modules_of(member)), modules_of(network)
-    if removed := [path for path, each in theirs if path not in own and has_tensors(each)]:
-        raise MadeWhenCalled(removed)
-    return [(own.get(path), each) for path, each in theirs]
-
-
-def standing_alone(view: nn.Module, skeleton: nn.Module) -> nn.Module:
-    """A member with copies of its tensors and of its state, in its structure."""
-    tensors = tensors_of(view)
-
-    def cloned(name: str, like: Tensor) -> Tensor:
-        clone = tensors[name].detach().clone()
-        return nn.Parameter(clone, like.requires_grad) if isinstance(like, nn.Parameter) else clone
-
-    member = replaced(skeleton, {name: cloned(name, like) for name, like in tensors_of(skeleton).items()})
-    write(member, moved(own_state(view, member), view, member))
-    return member
-
-
-def moved(state: State, source: nn.Module, target: nn.Module) -> State:
-    """A copy of the state of a member for another: what refers to modules of the one refers to the other's."""
-    if not any(state):
-        return state
-    kept = [tensor for attributes in state for table in _TABLES for tensor in attributes.get(table, {}).values()]
-    made = [x for x in (*held_tensors(source), *kept) if isinstance(x, Tensor) and not x.is_leaf]
-    memo: dict[int, Any] = {id(x): x.detach().clone() for x in made}  # which Python cannot copy
-    put_in = [each for attributes in state if "_modules" in attributes for each in attributes["_modules"][0].values()]
-    own, modules = {id(x) for each in put_in for x in each.modules()}, dict(modules_of(target))
-    theirs = {id(x): modules[path] for path, x in modules_of(source) if path in modules and id(x) not in own}
-    return copied(state, memo | theirs)
-
-
-def write(member: nn.Module, state: State) -> None:
-    """Give a member the state that another one had."""
-    for (_, module), attributes in zip(modules_of(member), state, strict=True):
-        for name, value in attributes.items():
-            if name == "_modules":
-                made, removed, module.training = value  # what was made has this mode until the module is given another
-                module._modules.update(made)
-                for each in removed:
-                    module._modules.pop(each, None)
-            elif name in _TABLES:
-                table = module.__dict__[name]
-                for each, tensor in value.items():
-                    (table.keep if isinstance(table, MemberTable) else table.__setitem__)(each, tensor)
-            elif isinstance(value, str) and value == _GONE:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
 
 
 def _rebound(hook: Any, own: dict[int, nn.Module]) -> Any:

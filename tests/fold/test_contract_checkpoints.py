@@ -232,4 +232,5 @@ def test_a_checkpoint_around_a_call_whose_fold_fails(what, since, rows):
         expected = torch.stack([theirs[1][0], theirs[0][1]]) if rows else averaged(theirs)
         near(found, expected)
         near(ours, torch.autograd.grad(expected.square().sum(), x))
-    assert held.ensemble.engine == "loop"
+    rows_alone = rows and what == "value"  # that Python reads of rows says nothing of other calls
+    assert held.ensemble.engine == ("fold" if rows_alone else "loop")

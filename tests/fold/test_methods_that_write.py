@@ -229,6 +229,76 @@ def test_members_that_disagree_on_it_are_an_error():
     assert all(p.requires_grad for p in ens.parameters())
 
 
+class Initialised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) + self.calls
+
+    def drawn(self):
+        self.layer.reset_parameters()
+
+    def constant(self):
+        nn.init.constant_(self.layer.bias, 0.25)
+        nn.init.zeros_(self.layer.bias)
+
+    def scaled(self):
+        self.layer.weight = nn.Parameter(self.layer.weight.detach() * 1.5)
+
+    def scaled_and_frozen(self):
+        self.layer.weight = nn.Parameter(self.layer.weight.detach() * 1.5, False)
+
+
+def _initialised():
+    members = []
+    for k in range(3):
+        torch.manual_seed(k)
+        members.append(Initialised())
+    return members
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("method", ["drawn", "constant"])
+def test_a_method_initialises_each_members_own_weights(method, engine, called):
+    ensemble, members = fastens.Ensemble(_initialised(), engine=engine), _initialised()
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        for each in (ensemble, *members) if called else ():
+            each(x)
+        torch.manual_seed(0)
+        getattr(ensemble, method)()
+        torch.manual_seed(0)
+        for member in members:
+            getattr(member, method)()
+        assert relative_error(ensemble(x), torch.stack([member(x) for member in members]).mean(0)) < 1e-5
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("method", ["scaled", "scaled_and_frozen"])
+def test_a_parameter_that_a_method_puts_in_is_one_and_begins_without_gradient(method, engine, called):
+    ensemble, members = fastens.Ensemble(_initialised(), engine=engine), _initialised()
+    x = torch.ones(2, 4)
+    for each in (ensemble, *members):
+        if called:
+            each(x).sum().backward()
+        getattr(each, method)()
+    stack = dict(ensemble.network.named_parameters())["layer.weight"]
+    assert type(stack) is nn.Parameter
+    assert stack.requires_grad is members[0].layer.weight.requires_grad
+    found, expected = ensemble(x), torch.stack([member(x) for member in members]).mean(0)
+    assert relative_error(found, expected) < 1e-5
+    for each in (found, expected):
+        each.sum().backward()
+    if stack.requires_grad:
+        assert stack.grad is not None
+        assert relative_error(stack.grad, torch.stack([member.layer.weight.grad for member in members])) < 1e-5
+
+
 class Merging(nn.Module):
     """Adds weights of its own to those of a layer that all members have."""
 
