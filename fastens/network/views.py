@@ -257,7 +257,7 @@ class MemberViews:
             found = renew_parts(view, self._references)
             taken = take_parts(view, new)
             found += [dataclasses.replace(r, part=taken[id(r.part)]) for r in references if id(r.part) in taken]
-            memo |= taken
+            memo |= {id(x): x for x in held_tensors(new) if not x.is_leaf} | taken  # parts, which Python cannot copy
             values: dict[tuple[int, str], Any] = {}  # to set: at once, so that one object stays one
             for original, fresh, other in zip(network(), new.modules(), now.modules(), strict=True):
                 module, was = known.get(id(original), (fresh, other))

@@ -128,13 +128,27 @@ def multiplied(module, factor):
             p.mul_(factor)
 
 
+def times(module, args, output):
+    return output * 1.1
+
+
 def inside(module):
     """What nothing notices, and is told."""
     module.options["shift"] = 0.7
     getattr(module, "refresh", lambda: None)()
 
 
+def loaded(module, assign):
+    state = {name: x * 1.05 if x.is_floating_point() else x.clone() for name, x in module.state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+
+
 CHANGES = {
+    "loaded": lambda module: loaded(module, False),
+    "loaded by assignment": lambda module: loaded(module, True),
+    "eps": lambda module: setattr(module.norm, "eps", 1e-2),
+    "hook": lambda module: module.inner.register_forward_hook(times),
+    "tied": lambda module: setattr(module.inner[0], "bias", module.layer.bias),
     "scale": lambda module: setattr(module, "scale", 1.3),
     "options": lambda module: setattr(module, "options", {"shift": 1.0}),
     "inside": inside,
