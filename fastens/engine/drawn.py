@@ -128,13 +128,10 @@ class DrawnCall:
     def at_once(self) -> Any:
         """The same as :meth:`run`, whatever a row's last bits depend on."""
         engine = self._engine
-        if not (torch.compiler.is_compiling() or capturing()):
-            engine.guards.check_memory()
         if not engine.behaviour.looped and engine.guards.observed():
             return in_transform(engine, lambda call: run_drawn(call, self._arguments, self._members))
-        modes = engine.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled()
-        key = "drawn, and fails", self._arguments.signature(), modes
-        if engine.behaviour.looped or not len(self._members) or isinstance(engine.states.get(key), Looped):
+        alone = engine.behaviour.reads_rows and isinstance(engine.states.get(self._alone_key), Looped)
+        if engine.behaviour.looped or alone or not len(self._members):
             return self._looped()
         try:
             with counted_if_it_succeeds():
@@ -161,11 +158,18 @@ class DrawnCall:
         if not alone:
             engine.give_up(why)
         else:
-            engine.states.put(key, Looped(call=_described(self._arguments), why=why))
+            engine.behaviour.reads_rows = True
+            engine.states.put(self._alone_key, Looped(call=_described(self._arguments), why=why))
             warnings.warn(
                 f"fastens: members are evaluated one by one where each row has its own, because {why}", stacklevel=6
             )
         return result
+
+    @property
+    def _alone_key(self) -> Any:
+        """What tells calls whose rows are looped by themselves from others."""
+        modes = self._engine.network.training, torch.is_grad_enabled(), torch.is_autocast_enabled()
+        return "drawn, and fails", self._arguments.signature(), modes
 
     def _dealt_out(self) -> Any:
         """Return the answer of one pass over rows grouped by member, or of its plan.
@@ -188,6 +192,8 @@ class DrawnCall:
             found = planned.run()
             if found is not None:
                 return _result(found, order)
+        if eager and not capturing():
+            engine.guards.check_memory()
         kind = "drawn", dealt.signature(), engine.network.training
         key = (*kind, torch.is_grad_enabled(), torch.is_autocast_enabled())
         first = eager and engine.states.of(key) is UNKNOWN and not capturing()
@@ -281,6 +287,8 @@ class DrawnCall:
         return run_drawn(self._engine.call_member, self._arguments, self._members)
 
     def _looped(self) -> Any:
+        if not (torch.compiler.is_compiling() or capturing()):
+            self._engine.guards.check_memory()
         return run_drawn(functools.partial(self._engine.call_member, remembers=True), self._arguments, self._members)
 
     def _expected(self) -> list[Tensor] | None:
@@ -320,10 +328,9 @@ class DrawnCall:
 
     def _check_drawing_alike(self, arguments: Arguments, weights: Any) -> None:
         """The same for members that draw random numbers, which fold and members draw alike for once."""
-        engine = self._engine
+        networks = self._engine.network, *self._engine.views
         with random_kept(), torch.no_grad(), PredictableDraws(), ExitStack() as kept:
-            for network in (engine.network, *engine.views):
-                kept.enter_context(state_kept(network))
+            _ = [kept.enter_context(state_kept(network)) for network in networks]
             try:
                 expected = self._one_by_one(arguments.copied())
             except Exception as error:  # it takes no such numbers

@@ -109,6 +109,7 @@ class Behaviour:
         why: the reason for that, or for the fold.
         writes_itself: whether a pass changes the network's own Python state or buffers.
         writes_arguments: whether the network writes to its arguments, which are copied then.
+        reads_rows: whether Python reads values of rows, in calls whose drawn rows are looped by themselves.
         wrapped: whether common values are wrapped in a pass, so that they can become member-valued in place.
     """
 
@@ -116,6 +117,7 @@ class Behaviour:
     why: str
     writes_itself: bool = False
     writes_arguments: bool = False
+    reads_rows: bool = False
     wrapped: bool = False
 
     @property

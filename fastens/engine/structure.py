@@ -158,7 +158,7 @@ class Structure:
         arguments = self._given(drawn)
         as_it_is, originals = not drawn and not self.half, engine.originals
         own = as_it_is and originals is not None and originals.usable()
-        network = engine.network
+        views, network = [] if own else engine.views, engine.network
         device = next((x.device.type for x in arguments.tensors), "cpu")
         enabled = torch.is_autocast_enabled(device) and not self.half
 
@@ -173,7 +173,7 @@ class Structure:
         try:
             with uncounted(), torch.autocast(device, enabled=enabled), state_kept(network):
                 for k in range(engine.num_members):
-                    member = originals.member(k) if own and originals is not None else engine.view(k)
+                    member = originals.member(k) if own and originals is not None else views[k]
                     with state_kept(network), state_kept(member), seen():  # a buffer that all share, too
                         output = engine.call_module(member, k, arguments.copied(), self._method)
                     members.append([x.detach() for x in pytree.tree_leaves(output) if isinstance(x, Tensor)])

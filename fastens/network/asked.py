@@ -136,11 +136,11 @@ def _set_grad(func: Any, part: Tensor, x: Tensor, value: Tensor | None) -> None:
 
 def _switch(func: Any, part: Tensor, x: Tensor, requires_grad: bool = True) -> Tensor:
     """Train, or freeze, the stack with the part: it is one parameter, whose members agree on that."""
-    stack = x._base if x is part else None
-    if stack is None or not isinstance(stack, nn.Parameter):
+    place = _place(part, x)
+    if place is None:
         func(x, requires_grad)
     else:
-        stack.requires_grad_(requires_grad)
+        place[0].requires_grad_(requires_grad)
     return x
 
 
