@@ -15,6 +15,7 @@ _OWN: Blocks[bool] = Blocks("fastens.deterministic")
 _of_process = False
 _blocks = 0  # that are open with the mode on, in all threads
 _anywhere = False  # the mode is on in the process, or in a block
+_ever = False  # it was: a task keeps the mode of where it was made, however long it lives
 _ONE_AT_A_TIME = threading.RLock()  # the number of threads is the process's
 
 
@@ -56,14 +57,17 @@ class deterministic:
 
 
 def _set(of_process: bool, blocks: int = 0) -> None:
-    global _of_process, _blocks, _anywhere
+    global _of_process, _blocks, _anywhere, _ever
     with _ONE_AT_A_TIME:
         _of_process, _blocks = of_process, _blocks + blocks
         _anywhere = _of_process or _blocks > 0
+        _ever |= _anywhere
 
 
 def enabled() -> bool:
     """Whether rows keep their bits, here and now; in a trace, whose result is for all, whether they do anywhere."""
+    if not _ever:
+        return False
     if torch.compiler.is_compiling():
         return _anywhere
     own = _OWN.of(None)

@@ -179,7 +179,7 @@ class Engine(FoldedMembers):
         """Whether a call may run as a plan."""
         if torch.compiler.is_compiling():
             return False
-        if self.cap.cuts(self.num_members, arguments.batch_size):
+        if self.cap.asked is not None and self.cap.cuts(self.num_members, arguments.batch_size):
             return self.plans.decline(f"max_fold={self.cap.asked} takes several passes")
         if not arguments.plain():
             return self.plans.decline("an argument is neither an ordinary tensor nor a number, a name or a dtype")
