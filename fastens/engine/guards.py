@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
 from fastens.network.parametrized import any_parametrized, caching
+from fastens.network.surroundings import Surroundings
 from fastens.network.weights import Weights
 
 
@@ -35,6 +36,7 @@ class Guards:
         self._weights = Weights([])
         self._with_memory: Any = None  # the state of the weights that was found to have memory
         self.barrier = Barrier()
+        self._surroundings = Surroundings(network)
         self.look()
 
     def look(self) -> None:
@@ -51,6 +53,7 @@ class Guards:
         if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
             self._weights = Weights(tensors)
         self._look_for_hooks()
+        self._surroundings.changed()
         self._seen = seen
 
     def _look_for_hooks(self) -> None:
@@ -70,11 +73,11 @@ class Guards:
         """Those that are parameters."""
         return [x for x in self.tensors if isinstance(x, nn.Parameter)]
 
-    def state(self) -> tuple[int, Any, torch.dtype]:
-        """What changes with Python state, what changes with weights, and the default dtype."""
+    def state(self) -> tuple[int, Any, torch.dtype, int]:
+        """What changes with Python state, with weights, with the default dtype, and with what else code reads."""
         if self.barrier.writes != self._seen:
             self.look()
-        return self._seen, self._weights.state(), torch.get_default_dtype()
+        return self._seen, self._weights.state(), torch.get_default_dtype(), self._surroundings.state()
 
     def observed(self) -> bool:
         """Whether members' own code is to run: for others to see it, or to keep weights that it computes."""

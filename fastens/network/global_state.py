@@ -10,12 +10,12 @@ import dis
 import random
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastens.network.closures import IN_PLACE
+from fastens.network.code import codes_in, functions_of
 from fastens.network.snapshots import can_change, snapshots_of
 
 _LIBRARIES = ("torch", "fastens", "builtins", "abc", "typing", "collections")
@@ -106,7 +106,7 @@ def _read(code: type | types.FunctionType) -> _Reach:
     else:
         bases = [base for base in code.__mro__ if base.__module__.partition(".")[0] not in _LIBRARIES]
         values = {name: base for base in reversed(bases) for name, x in vars(base).items() if not _is_code(x)}
-        waiting = [f for base in bases for x in vars(base).values() for f in _functions_of(x)]
+        waiting = [f for base in bases for x in vars(base).values() for f in functions_of(x)]
     followed, places, draws, assigned = set(), [], False, set()
     while waiting:
         function = waiting.pop()
@@ -144,22 +144,10 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, types.FunctionType | property | staticmethod | classmethod | type)
 
 
-def _functions_of(value: Any) -> list[types.FunctionType]:
-    found = [value.fget, value.fset] if isinstance(value, property) else [getattr(value, "__func__", value)]
-    return [each for each in found if isinstance(each, types.FunctionType)]
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            yield from _codes(part)
-
-
 def _reads(code: types.CodeType) -> tuple[set[str], bool, bool]:
     """The names that code uses, whether it may change a value in place, and whether it assigns attributes."""
-    names = {name for each in _codes(code) for name in each.co_names}
-    steps = {step for each in _codes(code) for step in each.co_code[::2]}
+    names = {name for each in codes_in(code) for name in each.co_names}
+    steps = {step for each in codes_in(code) for step in each.co_code[::2]}
     stored = dis.opmap["STORE_ATTR"] in steps
     return names, stored or dis.opmap["STORE_SUBSCR"] in steps or bool(IN_PLACE & names), stored
 
@@ -168,7 +156,7 @@ def _assigned_globals(code: types.CodeType) -> set[str]:
     stores = dis.opmap["STORE_GLOBAL"]
     return {
         step.argval
-        for each in _codes(code)
+        for each in codes_in(code)
         if stores in each.co_code[::2]
         for step in dis.get_instructions(each)
         if step.opname == "STORE_GLOBAL"

@@ -157,7 +157,7 @@ _ATOMS = frozenset((
 ))  # fmt: skip
 _CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, tuple))  # which reach nothing while they are empty
 # what has a life of its own, or is no state: attributes of such objects are left alone
-_LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
+LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
 _KNOWN: weakref.WeakKeyDictionary[type, tuple[Kind, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -175,7 +175,7 @@ def _find_kinds(kind: type) -> Iterable[Kind]:
         yield _BUILT_IN[known]
     if kind in _BUILT_IN or issubclass(kind, type | Tensor | enum.Enum):
         return
-    if kind.__module__.partition(".")[0] not in _LIBRARIES or issubclass(kind, nn.Module):
+    if kind.__module__.partition(".")[0] not in LIBRARIES or issubclass(kind, nn.Module):
         if kind.__dictoffset__:
             yield _ATTRIBUTES
         members = list(slots_of(kind))
