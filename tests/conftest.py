@@ -12,8 +12,11 @@ from tests import interpreter  # noqa: E402
 interpreter.choose()
 
 import itertools  # noqa: E402
+import random  # noqa: E402
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from tests.covering import covering  # noqa: E402
 from tests.longest_first import longest_first  # noqa: E402
@@ -30,6 +33,14 @@ def pytest_collection_modifyitems(items):
             for number in set(range(len(tests))).difference(chosen):
                 tests[number].add_marker("full")
     longest_first(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Begin every test, fixtures included, with the same random numbers, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 import os
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -37,8 +37,10 @@ _CONTENTS: dict[type | None, tuple[Callable[[Any], Iterable[Any]], ...]] = {
     OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
     dict: (dict.keys, dict.values),
 }
+_GONE = LookupError, AttributeError, ValueError, RuntimeError  # a name, or a size, since it was found
 _FIXED = tuple, frozenset
 _END = (object(),)
+_EPOCHS = itertools.count(1)  # of all threads, so that what two of them find at once gets two
 _SLOT = object()
 
 
@@ -47,17 +49,20 @@ class _Known:
 
     def __init__(self, looks: list[Callable[[], Iterable[Any]]], epoch: int) -> None:
         self._looks = looks
-        self._before = tuple(self._now())
         self.epoch = epoch
+        try:
+            self._before = tuple(self._now())
+        except _GONE:
+            self._before = (object(),)  # which nothing is
 
     def _now(self) -> Iterable[Any]:
-        return chain.from_iterable([part for look in self._looks for part in (look(), _END)])
+        return itertools.chain.from_iterable([part for look in self._looks for part in (look(), _END)])
 
     def holds(self) -> bool:
         """Whether everything is the same object that it was."""
         try:
             return all(map(is_, self._now(), self._before))
-        except (LookupError, AttributeError, ValueError, RuntimeError):  # it is gone, or being changed
+        except _GONE:
             return False
 
 
@@ -72,24 +77,23 @@ class Surroundings:
         self._network = network
         self._known = _Known([], 0)
         self._modules: list[_Attributes] = []
-        self._changed = True
+        self._looked: Any = None
+        self.changed()
 
     def changed(self) -> None:
         """Look whether the code leads elsewhere when the state is asked for: attributes of modules have changed."""
-        self._changed = True
+        self._asked = object()
 
     def state(self) -> int:
         """A number that is another one where something is not as it was."""
-        known = self._known  # one object: another thread, in another context, may find other values meanwhile
+        known, asked = self._known, self._asked  # other threads, in other contexts, may find other values meanwhile
         holds = known.holds()
-        if holds and (not self._changed or self._leads_to_the_same()):
-            self._changed = False
-            return known.epoch
-        reader = _Reader(self._network)
-        self._modules = reader.modules
-        self._known = made = _Known(reader.looks(), known.epoch + (not holds))
-        self._changed = False
-        return made.epoch
+        if not holds or (self._looked is not asked and not self._leads_to_the_same()):
+            reader = _Reader(self._network)
+            self._modules = reader.modules
+            self._known = known = _Known(reader.looks(), known.epoch if holds else next(_EPOCHS))
+        self._looked = asked
+        return known.epoch
 
     def _leads_to_the_same(self) -> bool:
         """Whether all modules have what they had under the names that the code uses."""

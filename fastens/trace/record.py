@@ -257,7 +257,7 @@ class Recording:
     @staticmethod
     def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ref]:
         written = []
-        for i, argument in enumerate(func._schema.arguments):
+        for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 written += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Ref)]
