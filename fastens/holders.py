@@ -50,6 +50,8 @@ class Holders:
         """
         try:
             with called() if self._views else nullcontext(), ExitStack() as scopes:
+                if self._views and (engine := engine_of(self.ensemble)) is not None:
+                    scopes.enter_context(engine.running())
                 for view in self.modules if self._views else ():
                     scopes.enter_context(answered(view))
                 if whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -155,11 +156,16 @@ class StackedMembers:
         view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
         if remembers:
             self._views.keep()
-        output = self.call_module(view, k, arguments, method)
-        settle(view, keeps=remembers, copies=self.behaviour.looped)
+        with self._views.running(k):
+            output = self.call_module(view, k, arguments, method)
+            settle(view, keeps=remembers, copies=self.behaviour.looped)
         if remembers:
             self._views.check_kept(view)
         return output
+
+    def running(self) -> AbstractContextManager[None]:
+        """Scope of code of the members beside their calls."""
+        return self._views.running()
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
