@@ -157,8 +157,10 @@ class StackedMembers:
         if remembers:
             self._views.keep()
         with self._views.running(k):
-            output = self.call_module(view, k, arguments, method)
-            settle(view, keeps=remembers, copies=self.behaviour.looped)
+            try:
+                output = self.call_module(view, k, arguments, method)
+            finally:  # what a member did before its error it has done
+                settle(view, keeps=remembers, copies=self.behaviour.looped)
         if remembers:
             self._views.check_kept(view)
         return output

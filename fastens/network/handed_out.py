@@ -105,8 +105,10 @@ def _changed(node: _Node) -> bool:
     return any(not _same(each, _content(each.value)) for each in _nodes(node))
 
 
-def _own(value: Any) -> Any:
-    """A copy for another member, of all but tensors."""
+def own_copy(value: Any) -> Any:
+    """A copy for another member of what can change in place, but for tensors and modules."""
+    if not can_change(value):
+        return value
     tensors = {id(each.value): each.value for each in _nodes(_seen(value)) if isinstance(each.value, Tensor)}
     return copied(value, dict(tensors))
 
@@ -119,11 +121,12 @@ def _edits(node: _Node, others: Sequence[_Node | None]) -> Iterator[tuple[Callab
     """
     now = _content(node.value)
     if not _same(node, now):
-        edit = _edit(node, now, [None if each is None else each.value for each in others])
-        for other in others:
-            if other is None:
-                raise _Unclear
-            yield edit, other.value
+        values = [each.value for each in others if each is not None]
+        if len(values) < len(others):
+            raise _Unclear
+        edit = _edit(node, now, values)
+        for value in values:
+            yield edit, value
     for key, part in node.parts.items():
         if key in now and now[key] is part.value:
             yield from _edits(part, [None if each is None else each.parts.get(key) for each in others])
@@ -137,16 +140,15 @@ def _edit(node: _Node, now: dict[Any, Any], others: list[Any]) -> Callable[[Any]
         if not new:
             return lambda other: other.clear()
         if len(new) > len(old) and all(a is b for a, b in zip(old, new, strict=False)):
-            return lambda other: other.extend(map(_own, new[len(old) :]))
+            return lambda other: other.extend(map(own_copy, new[len(old) :]))
         places = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a is not b]
         if any(len(x) != len(old) for x in (new, *others)) or any(new[i] is each for i in places for each in old):
             raise _Unclear
-        return lambda other: [other.__setitem__(i, _own(new[i])) for i in places]
+        return lambda other: [other.__setitem__(i, own_copy(new[i])) for i in places]
     if isinstance(value, set):
         return lambda other: (other.difference_update(before.keys() - now), other.update(now.keys() - before))
-    if isinstance(value, Tensor | np.ndarray) or [key for key in before if key in now] != [
-        key for key in now if key in before
-    ]:
+    kept = [key for key in before if key in now]
+    if isinstance(value, Tensor | np.ndarray) or kept != [key for key in now if key in before]:
         raise _Unclear
     items = {key: x for key, x in now.items() if key not in before or before[key] is not x}
 
@@ -154,7 +156,7 @@ def _edit(node: _Node, now: dict[Any, Any], others: list[Any]) -> Callable[[Any]
         table = other if isinstance(other, dict) else vars(other)
         for key in before.keys() - now:
             table.pop(key, None)
-        table.update({key: _own(x) for key, x in items.items()})
+        table.update({key: own_copy(x) for key, x in items.items()})
 
     return edit
 

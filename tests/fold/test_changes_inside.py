@@ -143,3 +143,28 @@ def test_members_that_are_looked_at_have_the_change():
         assert mine.past == theirs.past
     ensemble.past.append(6.0)
     assert [each.past[-1] for each in copy.deepcopy(ensemble).members] == [6.0] * K
+
+
+class Differing(nn.Module):
+    """A member by a number that is no weight, which writes to a table."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.layer, self.k, self.table = nn.Linear(4, 4), k, {}
+
+    def forward(self, x):
+        """One layer, and what the call before left."""
+        y = self.layer(x) * (1 + self.k) + self.table.get("last", 0.0)
+        self.table["last"] = y.detach()
+        return y
+
+
+@pytest.mark.parametrize("value", [dict, lambda: collections.defaultdict(float), lambda: {"last": torch.ones(3, 4)}])
+def test_a_value_that_is_set_is_each_members_own_where_members_differ(value):
+    members = [made(Differing, k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    for _ in range(2):
+        for each in (ensemble, *members):
+            each.table = value()
+        for _ in range(3):
+            called(ensemble, members)

@@ -186,3 +186,42 @@ def test_members_take_the_paths_of_torch_that_they_take_alone(grad, engine):
     with torch.set_grad_enabled(grad):
         for _ in range(3):
             near(ensemble(x, mask), torch.stack([member(x, mask) for member in members]).mean(0))
+
+
+class Breaks(nn.Module):
+    """Writes to itself, and raises in one call of one member."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.layer, self.calls, self.past = nn.Linear(4, 4), 0, []
+        self.register_buffer("fails", torch.tensor(float(fails)))
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x):
+        """One layer."""
+        self.calls += 1
+        self.past.append(self.calls)
+        with torch.no_grad():
+            self.layer.bias.mul_(0.9)
+            self.average.add_(1)
+        self.average = self.average * 1.1
+        if self.calls == 2 and self.fails:
+            raise KeyError("the second call")
+        return self.layer(x) * sum(self.past) + self.average
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_members_did_before_an_error_of_theirs_they_have_done(engine):
+    members = [made(lambda k: Breaks(k == 1), k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    for call in range(4):
+        if call == 1:
+            with pytest.raises(KeyError):
+                ensemble(X)
+            with pytest.raises(KeyError):
+                [member(X) for member in members]
+        else:
+            near(ensemble(X), torch.stack([member(X) for member in members]).mean(0))
+        for mine, theirs in zip(ensemble.members, members, strict=True):
+            assert (mine.calls, mine.past) == (theirs.calls, theirs.past)
+            near(mine.state_dict(), theirs.state_dict())
