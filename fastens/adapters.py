@@ -11,6 +11,7 @@ from torch import nn
 
 from fastens.fold.tensor import MemberTensor
 from fastens.methods import call_method
+from fastens.network.handed_out import own_copy
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -43,8 +44,8 @@ class MemberLike(nn.Module):
         looped = not own and self.__dict__["_engine"] is None
         members = [] if own or network is None else list(network.children()) if looped else [network]
         if members and all(hasattr(member, name) for member in members):
-            for member in members:
-                setattr(member, name, value)
+            for k, member in enumerate(members):
+                setattr(member, name, own_copy(value) if k else value)
         else:
             super().__setattr__(name, value)
 

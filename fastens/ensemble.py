@@ -103,11 +103,11 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     # Construction
 
-    def _take(self, members: Sequence[nn.Module], place: Placement = AS_THEY_ARE) -> None:
-        """Become the ensemble of these members, its views too."""
+    def _take(self, members: Sequence[nn.Module], place: Placement = AS_THEY_ARE, into: Any = None) -> None:
+        """Become the ensemble of these members, its views too, in stacks that there are by name."""
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                self._adopt(*stack_members(members, place), originals=None if place.changes else members)
+                self._adopt(*stack_members(members, place, into), originals=None if place.changes else members)
         except DifferentMembers as error:
             if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastens.internal import engine_of
-from fastens.network.asked import Questions
+from fastens.network.asked import answered
 from fastens.network.member_tables import called, settle
+from fastens.network.rollback import Rollback
+from fastens.network.state import NetworkState
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -38,21 +40,42 @@ class Holders:
             self.modules = engine.views if self._views else [ensemble.network]
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, whole: bool = False) -> Iterator[None]:
         """Scope of code of theirs: what they write is kept, and what rested on what it was is forgotten.
 
         Members without state of their own get copies of the network's anew: it may be written to where nothing tells.
+
+        Args:
+            whole: whether nothing is kept where that code fails.
         """
         try:
-            with called() if self._views else nullcontext(), ExitStack() as answered:
+            with called() if self._views else nullcontext(), ExitStack() as scopes:
+                if self._views and (engine := engine_of(self.ensemble)) is not None:
+                    scopes.enter_context(engine.running())
                 for view in self.modules if self._views else ():
-                    answered.enter_context(Questions().answered(view, None))
+                    scopes.enter_context(answered(view))
+                if whole:
+                    scopes.enter_context(self._undone_by_errors())
                 yield
         finally:
             for view in self.modules if self._views else ():
                 settle(view, keeps=True)
             if not self._views:
                 self.ensemble.refresh()
+
+    @contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        """Scope that leaves members and weights as they were where it is left by an error."""
+        states = [NetworkState(view) for view in self.modules] if self._views else []
+        before = Rollback(self.ensemble.network)
+        try:
+            with before:
+                yield
+        except BaseException:
+            for state in states:
+                state.put_back()
+            before.restore()
+            raise
 
 
 class Contexts:
@@ -99,7 +122,7 @@ def in_turn(
     """What generators of all of them yield, each time as one value; they end together."""
     try:
         while True:
-            with holders.running():
+            with holders.running(whole=True):
                 values = [next(each, generators) for each in generators]
             if any(value is generators for value in values):
                 return

@@ -119,9 +119,9 @@ def hold_modules(ensemble: Ensemble, modules: Sequence[nn.Module], why: str) -> 
     ensemble._hold(modules, why)
 
 
-def take(ensemble: Ensemble, members: Sequence[nn.Module]) -> None:
-    """Make it, and its views, the ensemble of copies of other members."""
-    ensemble._take(members)
+def take(ensemble: Ensemble, members: Sequence[nn.Module], into: Mapping[str, Tensor]) -> None:
+    """Make it, and its views, the ensemble of copies of other members, in stacks that there are by name."""
+    ensemble._take(members, into=into)
 
 
 def forget(ensemble: Ensemble) -> None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.entering import entering
+from fastens.engine.leaves import VALUES, alike
 from fastens.engine.row_by_row import each_member
-from fastens.fold.tensor import MemberTensor
+from fastens.fold.tensor import MemberTensor, tensors_of
 from fastens.holders import Contexts, Holders, in_turn, is_context
 from fastens.internal import (
     arguments_of,
@@ -28,6 +29,7 @@ from fastens.internal import (
     settings_of,
     take,
 )
+from fastens.network.gradients import gradient_of, set_gradient
 from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
@@ -75,9 +77,8 @@ def _called(ensemble: Ensemble, name: str, args: tuple[Any, ...], kwargs: dict[s
     """Call a method without tensors on whatever holds the members' Python state."""
     holders, network = Holders(ensemble), ensemble.network
     if holders.modules != [network]:
-        with holders.running():
-            results = _called_on_each(holders, name, args, kwargs)
-        return returned(holders, name, results)
+        with holders.running(whole=True):
+            return returned(holders, name, _called_on_each(holders, name, args, kwargs))
     engine, before = engine_of(ensemble), Rollback(network)
     try:
         with holders.running(), listed_as_read(), before:
@@ -110,8 +111,6 @@ def _called_on_each(holders: Holders, name: str, args: tuple[Any, ...], kwargs: 
         found = {n: p.requires_grad for n, p in parameters.items()}
         other = next((n for n in found if first is not None and found[n] is not first[n]), None)
         if other is not None:
-            for n, trained in before.items():
-                parameters[n].requires_grad_(trained)
             raise ValueError(
                 f"{name}: {other} is trained in some members and frozen in others, and it is one parameter"
             )
@@ -123,7 +122,10 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
     """One value of what a method without tensors gave for all members.
 
     The ensemble where that is the member, and what is made of scores as a result of ``forward`` is: in the network of
-    all members these are tensors with a value for each.
+    all members these are tensors with a value for each. Objects are the first member's.
+
+    Raises:
+        TypeError: numbers or the like in which members differ.
     """
     ensemble, first = holders.ensemble, results[0]
     if first is holders.modules[0]:
@@ -134,9 +136,13 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
         return in_turn(holders, results, functools.partial(returned, holders, name))
     if len(results) == 1:  # of the network
         return pytree.tree_map_only(MemberTensor, lambda x: _of_network(ensemble, name, x), first)
+    found = columns(results)
     if not any(isinstance(x, Tensor) and is_scores(x) for x in pytree.tree_leaves(first)):
+        for column in found[:-1]:
+            if isinstance(column[0], VALUES):  # other objects are the first member's
+                alike(column)
         return first
-    return combine(ensemble, columns(results), lambda scores: alike_or_combined(ensemble, name, scores, False))
+    return combine(ensemble, found, lambda scores: alike_or_combined(ensemble, name, scores, False))
 
 
 def _of_network(ensemble: Ensemble, name: str, value: MemberTensor) -> Tensor:
@@ -148,15 +154,44 @@ def _of_network(ensemble: Ensemble, name: str, value: MemberTensor) -> Tensor:
 
 
 def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a method on every member, and make the ensemble of what they have become; its parameters are new ones.
+    """Call a method on every member, and make the ensemble of what they have become.
+
+    Parameters stay the objects that they are, with their gradients, but for those of another shape, dtype or device.
 
     Returns:
         What the method returned, the ensemble where that was the member; see :func:`returned`.
     """
-    members = list(ensemble.members)
+    members, stacks = list(ensemble.members), tensors_of(ensemble.network)
+    _give_gradients(members, stacks)
     results = [getattr(member, name)(*args, **kwargs) for member in members]
-    take(ensemble, members)
-    return returned(Holders(ensemble, members), name, results)
+    value = returned(Holders(ensemble, members), name, results)
+    take(ensemble, members, stacks)
+    _take_gradients(ensemble, members)
+    return value
+
+
+def _give_gradients(members: list[nn.Module], stacks: dict[str, Tensor]) -> None:
+    """Give copies of members the gradients of the stacks; of what all share, each has the whole."""
+    for k, member in enumerate(members):
+        for name, own in member.named_parameters():
+            stack = stacks[name]
+            grad = stack.grad if stack.shape == own.shape else gradient_of(stack, k)
+            own.grad = None if grad is None else grad.clone()
+
+
+def _take_gradients(ensemble: Ensemble, members: list[nn.Module]) -> None:
+    """Give an ensemble the gradients that copies of its members have."""
+    if engine_of(ensemble) is None:
+        for own, member in zip(ensemble.network.children(), members, strict=True):
+            for name, parameter in own.named_parameters():
+                parameter.grad = member.get_parameter(name).grad
+        return
+    for name, stack in ensemble.network.named_parameters():
+        owns = [member.get_parameter(name) for member in members]
+        shared = stack.shape == owns[0].shape
+        stack.grad = owns[0].grad if shared else None
+        for k, own in enumerate(() if shared else owns):
+            set_gradient(stack, k, None if own.grad is None else own.grad.to(stack))
 
 
 def alike_or_combined(ensemble: Ensemble, name: str, scores: Any, parameters: bool) -> Tensor:

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastens.engine.arguments import Arguments
-from fastens.fold.stand_ins import ENGINES, emptied, traced, with_stacks
+from fastens.fold.stand_ins import ENGINES, Nested, emptied, traced, with_stacks
 from fastens.fold.tensor import NotFoldable
+from fastens.network.snapshots import held_tensors, member_values
 
 
 @torch.compiler.assume_constant_result  # of these arguments: dynamo calls it once for each state
@@ -34,20 +36,41 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
     engine = ENGINES[number]
     arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
     if not traced(*arguments.tensors, *stacks):
-        *leaves, spec = engine.evaluate(arguments, engine.network.training, method)
-        tensors, nested = emptied(leaves, spec)
+        tensors, nested = _at_once(*engine.evaluate(arguments, engine.network.training, method))
         return *tensors, nested
     with unset_fake_temporarily():
         _ = engine.behaviour.looped and engine.views  # made here, no tensors of theirs are fakes
     try:
         with with_stacks(engine, tuple(stacks)):
-            *leaves, spec = engine.evaluate_at_once(arguments, False, method)
+            tensors, nested = _at_once(*engine.evaluate_at_once(arguments, False, method))
     except (NotFoldable, GuardOnDataDependentSymNode) as error:
         raise NotImplementedError(f"fastens: {error}") from error
-    tensors, nested = emptied(leaves, spec)
+    except AssertionError as error:  # of torch's, of tensors that are no fakes
+        modules = engine.views if engine.behaviour.looped else [engine.network]
+        if not any(held_tensors(each) or member_values(each) for each in modules):
+            raise
+        raise NotImplementedError("fastens: members keep tensors in attributes, which no graph has") from error
     if engine.nested != nested:
         engine.nested = nested
     return tensors
+
+
+def _at_once(*columns: Any) -> tuple[tuple[Tensor, ...], Nested]:
+    """The tensors of leaves, and how they are nested, which is the same of members one by one.
+
+    A graph that is run as it was traced calls :func:`node` again, and members may have become looped by then.
+    """
+    *leaves, spec = columns
+    return emptied([_stacked(leaf) for leaf in leaves], spec)
+
+
+def _stacked(leaf: Any) -> Any:
+    """K tensors as one, where they are alike in shape and dtype."""
+    if isinstance(leaf, Tensor) or not all(isinstance(x, Tensor) for x in leaf):
+        return leaf
+    first = leaf[0]
+    alike = all((x.shape, x.dtype, x.device) == (first.shape, first.dtype, first.device) for x in leaf)
+    return torch.stack(list(leaf)) if alike else leaf
 
 
 _WHY = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -15,12 +16,14 @@ from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
 from fastens.fold.tensor import modules_of, tensors_of
-from fastens.network.asked import Questions
+from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
+from fastens.network.global_state import names_used
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
 from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
+from fastens.network.state import code_of
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews
 from fastens.network.weights import as_it_is
@@ -58,7 +61,7 @@ class StackedMembers:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
         self.network = build_network(skeleton, stacks, shared, num_members)
         self.guards = Guards(self.network)
-        self.questions = Questions()
+        self.questions = Questions(lambda: names_used(code_of(self.network)))
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
         held_once = shared - self._one_object if kind.own_weights else ()
@@ -153,11 +156,18 @@ class StackedMembers:
         view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
         if remembers:
             self._views.keep()
-        output = self.call_module(view, k, arguments, method)
-        settle(view, keeps=remembers, copies=self.behaviour.looped)
+        with self._views.running(k):
+            try:
+                output = self.call_module(view, k, arguments, method)
+            finally:  # what a member did before its error it has done
+                settle(view, keeps=remembers, copies=self.behaviour.looped)
         if remembers:
             self._views.check_kept(view)
         return output
+
+    def running(self) -> AbstractContextManager[None]:
+        """Scope of code of the members beside their calls."""
+        return self._views.running()
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns."""
@@ -167,7 +177,8 @@ class StackedMembers:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         call_member = call_member or functools.partial(self.call_member, remembers=True)
         outputs = (call_member(k, arguments, method) for k in range(self.num_members))
-        return columns_of([pytree.tree_flatten(output) for output in outputs])
+        with one_by_one():
+            return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def unshare(self, names: Iterable[str]) -> bool:
         """Give each member its own of these tensors, unless one object is in all; return whether there are."""

@@ -5,71 +5,175 @@ A part of a stack is a view and, where gradients are enabled, no leaf of a graph
 
 from __future__ import annotations
 
+import contextvars
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastens.fold.tensor import getters
-from fastens.network.member_tables import Parts, parts_of
+from fastens.network.gradients import gradient_of, set_gradient
+from fastens.network.member_tables import parts_of
+from fastens.network.parts import Parts, Place
+from fastens.network.tables import part_of
+from fastens.scopes import scope
 
-_MOST = 512  # kinds of calls that are remembered
+_WITH_FAST_PATHS = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
+_NAMES = frozenset(
+    "is_leaf grad_fn grad retains_grad requires_grad_ register_hook _base _is_view storage_offset".split()
+)
+Switches = dict[Tensor, tuple[bool, bool]]  # of stacks that a call of a member froze or trains: before, and at its end
+
+
+_SWITCHED: contextvars.ContextVar[list[Switches] | None] = contextvars.ContextVar("switched", default=None)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Scope in which members are called one by one: each finds the same trained and frozen, and they agree in the end.
+
+    Raises:
+        ValueError: one member trains what another one freezes.
+    """
+    ends: list[Switches] = []
+    with scope(_SWITCHED, ends):
+        yield
+    for stack, (before, _) in {x: end for each in ends for x, end in each.items()}.items():
+        after = {each[stack][1] if stack in each else before for each in ends}
+        if len(after) > 1:
+            raise ValueError(
+                f"members freeze a parameter {list(stack.shape)} in their calls that others train, and it is one "
+                "parameter: freeze it in all of them, or in none"
+            )
+        stack.requires_grad_(after.pop())
 
 
 class Questions:
-    """Whether the members of an ensemble ask such things: each kind of call is watched once, and answered right then.
+    """Answers what the members of an ensemble ask in their calls, one of which may ask and others not.
 
-    A mode around every call would cost each torch function some microseconds, and torch its fast paths.
+    A mode around a call costs each torch function some microseconds, and keeps torch from its fast paths, which give
+    other values where a mask pads. Members that may take those are watched only where their code has the names of such
+    things in it.
+
+    Args:
+        names: in the code of the members.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
-        self._watched: set[Any] = set()
+    def __init__(self, names: Callable[[], set[str]]) -> None:
+        self._names = names
+        self._asked: bool | None = None  # not known before a member is called
+        self._with_fast_paths: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[nn.Module]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def answered(self, member: nn.Module, kind: Any) -> AbstractContextManager[Any]:
+    def answered(self, member: nn.Module, writes: Any) -> AbstractContextManager[Any]:
         """Scope of a call of a member.
 
         Args:
             member: whose tables may be of parts of stacks.
-            kind: what tells this call from others; none where it is always watched.
+            writes: to its modules, how many there were.
         """
-        parts = parts_of(member)
-        if parts is None:
+        if parts_of(member) is None:
             return nullcontext()
-        if not (self._asked or kind is None):
-            if kind in self._watched:
+        seen, modules = self._with_fast_paths.get(member, (None, []))
+        if seen is None or seen != writes:
+            modules = list(filter(lambda each: isinstance(each, _WITH_FAST_PATHS), member.modules()))
+            self._with_fast_paths[member] = writes, modules
+        if any(map(_may_be_fast, modules)):
+            if self._asked is None:
+                self._asked = not _NAMES.isdisjoint(self._names())
+            if not self._asked:
                 return nullcontext()
-            if len(self._watched) >= _MOST:
-                self._watched.clear()
-            self._watched.add(kind)
-        return _Answers(parts, self._note)
+        return answered(member)
 
-    def _note(self) -> None:
-        self._asked = True
+
+def answered(member: nn.Module) -> AbstractContextManager[Any]:
+    """Scope of code of a member's, in which it is answered."""
+    parts = parts_of(member)
+    return nullcontext() if parts is None else _Answers(parts)
+
+
+def _may_be_fast(module: nn.Module) -> bool:
+    trained = torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
+    return not (module.training or trained)
 
 
 class _Answers(TorchFunctionMode):
     """Answers what is asked of parts of stacks."""
 
-    def __init__(self, parts: Parts, note: Callable[[], None]) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self._parts, self._note = parts, note
+        self._parts = parts
+        self._switches: Switches = {}
+
+    def __enter__(self) -> Any:
+        if (ends := _SWITCHED.get()) is not None:
+            ends.append(self._switches)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for stack, (before, _) in self._switches.items():
+            self._switches[stack] = before, stack.requires_grad
+            if _SWITCHED.get() is not None:
+                stack.requires_grad_(before)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = _ANSWERS.get(func)
-        if answer is None:
-            return func(*args) if kwargs is None else func(*args, **kwargs)
+        kwargs, own, answer = kwargs or {}, _OF_WEIGHTS.get(func), _ANSWERS.get(func)
+        if own is None and self._switches:
+            args, kwargs = pytree.tree_map_only(nn.Parameter, self._as_switched, (args, kwargs))
+        if own is not None or answer is not None:
+            with torch._C.DisableTorchFunction():
+                if own is not None:
+                    place = self._parts.place(args[0])
+                    if place is not None:
+                        self._parts.asked = True
+                        return getattr(self, own)(func, place, *args, **kwargs)
+                elif answer is not None and (part := _part_behind(args[0], self._parts)) is not None:
+                    self._parts.asked = True
+                    return answer(func, part, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def grad(self, func: Any, place: Place, x: Tensor) -> Tensor | None:
+        """The member's own of the gradient that its stack has."""
+        return gradient_of(*place)
+
+    def set_grad(self, func: Any, place: Place, x: Tensor, value: Tensor | None) -> None:
+        """Give the member its own of the gradient of the stack."""
+        set_gradient(*place, value)
+
+    def switch(self, func: Any, place: Place, x: Tensor, requires_grad: bool = True) -> Tensor:
+        """Train, or freeze, the stack with the part: it is one parameter, whose members agree on that."""
+        stack, _ = place
+        self._switches.setdefault(stack, (stack.requires_grad, requires_grad))
+        stack.requires_grad_(requires_grad)
+        return x
+
+    def hook(self, func: Any, place: Place, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """Register the hook for every call, as of a parameter."""
+        return self._parts.hook(x, *place, hook) if x.requires_grad else func(x, hook)
+
+    def hook_afterwards(self, func: Any, place: Place, x: Tensor, hook: Any) -> Any:
+        """Refuse a hook that is to run when this member has its gradient: all have theirs at once."""
+        raise RuntimeError(
+            "a member registers a hook that runs when its weight has a gradient, which in an ensemble all members' "
+            "weights get at once: register it on the ensemble's parameter"
+        )
+
+    def _as_switched(self, x: Tensor) -> Tensor:
+        """What a part is since its stack was frozen or is trained again, which is another tensor to autograd."""
         with torch._C.DisableTorchFunction():
-            part = _part_behind(args[0], self._parts)
-            if part is not None:
-                self._note()
-                self._parts.asked = True
-                return answer(func, part, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            place = self._parts.place(x)
+            if place is None or place[0].requires_grad is x.requires_grad:
+                return x
+            with torch.enable_grad():
+                return part_of(*place)
 
 
 def _part_behind(x: Any, parts: Parts) -> Tensor | None:
@@ -104,46 +208,6 @@ def _offset(func: Any, part: Tensor, x: Tensor) -> int:
     return func(x) - part.storage_offset() if part._is_view() else func(x)
 
 
-def _place(part: Tensor, x: Tensor) -> tuple[nn.Parameter, int] | None:
-    """The stack that a tensor is a member's part of, and which member's; none where it is no such part."""
-    stack = x._base if x is part else None
-    if stack is None or not isinstance(stack, nn.Parameter) or stack.shape[1:] != x.shape:
-        return None
-    return stack, (x.storage_offset() - stack.storage_offset()) // max(stack.stride(0), 1)
-
-
-def _grad(func: Any, part: Tensor, x: Tensor) -> Tensor | None:
-    """The member's own of the gradient that its stack has."""
-    place = _place(part, x)
-    if place is None:
-        return func(x)
-    stack, k = place
-    return None if stack.grad is None else stack.grad[k]
-
-
-def _set_grad(func: Any, part: Tensor, x: Tensor, value: Tensor | None) -> None:
-    """Give the member its own of the gradient of the stack, in which those of others without one are zero."""
-    place = _place(part, x)
-    if place is None:
-        return func(x, value)
-    stack, k = place
-    if stack.grad is None and value is not None:
-        stack.grad = torch.zeros_like(stack)
-    if stack.grad is not None:
-        with torch.no_grad():
-            stack.grad[k] = 0.0 if value is None else value
-
-
-def _switch(func: Any, part: Tensor, x: Tensor, requires_grad: bool = True) -> Tensor:
-    """Train, or freeze, the stack with the part: it is one parameter, whose members agree on that."""
-    place = _place(part, x)
-    if place is None:
-        func(x, requires_grad)
-    else:
-        place[0].requires_grad_(requires_grad)
-    return x
-
-
 def _retain(func: Any, part: Tensor, x: Tensor) -> None:
     if not (x.requires_grad and isinstance(x, nn.Parameter)):  # of a leaf it does nothing
         func(x)
@@ -169,24 +233,26 @@ def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., 
     return {(getters(name) or [getattr(Tensor, name)])[0]: answer for name, answer in answers.items()}
 
 
-_SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore[reportAttributeAccessIssue]  # not in its stub
-_ANSWERS: dict[Any, Callable[..., Any]] = (
-    {_SET_REQUIRES_GRAD: _switch}
-    | _answers(
-        {
-            "is_leaf": _is_leaf,
-            "grad_fn": _grad_fn,
-            "grad": _grad,
-            "retains_grad": _of_part(False),
-            "retain_grad": _retain,
-            "requires_grad_": _switch,
-            "_base": _base,
-            "_is_view": _of_part(False),
-            "storage_offset": _offset,
-            "untyped_storage": _storage,
-            "storage": _storage,
-            "__repr__": _repr,
-        }
-    )
-    | {vars(torch._C.TensorBase)["grad"].__set__: _set_grad}
+_ANSWERS: dict[Any, Callable[..., Any]] = _answers(
+    {
+        "is_leaf": _is_leaf,
+        "grad_fn": _grad_fn,
+        "retains_grad": _of_part(False),
+        "retain_grad": _retain,
+        "_base": _base,
+        "_is_view": _of_part(False),
+        "storage_offset": _offset,
+        "untyped_storage": _storage,
+        "storage": _storage,
+        "__repr__": _repr,
+    }
 )
+_TRAINED: Any = Tensor.requires_grad  # a property, which it is not in torch's stub
+_OF_WEIGHTS: dict[Any, str] = {  # the methods that answer what is asked of parameters
+    getters("grad")[0]: "grad",
+    vars(torch._C.TensorBase)["grad"].__set__: "set_grad",
+    _TRAINED.__set__: "switch",
+    Tensor.requires_grad_: "switch",
+    Tensor.register_hook: "hook",
+    Tensor.register_post_accumulate_grad_hook: "hook_afterwards",
+}

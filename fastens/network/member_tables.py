@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import dataclasses
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +16,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
 from fastens.network.deep_copies import copied
+from fastens.network.gradients import set_gradient
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
+from fastens.network.parts import COPIED, Parts, Reference
 from fastens.network.snapshots import exchange, member_values
 from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
 from fastens.scopes import scope
@@ -40,43 +40,6 @@ def called() -> AbstractContextManager[Any]:
     What an activation checkpoint runs again in the backward pass is in no call: it finds the member as it is then.
     """
     return scope(_CALLED, True)
-
-
-# Stacks that members write to in place, by identity: each writes to a copy, which takes its place after the call, so
-# that what autograd saved of the member before is as it was.
-_COPIED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A part of a stack that an attribute of a member holds, as in a list of weights, and no table reads anew.
-
-    Attributes:
-        part: the member's part.
-        stack: what it is of.
-        trained: whether that had gradients where the part was made; a part says what its stack does by now.
-    """
-
-    part: Tensor
-    stack: Tensor
-    trained: bool
-
-    @property
-    def stale(self) -> bool:
-        """Whether the stack has other memory or another layout since, or is trained, or not any more."""
-        part, stack = self.part, self.stack
-        kept = part.dtype == stack.dtype and (part.shape, part.stride()) == (stack.shape[1:], stack.stride()[1:])
-        return not kept or self.trained is not stack.requires_grad or memory_of(part) != memory_of(stack)
-
-
-class Parts(weakref.WeakValueDictionary[Any, Tensor]):
-    """What a member read of each stack, while somebody holds it.
-
-    Attributes:
-        asked: whether the member's code asks what only a call of it can answer; see :mod:`fastens.network.asked`.
-    """
-
-    asked = False
 
 
 class MemberTable(dict[str, Any]):
@@ -121,7 +84,7 @@ class MemberTable(dict[str, Any]):
                 "an ensemble cannot answer for one member: switch its activation checkpoints off"
             )
         before = self._given.get(name) if settled else None
-        copied = settled and bool(_COPIED) and id(tensor) in _COPIED
+        copied = settled and bool(COPIED) and id(tensor) in COPIED
         read = (None, id(tensor), tensor.requires_grad) if copied else _key(tensor)
         if before is not None:
             own, address, read_before, _ = before
@@ -180,9 +143,9 @@ class MemberTable(dict[str, Any]):
         replaced = {name: own for name, (own, address, *_) in given if own.data_ptr() != address}
         written = {name: own for name, (own, *_, before) in given if own.is_inference() or _version(own) != before}
         stacks = {name: dict.get(self.source, name) for name in written}
-        replaced |= {name: own for name, own in written.items() if id(stacks[name]) in _COPIED}
+        replaced |= {name: own for name, own in written.items() if id(stacks[name]) in COPIED}
         if copies and torch.is_grad_enabled():
-            _COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
+            COPIED.update((id(stack), stack) for stack in stacks.values() if stack is not None)
         put, self._put, self._given = self._put, {}, {}
         replaced |= put
         for _, (_, _, read, _) in given:
@@ -204,8 +167,7 @@ class MemberTable(dict[str, Any]):
         stack = dict.get(self.source, name)
         if isinstance(put, nn.Parameter) and isinstance(stack, nn.Parameter) and name not in self.own:
             stack.requires_grad_(put.requires_grad)
-            if stack.grad is not None:
-                stack.grad[self.k] = 0.0
+            set_gradient(stack, self.k, None)
 
     def keep(self, name: str, value: Any) -> None:
         """Keep a value: in its place in the stack, or here where it has none, such as a cache that grows."""
@@ -353,7 +315,7 @@ def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Referenc
     Second, what attributes of it refer to past its tables.
     """
     memo: dict[int, Any] = {}
-    parts = Parts()
+    parts = Parts(k)
     references: list[tuple[Any, Tensor]] = []
     for _, _, table in tables_of(network):
         for name, stack in table.items():

@@ -16,7 +16,7 @@ from fastens.network.tables import Stacks
 
 
 class Rollback(TorchFunctionMode):
-    """What a network consisted of, its Python state among it; in its scope, also the values of what is written to.
+    """What a network consisted of: Python state, gradients, what is trained; in its scope, values that are written to.
 
     What each member is to do itself is an error there: a tensor that all share takes no values of each member's, and
     ``torch.nn.init`` initialises one tensor.
@@ -37,7 +37,10 @@ class Rollback(TorchFunctionMode):
         ]
         self._versions = {name: tensor._version for name, tensor in tensors_of(network).items()}
         self._network = network
-        self._tensors = {memory_of(tensor): tensor for tensor in tensors_of(network).values()}
+        held = list(tensors_of(network).values())
+        self._trained = [(x, x.grad, x.requires_grad) for x in held if isinstance(x, nn.Parameter)]
+        gradients = [grad for _, grad, _ in self._trained if grad is not None]
+        self._tensors = {memory_of(tensor): tensor for tensor in (*held, *gradients)}
         self._written: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # tensor, its memory, and the values there
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,8 +59,9 @@ class Rollback(TorchFunctionMode):
     def _save(self, target: Any) -> None:
         stack = target.stack if isinstance(target, MemberTensor) else target
         held = self._tensors.get(memory_of(stack)) if isinstance(stack, Tensor) else None
-        if held is not None and id(held) not in self._written:
-            self._written[id(held)] = held, held.data, held.detach().clone()
+        for each in () if held is None else (held, held.grad if held.is_leaf else None):  # which may be what is set
+            if each is not None and id(each) not in self._written:
+                self._written[id(each)] = each, each.data, each.detach().clone()
 
     def changed_inside(self) -> bool:
         """Whether what attributes hold was changed in place, as lists are, of which no write to a module tells."""
@@ -79,6 +83,9 @@ class Rollback(TorchFunctionMode):
             tensor.data = memory
             with torch.no_grad():
                 tensor.copy_(values)
+        for parameter, grad, trained in self._trained:
+            parameter.grad = grad
+            parameter.requires_grad_(trained)
         tensors = tensors_of(self._network)
         versions = {name: tensor._version for name, tensor in tensors.items() if id(tensor) not in self._written}
         return tensors.keys() == self._versions.keys() and versions.items() <= self._versions.items()

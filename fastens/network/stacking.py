@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,14 @@ def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int, 
 
 
 def stack_members(
-    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE
+    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE, into: Mapping[str, Tensor] | None = None
 ) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
     """Read the members one at a time into stacks.
 
     Args:
         members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
         place: device and dtype of the stacks.
+        into: stacks by name that take the members' values where these fit; what members had apart stays apart.
 
     Returns:
         The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
@@ -184,7 +185,7 @@ def stack_members(
         DifferentMembers: members differ in anything but the values of their tensors; names the first difference.
         ValueError: dtypes or devices differ.
     """
-    num_members = len(members)
+    num_members, into = len(members), into or {}
     first = members[0]
     for path, module in (each for member in members for each in modules_of(member)):
         if isinstance(module, torch.jit.ScriptModule):
@@ -212,6 +213,7 @@ def stack_members(
             )
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
+    equal -= {name for name in equal if name in into and into[name].ndim > tensors[name].ndim}
     stacks: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stack = _empty_stack(num_members, tensor, place.like(tensor))
@@ -248,7 +250,18 @@ def stack_members(
         one = stacks[name].data[0].clone()
         trained = tensors[name].requires_grad
         stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
-    return skeleton, stacks, frozenset(shared)
+    return skeleton, {name: _written_into(into.get(name), stack) for name, stack in stacks.items()}, frozenset(shared)
+
+
+def _written_into(held: Tensor | None, stack: Tensor) -> Tensor:
+    """What is held with the values of a stack, where it can have them; else the stack."""
+    place = ("shape", "dtype", "device")
+    if held is None or type(held) is not type(stack) or any(getattr(held, n) != getattr(stack, n) for n in place):
+        return stack
+    if not same_bits(held, stack):
+        with torch.no_grad():
+            held.copy_(stack)
+    return held if held.requires_grad is stack.requires_grad else held.requires_grad_(stack.requires_grad)
 
 
 def _equal_in_all(stack: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
+from fastens.network.handed_out import HandedOut
 from fastens.network.made import MadeWhenCalled
 from fastens.network.member_tables import (
     MemberTable,
@@ -28,7 +30,7 @@ from fastens.network.member_tables import (
     view_of_member,
 )
 from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
-from fastens.network.snapshots import held_tensors, is_atom
+from fastens.network.snapshots import can_change, held_tensors, is_atom
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
@@ -72,6 +74,7 @@ class MemberViews:
         self._network = network
         self._num_members = num_members
         self._barrier = barrier
+        self._lock, self._running = threading.Lock(), 0  # calls of members in progress
         self.forget()
 
     def forget(self) -> None:
@@ -83,6 +86,7 @@ class MemberViews:
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
         self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
+        self._handed_out: dict[str, HandedOut] = {}  # attributes of the first member, by name
         self.look()
 
     def look(self) -> None:
@@ -123,7 +127,37 @@ class MemberViews:
             self.forget()
             raise
 
+    @contextmanager
+    def running(self, k: int | None = None) -> Iterator[None]:
+        """Scope of code of member k, or of all of them, which may change what was handed out of theirs."""
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                for each in self._handed_out.values():
+                    for i in range(self._num_members) if k is None else (k,):
+                        each.look(i)
+
+    def _follow(self) -> None:
+        """Do to all members what others did to what was handed out of the first."""
+        with self._lock:
+            if self._running:
+                return
+            self._handed_out = {
+                name: each
+                for name, each in self._handed_out.items()
+                if (id(self._network), name) not in self._barrier.names
+                and all(vars(view).get(name) is x for view, x in zip(self._views, each.values, strict=True))
+            }
+            for each in self._handed_out.values():
+                each.follow()
+
     def _current(self) -> list[nn.Module]:
+        if self._handed_out:
+            self._follow()
         views = self._views  # as they are here: another thread may forget them meanwhile
         if self.stale:
             views = self._make()
@@ -178,6 +212,8 @@ class MemberViews:
             view, given = self.get()[0], self._given[0]
             own = vars(view).get(name, GONE) if name not in TENSORS else GONE
             if own is not GONE and (is_atom(own) or name in attributes_apart(view, given, NO_STATE)(view, given)):
+                if self._num_members > 1 and can_change(own) and all(name in vars(each) for each in self._views):
+                    self._handed_out[name] = HandedOut(name, [vars(each)[name] for each in self._views])
                 return own
         return getattr(self._network, name)
 

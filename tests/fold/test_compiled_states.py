@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import fastens
+from tests.fold.contract import made, near
 from tests.tolerances import NETWORK, relative_error
 
 
@@ -115,3 +116,57 @@ def test_what_methods_change_inside_of_attributes_is_noticed(method, graphs):
     compiled.check()
     compiled.check()
     assert compiled.graphs == graphs
+
+
+class Leaves(nn.Module):
+    """Does one thing to itself in every call."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.layer, self.does, self.kept = nn.Linear(4, 4), does, None
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x):
+        """One layer."""
+        y = self.layer(x)
+        self.does(self, y.detach())
+        return y + self.average + (0 if self.kept is None else self.kept)
+
+
+def scales_a_weight(member, y):
+    with torch.no_grad():
+        member.layer.bias.mul_(0.9)
+
+
+def averages_in_place(member, y):
+    member.average.mul_(0.9).add_(y.mean(0))
+
+
+def keeps(member, y):
+    member.kept = y.mean(0)
+
+
+def keeps_and_scales(member, y):
+    keeps(member, y)
+    scales_a_weight(member, y)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize(
+    ("called", "around", "backend"),
+    [(False, False, "eager"), (True, False, "eager"), (False, True, "aot_eager")],
+    ids=["ensemble", "called before", "function"],
+)
+@pytest.mark.parametrize("does", [scales_a_weight, averages_in_place, keeps, keeps_and_scales])
+@pytest.mark.filterwarnings("ignore:fastens")
+def test_members_that_write_to_themselves_are_compiled_or_called_outside(does, called, around, backend, engine):
+    """Also where they become looped as the graph runs first, and where its batch is of any size."""
+    torch._dynamo.reset()
+    members = [made(lambda _: Leaves(does), k) for k in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    compiled = torch.compile((lambda x: ensemble(2 * x) + 1) if around else ensemble, backend=backend)
+    with torch.no_grad():
+        for call, rows in enumerate((4, 5, 5)):
+            x = torch.randn(rows, 4)
+            own = [member(2 * x) + 1 if around else member(x) for member in members]
+            near(ensemble(x) if called and not call else compiled(x), torch.stack(own).mean(0))

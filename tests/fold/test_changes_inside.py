@@ -1,0 +1,170 @@
+"""What others change inside of values that looped members wrote to themselves: done to all of them, or an error."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastens
+from tests.fold.contract import K, made, near
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastens")
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Note:
+    """An object with a number of its member's."""
+
+    def __init__(self, value):
+        self.value, self.others = value, []
+
+
+class Keeps(nn.Module):
+    """Keeps numbers of its weights in values of all kinds."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.layer, self.checkpointed = nn.Linear(4, 4), checkpointed
+        self.past, self.recent, self.table, self.seen = [], collections.deque(maxlen=8), {"inside": []}, set()
+        self.note, self.state = None, {}
+
+    def part(self, x):
+        """Remember, and compute."""
+        number = float(self.layer.weight.detach()[0, 0]) + 0.1 * len(self.past)
+        self.past.append(number)
+        self.recent.append(number)
+        self.table[len(self.past)] = number
+        self.table["inside"].append(number)
+        self.seen.add(round(number, 3))
+        if self.note is None:
+            self.note, self.state = Note(number), {"last": x.detach() * number}
+        self.note.others.append(number)
+        kept = [*self.past, *self.recent, *self.table["inside"], *self.seen, self.note.value, *self.note.others]
+        numbers = [x for key, x in self.table.items() if key != "inside"]
+        return self.layer(x) * (1 + sum(kept) + sum(numbers)) + self.state["last"].sum()
+
+    def forward(self, x):
+        """One layer."""
+        return checkpoint(self.part, x, use_reentrant=False) if self.checkpointed else self.part(x)
+
+
+CHANGES = {
+    "appended": lambda m: m.past.append(5.0),
+    "extended": lambda m: m.past.extend([5.0, 6.0]),
+    "emptied": lambda m: m.past.clear(),
+    "added in place": lambda m: m.past.__iadd__([7.0]),
+    "item set": lambda m: m.past.__setitem__(0, 9.0),
+    "deque": lambda m: m.recent.append(3.0),
+    "deque emptied": lambda m: m.recent.clear(),
+    "entry": lambda m: m.table.__setitem__("other", 2.0),
+    "entry taken": lambda m: m.table.pop(1),
+    "inside": lambda m: m.table["inside"].append(4.0),
+    "inside emptied": lambda m: m.table["inside"].clear(),
+    "set": lambda m: m.seen.add(8.5),
+    "attribute": lambda m: setattr(m.note, "value", 2.5),
+    "inside an object": lambda m: m.note.others.append(1.5),
+    "two at once": lambda m: (m.past.clear(), m.table.update(a=1.0, b=2.0)),
+    "set anew, changed before": lambda m: (m.past.sort(), setattr(m, "past", [1.0])),
+}
+UNCLEAR = {
+    "sorted": lambda m: m.past.sort(reverse=True),
+    "popped": lambda m: m.past.pop(0),
+    "deque turned": lambda m: m.recent.rotate(1),
+    "tensor": lambda m: m.state["last"].mul_(2),
+    "inside, and an item set": lambda m: (lambda table: (table.update(a=1.0), table["inside"].reverse()))(m.table),
+}
+
+
+def both(checkpointed=False):
+    members = [made(lambda _: Keeps(checkpointed), k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine="loop")
+    for _ in range(2):
+        called(ensemble, members)
+    return ensemble, members
+
+
+def called(ensemble, members):
+    near(ensemble(X), torch.stack([member(X) for member in members]).mean(0))
+
+
+@pytest.mark.parametrize("refreshed", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_is_the_same_for_all_is_done_to_all(change, refreshed):
+    ensemble, members = both()
+    for _ in range(2):
+        for each in (ensemble, *members):
+            CHANGES[change](each)
+        if refreshed:
+            ensemble.refresh()
+        for _ in range(2):
+            called(ensemble, members)
+        if change == "entry taken":
+            break
+
+
+@pytest.mark.parametrize("change", UNCLEAR)
+def test_one_that_depends_on_the_members_values_is_an_error(change):
+    ensemble, members = both()
+    UNCLEAR[change](ensemble)
+    with pytest.raises(ValueError, match="set it anew"):
+        ensemble(X)
+    if change != "tensor":  # which nobody kept the values of
+        for _ in range(2):
+            called(ensemble, members)
+
+
+def test_what_was_handed_out_before_calls_is_followed_after_them():
+    ensemble, members = both()
+    held = [each.past for each in (ensemble, *members)]
+    for _ in range(3):
+        called(ensemble, members)
+        for each in held:
+            each.append(1.0)
+
+
+def test_what_a_checkpoint_runs_again_is_no_change_of_others():
+    ensemble, members = both(checkpointed=True)
+    for _ in range(3):
+        assert ensemble.past == members[0].past
+        found, expected = ensemble(X), torch.stack([member(X) for member in members]).mean(0)
+        near(found, expected)
+        found.sum().backward()
+        expected.sum().backward()
+
+
+def test_members_that_are_looked_at_have_the_change():
+    ensemble, members = both()
+    for each in (ensemble, *members):
+        each.past.append(5.0)
+    for mine, theirs in zip(ensemble.members, members, strict=True):
+        assert mine.past == theirs.past
+    ensemble.past.append(6.0)
+    assert [each.past[-1] for each in copy.deepcopy(ensemble).members] == [6.0] * K
+
+
+class Differing(nn.Module):
+    """A member by a number that is no weight, which writes to a table."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.layer, self.k, self.table = nn.Linear(4, 4), k, {}
+
+    def forward(self, x):
+        """One layer, and what the call before left."""
+        y = self.layer(x) * (1 + self.k) + self.table.get("last", 0.0)
+        self.table["last"] = y.detach()
+        return y
+
+
+@pytest.mark.parametrize("value", [dict, lambda: collections.defaultdict(float), lambda: {"last": torch.ones(3, 4)}])
+def test_a_value_that_is_set_is_each_members_own_where_members_differ(value):
+    members = [made(Differing, k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    for _ in range(2):
+        for each in (ensemble, *members):
+            each.table = value()
+        for _ in range(3):
+            called(ensemble, members)
