@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastens.fold.dispatch import named
 from fastens.fold.tensor import getters
 from fastens.network.member_tables import Parts, parts_of
 
@@ -104,6 +105,26 @@ def _offset(func: Any, part: Tensor, x: Tensor) -> int:
     return func(x) - part.storage_offset() if part._is_view() else func(x)
 
 
+def _windows(position: int) -> Callable[..., Any]:
+    """Windows on memory, which begin where the member's own memory does.
+
+    Args:
+        position: of the argument that says at which element they begin.
+    """
+
+    def answer(func: Any, part: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        begin = part.storage_offset() if part._is_view() else 0
+        if x is part and func in _SCATTERS:  # torch differentiates none of what begins later in its memory
+            return func(x.clone(), *args, **kwargs)
+        if kwargs.get("storage_offset") is not None:
+            kwargs = {**kwargs, "storage_offset": kwargs["storage_offset"] + begin}
+        elif len(args) > position and args[position] is not None:
+            args = (*args[:position], args[position] + begin, *args[position + 1 :])
+        return func(x, *args, **kwargs)
+
+    return answer
+
+
 def _place(part: Tensor, x: Tensor) -> tuple[nn.Parameter, int] | None:
     """The stack that a tensor is a member's part of, and which member's; none where it is no such part."""
     stack = x._base if x is part else None
@@ -169,6 +190,7 @@ def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., 
     return {(getters(name) or [getattr(Tensor, name)])[0]: answer for name, answer in answers.items()}
 
 
+_SCATTERS = named("as_strided_scatter")
 _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore[reportAttributeAccessIssue]  # not in its stub
 _ANSWERS: dict[Any, Callable[..., Any]] = (
     {_SET_REQUIRES_GRAD: _switch}
@@ -189,4 +211,6 @@ _ANSWERS: dict[Any, Callable[..., Any]] = (
         }
     )
     | {vars(torch._C.TensorBase)["grad"].__set__: _set_grad}
+    | dict.fromkeys(named("as_strided as_strided_ as_strided_copy"), _windows(2))
+    | dict.fromkeys(_SCATTERS, _windows(3))
 )
