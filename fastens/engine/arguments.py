@@ -13,9 +13,12 @@ from torch import Tensor
 
 from fastens.engine.copies import copies, is_plain
 from fastens.fold.dispatch import Fold
+from fastens.fold.nested import is_shape
 from fastens.fold.tensor import MemberTensor
 
-_LEAVES = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device})
+_LEAVES = frozenset(
+    {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size}
+)
 
 
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -23,7 +26,7 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     leaves = [*args, *kwargs.values()]
     if not torch.compiler.is_compiling() and _LEAVES.issuperset(map(type, leaves)):
         return leaves, (len(args), tuple(kwargs))
-    return pytree.tree_flatten((args, kwargs))
+    return pytree.tree_flatten((args, kwargs), is_leaf=is_shape)
 
 
 class PerMember:

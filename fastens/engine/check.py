@@ -10,7 +10,9 @@ from fastens.device import convolution_precision, on_gpu, product_precision
 
 # The largest error of the fold against the loop, relative to the largest magnitude of the loop's output. Both do the
 # same arithmetic in another order; a network of some hundred layers adds up a few hundred rounding errors.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_OF_REAL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_OF_COMPLEX = {x.to_complex(): _OF_REAL[x] for x in (torch.float64, torch.float32, torch.float16)}
+TOLERANCE = _OF_REAL | _OF_COMPLEX
 HALVES = (torch.float16, torch.bfloat16)
 _ROUNDINGS = 4  # of a fold and of a member, each as far from the exact answer, and by another input's chance
 TOLERANCE_TF32 = 1e-2  # GPU convolutions round their operands to 10 bits unless told otherwise
@@ -60,15 +62,23 @@ def beyond_rounding(
     return None
 
 
+def compared(x: Tensor) -> Tensor:
+    """A tensor as it is compared: without derivatives, dense, and of complex numbers their two parts."""
+    x = x.detach()
+    x = x if x.layout is torch.strided else x.to_dense()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Max |actual - expected| / max |expected|; inf unless shape, dtype and the places of NaN and inf are the same."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():
         return 0.0
+    actual, expected = compared(actual), compared(expected)
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
-    a, e = actual.detach().double(), expected.detach().double()
+    a, e = actual.double(), expected.double()
     finite = torch.isfinite(e)
     if not torch.equal(torch.where(finite, 0.0, a).nan_to_num(7.0), torch.where(finite, 0.0, e).nan_to_num(7.0)):
         return float("inf")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-_PLAIN = int | float | str | torch.dtype | torch.device | None
+_PLAIN = int | float | str | torch.dtype | torch.device | torch.Size | None
 
 
 def is_plain(x: Any) -> bool:

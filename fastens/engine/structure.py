@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from fastens.engine.arguments import Arguments
-from fastens.engine.check import HALVES, relative_error, rounding_tolerance, tolerance_for
+from fastens.engine.check import HALVES, compared, relative_error, rounding_tolerance, tolerance_for
 from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.predictable import PredictableDraws
 from fastens.fold.tensor import tensors_of
@@ -78,7 +78,8 @@ class Structure:
         self._common = engine.shared
         parameters = list(engine.network.parameters())
         outputs = [x for theirs in expected for x in theirs]
-        self.half = any(t.dtype in HALVES for t in (*parameters, *outputs))
+        self._cast = any(torch.is_autocast_enabled(x.device.type) for x in (*parameters[:1], *arguments.tensors[:1]))
+        self.half = self._cast or any(t.dtype in HALVES for t in (*parameters, *outputs))
         self._zeros = {
             name for name, p in engine.network.named_parameters()
             if p.is_floating_point() and p.numel() and not name.endswith("bias") and _is_zero(p)
@@ -87,12 +88,13 @@ class Structure:
 
     def _degenerate_outputs(self) -> bool:
         """Whether the members' outputs tell neither rows nor members apart."""
-        first = [x for x in self._expected[0] if x.is_floating_point() and x.numel() > 1]
+        first = [compared(x) for x in self._expected[0] if x.numel() > 1]
+        first = [x for x in first if x.is_floating_point()]
         if not first or any(bool((x == x.flatten()[0]).all()) for x in first):
             return bool(first)
         others = self._expected[1:]
         return bool(others) and all(
-            all(torch.equal(a, b) for a, b in zip(self._expected[0], other, strict=True)) for other in others
+            all(relative_error(a, b) == 0 for a, b in zip(self._expected[0], other, strict=True)) for other in others
         )
 
     def problem(self, leaves: list[Any]) -> str | None:
@@ -108,7 +110,7 @@ class Structure:
             network = self._engine.network
             found = _parting(tensors, self._expected, lambda expected: tolerance_for(expected, network.parameters()))
         else:
-            found = _parting(*exact, tolerance_for, "in float32 ") or self._beyond_rounding(tensors, exact[1])
+            found = _parting(*exact, self._tolerance, "in float32 ") or self._beyond_rounding(tensors, exact[1])
         if found is not None or not self.degenerate or not own:
             return found
         return self._problem_with_drawn_weights()
@@ -121,14 +123,20 @@ class Structure:
             found = self._answers(drawn=False)
             if found is None or isinstance(found, str):  # such draws are not for it, as those of scripted functions
                 return None
-            problem = _parting(*found, tolerance_for, "with the same random numbers ")
+            problem = _parting(*found, self._tolerance, "with the same random numbers ")
             return self._problem_with_drawn_weights() if problem is None and self.degenerate else problem
 
     def _problem_with_drawn_weights(self) -> str | None:
         drawn = self._answers(drawn=True)
         if drawn is None or isinstance(drawn, str):
             return drawn
-        return _parting(*drawn, lambda expected: _DRAWN * tolerance_for(expected), "on drawn weights and inputs ")
+        return _parting(*drawn, lambda expected: _DRAWN * self._tolerance(expected), "on drawn weights and inputs ")
+
+    def _tolerance(self, expected: Tensor) -> float:
+        """The tolerance for one output of weights that are read in float32 where they are of half precision."""
+        single = [torch.empty(0, dtype=torch.float32)] * self.half
+        exact = (p for p in self._engine.network.parameters() if p.dtype not in HALVES)
+        return tolerance_for(expected, (*single, *exact))
 
     def _beyond_rounding(self, tensors: list[Tensor], exact: list[list[Tensor]]) -> str | None:
         """Where the fold is farther from the members than these are from themselves in float32 would explain."""
@@ -139,7 +147,7 @@ class Structure:
         }
 
         def allowed(expected: Tensor) -> float:
-            halved = expected.dtype in HALVES
+            halved = expected.dtype in HALVES or (self._cast and expected.is_floating_point())
             return (
                 rounding_tolerance(expected, wide[id(expected)])
                 if halved

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastens.fold.callsite import calling_line, check_derivatives, check_transforms, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
-from fastens.fold.nested import first_in_front, leaves_of, mapped, name_of, plain, takes
+from fastens.fold.nested import first_in_front, is_shape, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.reads import check_constants
 from fastens.fold.seeds import Seeds
 from fastens.fold.slices import entry_by_entry, of_one
@@ -125,7 +125,7 @@ class Fold(TorchFunctionMode):
 
     def common(self, value: Any) -> Any:
         """A value that is the same for all members."""
-        return pytree.tree_map_only(Tensor, self._wrapped, value) if self.wrapped else value
+        return pytree.tree_map_only(Tensor, self._wrapped, value, is_leaf=is_shape) if self.wrapped else value
 
     def _wrapped(self, x: Tensor) -> MemberTensor:
         if isinstance(x, MemberTensor):

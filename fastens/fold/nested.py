@@ -19,6 +19,11 @@ def plain(x: Any) -> Any:
     return x.stack if type(x) is MemberTensor and x.hidden is None else x
 
 
+def is_shape(x: Any) -> bool:
+    """Whether pytree is to leave it as it is: a ``torch.Size``, which it would make a tuple."""
+    return type(x) is torch.Size
+
+
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of nested lists, tuples, dictionaries and slices."""
     found: list[Any] = []

@@ -30,17 +30,12 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     fold.slices[name] += 1
     columns: dict[int, Any] = {}
     writes = writes_to(func, args)
-    if (
-        writes
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in leaves_of((args, kwargs)) if isinstance(x, Tensor))
-    ):
-        raise NotFoldable(f"{name} writes in place to what is differentiated")
+    targets = {id(x): x for x in leaves_of(args[0]) if member_valued(x)} if writes else {}
 
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:
-            stack = fold.stack(x)
-            columns[id(x)] = [stack[n] for n in range(len(stack))] if writes else stack.unbind(0)
+            parts = fold.stack(x).unbind(0)  # of which torch differentiates none that was written to
+            columns[id(x)] = [part.clone() for part in parts] if id(x) in targets else parts
         return x
 
     mapped(entries, (args, kwargs))
@@ -59,7 +54,9 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     if writes:
         if isinstance(results[0], Tensor) and results[0].shape != args[0].shape:
             raise NotFoldable(f"{name} changes the shape of what it writes to")
-        return args[0] if isinstance(results[0], Tensor) else None  # written through the views of its entries
+        for key, target in targets.items():
+            fold.stack(target).copy_(torch.stack(columns[key]))
+        return args[0] if isinstance(results[0], Tensor) else None
     storages = {memory_of(x[0]) for x in columns.values()} - {None}
     return stacked(fold, results, name, storages)
 

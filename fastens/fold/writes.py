@@ -92,15 +92,40 @@ def promote(fold: Fold, target: Any, source: Any = None) -> None:
     if any(w.stack.dtype != value.dtype for w in wrappers) or _is_shared(fold, value, wrappers):
         raise NotFoldable("a tensor that others share memory with receives member-valued numbers")
     size, count = fold.hidden.size, value.untyped_storage().nbytes() // value.element_size()
-    flat = value.as_strided((count,), (1,), 0)
-    if fold.recording and source is not None:
-        whole = fold.stack(source).new_empty(size * count, dtype=value.dtype)
-        whole.copy_(flat.repeat(size))
-    else:
-        whole = flat.repeat(size)
+    origin = _origin(value, wrappers)
+    enabled = torch.is_grad_enabled() or origin.requires_grad
+    with torch.set_grad_enabled(enabled):  # the graph of what was there, whichever view of it is written to
+        flat = origin.as_strided((count,), (1,), 0)
+        if fold.recording and source is not None:
+            whole = fold.stack(source).new_empty(size * count, dtype=value.dtype)
+            whole.copy_(flat.repeat(size))
+        else:
+            whole = flat.repeat(size)
+    bases = {id(origin): whole}
     for w in wrappers:  # all that see the memory see the members' from now on
+        root = _root(w.stack)
+        differentiable = enabled and (w.stack.requires_grad or not root.requires_grad)
         strides = (count, *w.stack.stride())
-        w.become(whole.as_strided((size, *w.stack.shape), strides, w.stack.storage_offset()), fold.hidden)
+        with torch.set_grad_enabled(differentiable):
+            seen = bases.setdefault(id(root), whole.detach())
+            w.become(seen.as_strided((size, *w.stack.shape), strides, w.stack.storage_offset()), fold.hidden)
+
+
+def _root(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
+
+
+def _origin(value: Tensor, wrappers: list[MemberTensor]) -> Tensor:
+    """The tensor that others in its memory are views of, to which the graph leads if one does.
+
+    Raises:
+        NotFoldable: several graphs lead to the memory.
+    """
+    roots = [_root(x) for x in (value, *(w.stack for w in wrappers))]
+    graphs = list({id(x): x for x in roots if x.requires_grad}.values())
+    if len(graphs) > 1:
+        raise NotFoldable("a tensor that others share memory with, and gradients, receives member-valued numbers")
+    return graphs[0] if graphs else roots[0]
 
 
 def depending(fold: Fold, target: MemberTensor, sources: Any) -> Tensor:

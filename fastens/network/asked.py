@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fastens.fold.dispatch import named
 from fastens.fold.tensor import getters
 from fastens.network.gradients import gradient_of, set_gradient
 from fastens.network.member_tables import parts_of
@@ -26,7 +27,8 @@ from fastens.scopes import scope
 
 _WITH_FAST_PATHS = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
 _NAMES = frozenset(
-    "is_leaf grad_fn grad retains_grad requires_grad_ register_hook _base _is_view storage_offset".split()
+    "is_leaf grad_fn grad retains_grad requires_grad_ register_hook _base _is_view storage_offset "
+    "as_strided as_strided_ as_strided_copy as_strided_scatter".split()
 )
 Switches = dict[Tensor, tuple[bool, bool]]  # of stacks that a call of a member froze or trains: before, and at its end
 
@@ -208,6 +210,26 @@ def _offset(func: Any, part: Tensor, x: Tensor) -> int:
     return func(x) - part.storage_offset() if part._is_view() else func(x)
 
 
+def _windows(position: int) -> Callable[..., Any]:
+    """Windows on memory, which begin where the member's own memory does.
+
+    Args:
+        position: of the argument that says at which element they begin.
+    """
+
+    def answer(func: Any, part: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        begin = part.storage_offset() if part._is_view() else 0
+        if x is part and func in _SCATTERS:  # torch differentiates none of what begins later in its memory
+            return func(x.clone(), *args, **kwargs)
+        if kwargs.get("storage_offset") is not None:
+            kwargs = {**kwargs, "storage_offset": kwargs["storage_offset"] + begin}
+        elif len(args) > position and args[position] is not None:
+            args = (*args[:position], args[position] + begin, *args[position + 1 :])
+        return func(x, *args, **kwargs)
+
+    return answer
+
+
 def _retain(func: Any, part: Tensor, x: Tensor) -> None:
     if not (x.requires_grad and isinstance(x, nn.Parameter)):  # of a leaf it does nothing
         func(x)
@@ -233,19 +255,24 @@ def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., 
     return {(getters(name) or [getattr(Tensor, name)])[0]: answer for name, answer in answers.items()}
 
 
-_ANSWERS: dict[Any, Callable[..., Any]] = _answers(
-    {
-        "is_leaf": _is_leaf,
-        "grad_fn": _grad_fn,
-        "retains_grad": _of_part(False),
-        "retain_grad": _retain,
-        "_base": _base,
-        "_is_view": _of_part(False),
-        "storage_offset": _offset,
-        "untyped_storage": _storage,
-        "storage": _storage,
-        "__repr__": _repr,
-    }
+_SCATTERS = named("as_strided_scatter")
+_ANSWERS: dict[Any, Callable[..., Any]] = (
+    _answers(
+        {
+            "is_leaf": _is_leaf,
+            "grad_fn": _grad_fn,
+            "retains_grad": _of_part(False),
+            "retain_grad": _retain,
+            "_base": _base,
+            "_is_view": _of_part(False),
+            "storage_offset": _offset,
+            "untyped_storage": _storage,
+            "storage": _storage,
+            "__repr__": _repr,
+        }
+    )
+    | dict.fromkeys(named("as_strided as_strided_ as_strided_copy"), _windows(2))
+    | dict.fromkeys(_SCATTERS, _windows(3))
 )
 _TRAINED: Any = Tensor.requires_grad  # a property, which it is not in torch's stub
 _OF_WEIGHTS: dict[Any, str] = {  # the methods that answer what is asked of parameters

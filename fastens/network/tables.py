@@ -195,7 +195,7 @@ class Stacks(dict[str, Any]):
         return [tensor for tensor in super().values() if tensor is not None]
 
     def items(self) -> Any:
-        """Names and stacks; in a pass of the network, what its members see."""
+        """Names and stacks; in a pass of the network, or of one member alone, what its members see."""
         if self._in_pass():
             return [(name, self[name]) for name in self]
         if _SEEN.get() is None:
@@ -211,6 +211,8 @@ class Stacks(dict[str, Any]):
         fold = current_fold()
         if fold is not None:
             return id(self) in fold.tables
+        if _ALONE.get() is not None:
+            return True
         return _LISTED.get() and _FILES.isdisjoint(frame.f_code for frame in itertools.islice(callers(), 6))
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fold.contract import Held, batch
+from fastens import _native
+from tests.fold.contract import Held, averaged, batch, near
 
 SQUARE = batch(4, 4, 6)  # batch and time of one size
 
@@ -247,3 +248,27 @@ def test_a_first_call_of_drawn_rows_is_held_against_the_members(rule, num_member
             found = held.quietly(lambda: held.ensemble(x))
             assert float((found - candidates).detach().abs().flatten(2).amax(2).min(0).values.max()) < 1e-5
     assert any("the fold is" in warning for warning in held.warned)
+
+
+class Sized(nn.Module):
+    """Asks a shape that it is given for what a tuple does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, size, nested=None):
+        return self.inner(x).view(size) / size.numel() + (0 if nested is None else nested["shape"].numel())
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_a_shape_among_the_arguments_stays_one(engine):
+    held = Held(lambda k: Sized(), engine=engine)
+    for shape in ((5, 4), (5, 4), (2, 4), (5, 2, 2)):
+        x = torch.randn(5 if shape[0] == 5 else 2, 4)
+        for kwargs in ({}, {"nested": {"shape": torch.Size(shape)}}):
+            with torch.no_grad():
+                expected = [member(x, torch.Size(shape), **kwargs) for member in held.members]
+                near(held.ensemble(x, size=torch.Size(shape), **kwargs), averaged(expected))
+    assert held.ensemble.engine == engine
+    assert bool(held.ensemble.report().plans) == (engine == "fold" and _native.load())

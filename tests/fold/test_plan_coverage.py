@@ -159,6 +159,29 @@ def view_changed_in_place(self, x):
 
 
 @form()
+def zeros_around_vectors(self, x):
+    return self.b(F.pad(self.a(x), (1, 0))[:, :8])
+
+
+@form()
+def zeros_around_channels(self, x):
+    return self.b(F.pad(self.a(x).view(-1, 2, 4), (1, 0, 1, 0))[:, 1:, 1:].flatten(1))
+
+
+EIGHT = torch.ones(8)
+
+
+@form()
+def shape_of_a_constant(self, x):
+    return self.a(x) * EIGHT.shape.numel() + EIGHT.size().numel()
+
+
+@form()
+def parameters_listed(self, x):
+    return self.a(x) * sum(p.numel() for p in self.parameters()) + sum(p.sum() for p in self.b.parameters())
+
+
+@form()
 def outputs_of_other_kinds(self, x):
     order = x.argmax(-1) + 2**30 + 1
     return {"y": self.a(x), "none": None, "count": 3, "name": "y", "order": order, "positive": x > 0, "x": x.double()}

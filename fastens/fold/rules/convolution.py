@@ -27,7 +27,7 @@ def _convolve(fold: Fold, func: Any, space: int, input: Any, weight: Any, bias: 
     if input.ndim == space + 1:  # without batch
         out = _convolve(fold, func, space, fold.again(Tensor.unsqueeze, input, 0), weight, bias, arguments)
         return fold.again(Tensor.squeeze, out, 0)
-    if input.ndim != space + 2 or weight.ndim != space + 2:
+    if input.ndim != space + 2 or weight.ndim != space + 2 or weight.is_complex():  # of which kernels know none
         return NotImplemented
     rows = fold.rows(input)
     if arguments[3] and not member_valued(weight) and not member_valued(bias):

@@ -44,12 +44,16 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     if func in _TAKES_OTHER and len(args) > 1 and isinstance(args[1], Tensor):
         return _converted(fold, func, args, kwargs)
     tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-    if func in _CLAMPS and len(tensors) > 1 and torch.is_grad_enabled():
-        return NotImplemented  # torch's derivative knows no broadcasting between its limits
+    if func in _CLAMPS and len(tensors) > 1 and (torch.is_grad_enabled() or _has_numbers(args[1:], kwargs)):
+        return (
+            NotImplemented  # torch's derivative knows no broadcasting between limits, and its forward none of a number
+        )
     if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
     writes = writes_to(func, args)
     target: Any = next(iter(args), None)
+    if func is Tensor.fill_ and len(tensors) > 1:
+        return fold.again(Tensor.copy_, target, tensors[1])
     ndim = max(x.ndim for x in tensors)
     if writes and ndim > target.ndim:
         raise NotFoldable("an operation in place broadcasts what it writes to")
@@ -81,6 +85,10 @@ def _reaches(fold: Fold, x: MemberTensor, result: MemberTensor, kwargs: Any) -> 
     """Whether writing to what a member's own tensor may be itself reaches what it does there."""
     itself = (result.dtype, result.device) == (x.dtype, x.device) and not kwargs.get("copy")
     return not itself or (fold.aliases(x) and memory_of(result.stack) == memory_of(x.stack))
+
+
+def _has_numbers(*arguments: Any) -> bool:
+    return any(isinstance(leaf, int | float) for leaf in leaves_of(arguments))
 
 
 _CLAMPS = set(named("clamp clip clamp_ clip_"))
@@ -185,7 +193,7 @@ def _laid_out(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     return fold.unrows(func(fold.rows(x), *rest, **named_rest))
 
 
-@rule(F.prelu, torch.prelu, Tensor.prelu)
+@rule(F.prelu, torch.prelu, Tensor.prelu, own_op=True)  # autocast knows it, and not the functions that it is made of
 def prelu(fold: Fold, func: Any, input: Any, weight: Any) -> Any:
     """One slope, or one for each channel, below zero."""
     slope = weight

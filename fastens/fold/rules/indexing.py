@@ -109,7 +109,7 @@ def scattered(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     dim, index, *rest = args
     if name.startswith("index_"):
-        if member_valued(index) or any(isinstance(r, Tensor) and r.ndim == 0 for r in rest):
+        if not x.ndim or member_valued(index) or any(isinstance(r, Tensor) and r.ndim == 0 for r in rest):
             return NotImplemented
         own = [fold.entries(r) if isinstance(r, Tensor) else r for r in rest]
         target = fold.stack(x) if name.endswith("_") else fold.entries(x)

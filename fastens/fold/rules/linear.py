@@ -152,6 +152,8 @@ def _product_with_matrix(fold: Fold, parts: list[str], out: str, operands: Any) 
         return None
     x, weight = parts
     own = len(weight) == 2 and len(set(x + weight)) == len(x) + 1
-    if not own or weight[0] != x[-1] or out != x[:-1] + weight[1] or len(x) < 2:
+    if not own or operands[0].shape[-1] != operands[1].shape[0]:  # einsum sees a dimension of one as often as it has to
+        return None
+    if weight[0] != x[-1] or out != x[:-1] + weight[1] or len(x) < 2:
         return None
     return matmul(fold, torch.matmul, *operands)

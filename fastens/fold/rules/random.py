@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import RANDOM, Fold, named
+from fastens.fold.dispatch import RANDOM, Fold, named, run_common
 from fastens.fold.nested import mapped, plain
 from fastens.fold.slices import entry_by_entry
-from fastens.fold.tensor import NotFoldable, member_valued
+from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
 from fastens.fold.writes import check_weights, promote
 
 _FACTORIES = "rand randn randint"
@@ -96,10 +96,12 @@ def dropout(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return fold.dropouts.dropout(fold, func, args, kwargs)
     x = args[0] if args else kwargs["input"]
     named_args = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-    if func.__name__ in ("rrelu", "rrelu_") or not named_args.get("training", named_args.get("train", False)):
-        if not member_valued(x) and not named_args.get("training", False):
-            return fold.common(func(*mapped(plain, args), **mapped(plain, kwargs)))
-        if not named_args.get("training", False) and func.__name__ not in ("rrelu", "rrelu_"):
+    leaky = func.__name__ in ("rrelu", "rrelu_")
+    trains = named_args.get("training", named_args.get("train", False))
+    if not trains or (named_args.get("p") == 0 and not leaky):  # which returns its input itself
+        if not member_valued(x):
+            return run_common(fold, func, args, kwargs, isinstance(x, MemberTensor))
+        if not leaky:
             return x
     _draws_as_members_do(fold, None)
     if not member_valued(x):

@@ -1,5 +1,6 @@
 """Reductions, scans and sorts over a member's dimensions: over the same ones behind the hidden dimension."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,11 +63,18 @@ def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _over_all(fold: Fold, func: Any, stack: Tensor, before: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    flat = stack.reshape(len(stack), -1) if stack.numel() or not len(stack) else stack.new_empty(len(stack), 0)
-    found = func(flat, dim=1, **kwargs) if func.__name__ == "aminmax" else func(flat, *before, 1, **kwargs)
-    if func.__name__ in ("max", "min", "median", "nanmedian"):
+    flat, name = stack.reshape(len(stack), math.prod(stack.shape[1:])), func.__name__
+    if name in _ONE_OF_ALL:  # whose derivative is that of all equal ones, and along a dimension that of one
+        return fold.wrap(_ONE_OF_ALL[name](flat, 1, **kwargs))
+    found = func(flat, dim=1, **kwargs) if name == "aminmax" else func(flat, *before, 1, **kwargs)
+    if name in ("median", "nanmedian"):
+        if flat.requires_grad:
+            return NotImplemented
         found = found.values
     return _wrapped(fold, found)
+
+
+_ONE_OF_ALL = {"max": torch.amax, "min": torch.amin}
 
 
 def _kept(fold: Fold, func: Any, stack: Tensor, before: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

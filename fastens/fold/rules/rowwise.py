@@ -18,7 +18,7 @@ _POOLS = {
 _IMAGES = {
     **_POOLS, "pixel_shuffle": 4, "pixel_unshuffle": 4, "channel_shuffle": 4, "unfold": 4, "fold": 3,
     "local_response_norm": None, "interpolate": None, "upsample": None, "upsample_nearest": None,
-    "upsample_bilinear": None, "grid_sample": None, "affine_grid": None, "upsample_nearest1d": None,
+    "upsample_bilinear": None, "grid_sample": None, "upsample_nearest1d": None,
     "upsample_nearest2d": None, "upsample_nearest3d": None, "upsample_bilinear2d": None, "upsample_bicubic2d": None,
     "upsample_linear1d": None, "upsample_trilinear3d": None, "_adaptive_avg_pool2d": 4, "max_pool2d_with_indices": 4,
 }  # fmt: skip
@@ -38,6 +38,14 @@ def rowwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     found = func(*mapped(fold.rows, args), **mapped(fold.rows, kwargs))
     return fold.unrows(found) if isinstance(found, Tensor) else type(found)(map(fold.unrows, found))
+
+
+@rule(*named("affine_grid"))
+def affine_grid(fold: Fold, func: Any, theta: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
+    """Places to sample at, of images whose number is said."""
+    if theta.ndim != 3 or len(size) < 4 or size[0] != theta.shape[0]:
+        return NotImplemented  # torch's own error
+    return fold.unrows(func(fold.rows(theta), [fold.hidden.size * size[0], *size[1:]], *args, **kwargs))
 
 
 @rule(*named("one_hot"))

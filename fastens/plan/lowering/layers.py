@@ -332,8 +332,10 @@ def upsample(builder: Builder, op: Operation) -> bool:
 
 @lowers("aten.constant_pad_nd")
 def pad(builder: Builder, op: Operation) -> bool:
-    """Zeros around an image."""
+    """Zeros around an image, and not around its channels."""
     padding = [*op.args[1], 0, 0, 0, 0][:4]
+    if len(op.args[1]) > 2 * (len(op.outs[0].size) - 2):
+        return False
     pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
     value = argument(op, 2, "value", 0)
     if pixels is None or out is None or value or len(op.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
