@@ -26,14 +26,7 @@ from fastens.engine.entering import call
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
-from fastens.network.stacking import (
-    AS_THEY_ARE,
-    DifferentMembers,
-    Placement,
-    check_members,
-    set_format,
-    stack_members,
-)
+from fastens.network.stacking import AS_THEY_ARE, DifferentMembers, Placement, check_members, set_format, stack_members
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, combined, enters, plain, stacked
 from fastens.pickled import KINDS, Pickled
@@ -107,7 +100,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         """Become the ensemble of these members, its views too."""
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                self._adopt(*stack_members(members, place), originals=None if place.changes else members)
+                found = stack_members(members, place, self._modules.get("network"))
+                self._adopt(*found, originals=None if place.changes else members)
         except DifferentMembers as error:
             if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error

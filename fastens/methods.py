@@ -7,6 +7,7 @@ import types
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -31,10 +32,12 @@ from fastens.internal import (
 from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
-from fastens.outputs import columns, is_scores
+from fastens.outputs import agreed, columns, is_scores
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
+
+_VALUES = bool | int | float | complex | str | bytes | np.generic
 
 
 def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +127,9 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
 
     The ensemble where that is the member, and what is made of scores as a result of ``forward`` is: in the network of
     all members these are tensors with a value for each.
+
+    Raises:
+        TypeError: members return different values that no rule combines.
     """
     ensemble, first = holders.ensemble, results[0]
     if first is holders.modules[0]:
@@ -135,6 +141,9 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
     if len(results) == 1:  # of the network
         return pytree.tree_map_only(MemberTensor, lambda x: _of_network(ensemble, name, x), first)
     if not any(isinstance(x, Tensor) and is_scores(x) for x in pytree.tree_leaves(first)):
+        for column in columns(results)[:-1]:
+            if isinstance(column[0], Tensor | _VALUES):  # other objects are those of the first member
+                agreed(column)
         return first
     return combine(ensemble, columns(results), lambda scores: alike_or_combined(ensemble, name, scores, False))
 
@@ -148,7 +157,7 @@ def _of_network(ensemble: Ensemble, name: str, value: MemberTensor) -> Tensor:
 
 
 def change_members(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a method on every member, and make the ensemble of what they have become; its parameters are new ones.
+    """Call a method on every member, and make the ensemble of what they have become; its parameters are as they fit.
 
     Returns:
         What the method returned, the ensemble where that was the member; see :func:`returned`.

@@ -174,13 +174,14 @@ def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int, 
 
 
 def stack_members(
-    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE
+    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE, before: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
     """Read the members one at a time into stacks.
 
     Args:
         members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
         place: device and dtype of the stacks.
+        before: a network whose parameters become the stacks where they fit, since an optimizer may train them.
 
     Returns:
         The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
@@ -257,7 +258,22 @@ def stack_members(
         one = stacks[name].data[0].clone()
         trained = tensors[name].requires_grad
         stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
-    return skeleton, stacks, frozenset(shared)
+    return skeleton, stacks if before is None else _in_place_of(tensors_of(before), stacks), frozenset(shared)
+
+
+def _in_place_of(held: dict[str, Tensor], stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks by name, those of parameters in the place of parameters held before where they fit."""
+    found = dict(stacks)
+    for name, stack in stacks.items():
+        before = held.get(name)
+        if not isinstance(before, nn.Parameter) or not isinstance(stack, nn.Parameter) or before.is_inference():
+            continue
+        if (before.shape, before.dtype, before.device) == (stack.shape, stack.dtype, stack.device):
+            if not _same_values(before.detach(), stack.detach()):
+                with torch.no_grad():
+                    before.copy_(stack)
+            found[name] = before.requires_grad_(stack.requires_grad)
+    return found
 
 
 def _refers_to_weight(tensors: dict[str, Tensor]) -> str | None:
