@@ -26,14 +26,7 @@ from fastens.engine.entering import call
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
-from fastens.network.stacking import (
-    AS_THEY_ARE,
-    DifferentMembers,
-    Placement,
-    check_members,
-    set_format,
-    stack_members,
-)
+from fastens.network.stacking import AS_THEY_ARE, DifferentMembers, Placement, check_members, set_format, stack_members
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, combined, enters, plain, stacked
 from fastens.pickled import KINDS, Pickled

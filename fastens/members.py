@@ -14,6 +14,9 @@ from fastens.internal import engine_of
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
+from fastens.network.own_states import State, own_state
+from fastens.network.own_states import moved as moved_state
+from fastens.network.own_states import write as write_state
 from fastens.network.stacking import difference_of_copy, make_skeleton, replaced, tensors_of
 
 if TYPE_CHECKING:
@@ -101,15 +104,19 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
             own = moved(in_mode(copied(module), ensemble.training), ensemble.device)
             ensemble.network.register_module(str(k), own)
         else:
-            _write(engine, k, module)
+            _write(engine, k, module, with_state=module is member)
     ensemble.refresh()
 
 
-def _write(engine: Any, k: int, module: nn.Module) -> None:
-    """Copy a module's tensors into member k's part of the stacks, once it is known to fit."""
+def _write(engine: Any, k: int, module: nn.Module, with_state: bool) -> None:
+    """Copy a module's tensors into member k's part of the stacks, once it is known to fit; and its Python state."""
+    skeleton = engine.skeleton
+    state = _new_state(engine, skeleton, module, k) if with_state else None
     tensors, stacks = tensors_of(module), tensors_of(engine.network)
-    _check_fit(engine.skeleton, module, k)
     for name, tensor in tensors.items():
+        shape = stacks[name].shape if name in engine.shared else stacks[name].shape[1:]
+        if tensor.shape != shape:  # one that the member itself put there
+            raise ValueError(f"member {k}: {name} is {list(tensor.shape)}, but {list(shape)} in others; {_anew(k)}")
         if tensor.dtype != stacks[name].dtype:
             raise ValueError(
                 f"member {k}: {name} is {tensor.dtype}, but {stacks[name].dtype} in the ensemble; "
@@ -127,6 +134,8 @@ def _write(engine: Any, k: int, module: nn.Module) -> None:
         if name not in engine.shared:
             with torch.no_grad():
                 stack[k].copy_(tensors[name].detach())
+    if state is not None:
+        engine.take_state(skeleton, k, state)
 
 
 def _check_dtypes(before: nn.Module, module: nn.Module, k: int) -> None:
@@ -138,22 +147,47 @@ def _check_dtypes(before: nn.Module, module: nn.Module, k: int) -> None:
         raise ValueError(f"member {k}: {found}, but {had} in the ensemble; convert it first, as by member.to")
 
 
-def _check_fit(skeleton: nn.Module, module: nn.Module, k: int) -> None:
-    """Raise ValueError unless a module is like the members in everything but its weights, modes apart."""
+def _new_state(engine: Any, skeleton: nn.Module, module: nn.Module, k: int) -> State | None:
+    """What a module wrote to itself, where it is not what member k did; modes apart.
+
+    Raises:
+        ValueError: it differs from the members in more, or members run as one.
+    """
     back = reaches_back(module)
     if back is not None:
         raise ValueError(
             f"member {k}: {back} reaches a part of its member by a closure, which a copy of it would share"
         )
-    shell = make_skeleton(module)
-    modes = {path: each.training for path, each in skeleton.named_modules()}
-    for path, each in shell.named_modules():
-        each.training = modes.get(path, each.training)
+    shell = _shell(module, skeleton)
+    if first_difference(_shell(engine.member(k), skeleton), shell) is None:
+        return None
+    state: State = [{} for _ in skeleton.modules()]
     difference = first_difference(skeleton, shell)
+    if difference is not None and engine.behaviour.looped and _same_modules(skeleton, shell):
+        own = [{n: x for n, x in each.items() if n != "_modules"} for each in own_state(shell, skeleton)]
+        state, trial = moved_state(own, shell, skeleton), make_skeleton(skeleton)
+        write_state(trial, moved_state(state, skeleton, trial))
+        difference = first_difference(trial, shell)
     if difference is not None:
         raise ValueError(
-            f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}; {_anew(k)}"
+            f"member {k} cannot be replaced: the ensemble's members and this one differ at {difference}; give its "
+            f"state_dict where only its weights are meant, or {_anew(k)}"
         )
+    return state
+
+
+def _shell(module: nn.Module, like: nn.Module) -> nn.Module:
+    """A module without its weights, in the modes of another."""
+    shell = make_skeleton(module)
+    modes = {path: each.training for path, each in like.named_modules()}
+    for path, each in shell.named_modules():
+        each.training = modes.get(path, each.training)
+    return shell
+
+
+def _same_modules(first: nn.Module, other: nn.Module) -> bool:
+    paths = [[(path, type(each)) for path, each in module.named_modules()] for module in (first, other)]
+    return paths[0] == paths[1]
 
 
 def _anew(k: int) -> str:

@@ -15,7 +15,7 @@ from fastens import reproducible
 from fastens.aggregation import by_kernels, of_each_row
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.entering import entering
-from fastens.engine.leaves import VALUES, alike
+from fastens.engine.leaves import VALUES
 from fastens.engine.row_by_row import each_member
 from fastens.fold.tensor import MemberTensor, tensors_of
 from fastens.holders import Contexts, Holders, in_turn, is_context
@@ -33,7 +33,7 @@ from fastens.network.gradients import gradient_of, set_gradient
 from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
-from fastens.outputs import columns, is_scores
+from fastens.outputs import agreed, columns, is_scores
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -125,7 +125,7 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
     all members these are tensors with a value for each. Objects are the first member's.
 
     Raises:
-        TypeError: numbers or the like in which members differ.
+        TypeError: numbers, tensors or the like in which members differ, and which no rule combines.
     """
     ensemble, first = holders.ensemble, results[0]
     if first is holders.modules[0]:
@@ -139,8 +139,8 @@ def returned(holders: Holders, name: str, results: list[Any]) -> Any:
     found = columns(results)
     if not any(isinstance(x, Tensor) and is_scores(x) for x in pytree.tree_leaves(first)):
         for column in found[:-1]:
-            if isinstance(column[0], VALUES):  # other objects are the first member's
-                alike(column)
+            if isinstance(column[0], (Tensor, *VALUES)):  # other objects are the first member's
+                agreed(column)
         return first
     return combine(ensemble, found, lambda scores: alike_or_combined(ensemble, name, scores, False))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastens import rules
+from fastens.fold.attributes import attributes_of, give
 from fastens.internal import begin, engine_of, hold_modules, hold_stacks
 from fastens.network.loading import fit
 from fastens.network.stacking import tensors_of
@@ -37,7 +39,9 @@ class Pickled(nn.Module):
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}
-        return rebuild, (self.num_members, self.rule, self._settings, content, self._kind()), (own, added)
+        modules = content[1] if content[0] is None else content[:1]
+        attributes = [{name: attributes_of(x) for name, x in tensors_of(module).items()} for module in modules]
+        return rebuild, (self.num_members, self.rule, self._settings, content, self._kind(), attributes), (own, added)
 
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load what is the ensemble's own; its network is loaded next, from the same dictionary."""
@@ -58,6 +62,7 @@ def rebuild(
     settings: dict[str, Any],
     content: Any,
     kind: type[Ensemble],
+    attributes: Sequence[dict[str, dict[str, Any]]] = (),
 ) -> Ensemble:
     """Put an ensemble together.
 
@@ -68,11 +73,16 @@ def rebuild(
         content: skeleton, stacks, names of shared tensors, and where members are looped what they wrote to themselves
             and why they are looped; or none, modules, and why.
         kind: its class, before a framework's own base class is added.
+        attributes: of the skeleton, or of each module, what code set on its parameters and buffers, by their names:
+            copies of torch's come without.
     """
     ensemble = kind.__new__(kind)
     nn.Module.__init__(ensemble)
     begin(ensemble, num_members, rule, settings)
     skeleton, *rest = content
+    for module, kept in zip(rest[0] if skeleton is None else [skeleton], attributes, strict=False):
+        for name, tensor in tensors_of(module).items():
+            give(tensor, kept[name])
     if skeleton is None:
         modules, why = rest
         hold_modules(ensemble, modules, why)

@@ -15,6 +15,7 @@ from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, uncounted
+from fastens.fold.attributes import SetWhenCalled
 from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.made import MadeWhenCalled
@@ -110,6 +111,8 @@ class FirstPass:
                 output = engine.call_module(member, k, arguments, self._method)
             if modules := changed.modules | written.modules:
                 raise MadeWhenCalled(modules)
+            if attributes := changed.attributes | written.attributes:
+                raise SetWhenCalled(attributes)
             written_to = self._written_by_itself(member, k, parameters)
             changed |= written_to
             if elsewhere.drawn():

@@ -131,6 +131,14 @@ class StackedMembers:
             self.unshare_all()
             self._views.adopt(states, skeleton)
 
+    def take_state(self, skeleton: nn.Module, k: int, state: State) -> None:
+        """Let member k have written this to itself, where members are called one by one; see :meth:`own_states`."""
+        if self.behaviour.looped:
+            none: State = [{} for _ in skeleton.modules()]
+            states = self._members.own_states(skeleton) or [none] * self.num_members
+            self._views.forget()
+            self._views.adopt([*states[:k], state, *states[k + 1 :]], skeleton)
+
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""

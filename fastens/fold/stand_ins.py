@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
 
+from fastens.fold.attributes import standing_for
 from fastens.scopes import scope
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def with_stacks(engine: Engine, given: tuple[Tensor, ...]) -> AbstractContextMan
     for stack, own in zip(engine.tensors, given, strict=True):
         if isinstance(stack, torch.nn.Parameter) and not isinstance(own, torch.nn.Parameter):
             own._is_param = True  # by which torch's class of parameters knows its own
+        standing_for(own, stack)
     return scope(_STANDING_IN, {id(t): own for t, own in zip(engine.tensors, given, strict=True)})
 
 

@@ -90,6 +90,9 @@ def one_member(num_members: int, k: int) -> Hidden:
 HANDLERS: dict[str, Callable[..., Any]] = {}
 
 
+_FIELDS = frozenset(("stack", "hidden", "alias", "flat", "symbol", "_is_param", "_known", "told"))
+
+
 class MemberTensor(Tensor):
     """One tensor per member, of the shape that a member sees; or one for all, while a pass is recorded.
 
@@ -99,6 +102,7 @@ class MemberTensor(Tensor):
         alias: whether writing to it reaches what a member's would; not where a view had to be copied.
         flat: the stack with the hidden dimension folded into the first, where it was made so.
         symbol: whether it stands for a number of the call.
+        told: called where code set an attribute of the parameter or buffer that it is.
     """
 
     stack: Tensor
@@ -106,6 +110,7 @@ class MemberTensor(Tensor):
     alias: bool
     flat: Tensor | None
     symbol: bool = False
+    told: Callable[[], None] | None = None
 
     @staticmethod
     def __new__(cls, stack: Tensor, hidden: Hidden | None, alias: bool = True) -> MemberTensor:
@@ -116,9 +121,10 @@ class MemberTensor(Tensor):
             wrapper = Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=device, requires_grad=stack.requires_grad
             )
-        wrapper.stack, wrapper.hidden, wrapper.alias, wrapper.flat = stack, hidden, alias, None
-        wrapper._is_param = isinstance(stack, torch.nn.Parameter)
-        wrapper._known = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
+        own = wrapper.__dict__
+        own["stack"], own["hidden"], own["alias"], own["flat"] = stack, hidden, alias, None
+        own["_is_param"] = isinstance(stack, torch.nn.Parameter)
+        own["_known"] = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
         return wrapper
 
     def __init__(self, *_: Any) -> None:
@@ -177,6 +183,24 @@ class MemberTensor(Tensor):
     def numel(self) -> int:
         """How many elements a member sees."""
         return math.prod(self.shape)  # which keeps a dynamic size so
+
+    def __getattr__(self, name: str) -> Any:
+        """What code set on a parameter or buffer, whose stack has it."""
+        stack = self.__dict__.get("stack")
+        if stack is not None and name in vars(stack):
+            return vars(stack)[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What code sets on a parameter or buffer, its stack gets."""
+        stack = self.__dict__.get("stack")
+        of_weight = stack is not None and name not in _FIELDS and _OF_STACKS.get(id(stack)) is self
+        if of_weight and not hasattr(MemberTensor, name):
+            vars(stack)[name] = value
+            if self.told is not None:
+                self.told()
+        else:
+            super().__setattr__(name, value)
 
     def __len__(self) -> int:
         if not self.ndim:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastens.fold.attributes import attributes_of
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
 from fastens.network.snapshots import same_bits, slots_in, slots_of
@@ -90,6 +91,9 @@ class _Comparison:
                 return f"{name}: shape {list(a[name].shape)} against {list(b[name].shape)}"
             if isinstance(a[name], nn.Parameter) != isinstance(b[name], nn.Parameter):
                 return f"{name}: a parameter in one and a buffer in the other"
+            mine, yours = attributes_of(a[name]), attributes_of(b[name])
+            if (mine or yours) and (found := self._attributes(mine, yours, f"{name}.", set())) is not None:
+                return found
         return None
 
     def _modules(self, first: nn.Module, other: nn.Module) -> str | None:

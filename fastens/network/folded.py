@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastens.fold.attributes import attributes_of, give
 from fastens.fold.tensor import MemberTensor, modules_of, of_stack, tensors_of
 from fastens.network.barrier import unwatched
 from fastens.network.deep_copies import copied
@@ -55,7 +56,12 @@ def skeleton_of(network: nn.Module) -> nn.Module:
                     memo[id(stack)] = shell
                     if isinstance(table, Stacks):
                         memo[id(table[name])] = shell
-    skeleton = unwatched(copied(network, memo))
+    attributes = {name: kept for name, x in tensors_of(network).items() if (kept := attributes_of(x))}
+    shells = {name: memo[id(x)] for name, x in tensors_of(network).items()}
+    skeleton, attributes = copied((network, attributes), memo) if attributes else (copied(network, memo), attributes)
+    for name, kept in attributes.items():
+        give(shells[name], kept)
+    unwatched(skeleton)
     for _, module in modules_of(skeleton):
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from fastens.fold.attributes import SetWhenCalled, attributes_of, set_since, standing_for
 from fastens.fold.stand_ins import standing_in, traced
 from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
 from fastens.network.deep_copies import copied
@@ -95,6 +96,8 @@ class MemberTable(dict[str, Any]):
         own = self.parts.get(read)
         if own is None or not (copied or self.source.has_part(name, self.k, own)):
             own = self.parts[read] = self._copied(tensor) if copied else _part(tensor, self.k)
+        elif name not in self._given:
+            standing_for(own, tensor)
         if settled:
             first = before[-1] if before is not None and before[2][1] == id(tensor) else _version(own)  # of all parts
             self._given[name] = own, own.data_ptr(), read, first
@@ -128,6 +131,11 @@ class MemberTable(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """What a copy of the member's module has, which its code makes: tensors of its own."""
         return {name: copy.deepcopy(value, memo) for name, value in self.items()}
+
+    def attributes_set(self) -> list[str]:
+        """What the member set on its tensors in the call in progress, by the names of tensors and attributes."""
+        given = [(name, own, dict.get(self.source, name)) for name, (own, *_) in list(self._given.items())]
+        return [f"{n}.{each}" for n, x, like in given if like is not None for each in set_since(x, attributes_of(like))]
 
     def settle(self, keeps: bool, apart: bool = False, copies: bool = False) -> set[str]:
         """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names.
@@ -289,12 +297,14 @@ def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = Fal
 
     Raises:
         MadeWhenCalled: it put modules into the member, which are taken out again.
+        SetWhenCalled: it set attributes of its parameters or buffers, which are gone.
     """
-    made: list[str] = []
-    for _, module in modules_of(view):
+    made, attributes = list[str](), list[str]()
+    for path, module in modules_of(view):
         parameters = module._parameters
         for table in (parameters, module._buffers):
             if isinstance(table, MemberTable):
+                attributes += [f"{path}.{name}" if path else name for name in table.attributes_set()]
                 table.settle(keeps, apart, copies)
         if isinstance(parameters, MemberTable):
             found = [
@@ -307,6 +317,8 @@ def settle(view: nn.Module, keeps: bool, apart: bool = False, copies: bool = Fal
                 del module._modules[name]
     if made:
         raise MadeWhenCalled(made)
+    if attributes:
+        raise SetWhenCalled(attributes)
 
 
 def view_of_member(network: nn.Module, k: int) -> tuple[nn.Module, list[Reference]]:

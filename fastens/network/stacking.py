@@ -13,12 +13,13 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastens.fold.tensor import modules_of, tensors_of
+from fastens.fold.attributes import attributes_of, give
+from fastens.fold.tensor import MemberTensor, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
 from fastens.network.parametrized import with_own_classes
-from fastens.network.snapshots import same_bits
+from fastens.network.snapshots import held_tensors, same_bits
 from fastens.network.tables import tables_of
 
 __all__ = [
@@ -86,7 +87,12 @@ def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     originals = tensors_of(module)
     memo = {id(originals[name]): tensor for name, tensor in tensors.items()}
     memo |= {id(tensor): tensor.detach().clone() for tensor in _made_anew(module)}
-    made = copied(module, memo)
+    attributes = {name: kept for name in tensors if (kept := attributes_of(originals[name]))}
+    # which may refer to parts of the module
+    made, attributes = copied((module, attributes), memo) if attributes else (copied(module, memo), attributes)
+    for name, kept in attributes.items():
+        tensor = tensors[name]
+        give(tensor.stack if isinstance(tensor, MemberTensor) else tensor, kept)
     with_own_classes(each for _, each in modules_of(made))
     for (_, one), (_, other) in zip(modules_of(made), modules_of(module), strict=True):
         one.training = other.training  # which some classes do not copy
@@ -211,6 +217,9 @@ def stack_members(
             raise DifferentMembers(
                 f"{name} is {str(tensor.layout).removeprefix('torch.')}, of which there are no stacks"
             )
+    referring = _refers_to_weight(tensors)
+    if referring is not None:
+        raise DifferentMembers(f"{referring}, an attribute of a parameter or buffer, holds a weight of its member")
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     equal -= {name for name in equal if name in into and into[name].ndim > tensors[name].ndim}
@@ -256,12 +265,26 @@ def stack_members(
 def _written_into(held: Tensor | None, stack: Tensor) -> Tensor:
     """What is held with the values of a stack, where it can have them; else the stack."""
     place = ("shape", "dtype", "device")
-    if held is None or type(held) is not type(stack) or any(getattr(held, n) != getattr(stack, n) for n in place):
+    if held is None or held.is_inference() or type(held) is not type(stack):
+        return stack
+    if any(getattr(held, n) != getattr(stack, n) for n in place):
         return stack
     if not same_bits(held, stack):
         with torch.no_grad():
             held.copy_(stack)
     return held if held.requires_grad is stack.requires_grad else held.requires_grad_(stack.requires_grad)
+
+
+def _refers_to_weight(tensors: dict[str, Tensor]) -> str | None:
+    """The first attribute that a parameter or buffer has and that reaches one of them, by its path."""
+    own = {id(tensor) for tensor in tensors.values()}
+    for name, tensor in tensors.items():
+        for attribute, value in attributes_of(tensor).items():
+            holder = nn.Module()
+            vars(holder)[attribute] = value
+            if any(id(held) in own for held in held_tensors(holder)):
+                return f"{name}.{attribute}"
+    return None
 
 
 def _equal_in_all(stack: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.device import random_forked, random_states
+from fastens.fold.attributes import attributes_of, give, set_since
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
@@ -35,12 +36,14 @@ class Changed(set[str]):
 
     Attributes:
         outside: whether some of it is shared by all members: attributes of classes, globals, defaults of functions.
+        attributes: those of parameters and buffers that it set.
         modules: the paths of modules with tensors that it made, replaced or removed.
         back: a function that it left behind and that reaches the network by a closure, none where there is none.
     """
 
     outside = False
     back: str | None = None
+    attributes: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
 
 
@@ -65,7 +68,11 @@ class NetworkState:
 
     def put_back(self) -> Changed:
         """Undo what happened to it; return the names of what had been changed."""
+        attributes = {name for table in self._tables for name in table.attributes_set()}
+        attributes.update(name for saved in self._saved for name in saved.attributes_put_back())
         changed = Changed(name for table in self._tables for name in table.settle(keeps=False))
+        changed.attributes = frozenset(attributes)
+        changed |= attributes
         if any(saved.has_other_attributes() for saved in self._saved):
             changed.back = reaches_back(self._network, HOOK_TABLES)
         for saved in self._saved:
@@ -127,6 +134,10 @@ class _OfModule:
                 for name in set(table) - names:  # registered meanwhile
                     changed.add(f"{prefix}{name}")
                     table.withdraw(name) if isinstance(table, Stacks) else table.pop(name)
+
+    def attributes_put_back(self) -> list[str]:
+        """Undo what was set on its parameters and buffers; return what it was."""
+        return [f"{self._prefix}{x.name}.{name}" for x in self._tensors for name in x.attributes_put_back()]
 
     def modules_put_back(self) -> dict[str, tuple[Any, Any]]:
         """Undo what happened to its modules; return those that were there and those that were put in, by path."""
@@ -203,6 +214,7 @@ def state_kept(network: nn.Module) -> Iterator[Changed]:
         found = state.put_back()
         changed |= found
         changed.outside, changed.modules, changed.back = found.outside, found.modules, found.back
+        changed.attributes = found.attributes
 
 
 class _Kept:
@@ -213,6 +225,15 @@ class _Kept:
         self._table = table
         self._common = isinstance(table, Stacks) and name in table.common
         self._tensor = Snapshot(tensor, TENSOR.save(tensor), TENSOR)
+        self._attributes = attributes_of(tensor)
+
+    def attributes_put_back(self) -> list[str]:
+        """Give the tensor the attributes that it had; return those that were changed."""
+        changed = set_since(self._tensor.value, self._attributes)
+        for name in changed:
+            vars(self._tensor.value).pop(name, None)
+        give(self._tensor.value, self._attributes)
+        return changed
 
     def restored(self) -> bool:
         """Put the tensor back in its table and its values in place; return whether anything had been changed."""

@@ -19,6 +19,7 @@ from torch._C._functorch import (
 )
 from torch.nn.parameter import is_lazy
 
+from fastens.fold.attributes import attributes_of, give, standing_for
 from fastens.fold.callsite import callers
 from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
@@ -37,7 +38,7 @@ class _Seen:
 
     def part(self, stack: Tensor, k: int) -> Tensor:
         """Member k's part of what is read in the place of a stack."""
-        seen = self.change(stack)
+        seen = standing_for(self.change(stack), stack)
         if self._parts is None:
             return part_of(seen, k)
         key = id(seen), k, torch.is_grad_enabled()
@@ -76,7 +77,7 @@ def seen_otherwise() -> bool:
 def as_seen(tensor: Tensor) -> Tensor:
     """What a network reads in the place of a stack."""
     seen = _SEEN.get()
-    return tensor if seen is None else seen.change(tensor)
+    return tensor if seen is None else standing_for(seen.change(tensor), tensor)
 
 
 def part_as_seen(stack: Tensor, k: int) -> Tensor:
@@ -168,6 +169,9 @@ class Stacks(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stacks:
         items = [(name, copy.deepcopy(tensor, memo)) for name, tensor in super().items()]
+        for tensor, (_, own) in zip(super().values(), items, strict=True):
+            if own is not None and type(own) is nn.Parameter:  # which copies of torch's come without
+                give(own, copy.deepcopy(attributes_of(tensor), memo))
         return Stacks(items, self.num_members, self.common, self.put_in, self.unsaved)
 
     def __getitem__(self, name: str) -> Any:
@@ -187,7 +191,7 @@ class Stacks(dict[str, Any]):
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor or not seen.fits():
             seen = self._seen[name] = of_stack(tensor, self.num_members)
-            STACKS[memory_of(tensor)] = tensor
+            STACKS[memory_of(tensor)], seen.told = tensor, self._written
         return seen
 
     def stacks(self) -> list[Tensor]:
@@ -286,6 +290,7 @@ class Stacks(dict[str, Any]):
             with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
             stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+            standing_for(stack, tensor)
         self.common.discard(name)
         super().__setitem__(name, stack)
         self._written()
@@ -303,11 +308,11 @@ def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
     """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
     own: Any = stack[k].clone() if copied else stack[k]
     if not isinstance(stack, nn.Parameter):
-        return own
+        return standing_for(own, stack)
     if type(own) is Tensor and peek_interpreter_stack() is None and not tracing():
-        return own.as_subclass(nn.Parameter)
+        return standing_for(own.as_subclass(nn.Parameter), stack)
     own._is_param = True
-    return own
+    return standing_for(own, stack)
 
 
 def unsaved_in(module: nn.Module, table: str) -> set[str]:

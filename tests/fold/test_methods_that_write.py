@@ -332,3 +332,61 @@ def test_weights_that_lost_their_memory_are_an_error(layer, assigned, engine, gr
         for _ in range(2):
             with pytest.raises(ValueError, match=r"base.weight: `.data` of a weight that all members share"):
                 ensemble(x)
+
+
+class Sampling(nn.Module):
+    """Its methods take no tensors, and read what differs between members."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table = nn.Linear(4, 4), None
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def sample(self, num):
+        self.table = torch.ones(num, 4)
+        h = self(self.table)
+        return h * 0 if h.isnan().any() else h
+
+    def drawn(self, num):
+        return torch.distributions.Categorical(logits=100 * self(torch.ones(num, 4))).sample()
+
+    def largest(self, num):
+        return float(self(torch.ones(num, 4)).max())
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_what_runs_on_each_member_leaves_an_optimizer_its_parameters(engine):
+    members = [Sampling() for _ in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=0.1)
+    singles = torch.optim.Adam([p for member in members for p in member.parameters()], lr=0.1)
+    x = torch.randn(5, 4)
+    for num in (2, 3, 3):
+        with torch.no_grad():
+            expected = torch.stack([member.sample(num) for member in members]).mean(0)
+            assert relative_error(ensemble.sample(num), expected) < 1e-6
+        for each, outputs in ((optimizer, ensemble.member_outputs), (singles, None)):
+            each.zero_grad()
+            found = torch.stack([member(x) for member in members]) if outputs is None else outputs(x)
+            found.square().sum().backward()
+            each.step()
+        assert relative_error(ensemble(x), torch.stack([member(x) for member in members]).mean(0)) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize(("method", "what"), [("drawn", "different torch.int64"), ("largest", "return .* and ")])
+def test_values_that_members_return_alone_are_refused_where_they_differ(method, what, engine):
+    members = [Sampling() for _ in range(3)]
+    for k, member in enumerate(members):
+        nn.init.zeros_(member.layer.weight)
+        member.layer.bias.data = 2.0 * nn.functional.one_hot(torch.tensor(k), 4).float() + k
+    ensemble = fastens.Ensemble(members, engine=engine)
+    with pytest.raises(TypeError, match=what):
+        getattr(ensemble, method)(3)
+    members[1].load_state_dict(members[0].state_dict())
+    with torch.no_grad():
+        members[1].layer.weight[3] -= 1.0  # of what none is drawn
+    ensemble = fastens.Ensemble(members[:2], engine=engine)
+    assert torch.equal(torch.as_tensor(getattr(ensemble, method)(3)), torch.as_tensor(getattr(members[0], method)(3)))

@@ -67,9 +67,11 @@ def test_members_draw_the_same_numbers(draws, late):
             assert relative_error(ensemble.member_outputs(x), expected) < NETWORK[torch.float32]
 
 
-def test_a_seed_that_was_set_before_the_call_is_none_of_the_networks():
-    """Also where two dropouts draw after it."""
-    network = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 6), nn.Dropout(0.5)).train()
+@pytest.mark.parametrize("first", [0.5, 0.0])
+def test_a_seed_that_was_set_before_the_call_is_none_of_the_networks(first):
+    """Also where several dropouts draw after it, and where the first of them draw nothing."""
+    dropouts = nn.Dropout(first), nn.Dropout(first), nn.Dropout(0.5)
+    network = nn.Sequential(dropouts[0], nn.Linear(6, 6), *dropouts[1:]).train()
     ensemble = fastens.Ensemble([copy.deepcopy(network) for _ in range(2)], engine="fold")
     for _ in range(3):
         torch.manual_seed(0)

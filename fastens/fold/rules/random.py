@@ -1,5 +1,6 @@
 """Random numbers drawn inside a network: each member's own."""
 
+import functools
 from typing import Any
 
 import torch
@@ -25,8 +26,15 @@ def draws(*functions: Any) -> Any:
     """Register what a function that draws does in a pass, also where its arguments are common."""
 
     def register(function: Any) -> Any:
-        RANDOM.update(dict.fromkeys(functions, function))
-        return function
+        @functools.wraps(function)
+        def drawing(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
+            result = function(fold, func, *args, **kwargs)
+            if fold.seeds is not None:
+                fold.seeds.drawn()
+            return result
+
+        RANDOM.update(dict.fromkeys(functions, drawing))
+        return drawing
 
     return register
 
