@@ -45,9 +45,7 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return _converted(fold, func, args, kwargs)
     tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
     if func in _CLAMPS and len(tensors) > 1 and (torch.is_grad_enabled() or _has_numbers(args[1:], kwargs)):
-        return (
-            NotImplemented  # torch's derivative knows no broadcasting between limits, and its forward none of a number
-        )
+        return NotImplemented  # torch broadcasts no limits where it differentiates, nor a tensor against a number
     if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
     writes = writes_to(func, args)
