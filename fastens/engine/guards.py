@@ -79,6 +79,10 @@ class Guards:
             self.look()
         return self._seen, self._weights.state(), torch.get_default_dtype(), self._surroundings.state()
 
+    def names(self) -> frozenset[str]:
+        """Those in the code that the network runs."""
+        return self._surroundings.names()
+
     def observed(self) -> bool:
         """Whether members' own code is to run: for others to see it, or to keep weights that it computes."""
         return observed() or self._keeps_weights()

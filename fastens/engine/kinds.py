@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.engine.entering import call
 from fastens.fold.dropouts import BY_TORCH, Dropouts
+from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden
 from fastens.network.member_tables import called
 
@@ -46,7 +49,12 @@ class MemberKind:
 
     def call(self, engine: FoldedMembers, member: nn.Module, k: int, arguments: Arguments, method: str) -> Any:
         """What a module that is member k returns, of plain tensors."""
-        with called(), engine.questions.answered(member, engine.guards.barrier.writes):
+        kind, writes = None, engine.guards.barrier.writes
+        # other methods lead to code that nobody has looked at, and traced shapes may be of no number
+        if method == "forward" and not (reproducible.enabled() or traced(*arguments.tensors)):
+            modes = member.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            kind = k, modes, writes, *((x.shape, x.dtype) for x in arguments.tensors)
+        with called(), engine.questions.answered(member, writes, kind):
             return call(member, method, *arguments.of_member(k))
 
     def network_of(self, hidden: Hidden, network: nn.Module) -> nn.Module | None:

@@ -18,12 +18,10 @@ from fastens.engine.states import Behaviour
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
-from fastens.network.global_state import names_used
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
 from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
-from fastens.network.state import code_of
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews
 from fastens.network.weights import as_it_is
@@ -61,7 +59,7 @@ class StackedMembers:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
         self.network = build_network(skeleton, stacks, shared, num_members)
         self.guards = Guards(self.network)
-        self.questions = Questions(lambda: names_used(code_of(self.network)))
+        self.questions = Questions(self.guards.names)
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
         held_once = shared - self._one_object if kind.own_weights else ()

@@ -27,9 +27,11 @@ from fastens.scopes import scope
 
 _WITH_FAST_PATHS = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
 _NAMES = frozenset(
-    "is_leaf grad_fn grad retains_grad requires_grad_ register_hook _base _is_view storage_offset "
-    "as_strided as_strided_ as_strided_copy as_strided_scatter".split()
+    "is_leaf grad_fn grad zero_grad retains_grad retain_grad requires_grad requires_grad_ register_hook _base _is_view "
+    "register_post_accumulate_grad_hook storage storage_offset untyped_storage as_strided as_strided_ as_strided_copy "
+    "as_strided_scatter".split()
 )
+_MOST = 512  # kinds of calls that are remembered
 Switches = dict[Tensor, tuple[bool, bool]]  # of stacks that a call of a member froze or trains: before, and at its end
 
 
@@ -60,45 +62,65 @@ class Questions:
     """Answers what the members of an ensemble ask in their calls, one of which may ask and others not.
 
     A mode around a call costs each torch function some microseconds, and keeps torch from its fast paths, which give
-    other values where a mask pads. Members that may take those are watched only where their code has the names of such
-    things in it.
+    other values where a mask pads. So members are watched in all calls where their code has the names of such things in
+    it; others in the first call of each kind, for what libraries ask, and in all from the first question on. Those that
+    may take fast paths are watched for their names alone.
 
     Args:
-        names: in the code of the members.
+        names: in the code of the members, as it is now.
     """
 
-    def __init__(self, names: Callable[[], set[str]]) -> None:
+    def __init__(self, names: Callable[[], frozenset[str]]) -> None:
         self._names = names
-        self._asked: bool | None = None  # not known before a member is called
+        self._asked = False
+        self._watched: set[Any] = set()
+        self._code: tuple[Any, bool] | None = None  # what was written to the modules, and whether the names are there
         self._with_fast_paths: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[nn.Module]]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def answered(self, member: nn.Module, writes: Any) -> AbstractContextManager[Any]:
+    def answered(self, member: nn.Module, writes: Any, kind: Any) -> AbstractContextManager[Any]:
         """Scope of a call of a member.
 
         Args:
             member: whose tables may be of parts of stacks.
             writes: to its modules, how many there were.
+            kind: what tells this call from others; none where it is always watched.
         """
-        if parts_of(member) is None:
+        parts = parts_of(member)
+        if parts is None or not (self._may_ask(writes) or self._is_watched(member, writes, kind)):
             return nullcontext()
+        return _Answers(parts, self._note)
+
+    def _may_ask(self, writes: Any) -> bool:
+        if self._code is None or self._code[0] != writes:
+            self._code = writes, not _NAMES.isdisjoint(self._names())
+        return self._code[1]
+
+    def _is_watched(self, member: nn.Module, writes: Any, kind: Any) -> bool:
         seen, modules = self._with_fast_paths.get(member, (None, []))
         if seen is None or seen != writes:
             modules = list(filter(lambda each: isinstance(each, _WITH_FAST_PATHS), member.modules()))
             self._with_fast_paths[member] = writes, modules
         if any(map(_may_be_fast, modules)):
-            if self._asked is None:
-                self._asked = not _NAMES.isdisjoint(self._names())
-            if not self._asked:
-                return nullcontext()
-        return answered(member)
+            return False
+        if self._asked or kind is None:
+            return True
+        if kind in self._watched:
+            return False
+        if len(self._watched) >= _MOST:
+            self._watched.clear()
+        self._watched.add(kind)
+        return True
+
+    def _note(self) -> None:
+        self._asked = True
 
 
 def answered(member: nn.Module) -> AbstractContextManager[Any]:
     """Scope of code of a member's, in which it is answered."""
     parts = parts_of(member)
-    return nullcontext() if parts is None else _Answers(parts)
+    return nullcontext() if parts is None else _Answers(parts, lambda: None)
 
 
 def _may_be_fast(module: nn.Module) -> bool:
@@ -109,9 +131,9 @@ def _may_be_fast(module: nn.Module) -> bool:
 class _Answers(TorchFunctionMode):
     """Answers what is asked of parts of stacks."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, note: Callable[[], None]) -> None:
         super().__init__()
-        self._parts = parts
+        self._parts, self._note = parts, note
         self._switches: Switches = {}
 
     def __enter__(self) -> Any:
@@ -135,12 +157,16 @@ class _Answers(TorchFunctionMode):
                 if own is not None:
                     place = self._parts.place(args[0])
                     if place is not None:
-                        self._parts.asked = True
+                        self._noted()
                         return getattr(self, own)(func, place, *args, **kwargs)
                 elif answer is not None and (part := _part_behind(args[0], self._parts)) is not None:
-                    self._parts.asked = True
+                    self._noted()
                     return answer(func, part, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _noted(self) -> None:
+        self._parts.asked = True
+        self._note()
 
     def grad(self, func: Any, place: Place, x: Tensor) -> Tensor | None:
         """The member's own of the gradient that its stack has."""

@@ -10,7 +10,6 @@ import dis
 import random
 import types
 import weakref
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +52,6 @@ class _Reach(NamedTuple):
     places: list[Place]
     draws: bool
     values: dict[str, type]  # attributes of classes that are no code, by name
-    names: set[str]  # in the code
     assigned: set[str]  # names in code that assigns attributes or changes values, where it is of no class itself
 
 
@@ -94,11 +92,6 @@ class GlobalState:
         return changed
 
 
-def names_used(code: Iterable[type | types.FunctionType]) -> set[str]:
-    """The names in the code of classes and functions, and in the functions of their files that it calls."""
-    return {name for each in code for name in _reach_of(each).names}
-
-
 def _reach_of(code: type | types.FunctionType) -> _Reach:
     reach = _REACH.get(code)
     if reach is None:
@@ -115,14 +108,12 @@ def _read(code: type | types.FunctionType) -> _Reach:
         values = {name: base for base in reversed(bases) for name, x in vars(base).items() if not _is_code(x)}
         waiting = [f for base in bases for x in vars(base).values() for f in functions_of(x)]
     followed, places, draws, assigned = set(), [], False, set()
-    used: set[str] = set()
     while waiting:
         function = waiting.pop()
         if function in followed:
             continue
         followed.add(function)
         names, changes, stored = _reads(function.__code__)
-        used |= names
         if changes and function is code:
             assigned = names
         globals_ = function.__globals__
@@ -139,7 +130,7 @@ def _read(code: type | types.FunctionType) -> _Reach:
         places += [Place(globals_, name) for name in _assigned_globals(function.__code__)]
         if changes:
             places += [Place(function, name) for name in ("__defaults__", "__kwdefaults__") if getattr(function, name)]
-    return _Reach(places, draws, values, used, assigned)
+    return _Reach(places, draws, values, assigned)
 
 
 def _is_generator(value: Any) -> bool:

@@ -77,6 +77,7 @@ class Surroundings:
         self._network = network
         self._known = _Known([], 0)
         self._modules: list[_Attributes] = []
+        self._names: frozenset[str] = _BEGIN
         self._looked: Any = None
         self.changed()
 
@@ -90,10 +91,15 @@ class Surroundings:
         holds = known.holds()
         if not holds or (self._looked is not asked and not self._leads_to_the_same()):
             reader = _Reader(self._network)
-            self._modules = reader.modules
+            self._modules, self._names = reader.modules, frozenset(reader.names)
             self._known = known = _Known(reader.looks(), known.epoch if holds else next(_EPOCHS))
         self._looked = asked
         return known.epoch
+
+    def names(self) -> frozenset[str]:
+        """The names in the code that is followed."""
+        self.state()
+        return self._names
 
     def _leads_to_the_same(self) -> bool:
         """Whether all modules have what they had under the names that the code uses."""
@@ -123,7 +129,7 @@ class _Reader:
     """Follows the code of a network."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._names = set(_BEGIN)
+        self.names = set(_BEGIN)
         self._owners: dict[int, tuple[Any, Any, set[str]]] = {}  # by identity: what has names, and which are watched
         self._looks: list[Callable[[], Iterable[Any]]] = []
         self._seen: dict[int, Any] = {}  # by identity, and kept, so that no other gets it
@@ -136,11 +142,11 @@ class _Reader:
             self._class(type(module))
             self._named.append(functools.partial(self._attributes_of_module, vars(module), set()))
         size = (0, 0)
-        while size != (len(self._names), len(self._named)):  # more names reach more code
-            size = len(self._names), len(self._named)
+        while size != (len(self.names), len(self._named)):  # more names reach more code
+            size = len(self.names), len(self._named)
             for look in list(self._named):
                 look()
-            if self._names & {"environ", "getenv"}:
+            if self.names & {"environ", "getenv"}:
                 self._waiting.append(vars(os.environ)["_data"])
             while self._waiting:
                 self._follow(self._waiting.pop())
@@ -182,7 +188,7 @@ class _Reader:
         if _of_library(function.__module__ or ""):
             return
         names = names_in(function.__code__)
-        self._names |= names
+        self.names |= names
         self._named_in(function.__globals__, function.__globals__, names)
         for cell in function.__closure__ or ():
             self._watch(lambda cell: (cell.cell_contents,), cell)
@@ -217,7 +223,7 @@ class _Reader:
         done: set[str] = set()
 
         def look() -> None:
-            for name in names.keys() & (self._names if wanted is None else wanted) - done:
+            for name in names.keys() & (self.names if wanted is None else wanted) - done:
                 done.add(name)
                 if name.startswith("__") and name not in _BEGIN:
                     continue
@@ -230,7 +236,7 @@ class _Reader:
 
     def _attributes_of_module(self, attributes: dict[str, Any], followed: set[str]) -> None:
         """Follow what a module of the network holds; that it is another object is noticed elsewhere."""
-        for name in (attributes.keys() & self._names) - followed:
+        for name in (attributes.keys() & self.names) - followed:
             followed.add(name)
             self._waiting.append(attributes[name])
 
