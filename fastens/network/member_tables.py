@@ -134,8 +134,12 @@ class MemberTable(dict[str, Any]):
 
     def attributes_set(self) -> list[str]:
         """What the member set on its tensors in the call in progress, by the names of tensors and attributes."""
-        given = [(name, own, dict.get(self.source, name)) for name, (own, *_) in list(self._given.items())]
-        return [f"{n}.{each}" for n, x, like in given if like is not None for each in set_since(x, attributes_of(like))]
+        found: list[str] = []
+        for name, (own, *_) in list(self._given.items()) if self._given else ():
+            like = dict.get(self.source, name)
+            if like is not None and (vars(own) or vars(like)):
+                found += [f"{name}.{each}" for each in set_since(own, attributes_of(like))]
+        return found
 
     def settle(self, keeps: bool, apart: bool = False, copies: bool = False) -> set[str]:
         """Keep what the member replaced in a call, apart from the stacks if asked, or drop it; return the names.
