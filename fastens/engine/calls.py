@@ -242,7 +242,7 @@ class PlannedCall:
         engine.refresh()
         warnings.warn(
             f"fastens: a plan is {error:.1e} from member {k} as it is now, {where}: it is dropped; after "
-            "a change that cannot be noticed, as by .data in place or inside a list, call refresh()",
+            "a change that cannot be noticed, as by .data in place or of code, call refresh()",
             stacklevel=6,
         )
         return False

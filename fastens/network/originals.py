@@ -10,6 +10,7 @@ from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES
+from fastens.network.contents import inside
 from fastens.network.snapshots import held_tensors
 from fastens.network.weights import as_it_is
 
@@ -27,6 +28,7 @@ class Originals:
         self._network = network
         self._counts = self._count()
         self._attributes = self._state()
+        self._inside = [inside(each) for each in (network, *self.modules())]
 
     def modules(self) -> list[nn.Module]:
         """The members; none where they come from files."""
@@ -55,7 +57,7 @@ class Originals:
 
     def usable(self) -> bool:
         """Whether they still are what the stacks were made of, in the mode that the network is in."""
-        if self._count() != self._counts or not self._as_they_were():
+        if self._count() != self._counts or not (self._as_they_were() and all(each.same() for each in self._inside)):
             return False
         ours = _modes(self._network)
         device = next((t.device for t in tensors_of(self._network).values()), None)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextvars
 import functools
 import itertools
+import operator
 import os
 import types
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -23,47 +23,19 @@ from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.code import functions_of, names_in
-from fastens.network.snapshots import LIBRARIES, is_atom, slots_in, slots_of
+from fastens.network.contents import Look, Looks, items_of, of_library
+from fastens.network.snapshots import is_atom, slots_in, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})
+_OPERATORS = {name for name in vars(operator) if name.startswith("__")} | {
+    "__bool__", "__enter__", "__eq__", "__exit__", "__float__", "__get__", "__getattr__", "__getattribute__",
+    "__hash__", "__int__", "__iter__", "__len__", "__missing__", "__next__", "__radd__", "__reversed__", "__rmul__",
+    "__rsub__", "__rtruediv__", "__torch_function__",
+}  # fmt: skip
 _NAMESPACES = types.ModuleType | type
 _CODE = _NAMESPACES | types.FunctionType | types.BuiltinFunctionType
-_CONTENTS: dict[type | None, tuple[Callable[[Any], Iterable[Any]], ...]] = {
-    list: (list.__iter__,),
-    set: (set.__iter__,),
-    tuple: (tuple.__iter__,),
-    frozenset: (frozenset.__iter__,),
-    deque: (deque.__iter__,),
-    OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
-    dict: (dict.keys, dict.values),
-}
-_GONE = LookupError, AttributeError, ValueError, RuntimeError  # a name, or a size, since it was found
-_FIXED = tuple, frozenset
-_END = (object(),)
-_EPOCHS = itertools.count(1)  # of all threads, so that what two of them find at once gets two
 _SLOT = object()
-
-
-class _Known:
-    """What was found: values by one look at what has them each, and the number of this state."""
-
-    def __init__(self, looks: list[Callable[[], Iterable[Any]]], epoch: int) -> None:
-        self._looks = looks
-        self.epoch = epoch
-        try:
-            self._before = tuple(self._now())
-        except _GONE:
-            self._before = (object(),)  # which nothing is
-
-    def _now(self) -> Iterable[Any]:
-        return itertools.chain.from_iterable([part for look in self._looks for part in (look(), _END)])
-
-    def holds(self) -> bool:
-        """Whether everything is the same object that it was."""
-        try:
-            return all(map(is_, self._now(), self._before))
-        except _GONE:
-            return False
+_EPOCHS = itertools.count(1)  # of all threads, so that what two of them find at once gets two
 
 
 class Surroundings:
@@ -75,7 +47,7 @@ class Surroundings:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._known = _Known([], 0)
+        self._known = Looks([]), 0
         self._modules: list[_Attributes] = []
         self._names: frozenset[str] = _BEGIN
         self._looked: Any = None
@@ -87,14 +59,15 @@ class Surroundings:
 
     def state(self) -> int:
         """A number that is another one where something is not as it was."""
-        known, asked = self._known, self._asked  # other threads, in other contexts, may find other values meanwhile
-        holds = known.holds()
+        (known, epoch), asked = self._known, self._asked  # other threads, in other contexts, may find others meanwhile
+        holds = known.same()
         if not holds or (self._looked is not asked and not self._leads_to_the_same()):
             reader = _Reader(self._network)
             self._modules, self._names = reader.modules, frozenset(reader.names)
-            self._known = known = _Known(reader.looks(), known.epoch if holds else next(_EPOCHS))
+            epoch = epoch if holds else next(_EPOCHS)
+            self._known = Looks(reader.looks()), epoch
         self._looked = asked
-        return known.epoch
+        return epoch
 
     def names(self) -> frozenset[str]:
         """The names in the code that is followed."""
@@ -131,7 +104,7 @@ class _Reader:
     def __init__(self, network: nn.Module) -> None:
         self.names = set(_BEGIN)
         self._owners: dict[int, tuple[Any, Any, set[str]]] = {}  # by identity: what has names, and which are watched
-        self._looks: list[Callable[[], Iterable[Any]]] = []
+        self._looks: list[Look] = []
         self._seen: dict[int, Any] = {}  # by identity, and kept, so that no other gets it
         self._waiting: list[Any] = []
         self._named: list[Callable[[], None]] = []
@@ -151,7 +124,7 @@ class _Reader:
             while self._waiting:
                 self._follow(self._waiting.pop())
 
-    def looks(self) -> list[Callable[[], Iterable[Any]]]:
+    def looks(self) -> list[Look]:
         """What gives the values that were found, as they are when it is called."""
         looks = list(self._looks)
         for owner, names, watched in self._owners.values():
@@ -174,7 +147,7 @@ class _Reader:
         elif isinstance(value, contextvars.ContextVar):
             self._watch(lambda var: (var.get(None),), value)
         elif isinstance(value, types.ModuleType):
-            if not _of_library(value.__name__):
+            if not of_library(value.__name__):
                 self._named_in(vars(value), vars(value))
         elif isinstance(value, type):
             self._class(value)
@@ -185,7 +158,7 @@ class _Reader:
             self._object(value)
 
     def _function(self, function: types.FunctionType) -> None:
-        if _of_library(function.__module__ or ""):
+        if of_library(function.__module__ or ""):
             return
         names = names_in(function.__code__)
         self.names |= names
@@ -201,21 +174,22 @@ class _Reader:
         members = _members_of(kind)
         if members:
             self._named_in(kind, members)
+            for name in members.keys() & _OPERATORS:  # which code calls without their names
+                self._waiting += functions_of(members[name])
 
     def _object(self, value: Any) -> None:
         """A container by what is inside, any other object by what is named."""
         kind = type(value)
-        container = next((base for base in kind.__mro__ if base in _CONTENTS), None)
-        for content in _CONTENTS.get(container, ()):
-            self._looks += () if container in _FIXED else (functools.partial(content, value),)
-            self._waiting += content(value)
-        if not _of_library(kind.__module__):
+        looks, items = items_of(value)
+        self._looks += looks
+        self._waiting += items
+        if not of_library(kind.__module__):
             self._class(kind)
-            if hasattr(value, "__dict__"):
+            if kind.__dictoffset__:
                 self._named_in(vars(value), vars(value))
             if slots := {member.__name__: _SLOT for member, _ in slots_in(value, slots_of(kind))}:
                 self._named_in(value, slots)
-        self._waiting.append(vars(value).get("__wrapped__") if hasattr(value, "__dict__") else None)
+        self._waiting.append(vars(value).get("__wrapped__") if kind.__dictoffset__ else None)
 
     def _named_in(self, owner: Any, names: Any, wanted: set[str] | frozenset[str] | None = None) -> None:
         """Watch what an owner has under the names of the code, or under these."""
@@ -250,15 +224,10 @@ class _Reader:
         self._waiting += found
 
 
-@functools.cache
-def _of_library(module: str) -> bool:
-    return module.partition(".")[0] in LIBRARIES
-
-
 def _members_of(kind: type) -> dict[str, Any]:
     """The attributes of a class and its bases, but of those of libraries."""
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if not _of_library(base.__module__):
+        if not of_library(base.__module__):
             found.update(vars(base))
     return found

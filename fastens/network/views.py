@@ -18,6 +18,7 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
+from fastens.network.contents import Looks, inside
 from fastens.network.deep_copies import copied
 from fastens.network.handed_out import HandedOut
 from fastens.network.made import MadeWhenCalled
@@ -92,13 +93,13 @@ class MemberViews:
     def look(self) -> None:
         """Make the members anew when they are asked for next: what they were given may have changed inside."""
         self._writes: Any = None
-        self._held = Weights([])
+        self._held, self._inside = Weights([]), Looks([])
 
     @property
     def stale(self) -> bool:
-        """Whether the network, or a tensor that it holds, was written to, or weights moved that attributes hold."""
+        """Whether the network, or what it holds, was written to, or weights moved that attributes hold."""
         written = not self._views or self._writes != (self._barrier.written, self._held.state())
-        return written or any(reference.stale for reference in self._references)
+        return written or not self._inside.same() or any(reference.stale for reference in self._references)
 
     def get(self) -> list[nn.Module]:
         """The members, in the modes of the network's modules."""
@@ -249,7 +250,7 @@ class MemberViews:
         return [unwatched(view) for view, _ in made], [each for _, references in made for each in references]
 
     def _make(self) -> list[nn.Module]:
-        self._held = Weights(held_tensors(self._network))
+        self._held, self._inside = Weights(held_tensors(self._network)), inside(self._network)
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
         back = reaches_back(self._network, HOOK_TABLES)

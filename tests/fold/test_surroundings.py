@@ -245,3 +245,34 @@ def test_threads_that_see_other_values():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+HELD = [place for place in PLACES if place.startswith("a held")]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("way", ["itself", "a bound method"])
+@pytest.mark.parametrize("place", HELD)
+def test_looped_members_have_what_is_inside_now(place, way, grad):
+    names = network(place, way)
+    members = members_of(names)
+    ensemble = fastens.Ensemble(members, engine="loop")
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
+        PLACES[place][1](names, [*members, ensemble])
+        for _ in range(2):
+            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
+
+
+@pytest.mark.parametrize("place", HELD)
+def test_members_that_were_handed_in_are_no_oracle_of_what_is_inside_since(place):
+    names = network(place, "itself")
+    members = members_of(names)
+    ensemble = fastens.Ensemble(members)
+    PLACES[place][1](names, [ensemble])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ensemble(X, T)
+    PLACES[place][1](names, members)
+    assert relative_error(found, loop(members)) < 1e-6

@@ -1,0 +1,96 @@
+"""What is inside of the lists, dictionaries and objects that modules hold, and whether that is as it was."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastens.fold.tensor import TABLES, modules_of
+from fastens.network.alike import HOOK_TABLES
+from fastens.network.snapshots import LIBRARIES, is_atom, slots_in, slots_of
+
+Look = Callable[[], Iterable[Any]]
+
+_CONTAINERS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
+    list: (list.__iter__,),
+    set: (set.__iter__,),
+    tuple: (tuple.__iter__,),
+    frozenset: (frozenset.__iter__,),
+    deque: (deque.__iter__,),
+    OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
+    dict: (dict.keys, dict.values),
+}
+_FIXED = tuple, frozenset
+_END = (object(),)
+_GONE = LookupError, AttributeError, ValueError, RuntimeError  # a name, or a size, since it was found
+
+
+class Looks:
+    """Values by what gives them, and whether these are the same objects as before."""
+
+    def __init__(self, looks: list[Look]) -> None:
+        self._looks = looks
+        try:
+            self._before = tuple(self._now())
+        except _GONE:
+            self._before = (object(),)  # which nothing is
+
+    def _now(self) -> Iterable[Any]:
+        return itertools.chain.from_iterable([part for look in self._looks for part in (look(), _END)])
+
+    def same(self) -> bool:
+        """Whether everything is the object that it was."""
+        try:
+            return all(map(is_, self._now(), self._before))
+        except _GONE:
+            return False
+
+
+def items_of(value: Any) -> tuple[list[Look], list[Any]]:
+    """What a container consists of: looks at what can change, and what is there now."""
+    container = next((base for base in type(value).__mro__ if base in _CONTAINERS), None)
+    contents = () if container is None else _CONTAINERS[container]
+    looks = [] if container in _FIXED else [functools.partial(content, value) for content in contents]
+    return looks, [item for content in contents for item in content(value)]
+
+
+@functools.cache
+def of_library(module: str) -> bool:
+    """Whether what a Python module defines is a library's, whose own state nobody changes."""
+    return module.partition(".")[0] in LIBRARIES
+
+
+def inside(network: nn.Module) -> Looks:
+    """All that attributes of a network's modules reach in containers and in objects, but for tensors and modules."""
+    looks: list[Look] = []
+    seen: dict[int, Any] = {}
+    skipped = {*TABLES, *HOOK_TABLES}
+    waiting = [x for _, m in modules_of(network) for name, x in vars(m).items() if name not in skipped]
+    while waiting:
+        value = waiting.pop()
+        if is_atom(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        found, items = items_of(value)
+        looks += found
+        waiting += items
+        kind = type(value)
+        if not of_library(kind.__module__):
+            if kind.__dictoffset__:
+                looks.append(vars(value).values)
+                waiting += vars(value).values()
+            slots = list(slots_of(kind))
+            if slots:
+                looks.append(functools.partial(_held_in, value, slots))
+                waiting += _held_in(value, slots)
+    return Looks(looks)
+
+
+def _held_in(value: Any, slots: list[Any]) -> list[Any]:
+    return [held for _, held in slots_in(value, slots)]
