@@ -159,7 +159,7 @@ X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.zero
 
 
 def network(before, first, value):
-    names = {"__name__": "of_a_user"}
+    names: dict[str, Any] = {"__name__": "of_a_user"}
     exec(SOURCE.format(before=before, first=first or "pass", value=value), names)
     torch.manual_seed(0)
     return names, [names["Net"]() for _ in range(3)]
