@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Iterator
@@ -21,15 +22,56 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     """The names of globals and attributes that code uses, those that it passes to ``getattr`` among them."""
     parts = list(codes_in(code))
     constants = {x for part in parts for x in part.co_consts if isinstance(x, str) and x.isidentifier()}
-    return frozenset(constants.union(*(part.co_names for part in parts)))
+    matched = {
+        name
+        for part in parts
+        if _MATCH_CLASS in part.co_code[::2]
+        for x in part.co_consts
+        if isinstance(x, tuple)
+        for name in x
+        if isinstance(name, str)
+    }
+    return frozenset(constants.union(matched, *(part.co_names for part in parts)))
+
+
+@functools.cache
+def globals_in(code: types.CodeType) -> frozenset[str]:
+    """The names of globals that code uses, those that it passes to ``globals()`` among them."""
+    steps = [step for part in codes_in(code) for step in dis.get_instructions(part)]
+    names = frozenset(step.argval for step in steps if step.opname in _LOADS)
+    return names_in(code) if "globals" in names else names
+
+
+@functools.cache
+def imports_in(code: types.CodeType) -> tuple[tuple[int, str], ...]:
+    """What code imports while it runs: how many packages above it, and the name."""
+    if all(_IMPORT_NAME not in part.co_code[::2] for part in codes_in(code)):
+        return ()
+    parts = [list(dis.get_instructions(part)) for part in codes_in(code)]
+    return tuple(
+        (steps[i - 2].argval, step.argval)  # before the name: the level, and what is taken from the module
+        for steps in parts
+        for i, step in enumerate(steps)
+        if step.opname == "IMPORT_NAME" and isinstance(steps[i - 2].argval, int)
+    )
 
 
 def functions_of(value: Any) -> list[types.FunctionType]:
-    """The functions of an attribute of a class: a method, a class's or a static one, or a property."""
-    if isinstance(value, property):
+    """The functions of an attribute of a class: a method, whatever it is wrapped in, or a property."""
+    kind = type(value)  # others may say that they are of a class that they are not
+    if issubclass(kind, property):
         found = [value.fget, value.fset]
-    elif isinstance(value, functools.cached_property):
+    elif issubclass(kind, functools.cached_property):
         found = [value.func]
+    elif issubclass(kind, functools.partialmethod):
+        return functions_of(value.func)
+    elif issubclass(kind, functools.singledispatchmethod):
+        return [each for x in (value.func, *value.dispatcher.registry.values()) for each in functions_of(x)]
     else:
-        found = [getattr(value, "__func__", value)]
-    return [each for each in found if isinstance(each, types.FunctionType)]
+        found = [value.__func__ if issubclass(kind, _WITH_FUNCTION) else value]
+    return [each for each in found if type(each) is types.FunctionType]
+
+
+_WITH_FUNCTION = staticmethod, classmethod, types.MethodType
+_LOADS = "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"
+_IMPORT_NAME, _MATCH_CLASS = dis.opmap["IMPORT_NAME"], dis.opmap["MATCH_CLASS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from operator import is_
@@ -25,6 +26,7 @@ _CONTAINERS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
     deque: (deque.__iter__,),
     OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
     dict: (dict.keys, dict.values),
+    types.MappingProxyType: (types.MappingProxyType.keys, types.MappingProxyType.values),
 }
 _FIXED = tuple, frozenset
 _END = (object(),)
@@ -60,10 +62,9 @@ def items_of(value: Any) -> tuple[list[Look], list[Any]]:
     return looks, [item for content in contents for item in content(value)]
 
 
-@functools.cache
-def of_library(module: str) -> bool:
-    """Whether what a Python module defines is a library's, whose own state nobody changes."""
-    return module.partition(".")[0] in LIBRARIES
+def of_library(module: Any) -> bool:
+    """Whether what a Python module of this name defines is a library's, whose own state nobody changes."""
+    return isinstance(module, str) and module.partition(".")[0] in LIBRARIES
 
 
 def inside(network: nn.Module) -> Looks:
@@ -74,13 +75,13 @@ def inside(network: nn.Module) -> Looks:
     waiting = [x for _, m in modules_of(network) for name, x in vars(m).items() if name not in skipped]
     while waiting:
         value = waiting.pop()
-        if is_atom(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
+        kind = type(value)  # what an object says of its class may be no more than that, or an error
+        if is_atom(value) or issubclass(kind, Tensor | nn.Module) or id(value) in seen:
             continue
         seen[id(value)] = value
         found, items = items_of(value)
         looks += found
         waiting += items
-        kind = type(value)
         if not of_library(kind.__module__):
             if kind.__dictoffset__:
                 looks.append(vars(value).values)

@@ -135,9 +135,10 @@ def _read(code: type | types.FunctionType) -> _Reach:
 
 def _is_generator(value: Any) -> bool:
     """Whether a global is Python's or NumPy's random numbers, or a function of theirs."""
-    if isinstance(value, types.ModuleType):
+    if issubclass(type(value), types.ModuleType):
         return value in (random, np, np.random)
-    return isinstance(getattr(value, "__self__", None), random.Random | np.random.RandomState)
+    bound = hasattr(type(value), "__self__")  # other objects may raise what they like when they are asked
+    return bound and isinstance(value.__self__, random.Random | np.random.RandomState)
 
 
 def _is_code(value: Any) -> bool:

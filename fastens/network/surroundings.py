@@ -3,39 +3,69 @@
 Beginning with ``forward`` of every module, code is followed from name to name: into methods, functions, closures, and
 objects that modules hold. What these names stand for outside of the network (globals, attributes of classes and of
 Python's modules, context variables, variables of closures) and what is inside of containers and objects is kept, by
-identity, and compared with later. Libraries are not followed. A network reads a few dozen such values at most.
+identity, and compared with later. Libraries are not followed, nor is code beyond a thousand functions and objects. A
+network reads a few dozen such values at most.
 """
 
 from __future__ import annotations
 
 import contextvars
 import functools
+import importlib.util
 import itertools
-import operator
 import os
+import sys
+import threading
 import types
-from collections.abc import Callable
-from operator import attrgetter, is_, itemgetter
-from typing import Any
+import weakref
+from collections import deque
+from collections.abc import Callable, Set
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of
-from fastens.network.code import functions_of, names_in
+from fastens.network.code import functions_of, globals_in, imports_in, names_in
 from fastens.network.contents import Look, Looks, items_of, of_library
-from fastens.network.snapshots import is_atom, slots_in, slots_of
+from fastens.network.snapshots import is_atom, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})
-_OPERATORS = {name for name in vars(operator) if name.startswith("__")} | {
-    "__bool__", "__enter__", "__eq__", "__exit__", "__float__", "__get__", "__getattr__", "__getattribute__",
-    "__hash__", "__int__", "__iter__", "__len__", "__missing__", "__next__", "__radd__", "__reversed__", "__rmul__",
-    "__rsub__", "__rtruediv__", "__torch_function__",
-}  # fmt: skip
 _NAMESPACES = types.ModuleType | type
 _CODE = _NAMESPACES | types.FunctionType | types.BuiltinFunctionType
-_SLOT = object()
 _EPOCHS = itertools.count(1)  # of all threads, so that what two of them find at once gets two
+_UNSET = object()
+_MOST = 1000  # functions, classes and objects that are followed: what leads to more is no network's code
+
+
+class _Known:
+    """What was found, and the number of this state.
+
+    Args:
+        looks: each gives values that are compared, as they are when it is called.
+        absent: names that the code asks for in vain, each of them with what has no such names.
+        epoch: the number.
+    """
+
+    def __init__(self, looks: list[Look], absent: list[tuple[Any, Set[str]]], epoch: int) -> None:
+        self._looks, self._absent, self.epoch = Looks(looks), absent, epoch
+        self._owners = [owner for owner, _ in absent]
+        self._sizes: Any = None
+        self._none_came()
+
+    def holds(self) -> bool:
+        """Whether everything is the same object that it was, and nothing is there that was not."""
+        return self._looks.same() and self._none_came()
+
+    def _none_came(self) -> bool:
+        """Whether no name is there that was not: looked for where there are other names, and another last one."""
+        sizes = [*map(len, self._owners), *map(next, map(reversed, self._owners), itertools.repeat(None))]
+        if sizes != self._sizes:
+            if not all(owner.keys().isdisjoint(names) for owner, names in self._absent):
+                return False
+            self._sizes = sizes
+        return True
 
 
 class Surroundings:
@@ -47,7 +77,7 @@ class Surroundings:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._known = Looks([]), 0
+        self._known = _Known([], [], 0)
         self._modules: list[_Attributes] = []
         self._names: frozenset[str] = _BEGIN
         self._looked: Any = None
@@ -59,15 +89,14 @@ class Surroundings:
 
     def state(self) -> int:
         """A number that is another one where something is not as it was."""
-        (known, epoch), asked = self._known, self._asked  # other threads, in other contexts, may find others meanwhile
-        holds = known.same()
+        known, asked = self._known, self._asked  # other threads, in other contexts, may find other values meanwhile
+        holds = known.holds()
         if not holds or (self._looked is not asked and not self._leads_to_the_same()):
             reader = _Reader(self._network)
             self._modules, self._names = reader.modules, frozenset(reader.names)
-            epoch = epoch if holds else next(_EPOCHS)
-            self._known = Looks(reader.looks()), epoch
+            self._known = known = _Known(reader.looks(), reader.absent(), known.epoch if holds else next(_EPOCHS))
         self._looked = asked
-        return epoch
+        return known.epoch
 
     def names(self) -> frozenset[str]:
         """The names in the code that is followed."""
@@ -98,15 +127,23 @@ class _Attributes:
         )
 
 
+class _Owner(NamedTuple):
+    """What has names: those of values that are compared, and those that the code asks for in vain."""
+
+    names: Any
+    watched: set[str]
+    absent: set[str]
+
+
 class _Reader:
     """Follows the code of a network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.names = set(_BEGIN)
-        self._owners: dict[int, tuple[Any, Any, set[str]]] = {}  # by identity: what has names, and which are watched
+        self._owners: dict[int, _Owner] = {}  # by identity
         self._looks: list[Look] = []
         self._seen: dict[int, Any] = {}  # by identity, and kept, so that no other gets it
-        self._waiting: list[Any] = []
+        self._waiting: deque[Any] = deque()  # the nearest first
         self._named: list[Callable[[], None]] = []
         modules = [module for _, module in modules_of(network)]
         self._inside = {id(module) for module in modules}
@@ -122,87 +159,126 @@ class _Reader:
             if self.names & {"environ", "getenv"}:
                 self._waiting.append(vars(os.environ)["_data"])
             while self._waiting:
-                self._follow(self._waiting.pop())
+                self._follow(self._waiting.popleft())
 
     def looks(self) -> list[Look]:
         """What gives the values that were found, as they are when it is called."""
-        looks = list(self._looks)
-        for owner, names, watched in self._owners.values():
-            if watched:
-                several = tuple(watched) * (1 + (len(watched) == 1))  # of one name alone there is no tuple
-                looks.append(functools.partial((itemgetter if owner is names else attrgetter)(*several), owner))
-        return looks
+        owners = [owner for owner in self._owners.values() if owner.watched]
+        several = [(tuple(watched) * (1 + (len(watched) == 1)), names) for names, watched, _ in owners]
+        return [*self._looks, *(functools.partial(itemgetter(*watched), names) for watched, names in several)]
+
+    def absent(self) -> list[tuple[Any, Set[str]]]:
+        """The names that were not found, each of them with what has none such."""
+        return [(names, frozenset(absent)) for names, _, absent in self._owners.values() if absent]
 
     def _follow(self, value: Any) -> None:
+        kind = type(value)  # what an object says of its class may be no more than that, or an error
         followed = id(value) in self._seen or id(value) in self._inside
-        if followed or isinstance(value, torch.Tensor) or (is_atom(value) and not isinstance(value, _NAMESPACES)):
+        if followed or issubclass(kind, torch.Tensor) or (is_atom(value) and not issubclass(kind, _NAMESPACES)):
+            return
+        if len(self._seen) >= _MOST:
             return
         self._seen[id(value)] = value
-        if isinstance(value, types.FunctionType):
+        if kind is types.FunctionType:
             self._function(value)
-        elif isinstance(value, types.MethodType):
+        elif kind is types.MethodType:
             self._waiting += [value.__func__, value.__self__]
-        elif isinstance(value, functools.partial):
+        elif issubclass(kind, functools.partial):
             self._waiting += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, contextvars.ContextVar):
+        elif kind is contextvars.ContextVar:
             self._watch(lambda var: (var.get(None),), value)
-        elif isinstance(value, types.ModuleType):
-            if not of_library(value.__name__):
+        elif issubclass(kind, weakref.ref):
+            self._waiting.append(value())
+        elif issubclass(kind, types.ModuleType):
+            if not of_library(vars(value).get("__name__")):
                 self._named_in(vars(value), vars(value))
-        elif isinstance(value, type):
+        elif issubclass(kind, type):
             self._class(value)
-        elif isinstance(value, nn.Module):  # of another network: all that its own code may read
+        elif issubclass(kind, nn.Module):  # of another network: all that its own code may read
             for _, module in modules_of(value):
-                self._named_in(vars(module), vars(module), set(vars(module)) - set(TABLES))
+                self._class(type(module))
+                self._named_in(vars(module), vars(module), set(vars(module)) - set(TABLES), code=True)
+                self._looks += [functools.partial(dict.values, vars(module)[table]) for table in TABLES]
         else:
-            self._object(value)
+            self._object(value, kind)
 
     def _function(self, function: types.FunctionType) -> None:
-        if of_library(function.__module__ or ""):
+        if of_library(function.__module__):
             return
-        names = names_in(function.__code__)
-        self.names |= names
-        self._named_in(function.__globals__, function.__globals__, names)
-        for cell in function.__closure__ or ():
-            self._watch(lambda cell: (cell.cell_contents,), cell)
+        code, names = function.__code__, function.__globals__
+        self.names |= names_in(code)
+        self._named_in(names, names, globals_in(code))
+        for level, name in imports_in(code):
+            self._imported("." * level + name, names.get("__package__") or names.get("__name__"))
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if variable != "__class__" and id(cell) not in self._seen:  # that one is of ``super()``
+                self._seen[id(cell)] = cell
+                self._watch(_content_of_cell, cell)
         self._waiting += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        self._waiting.append(getattr(function, "__wrapped__", None))
+        if vars(function):
+            self._named_in(vars(function), vars(function), code=True)
+            self._waiting += vars(function).values()  # what it wraps, or chooses from
+
+    def _imported(self, name: str, package: Any) -> None:
+        """Follow what a function imports, and the packages that it is in."""
+        try:
+            parts = importlib.util.resolve_name(name, package).split(".")
+        except ImportError:
+            return
+        if not of_library(parts[0]):
+            self._named_in(sys.modules, sys.modules, {".".join(parts[: i + 1]) for i in range(len(parts))})
 
     def _class(self, kind: type) -> None:
-        if id(kind) in self._owners:
-            return
-        members = _members_of(kind)
-        if members:
-            self._named_in(kind, members)
-            for name in members.keys() & _OPERATORS:  # which code calls without their names
-                self._waiting += functions_of(members[name])
+        for base in kind.__mro__:
+            if id(base) in self._owners or of_library(base.__module__):
+                continue
+            self._named_in(base, vars(base))
+            for name, value in vars(base).items():  # methods that Python calls, though no code names them
+                if name.startswith("__") and not (name == "__init__" and issubclass(base, nn.Module)):
+                    self._waiting += functions_of(value)
 
-    def _object(self, value: Any) -> None:
+    def _object(self, value: Any, kind: type) -> None:
         """A container by what is inside, any other object by what is named."""
-        kind = type(value)
+        if kind in weakref.ProxyTypes:
+            return
+        if issubclass(kind, threading.local):  # what it has for this thread
+            self._looks.append(lambda: itertools.chain.from_iterable(vars(value).items()))
+            self._waiting += vars(value).values()
+            return
         looks, items = items_of(value)
         self._looks += looks
         self._waiting += items
+        attributes = vars(value) if kind.__dictoffset__ else {}
         if not of_library(kind.__module__):
             self._class(kind)
             if kind.__dictoffset__:
-                self._named_in(vars(value), vars(value))
-            if slots := {member.__name__: _SLOT for member, _ in slots_in(value, slots_of(kind))}:
-                self._named_in(value, slots)
-        self._waiting.append(vars(value).get("__wrapped__") if kind.__dictoffset__ else None)
+                self._named_in(attributes, attributes, code=True)
+            for member in slots_of(kind):
+                self._named.append(functools.partial(self._slot, member, value, set()))
+        self._waiting.append(attributes.get("__wrapped__"))
 
-    def _named_in(self, owner: Any, names: Any, wanted: set[str] | frozenset[str] | None = None) -> None:
-        """Watch what an owner has under the names of the code, or under these."""
-        _, _, watched = self._owners.setdefault(id(owner), (owner, names, set()))
+    def _slot(self, member: Any, owner: Any, done: set[str]) -> None:
+        name = member.__name__
+        if name in self.names - done:
+            done.add(name)
+            self._watch(functools.partial(_content_of_slot, member), owner)
+
+    def _named_in(self, owner: Any, names: Any, wanted: Set[str] | None = None, code: bool = False) -> None:
+        """Watch what an owner has under the names of the code, or under these; code too where that may be put there."""
+        of_class = isinstance(owner, type)
+        _, watched, absent = self._owners.setdefault(id(owner), _Owner(names, set(), set()))
         done: set[str] = set()
 
         def look() -> None:
-            for name in names.keys() & (self.names if wanted is None else wanted) - done:
+            for name in (self.names if wanted is None else wanted) - done:
                 done.add(name)
                 if name.startswith("__") and name not in _BEGIN:
                     continue
-                value = getattr(owner, name, None) if names[name] is _SLOT else names[name]
-                if not isinstance(value, _CODE) and (owner is names or not hasattr(type(value), "__get__")):
+                if name not in names:
+                    absent.add(name)
+                    continue
+                value = names[name]
+                if code or not (issubclass(type(value), _CODE) or (of_class and hasattr(type(value), "__get__"))):
                     watched.add(name)
                 self._waiting += functions_of(value) or [value]
 
@@ -215,19 +291,19 @@ class _Reader:
             self._waiting.append(attributes[name])
 
     def _watch(self, look: Callable[[Any], tuple[Any, ...]], owner: Any) -> None:
-        try:
-            found = look(owner)
-        except ValueError:  # an empty cell
-            return
-        if not isinstance(found[0], _CODE):
-            self._looks.append(functools.partial(look, owner))
-        self._waiting += found
+        self._looks.append(functools.partial(look, owner))
+        self._waiting += look(owner)
 
 
-def _members_of(kind: type) -> dict[str, Any]:
-    """The attributes of a class and its bases, but of those of libraries."""
-    found: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        if not of_library(base.__module__):
-            found.update(vars(base))
-    return found
+def _content_of_cell(cell: types.CellType) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # nothing
+        return (_UNSET,)
+
+
+def _content_of_slot(member: Any, owner: Any) -> tuple[Any, ...]:
+    try:
+        return (member.__get__(owner),)
+    except AttributeError:
+        return (_UNSET,)

@@ -212,7 +212,8 @@ class MemberViews:
         if self._given:
             view, given = self.get()[0], self._given[0]
             own = vars(view).get(name, GONE) if name not in TENSORS else GONE
-            if own is not GONE and (is_atom(own) or name in attributes_apart(view, given, NO_STATE)(view, given)):
+            wrote = is_atom(own) or name in self._handed_out  # of which what it holds may be as it was
+            if own is not GONE and (wrote or name in attributes_apart(view, given, NO_STATE)(view, given)):
                 if self._num_members > 1 and can_change(own) and all(name in vars(each) for each in self._views):
                     self._handed_out[name] = HandedOut(name, [vars(each)[name] for each in self._views])
                 return own

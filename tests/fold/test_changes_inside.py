@@ -145,6 +145,19 @@ def test_members_that_are_looked_at_have_the_change():
     assert [each.past[-1] for each in copy.deepcopy(ensemble).members] == [6.0] * K
 
 
+def test_what_was_handed_out_as_it_began_is_followed():
+    """Emptied, members' lists are those that they began with, and are their own nevertheless."""
+    ensemble, members = both()
+    for each in (ensemble, *members):
+        each.past.clear()
+    kept = [each.past for each in (ensemble, *members)]
+    called(ensemble, members)
+    for past in kept:
+        past.append(5.0)
+    for _ in range(2):
+        called(ensemble, members)
+
+
 class Differing(nn.Module):
     """A member by a number that is no weight, which writes to a table."""
 

@@ -1,0 +1,242 @@
+"""Ways of code to what is outside of its modules: what Python calls unnamed, imports, names that come later."""
+
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastens
+from fastens import _native
+from tests.tolerances import relative_error
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+
+SOURCE = """
+import collections, functools, threading, types, weakref
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    of_base = 1.0
+
+{before}
+
+class Net(Base):
+    of_base = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        h = self.first(x)
+        {first}
+        return self.last(torch.tanh(h * {value}))
+
+    def times(self, factor):
+        return SCALE * factor
+
+    scaled = functools.partialmethod(times, 1.0)
+"""
+READER = "SCALE = 1.0\nclass Reader:\n    def {method}: {body}\nREADER = Reader()"
+KEEPER = "class Keeper:\n    def __init__(self): self.kept = 1.0\n    def {method}: return {body}\nKEEPER = Keeper()"
+ELSEWHERE = "fastens_test_elsewhere"
+
+
+def assigned(owner, name):
+    """Set an attribute of what a name stands for."""
+    return lambda names: setattr(names[owner], name, 3.0)
+
+
+def rebound(names):
+    names["SCALE"] = 3.0
+
+
+IDIOMS: dict[
+    str, tuple[str, str, str, Any]
+] = {  # code before the class, in front of the value, and the value; and how what it stands for is changed
+    "an attribute over one of the class": ("class C:\n    x = 1.0\nO = C()", "", "O.x", assigned("O", "x")),
+    "an attribute that is missing": ("class C: pass\nO = C()", "", 'getattr(O, "x", 1.0)', assigned("O", "x")),
+    "a slot that is empty": (
+        'class C:\n    __slots__ = ("x",)\nO = C()',
+        "",
+        'getattr(O, "x", 1.0)',
+        assigned("O", "x"),
+    ),
+    "an attribute of the class that is missing": ("", "", 'getattr(self, "x", 1.0)', assigned("Net", "x")),
+    "a global that is missing": ("", "", 'globals().get("SCALE", 1.0)', rebound),
+    "super()": ("", "", "super().of_base", assigned("Base", "of_base")),
+    "an import": ("", f"import {ELSEWHERE} as e", "e.x", lambda names: setattr(sys.modules[ELSEWHERE], "x", 3.0)),
+    "from an import": ("", f"from {ELSEWHERE} import x", "x", lambda names: setattr(sys.modules[ELSEWHERE], "x", 3.0)),
+    "an item by code": (
+        KEEPER.format(method="__getitem__(self, key)", body="self.kept"),
+        "",
+        "KEEPER[0]",
+        assigned("KEEPER", "kept"),
+    ),
+    "an attribute by code": (
+        KEEPER.format(method="__getattr__(self, name)", body="self.kept"),
+        "",
+        "KEEPER.x",
+        assigned("KEEPER", "kept"),
+    ),
+    "a product": (
+        KEEPER.format(method="__rmul__(self, h)", body="h * self.kept"),
+        "",
+        "KEEPER",
+        assigned("KEEPER", "kept"),
+    ),
+    "a context": (
+        READER.format(method="__enter__(self)", body="return SCALE\n    def __exit__(self, *error): pass"),
+        "with READER as value: pass",
+        "value",
+        rebound,
+    ),
+    "an object made in the call": (
+        READER.format(method="__init__(self)", body="self.made = SCALE"),
+        "",
+        "Reader().made",
+        rebound,
+    ),
+    "a descriptor": (
+        KEEPER.format(method="__get__(self, owner, kind)", body="self.kept") + "\nBase.kept_there = KEEPER",
+        "",
+        "self.kept_there",
+        assigned("KEEPER", "kept"),
+    ),
+    "a partial method": ("SCALE = 1.0", "", "self.scaled()", rebound),
+    "a single dispatch": (
+        "SCALE = 1.0\n@functools.singledispatch\ndef of(x): pass\n@of.register\ndef _(x: float): return SCALE",
+        "",
+        "of(1.0)",
+        rebound,
+    ),
+    "an attribute of a function": ("def of(): return of.x\nof.x = 1.0", "", "of()", assigned("of", "x")),
+    "another user's dictionary": (
+        "D = collections.UserDict(x=1.0)",
+        "",
+        'D["x"]',
+        lambda names: names["D"].update(x=3.0),
+    ),
+    "a chain of dictionaries": (
+        "D = collections.ChainMap(dict(x=1.0))",
+        "",
+        'D["x"]',
+        lambda names: names["D"].update(x=3.0),
+    ),
+    "a proxy of a dictionary": (
+        "D = dict(x=1.0)\nP = types.MappingProxyType(D)",
+        "",
+        'P["x"]',
+        lambda names: names["D"].update(x=3.0),
+    ),
+    "what a thread has": ("LOCAL = threading.local()\nLOCAL.x = 1.0", "", "LOCAL.x", assigned("LOCAL", "x")),
+    "a weak reference": ("class C:\n    x = 1.0\nO = C()\nW = weakref.ref(O)", "", "W().x", assigned("O", "x")),
+    "a pattern": (
+        "O = types.SimpleNamespace(x=1.0)",
+        "match O:\n            case types.SimpleNamespace(x=value): pass",
+        "value",
+        assigned("O", "x"),
+    ),
+    "the class of another network": (
+        "class Other(nn.Module):\n    x = 1.0\n    def forward(self, h): return h * self.x\nOTHER = Other()",
+        "h = OTHER(h)",
+        "1.0",
+        assigned("Other", "x"),
+    ),
+    "a function that an object has": (
+        "O = types.SimpleNamespace(of=lambda: 1.0)",
+        "",
+        "O.of()",
+        lambda names: setattr(names["O"], "of", lambda: 3.0),
+    ),
+}
+X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
+
+
+def network(before, first, value):
+    names: dict[str, Any] = {"__name__": "of_a_user"}
+    exec(SOURCE.format(before=before, first=first or "pass", value=value), names)
+    torch.manual_seed(0)
+    return names, [names["Net"]() for _ in range(3)]
+
+
+def loop(members):
+    return torch.stack([member(X, T) for member in members]).mean(0)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    module = types.ModuleType(ELSEWHERE)
+    vars(module)["x"] = 1.0
+    monkeypatch.setitem(sys.modules, ELSEWHERE, module)
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_a_change_is_noticed_at_the_next_call(idiom):
+    before, first, value, change = IDIOMS[idiom]
+    names, members = network(before, first, value)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):  # the next audit is at call 8
+            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
+        (entry,) = ensemble._engine.plans.entries
+        assert entry.calls == 4  # nothing has changed
+        was = loop(members)
+        change(names)
+        expected = loop(members)
+        assert (expected - was).abs().max() > 1e-2
+        assert relative_error(ensemble(X, T), expected) < 1e-6
+        assert relative_error(ensemble(X, T), expected) < 1e-6
+        (other,) = ensemble._engine.plans.entries
+        assert other.calls == 2
+
+
+HARMLESS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {  # what changes with each call, and no code reads it
+    "a global named as a method": ("", "h = h.t().t()", "1.0", lambda names, n: names.update(t=n)),
+    "a global named as a text": ("", 'h = {"x0": h}["x0"]', "1.0", lambda names, n: names.update(x0=n)),
+    "attributes of other names": (
+        "O = types.SimpleNamespace(x=1.0)",
+        "",
+        "O.x",
+        lambda names, n: setattr(names["O"], f"other_{n}", n),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", HARMLESS)
+def test_what_no_code_reads_changes_no_plan(place):
+    before, first, value, change = HARMLESS[place]
+    names, members = network(before, first, value)
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        for n in range(5):
+            change(names, n + 1000.5)
+            ensemble(X, T)
+    (entry,) = ensemble._engine.plans.entries
+    assert entry.calls == 5
+
+
+ODD = {  # objects that raise what they like where they are asked for anything
+    "slots": "class C:\n    __slots__ = ()\n    def __getattr__(self, name): raise KeyError(name)\nO = C()",
+    "a module": "class M(types.ModuleType):\n    def __getattr__(self, name): raise ImportError(name)\nO = M('odd')",
+    "a module without a name": "O = types.ModuleType('odd')\ndel O.__dict__['__name__']",
+    "a class of no module": "class C:\n    __module__ = None\nO = C()",
+    "a property": "class C:\n    @property\n    def shape(self): raise RuntimeError\nO = C()",
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_objects_are_left_alone(odd):
+    _, members = network(ODD[odd], "O, h.shape", "1.0")
+    ensemble = fastens.Ensemble(members)
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
+    (entry,) = ensemble._engine.plans.entries
+    assert entry.calls == 2
