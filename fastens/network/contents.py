@@ -69,10 +69,16 @@ def of_library(module: Any) -> bool:
 
 def inside(network: nn.Module) -> Looks:
     """All that attributes of a network's modules reach in containers and in objects, but for tensors and modules."""
+    skipped = {*TABLES, *HOOK_TABLES}
+    return Looks(
+        looks_inside([x for _, m in modules_of(network) for name, x in vars(m).items() if name not in skipped])
+    )
+
+
+def looks_inside(waiting: list[Any]) -> list[Look]:
+    """Looks at all that values reach so; the list is used up."""
     looks: list[Look] = []
     seen: dict[int, Any] = {}
-    skipped = {*TABLES, *HOOK_TABLES}
-    waiting = [x for _, m in modules_of(network) for name, x in vars(m).items() if name not in skipped]
     while waiting:
         value = waiting.pop()
         kind = type(value)  # what an object says of its class may be no more than that, or an error
@@ -90,7 +96,7 @@ def inside(network: nn.Module) -> Looks:
             if slots:
                 looks.append(functools.partial(_held_in, value, slots))
                 waiting += _held_in(value, slots)
-    return Looks(looks)
+    return looks
 
 
 def _held_in(value: Any, slots: list[Any]) -> list[Any]:

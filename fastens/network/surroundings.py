@@ -3,8 +3,9 @@
 Beginning with ``forward`` of every module, code is followed from name to name: into methods, functions, closures, and
 objects that modules hold. What these names stand for outside of the network (globals, attributes of classes and of
 Python's modules, context variables, variables of closures) and what is inside of containers and objects is kept, by
-identity, and compared with later. Libraries are not followed, nor is code beyond a thousand functions and objects. A
-network reads a few dozen such values at most.
+identity, and compared with later. Libraries are not followed: torch, the standard library, and what is installed, but
+for the packages that the network's modules are of; nor is code beyond a thousand functions and objects. A network reads
+a few dozen such values at most.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.code import functions_of, globals_in, imports_in, names_in
-from fastens.network.contents import Look, Looks, items_of, of_library
+from fastens.network.contents import Look, Looks, items_of, looks_inside, of_library
 from fastens.network.snapshots import is_atom, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})
@@ -147,6 +148,7 @@ class _Reader:
         self._named: list[Callable[[], None]] = []
         modules = [module for _, module in modules_of(network)]
         self._inside = {id(module) for module in modules}
+        self._packages = {_package(base.__module__) for module in modules for base in type(module).__mro__}
         self.modules = [_Attributes(vars(module)) for module in modules]
         for module in modules:
             self._class(type(module))
@@ -190,7 +192,7 @@ class _Reader:
         elif issubclass(kind, weakref.ref):
             self._waiting.append(value())
         elif issubclass(kind, types.ModuleType):
-            if not of_library(vars(value).get("__name__")):
+            if not self._of_library(vars(value).get("__name__")):
                 self._named_in(vars(value), vars(value))
         elif issubclass(kind, type):
             self._class(value)
@@ -202,8 +204,13 @@ class _Reader:
         else:
             self._object(value, kind)
 
+    def _of_library(self, module: Any) -> bool:
+        """Whether a Python module is of torch, the standard library, or installed and no package of the network's."""
+        package = _package(module)
+        return of_library(package) or (package not in self._packages and _installed(package))
+
     def _function(self, function: types.FunctionType) -> None:
-        if of_library(function.__module__):
+        if self._of_library(function.__module__):
             return
         code, names = function.__code__, function.__globals__
         self.names |= names_in(code)
@@ -225,12 +232,12 @@ class _Reader:
             parts = importlib.util.resolve_name(name, package).split(".")
         except ImportError:
             return
-        if not of_library(parts[0]):
+        if not self._of_library(parts[0]):
             self._named_in(sys.modules, sys.modules, {".".join(parts[: i + 1]) for i in range(len(parts))})
 
     def _class(self, kind: type) -> None:
         for base in kind.__mro__:
-            if id(base) in self._owners or of_library(base.__module__):
+            if id(base) in self._owners or self._of_library(base.__module__):
                 continue
             self._named_in(base, vars(base))
             for name, value in vars(base).items():  # methods that Python calls, though no code names them
@@ -249,7 +256,7 @@ class _Reader:
         self._looks += looks
         self._waiting += items
         attributes = vars(value) if kind.__dictoffset__ else {}
-        if not of_library(kind.__module__):
+        if not self._of_library(kind.__module__):
             self._class(kind)
             if kind.__dictoffset__:
                 self._named_in(attributes, attributes, code=True)
@@ -288,11 +295,24 @@ class _Reader:
         """Follow what a module of the network holds; that it is another object is noticed elsewhere."""
         for name in (attributes.keys() & self.names) - followed:
             followed.add(name)
-            self._waiting.append(attributes[name])
+            value = attributes[name]
+            self._waiting.append(value)
+            module = type(value).__module__
+            if self._of_library(module) and not of_library(module):  # an object of a package for settings, or the like
+                self._looks += looks_inside([value])
 
     def _watch(self, look: Callable[[Any], tuple[Any, ...]], owner: Any) -> None:
         self._looks.append(functools.partial(look, owner))
         self._waiting += look(owner)
+
+
+def _package(module: Any) -> str:
+    return module.partition(".")[0] if isinstance(module, str) else ""
+
+
+def _installed(package: str) -> bool:
+    path = getattr(sys.modules.get(package), "__file__", None)
+    return isinstance(path, str) and not {"site-packages", "dist-packages"}.isdisjoint(path.split(os.sep))
 
 
 def _content_of_cell(cell: types.CellType) -> tuple[Any, ...]:
