@@ -54,8 +54,9 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     if writes:
         if isinstance(results[0], Tensor) and results[0].shape != args[0].shape:
             raise NotFoldable(f"{name} changes the shape of what it writes to")
-        for key, target in targets.items():
-            fold.stack(target).copy_(torch.stack(columns[key]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _initialises(func)):
+            for key, target in targets.items():
+                fold.stack(target).copy_(torch.stack(columns[key]))
         return args[0] if isinstance(results[0], Tensor) else None
     storages = {memory_of(x[0]) for x in columns.values()} - {None}
     return stacked(fold, results, name, storages)
@@ -83,3 +84,8 @@ def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None]
                 raise ReadsValues(f"{name} gives members different values")
             joined.append(first)
     return pytree.tree_unflatten(joined, flat[0][1])
+
+
+def _initialises(func: Any) -> bool:
+    """Whether a function initialises weights, which none of torch's differentiates."""
+    return getattr(func, "__module__", "") == torch.nn.init.__name__

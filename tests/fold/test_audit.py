@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library
 
 
 class Scaled(nn.Module):
-    """A network whose Python state is in a list, where no write is noticed."""
+    """A network whose Python state is in an array, where no write is noticed."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 4)
-        self.scales = [1.0, 2.0]
+        self.scales = np.array([1.0, 2.0], dtype=object)
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)) * self.scales[0]) * self.scales[1]
@@ -33,7 +34,7 @@ def in_memory(ensemble):
     next(ensemble.parameters()).detach().numpy()[...] *= 2
 
 
-def in_a_list(ensemble):
+def in_an_array(ensemble):
     ensemble.network.scales[1] = 3.0
 
 
@@ -42,7 +43,7 @@ def through_the_stacks(ensemble):
         p.data.mul_(0.5)
 
 
-UNNOTICED = [in_memory, in_a_list, through_the_stacks]
+UNNOTICED = [in_memory, in_an_array, through_the_stacks]
 
 
 def planned_ensemble(rule="mean"):

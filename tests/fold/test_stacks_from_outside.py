@@ -29,15 +29,15 @@ INITIALISERS = {
     "ones": nn.init.ones_,
     "eye": nn.init.eye_,
     "orthogonal": nn.init.orthogonal_,
+    "constant": lambda w: nn.init.constant_(w, 0.1),
+    "normal": nn.init.normal_,
+    "kaiming": nn.init.kaiming_uniform_,
     "normal of data": lambda w: w.data.normal_(),
     "uniform of data": lambda w: w.detach().uniform_(-1, 1),
     "new, then copied": lambda w: w.data.copy_(w.new_empty(6, 6).normal_()),
     "zeros like": lambda w: w.data.add_(torch.zeros_like(w).normal_()),
 }
 REFUSED = {
-    "constant": lambda w: nn.init.constant_(w, 0.1),
-    "normal": nn.init.normal_,
-    "kaiming": nn.init.kaiming_uniform_,
     "trunc_normal": nn.init.trunc_normal_,
     "set": lambda w: w.set_(w.detach().clone() * 2),
     "set of data": lambda w: w.data.set_(torch.zeros(6, 6)),
@@ -49,20 +49,22 @@ def weights(change):
     return lambda module: change(module.weight) if isinstance(module, nn.Linear) else None
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("kind", INITIALISERS)
-def test_initialised_members_are_what_they_say(kind, engine, monkeypatch):
+def test_initialised_members_are_what_they_say(kind, engine, grad, monkeypatch):
     """And independent of each other where numbers are drawn; a plan notices."""
     monkeypatch.setenv("FASTENS_AUDIT", "off")
     ensemble, x = fastens.Ensemble([sequential() for _ in range(3)], engine=engine), torch.randn(2, 6)
     with torch.no_grad():
         ensemble(x)
-        ensemble.apply(weights(INITIALISERS[kind]))
+        with torch.set_grad_enabled(grad):
+            ensemble.apply(weights(INITIALISERS[kind]))
         members = list(ensemble.members)
         for _ in range(2):
             near(ensemble(x), mean_of(members, x))
     same = torch.equal(members[0][0].weight, members[1][0].weight)
-    assert same == (kind in ("ones", "eye"))
+    assert same == (kind in ("ones", "eye", "constant"))
 
 
 @pytest.mark.parametrize("engine", ["auto", "loop"])
