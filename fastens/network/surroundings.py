@@ -52,6 +52,8 @@ class _Known:
     def __init__(self, looks: list[Look], absent: list[tuple[Any, Set[str]]], epoch: int) -> None:
         self._looks, self._absent, self.epoch = Looks(looks), absent, epoch
         self._owners = [owner for owner, _ in absent]
+        # where names go, too, another may come: not from modules of Python's and classes
+        self._objects = [x for x in self._owners if not isinstance(x, types.MappingProxyType) and "__spec__" not in x]
         self._sizes: Any = None
         self._none_came()
 
@@ -61,7 +63,7 @@ class _Known:
 
     def _none_came(self) -> bool:
         """Whether no name is there that was not: looked for where there are other names, and another last one."""
-        sizes = [*map(len, self._owners), *map(next, map(reversed, self._owners), itertools.repeat(None))]
+        sizes = [*map(len, self._owners), *map(next, map(reversed, self._objects), itertools.repeat(None))]
         if sizes != self._sizes:
             if not all(owner.keys().isdisjoint(names) for owner, names in self._absent):
                 return False
