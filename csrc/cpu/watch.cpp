@@ -24,7 +24,7 @@ bool layout_of(AtenTensorHandle tensor, uint64_t& layout) {
   }
   layout = static_cast<uint64_t>(dtype) << 8 | static_cast<uint64_t>(dim);
   uint64_t of_size = 0x9E3779B97F4A7C15, of_stride = 0xC2B2AE3D27D4EB4F;  // odd, and others for each dimension
-  for (int64_t i = 0; i < dim; ++i) {  // products that do not wait for each other
+  for (int64_t i = 0; i < dim; ++i) {                                     // products that do not wait for each other
     layout += of_size * static_cast<uint64_t>(sizes[i]) ^ of_stride * static_cast<uint64_t>(strides[i]);
     of_size *= 0xD1342543DE82EF95;
     of_stride *= 0xD1342543DE82EF95;
