@@ -100,7 +100,7 @@ class Questions:
     def _is_watched(self, member: nn.Module, writes: Any, kind: Any) -> bool:
         seen, modules = self._with_fast_paths.get(member, (None, []))
         if seen is None or seen != writes:
-            modules = list(filter(lambda each: isinstance(each, _WITH_FAST_PATHS), member.modules()))
+            modules = list[nn.Module](each for each in member.modules() if isinstance(each, _WITH_FAST_PATHS))
             self._with_fast_paths[member] = writes, modules
         if any(map(_may_be_fast, modules)):
             return False

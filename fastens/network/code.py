@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
+
+# what has a life of its own, or is no state: attributes of such objects are left alone
+_LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
+
+
+def of_library(module: Any) -> bool:
+    """Whether what a Python module of this name defines is a library's, whose own state nobody changes."""
+    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
-from fastens.network.snapshots import LIBRARIES, is_atom, slots_in, slots_of
+from fastens.network.code import of_library
+from fastens.network.snapshots import is_atom, slots_in, slots_of
 
 Look = Callable[[], Iterable[Any]]
 
@@ -60,11 +61,6 @@ def items_of(value: Any) -> tuple[list[Look], list[Any]]:
     contents = () if container is None else _CONTAINERS[container]
     looks = [] if container in _FIXED else [functools.partial(content, value) for content in contents]
     return looks, [item for content in contents for item in content(value)]
-
-
-def of_library(module: Any) -> bool:
-    """Whether what a Python module of this name defines is a library's, whose own state nobody changes."""
-    return isinstance(module, str) and module.partition(".")[0] in LIBRARIES
 
 
 def inside(network: nn.Module) -> Looks:

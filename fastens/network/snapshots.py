@@ -13,7 +13,6 @@ import enum
 import functools
 import pickle
 import random
-import sys
 import threading
 import types
 import weakref
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
+from fastens.network.code import of_library
 
 
 class Kind(NamedTuple):
@@ -156,8 +156,6 @@ _ATOMS = frozenset((
     torch.memory_format, types.BuiltinFunctionType, types.ModuleType,
 ))  # fmt: skip
 _CONTAINERS = frozenset((dict, collections.OrderedDict, list, set, tuple))  # which reach nothing while they are empty
-# what has a life of its own, or is no state: attributes of such objects are left alone
-LIBRARIES = frozenset(sys.stdlib_module_names) - {"collections", "types", "argparse"} | {"torch", "numpy", "fastens"}
 _KNOWN: weakref.WeakKeyDictionary[type, tuple[Kind, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -175,7 +173,7 @@ def _find_kinds(kind: type) -> Iterable[Kind]:
         yield _BUILT_IN[known]
     if kind in _BUILT_IN or issubclass(kind, type | Tensor | enum.Enum):
         return
-    if kind.__module__.partition(".")[0] not in LIBRARIES or issubclass(kind, nn.Module):
+    if not of_library(kind.__module__) or issubclass(kind, nn.Module):
         if kind.__dictoffset__:
             yield _ATTRIBUTES
         members = list(slots_of(kind))

@@ -56,7 +56,9 @@ class NetworkState:
         seen = {id(module) for _, module in modules}
         seen.update(id(x) for _, m in modules for table in (m._parameters, m._buffers) for x in dict.values(table))
         self._saved = [_OfModule(f"{path}." if path else "", module, seen) for path, module in modules]
-        self._outside = GlobalState(code_of(network), seen)
+        code: set[type | types.FunctionType] = {class_of(module) for _, module in modules}
+        code.update(x for _, m in modules for x in vars(m).values() if type(x) is types.FunctionType)
+        self._outside = GlobalState(code, seen)
         self._draws = GlobalDraws() if self._outside.draws else None
 
     def shared(self) -> str:
@@ -84,13 +86,6 @@ class NetworkState:
         changed |= outside
         changed.outside = bool(outside)
         return changed
-
-
-def code_of(network: nn.Module) -> set[type | types.FunctionType]:
-    """The classes of a network's modules, and functions that are attributes of theirs."""
-    modules = [module for _, module in modules_of(network)]
-    code: set[type | types.FunctionType] = {class_of(module) for module in modules}
-    return code | {x for module in modules for x in vars(module).values() if type(x) is types.FunctionType}
 
 
 class _OfModule:

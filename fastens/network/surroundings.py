@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of
-from fastens.network.code import functions_of, globals_in, imports_in, names_in
-from fastens.network.contents import Look, Looks, items_of, looks_inside, of_library
+from fastens.network.code import functions_of, globals_in, imports_in, names_in, of_library
+from fastens.network.contents import Look, Looks, items_of, looks_inside
 from fastens.network.snapshots import is_atom, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})

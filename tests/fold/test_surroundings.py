@@ -10,6 +10,7 @@ import torch
 
 import fastens
 from fastens import _native
+from tests.fold.noticing import T, X, check_noticed, loop
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
@@ -144,7 +145,6 @@ WAYS = {  # of the code to the expression
     "an object that is called": "self.callable(self, h)",
     "a bound method": "self.bound(self, h)",
 }
-X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
 
 
 def network(place, way):
@@ -160,10 +160,6 @@ def members_of(names):
     return [names["Net"]() for _ in range(3)]
 
 
-def loop(members):
-    return torch.stack([member(X, T) for member in members]).mean(0)
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv("FASTENS_TEST_SCALE", "1")
@@ -173,23 +169,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_change_is_noticed_at_the_next_call(place, way):
     names = network(place, way)
-    members = members_of(names)
-    ensemble = fastens.Ensemble(members)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):  # the next audit is at call 8
-            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
-        (entry,) = ensemble._engine.plans.entries
-        assert entry.calls == 4  # nothing has changed
-        before = loop(members)
-        PLACES[place][1](names, [*members, ensemble])
-        expected = loop(members)
-        assert (expected - before).abs().max() > 1e-2
-        for _ in range(2):
-            assert relative_error(ensemble(X, T), expected) < 1e-6
-        (other,) = ensemble._engine.plans.entries
-        assert other is not entry
-        assert other.calls == 2
+    check_noticed(members_of(names), lambda nets: PLACES[place][1](names, nets))
 
 
 def test_what_is_not_read_changes_no_plan():

@@ -2,7 +2,6 @@
 
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import fastens
 from fastens import _native
+from tests.fold.noticing import T, X, check_noticed, loop
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
@@ -155,7 +155,6 @@ IDIOMS: dict[
         lambda names: setattr(names["O"], "of", lambda: 3.0),
     ),
 }
-X, T = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
 
 
 def network(before, first, value):
@@ -163,10 +162,6 @@ def network(before, first, value):
     exec(SOURCE.format(before=before, first=first or "pass", value=value), names)
     torch.manual_seed(0)
     return names, [names["Net"]() for _ in range(3)]
-
-
-def loop(members):
-    return torch.stack([member(X, T) for member in members]).mean(0)
 
 
 @pytest.fixture(autouse=True)
@@ -180,21 +175,7 @@ def elsewhere(monkeypatch):
 def test_a_change_is_noticed_at_the_next_call(idiom):
     before, first, value, change = IDIOMS[idiom]
     names, members = network(before, first, value)
-    ensemble = fastens.Ensemble(members)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):  # the next audit is at call 8
-            assert relative_error(ensemble(X, T), loop(members)) < 1e-6
-        (entry,) = ensemble._engine.plans.entries
-        assert entry.calls == 4  # nothing has changed
-        was = loop(members)
-        change(names)
-        expected = loop(members)
-        assert (expected - was).abs().max() > 1e-2
-        assert relative_error(ensemble(X, T), expected) < 1e-6
-        assert relative_error(ensemble(X, T), expected) < 1e-6
-        (other,) = ensemble._engine.plans.entries
-        assert other.calls == 2
+    check_noticed(members, lambda nets: change(names))
 
 
 HARMLESS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {  # what changes with each call, and no code reads it
