@@ -11,7 +11,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -34,12 +36,12 @@ SAID = {
 }
 
 
-def work(pipe: Connection, shrinks: bool, only: str | None, length: int | None) -> None:
+def work(pipe: Connection, shrinks: bool, only: str | None, draw: Callable[[int], Case]) -> None:
     """Run the seeds that come through a pipe, and send each one's outcome back."""
     torch.set_num_threads(1)
     while (seed := pipe.recv()) is not None:
         try:
-            outcome = run_case(filtered(draw_case(seed, length), only))
+            outcome = run_case(filtered(draw(seed), only))
             small = source(shrunk(outcome.case, run_case, 60)) if shrinks and outcome.fault else ""
             pipe.send((seed, outcome, small, ""))
         except Exception:
@@ -118,7 +120,9 @@ class Tally:
         return "\n".join(lines)
 
 
-def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None, length: int | None) -> Tally:
+def run(
+    seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None, draw: Callable[[int], Case]
+) -> Tally:
     """Run seeds in processes of their own, so that a crash or a hang is one fault."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     tally, waiting = Tally(), list(reversed(seeds))
@@ -126,7 +130,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, shrinks, only, length), daemon=True)
+        process = context.Process(target=work, args=(theirs, shrinks, only, draw), daemon=True)
         process.start()
         theirs.close()
         give(ours, process)
@@ -149,7 +153,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
                 _, outcome, small, error = pipe.recv()
             except EOFError:
                 process.join()
-                lost(tally, draw_case(seed, length), f"crashed, exit status {process.exitcode}")
+                lost(tally, draw(seed), f"crashed, exit status {process.exitcode}")
                 del workers[pipe]
                 if waiting:
                     start()
@@ -167,7 +171,7 @@ def run(seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | No
             if time.monotonic() - since > limit:
                 process.kill()
                 process.join()
-                lost(tally, draw_case(seed, length), f"took more than {limit:.0f} s")
+                lost(tally, draw(seed), f"took more than {limit:.0f} s")
                 del workers[pipe]
                 if waiting:
                     start()
@@ -191,6 +195,9 @@ def main() -> int:
         "--limit", type=float, default=180.0, help="seconds that a network may take, shrinking included"
     )
     parser.add_argument("--length", type=int, help="steps of each sequence, instead of three to eight")
+    parser.add_argument(
+        "--samplers", type=int, default=0, help="how many samplers, of 10 to 60 calls each, run in each sequence"
+    )
     parser.add_argument("--steps", help="only these steps of a sequence, by name, with commas; -name: all but this one")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they are")
     parser.add_argument("--case", help="run one case, as printed, and shrink it")
@@ -205,7 +212,8 @@ def main() -> int:
         return int(outcome.fault is not None)
     began = time.monotonic()
     seeds = list(range(options.seed, options.seed + options.networks))
-    tally = run(seeds, options.jobs, not options.no_shrink, options.limit, options.steps, options.length)
+    draw = partial(draw_case, length=options.length, samplers=options.samplers)
+    tally = run(seeds, options.jobs, not options.no_shrink, options.limit, options.steps, draw)
     print(f"\nseeds {options.seed} to {options.seed + options.networks - 1}, {time.monotonic() - began:.0f} s\n{tally}")
     return int(tally.shares["wrong"] + tally.shares["raised"] + tally.shares["crashed"] > 0 or bool(tally.broken))
 

@@ -15,13 +15,13 @@ from tests.fuzz.sequences import STEPS, draw_steps
 SMALL = 0.02
 
 
-def draw_case(seed: int, length: int | None = None) -> Case:
-    """The case of a seed, of so many steps or of a drawn number."""
+def draw_case(seed: int, length: int | None = None, samplers: int = 0) -> Case:
+    """The case of a seed; see :func:`draw_steps` for the others."""
     engine = Random(f"engine {seed}").choices(["auto", "loop", "fold"], [92, 5, 3])[0]
     network, draw = draw_network(seed), Random(f"options {seed}")
     most = draw.choice([1, network.rows, 2 * network.rows]) if draw.random() < 0.06 else None
     built = "inference" if draw.random() < 0.02 else "plain"
-    return Case(network, draw_steps(seed, length), engine, most, built)
+    return Case(network, draw_steps(seed, length, samplers), engine, most, built)
 
 
 def run_case(case: Case, make: Callable[..., Any] = fastens.Ensemble) -> Outcome:

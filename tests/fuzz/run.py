@@ -146,8 +146,14 @@ class Run:
             self.outcome.invalid.append(f"{self.step}: {brief(error)} at {place(error)}")
             raise then from None
 
-    def call(self, call: Call, how: str = "call") -> None:
-        """Evaluate one call, as an aggregate, as outputs of the members, or with their variance."""
+    def call(self, call: Call, how: str = "call", then: Callable[[Any], Any] = lambda answer: None) -> None:
+        """Evaluate one call, as an aggregate, as outputs of the members, or with their variance.
+
+        Args:
+            call: the arguments.
+            how: call, members or variance.
+            then: what is done with a right answer, before it is written to.
+        """
         args, kwargs = call
         theirs = copied(call)
         expected = self.loop(lambda member: member(*theirs[0], **theirs[1]))
@@ -171,6 +177,7 @@ class Run:
             for a, b in zip(pytree.tree_leaves(call), pytree.tree_leaves(before), strict=True):
                 if isinstance(a, Tensor) and not torch.equal(a, b):
                     raise Mismatch("an input was modified")
+            then(answer)
             if not torch.is_grad_enabled():
                 spoil(answer)
 

@@ -33,12 +33,20 @@ def step(weight: float) -> Callable[[Callable[[Run, Random], None]], Callable[[R
 FIRST = ("threads", "gradients", "numbers", "autocast", "inference", "drawn", "functional", "degenerate", "enabled")
 
 
-def draw_steps(seed: int, length: int | None = None) -> tuple[tuple[str, int], ...]:
-    """Draw a sequence, of so many steps; most begin as a sampler does, and some with what is rarely a first call."""
+def draw_steps(seed: int, length: int | None = None, samplers: int = 0) -> tuple[tuple[str, int], ...]:
+    """Draw a sequence, of so many steps; most begin as a sampler does, and some with what is rarely a first call.
+
+    Args:
+        seed: of the sequence.
+        length: how many steps, three to eight where None.
+        samplers: how many samplers run besides, anywhere among the steps.
+    """
     draw = Random(f"steps {seed}")
     first = [draw.choice(FIRST)] if draw.random() < 0.3 else []
     count = draw.randrange(3, 9) if length is None else length
     names = [*first, "sample", *draw.choices(list(STEPS), list(SHARES.values()), k=count)]
+    for _ in range(samplers):
+        names.insert(draw.randrange(1, len(names) + 1), "sampler")
     return tuple((name, draw.randrange(10_000)) for name in names)
 
 
@@ -48,6 +56,27 @@ def sample(run: Run, draw: Random) -> None:
     with torch.no_grad():
         for _ in range(3):
             run.call(run.make(draw, Form(run.spec.rows)))
+
+
+@step(0.5)
+def sampler(run: Run, draw: Random) -> None:
+    """A sampler to its end: many calls of one signature, each on what was made of the answer before."""
+    (x, _, *context), _ = run.make(draw, Form(run.spec.rows))
+    replaces, kept = draw.random() < 0.5, copied(((x,), {}))[0][0]
+
+    def onwards(answer: Any) -> None:
+        nonlocal x
+        scores = [leaf for leaf in pytree.tree_leaves(answer) if oracle.is_score(leaf) and leaf.shape == x.shape]
+        step = torch.tanh(scores[0] if scores else kept).to(x.dtype)
+        if replaces:
+            x = x * 0.75 + step * 0.5
+        else:
+            x.mul_(0.75).add_(step, alpha=0.5)
+
+    with torch.no_grad():
+        for _ in range(draw.choice([10, 25, 60])):
+            time = run.make(draw, Form(run.spec.rows))[0][1]
+            run.call(((x, time, *context), {}), then=onwards)
 
 
 @step(3)
