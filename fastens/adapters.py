@@ -60,7 +60,7 @@ class MemberLike(nn.Module):
         engine = self.__dict__["_engine"]
         member = next(network.children()) if engine is None else network
         try:
-            value = getattr(member, name) if engine is None else engine.attribute(name)
+            value = network.attribute(name) if engine is None else engine.attribute(name)
         except AttributeError:
             error = AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             error.add_note(f"its members, of class {type(member).__name__}, have none either")

@@ -26,6 +26,7 @@ from fastens.engine.entering import call
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
+from fastens.network.modules_apart import ModulesApart
 from fastens.network.stacking import AS_THEY_ARE, DifferentMembers, Placement, check_members, set_format, stack_members
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, combined, enters, plain, stacked
@@ -140,7 +141,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _hold(self, modules: Sequence[nn.Module], why: str) -> None:
         self.__dict__.update(_engine=None, _why_loop=why)
-        self.network = nn.ModuleList(modules)
+        self.network = ModulesApart(modules)
         self._become_member_like(modules[0])
 
     def _become_member_like(self, member: nn.Module) -> None:
@@ -214,7 +215,10 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _call_module(self, k: int, arguments: Arguments, method: str = "forward") -> Any:
         """What member k returns, where members are modules of their own."""
-        return call(list(self.network.children())[k], method, *arguments.of_member(k))
+        apart: Any = self.network
+        member = apart.get()[k]
+        with apart.running([k]):
+            return call(member, method, *arguments.of_member(k))
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""

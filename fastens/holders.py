@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastens.internal import engine_of
+from fastens.internal import engine_of, modules_apart
 from fastens.network.asked import answered
 from fastens.network.member_tables import called, settle
 from fastens.network.rollback import Rollback
@@ -52,6 +52,10 @@ class Holders:
             with called() if self._views else nullcontext(), ExitStack() as scopes:
                 if self._views and (engine := engine_of(self.ensemble)) is not None:
                     scopes.enter_context(engine.running())
+                elif engine_of(self.ensemble) is None:
+                    apart = modules_apart(self.ensemble)
+                    apart.get()
+                    scopes.enter_context(apart.running(range(len(self.modules))))
                 for view in self.modules if self._views else ():
                     scopes.enter_context(answered(view))
                 if whole:

@@ -7,7 +7,7 @@ So what only this package needs is asked for by functions, which hide no attribu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastens.engine.arguments import Arguments
     from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
+    from fastens.network.modules_apart import ModulesApart
     from fastens.views import Views
 
 Args = tuple[Any, ...]
@@ -84,6 +85,11 @@ def outputs_of(ensemble: Ensemble, args: Args, kwargs: Kwargs) -> list[Any]:
 def output_of_member(ensemble: Ensemble, k: int, arguments: Arguments, method: str = "forward") -> Any:
     """What member k returns, where members are looped as the modules that they are."""
     return ensemble._call_module(k, arguments, method)
+
+
+def modules_apart(ensemble: Ensemble) -> ModulesApart:
+    """The members, where they are looped as the modules that they are."""
+    return cast("ModulesApart", ensemble.network)
 
 
 def output_by_rows(ensemble: Ensemble, assigned: Assignment, args: Args, kwargs: Kwargs) -> Any:

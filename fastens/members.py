@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastens.internal import engine_of
+from fastens.internal import engine_of, modules_apart
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
@@ -38,7 +38,7 @@ class Members(Sequence[nn.Module]):
         k = checked_index(k, len(self))
         ensemble = self._ensemble
         engine = engine_of(ensemble)
-        return copied(list(ensemble.network.children())[k]) if engine is None else engine.member(k)
+        return copied(modules_apart(ensemble).get()[k]) if engine is None else engine.member(k)
 
 
 def checked_index(k: int, num_members: int) -> int:

@@ -32,7 +32,7 @@ class Pickled(nn.Module):
         """What :func:`rebuild` takes; then what is its own and may refer to it: attributes, hooks, draws."""
         engine = self._engine
         if engine is None:
-            content: Any = (None, list(self.network), self.__dict__["_why_loop"])
+            content: Any = (None, self.network.get(), self.__dict__["_why_loop"])
         else:
             skeleton = engine.skeleton
             content = (skeleton, tensors_of(self.network), engine.shared, *engine.states_of_copy(skeleton))

@@ -16,7 +16,7 @@ from fastens.distributed.place import Place
 from fastens.distributed.shares import Share, check_alike, checksum, facts_of
 from fastens.engine.engine import Engine
 from fastens.ensemble import Ensemble
-from fastens.internal import base_of, engine_of, hold_modules, hold_stacks, settings_of, why_looped
+from fastens.internal import base_of, engine_of, hold_modules, hold_stacks, modules_apart, settings_of, why_looped
 from fastens.members import copied
 from fastens.network.stacking import check_members, stack_members, tensors_of
 from fastens.settings import check_settings
@@ -76,7 +76,7 @@ def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
     check_alike(place.control, {**facts, "the weights": checksum(whole)})
     made = over(base_of(ensemble), ensemble.num_members, ensemble.rule, settings_of(ensemble), place, share)
     if engine is None:
-        modules = [copied(each) for each in list(ensemble.network.children())[share.slice]]
+        modules = [copied(each) for each in modules_apart(ensemble).get()[share.slice]]
         hold_modules(made, modules, why_looped(ensemble))
     else:
         if engine.remember:

@@ -1,18 +1,84 @@
-"""Values that looped members wrote to themselves and that were handed out: what others change in one is done to all."""
+"""What looped members have each its own of, and one was handed out of: what others change in it is done to all."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastens.fold.tensor import TABLES, modules_of
+from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.deep_copies import copied
+from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import can_change, is_atom
 
 _SEQUENCES = list | collections.deque
+_REACHED = Tensor | tuple | nn.Module
+
+
+class HandOuts:
+    """The values of looped members that were handed out, by the names of their attributes.
+
+    Args:
+        why: members have values of their own.
+    """
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self._values: dict[str, HandedOut] = {}
+        self._lock, self._running = threading.Lock(), 0  # calls of members in progress
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def __reduce__(self) -> Any:
+        """A copy is of members of which nothing is handed out."""
+        return HandOuts, (self._why,)
+
+    def add(self, name: str, members: Sequence[nn.Module]) -> None:
+        """Take note that the first member's value of an attribute is handed out, where all have one that can change."""
+        known = self._values.get(name)
+        if known is not None and known.held_by(members):
+            return
+        values = [own_value(member, name) for member in members]
+        if len({id(x) for x in values}) > 1 and all(isinstance(x, Tensor | nn.Module) or can_change(x) for x in values):
+            self._values[name] = HandedOut(name, values, self._why)
+
+    @contextmanager
+    def running(self, members: Iterable[int]) -> Iterator[None]:
+        """Scope of code of some members, which may change what was handed out of theirs."""
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                for each in self._values.values():
+                    for k in members:
+                        each.look(k)
+
+    def follow(self, members: Sequence[nn.Module], anew: Callable[[str], bool] = lambda name: False) -> None:
+        """Do to all members what others did to what was handed out of the first.
+
+        Args:
+            members: all of them.
+            anew: whether an attribute was given another value since, by its name.
+        """
+        with self._lock:
+            if self._running:
+                return
+            self._values = {name: x for name, x in self._values.items() if not anew(name) and x.held_by(members)}
+            for each in self._values.values():
+                each.follow()
 
 
 class HandedOut:
@@ -21,15 +87,20 @@ class HandedOut:
     Args:
         name: of the attribute.
         values: of the members.
+        why: members have values of their own.
     """
 
-    def __init__(self, name: str, values: list[Any]) -> None:
-        self._name, self.values = name, values
+    def __init__(self, name: str, values: list[Any], why: str) -> None:
+        self._name, self._values, self._why = name, values, why
         self._seen = [_seen(value) for value in values]
 
     def look(self, k: int) -> None:
         """Take member k's value as it is now for what its own code made of it."""
-        self._seen[k] = _seen(self.values[k])
+        self._seen[k] = _seen(self._values[k])
+
+    def held_by(self, members: Sequence[nn.Module]) -> bool:
+        """Whether members have these values still."""
+        return all(own_value(member, self._name) is x for member, x in zip(members, self._values, strict=True))
 
     def follow(self) -> None:
         """Do to all members' values what others did to the first member's.
@@ -41,18 +112,72 @@ class HandedOut:
         if not _changed(first):
             return
         if not any(map(_changed, others)):  # else it was code of theirs, which a checkpoint runs again
-            try:
-                for edit, value in list(_edits(first, others)):
-                    edit(value)
-            except _Unclear:
-                for node in _nodes(first):
-                    _put_back(node)
-                raise ValueError(
-                    f"{self._name} was changed in place, which reached the first member only, since members wrote to "
-                    f"it themselves, each its own: set it anew, as by ens.{self._name} = ...; lists can be emptied and "
-                    "extended, and items set"
-                ) from None
-        self._seen = [_seen(value) for value in self.values]
+            _do_to_all(self._name, first, others, self._why)
+        self._seen = [_seen(value) for value in self._values]
+
+
+class ValuesInside:
+    """What the network of all members holds that can change in place, of which members write to their own.
+
+    Args:
+        network: of all members.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._seen = [
+            (path, module, name, _seen(value))
+            for path, module in modules_of(network)
+            for name, value in vars(module).items()
+            if name not in TABLES and name not in HOOK_TABLES and can_change(value)
+        ]
+
+    def follow(self, written: Any, members: list[nn.Module], given: list[nn.Module], why: str) -> None:
+        """Do to the values of members that wrote to theirs what others did to the network's; and to what was given.
+
+        Args:
+            written: identities of modules, and names of their attributes, that were given other values since.
+            members: all of them.
+            given: the same as they were before code of their own ran.
+            why: members have values of their own.
+
+        Raises:
+            ValueError: it depends on what the network has there, which members have not; it is undone.
+        """
+        changed = [
+            (path, name, node)
+            for path, module, name, node in self._seen
+            if (id(module), name) not in written and vars(module).get(name) is node.value and _changed(node)
+        ]
+        if not changed:
+            return
+        apart = [attributes_apart(*both, {"training"}) for both in zip(members, given, strict=True)]
+        own, before = [dict(modules_of(x)) for x in members], [dict(modules_of(x)) for x in given]
+        for path, name, node in changed:
+            pairs = [(mine.get(path), was[path]) for mine, was in zip(own, before, strict=True)]
+            if any(m is not None and name in differ(m, was) for differ, (m, was) in zip(apart, pairs, strict=True)):
+                values = [vars(x)[name] for pair in pairs for x in pair if x is not None and name in vars(x)]
+                _do_to_all(f"{path}.{name}" if path else name, node, [_seen(value) for value in values], why)
+
+
+def _do_to_all(name: str, first: _Node, others: Sequence[_Node], why: str) -> None:
+    """Do to other values what others did to one; where that cannot be told, undo it and raise."""
+    try:
+        for edit, value in list(_edits(first, others)):
+            edit(value)
+    except _Unclear:
+        for node in _nodes(first):
+            _put_back(node)
+        raise ValueError(
+            f"{name} was changed in place, which reached the first member only, since {why} set it anew, as by "
+            f"ens.{name} = ...; lists can be emptied and extended, and items and flags set"
+        ) from None
+
+
+def own_value(member: nn.Module, name: str) -> Any:
+    """A member's own value of an attribute, none where it has its class's."""
+    own = vars(member)
+    tables = (own, *(own[table] for table in ("_modules", "_parameters", "_buffers")))
+    return next((table[name] for table in tables if name in table), None)
 
 
 class _Unclear(Exception):
@@ -70,11 +195,13 @@ class _Node(NamedTuple):
 def _content(value: Any) -> dict[Any, Any]:
     """What a value consists of, by position, key or name."""
     if isinstance(value, Tensor):
-        return {"version": None if value.is_inference() else value._version}
+        return {"version": None if value.is_inference() else value._version, "trained": value.requires_grad}
     if isinstance(value, np.ndarray):
         return {"values": value.tobytes()}
     if isinstance(value, _SEQUENCES | tuple):
         return dict(enumerate(value))
+    if isinstance(value, MemberTable):  # parts of stacks, which are all members'
+        return {}
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, set | frozenset):
@@ -82,12 +209,12 @@ def _content(value: Any) -> dict[Any, Any]:
     return dict(getattr(value, "__dict__", {}))
 
 
-def _seen(value: Any, above: frozenset[int] = frozenset()) -> _Node:
-    content, above = _content(value), above | {id(value)}
+def _seen(value: Any, known: set[int] | None = None) -> _Node:
+    content, known = _content(value), known or set()
+    known.add(id(value))
     parts = {} if isinstance(value, Tensor | np.ndarray | set | frozenset) else content
-    deeper = {key: x for key, x in parts.items() if not is_atom(x) and id(x) not in above}
-    deeper = {key: x for key, x in deeper.items() if isinstance(x, Tensor | tuple) or can_change(x)}
-    return _Node(value, content, {key: _seen(x, above) for key, x in deeper.items()})
+    deeper = {k: x for k, x in parts.items() if not is_atom(x) and (isinstance(x, _REACHED) or can_change(x))}
+    return _Node(value, content, {key: _seen(x, known) for key, x in deeper.items() if id(x) not in known})
 
 
 def _nodes(node: _Node) -> list[_Node]:
@@ -135,6 +262,10 @@ def _edits(node: _Node, others: Sequence[_Node | None]) -> Iterator[tuple[Callab
 def _edit(node: _Node, now: dict[Any, Any], others: list[Any]) -> Callable[[Any], Any]:
     """A function that changes a value of another member in the way in which one was changed."""
     value, before = node.value, node.content
+    if isinstance(value, Tensor) and before["version"] == now["version"]:
+        if not all(isinstance(other, Tensor) and other.is_leaf for other in others):
+            raise _Unclear
+        return lambda other: other.requires_grad_(now["trained"])
     if isinstance(value, _SEQUENCES):
         old, new = list(before.values()), list(now.values())
         if not new:

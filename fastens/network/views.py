@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from fastens.network.barrier import Barrier, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.contents import Looks, inside
 from fastens.network.deep_copies import copied
-from fastens.network.handed_out import HandedOut
+from fastens.network.handed_out import HandOuts, ValuesInside
 from fastens.network.made import MadeWhenCalled
 from fastens.network.member_tables import (
     MemberTable,
@@ -31,11 +30,12 @@ from fastens.network.member_tables import (
     view_of_member,
 )
 from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
-from fastens.network.snapshots import can_change, held_tensors, is_atom
+from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
 Made = TypeVar("Made")
+_WHY = "members wrote to it themselves, each its own:"
 
 
 @contextmanager
@@ -75,7 +75,6 @@ class MemberViews:
         self._network = network
         self._num_members = num_members
         self._barrier = barrier
-        self._lock, self._running = threading.Lock(), 0  # calls of members in progress
         self.forget()
 
     def forget(self) -> None:
@@ -83,11 +82,12 @@ class MemberViews:
         self._views: list[nn.Module] = []
         self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
         self._given_references: list[Reference] = []
+        self._values: ValuesInside  # of the network, as these were given them
         self._modules: list[nn.Module] = []  # of the network, when they were made
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
         self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
-        self._handed_out: dict[str, HandedOut] = {}  # attributes of the first member, by name
+        self._handed_out = HandOuts(_WHY)
         self.look()
 
     def look(self) -> None:
@@ -128,37 +128,14 @@ class MemberViews:
             self.forget()
             raise
 
-    @contextmanager
-    def running(self, k: int | None = None) -> Iterator[None]:
+    def running(self, k: int | None = None) -> AbstractContextManager[None]:
         """Scope of code of member k, or of all of them, which may change what was handed out of theirs."""
-        with self._lock:
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                for each in self._handed_out.values():
-                    for i in range(self._num_members) if k is None else (k,):
-                        each.look(i)
-
-    def _follow(self) -> None:
-        """Do to all members what others did to what was handed out of the first."""
-        with self._lock:
-            if self._running:
-                return
-            self._handed_out = {
-                name: each
-                for name, each in self._handed_out.items()
-                if (id(self._network), name) not in self._barrier.names
-                and all(vars(view).get(name) is x for view, x in zip(self._views, each.values, strict=True))
-            }
-            for each in self._handed_out.values():
-                each.follow()
+        return self._handed_out.running(range(self._num_members) if k is None else (k,))
 
     def _current(self) -> list[nn.Module]:
         if self._handed_out:
-            self._follow()
+            names, network = self._barrier.names, id(self._network)
+            self._handed_out.follow(self._views, lambda name: (network, name) in names)
         views = self._views  # as they are here: another thread may forget them meanwhile
         if self.stale:
             views = self._make()
@@ -189,6 +166,7 @@ class MemberViews:
         """Keep what members write to themselves from now on."""
         if not self._given:
             self._given, self._given_references = self._anew()
+            self._values = ValuesInside(self._network)
 
     def check_kept(self, view: nn.Module) -> None:
         """Raise where a member keeps a weight, which a call of it read, in an attribute.
@@ -214,8 +192,7 @@ class MemberViews:
             own = vars(view).get(name, GONE) if name not in TENSORS else GONE
             wrote = is_atom(own) or name in self._handed_out  # of which what it holds may be as it was
             if own is not GONE and (wrote or name in attributes_apart(view, given, NO_STATE)(view, given)):
-                if self._num_members > 1 and can_change(own) and all(name in vars(each) for each in self._views):
-                    self._handed_out[name] = HandedOut(name, [vars(each)[name] for each in self._views])
+                self._handed_out.add(name, self._views)
                 return own
         return getattr(self._network, name)
 
@@ -251,6 +228,8 @@ class MemberViews:
         return [unwatched(view) for view, _ in made], [each for _, references in made for each in references]
 
     def _make(self) -> list[nn.Module]:
+        if self._views and self._given:
+            self._values.follow(self._barrier.names, self._views, self._given, _WHY)
         self._held, self._inside = Weights(held_tensors(self._network)), inside(self._network)
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
@@ -267,6 +246,7 @@ class MemberViews:
             with _outliving():
                 references = self._update(made, references, given, written)
             made, self._given, self._given_references = views, given, given_references
+            self._values = ValuesInside(self._network)
         self._hook(made)
         self._modules, self._views, self._writes, self._references = modules, made, writes, references
         return made
