@@ -77,7 +77,12 @@ class Guards:
         """What changes with Python state, with weights, with the default dtype, and with what else code reads."""
         if self.barrier.writes != self._seen:
             self.look()
-        return self._seen, self._weights.state(), torch.get_default_dtype(), self._surroundings.state()
+        return self._seen, self._weights.state(), torch.get_default_dtype(), self.read
+
+    @property
+    def read(self) -> int:
+        """What changes with what code reads beside attributes of modules."""
+        return self._surroundings.state()
 
     def names(self) -> frozenset[str]:
         """Those in the code that the network runs."""

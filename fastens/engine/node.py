@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fastens.engine.arguments import Arguments
+from fastens.engine.as_traced import as_traced
 from fastens.fold.stand_ins import ENGINES, Nested, emptied, traced, with_stacks
 from fastens.fold.tensor import NotFoldable
 from fastens.network.snapshots import held_tensors, member_values
@@ -52,7 +53,7 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
         raise NotImplementedError("fastens: members keep tensors in attributes, which no graph has") from error
     if engine.nested != nested:
         engine.nested = nested
-    return tensors
+    return as_traced(tensors, number)
 
 
 def _at_once(*columns: Any) -> tuple[tuple[Tensor, ...], Nested]:

@@ -1,6 +1,7 @@
 """A compiled ensemble follows its network: modes, attributes, tensors and modules are what they are now."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -116,6 +117,63 @@ def test_what_methods_change_inside_of_attributes_is_noticed(method, graphs):
     compiled.check()
     compiled.check()
     assert compiled.graphs == graphs
+
+
+GAIN = 1.0
+
+
+class Reads(nn.Module):
+    """Reads a global, and what is inside of a list, a dictionary and an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.past, self.options, self.held = (
+            nn.Linear(5, 5),
+            [0.5],
+            {"gain": 1.0},
+            types.SimpleNamespace(x=2.0),
+        )
+
+    def forward(self, x):
+        """All of them."""
+        return GAIN * self.options["gain"] * self.held.x * self.layer(x) + sum(self.past)
+
+
+OTHERS = {
+    "global": lambda _, patch: patch.setitem(globals(), "GAIN", 3.0),
+    "list": lambda m, _: m.past.append(1.5),
+    "dictionary": lambda m, _: m.options.update(gain=2.0),
+    "object": lambda m, _: setattr(m.held, "x", 4.0),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_graph_that_was_traced_when_code_read_other_values_raises(change, grad, monkeypatch):
+    torch.compiler.reset()
+    members = [made(lambda _: Reads(), k) for k in range(3)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members))
+    compiled = torch.compile(ensemble, backend="aot_eager", fullgraph=True)
+
+    def called():
+        x = torch.randn(4, 5)
+        with torch.set_grad_enabled(grad):
+            found, expected = compiled(x), torch.stack([member(x) for member in members]).mean(0)
+        near(found, expected)
+        if grad:
+            found.sum().backward()
+            expected.sum().backward()
+            weights = [member.layer.weight.grad for member in members]
+            near(dict(ensemble.named_parameters())["network.layer.weight"].grad, torch.stack(weights), 1e-5)
+
+    called()
+    called()
+    for each in (ensemble, *members):
+        OTHERS[change](each, monkeypatch)
+    with pytest.raises(RuntimeError, match="call it again, and it is traced anew"):
+        called()
+    called()
+    called()
 
 
 class Leaves(nn.Module):
