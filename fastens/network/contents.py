@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 import types
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of
@@ -30,8 +32,23 @@ _CONTAINERS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
     types.MappingProxyType: (types.MappingProxyType.keys, types.MappingProxyType.values),
 }
 _FIXED = tuple, frozenset
+_ARRAYS = np.ndarray | array.array | bytearray
+_LARGEST = 1 << 16  # bytes of an array that are compared in every call
 _END = (object(),)
 _GONE = LookupError, AttributeError, ValueError, RuntimeError  # a name, or a size, since it was found
+
+
+class _Bytes:
+    """What an array holds, as one object for as long as it does."""
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._held = value, b""
+
+    def __call__(self) -> tuple[bytes]:
+        now = bytes(self._value) if isinstance(self._value, bytearray) else self._value.tobytes()
+        if now != self._held:
+            self._held = now
+        return (self._held,)
 
 
 class Looks:
@@ -59,7 +76,11 @@ def items_of(value: Any) -> tuple[list[Look], list[Any]]:
     """What a container consists of: looks at what can change, and what is there now."""
     container = next((base for base in type(value).__mro__ if base in _CONTAINERS), None)
     contents = () if container is None else _CONTAINERS[container]
-    looks = [] if container in _FIXED else [functools.partial(content, value) for content in contents]
+    looks: list[Look] = [] if container in _FIXED else [functools.partial(content, value) for content in contents]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return [lambda: value.ravel().tolist()], value.ravel().tolist()
+    if isinstance(value, _ARRAYS) and getattr(value, "itemsize", 1) * getattr(value, "size", len(value)) <= _LARGEST:
+        looks.append(_Bytes(value))
     return looks, [item for content in contents for item in content(value)]
 
 

@@ -5,8 +5,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import fastens
 from fastens import _native
@@ -16,7 +18,8 @@ from tests.tolerances import relative_error
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
 
 SOURCE = """
-import collections, functools, threading, types, weakref
+import array, collections, functools, threading, types, weakref
+import numpy
 import torch
 from torch import nn
 
@@ -54,6 +57,10 @@ def assigned(owner, name):
 
 def rebound(names):
     names["SCALE"] = 3.0
+
+
+def item_set(names):
+    names["A"][-1] = 3
 
 
 IDIOMS: dict[
@@ -148,6 +155,12 @@ IDIOMS: dict[
         "1.0",
         assigned("Other", "x"),
     ),
+    "an array": ("A = numpy.ones(2)", "", "float(A[1])", item_set),
+    "a matrix of another order": ("A = numpy.ones((2, 2)).T", "", "float(A[1, 0])", item_set),
+    "an array of objects": ("A = numpy.array([1.0, None, 1.0], dtype=object)", "", "A[2]", item_set),
+    "an array of Python's": ('A = array.array("d", [1.0, 1.0])', "", "A[1]", item_set),
+    "bytes": ('A = bytearray(b"\\x01\\x01")', "", "A[1]", item_set),
+    "a view of an array": ("A = numpy.ones(2)\nV = A[1:]", "", "float(V[0])", item_set),
     "a function that an object has": (
         "O = types.SimpleNamespace(of=lambda: 1.0)",
         "",
@@ -176,6 +189,32 @@ def test_a_change_is_noticed_at_the_next_call(idiom):
     before, first, value, change = IDIOMS[idiom]
     names, members = network(before, first, value)
     check_noticed(members, lambda nets: change(names))
+
+
+class Tabled(nn.Module):
+    """Reads an array of its own, or of what it holds."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.first, self.last, self.held = nn.Linear(4, 4), nn.Linear(4, 4), hold(np.ones(3, np.float32))
+
+    def forward(self, x, t):
+        """The table as a number."""
+        held = self.held
+        table = held["table"] if isinstance(held, dict) else held.table if hasattr(held, "table") else held
+        return self.last(torch.tanh(self.first(x) * float(table[1])))
+
+
+@pytest.mark.parametrize("hold", [lambda a: a, lambda a: {"table": a}, lambda a: types.SimpleNamespace(table=a)])
+def test_an_array_that_members_hold_is_followed(hold):
+    members = [Tabled(hold) for _ in range(3)]
+
+    def change(nets):
+        for net in nets:
+            held = net.held
+            (held["table"] if isinstance(held, dict) else getattr(held, "table", held))[1] = 3.0
+
+    check_noticed(members, change)
 
 
 HARMLESS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {  # what changes with each call, and no code reads it
