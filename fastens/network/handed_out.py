@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import can_change, is_atom
 
 _SEQUENCES = list | collections.deque
+BY_NUMBER: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # members that are modules, for dynamo
 _REACHED = Tensor | tuple | nn.Module
 
 

@@ -331,3 +331,19 @@ def test_weights_of_the_first_of_members_that_differ_are_not_changed_alone(chang
             ensemble(X)
     ensemble.load_state_dict(fastens.Ensemble(members).state_dict())  # all of them, as the remedy says
     called(ensemble, members)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("change", ["list", "list emptied", "frozen", "attribute"])
+def test_a_change_inside_of_members_that_differ_reaches_a_compiled_ensemble(change, backend):
+    torch.compiler.reset()
+    ensemble, members = apart()
+    compiled = torch.compile(ensemble, backend=backend, fullgraph=True)
+    for _ in range(2):
+        near(compiled(X), torch.stack([member(X) for member in members]).mean(0), 1e-5)
+        for each in (ensemble, *members):
+            INSIDE[change](each)
+    near(compiled(X), torch.stack([member(X) for member in members]).mean(0), 1e-5)
+    assert [p.requires_grad for p in ensemble.network[1].parameters()] == [
+        p.requires_grad for p in members[1].parameters()
+    ]
