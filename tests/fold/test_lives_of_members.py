@@ -156,6 +156,9 @@ CHANGES = {
     "cache": lambda module: setattr(module, "cache", None),
     "part": lambda module: setattr(module, "part", None),
     "past": lambda module: setattr(module, "past", []),
+    "added to past": lambda module: module.past.append(2.5),
+    "past emptied": lambda module: module.past.clear(),
+    "another option": lambda module: module.options.update(shift=0.2),
     "calls": lambda module: setattr(module, "calls", 5),
     "average": lambda module: setattr(module, "average", torch.ones(4)),
     "appended": lambda module: module.inner.append(nn.Sigmoid()),
@@ -173,8 +176,8 @@ CHANGES = {
 def gradients(held, x):
     found, expected = held.ensemble(x), torch.stack([member(x) for member in held.members]).mean(0)
     near(found, expected, RELATIVE)
-    if expected.requires_grad:
-        names = [name for name, p in held.members[0].named_parameters() if p.requires_grad]
+    names = [name for name, p in held.members[0].named_parameters() if p.requires_grad]
+    if names and expected.requires_grad:  # what is frozen since may be kept trained
         own = [member.get_parameter(name) for name in names for member in held.members]
         theirs = torch.autograd.grad(expected.sum(), own, materialize_grads=True)
         stacks = dict(held.ensemble.network.named_parameters())
