@@ -204,3 +204,37 @@ def test_rows_of_values_that_python_reads_leave_the_fold_of_all_members(first):
             run()
     assert ensemble.engine == "fold"
     assert any("one by one where each row has its own" in str(each.message) for each in caught)
+
+
+class ReadsFirst(nn.Module):
+    """Looks its first row's class up for all rows, as code does that takes a batch to be of one time."""
+
+    def __init__(self, drops=0.0):
+        super().__init__()
+        self.linear, self.scale, self.drop = nn.Linear(4, 4), nn.Embedding(5, 4), nn.Dropout(drops)
+
+    def forward(self, x, number):
+        return self.linear(self.drop(x)) * self.scale(number[:1].long())
+
+
+NUMBERS = {
+    "classes": ([3, 3, 3, 3], [0, 2, 1, 4]),
+    "two classes": ([1, 1, 1, 1], [0, 1, 1, 0]),
+    "flags": ([False, False, False, False], [True, False, False, True]),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["weights", "masks"])
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+def test_rows_that_are_alike_at_first_may_be_mixed_later(numbers, masked):
+    if masked:
+        ensemble = fastens.MCDropout(ReadsFirst(0.5), 3)
+    else:
+        ensemble = fastens.Ensemble([ReadsFirst().eval() for _ in range(3)])
+    rows = [2, 0, 1, 2]
+    with torch.no_grad():
+        for each in (numbers[0], numbers[0], numbers[1], numbers[1]):
+            x, number = torch.randn(4, 4), torch.tensor(each)
+            expected = torch.stack([ensemble.members[k](x, number)[row] for row, k in enumerate(rows)])
+            with ensemble.assigned(rows):
+                assert relative_error(ensemble(x, number), expected) < 1e-5

@@ -29,12 +29,16 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     name = name_of(func)
     fold.slices[name] += 1
     columns: dict[int, Any] = {}
+    shapes: dict[int, torch.Size] = {}
     writes = writes_to(func, args)
     targets = {id(x): x for x in leaves_of(args[0]) if member_valued(x)} if writes else {}
 
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:
-            parts = fold.stack(x).unbind(0)  # of which torch differentiates none that was written to
+            shapes[id(x)], parts = (
+                x.shape,
+                fold.stack(x).unbind(0),
+            )  # of which torch differentiates none that was written to
             columns[id(x)] = [part.clone() for part in parts] if id(x) in targets else parts
         return x
 
@@ -51,6 +55,8 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
         raise NotFoldable(f"{name} of no rows")
     if any(x._version != version for x, version in shared):
         raise NotFoldable(f"{name} writes to a tensor that is the same for all members")
+    if any(part.shape != shapes[key] for key, parts in columns.items() for part in parts):
+        raise NotFoldable(f"{name} changes the shape of what it is given")
     if writes:
         if isinstance(results[0], Tensor) and results[0].shape != args[0].shape:
             raise NotFoldable(f"{name} changes the shape of what it writes to")

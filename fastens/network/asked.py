@@ -29,7 +29,7 @@ _WITH_FAST_PATHS = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfo
 _NAMES = frozenset(
     "is_leaf grad_fn grad zero_grad retains_grad retain_grad requires_grad requires_grad_ register_hook _base _is_view "
     "register_post_accumulate_grad_hook storage storage_offset untyped_storage as_strided as_strided_ as_strided_copy "
-    "as_strided_scatter".split()
+    "as_strided_scatter resize_ resize_as_ detach_".split()
 )
 _MOST = 512  # kinds of calls that are remembered
 Switches = dict[Tensor, tuple[bool, bool]]  # of stacks that a call of a member froze or trains: before, and at its end
@@ -150,6 +150,8 @@ class _Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, own, answer = kwargs or {}, _OF_WEIGHTS.get(func), _ANSWERS.get(func)
+        if "out" in kwargs or func in _RESIZES:
+            self._give_memory((args, kwargs) if func in _RESIZES else kwargs["out"])
         if own is None and self._switches:
             args, kwargs = pytree.tree_map_only(nn.Parameter, self._as_switched, (args, kwargs))
         if own is not None or answer is not None:
@@ -193,6 +195,15 @@ class _Answers(TorchFunctionMode):
             "a member registers a hook that runs when its weight has a gradient, which in an ensemble all members' "
             "weights get at once: register it on the ensemble's parameter"
         )
+
+    def _give_memory(self, written: Any) -> None:
+        """Give parts that a function may resize memory of their own, beside which there is no other member's."""
+        with torch._C.DisableTorchFunction():
+            parts = {id(part) for _, part in list(self._parts.items())}
+            for x in pytree.tree_leaves(written):
+                if id(x) in parts and not isinstance(x, nn.Parameter):
+                    self._noted()
+                    x.data = x.detach().clone()
 
     def _as_switched(self, x: Tensor) -> Tensor:
         """What a part is since its stack was frozen or is trained again, which is another tensor to autograd."""
@@ -256,6 +267,16 @@ def _windows(position: int) -> Callable[..., Any]:
     return answer
 
 
+def _resize(func: Any, part: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if x is part and not isinstance(x, nn.Parameter):
+        x.data = x.detach().clone()
+    return func(x, *args, **kwargs)
+
+
+def _detach(func: Any, part: Tensor, x: Tensor) -> Tensor:
+    return x if x is part and not x.requires_grad else func(x)
+
+
 def _retain(func: Any, part: Tensor, x: Tensor) -> None:
     if not (x.requires_grad and isinstance(x, nn.Parameter)):  # of a leaf it does nothing
         func(x)
@@ -282,6 +303,7 @@ def _answers(answers: dict[str, Callable[..., Any]]) -> dict[Any, Callable[..., 
 
 
 _SCATTERS = named("as_strided_scatter")
+_RESIZES = frozenset(named("fused_moving_avg_obs_fake_quant"))  # of what it is given
 _ANSWERS: dict[Any, Callable[..., Any]] = (
     _answers(
         {
@@ -294,6 +316,9 @@ _ANSWERS: dict[Any, Callable[..., Any]] = (
             "storage_offset": _offset,
             "untyped_storage": _storage,
             "storage": _storage,
+            "resize_": _resize,
+            "resize_as_": _resize,
+            "detach_": _detach,
             "__repr__": _repr,
         }
     )

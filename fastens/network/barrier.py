@@ -81,26 +81,14 @@ class Counted(Protocol):
     allow: Callable[[dict[str, Any], tuple[Any, ...]], None]
 
 
-class Watched(nn.Module):
-    """A module whose attributes cannot change unnoticed; see :func:`watch`."""
+class Watched:
+    """Marks a module whose attributes cannot change unnoticed; see :func:`watch`."""
 
+    __slots__ = ()
     watches = nn.Module  # the class of such modules; without annotation, which would hide those of that class
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        repeats = _repeats(self, name, value)
-        try:
-            super().__setattr__(name, value)
-        finally:
-            _written(self, name, repeats)
 
-    def __delattr__(self, name: str) -> None:
-        try:
-            super().__delattr__(name)
-        finally:
-            _written(self, name)
-
-
-def _repeats(module: Watched, name: str, value: Any) -> bool:
+def _repeats(module: nn.Module, name: str, value: Any) -> bool:
     """Whether a write leaves the network as it is: samplers call ``eval()`` before every evaluation.
 
     So does ``self.table = self.table.to(x.device)``, where the table is there already: a tensor's own version tells of
@@ -153,9 +141,28 @@ def _watching(kind: type[type]) -> type:
 
 @functools.cache
 def _watched(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass that differs from a class in nothing but that it counts writes."""
+    """A subclass that differs from a class in nothing but that it counts writes.
+
+    The class is its first base, whatever that has for bases itself: only then are instances laid out alike.
+    """
+
+    def set_(self: Any, name: str, value: Any) -> None:
+        repeats = _repeats(self, name, value)
+        try:
+            super(made, self).__setattr__(name, value)
+        finally:
+            _written(self, name, repeats)
+
+    def delete(self: Any, name: str) -> None:
+        try:
+            super(made, self).__delattr__(name)
+        finally:
+            _written(self, name)
+
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "watches": kind}
-    return _watching(type(kind))(kind.__name__, (Watched, kind), names)
+    methods = {"__setattr__": set_, "__delattr__": delete}
+    made: Any = _watching(type(kind))(kind.__name__, (kind, Watched), {**names, **methods})
+    return made
 
 
 @functools.cache

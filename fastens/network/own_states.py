@@ -78,7 +78,8 @@ def moved(state: State, source: nn.Module, target: nn.Module) -> State:
     own, modules = {id(x) for each in put_in for x in each.modules()}, dict(modules_of(target))
     theirs = {id(x): modules[path] for path, x in modules_of(source) if path in modules and id(x) not in own}
     tensors = tensors_of(target)
-    parts = {read: tensors[name] for read, name in names_read(source).items() if name in tensors}
+    apart = {id(tensor) for tensor in kept}  # from the other's, which has that name too
+    parts = {read: tensors[name] for read, name in names_read(source).items() if name in tensors and read not in apart}
     memo |= theirs | parts
     sources = {path: vars(x) for path, x in modules_of(source) if id(x) in theirs}
     for (path, module), attributes in zip(modules.items(), state, strict=True):  # what is alike is the other's own

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastens.scopes import scope
+from fastens.trace.raw_reads import reads_values
 
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -160,9 +161,8 @@ class Recording:
         if ref.storage in self._made:
             return None
         base = self.tensors[ref.storage]
-        return torch.empty(0, dtype=ref.dtype, device=base.device).set_(
-            base.untyped_storage(), ref.offset, ref.size, ref.stride
-        )
+        empty = torch.empty(0, dtype=ref.dtype, device=base.device)
+        return empty.set_(base.untyped_storage(), ref.offset, ref.size, ref.stride)
 
     def found(self) -> list[Tensor]:
         """Constants that were there before the pass: weights, and tensors in attributes, lists and globals."""
@@ -322,8 +322,8 @@ class _Operations(TorchDispatchMode):
 _OF_VECTORS = {"fastens::linear", "fastens::layer_norm", "fastens::rms_norm"}
 
 
-class _MemberOps(TorchFunctionMode):
-    """Member-batched ops are recorded whole; as composites they would come to the dispatcher in pieces."""
+class _Functions(TorchFunctionMode):
+    """Member-batched ops are recorded whole: as composites they would come in pieces. What reads values is refused."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -333,6 +333,8 @@ class _MemberOps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
             return args[0]  # asked for by networks whose images are in another layout when they run by themselves
+        if reads_values(func, (args, kwargs), self.recording.depends):
+            raise NotRecordable(f"{func.__name__} depends on the values of the input")
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":
@@ -340,14 +342,13 @@ class _MemberOps(TorchFunctionMode):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return func(*args, **kwargs)  # the network differentiates: in pieces, whose derivatives are recorded too
         with _disable_current_modes():
-            convolved = func is torch.ops.fastens.conv.default
             result = self.recording.result(func, args, kwargs)
             if func is torch.ops.fastens.dropout.default:
                 result = torch.empty_like(args[0]).copy_(result)
             elif func._schema.name in _OF_VECTORS:
                 result = result.contiguous()
             else:
-                result = channels_last(args[0], result, convolved)
+                result = channels_last(args[0], result, func is torch.ops.fastens.conv.default)
         self.recording.add(func, args, kwargs, result)
         return result
 
@@ -375,11 +376,11 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
         NotRecordable: see :class:`Recording`.
     """
     recording = Recording(sketch)
-    recording.inputs = [recording.input(x) for x in inputs]
-    recording._made.update(ref.storage for ref in recording.inputs)
+    for x in inputs:
+        recording.add_input(x)
     # in inference mode an operation that is made of others would come whole
-    operations, member_ops = _Operations(recording), _MemberOps(recording)
-    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, member_ops:
+    operations, functions = _Operations(recording), _Functions(recording)
+    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, functions:
         result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result

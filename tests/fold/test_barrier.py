@@ -1,5 +1,9 @@
 """The write barrier: whatever is written to a network, by whatever method, plans are of the network as it is."""
 
+import abc
+import types
+from typing import Generic, TypeVar
+
 import pytest
 import torch
 from torch import nn
@@ -45,6 +49,41 @@ def test_containers_are_noticed(change):
     with torch.no_grad():
         for _ in range(3):
             assert relative_error(ensemble(X), expected) < 1e-5
+
+
+class NoAttributes:
+    __slots__ = ()
+
+
+class SetsItself:
+    def __setattr__(self, name, value):
+        super().__setattr__(name, 2 * value if name == "doubled" else value)
+
+
+BASES = {
+    "abstract": (abc.ABC, nn.Module),
+    "generic": (Generic[TypeVar("T")], nn.Module),
+    "slots": (NoAttributes, nn.Module),
+    "sets itself": (SetsItself, nn.Module),
+    "abstract last": (nn.Module, abc.ABC),
+}
+
+
+@pytest.mark.parametrize("bases", BASES.values(), ids=BASES)
+def test_a_module_may_have_any_bases(bases):
+    def fill(body):
+        body["__init__"] = lambda self: (nn.Module.__init__(self), setattr(self, "doubled", 1.0), None)[-1]
+        body["forward"] = lambda self, x: x * self.doubled
+
+    kind = types.new_class("Mixed", bases, exec_body=fill)
+    ensemble = planned(lambda: nn.Sequential(nn.Linear(4, 4), kind()))
+    old = by_members(ensemble)
+    ensemble.network[1].doubled = 3.0
+    expected = by_members(ensemble)
+    assert type(ensemble.members[0][1]) is kind
+    assert relative_error(old, expected) > 1e-3
+    with torch.no_grad():
+        assert relative_error(ensemble(X), expected) < 1e-5
 
 
 def test_a_write_is_counted_when_it_is_done():

@@ -197,3 +197,24 @@ def of_own_ids(net, x):
 )
 def test_gradients_of_tables(make):
     Held(lambda k: make()).everywhere(VECTORS)
+
+
+class Packed(nn.Module):
+    """A weight of one byte a number, which its code scales."""
+
+    def __init__(self, dtype, k):
+        super().__init__()
+        values = torch.randn(4, 4, generator=torch.Generator().manual_seed(k))
+        self.register_buffer("packed", values.to(dtype) if dtype.is_floating_point else (40 * values).to(dtype))
+        self.scale = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["of each member", "of all members"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_of_one_byte(dtype, same):
+    held = Held(lambda k: Packed(dtype, 0 if same else k))
+    held.everywhere(batch(3, 4))
+    assert held.ensemble.engine == "fold"

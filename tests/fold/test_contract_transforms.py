@@ -169,6 +169,40 @@ def test_functional_calls_over_stacks_of_weights():
         near(found[1], averaged(held.loop(x)))
 
 
+GIVEN = {
+    "its own": lambda parameters: dict(parameters),
+    "detached": lambda parameters: {name: p.detach() for name, p in parameters},
+    "others": lambda parameters: {name: (0.5 * p).detach().requires_grad_() for name, p in parameters},
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_functional_calls_leave_the_callers_weights_as_they_are(given, engine):
+    held = Held(lambda k: Network(), engine=engine)
+    x = torch.randn(3, 4)
+    weights = given(held.ensemble.named_parameters())
+    before = dict(weights)
+
+    def loss(call, weights):
+        return torch.func.functional_call(call, weights, (x,)).square().sum()
+
+    def loss_of_members(weights):
+        mine = [
+            {name: weights[f"network.{name}"][k] for name, _ in held.members[0].named_parameters()} for k in range(K)
+        ]
+        outputs = [torch.func.functional_call(m, w, (x,)) for m, w in zip(held.members, mine, strict=True)]
+        return torch.stack(outputs).mean(0).square().sum()
+
+    for _ in range(2):
+        near(loss(held.ensemble, weights), loss_of_members(weights))
+        assert all(weights[name] is tensor for name, tensor in before.items())
+        found = torch.func.grad(lambda weights: loss(held.ensemble, weights))(weights)
+        near(found, torch.func.grad(loss_of_members)(weights))
+        assert all(type(gradient) is torch.Tensor for gradient in found.values())
+        held.sampling(batch(3, 4))
+
+
 @pytest.mark.parametrize("first", [False, True], ids=["before any call", "after calls"])
 @pytest.mark.parametrize("rule", ["mean", "median"])
 def test_an_export_with_a_dynamic_batch(rule, first):

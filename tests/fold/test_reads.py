@@ -24,6 +24,19 @@ class Reading(nn.Module):
         return self.layer(x) * self.how(t)
 
 
+def packed(t):
+    """Rows of ones, each as long as its value says, packed."""
+    lengths = t.long().clamp(1, 6)
+    return nn.utils.rnn.pack_padded_sequence(torch.ones(6, 6, 2), lengths, batch_first=True, enforce_sorted=False)
+
+
+def losses(t):
+    """CTC losses of inputs as long as the values say."""
+    scores = torch.arange(300.0).view(10, 6, 5).sin().log_softmax(-1)
+    return nn.functional.ctc_loss(scores, torch.ones(6, 1).long(), t.long().clamp(1, 10), torch.ones(6).long())
+
+
+RECURRENT = torch.nn.LSTM(2, 2).requires_grad_(False)
 READS = {
     "tolist": lambda t: sum(t.tolist()),
     "item": lambda t: t[0].item(),
@@ -46,6 +59,11 @@ READS = {
     "bincount": lambda t: float(torch.bincount(t.long()).sum()),
     "max": lambda t: max(t[0], t[1]),
     "while": lambda t: sum(1 for i in range(20) if i < t[0]) + 1,
+    "split": lambda t: torch.arange(18.0).tensor_split(t.long().sort().values)[0].sum() + 1,
+    "packed": lambda t: packed(t).data.sum(),
+    "padded": lambda t: nn.utils.rnn.pad_packed_sequence(packed(t), total_length=6)[0].sum(0).sum(-1, keepdim=True),
+    "recurrent": lambda t: RECURRENT(packed(t), 2 * [torch.ones(1, 6, 2)])[1][0][0].sum(-1, keepdim=True),
+    "ctc": losses,
 }
 
 
