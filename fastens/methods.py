@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ from fastens.network.rollback import Rollback
 from fastens.network.tables import listed_as_read
 from fastens.ops.aggregate import aggregate
 from fastens.outputs import agreed, columns, is_scores
+from fastens.through_forward import ReadsParts, through_forward
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -46,12 +47,11 @@ def call_method(ensemble: Ensemble, name: str, /, *args: Any, **kwargs: Any) -> 
     results of ``forward`` are. One that is not is called on the network of all members, to set what it sets; where that
     fails, as where it computes new weights from those of each member, on every member, which the ensemble takes anew.
     Of the context managers and the generators that it returns, the code runs later: for all members too.
+    One such as ``forward_with_cfg``, which needs a member's forward alone, guides the ensemble's.
     """
-    engine = engine_of(ensemble)
     leaves = pytree.tree_leaves((args, kwargs))
-    if name.startswith("forward_"):  # forward_with_cond_scale and its like call forward: the ensemble's
-        member = next(ensemble.network.children()) if engine is None else ensemble.network
-        return getattr(type(member), name)(ensemble, *args, **kwargs)
+    with suppress(ReadsParts):
+        return through_forward(ensemble, name, args, kwargs, call_method)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return _called(ensemble, name, args, kwargs)
     if torch.compiler.is_compiling():  # whether members return the same is a question of values

@@ -29,6 +29,7 @@ LEVELS = [  # a module imports from its own level or below
         "schemes",
         "adapters",
         "methods",
+        "through_forward",
         "holders",
         "generators",
         "settings",

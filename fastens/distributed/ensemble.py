@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, columns, combined, enters, is_scores, plain
+from fastens.through_forward import ReadsParts, through_forward
 
 
 def over(kind: type, num_members: int, rule: Any, settings: dict[str, Any], place: Place, share: Share) -> Any:
@@ -87,12 +89,14 @@ class Distributed(OfOneProcess):
     def __getattr__(self: Any, name: str) -> Any:
         """What members have; a method of theirs that would combine what only this rank's compute is refused."""
         found = cast(Any, super()).__getattr__(name)
-        if not (isinstance(found, functools.partial) and found.func is call_method) or name.startswith("forward_"):
+        if not (isinstance(found, functools.partial) and found.func is call_method):
             return found
 
         @functools.wraps(call_method)
         def called(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+                with suppress(ReadsParts):
+                    return through_forward(self, name, args, kwargs, call_method)
                 raise ValueError(f"{name}: over a mesh members are evaluated by forward alone; call it in one process")
             return found(*args, **kwargs)
 

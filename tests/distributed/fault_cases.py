@@ -119,5 +119,14 @@ def what_no_rank_can_do_is_an_error(world):
         def encode(self, x):
             return x + 1
 
+        def forward_twice(self, x):
+            return self(self.forward(x))
+
+        def forward_weight(self, x):
+            return self(x) @ self.weight
+
     named = fastens.distribute(fastens.Ensemble(nets(2, lambda: Net(5, 5))), meshes(world)[0], timeout=60)
     raises(ValueError, "encode: over a mesh", named.encode, batch(4, 5))
+    raises(ValueError, "forward_weight: over a mesh", named.forward_weight, batch(4, 5))
+    with torch.no_grad():
+        close(named.forward_twice(batch(4, 5)), named(named(batch(4, 5))))
