@@ -35,10 +35,8 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
 
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:
-            shapes[id(x)], parts = (
-                x.shape,
-                fold.stack(x).unbind(0),
-            )  # of which torch differentiates none that was written to
+            shapes[id(x)] = x.shape
+            parts = fold.stack(x).unbind(0)  # of which torch differentiates none that was written to
             columns[id(x)] = [part.clone() for part in parts] if id(x) in targets else parts
         return x
 
