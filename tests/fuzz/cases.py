@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 import fastens
-from tests.fuzz import changes, draws, surface, transforms  # noqa: F401 - they register their steps
+from tests.fuzz import changes, contents, draws, surface, transforms  # noqa: F401 - they register their steps
 from tests.fuzz.networks import Network, draw_network
 from tests.fuzz.plain import Rounded
 from tests.fuzz.run import Case, Fault, Outcome, take
