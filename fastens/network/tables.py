@@ -18,6 +18,7 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch.nn.parameter import is_lazy
+from torch.nn.utils._named_member_accessor import swap_tensor
 
 from fastens.fold.attributes import attributes_of, give, standing_for
 from fastens.fold.callsite import callers
@@ -105,17 +106,21 @@ def listed_as_read() -> AbstractContextManager[Any]:
     return scope(_LISTED, True)
 
 
+_LOADS = "_load_from_state_dict"
 _FILES = {nn.Module._save_to_state_dict.__code__, nn.Module._load_from_state_dict.__code__}
 
 
-def _asked_by_name() -> bool:
-    """Whether ``nn.Module.get_buffer`` reads a table, as torch.export does for what no state dict has.
+def _asked_for_stack() -> bool:
+    """Whether a table is read by torch's code for state: an export's, functional calls', a module's own way to load.
 
-    It is called on the root of what is exported, which may be a module of the user's, so there is no class of ours in
-    which to override it: only the frames tell that the stack is asked for, and not what a member sees.
+    These are called on the root of what holds the ensemble, which may be a module of the user's, so there is no class
+    of ours in which to override them: only the frames tell that the stack is asked for, and not what a member sees.
     """
-    asker = next(itertools.islice(callers(), 3, None), None)  # behind us: the table, the module's attribute, its user
-    return asker is not None and asker.f_code is nn.Module.get_buffer.__code__
+    frames = list(itertools.islice(callers(), 2, 4))  # behind us and the table: who asks the table, or asks the module
+    if frames and frames[0].f_code is swap_tensor.__code__:
+        return True
+    code = frames[1].f_code if len(frames) > 1 else None
+    return code is not None and (code is nn.Module.get_buffer.__code__ or code.co_name == _LOADS)
 
 
 class Stacks(dict[str, Any]):
@@ -186,7 +191,7 @@ class Stacks(dict[str, Any]):
         k = _ALONE.get()
         if k is not None:
             return part_of(tensor, k)
-        if name in self.unsaved and _asked_by_name():
+        if not self._in_pass() and _asked_for_stack():
             return tensor
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor or not seen.fits():
