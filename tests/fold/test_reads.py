@@ -1,9 +1,10 @@
-"""Values that Python reads: those of the input are in no plan, and a plan rests on those of constants."""
+"""Values that Python or a function's own code reads: no plan has those of the input; it rests on those of constants."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastens
 from fastens import _native
@@ -46,12 +47,34 @@ READS = {
     "bincount": lambda t: float(torch.bincount(t.long()).sum()),
     "max": lambda t: max(t[0], t[1]),
     "while": lambda t: sum(1 for i in range(20) if i < t[0]) + 1,
+    "tensor_split": lambda t: torch.arange(1.0, 7).tensor_split(t[:1].long(), 0)[0].sum() + 1,
+    "packed": lambda t: packed(t).data.sum() + 1,
+    "padded": lambda t: pad_packed_sequence(rows_by_step(t))[0][1].sum() + 1,
+    "ctc_loss": lambda t: ctc_loss(t),
 }
+
+
+def packed(lengths):
+    lengths = lengths.long().clamp(1, 6)
+    return pack_padded_sequence(torch.ones(6, 6, 1), lengths, batch_first=True, enforce_sorted=False)
+
+
+def rows_by_step(t):
+    """Two or three rows of 5 numbers, as a packed sequence of two steps."""
+    first = 3 + (t[0] > 4).long()
+    return PackedSequence(torch.arange(5.0), torch.stack([first, 5 - first]))
+
+
+def ctc_loss(lengths):
+    chances = torch.full((12, 6, 3), -1.0)
+    ones = torch.ones(6, dtype=torch.long)
+    return nn.functional.ctc_loss(chances, ones[:, None], lengths.long().clamp(1, 12), ones)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 @pytest.mark.parametrize("how", READS.values(), ids=READS)
-def test_values_that_python_reads_are_not_baked_in(how, dtype):
+def test_values_that_are_read_are_not_baked_in(how, dtype, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")  # which would find the second call
     ensemble = fastens.Ensemble([randomised(lambda: Reading(how), seed) for seed in range(3)])
     with torch.no_grad():
         for t in ([3, 3, 3, 3, 3, 3], [1, 4, 2, 9, 3, 3], [3, 3, 3, 3, 3, 3], [5, 0, 6, 1, 8, 2], [12, 1, 0, 3, 3, 4]):
@@ -85,7 +108,8 @@ NOT_PLANNED = ("numpy", "asarray")  # arrays in the same memory, which is writte
 @pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
 @pytest.mark.parametrize("place", ["buffer", "list", "computed"])
 @pytest.mark.parametrize("how", READS.values(), ids=READS)
-def test_a_plan_rests_on_constants_that_python_reads(how, place):
+def test_a_plan_rests_on_constants_that_are_read(how, place, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
     ensemble = fastens.Ensemble([randomised(lambda: OfConstant(how, place), seed) for seed in range(3)])
     with torch.no_grad():
         for factor in (1, 4):
