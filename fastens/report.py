@@ -112,7 +112,7 @@ class Report:
             if self.target:
                 lines.append(f"  plans run on {describe_target(self.target)}")
             lines.append(f"  plans hold {self.plan_bytes / 2**20:.1f} MiB of packed weights and scratch memory")
-        if not self.plans and not self.why_no_plan:
+        if self.engine == "fold" and not self.plans and not self.why_no_plan:
             lines.append("  no plan yet: the first call under torch.no_grad() makes one")
         if self.why_no_plan:
             last = "the last call that was not planned" if self.plans else "not planned"

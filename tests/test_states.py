@@ -94,6 +94,7 @@ def test_looped_as_a_whole_has_no_states_of_signatures():
     ens(torch.ones(4, 5))
     assert ens.report().calls == []
     assert ens.report().engine == "loop"
+    assert "no plan yet" not in str(ens.report())
 
 
 @needs_plans

@@ -289,12 +289,16 @@ class PlannedCall:
         now = trace_of(recording)
         for i, (old, new) in enumerate(zip(entry.trace, now, strict=False)):
             if old != new:
-                return f"first at step {i}, {old[:120]}, now {new[:120]}"
+                return f"first at step {i}, {_cut(old)}, now {_cut(new)}"
         return (
             f"at step {min(len(entry.trace), len(now))}, where one ends"
             if len(now) != len(entry.trace)
             else ("though every step is the same")
         )
+
+
+def _cut(step: str) -> str:
+    return step if len(step) <= 300 else f"{step[:300]}..."
 
 
 def _due(calls: int) -> bool:

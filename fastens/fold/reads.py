@@ -12,6 +12,27 @@ from fastens.trace.record import in_progress
 _AS_NUMBERS = frozenset(
     "item tolist __bool__ __float__ __int__ __index__ __complex__ __contains__ is_nonzero equal allclose".split()
 )
+SHAPED_BY_VALUES: set[Any] = set()  # functions that take shapes from values of integers, where no mode may see it
+
+
+def takes_shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether such a function gets integers, as the lengths of packed sequences are.
+
+    A recording knows the constants among them from then on.
+
+    Raises:
+        ReadsValues: a recording in which they are of the input.
+    """
+    recording, found = in_progress(), False
+    for x in (plain(x) for x in leaves_of((args, kwargs)) if isinstance(x, Tensor)):
+        if x.is_floating_point() or x.is_complex():
+            continue
+        found = True
+        if recording is not None and recording.depends(x):
+            raise ReadsValues(f"{name_of(func)} reads values of the input in {calling_line()}")
+        if recording is not None:
+            recording.ref(x)
+    return found
 
 
 def check_constants(func: Any, args: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import copy
 import itertools
-import types
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -107,21 +106,21 @@ def listed_as_read() -> AbstractContextManager[Any]:
     return scope(_LISTED, True)
 
 
+_LOADS = "_load_from_state_dict"
 _FILES = {nn.Module._save_to_state_dict.__code__, nn.Module._load_from_state_dict.__code__}
 
 
-def _asked_by(function: types.FunctionType, behind: int) -> bool:
-    """Whether a function of torch reads a table: one to which the stack is to be told, and not what a member sees.
+def _asked_for_stack() -> bool:
+    """Whether a table is read by torch's code for state: an export's, functional calls', a module's own way to load.
 
-    It works on the root of what it is given, which may be a module of the user's, so there is no class of ours in which
-    to override it: only the frames tell.
-
-    Args:
-        function: that may read it.
-        behind: how many frames it is behind us; the table is the first.
+    These are called on the root of what holds the ensemble, which may be a module of the user's, so there is no class
+    of ours in which to override them: only the frames tell that the stack is asked for, and not what a member sees.
     """
-    asker = next(itertools.islice(callers(), behind, None), None)
-    return asker is not None and asker.f_code is function.__code__
+    frames = list(itertools.islice(callers(), 2, 4))  # behind us and the table: who asks the table, or asks the module
+    if frames and frames[0].f_code is swap_tensor.__code__:
+        return True
+    code = frames[1].f_code if len(frames) > 1 else None
+    return code is not None and (code is nn.Module.get_buffer.__code__ or code.co_name == _LOADS)
 
 
 class Stacks(dict[str, Any]):
@@ -153,7 +152,6 @@ class Stacks(dict[str, Any]):
         self.unsaved = frozenset(unsaved)
         self._ndim = {n: t.ndim - (n not in self.common) for n, t in super().items() if t is not None}
         self._seen: dict[str, MemberTensor] = {}
-        self._put: set[str] = set()  # names in whose place a tensor was put that is no member-valued one
         self.barrier: Any = None  # counts what replaces a tensor
 
     def __delitem__(self, name: str) -> None:
@@ -193,9 +191,7 @@ class Stacks(dict[str, Any]):
         k = _ALONE.get()
         if k is not None:
             return part_of(tensor, k)
-        if name in self.unsaved and _asked_by(nn.Module.get_buffer, 3):  # by torch.export, of what no state dict has
-            return tensor
-        if name in self._put and _asked_by(swap_tensor, 2):  # by functional_call, which gives the caller's own back
+        if not self._in_pass() and _asked_for_stack():
             return tensor
         seen = self._seen.get(name)
         if seen is None or seen.stack is not tensor or not seen.fits():
@@ -236,7 +232,6 @@ class Stacks(dict[str, Any]):
             moved = next((n for n in self if self.holds(n, value)), None)
             if moved is not None:  # pruning does so first, and takes it away next
                 raise _fixed(moved)
-        self._put.discard(name)
         if isinstance(value, MemberTensor):
             self._ndim[name] = value.ndim
             if value.hidden is None:
@@ -258,7 +253,6 @@ class Stacks(dict[str, Any]):
                     f"{name} is {list(value.shape)}, expected the {self.num_members} members' values in front, "
                     f"[{self.num_members}, ...] of {ndim + 1} dimensions, or one for all of {ndim}"
                 )
-            self._put.add(name)
         super().__setitem__(name, value)
         self._written()
 

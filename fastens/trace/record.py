@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastens.scopes import scope
-from fastens.trace.raw_reads import reads_values
 
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -333,8 +332,6 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
             return args[0]  # asked for by networks whose images are in another layout when they run by themselves
-        if reads_values(func, (args, kwargs), self.recording.depends):
-            raise NotRecordable(f"{func.__name__} depends on the values of the input")
         if isinstance(func, torch._ops.OpOverloadPacket):
             func = func.default
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "fastens":

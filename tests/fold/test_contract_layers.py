@@ -71,6 +71,11 @@ FOLDED = {
     "table[ids, :2]": (lambda: Of(lambda net, x: net.table[ids(x), :2], table=(5, 3)), VECTORS),
     "table[:, ids]": (lambda: Of(lambda net, x: net.table[:, ids(x)[0]].T + x.mean(), table=(3, 5)), VECTORS),
     "table[mask]": (lambda: Of(lambda net, x: x * net.table[torch.arange(5) < 4], table=(5,)), VECTORS),
+    "masked_select": (
+        lambda: Of(lambda net, x: x * net.table.masked_select(torch.arange(5) < 4), table=(5,)), VECTORS),
+    "masked_select by the input": (
+        lambda: Of(lambda net, x: net.layers[0](x) + net.layers[0](x).masked_select(x > 0).mean(), nn.Linear(4, 4)),
+        VECTORS),
     "F.embedding": (lambda: Of(lambda net, x: F.embedding(ids(x), net.table), table=(5, 3)), VECTORS),
     "gather": (lambda: Of(lambda net, x: net.table.expand(len(x), 5).gather(1, ids(x)), table=(5,)), VECTORS),
     "torch.gather of activations": (

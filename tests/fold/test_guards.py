@@ -186,6 +186,21 @@ def test_functional_calls_are_other_weights(first):
             assert relative_error(ensemble(X), by_members(ensemble)) < 1e-5
 
 
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_functional_calls_leave_the_callers_tensors(engine):
+    """torch puts back into its caller's dictionary what it takes out again: the stacks, which are then trained."""
+    ensemble = fastens.Ensemble([randomised(Net, seed) for seed in range(K)], engine=engine)
+    own = dict(ensemble.named_parameters())
+    other = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    given = dict(other)
+    for _ in range(2):
+        found = torch.func.functional_call(ensemble, other, (X,))
+        assert all(other[name] is tensor for name, tensor in given.items())
+        assert all(p is own[name] for name, p in ensemble.named_parameters())
+        found.square().sum().backward()
+    assert all(tensor.grad is not None for tensor in given.values())
+
+
 class Dropping(Net):
     def __init__(self):
         super().__init__()

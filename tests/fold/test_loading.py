@@ -84,3 +84,37 @@ def test_what_does_not_fit_is_an_error_still():
     four.requires_grad_()
     with pytest.raises(RuntimeError, match="size mismatch"):
         ensemble.load_state_dict(four.state_dict())
+
+
+class Loads(nn.Module):
+    """Adds to what it loads what is missing there, and looks at shapes, as layers do whose format has changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, dtype=torch.float64))
+        self.register_buffer("scale", torch.randn(5, dtype=torch.float64))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(f"{prefix}scale", self.scale)
+        weight = state_dict[f"{prefix}weight"]
+        state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x):
+        return x * self.weight + self.scale
+
+
+@pytest.mark.parametrize("how", ["loaded", "inside_another"])
+@pytest.mark.parametrize("layer", [Loads, lambda: nn.BatchNorm1d(5).double()], ids=["own", "BatchNorm1d"])
+def test_modules_that_add_to_what_they_load_add_the_stacks(layer, how):
+    """Batch norms add their counter to a dictionary without torch's metadata, such as a file of safetensors."""
+    ensemble = fastens.Ensemble([nn.Sequential(nn.Linear(5, 5).double(), layer()) for _ in range(3)]).eval()
+    state = {name: 0.5 * p.detach() for name, p in ensemble.named_parameters()}
+    if how == "inside_another":
+        Around(ensemble).load_state_dict({f"inner.{name}": x for name, x in state.items()}, strict=False)
+    else:
+        ensemble.load_state_dict(state, strict=False)
+    assert all(torch.equal(p, state[name]) for name, p in ensemble.named_parameters())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    expected = torch.stack([member(x) for member in ensemble.members]).mean(0)
+    assert relative_error(ensemble(x), expected) < NETWORK[torch.float64]

@@ -142,4 +142,10 @@ def refuse(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
     raise NotFoldable("the shape of a result depends on a member's values")
 
 
-rule(*named("nonzero argwhere masked_select unique unique_consecutive"))(refuse)
+rule(*named("nonzero argwhere unique unique_consecutive"))(refuse)
+
+
+@rule(*named("masked_select"))
+def masked_select(fold: Fold, func: Any, x: Any, mask: Any) -> Any:
+    """Entry by entry, where all members select the same elements."""
+    return refuse(fold, func) if member_valued(mask) else NotImplemented

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastens.fold.dispatch import READS, Fold, named, rule
 from fastens.fold.nested import plain
+from fastens.fold.reads import SHAPED_BY_VALUES
 from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued
 from fastens.fold.writes import check_weights, writes_to
 
@@ -27,6 +28,9 @@ _READS = """
     register_hook backward retain_grad set_ resize_ resize_as_ as_subclass pin_memory _make_subclass
 """
 READS.update(named(_READS))
+SHAPED_BY_VALUES.update(
+    named("tensor_split _pack_padded_sequence _pad_packed_sequence gru lstm rnn_tanh rnn_relu ctc_loss")
+)
 METADATA: set[Any] = set()  # functions that tell nothing of a tensor's values
 
 
