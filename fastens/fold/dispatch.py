@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from fastens.fold.callsite import calling_line, check_derivatives, check_transforms, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.nested import first_in_front, is_shape, leaves_of, mapped, name_of, plain, takes
-from fastens.fold.reads import SHAPED_BY_VALUES, check_constants, takes_shapes
+from fastens.fold.reads import SHAPED_BY_VALUES, SIZED_BY_VALUES, check_constants, takes_shapes
 from fastens.fold.seeds import Seeds
 from fastens.fold.slices import entry_by_entry, of_one
 from fastens.fold.stand_ins import traced
@@ -304,7 +304,8 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         count_write(args[0])
     if func in RANDOM:
         return RANDOM[func](fold, func, *args, **kwargs)
-    if func in SHAPED_BY_VALUES and takes_shapes(func, args, kwargs):
+    sized = SIZED_BY_VALUES.get(func)
+    if (sized is not None and sized(args, kwargs)) or (func in SHAPED_BY_VALUES and takes_shapes(func, args, kwargs)):
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
     if not members:
         if fold.recording and func in AS_STEPS:

@@ -1,5 +1,6 @@
 """What Python reads while a pass is recorded: a plan rests on the values of constants, and has none of the input's."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,8 @@ _AS_NUMBERS = frozenset(
     "item tolist __bool__ __float__ __int__ __index__ __complex__ __contains__ is_nonzero equal allclose".split()
 )
 SHAPED_BY_VALUES: set[Any] = set()  # functions that take shapes from values of integers, where no mode may see it
+# Functions whose results have as many entries as there are values of a kind, and whether they do with their arguments.
+SIZED_BY_VALUES: dict[Any, Callable[..., bool]] = {}
 
 
 def takes_shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

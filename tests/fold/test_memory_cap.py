@@ -216,6 +216,15 @@ READS_OF_ROWS = {
     "all": lambda h, t: h if (t < 0.7).all() else h - 1,
     "item": lambda h, t: h * t[0].item(),
     "list": lambda h, t: h * sum(t.tolist()),
+    "mask": lambda h, t: h * (1 + len(t[t > 0.5])),
+    "nonzero": lambda h, t: h * (1 + (t > 0.5).nonzero().shape[0]),
+    "where": lambda h, t: h * (1 + len(torch.where(t > 0.5)[0])),
+    "unique": lambda h, t: h * t.round().unique().numel(),
+    "unique as one": lambda h, t: h * torch.unique_consecutive(t.round()).numel(),
+    "selected": lambda h, t: h * (1 + t.masked_select(t > 0.5).numel()),
+    "counted": lambda h, t: h * len((3 * t).long().bincount()),
+    "repeated": lambda h, t: h * (1 + len(t.repeat_interleave((3 * t).long()))),
+    "mask of members": lambda h, t: h * (1 + len(h[t > 0.5])),
     "split": lambda h, t: torch.cat([(i + 1) * p for i, p in enumerate(h.tensor_split((4 * t[:1]).long()))]),
 }
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastens.fold.dispatch import READS, Fold, named, rule
-from fastens.fold.nested import plain
-from fastens.fold.reads import SHAPED_BY_VALUES
+from fastens.fold.nested import leaves_of, plain
+from fastens.fold.reads import SHAPED_BY_VALUES, SIZED_BY_VALUES
 from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued
 from fastens.fold.writes import check_weights, writes_to
 
@@ -31,6 +31,25 @@ READS.update(named(_READS))
 SHAPED_BY_VALUES.update(
     named("tensor_split _pack_padded_sequence _pad_packed_sequence gru lstm rnn_tanh rnn_relu ctc_loss")
 )
+
+
+def _is_masked(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in leaves_of(args[1:]))
+
+
+def _is_repeated(args: Any, kwargs: Any) -> bool:
+    repeats = kwargs.get("repeats", *args[1:2])
+    return repeats is None or isinstance(repeats, Tensor)
+
+
+_SIZED = {
+    "nonzero argwhere unique unique_consecutive unique_dim _unique2 masked_select bincount": lambda args, kwargs: True,
+    "where": lambda args, kwargs: len(args) + len(kwargs) == 1,
+    "__getitem__ index": _is_masked,
+    "repeat_interleave": _is_repeated,
+}
+for names, sized in _SIZED.items():
+    SIZED_BY_VALUES.update(dict.fromkeys(named(names), sized))
 METADATA: set[Any] = set()  # functions that tell nothing of a tensor's values
 
 
