@@ -20,7 +20,6 @@ from fastens.network.snapshots import can_change, is_atom
 
 _SEQUENCES = list | collections.deque
 BY_NUMBER: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # members that are modules, for dynamo
-_REACHED = Tensor | tuple | nn.Module
 
 
 class HandOuts:
@@ -127,7 +126,7 @@ class ValuesInside:
 
     def __init__(self, network: nn.Module) -> None:
         self._seen = [
-            (path, module, name, _seen(value))
+            (path, module, name, _seen(value, tuple))  # but for tensors and modules, which are followed elsewhere
             for path, module in modules_of(network)
             for name, value in vars(module).items()
             if name not in TABLES and name not in HOOK_TABLES and can_change(value)
@@ -211,12 +210,13 @@ def _content(value: Any) -> dict[Any, Any]:
     return dict(getattr(value, "__dict__", {}))
 
 
-def _seen(value: Any, known: set[int] | None = None) -> _Node:
+def _seen(value: Any, reached: Any = Tensor | tuple | nn.Module, known: set[int] | None = None) -> _Node:
+    """A value as it is, with what it reaches: what can change itself, and what is of these classes."""
     content, known = _content(value), known or set()
     known.add(id(value))
     parts = {} if isinstance(value, Tensor | np.ndarray | set | frozenset) else content
-    deeper = {k: x for k, x in parts.items() if not is_atom(x) and (isinstance(x, _REACHED) or can_change(x))}
-    return _Node(value, content, {key: _seen(x, known) for key, x in deeper.items() if id(x) not in known})
+    deeper = {k: x for k, x in parts.items() if not is_atom(x) and (isinstance(x, reached) or can_change(x))}
+    return _Node(value, content, {key: _seen(x, reached, known) for key, x in deeper.items() if id(x) not in known})
 
 
 def _nodes(node: _Node) -> list[_Node]:
