@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from fastens.fold.attributes import attributes_of
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
+from fastens.network.containers import items_in, pairs_in
 from fastens.network.snapshots import same_bits, slots_in, slots_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
@@ -167,23 +168,25 @@ class _Comparison:
 
     def _container(self, a: Any, b: Any, path: str) -> str | None:
         if isinstance(a, dict):
-            found, keys = None, [[key for key in each if key not in _PROVENANCE] for each in (a, b)]
+            pairs = [[(key, x) for key, x in pairs_in(each) if key not in _PROVENANCE] for each in (a, b)]
+            found, keys = None, [[key for key, _ in each] for each in pairs]
             if keys[0] != keys[1]:
                 return f"{path}: keys {keys[0]} against {keys[1]}"
-            for key in keys[0]:
-                found = self._same(a[key], b[key], f"{path}[{key!r}]")
+            for (key, x), (_, y) in zip(*pairs, strict=True):
+                found = self._same(x, y, f"{path}[{key!r}]")
                 if found is not None:
                     return found
             if isinstance(a, collections.defaultdict):
                 found = self._same(a.default_factory, b.default_factory, f"{path}.default_factory")
             return found or self._own_attributes(a, b, path)
         if isinstance(a, list | tuple | collections.deque):
-            if len(a) != len(b) or getattr(a, "maxlen", None) != getattr(b, "maxlen", None):
+            mine, yours = items_in(a), items_in(b)
+            if len(mine) != len(yours) or getattr(a, "maxlen", None) != getattr(b, "maxlen", None):
                 return _differ(path, a, b)
-            found = (self._same(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+            found = (self._same(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(mine, yours, strict=True)))
             return next((each for each in found if each is not None), None) or self._own_attributes(a, b, path)
         if isinstance(a, set | frozenset):
-            return None if a == b else _differ(path, a, b)
+            return None if {*items_in(a)} == {*items_in(b)} else _differ(path, a, b)
         if isinstance(a, types.FunctionType):
             return self._functions(a, b, path)
         if isinstance(a, types.MethodType):

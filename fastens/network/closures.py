@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
+from fastens.network.containers import items_in, pairs_in
 from fastens.network.snapshots import can_change
 
 IN_PLACE = {
@@ -96,10 +97,10 @@ def _functions_in(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
         for part in (value.fget, value.fset):
             yield from _functions_in(part, seen)
     elif isinstance(value, dict):
-        for item in list(value.values()):
+        for _, item in pairs_in(value):
             yield from _functions_in(item, seen)
     elif isinstance(value, list | tuple):
-        for item in value:
+        for item in items_in(value):
             yield from _functions_in(item, seen)
 
 
@@ -115,9 +116,9 @@ def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
     if not depth:
         return False
     if isinstance(value, dict):
-        return any(_holds(item, own, depth - 1) for item in value.values())
+        return any(_holds(item, own, depth - 1) for _, item in pairs_in(value))
     if isinstance(value, list | tuple | set):
-        return any(_holds(item, own, depth - 1) for item in value)
+        return any(_holds(item, own, depth - 1) for item in items_in(value))
     if isinstance(value, types.MethodType):
         return _holds(value.__self__, own, depth - 1)
     if isinstance(value, functools.partial):

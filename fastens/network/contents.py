@@ -5,8 +5,6 @@ from __future__ import annotations
 import array
 import functools
 import itertools
-import types
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
@@ -17,20 +15,11 @@ from torch import Tensor, nn
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.code import of_library
+from fastens.network.containers import LOOKS, container_of, items_in
 from fastens.network.snapshots import is_atom, slots_in, slots_of
 
 Look = Callable[[], Iterable[Any]]
 
-_CONTAINERS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
-    list: (list.__iter__,),
-    set: (set.__iter__,),
-    tuple: (tuple.__iter__,),
-    frozenset: (frozenset.__iter__,),
-    deque: (deque.__iter__,),
-    OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
-    dict: (dict.keys, dict.values),
-    types.MappingProxyType: (types.MappingProxyType.keys, types.MappingProxyType.values),
-}
 _FIXED = tuple, frozenset
 _ARRAYS = np.ndarray | array.array | bytearray
 _LARGEST = 1 << 16  # bytes of an array that are compared in every call
@@ -74,14 +63,17 @@ class Looks:
 
 def items_of(value: Any) -> tuple[list[Look], list[Any]]:
     """What a container consists of: looks at what can change, and what is there now."""
-    container = next((base for base in type(value).__mro__ if base in _CONTAINERS), None)
-    contents = () if container is None else _CONTAINERS[container]
+    container = container_of(type(value))
+    contents = () if container is None else LOOKS[container]
     looks: list[Look] = [] if container in _FIXED else [functools.partial(content, value) for content in contents]
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         return [lambda: value.ravel().tolist()], value.ravel().tolist()
-    if isinstance(value, _ARRAYS) and getattr(value, "itemsize", 1) * getattr(value, "size", len(value)) <= _LARGEST:
+    if (
+        isinstance(value, _ARRAYS)
+        and (value if isinstance(value, np.ndarray) else memoryview(value)).nbytes <= _LARGEST
+    ):
         looks.append(_Bytes(value))
-    return looks, [item for content in contents for item in content(value)]
+    return looks, items_in(value)
 
 
 def inside(network: nn.Module) -> Looks:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
+from fastens.network.containers import items_in, pairs_in
 from fastens.network.deep_copies import copied
 from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import can_change, is_atom
@@ -200,13 +201,13 @@ def _content(value: Any) -> dict[Any, Any]:
     if isinstance(value, np.ndarray):
         return {"values": value.tobytes()}
     if isinstance(value, _SEQUENCES | tuple):
-        return dict(enumerate(value))
+        return dict(enumerate(items_in(value)))
     if isinstance(value, MemberTable):  # parts of stacks, which are all members'
         return {}
     if isinstance(value, dict):
-        return dict(value)
+        return dict(pairs_in(value))
     if isinstance(value, set | frozenset):
-        return {item: item for item in value}
+        return {item: item for item in items_in(value)}
     return dict(getattr(value, "__dict__", {}))
 
 

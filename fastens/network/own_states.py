@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
+from fastens.network.containers import items_in, pairs_in
 from fastens.network.deep_copies import copied
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
 from fastens.network.member_tables import MemberTable, names_read
@@ -96,10 +97,12 @@ def same_objects(fresh: Any, own: Any, memo: dict[int, Any]) -> None:
     memo[id(fresh)] = own
     mine, given = (x if isinstance(x, dict | list) else getattr(x, "__dict__", {}) for x in (own, fresh))
     if isinstance(given, dict) and isinstance(mine, dict):
-        for key in given.keys() & mine.keys():
-            same_objects(given[key], mine[key], memo)
+        others = dict(pairs_in(mine))
+        for key, one in pairs_in(given):
+            if key in others:
+                same_objects(one, others[key], memo)
     elif isinstance(given, list) and isinstance(mine, list):
-        for one, other in zip(given, mine, strict=False):
+        for one, other in zip(items_in(given), items_in(mine), strict=False):
             same_objects(one, other, memo)
 
 

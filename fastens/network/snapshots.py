@@ -27,6 +27,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
 from fastens.network.code import of_library
+from fastens.network.containers import items_in, pairs_in
 
 
 class Kind(NamedTuple):
@@ -195,15 +196,16 @@ def _mapping(kind: Any) -> Kind:
             kind.__setitem__(value, key, item)
 
     return Kind(
-        lambda value: list(kind.items(value)),
-        lambda value, saved: _same_pairs(kind.items(value), saved),
+        pairs_in,
+        lambda value, saved: _same_pairs(pairs_in(value), saved),
         put_back,
-        lambda value: [*kind.keys(value), *kind.values(value)],
+        lambda value: [x for pair in pairs_in(value) for x in pair],
     )
 
 
 def _same_items(value: Any, saved: list[Any]) -> bool:
-    return len(value) == len(saved) and all(map(is_, value, saved))
+    now = items_in(value)
+    return len(now) == len(saved) and all(map(is_, now, saved))
 
 
 def _refill_deque(value: collections.deque[Any], saved: list[Any]) -> None:
@@ -362,11 +364,11 @@ _RAW = Kind(
     lambda value, saved: value.__setitem__(slice(None), saved),
 )
 _BUILT_IN: dict[type, Kind] = {
-    list: Kind(list.copy, _same_items, lambda value, saved: list.__setitem__(value, slice(None), saved), iter),
+    list: Kind(list.copy, _same_items, lambda value, saved: list.__setitem__(value, slice(None), saved), items_in),
     dict: _mapping(dict),
     collections.OrderedDict: _mapping(collections.OrderedDict),
-    set: Kind(set.copy, set.__eq__, _refill_set, iter),
-    collections.deque: Kind(list, _same_items, _refill_deque, iter),
+    set: Kind(set.copy, set.__eq__, _refill_set, items_in),
+    collections.deque: Kind(items_in, _same_items, _refill_deque, items_in),
     threading.local: _ATTRIBUTES,  # of this thread
     bytearray: _RAW,
     array.array: _RAW,
@@ -393,6 +395,6 @@ _BUILT_IN: dict[type, Kind] = {
     ),
     types.MethodType: _referring(lambda method: (method.__self__,)),
     functools.partial: _referring(lambda value: (value.func, *value.args, *value.keywords.values())),
-    tuple: _referring(tuple),
-    frozenset: _referring(tuple),
+    tuple: _referring(items_in),
+    frozenset: _referring(items_in),
 }

@@ -186,8 +186,28 @@ KEPT = {
     "tensor in a dataclass": (lambda v: Settings(torch.tensor(v)), attribute),
     "tensor in a closure": (lambda v: closure(torch.tensor(v)), called),
     "module in a list": (lambda v: [own_layer(v)], lambda kept: kept[0](torch.ones(1))),
+    "numpy array of no dimensions": (np.array, float),
+    "numpy array of times": (lambda v: np.array([int(v)], dtype="m8[s]"), lambda kept: float(kept.astype(int)[0])),
+    "own tuple": (lambda v: refusing(tuple, "__len__", "__iter__", "__contains__")((v,)), lambda kept: kept[0]),
+    "own list": (lambda v: refusing(list, "__len__")((v,)), first),
+    "own deque": (lambda v: refusing(collections.deque, "__len__")((v,)), first),
+    "own set": (lambda v: refusing(set, "__eq__")((v,)), lambda kept: next(iter(kept))),
+    "own dict": (
+        lambda v: refusing(dict, "__len__", "__iter__", "__getitem__", "keys", "values")(gain=v),
+        lambda kept: kept.get("gain"),
+    ),
     "another rule": (lambda v: fastens.rules.Mean([v, 1 - v]), lambda kept: kept.weights[0]),
 }  # fmt: skip
+
+
+@functools.cache
+def refusing(base, *names):
+    """A class of containers that refuses what code can ask of its base, as some do whose length would be misread."""
+
+    def refuse(self, *args):
+        raise NotImplementedError
+
+    return type("Refusing", (base,), dict.fromkeys(names, refuse))
 
 
 def module_of(value):

@@ -72,6 +72,9 @@ FORMS = {
     "scatter_reduce in place": lambda net, x: (x * net.s).scatter_reduce_(
         1, net.index.expand(len(x), 8) // 2, x * net.b, "sum", include_self=False
     ),
+    "rolled along dimensions, by name": lambda net, x: torch.roll(x * net.b, shifts=(1, -2), dims=(0, -1)),
+    "rolled along one": lambda net, x: (x * net.b).roll(3, 1) + net.w.roll(shifts=-1, dims=1)[0],
+    "rolled as a row": lambda net, x: torch.roll(x * net.b, 3) + net.w.roll((5,))[:3],
     "put in place": lambda net, x: (x * net.s).put_(net.index[:2], net.b[:2]),
     "fill by a number of each member": lambda net, x: (x * 1).fill_(net.s) + x,
     "clamp between a number and one of each member": lambda net, x: (x * net.b).clamp(-1, net.s.detach()),
@@ -128,6 +131,8 @@ def test_outputs_and_gradients_are_those_of_members(form):
             found = held.quietly(lambda call=call: held.ensemble.member_outputs(inputs(call)))
             near(found, torch.stack([member(inputs(call)) for member in held.members]))
     assert held.ensemble.report().engine == "fold", held.warned
+    if form.startswith("rolled"):
+        assert not held.ensemble.report().slices
 
 
 OUTPUTS = {

@@ -197,6 +197,8 @@ def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if name == "flip":
         dims = _sizes((kwargs["dims"],) if kwargs else args)
         return fold.wrap(func(fold.stack(x), [behind(d, x.ndim) for d in dims]))
+    if name == "roll":
+        return fold.wrap(_rolled(fold.stack(x), *args, **kwargs))
     if name == "index_select" and not kwargs and member_valued(x) and not member_valued(args[1]):
         index = args[1].stack if isinstance(args[1], MemberTensor) else args[1]
         return fold.wrap(func(fold.stack(x), behind(args[0], x.ndim), index))
@@ -205,6 +207,14 @@ def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         dim = kwargs.get("dim", rest[0] if rest else None)
         return NotImplemented if dim is None else fold.wrap(func(fold.stack(x), times, dim=behind(dim, x.ndim)))
     return NotImplemented
+
+
+def _rolled(stack: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """Entries moved along dimensions of what a member sees, or through all of it in a row where none is named."""
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not dims:
+        return stack.flatten(1).roll(shifts, 1).reshape(stack.shape)
+    return stack.roll(shifts, [behind(d, stack.ndim - 1) for d in dims])
 
 
 def _dim_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
