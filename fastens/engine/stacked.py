@@ -198,8 +198,8 @@ class StackedMembers:
     def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         call_member = call_member or functools.partial(self.call_member, remembers=True)
-        outputs = (call_member(k, arguments, method) for k in range(self.num_members))
-        with one_by_one():
+        with self._views.hooks_for_all() as for_next, one_by_one():
+            outputs = (call_member(k, arguments, method) for k in range(self.num_members) if for_next())
             return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def unshare(self, names: Iterable[str]) -> bool:

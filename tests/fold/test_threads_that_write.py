@@ -109,7 +109,8 @@ def test_threads_at_once(cls, engine, grad):
                     torch.testing.assert_close(found, expected)
 
         together(work, THREADS)
-        assert [each.calls() for each in ensemble.members] == [each.calls() for each in references]
+        members: Any = ensemble.members
+        assert [each.calls() for each in members] == [each.calls() for each in references]
 
 
 @pytest.mark.parametrize("assigned", [False, True])
