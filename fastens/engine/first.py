@@ -119,6 +119,7 @@ class FirstPass:
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
             touched = sorted(changed | written)
+            engine.check_written(touched)
             if changed.outside or written.outside or engine.all_one_object(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
             if each_thread:  # of what other threads keep, a fold that becomes a loop would see nothing

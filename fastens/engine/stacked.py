@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
+from fastens.network.overlaps import check_unwritten, overlapping, values_of, written
 from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
 from fastens.network.tables import tables_of, unshare
@@ -65,6 +66,7 @@ class StackedMembers:
         self.questions = Questions(self.guards.names)
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
+        self._overlapping = frozenset() if self.originals is None else overlapping(self.originals.modules())
         held_once = shared - self._one_object if kind.own_weights else ()
         self._frozen = [(n, t) for n, t in tensors_of(self.network).items() if n in held_once and not t.requires_grad]
         self._views = MemberViews(self.network, num_members, self.guards.barrier)
@@ -178,7 +180,7 @@ class StackedMembers:
             view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
             if remembers:
                 self._views.keep()
-            with self._views.running(k):
+            with self._views.running(k), self.writes_checked(view):
                 try:
                     output = self.call_module(view, k, arguments, method)
                 finally:  # what a member did before its error it has done
@@ -186,6 +188,22 @@ class StackedMembers:
             if remembers:
                 self._views.check_kept(view)
             return output
+
+    def check_written(self, names: Iterable[str]) -> None:
+        """Raise where code writes to one of several buffers that shared memory in the members that were handed in.
+
+        Raises:
+            ValueError: it does.
+        """
+        check_unwritten(self._overlapping.intersection(names))
+
+    @contextmanager
+    def writes_checked(self, network: nn.Module) -> Iterator[None]:
+        """Scope of code of the network, or of a member, whose writes are checked likewise."""
+        wanted = self._overlapping and not torch.compiler.is_compiling()
+        before = values_of(network, self._overlapping) if wanted else {}
+        yield
+        check_unwritten(written(network, before))
 
     def running(self) -> AbstractContextManager[None]:
         """Scope of code of the members beside their calls."""
