@@ -61,3 +61,34 @@ def test_writes_are_errors_and_reads_are_none(kind, writes, late, grad, engine):
         if not writes and engine != "loop":
             assert ensemble.engine == "fold"
             assert grad or any(call.state == "planned" for call in ensemble.report().calls)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("writes", ["whole", "part"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_attributes_that_are_parts_of_buffers(apart, writes, engine):
+    """Members that differ are modules, in which memory stays shared; others are refused as where both are buffers."""
+
+    def network(number):
+        member = made("part", writes)[number]
+        part = member.part
+        del member.part
+        member.part = part
+        member.whole.add_(number if apart else 0)
+        return member
+
+    members, references = [network(k) for k in range(K)], [network(k) for k in range(K)]
+    if not apart:
+        for each in (*members, *references):
+            with torch.no_grad():
+                each.whole.copy_(members[0].whole)
+    ensemble = fastens.Ensemble(members, engine=engine)
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            if not apart:
+                with pytest.raises(ValueError, match="shares memory"):
+                    ensemble(x)
+            else:
+                expected = torch.stack([each(x) for each in references]).mean(0)
+                assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]
