@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastens.adaptive import refuse_adaptive
 from fastens.draws import Assignment, Evaluation, assignment_of
 from fastens.engine.arguments import Arguments
-from fastens.engine.drawn import run_drawn
+from fastens.engine.dealing import run_drawn
 from fastens.engine.guards import refuse_tracers
 from fastens.engine.row_by_row import each_row
 from fastens.outputs import columns

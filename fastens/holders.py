@@ -16,6 +16,7 @@ from fastens.network.rollback import Rollback
 from fastens.network.state import NetworkState
 
 if TYPE_CHECKING:
+    from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
 
 
@@ -48,11 +49,17 @@ class Holders:
         Args:
             whole: whether nothing is kept where that code fails.
         """
+        engine = engine_of(self.ensemble)
+        with nullcontext() if engine is None else engine.turn(), self._running(engine, whole):
+            yield
+
+    @contextmanager
+    def _running(self, engine: Engine | None, whole: bool) -> Iterator[None]:
         try:
             with called() if self._views else nullcontext(), ExitStack() as scopes:
-                if self._views and (engine := engine_of(self.ensemble)) is not None:
+                if self._views and engine is not None:
                     scopes.enter_context(engine.running())
-                elif engine_of(self.ensemble) is None:
+                elif engine is None:
                     apart = modules_apart(self.ensemble)
                     apart.get()
                     scopes.enter_context(apart.running(range(len(self.modules))))

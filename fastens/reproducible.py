@@ -74,6 +74,11 @@ def enabled() -> bool:
     return _of_process if own is None else own
 
 
+def one_at_a_time() -> threading.RLock:
+    """Scope in which no other thread of the process sets the mode or the number of threads."""
+    return _ONE_AT_A_TIME
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread: where several share an operation, their borders change last bits."""

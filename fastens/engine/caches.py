@@ -13,6 +13,7 @@ from fastens.fold.tensor import tensors_of
 from fastens.network.alike import first_difference
 from fastens.network.barrier import unwatched
 from fastens.network.member_tables import settle, view_of_member
+from fastens.network.snapshots import thread_locals
 from fastens.network.state import random_kept, state_kept
 
 if TYPE_CHECKING:
@@ -51,6 +52,6 @@ def _left_behind(engine: Engine, arguments: Arguments, method: str) -> tuple[nn.
         settle(view, keeps=True, apart=True)
         with state_kept(engine.network) as tables, state_kept(view) as again:
             engine.call_module(view, 0, drawn_like(arguments), method)
-        if tables or again:
+        if tables or again or thread_locals(view):  # a cache of this thread is none of others
             return None
         return view, {name: tensor.clone() for name, tensor in tensors_of(view).items()}

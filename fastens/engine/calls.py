@@ -214,6 +214,10 @@ class PlannedCall:
 
     def _holds(self, entry: Entry, leaves: list[Any]) -> bool:
         """Whether a plan's answer is a drawn member's, as that is now; if not, warn, and forget every plan."""
+        with self._engine.turn():
+            return self._holds_now(entry, leaves)
+
+    def _holds_now(self, entry: Entry, leaves: list[Any]) -> bool:
         engine, hidden = self._engine, self._hidden
         number = entry.calls * 0x9E3779B1 >> 7
         if hidden.row_members is None:

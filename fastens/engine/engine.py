@@ -94,7 +94,7 @@ class Engine(FoldedMembers):
         self.behaviour.looped, self.behaviour.why = True, why
         self.unshare_all()
         self.plans.clear()
-        warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=6)
+        warnings.warn(f"fastens: members are evaluated one by one, because {why}", stacklevel=7)
 
     def evaluate(self, arguments: Arguments, training: bool, method: str = "forward") -> list[Any]:
         """Run all members; return the leaves of their outputs, [K, ...] or a list of K, and the structure last.
@@ -124,15 +124,24 @@ class Engine(FoldedMembers):
         if torch.is_grad_enabled():
             self.check_frozen()
         if self.behaviour.looped:
-            self.guards.check_memory()
-            return self.loop(arguments, method)
+            with self.turn():
+                return self._by_code(arguments, training, method)
         if self.guards.observed():
-            return in_transform(self, lambda call: self.loop(arguments, method, call))
+            with self.turn():
+                return in_transform(self, lambda call: self.loop(arguments, method, call))
         plannable = method == "forward" and self.can_plan(arguments)
         if plannable:
             planned = PlannedCall(self, arguments).run()
             if planned is not None:
                 return planned
+        with self.turn():
+            return self._by_code(arguments, training, method, plannable)
+
+    def _by_code(self, arguments: Arguments, training: bool, method: str, plannable: bool = False) -> list[Any]:
+        """The same where code of the network or of members runs, in this thread's turn."""
+        if self.behaviour.looped:  # another thread may have had its turn meanwhile
+            self.guards.check_memory()
+            return self.loop(arguments, method)
         if capturing():
             return self.fold(arguments, None, method)
         self.guards.check_memory()

@@ -19,7 +19,7 @@ from fastens.fold.attributes import SetWhenCalled
 from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.made import MadeWhenCalled
-from fastens.network.snapshots import same_bits
+from fastens.network.snapshots import same_bits, thread_locals
 from fastens.network.state import DRAWS_ELSEWHERE, Changed, GlobalDraws, TorchDraws, random_kept, state_kept
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class FirstPass:
                 parameters = _parameters(member, k, None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
+                each_thread = thread_locals(member)
             if modules := changed.modules | written.modules:
                 raise MadeWhenCalled(modules)
             if attributes := changed.attributes | written.attributes:
@@ -118,8 +119,11 @@ class FirstPass:
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
             touched = sorted(changed | written)
+            engine.check_written(touched)
             if changed.outside or written.outside or engine.all_one_object(touched):
                 return f"their code changes what they share ({', '.join(touched[:3])})"
+            if each_thread:  # of what other threads keep, a fold that becomes a loop would see nothing
+                return "they keep values for each thread (threading.local)"
             if changed.back is not None:
                 return f"they keep a function that reaches them by a closure ({changed.back}) when they are called"
             if written_to:

@@ -122,7 +122,8 @@ class FoldedMembers(StackedMembers):
             return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
-            leaves = in_passes(self, arguments, key, method)
+            with self.writes_checked(self.network):
+                leaves = in_passes(self, arguments, key, method)
             if shared := state.shared():
                 raise NotFoldable(shared)
             if self.functions:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def verify(engine: Engine, arguments: Arguments) -> float:
     """The largest relative error of a pass of all members against the loop."""
-    with torch.no_grad():
+    with torch.no_grad(), engine.turn():
         *folded, _ = (
             engine.fold(arguments) if engine.behaviour.looped else engine.evaluate(arguments, engine.network.training)
         )

@@ -41,7 +41,8 @@ def outputs_and_jvp(
         return None
     entry = engine.plans.current(key)
     if entry is None:
-        found = _made(engine, arguments, tangent, key)
+        with engine.turn():
+            found = _made(engine, arguments, tangent, key)
     else:
         found = entry.leaves.whole(entry.run([*arguments.tensors, tangent], {}))
     return None if found is None else (found[0], found[1])

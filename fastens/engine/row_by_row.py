@@ -14,6 +14,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -51,6 +52,13 @@ def evaluate(engine: Engine, arguments: Arguments, training: bool, method: str) 
     if found is not None:
         note(engine, planned, True)
         return found
+    with engine.turn():
+        return _by_rows(engine, planned, arguments, training, method)
+
+
+def _by_rows(
+    engine: Engine, planned: PlannedCall | None, arguments: Arguments, training: bool, method: str
+) -> list[Any]:
     rows = rows_of(engine, arguments, method)
     if not rows:
         return engine.evaluate_at_once(arguments, training, method)
@@ -91,9 +99,10 @@ def through_members(engine: Engine, arguments: Arguments, members: Sequence[int]
         NotReproducible: likewise.
     """
     found = []
-    for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
-        calls = list(zip(members, row, strict=True))
-        found.append(eagerly(engine, lambda calls=calls: _outputs(engine, calls)))
+    with engine.turn():
+        for row in _own_rows(engine, arguments, rows_of(engine, arguments, "forward"), len(members), "forward"):
+            calls = list(zip(members, row, strict=True))
+            found.append(eagerly(engine, lambda calls=calls: _outputs(engine, calls)))
     return joined(found, 1)
 
 
@@ -155,6 +164,11 @@ def drawn(call: DrawnCall, engine: Engine, arguments: Arguments, members: Tensor
         if found is not None:
             note(engine, planned, True)
             return found
+    with engine.turn():
+        return _drawn_by_rows(call, engine, arguments)
+
+
+def _drawn_by_rows(call: DrawnCall, engine: Engine, arguments: Arguments) -> Any:
     rows = rows_of(engine, arguments, "forward")
     if len(rows) == 1:
         alone = call.of_row(rows[0], 0)
@@ -222,6 +236,7 @@ class Modules:
         self.views = list(network.children())
         self.behaviour = Behaviour(looped=True, why="they are modules of their own")
         self.rows = self
+        self.turn = nullcontext  # each thread calls members as they are
         self._found = _FOUND.setdefault(network, [RowsOfMembers() for _ in self.views])
 
     def call_module(self, module: nn.Module, k: int, arguments: Arguments, method: str) -> Any:

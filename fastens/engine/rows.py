@@ -40,11 +40,16 @@ class RowsOfMembers:
         """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
         key = _key(engine, arguments, method)
         if key not in self._found:
-            found = _established(engine, arguments, method)
+            with engine.turn():
+                found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
                 self._found.clear()
             self._found[key] = found
         return self._found[key]
+
+    def known(self, engine: FoldedMembers, arguments: Arguments, method: str = "forward") -> bool:
+        """Whether calls have shown it."""
+        return _key(engine, arguments, method) in self._found
 
     def mix(self, engine: FoldedMembers, arguments: Arguments, method: str) -> None:
         """Keep that rows of such calls may be mixed."""

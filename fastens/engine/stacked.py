@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -15,11 +16,13 @@ from fastens.engine.guards import Guards
 from fastens.engine.kinds import MemberKind
 from fastens.engine.leaves import columns_of
 from fastens.engine.states import Behaviour
+from fastens.engine.turns import Turns
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
+from fastens.network.overlaps import check_unwritten, overlapping, values_of, written
 from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
 from fastens.network.tables import tables_of, unshare
@@ -57,17 +60,25 @@ class StackedMembers:
         originals: Any = None,
     ) -> None:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
+        self._turns = Turns()
         self.network = build_network(skeleton, stacks, shared, num_members)
         self.guards = Guards(self.network)
         self.questions = Questions(self.guards.names)
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
+        self._overlapping = frozenset() if self.originals is None else overlapping(self.originals.modules())
         held_once = shared - self._one_object if kind.own_weights else ()
         self._frozen = [(n, t) for n, t in tensors_of(self.network).items() if n in held_once and not t.requires_grad]
         self._views = MemberViews(self.network, num_members, self.guards.barrier)
         self.look()
         if behaviour.looped:
             self.unshare_all()
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Scope of this thread's turn to run code of the network or of members; in a trace, of nothing."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return self._turns.taken(self.tensors[0].device.type if self.tensors else "cpu")
 
     def look(self) -> None:
         """Look at the stacks anew, which may have been moved, converted or replaced."""
@@ -102,12 +113,14 @@ class StackedMembers:
 
     def member(self, k: int) -> nn.Module:
         """A module that is member k, with copies of its tensors."""
-        return self.kind.handed_out(standing_alone(self._members.fresh(k), self.skeleton), k)
+        with self.turn():
+            return self.kind.handed_out(standing_alone(self._members.fresh(k), self.skeleton), k)
 
     @property
     def remember(self) -> bool:
         """Whether members are called one by one, and wrote to themselves."""
-        return self.behaviour.looped and self._members.remember
+        with self.turn():
+            return self.behaviour.looped and self._members.remember
 
     def own_states(self, skeleton: nn.Module) -> tuple[list[State], str]:
         """What the members wrote to themselves, where they are called one by one, and why they are.
@@ -115,7 +128,8 @@ class StackedMembers:
         Args:
             skeleton: what that refers to in the place of a member.
         """
-        return (self._members.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
+        with self.turn():
+            return (self._members.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
 
     def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str]:
         """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
@@ -140,11 +154,13 @@ class StackedMembers:
     @property
     def views(self) -> list[nn.Module]:
         """Every member as a module of its own, whose tensors are parts of the stacks."""
-        return self._members.get()
+        with self.turn():
+            return self._members.get()
 
     def view(self, k: int) -> nn.Module:
         """One of them."""
-        return self._members.member(k)
+        with self.turn():
+            return self._members.member(k)
 
     @property
     def _members(self) -> MemberViews:
@@ -155,21 +171,39 @@ class StackedMembers:
 
     def attribute(self, name: str) -> Any:
         """An attribute of the network, or the first member's where members write to attributes of their own."""
-        return self._members.attribute(name)
+        with self.turn():
+            return self._members.attribute(name)
 
     def call_member(self, k: int, arguments: Arguments, method: str = "forward", remembers: bool = False) -> Any:
         """What member k returns, by its own Python; it remembers the call where members are known to, or it shall."""
-        view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
-        if remembers:
-            self._views.keep()
-        with self._views.running(k):
-            try:
-                output = self.call_module(view, k, arguments, method)
-            finally:  # what a member did before its error it has done
-                settle(view, keeps=remembers, copies=self.behaviour.looped)
-        if remembers:
-            self._views.check_kept(view)
-        return output
+        with self.turn():
+            view, remembers = self.view(k), remembers or self.behaviour.writes_itself or self.behaviour.looped
+            if remembers:
+                self._views.keep()
+            with self._views.running(k), self.writes_checked(view):
+                try:
+                    output = self.call_module(view, k, arguments, method)
+                finally:  # what a member did before its error it has done
+                    settle(view, keeps=remembers, copies=self.behaviour.looped)
+            if remembers:
+                self._views.check_kept(view)
+            return output
+
+    def check_written(self, names: Iterable[str]) -> None:
+        """Raise where code writes to one of several buffers that shared memory in the members that were handed in.
+
+        Raises:
+            ValueError: it does.
+        """
+        check_unwritten(self._overlapping.intersection(names))
+
+    @contextmanager
+    def writes_checked(self, network: nn.Module) -> Iterator[None]:
+        """Scope of code of the network, or of a member, whose writes are checked likewise."""
+        wanted = self._overlapping and not torch.compiler.is_compiling()
+        before = values_of(network, self._overlapping) if wanted else {}
+        yield
+        check_unwritten(written(network, before))
 
     def running(self) -> AbstractContextManager[None]:
         """Scope of code of the members beside their calls."""
@@ -182,8 +216,8 @@ class StackedMembers:
     def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         call_member = call_member or functools.partial(self.call_member, remembers=True)
-        outputs = (call_member(k, arguments, method) for k in range(self.num_members))
-        with one_by_one():
+        with self._views.hooks_for_all() as for_next, one_by_one():
+            outputs = (call_member(k, arguments, method) for k in range(self.num_members) if for_next())
             return columns_of([pytree.tree_flatten(output) for output in outputs])
 
     def unshare(self, names: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.containers import items_in, pairs_in
@@ -51,7 +52,7 @@ def content_of(cell: types.CellType) -> Any:
 
 
 def reaches_back(member: nn.Module, skipped: Collection[str] = ()) -> str | None:
-    """A function of a member that reaches a module or tensor by a closure, which a copy of the member would share.
+    """A function of a member that reaches a module, a tensor or a hook by a closure, which a copy would share.
 
     Args:
         member: whose functions are looked at.
@@ -62,6 +63,7 @@ def reaches_back(member: nn.Module, skipped: Collection[str] = ()) -> str | None
     """
     modules = modules_of(member)
     own = {id(m) for _, m in modules} | {id(t) for t in tensors_of(member).values()}
+    own |= {id(table) for _, m in modules for name, table in vars(m).items() if "_hooks" in name}
     seen: set[int] = set()
     for path, module in modules:
         for name, value in _reachable(module):
@@ -109,9 +111,9 @@ def _defaults(function: types.FunctionType) -> list[Any]:
 
 
 def _holds(value: Any, own: set[int], depth: int = 4) -> bool:
-    """Whether a value is, or has among its items, a module or tensor of the member."""
+    """Whether a value is, or has among its items, a module or tensor of the member, or the handle of a hook."""
     value = content_of(value) if isinstance(value, types.CellType) else value
-    if id(value) in own:
+    if id(value) in own or (isinstance(value, RemovableHandle) and id(value.hooks_dict_ref()) in own):
         return True
     if not depth:
         return False

@@ -95,6 +95,7 @@ class _OfModule:
         self._prefix, self._attributes = prefix, vars(module)
         self._before = self._attributes.copy()
         tables = [table for name in TABLES[:2] if type(table := self._before[name]) in (dict, Stacks, MemberTable)]
+        self._hooks = [(name, table, dict(table)) for name in HOOK_TABLES if (table := self._before.get(name))]
         self._children = self._before["_modules"], dict(self._before["_modules"])
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
@@ -124,6 +125,11 @@ class _OfModule:
                     now[name] = value
         changed.update(f"{prefix}{name}" for name, held in self._held if held.restored() and name not in REREAD)
         changed.update(f"{prefix}{tensor.name}" for tensor in self._tensors if tensor.restored())
+        for name, table, before in self._hooks:
+            if list(table) != list(before):  # such as one that removes itself when it is called
+                changed.add(f"{prefix}{name}")
+                table.clear()
+                table.update(before)
         for table, names in self._names:
             if len(table) != len(names):
                 for name in set(table) - names:  # registered meanwhile

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -86,7 +85,7 @@ class MemberViews:
         self._modules: list[nn.Module] = []  # of the network, when they were made
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
-        self._rebound: list[tuple[dict[int, Any], dict[int, Any]]] = []  # own tables, and the network's
+        self._hooked: list[tuple[dict[int, Any], dict[int, Any], set[int]]] = []  # own, the network's, of that known
         self._handed_out = HandOuts(_WHY)
         self.look()
 
@@ -139,28 +138,60 @@ class MemberViews:
         views = self._views  # as they are here: another thread may forget them meanwhile
         if self.stale:
             views = self._make()
-        if self._hooks_seen != self._barrier.hooks or any(a.keys() != b.keys() for a, b in self._rebound):
+        if self._hooks_seen != self._barrier.hooks or any(hooks.keys() != given for _, hooks, given in self._hooked):
             self._hook(views)
         return views
 
     def _hook(self, views: list[nn.Module]) -> None:
-        """Give members the hooks of the network, which run in fold and loop alike."""
-        self._hooks_seen, self._rebound = self._barrier.hooks, []
+        """Give members the hooks that the network got since, which run in fold and loop alike, and take those it lost.
+
+        The tables are each member's own: a hook may take itself away by a handle that the member has.
+        """
+        known = {id(own): given for own, _, given in self._hooked}
+        self._hooks_seen, before, self._hooked = self._barrier.hooks, self._hooked, []
         for view in views:
             pairs = self._pairs(view)
-            own = {id(theirs): mine for mine, theirs in pairs if mine is not None}
-            for module, original in pairs:
-                if module is None:
-                    continue
-                for name in HOOK_TABLES:
-                    hooks = original.__dict__[name]
-                    rebound = {key: _rebound(hook, own) for key, hook in hooks.items()}
-                    if any(rebound[key] is not hook for key, hook in hooks.items()):
-                        rebound = OrderedDict(rebound)
-                        self._rebound.append((rebound, hooks))
-                    else:
-                        rebound = hooks
-                    module.__dict__[name] = rebound
+            modules = {id(theirs): mine for mine, theirs in pairs if mine is not None}
+            for name in HOOK_TABLES:
+                for module, original in pairs:
+                    if module is None:
+                        continue
+                    own, hooks = vars(module)[name], vars(original)[name]
+                    given = known.get(id(own))
+                    kept = own if given is not None else {}  # of a member that is new, the tables are copies
+                    now = {
+                        key: kept[key] if given and key in given else _rebound(hook, modules)
+                        for key, hook in hooks.items()
+                        if not given or key not in given or key in kept
+                    }
+                    now |= {key: hook for key, hook in kept.items() if key not in hooks and key not in (given or ())}
+                    if now or own:
+                        own.clear()
+                        own.update(now)
+                    self._hooked.append((own, hooks, set(hooks)))
+        del before  # whose identities stand for them until here
+
+    @contextmanager
+    def hooks_for_all(self) -> Iterator[Callable[[], bool]]:
+        """Scope of calls of all members, of whose hooks each takes away its own: yields what to call before each."""
+        tables = [table for _, m in modules_of(self._network) for name in HOOK_TABLES if (table := vars(m)[name])]
+        before = [dict(table) for table in tables]
+
+        def whole() -> bool:
+            for table, hooks in zip(tables, before, strict=True):
+                if table.keys() != hooks.keys():
+                    gone.extend((table, key) for key in hooks.keys() - table.keys())
+                    made = {key: hook for key, hook in table.items() if key not in hooks}
+                    table.clear()
+                    table.update({**hooks, **made})
+            return True
+
+        gone: list[tuple[dict[int, Any], int]] = []
+        try:
+            yield whole
+        finally:
+            for table, key in gone:
+                table.pop(key, None)
 
     def keep(self) -> None:
         """Keep what members write to themselves from now on."""

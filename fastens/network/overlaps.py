@@ -1,0 +1,84 @@
+"""Tensors that share memory in a member, which stacks hold apart: code may read them, and not write to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
+from fastens.network.snapshots import same_bits
+
+
+def overlapping(members: Iterable[nn.Module]) -> frozenset[str]:
+    """The names of buffers, and of tensors in attributes, that have an element in common with another, in any member.
+
+    The other may be a parameter.
+    """
+    found: set[str] = set()
+    for member in members:
+        tensors = {
+            name: x
+            for name, x in _named(member).items()
+            if x.layout is torch.strided and not is_lazy(x) and x.numel() and not x.is_meta
+        }
+        registered = tensors_of(member)
+        by_memory: dict[Any, list[str]] = {}
+        for name, tensor in tensors.items():
+            by_memory.setdefault(memory_of(tensor), []).append(name)
+        for names in by_memory.values():
+            for a, b in itertools.combinations(names, 2):
+                if not {a, b} <= registered.keys() and any(isinstance(tensors[n], nn.Parameter) for n in (a, b)):
+                    continue  # as hooks of torch keep what they compute of a parameter
+                if _overlap(tensors[a], tensors[b]):
+                    found |= {name for name in (a, b) if not isinstance(tensors[name], nn.Parameter)}
+    return frozenset(found)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one memory have an element in common; those of two dtypes count as if they had."""
+    if a.dtype is not b.dtype:
+        return True
+    taken = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
+    taken.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a network, and the tensors that are attributes."""
+    held = {
+        f"{path}.{name}" if path else name: value.stack if isinstance(value, MemberTensor) else value
+        for path, module in modules_of(network)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    return {**held, **tensors_of(network)}
+
+
+def values_of(network: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
+    """Copies of some tensors of a network."""
+    return {name: x.detach().clone() for name, x in _named(network).items() if name in names}
+
+
+def check_unwritten(names: Iterable[str]) -> None:
+    """Raise where there are names of tensors, to which code of a member wrote.
+
+    Raises:
+        ValueError: names them, and the remedy.
+    """
+    if names := sorted(names):
+        raise ValueError(
+            f"{', '.join(names[:3])}: the members' code writes to a buffer that shares memory with another of its "
+            "member, which stacks hold apart: register the whole alone, and take the part where it is used, as "
+            "`self.whole[1:3]`; or give each a memory of its own by `clone()`"
+        )
+
+
+def written(network: nn.Module, before: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors of a network that hold other values than before."""
+    now = _named(network) if before else {}
+    return [name for name, x in before.items() if name in now and not same_bits(now[name].detach(), x)]

@@ -1,0 +1,94 @@
+"""Buffers of one member that share memory: read as they are, and never written to apart from one another."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastens
+from tests.tolerances import NETWORK, relative_error
+
+K = 3
+KINDS = {
+    "part": lambda t: t[1:3],
+    "every other": lambda t: t.detach()[::2],
+    "whole": lambda t: t.view(4),
+    "apart": lambda t: t.chunk(2)[1],
+}
+pytestmark = pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+
+
+class Network(nn.Module):
+    whole: torch.Tensor
+    part: torch.Tensor
+
+    def __init__(self, kind, writes):
+        super().__init__()
+        self.layer, self.writes, memory = nn.Linear(4, 4), writes, torch.randn(8)
+        self.register_buffer("whole", memory[:4])
+        self.register_buffer("part", memory[4:6] if kind == "apart" else KINDS[kind](self.whole))
+
+    def forward(self, x, late=True):
+        if self.writes and late:
+            getattr(self, self.writes).add_(1)
+        return self.layer(x) * self.whole + self.part.sum()
+
+
+def made(kind, writes):
+    torch.manual_seed(0)
+    return [Network(kind, writes).eval() for _ in range(K)]
+
+
+@pytest.mark.parametrize("engine", ["auto", "fold", "loop"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("writes", ["whole", "part", ""])
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_are_errors_and_reads_are_none(kind, writes, late, grad, engine):
+    """Also where no first call wrote; buffers that share memory and no element are written to as any."""
+    members, references = made(kind, writes), made(kind, writes)
+    ensemble = fastens.Ensemble(members, engine=engine)
+    x = torch.randn(3, 4)
+    with torch.set_grad_enabled(grad):
+        if late:
+            ensemble(x, False)
+        if writes and kind != "apart":
+            with pytest.raises(ValueError, match="shares memory"):
+                ensemble(x, True)
+            return
+        for _ in range(2):
+            expected = torch.stack([each(x, True) for each in references]).mean(0)
+            assert relative_error(ensemble(x, True), expected) < NETWORK[torch.float32]
+        if not writes and engine != "loop":
+            assert ensemble.engine == "fold"
+            assert grad or any(call.state == "planned" for call in ensemble.report().calls)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("writes", ["whole", "part"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_attributes_that_are_parts_of_buffers(apart, writes, engine):
+    """Members that differ are modules, in which memory stays shared; others are refused as where both are buffers."""
+
+    def network(number):
+        member = made("part", writes)[number]
+        part = member.part
+        del member.part
+        member.part = part
+        member.whole.add_(number if apart else 0)
+        return member
+
+    members, references = [network(k) for k in range(K)], [network(k) for k in range(K)]
+    if not apart:
+        for each in (*members, *references):
+            with torch.no_grad():
+                each.whole.copy_(members[0].whole)
+    ensemble = fastens.Ensemble(members, engine=engine)
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            if not apart:
+                with pytest.raises(ValueError, match="shares memory"):
+                    ensemble(x)
+            else:
+                expected = torch.stack([each(x) for each in references]).mean(0)
+                assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]
