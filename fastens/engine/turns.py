@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -22,6 +24,11 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        _ALL.add(self)
+
+    def begin(self) -> None:
+        """Be nobody's: in a process that was forked, the thread whose turn it was is no more."""
+        self._lock = threading.RLock()
 
     @contextmanager
     def taken(self, device: str = "cpu") -> Iterator[None]:
@@ -36,9 +43,20 @@ class Turns:
         """
         backward = device != "cpu" and torch._C._current_graph_task_id() != -1
         with reproducible.one_at_a_time() if reproducible.enabled() else nullcontext():
-            mine = self._lock.acquire(blocking=not backward)
+            lock = self._lock
+            mine = lock.acquire(blocking=not backward)
             try:
                 yield
             finally:
                 if mine:
-                    self._lock.release()
+                    lock.release()
+
+
+def _begin_all() -> None:
+    for each in list(_ALL):
+        each.begin()
+
+
+_ALL: weakref.WeakSet[Turns] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_all)

@@ -1,5 +1,7 @@
 """Threads that call members whose code keeps state: what a call writes stays, and none sees a first pass of another."""
 
+import os
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -218,3 +220,27 @@ def test_a_plan_waits_for_nobody(monkeypatch):
     assert not waited
     assert not waiting.is_alive()
     torch.testing.assert_close(found, [expected] * 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no process")
+def test_a_forked_process_has_its_own_turns():
+    """Also where another thread was in a call, of which there is nothing in the child."""
+    ensemble = fastens.Ensemble([Attribute() for _ in range(K)])
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with ensemble._engine.turn():
+            inside.set()
+            done.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    inside.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with ensemble._engine.turn():
+            os._exit(0)
+    done.set()
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
