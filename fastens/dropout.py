@@ -11,6 +11,7 @@ from fastens.engine.kinds import MemberKind
 from fastens.engine.masked import Masked
 from fastens.engine.masks import Masks
 from fastens.ensemble import Ensemble
+from fastens.network.gradients import warn_of_hooks
 from fastens.network.stacking import Placement, make_skeleton, tensors_of
 from fastens.pickled import KINDS
 from fastens.settings import check_settings
@@ -78,6 +79,7 @@ class MCDropout(Ensemble):
         place = Placement.of(device, dtype)
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(num_members, rule, {**settings, "masks": masks, "p": p, "seed": seed})
+        warn_of_hooks([model])
         stacks = {name: _copied(t, place) for name, t in tensors_of(model).items()}
         self._adopt(make_skeleton(model), stacks, frozenset(stacks))
 

@@ -26,6 +26,7 @@ from fastens.engine.entering import call
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
+from fastens.network.gradients import warn_of_hooks
 from fastens.network.modules_apart import ModulesApart
 from fastens.network.stacking import AS_THEY_ARE, DifferentMembers, Placement, check_members, set_format, stack_members
 from fastens.ops.member_variance import member_variance
@@ -92,6 +93,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         members = cast(Sequence[nn.Module], members)
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(len(members), rule, settings)
+        warn_of_hooks(members if isinstance(members, list | tuple | nn.ModuleList) else ())  # others are files
         self._take(members, place)
         self.training = members[0].training
 

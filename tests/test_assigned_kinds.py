@@ -219,6 +219,7 @@ class ReadsFirst(nn.Module):
 
 NUMBERS = {
     "classes": ([3, 3, 3, 3], [0, 2, 1, 4]),
+    "no class": ([0, 0, 0, 0], [1, 0, 2, 0]),
     "two classes": ([1, 1, 1, 1], [0, 1, 1, 0]),
     "flags": ([False, False, False, False], [True, False, False, True]),
 }

@@ -305,3 +305,16 @@ def test_others_are_not(members):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastens.Ensemble(members())
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["alike", "of their own structures"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_of_members_are_warned_of(register, apart):
+    members = [nn.Sequential(*[nn.Linear(3, 3) for _ in range(1 + apart * k)]) for k in range(2)]
+    handle = getattr(members[1][0].weight, register)(lambda x: None)
+    with pytest.warns(UserWarning, match=r"gradient of 0\.weight of member 1 .* register them on"):
+        fastens.Ensemble(members, engine="loop")
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastens.Ensemble(members, engine="loop")

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Members without a gradient of their own in one that a stack has, by that gradient, and how often it was written to
 # then: the next backward pass gives them one.
 _WITHOUT: Any = WeakTensorKeyDictionary()
+
+
+def warn_of_hooks(members: Iterable[nn.Module]) -> None:
+    """Warn where hooks wait for gradients of members' weights: those of an ensemble are others, and have none."""
+    for k, member in enumerate(members):
+        for name, p in member.named_parameters():
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                warnings.warn(
+                    f"fastens: hooks on the gradient of {name} of member {k} are not the ensemble's: register them on "
+                    f"dict(ens.named_parameters())['network.{name}']",
+                    stacklevel=4,
+                )
+                return
 
 
 def gradient_of(stack: Tensor, k: int) -> Tensor | None:
