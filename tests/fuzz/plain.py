@@ -77,6 +77,10 @@ class PlainLoop(nn.Module):
     def scale(self) -> float:
         return self.networks[0].scale
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return nn.ModuleList([network.blocks for network in self.networks])
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
             self.set_scale(value)
