@@ -70,10 +70,14 @@ class DrawnCall:
             return self._by_code()
 
     def _planned_before(self) -> Any:
-        """The answer of the plan that there is, which waits for no other thread; none where there is none."""
+        """The answer of the plan that there is, which waits for no other thread; none where there is none.
+
+        None with gradients either: a checkpoint counts what is saved on the way to a plan.
+        """
         engine = self._engine
-        writes = engine.behaviour.writes_itself or not len(self._members)
-        return None if writes or not engine.rows.known(engine, self._arguments) else self.planned_answer()[1]
+        if torch.is_grad_enabled() or engine.behaviour.writes_itself or not len(self._members):
+            return None
+        return self.planned_answer()[1] if engine.rows.known(engine, self._arguments) else None
 
     def _by_code(self) -> Any:
         engine = self._engine
