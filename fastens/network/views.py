@@ -14,7 +14,7 @@ from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
-from fastens.network.barrier import Barrier, unwatched
+from fastens.network.barrier import Barrier, counts, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.contents import Looks, inside
 from fastens.network.deep_copies import copied
@@ -85,7 +85,9 @@ class MemberViews:
         self._modules: list[nn.Module] = []  # of the network, when they were made
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
-        self._hooked: list[tuple[dict[int, Any], dict[int, Any], set[int]]] = []  # own, the network's, of that known
+        self._hooked: list[nn.Module] = []  # the members that have the network's hooks
+        self._hooks_given: list[tuple[dict[int, Any], set[int]]] = []  # tables of theirs, with what these were given
+        self._hooks_of: list[tuple[dict[int, Any], set[int]]] = []  # of the network, but for empty ones that tell
         self._handed_out = HandOuts(_WHY)
         self.look()
 
@@ -138,7 +140,7 @@ class MemberViews:
         views = self._views  # as they are here: another thread may forget them meanwhile
         if self.stale:
             views = self._make()
-        if self._hooks_seen != self._barrier.hooks or any(hooks.keys() != given for _, hooks, given in self._hooked):
+        if self._hooks_seen != self._barrier.hooks or any(hooks.keys() != seen for hooks, seen in self._hooks_of):
             self._hook(views)
         return views
 
@@ -147,8 +149,11 @@ class MemberViews:
 
         The tables are each member's own: a hook may take itself away by a handle that the member has.
         """
-        known = {id(own): given for own, _, given in self._hooked}
-        self._hooks_seen, before, self._hooked = self._barrier.hooks, self._hooked, []
+        known = {id(own): given for own, given in self._hooks_given}
+        known_members, before = set(map(id, self._hooked)), (self._hooked, self._hooks_given)
+        self._hooks_seen, self._hooked, self._hooks_given = self._barrier.hooks, views, []
+        tables = [vars(module)[name] for _, module in modules_of(self._network) for name in HOOK_TABLES]
+        self._hooks_of = [(hooks, set(hooks)) for hooks in tables if hooks or not counts(hooks)]
         for view in views:
             pairs = self._pairs(view)
             modules = {id(theirs): mine for mine, theirs in pairs if mine is not None}
@@ -157,7 +162,7 @@ class MemberViews:
                     if module is None:
                         continue
                     own, hooks = vars(module)[name], vars(original)[name]
-                    given = known.get(id(own))
+                    given = known.get(id(own), set[int]()) if id(view) in known_members else None
                     kept = own if given is not None else {}  # of a member that is new, the tables are copies
                     now = {
                         key: kept[key] if given and key in given else _rebound(hook, modules)
@@ -168,7 +173,8 @@ class MemberViews:
                     if now or own:
                         own.clear()
                         own.update(now)
-                    self._hooked.append((own, hooks, set(hooks)))
+                    if hooks:
+                        self._hooks_given.append((own, set(hooks)))
         del before  # whose identities stand for them until here
 
     @contextmanager
