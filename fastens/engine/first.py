@@ -109,7 +109,7 @@ class FirstPass:
                 parameters = _parameters(member, k, None)
             with around, network as written, state_kept(member) as changed:
                 output = engine.call_module(member, k, arguments, self._method)
-                each_thread = thread_locals(member)
+                each_thread = [] if k else thread_locals(member)  # of members that are alike
             if modules := changed.modules | written.modules:
                 raise MadeWhenCalled(modules)
             if attributes := changed.attributes | written.attributes:
