@@ -131,13 +131,20 @@ class StackedMembers:
         with self.turn():
             return (self._members.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
 
-    def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str]:
-        """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
-        states, why = self.own_states(skeleton)
-        return [[{n: x for n, x in own.items() if not thread_locals(x)} for own in state] for state in states], why
+    def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str, frozenset[str]]:
+        """The same for a copy, without what members keep for each thread: a copy makes that as its class says.
 
-    def adopt_states(self, skeleton: nn.Module, states: list[State], why: str) -> None:
-        """Go on with what the members of another engine wrote to themselves, one by one; see :meth:`own_states`."""
+        Last, the names of buffers that code must not write to; see :meth:`check_written`.
+        """
+        states, why = self.own_states(skeleton)
+        states = [[{n: x for n, x in own.items() if not thread_locals(x)} for own in state] for state in states]
+        return states, why, self._overlapping
+
+    def adopt_states(
+        self, skeleton: nn.Module, states: list[State], why: str, overlapping: frozenset[str] = frozenset()
+    ) -> None:
+        """Go on with what the members of another engine wrote to themselves, one by one; see :meth:`states_of_copy`."""
+        self._overlapping |= overlapping
         if any(any(state) for state in states):
             self.behaviour.looped, self.behaviour.why = True, why
             self.unshare_all()

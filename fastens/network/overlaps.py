@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,22 +21,30 @@ def overlapping(members: Iterable[nn.Module]) -> frozenset[str]:
     """
     found: set[str] = set()
     for member in members:
-        tensors = {
-            name: x
-            for name, x in _named(member).items()
-            if x.layout is torch.strided and not is_lazy(x) and x.numel() and not x.is_meta
-        }
-        registered = tensors_of(member)
-        by_memory: dict[Any, list[str]] = {}
-        for name, tensor in tensors.items():
-            by_memory.setdefault(memory_of(tensor), []).append(name)
-        for names in by_memory.values():
-            for a, b in itertools.combinations(names, 2):
-                if not {a, b} <= registered.keys() and any(isinstance(tensors[n], nn.Parameter) for n in (a, b)):
-                    continue  # as hooks of torch keep what they compute of a parameter
-                if _overlap(tensors[a], tensors[b]):
-                    found |= {name for name in (a, b) if not isinstance(tensors[name], nn.Parameter)}
+        tensors, registered = _named(member), tensors_of(member)
+        for a, b in _pairs(tensors):
+            if not {a, b} <= registered.keys() and any(isinstance(tensors[n], nn.Parameter) for n in (a, b)):
+                continue  # as hooks of torch keep what they compute of a parameter
+            found |= {name for name in (a, b) if not isinstance(tensors[name], nn.Parameter)}
     return frozenset(found)
+
+
+def trained_together(member: nn.Module) -> tuple[str, str] | None:
+    """The names of two parameters, or of one and a buffer, that have an element in common, where one is trained."""
+    tensors = tensors_of(member)
+    return next((pair for pair in _pairs(tensors) if any(tensors[name].requires_grad for name in pair)), None)
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """The names of tensors that have an element in common."""
+    by_memory: dict[Any, list[str]] = {}
+    for name, x in tensors.items():
+        if x.layout is torch.strided and not is_lazy(x) and x.numel() and not x.is_meta:
+            by_memory.setdefault(memory_of(x), []).append(name)
+    for names in by_memory.values():
+        for a, b in itertools.combinations(names, 2):
+            if tensors[a] is not tensors[b] and _overlap(tensors[a], tensors[b]):
+                yield a, b
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

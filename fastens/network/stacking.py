@@ -18,6 +18,7 @@ from fastens.fold.tensor import MemberTensor, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
+from fastens.network.overlaps import trained_together
 from fastens.network.parametrized import with_own_classes
 from fastens.network.snapshots import held_tensors, same_bits
 from fastens.network.tables import tables_of
@@ -220,6 +221,9 @@ def stack_members(
     referring = _refers_to_weight(tensors)
     if referring is not None:
         raise DifferentMembers(f"{referring}, an attribute of a parameter or buffer, holds a weight of its member")
+    for member in members if isinstance(members, list | tuple | nn.ModuleList) else (first,):
+        if (pair := trained_together(member)) is not None:
+            raise DifferentMembers(f"{' and '.join(pair)} share memory in a member, which stacks hold apart")
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     equal -= {name for name in equal if name in into and into[name].ndim > tensors[name].ndim}

@@ -1,5 +1,8 @@
 """Buffers of one member that share memory: read as they are, and never written to apart from one another."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -92,3 +95,57 @@ def test_attributes_that_are_parts_of_buffers(apart, writes, engine):
             else:
                 expected = torch.stack([each(x) for each in references]).mean(0)
                 assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("called", [False, True])
+def test_copies_refuse_writes_too(called, way):
+    ensemble, x = fastens.Ensemble(made("part", "part")), torch.randn(3, 4)
+    if called:
+        ensemble(x, False)
+    with pytest.raises(ValueError, match="shares memory"):
+        way(way(ensemble))(x)
+
+
+class Tied(nn.Module):
+    """Two parameters, or a parameter and a buffer, in one memory."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        if kind == "parameters":
+            self.second.weight = nn.Parameter(self.first.weight.data)
+        elif kind == "part":
+            self.second.bias = nn.Parameter(self.first.weight.data[1])
+        else:
+            self.register_buffer("row", self.first.weight.data[2])
+
+    def forward(self, x):
+        y = self.second(torch.tanh(self.first(x)))
+        return y + getattr(self, "row", 0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["parameters", "part", "buffer"])
+def test_what_is_trained_together_is_so_in_the_ensemble(kind, frozen):
+    def made():
+        torch.manual_seed(0)
+        return [Tied(kind).requires_grad_(not frozen) for _ in range(K)]
+
+    members, references = made(), made()
+    ensemble = fastens.Ensemble(members)
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        with torch.no_grad():
+            expected = torch.stack([each(x) for each in references]).mean(0)
+            assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]
+        if frozen:
+            continue
+        found = torch.stack([each(x) for each in references]).mean(0)
+        for answer, trained in ((ensemble(x), [ensemble]), (found, references)):
+            answer.square().sum().backward()
+            with torch.no_grad():
+                for p in (p for each in trained for p in each.parameters()):
+                    p -= 0.01 * p.grad
+                    p.grad = None
+    assert ensemble.engine == ("fold" if frozen else "loop")
