@@ -67,7 +67,7 @@ def sampler(run: Run, draw: Random) -> None:
     def onwards(answer: Any) -> None:
         nonlocal x
         scores = [leaf for leaf in pytree.tree_leaves(answer) if oracle.is_score(leaf) and leaf.shape == x.shape]
-        step = torch.tanh(scores[0] if scores else kept).to(x.dtype)
+        step = torch.tanh(scores[0] if scores else kept).to(x.dtype).nan_to_num()  # weights that ran away in training
         if replaces:
             x = x * 0.75 + step * 0.5
         else:
