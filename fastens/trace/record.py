@@ -160,8 +160,9 @@ class Recording:
         if ref.storage in self._made:
             return None
         base = self.tensors[ref.storage]
-        empty = torch.empty(0, dtype=ref.dtype, device=base.device)
-        return empty.set_(base.untyped_storage(), ref.offset, ref.size, ref.stride)
+        return torch.empty(0, dtype=ref.dtype, device=base.device).set_(
+            base.untyped_storage(), ref.offset, ref.size, ref.stride
+        )
 
     def found(self) -> list[Tensor]:
         """Constants that were there before the pass: weights, and tensors in attributes, lists and globals."""
@@ -321,8 +322,8 @@ class _Operations(TorchDispatchMode):
 _OF_VECTORS = {"fastens::linear", "fastens::layer_norm", "fastens::rms_norm"}
 
 
-class _Functions(TorchFunctionMode):
-    """Member-batched ops are recorded whole: as composites they would come in pieces. What reads values is refused."""
+class _MemberOps(TorchFunctionMode):
+    """Member-batched ops are recorded whole; as composites they would come to the dispatcher in pieces."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -339,13 +340,14 @@ class _Functions(TorchFunctionMode):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return func(*args, **kwargs)  # the network differentiates: in pieces, whose derivatives are recorded too
         with _disable_current_modes():
+            convolved = func is torch.ops.fastens.conv.default
             result = self.recording.result(func, args, kwargs)
             if func is torch.ops.fastens.dropout.default:
                 result = torch.empty_like(args[0]).copy_(result)
             elif func._schema.name in _OF_VECTORS:
                 result = result.contiguous()
             else:
-                result = channels_last(args[0], result, func is torch.ops.fastens.conv.default)
+                result = channels_last(args[0], result, convolved)
         self.recording.add(func, args, kwargs, result)
         return result
 
@@ -373,11 +375,11 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
         NotRecordable: see :class:`Recording`.
     """
     recording = Recording(sketch)
-    for x in inputs:
-        recording.add_input(x)
+    recording.inputs = [recording.input(x) for x in inputs]
+    recording._made.update(ref.storage for ref in recording.inputs)
     # in inference mode an operation that is made of others would come whole
-    operations, functions = _Operations(recording), _Functions(recording)
-    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, functions:
+    operations, member_ops = _Operations(recording), _MemberOps(recording)
+    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, member_ops:
         result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result
