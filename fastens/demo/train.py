@@ -7,12 +7,13 @@ what is kept.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,18 @@ def _earlier(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return log
 
 
+@contextlib.contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """Scope in which torch takes deterministic algorithms only; the caller's choice holds again after it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+@_deterministic_algorithms()
 def main(argv: list[str] | None = None) -> None:
     """Train K members and write their folders and ``training.json``."""
     parser = argparse.ArgumentParser(prog="python -m fastens.demo.train", description=__doc__)
@@ -197,7 +210,6 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from tqdm import tqdm
 
-    torch.use_deterministic_algorithms(True)
     out = options.out or members_folder(options.data)
     train, test = LOADERS[options.data]()
     started = time.perf_counter()
