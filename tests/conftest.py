@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.covering import covering  # noqa: E402
+from tests.left_behind import settings  # noqa: E402
 from tests.longest_first import longest_first  # noqa: E402
 
 
@@ -49,6 +50,15 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.by_file import ByFile
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was():
+    """Fail the test that changed a setting of the process, and not one that happens to run after it."""
+    before = settings()
+    yield
+    after = settings()
+    assert after == before, {name: (before[name], after[name]) for name in before if after[name] != before[name]}
 
 
 @pytest.fixture(scope="module")
