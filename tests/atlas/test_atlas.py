@@ -95,7 +95,7 @@ def seldom(*names):
     return [pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
-EXPORTED = ["sit", "adm", "diffusion_policy", "csdi", "pixart", *seldom("stable_diffusion_3", "unet_2d")]
+EXPORTED = ["adm", "diffusion_policy", "pixart", *seldom("sit", "csdi", "stable_diffusion_3", "unet_2d")]
 COMPILED = ["sit", *seldom("csdi")]
 
 

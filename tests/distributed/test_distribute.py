@@ -32,9 +32,19 @@ def run(tmp_path_factory):
         world.end()
 
 
-# Four ranks have meshes in which two share the members, two the rows, and both: two alone are for ``make test-full``.
+def sizes(case):
+    """On how many ranks ``make test`` runs a case, beside one; ``make test-full`` has the others.
+
+    Four have meshes in which two share the members, two the rows, and both. Bits, whose cases run every rule over every
+    batch, are those of one process on any mesh.
+    """
+    return 2 if case.startswith("bits_") else 4
+
+
 EVERY = [
-    pytest.param(size, case, marks=pytest.mark.full if size == 2 else ()) for size in WORLDS for case in cases_of(size)
+    pytest.param(size, case, marks=() if size in (1, sizes(case)) else pytest.mark.full)
+    for size in WORLDS
+    for case in cases_of(size)
 ]
 
 

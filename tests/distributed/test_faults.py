@@ -128,7 +128,9 @@ def killed_at_an_event(number, folder, command):
     main(command)
 
 
-@pytest.mark.parametrize("options", [["--num", "9", "--rule", "mixture"], ["--per-member", "4"]])
+@pytest.mark.parametrize(
+    "options", [["--num", "9", "--rule", "mixture"], pytest.param(["--per-member", "4"], marks=pytest.mark.full)]
+)
 def test_a_job_that_is_killed_at_random_events_ends_with_the_same_bytes(options, folders, tmp_path):
     """On one to three ranks, which live longer and longer, until the first one comes to its end."""
     alone, several = tmp_path / "alone", tmp_path / "several"

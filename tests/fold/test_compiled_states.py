@@ -209,6 +209,7 @@ def keeps_and_scales(member, y):
     scales_a_weight(member, y)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize(
     ("called", "around", "backend"),
