@@ -47,7 +47,10 @@ def _vmapped(info: Any, in_dims: tuple[Any, ...], x: Tensor, number: str, epoch:
     return torch.ops.fastens.as_traced(x, number, epoch), in_dims[0]
 
 
-LIBRARY.define("as_traced(Tensor x, str number, int epoch) -> Tensor")
+# By the tag, Inductor and the backend "cudagraphs" leave the op out of their CUDA graphs, whose replays would not ask.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+
+LIBRARY.define("as_traced(Tensor x, str number, int epoch) -> Tensor", tags=_TAGS)
 LIBRARY.impl("as_traced", _checked, "CompositeExplicitAutograd")
 torch.library.register_fake(_NAME, lambda x, number, epoch: torch.empty_like(x), lib=LIBRARY)
 torch.library.register_autograd(_NAME, lambda ctx, grad: (grad, None, None), lib=LIBRARY)

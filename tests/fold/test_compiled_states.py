@@ -6,7 +6,9 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
+from torch._functorch.aot_autograd import make_boxed_func
 
 import fastens
 from tests.fold.contract import made, near
@@ -174,6 +176,24 @@ def test_a_graph_that_was_traced_when_code_read_other_values_raises(change, grad
         called()
     called()
     called()
+
+
+def test_no_cuda_graph_of_torchs_compilers_replays_without_asking():
+    """Inductor cuts its graphs at the op, and the backend "cudagraphs" makes none: both ask this of a graph's nodes."""
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    torch.compiler.reset()
+    graphs = []
+
+    def keeps(graph, inputs):
+        graphs.append(get_first_incompatible_cudagraph_node(graph))
+        return make_boxed_func(graph.forward)
+
+    ensemble = fastens.Ensemble([made(lambda _: Reads(), k) for k in range(3)])
+    compiled = torch.compile(ensemble, backend=aot_autograd(fw_compiler=keeps), fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(4, 5))
+    assert [node.target for node in graphs] == [torch.ops.fastens.as_traced.default]
 
 
 class Leaves(nn.Module):
