@@ -49,7 +49,15 @@ def enters(column: Any, combine: Callable[[Any], Tensor]) -> bool:
 
 
 def combined(combine: Callable[[Any], Tensor], scores: Any) -> Tensor:
-    """Scores [K, B, ...] as one, or a number that each member returns, as of one sample."""
+    """Scores [K, B, ...] as one, or a number that each member returns, as of one sample.
+
+    Raises:
+        TypeError: they are nested tensors.
+    """
+    if scores[0].is_nested:
+        raise TypeError(
+            "members return nested tensors, which no rule combines: let them return torch.nested.to_padded_tensor(...)"
+        )
     if scores[0].ndim or combine is stacked:
         return combine(scores)
     return combine(stacked(scores)[:, None])[0]

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastens.engine.copies import copies, is_plain
+from fastens.engine.copies import check_shapes, copies, is_plain
 from fastens.fold.dispatch import Fold
 from fastens.fold.nested import is_shape
 from fastens.fold.tensor import MemberTensor
@@ -94,6 +94,7 @@ class Arguments:
 
     Raises:
         ValueError: a :class:`PerMember` of another number of values than K.
+        TypeError: a nested tensor of the layout that has no shape.
     """
 
     evaluation: tuple[int | None, int] = (None, 0)
@@ -108,6 +109,7 @@ class Arguments:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int | None = None) -> None:
         self.leaves, self._nesting = _flattened(args, kwargs)
+        check_shapes(self.leaves)
         if isinstance(self._nesting, tuple):
             return
         self.own = frozenset(i for i, x in enumerate(self.leaves) if isinstance(x, PerMember))
@@ -335,10 +337,7 @@ class Arguments:
         return all(map(is_plain, self.leaves))
 
     def signature(self) -> tuple[Any, ...]:
-        """The key of a folded signature: structure, shapes, dtypes, and what is no tensor by value.
-
-        Strides do not matter.
-        """
+        """The key of a folded signature: structure, shapes, dtypes, and what is no tensor by value; not strides."""
 
         def key(i: int, leaf: Any) -> Any:
             if isinstance(leaf, Tensor):

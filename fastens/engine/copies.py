@@ -28,6 +28,13 @@ def is_plain(x: Any) -> bool:
     )
 
 
+def check_shapes(leaves: list[Any]) -> None:
+    """Raise TypeError where a leaf is a nested tensor of the layout that has no shape."""
+    for x in leaves:
+        if isinstance(x, Tensor) and x.is_nested and x.layout is torch.strided:
+            raise TypeError("a nested tensor of torch.strided has no shape: make it with layout=torch.jagged")
+
+
 def separate(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, each in memory of its own: one that shares another's is copied."""
     seen: set[int] = set()

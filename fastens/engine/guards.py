@@ -178,6 +178,10 @@ def refuse_tracers() -> None:
     """
     proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     if (proxies or torch._C._is_tracing()) and not torch.compiler.is_compiling():
+        if transformed():
+            raise RuntimeError(
+                "torch.func.linearize does not see through an ensemble: call torch.func.jvp, which runs the members"
+            )
         raise RuntimeError(
             f"{'make_fx' if proxies else 'torch.jit.trace'} does not see through an ensemble: export it first, and "
             "trace torch.export.export(ens, args).module()"

@@ -35,3 +35,13 @@ def test_the_remedy_is_named_and_works(tracer, engine, rule, called, grad):
             near(ensemble(Y), averaged([member(Y) for member in members]))
             graph = TRACERS[tracer](torch.export.export(ensemble, (X,)).module(), X)
             near(graph(Y), averaged([member(Y) for member in members]))
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_a_linearisation_names_the_derivative_that_works(engine):
+    members = [made(lambda _: nn.Sequential(nn.Linear(4, 6), nn.SiLU()), k) for k in range(K)]
+    ensemble, ones = fastens.Ensemble(members, engine=engine), torch.ones_like(X)
+    with pytest.raises(RuntimeError, match=r"linearize does not see through an ensemble: call torch.func.jvp"):
+        torch.func.linearize(ensemble, X)
+    _, found = torch.func.jvp(ensemble, (X,), (ones,))
+    near(found, averaged([torch.func.jvp(member, (X,), (ones,))[1] for member in members]))
