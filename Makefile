@@ -109,7 +109,7 @@ NETWORKS ?= 10000
 SEED ?= 0
 JOBS ?= 2
 fuzz: $(VENV)/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --networks $(NETWORKS) --seed $(SEED) --samplers 3 --jobs $(JOBS)
 
 # Minutes: every network of others against the loop, and the table of docs/atlas.md; `make test` compares a sample.
 atlas: $(VENV)/dev build/native
