@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastens import reproducible
 from fastens.device import device_of
 from fastens.engine.check import beyond_rounding
-from fastens.engine.copies import duplicate, separate
+from fastens.engine.copies import duplicate
 from fastens.engine.entry import Entry, Tensors, Trial
 from fastens.engine.guards import EVERY_MODE, Guards
 from fastens.engine.leaves import Leaves
@@ -198,7 +198,6 @@ class Plans:
         self.why_not = refused or self.why_not
         if refused is not None or self._hooked():
             return None
-        inputs = separate(inputs)
         why = ""
         # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
         other = {t.dtype for t in self._network.parameters() if t.is_floating_point()}
