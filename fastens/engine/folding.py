@@ -28,6 +28,7 @@ from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.network.stacking import tensors_of
 from fastens.network.state import NetworkState
+from fastens.refusals import insisted
 
 Result = TypeVar("Result")
 Outputs = Callable[[Arguments], list[Tensor]]
@@ -96,7 +97,7 @@ class FoldedMembers(StackedMembers):
         network = network or self.network
         fold.dropouts.runs(network)
         try:
-            with inside(fold):
+            with inside(fold), insisted():
                 output = call(network, method, args, kwargs)
         except Exception as error:
             if type(error).__module__.startswith("torch._dynamo") and not torch.compiler.is_compiling():
