@@ -18,6 +18,7 @@ from fastens.engine.entering import call
 from fastens.engine.leaves import unwrapped
 from fastens.engine.memory_cap import MemoryCap
 from fastens.engine.numbers import Numbers
+from fastens.engine.objects import unchanged
 from fastens.engine.passes import ReadsRows, in_passes
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.stacked import StackedMembers
@@ -123,7 +124,7 @@ class FoldedMembers(StackedMembers):
             return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
-            with self.writes_checked(self.network):
+            with self.writes_checked(self.network), unchanged(arguments):
                 leaves = in_passes(self, arguments, key, method)
             if shared := state.shared():
                 raise NotFoldable(shared)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, tolerance_for
+from fastens.engine.objects import objects_kept
 from fastens.network.state import random_kept, state_kept
 from fastens.network.tables import converted, seen_as
 
@@ -70,7 +71,7 @@ def _established(engine: FoldedMembers, arguments: Arguments, method: str) -> fr
 
     In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
     """
-    with torch.no_grad(), random_kept():
+    with torch.no_grad(), random_kept(), objects_kept(arguments):
         drawn = drawn_like(arguments)
         for numbers in (_told_apart(drawn, raised=True), _told_apart(drawn), drawn):
             doubled = numbers.with_tensors([_double(x) for x in numbers.tensors])
