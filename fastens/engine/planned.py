@@ -17,6 +17,7 @@ from fastens.engine.entry import Entry, Tensors, Trial
 from fastens.engine.guards import EVERY_MODE, Guards
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.numbers import Numbers, told
 from fastens.engine.states import Refused, States
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
@@ -29,7 +30,6 @@ from fastens.trace.record import NotLowerable, NotRecordable, Recording, record,
 from fastens.trace.sketch import sketched
 
 if TYPE_CHECKING:
-    from fastens.engine.numbers import Numbers
     from fastens.plan.cpu.plan import Plan
     from fastens.plan.gpu.plan import LaunchPlan
 
@@ -271,11 +271,13 @@ class Plans:
             others[-2:] = _another_draw(*trial.inputs[-2:])
         if trial.dropouts.fresh:
             others[trial.drawn] = trial.dropouts.next_evaluation().drawn()
-        values = {} if trial.numbers is None else trial.numbers.others
-        given = [] if trial.numbers is None else [values]
+        values, read = {} if trial.numbers is None else trial.numbers.others, list[bool]()
+        given = [] if trial.numbers is None else [{i: told(x, lambda: read.append(True)) for i, x in values.items()}]
         found = trial.seen(of_member(entry.run(others, values), 0))
         theirs = trial.member(others, *given)
         assert theirs is not None  # but where it is asked for float32
+        if read:
+            raise NotRecordable("the network reads a number of the call by its value, where it is no tensor")
         self._check(found, theirs, lambda: trial.member(others, *given, exact=True))
 
     def _of_other_modes(self, key: Any, trial: Trial) -> tuple[Entry, Tensors] | None:
