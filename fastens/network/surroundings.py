@@ -20,7 +20,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -253,8 +253,6 @@ class _Reader:
         """A container by what is inside, any other object by what is named."""
         if kind in weakref.ProxyTypes:
             return
-        if kind is type(os.environ):
-            self.names.add("environ")
         if issubclass(kind, threading.local):  # what it has for this thread
             self._looks.append(lambda: itertools.chain.from_iterable(vars(value).items()))
             self._waiting += vars(value).values()
@@ -263,6 +261,11 @@ class _Reader:
         self._looks += looks
         self._waiting += items
         attributes = vars(value) if kind.__dictoffset__ else {}
+        if of_library(kind.__module__) and issubclass(
+            kind, Collection
+        ):  # as the environment is, which keeps a dictionary
+            self._looks.append(attributes.values)
+            self._waiting += attributes.values()
         if not self._of_library(kind.__module__):
             self._class(kind)
             if kind.__dictoffset__:
@@ -270,7 +273,7 @@ class _Reader:
                 self._named.append(functools.partial(self._listed, attributes, []))
             for member in slots_of(kind):
                 self._named.append(functools.partial(self._slot, member, value, set()))
-        self._waiting.append(attributes.get("__wrapped__"))
+        self._waiting += [attributes.get("__wrapped__"), attributes.get("_value_")]  # that one is of an enumeration
 
     def _listed(self, attributes: dict[str, Any], done: list[bool]) -> None:
         """Watch all that an object has, where the code may list it."""

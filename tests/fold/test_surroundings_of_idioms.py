@@ -185,6 +185,18 @@ IDIOMS: dict[
         'float(ask("FASTENS_TEST_SCALE"))',
         lambda names: names["os"].environ.update(FASTENS_TEST_SCALE="3"),
     ),
+    "a dictionary of weak references": (
+        "class C: pass\nO, P = C(), C()\nO.x, P.x = 1.0, 3.0\nD = weakref.WeakValueDictionary(x=O)",
+        "",
+        'D["x"].x',
+        lambda names: names["D"].update(x=names["P"]),
+    ),
+    "the value of an enumeration": (
+        "import enum\nclass C(enum.Enum):\n    x = [1.0]",
+        "",
+        "C.x.value[-1]",
+        lambda names: names["C"].x.value.append(3.0),
+    ),
     "all that an object has": ("class C: pass\nO = C()\nO.y = 1.0", "", "sum(vars(O).values())", assigned("O", "y")),
     "what comes to an object": ("O = types.SimpleNamespace()", "", "sum(O.__dict__.values(), 1.0)", assigned("O", "y")),
     "a function that an object has": (
