@@ -15,7 +15,7 @@ from fastens.engine.arguments import Arguments
 from fastens.kernels._graph import keep
 from fastens.ops import run_program
 from fastens.ops.aggregate import aggregate
-from fastens.outputs import stacked
+from fastens.outputs import as_stack
 from fastens.schedules.prediction import PREDICTIONS
 
 Combine = Callable[[Any], Tensor]
@@ -118,7 +118,7 @@ def _converted(
         )
     if not (torch.compiler.is_compiling() or capturing()) and _has_gaps(schedule, kind, target, deviation):
         _check_determined(schedule, kind, target, t, deviation)
-    stack = stacked(scores if isinstance(scores, Tensor) else list(scores))
+    stack = as_stack(scores if isinstance(scores, Tensor) else list(scores))
     moved = parameterisation.convert(stack, noisy, t, schedule, kind, target, deviation)
     return parameterisation.convert(combined(moved), noisy, t, schedule, target, kind, deviation)
 

@@ -34,13 +34,18 @@ def agreed(column: Any) -> Any:
                 f"members return different {first.dtype} tensors, which no rule combines; "
                 "member_outputs(...) stacks them"
             )
-        return first
+        return first.clone()  # which a member may keep
     return alike(column)
 
 
-def stacked(scores: Any) -> Tensor:
+def as_stack(scores: Any) -> Tensor:
     """One tensor [K, B, ...]."""
     return scores if isinstance(scores, Tensor) else torch.stack(scores)
+
+
+def stacked(scores: Any) -> Tensor:
+    """One tensor [K, B, ...] in memory of its own: a member may return a weight, an argument, or what it keeps."""
+    return scores.clone() if isinstance(scores, Tensor) else torch.stack(scores)
 
 
 def enters(column: Any, combine: Callable[[Any], Tensor]) -> bool:
@@ -60,7 +65,7 @@ def combined(combine: Callable[[Any], Tensor], scores: Any) -> Tensor:
         )
     if scores[0].ndim or combine is stacked:
         return combine(scores)
-    return combine(stacked(scores)[:, None])[0]
+    return combine(as_stack(scores)[:, None])[0]
 
 
 def plain(output: Any) -> Any:

@@ -156,3 +156,43 @@ def test_structures_that_differ_are_named(engine):
         made(X, T)
     with torch.no_grad(), made.assigned(torch.tensor([0, 1, 1, 0])), pytest.raises(TypeError, match="structure"):
         made(X, T)
+
+
+KEPT = {
+    "a weight": lambda self, h: self.layer.weight,
+    "a buffer": lambda self, h: self.table,
+    "whole numbers": lambda self, h: self.steps,
+    "a tensor that is no buffer": lambda self, h: self.held,
+    "a part": lambda self, h: self.table[1:],
+    "the argument": lambda self, h: self.given,
+}
+
+
+class Keeping(Network):
+    """A network that returns what it keeps, and computes with it."""
+
+    def __init__(self, beside):
+        super().__init__(beside)
+        self.register_buffer("table", torch.arange(1.0, 4.0))
+        self.register_buffer("steps", torch.arange(3))
+        self.held = torch.ones(3)
+
+    def forward(self, x, t):
+        h = self.layer(x) * self.table * self.steps * self.held
+        return {"scores": h, "beside": x if self.beside is KEPT["the argument"] else self.beside(self, h)}
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_is_returned_is_the_callers_to_write_to(kind, k, engine, grad):
+    members = [Keeping(KEPT[kind]) for _ in range(k)]
+    made, x = fastens.Ensemble(members, engine=engine), X.clone()
+    with torch.set_grad_enabled(grad):
+        expected = torch.stack([member(x, T)["scores"] for member in members])
+        for call in (made, made.member_outputs) * 4:
+            call(x, T)["beside"].detach().add_(7)
+            torch.testing.assert_close(made.member_outputs(x, T)["scores"], expected)
+            torch.testing.assert_close(x, X)

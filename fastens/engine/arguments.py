@@ -370,7 +370,7 @@ def _shown(leaf: Any) -> str:
 
 def _told_apart(leaf: Any) -> Any:
     """What a leaf that is no tensor is in a key: 0.0 and -0.0, which are equal, are two."""
-    return leaf.hex() if type(leaf) is float else leaf
+    return float.hex(leaf) if isinstance(leaf, float) else leaf
 
 
 def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

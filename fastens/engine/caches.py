@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens.engine.arguments import Arguments
+from fastens.engine.objects import objects_kept
 from fastens.engine.rows import drawn_like
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import first_difference
@@ -29,7 +30,7 @@ def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward
     if not engine.kind.own_weights:  # one network for all members
         return True
     left = []
-    with torch.no_grad(), random_kept():
+    with torch.no_grad(), random_kept(), objects_kept(arguments):
         for _ in range(2):
             try:
                 found = _left_behind(engine, arguments, method)

@@ -35,17 +35,6 @@ def check_shapes(leaves: list[Any]) -> None:
             raise TypeError("a nested tensor of torch.strided has no shape: make it with layout=torch.jagged")
 
 
-def separate(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, each in memory of its own: one that shares another's is copied."""
-    seen: set[int] = set()
-    apart = []
-    for x in tensors:
-        storage = x.untyped_storage()._cdata
-        apart.append(torch.empty_like(x, memory_format=torch.preserve_format).copy_(x) if storage in seen else x)
-        seen.add(storage)
-    return apart
-
-
 def duplicate(x: Tensor, factor: float = 1.0) -> Tensor:
     """A copy that is laid out as a tensor is, in memory of its own; of one of floating point times a factor."""
     dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)

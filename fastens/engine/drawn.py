@@ -24,6 +24,7 @@ from fastens.engine.derivatives import Disturbed
 from fastens.engine.leaves import alike, without_hidden
 from fastens.engine.masks import NothingDropped
 from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
+from fastens.engine.objects import unchanged
 from fastens.engine.predictable import PredictableDraws
 from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly
@@ -159,7 +160,8 @@ class DrawnCall:
             if found is not None:
                 return _result(found, order)
         memory = (*kind, torch.is_grad_enabled())
-        folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        with unchanged(arguments):
+            folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
         if engine.functions:
             engine.hold_functions(arguments, self._one_by_one, self._at_once, "one member a row")
         if expected is not None:
@@ -247,7 +249,7 @@ class DrawnCall:
     def _expected(self) -> list[Tensor] | None:
         """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
-        with random_kept(), torch.no_grad(), ExitStack() as kept:
+        with random_kept(), torch.no_grad(), unchanged(self._arguments), ExitStack() as kept:
             changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *engine.views)]
             draws = TorchDraws()
             outputs = self._one_by_one(self._arguments.copied())
@@ -282,7 +284,7 @@ class DrawnCall:
     def _check_drawing_alike(self, arguments: Arguments, weights: Any) -> None:
         """The same for members that draw random numbers, which fold and members draw alike for once."""
         networks = self._engine.network, *self._engine.views
-        with random_kept(), torch.no_grad(), PredictableDraws(), ExitStack() as kept:
+        with random_kept(), torch.no_grad(), unchanged(arguments), PredictableDraws(), ExitStack() as kept:
             _ = [kept.enter_context(state_kept(network)) for network in networks]
             try:
                 expected = self._one_by_one(arguments.copied())

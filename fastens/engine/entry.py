@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastens.engine.copies import separate
 from fastens.engine.leaves import Leaves
 from fastens.engine.states import State
 from fastens.network.weights import Weights
@@ -89,6 +88,6 @@ class Entry(State):
         if made is None:
             raise OtherNumbers("what Python makes of it is an error or of another type for another value")
         self.calls += 1
-        inputs = separate([*inputs, *made])
+        inputs = [*inputs, *made]
         run: Any = self.plan.run  # launches alone are asked for sums
         return run(inputs) if weights is None else run(inputs, weights)

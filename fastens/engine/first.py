@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import relative_error
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.objects import objects_kept, why_changed
 from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, uncounted
 from fastens.fold.attributes import SetWhenCalled
@@ -57,7 +58,7 @@ class FirstPass:
         None where the caller has to fold, or members are looped.
         """
         engine, weights = self._engine, self._engine.weights_now()
-        with random_kept():
+        with random_kept(), objects_kept(self._arguments):
             with uncounted():
                 problem = self._run_members(weights)
             if problem is not None:
@@ -107,7 +108,8 @@ class FirstPass:
             if own and engine.weights_now(k) != [weights[0], *weights[k + 1 : k + 2]]:
                 # the stacks are not what this member is any more
                 parameters = _parameters(member, k, None)
-            with around, network as written, state_kept(member) as changed:
+            given = objects_kept(arguments)
+            with around, network as written, state_kept(member) as changed, given as objects:
                 output = engine.call_module(member, k, arguments, self._method)
                 each_thread = [] if k else thread_locals(member)  # of members that are alike
             if modules := changed.modules | written.modules:
@@ -118,6 +120,8 @@ class FirstPass:
             changed |= written_to
             if elsewhere.drawn():
                 return DRAWS_ELSEWHERE
+            if objects:
+                return why_changed(objects)
             touched = sorted(changed | written)
             engine.check_written(touched)
             if changed.outside or written.outside or engine.all_one_object(touched):

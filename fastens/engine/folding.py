@@ -18,6 +18,7 @@ from fastens.engine.entering import call
 from fastens.engine.leaves import unwrapped
 from fastens.engine.memory_cap import MemoryCap
 from fastens.engine.numbers import Numbers
+from fastens.engine.objects import unchanged
 from fastens.engine.passes import ReadsRows, in_passes
 from fastens.engine.rows import RowsOfMembers
 from fastens.engine.stacked import StackedMembers
@@ -28,6 +29,7 @@ from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.network.stacking import tensors_of
 from fastens.network.state import NetworkState
+from fastens.refusals import insisted
 
 Result = TypeVar("Result")
 Outputs = Callable[[Arguments], list[Tensor]]
@@ -96,7 +98,7 @@ class FoldedMembers(StackedMembers):
         network = network or self.network
         fold.dropouts.runs(network)
         try:
-            with inside(fold):
+            with inside(fold), insisted():
                 output = call(network, method, args, kwargs)
         except Exception as error:
             if type(error).__module__.startswith("torch._dynamo") and not torch.compiler.is_compiling():
@@ -122,7 +124,7 @@ class FoldedMembers(StackedMembers):
             return in_passes(self, arguments, key, method)
         state = NetworkState(self.network)  # a branch that no call took before may write to it first
         try:
-            with self.writes_checked(self.network):
+            with self.writes_checked(self.network), unchanged(arguments):
                 leaves = in_passes(self, arguments, key, method)
             if shared := state.shared():
                 raise NotFoldable(shared)

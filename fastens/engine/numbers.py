@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -23,6 +24,7 @@ from fastens.fold.dispatch import READS, Fold, named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues, getters
+from fastens.network.code import globals_in
 from fastens.trace.record import NotRecordable, in_progress
 
 Values = dict[int, float]  # by position among the leaves of the arguments
@@ -65,6 +67,66 @@ class SeenNumbers:
 def _another(number: float) -> float:
     """Return another number of the same type, to tell an input of a plan from a constant."""
     return abs(number - 1) if type(number) is int else 0.875 * number or 0.125
+
+
+def told(number: float, tell: Callable[[], None]) -> float:
+    """A number like this one that tells where Python reads it: a network may have a branch for numbers of its own.
+
+    What Python computes of it alone tells likewise; torch takes its value and tells nothing.
+
+    Args:
+        number: an integer or a float.
+        tell: called where it is compared, looked up, converted, or written as text.
+    """
+    made: Any = _TOLD[type(number)](number)
+    made.tell = tell
+    return made
+
+
+def _reading(kind: type, name: str) -> Any:
+    method = getattr(kind, name)
+
+    def read(self: Any, *args: Any) -> Any:
+        # torch takes a whole number for a float's value by this method, too
+        if name != "__float__" or "float" in globals_in(sys._getframe(1).f_code):
+            self.tell()
+        return method(self, *args)
+
+    return read
+
+
+def _computing(kind: type, name: str) -> Any:
+    method = getattr(kind, name)
+
+    def compute(self: Any, *args: Any) -> Any:
+        result = method(self, *args)
+        return told(result, self.tell) if type(result) in _TOLD else result
+
+    return compute
+
+
+def _of_numpy(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    self.tell()
+    return NotImplemented
+
+
+def _telling(kind: type) -> type:
+    methods: dict[str, Any] = {name: _reading(kind, name) for name in _TELLING if hasattr(kind, name)}
+    methods |= {name: _computing(kind, name) for name in _COMPUTED if hasattr(kind, name)}
+    return type(kind.__name__, (kind,), {**methods, "__array_ufunc__": _of_numpy, "__array_function__": _of_numpy})
+
+
+_TELLING = (
+    "__bool__ __int__ __float__ __index__ __complex__ __hash__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __repr__"
+    " __str__ __format__ __round__ __trunc__ __floor__ __ceil__ __divmod__ __rdivmod__ is_integer as_integer_ratio hex"
+    " bit_length bit_count __and__ __rand__ __or__ __ror__ __xor__ __rxor__ __lshift__ __rlshift__ __rshift__"
+    " __rrshift__ __invert__"
+).split()
+_COMPUTED = (
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__"
+    " __rmod__ __pow__ __rpow__ __neg__ __pos__ __abs__"
+).split()
+_TOLD: dict[type, type] = {kind: _telling(kind) for kind in (int, float)}
 
 
 def _functions(names: str) -> set[Any]:

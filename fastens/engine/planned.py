@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fastens import reproducible
 from fastens.device import device_of
 from fastens.engine.check import beyond_rounding
-from fastens.engine.copies import duplicate, separate
+from fastens.engine.copies import duplicate
 from fastens.engine.entry import Entry, Tensors, Trial
 from fastens.engine.guards import EVERY_MODE, Guards
 from fastens.engine.leaves import Leaves
 from fastens.engine.memory_cap import is_out_of_memory
+from fastens.engine.numbers import Numbers, told
 from fastens.engine.states import Refused, States
 from fastens.fold.dropouts import BY_TORCH, Dropouts
 from fastens.fold.tensor import NotFoldable, memory_of
@@ -29,7 +30,6 @@ from fastens.trace.record import NotLowerable, NotRecordable, Recording, record,
 from fastens.trace.sketch import sketched
 
 if TYPE_CHECKING:
-    from fastens.engine.numbers import Numbers
     from fastens.plan.cpu.plan import Plan
     from fastens.plan.gpu.plan import LaunchPlan
 
@@ -198,7 +198,6 @@ class Plans:
         self.why_not = refused or self.why_not
         if refused is not None or self._hooked():
             return None
-        inputs = separate(inputs)
         why = ""
         # buffers may be of another dtype, such as a table of noise levels: what they make of the batch is torch's then
         other = {t.dtype for t in self._network.parameters() if t.is_floating_point()}
@@ -272,11 +271,13 @@ class Plans:
             others[-2:] = _another_draw(*trial.inputs[-2:])
         if trial.dropouts.fresh:
             others[trial.drawn] = trial.dropouts.next_evaluation().drawn()
-        values = {} if trial.numbers is None else trial.numbers.others
-        given = [] if trial.numbers is None else [values]
+        values, read = {} if trial.numbers is None else trial.numbers.others, list[bool]()
+        given = [] if trial.numbers is None else [{i: told(x, lambda: read.append(True)) for i, x in values.items()}]
         found = trial.seen(of_member(entry.run(others, values), 0))
         theirs = trial.member(others, *given)
         assert theirs is not None  # but where it is asked for float32
+        if read:
+            raise NotRecordable("the network reads a number of the call by its value, where it is no tensor")
         self._check(found, theirs, lambda: trial.member(others, *given, exact=True))
 
     def _of_other_modes(self, key: Any, trial: Trial) -> tuple[Entry, Tensors] | None:

@@ -236,6 +236,7 @@ class Modules:
         self.views = list(network.children())
         self.behaviour = Behaviour(looped=True, why="they are modules of their own")
         self.rows = self
+        self.state_of_python: Any = None  # which nothing counts
         self.turn = nullcontext  # each thread calls members as they are
         self._found = _FOUND.setdefault(network, [RowsOfMembers() for _ in self.views])
 

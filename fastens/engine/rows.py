@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, tolerance_for
+from fastens.engine.objects import objects_kept
 from fastens.network.state import random_kept, state_kept
 from fastens.network.tables import converted, seen_as
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastens.engine.folding import FoldedMembers
 
 _MOST = 256  # signatures
+_NOTHING = 0.02  # of the size of weights that layers begin with
 _EXACT = 1e-5  # of float64, where a network may go through float32
 
 
@@ -26,7 +28,7 @@ class RowsOfMembers:
     """Which arguments carry rows, by signature, as a member's answers to some rows of a call have shown."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, frozenset[int] | None] = {}
+        self._found: dict[tuple[Any, ...], frozenset[int] | None] = {}
 
     def clear(self) -> None:
         """Forget what was established."""
@@ -44,7 +46,9 @@ class RowsOfMembers:
                 found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
                 self._found.clear()
-            self._found[key] = found
+            self._found[key] = self._found[_key(engine, arguments, method)] = (
+                found  # a network may write as it is called
+            )
         return self._found[key]
 
     def known(self, engine: FoldedMembers, arguments: Arguments, method: str = "forward") -> bool:
@@ -61,22 +65,25 @@ class RowsOfMembers:
         return arguments.excluding(excluded).selected(torch.arange(start, stop))
 
 
-def _key(engine: FoldedMembers, arguments: Arguments, method: str) -> tuple[str, Any, bool]:
-    return method, arguments.signature(), engine.network.training
+def _key(engine: FoldedMembers, arguments: Arguments, method: str) -> tuple[str, Any, bool, Any]:
+    return method, arguments.signature(), engine.network.training, engine.state_of_python
 
 
 def _established(engine: FoldedMembers, arguments: Arguments, method: str) -> frozenset[int] | None:
     """Hold a member's answer to single rows against its answer to all, on drawn numbers, where rows differ.
 
     In float64, since rounding would hide a weak mixing of rows; in the member's own precision where it takes no other.
+    Where weights are nearly zero, as those of new layers are, also on drawn ones in their place: training changes them.
     """
-    with torch.no_grad(), random_kept():
+    fresh = _nearly_zero(engine)
+    with torch.no_grad(), random_kept(), objects_kept(arguments):
         drawn = drawn_like(arguments)
         for numbers in (_told_apart(drawn, raised=True), _told_apart(drawn), drawn):
             doubled = numbers.with_tensors([_double(x) for x in numbers.tensors])
             for given, exact in ((doubled, True), (numbers, False)):
                 try:
-                    return _Member(engine, method, given, exact).excluded()
+                    found = _Member(engine, method, given, exact)
+                    return found.excluded(_Member(engine, method, given, exact, fresh).explains if fresh else _any)
                 except Exception:  # it casts itself, or is scripted; or it takes no other numbers, which shows nothing
                     continue
     return None
@@ -90,10 +97,14 @@ class _Member:
         method: what is called.
         given: the arguments.
         exact: whether weights are read in float64.
+        fresh: how large the noise is that is drawn in the place of stacks, by their identity.
     """
 
-    def __init__(self, engine: FoldedMembers, method: str, given: Arguments, exact: bool) -> None:
+    def __init__(
+        self, engine: FoldedMembers, method: str, given: Arguments, exact: bool, fresh: dict[int, float] | None = None
+    ) -> None:
         self._engine, self._method, self._given, self._exact = engine, method, given, exact
+        self._fresh = fresh or {}
         self._whole = self._answer(given)
         tensors = [x for x in self._whole if isinstance(x, Tensor)]
         half = any(x.dtype in HALVES for x in tensors)
@@ -102,15 +113,28 @@ class _Member:
     def _answer(self, given: Arguments) -> list[Any]:
         engine = self._engine
         view, device = engine.view(0), given.batch.device.type
-        seen = seen_as(_double) if self._exact else nullcontext()
+        seen = seen_as(self._read) if self._exact or self._fresh else nullcontext()
         precise = torch.autocast(device, enabled=False) if self._exact else nullcontext()
         with state_kept(engine.network) as written, state_kept(view) as changed, seen, precise:
             output = engine.call_module(view, 0, given, self._method)
         engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed or written)
         return pytree.tree_leaves(output)
 
-    def excluded(self) -> frozenset[int] | None:
-        """Positions of the leaves that only look like the batch; none where the rows are mixed."""
+    def _read(self, stack: Tensor) -> Tensor:
+        """What is read in the place of a stack."""
+        if id(stack) not in self._fresh:
+            return _double(stack) if self._exact else stack
+        generator, dtype = torch.Generator(stack.device).manual_seed(1), torch.float64 if self._exact else stack.dtype
+        with torch._C.DisableTorchFunction():
+            noise = torch.randn(stack.shape, generator=generator, dtype=dtype, device=stack.device)
+            return torch.nn.Parameter(noise * self._fresh[id(stack)], stack.requires_grad)
+
+    def excluded(self, agrees: Callable[[frozenset[int]], bool]) -> frozenset[int] | None:
+        """Positions of the leaves that only look like the batch; none where the rows are mixed.
+
+        Args:
+            agrees: whether other evidence is for them, too.
+        """
         given, whole, batch = self._given, self._whole, self._given.batch_size
         if not all(x.ndim and x.shape[0] == batch for x in whole if isinstance(x, Tensor)):
             return None
@@ -118,9 +142,10 @@ class _Member:
             return frozenset()
         if not all(_same(a, b, 0.0) for a, b in zip(self._answer(given), whole, strict=True)):
             return frozenset()  # random in this mode, so that only sizes tell
-        return next((found for found in _hypotheses(given) if self._explains(found)), None)
+        return next((found for found in _hypotheses(given) if self.explains(found) and agrees(found)), None)
 
-    def _explains(self, excluded: frozenset[int]) -> bool:
+    def explains(self, excluded: frozenset[int]) -> bool:
+        """Whether single rows get what they get among all, where these leaves only look like the batch."""
         given, batch = self._given.excluding(excluded), self._given.batch_size
         for row in sorted({0, batch // 2, batch - 1}):
             try:
@@ -133,6 +158,21 @@ class _Member:
             if not all(_same(a, b, self._tolerance) for a, b in zip(part, whole, strict=True)):
                 return False
         return True
+
+
+def _any(excluded: frozenset[int]) -> bool:
+    return True
+
+
+def _nearly_zero(engine: FoldedMembers) -> dict[int, float]:
+    """The weights that are next to nothing beside what layers begin with, by identity, and how large that is."""
+    found: dict[int, float] = {}
+    for name, p in engine.network.named_parameters():
+        if p.is_floating_point() and p.numel() and not name.endswith("bias"):
+            usual = 0.5 / max(1, p.shape[2:].numel()) ** 0.5
+            if float(p.detach().float().square().mean().sqrt()) < _NOTHING * usual:
+                found[id(p)] = usual
+    return found
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:

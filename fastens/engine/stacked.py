@@ -102,6 +102,11 @@ class StackedMembers:
         return [[as_it_is(p) for p in each] for each in (stacks, *own)]
 
     @property
+    def state_of_python(self) -> tuple[str, int]:
+        """What changes with what code reads of modules and of what is outside of them, but with no weights."""
+        return self.guards.barrier.state, self.guards.read
+
+    @property
     def skeleton(self) -> nn.Module:
         """One member's structure as it is now, without weights."""
         return skeleton_of(self.network)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from fastens import reproducible
+from fastens.refusals import apart
 
 
 class Turns:
@@ -42,7 +43,7 @@ class Turns:
             device: the kind of device that the network is on.
         """
         backward = device != "cpu" and torch._C._current_graph_task_id() != -1
-        with reproducible.one_at_a_time() if reproducible.enabled() else nullcontext():
+        with reproducible.one_at_a_time() if reproducible.enabled() else nullcontext(), apart():
             lock = self._lock
             mine = lock.acquire(blocking=not backward)
             try:

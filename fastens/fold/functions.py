@@ -23,6 +23,7 @@ from fastens.fold.dispatch import Fold, current_fold, inside
 from fastens.fold.nested import leaves_of, plain
 from fastens.fold.stand_ins import tracing
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued
+from fastens.refusals import insisted
 from fastens.scopes import scope
 
 _Unpacked = Mapping[int, tuple[Any, ...]]  # saved tensors, by the identity of a context
@@ -150,7 +151,7 @@ class Call:
         boxed = getattr(function, "boxed_grads_call", False)
         seeds, fold.seeds = fold.seeds, None  # it may have been seeded since the pass
         try:
-            with scope(_UNPACKED, unpacked), inside(fold, self._calls):
+            with scope(_UNPACKED, unpacked), inside(fold, self._calls), insisted():
                 found = code(context, given) if boxed else code(context, *given)
                 found = found if isinstance(found, tuple) else (found,)
                 check_derivatives(leaves_of(found))

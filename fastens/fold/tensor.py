@@ -17,8 +17,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fastens.refusals import Refusal
 
-class NotFoldable(Exception):
+
+class NotFoldable(Refusal):
     """The fold has no one answer for all members; the network is looped instead. The message says what and why."""
 
 
@@ -213,6 +215,8 @@ class MemberTensor(Tensor):
         return id(self)
 
     def __repr__(self, **_: Any) -> str:
+        if self.symbol:
+            raise ReadsValues("a number of the call is written as text")
         kind = "common" if self.hidden is None else f"{self.hidden.size} values of"
         return f"MemberTensor({kind} {list(self.shape)}, {self.dtype})"
 

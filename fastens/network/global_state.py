@@ -13,6 +13,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fastens.network.closures import IN_PLACE
 from fastens.network.code import codes_in, functions_of
@@ -20,6 +21,7 @@ from fastens.network.snapshots import can_change, snapshots_of
 
 _LIBRARIES = ("torch", "fastens", "builtins", "abc", "typing", "collections")
 _ABSENT = object()
+_GENERATORS = random.Random, np.random.Generator, np.random.RandomState, torch.Generator
 
 
 class Place:
@@ -119,18 +121,24 @@ def _read(code: type | types.FunctionType) -> _Reach:
         globals_ = function.__globals__
         for name in names:
             owner = values.get(name)
-            if owner is not None and (stored or (changes and can_change(vars(owner)[name]))):
+            if owner is not None and (stored or _changes(changes, vars(owner)[name])):
                 places.append(Place(owner, name))
             value = globals_.get(name, _ABSENT)
             draws = draws or _is_generator(value)
             if isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
                 waiting.append(value)
-            elif changes and value is not _ABSENT and can_change(value):
+            elif value is not _ABSENT and _changes(changes, value):
                 places.append(Place(globals_, name))
         places += [Place(globals_, name) for name in _assigned_globals(function.__code__)]
-        if changes:
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        if changes or any(issubclass(type(x), _GENERATORS) for x in defaults):
             places += [Place(function, name) for name in ("__defaults__", "__kwdefaults__") if getattr(function, name)]
     return _Reach(places, draws, values, assigned)
+
+
+def _changes(in_place: bool, value: Any) -> bool:
+    """Whether code can change a value; of a generator any call draws, whatever else the code may do in place."""
+    return issubclass(type(value), _GENERATORS) or (in_place and can_change(value))
 
 
 def _is_generator(value: Any) -> bool:

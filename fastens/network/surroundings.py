@@ -20,7 +20,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from fastens.network.contents import Look, Looks, items_of, looks_inside
 from fastens.network.snapshots import is_atom, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})
+_LISTS = frozenset({"vars", "__dict__", "asdict", "astuple", "fields", "getmembers"})
 _NAMESPACES = types.ModuleType | type
 _CODE = _NAMESPACES | types.FunctionType | types.BuiltinFunctionType
 _EPOCHS = itertools.count(1)  # of all threads, so that what two of them find at once gets two
@@ -190,7 +191,7 @@ class _Reader:
         elif issubclass(kind, functools.partial):
             self._waiting += [value.func, *value.args, *value.keywords.values()]
         elif kind is contextvars.ContextVar:
-            self._watch(lambda var: (var.get(None),), value)
+            self._watch(_content_of_variable, value)
         elif issubclass(kind, weakref.ref):
             self._waiting.append(value())
         elif issubclass(kind, types.ModuleType):
@@ -212,6 +213,8 @@ class _Reader:
         return of_library(package) or (package not in self._packages and _installed(package))
 
     def _function(self, function: types.FunctionType) -> None:
+        if function.__module__ == "os":  # under whatever name
+            self.names.add(function.__name__)
         if self._of_library(function.__module__):
             return
         code, names = function.__code__, function.__globals__
@@ -258,13 +261,26 @@ class _Reader:
         self._looks += looks
         self._waiting += items
         attributes = vars(value) if kind.__dictoffset__ else {}
+        if of_library(kind.__module__) and issubclass(
+            kind, Collection
+        ):  # as the environment is, which keeps a dictionary
+            self._looks.append(attributes.values)
+            self._waiting += attributes.values()
         if not self._of_library(kind.__module__):
             self._class(kind)
             if kind.__dictoffset__:
                 self._named_in(attributes, attributes, code=True)
+                self._named.append(functools.partial(self._listed, attributes, []))
             for member in slots_of(kind):
                 self._named.append(functools.partial(self._slot, member, value, set()))
-        self._waiting.append(attributes.get("__wrapped__"))
+        self._waiting += [attributes.get("__wrapped__"), attributes.get("_value_")]  # that one is of an enumeration
+
+    def _listed(self, attributes: dict[str, Any], done: list[bool]) -> None:
+        """Watch all that an object has, where the code may list it."""
+        if not done and not self.names.isdisjoint(_LISTS):
+            done.append(True)
+            self._looks.append(attributes.values)
+            self._waiting += attributes.values()
 
     def _slot(self, member: Any, owner: Any, done: set[str]) -> None:
         name = member.__name__
@@ -321,6 +337,13 @@ def _content_of_cell(cell: types.CellType) -> tuple[Any, ...]:
     try:
         return (cell.cell_contents,)
     except ValueError:  # nothing
+        return (_UNSET,)
+
+
+def _content_of_variable(variable: contextvars.ContextVar[Any]) -> tuple[Any, ...]:
+    try:
+        return (variable.get(),)  # its default, too
+    except LookupError:
         return (_UNSET,)
 
 

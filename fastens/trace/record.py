@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastens.refusals import Refusal, insisted
 from fastens.scopes import scope
 
 _OTHER_MEMORY = {"aten::set_", "aten::resize_", "aten::resize_as_", "aten::swap"}
 Sketch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class NotRecordable(Exception):
+class NotRecordable(Refusal):
     """The pass has no fixed list of operations; the message says why."""
 
 
@@ -378,8 +379,8 @@ def record(run: Callable[[], Any], inputs: list[Tensor], sketch: Sketch | None =
     recording.inputs = [recording.input(x) for x in inputs]
     recording._made.update(ref.storage for ref in recording.inputs)
     # in inference mode an operation that is made of others would come whole
-    operations, member_ops = _Operations(recording), _MemberOps(recording)
-    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), operations, member_ops:
+    modes = _Operations(recording), _MemberOps(recording)
+    with scope(_IN_PROGRESS, recording), torch.inference_mode(False), torch.no_grad(), modes[0], modes[1], insisted():
         result = run()
     recording.outputs = [recording.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return recording, result

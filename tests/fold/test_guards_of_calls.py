@@ -24,7 +24,7 @@ class Two(nn.Module):
 
 
 def pairs():
-    a, b, big = torch.randn(5, 4), torch.randn(5, 4), torch.randn(10, 4)
+    a, b, big, wide = torch.randn(5, 4), torch.randn(5, 4), torch.randn(10, 4), torch.randn(2, 5, 8)
     return {
         "one twice": (a, a),
         "apart": (a, b),
@@ -37,11 +37,14 @@ def pairs():
         "negated": (torch.complex(a, b).conj().imag, b),
         "transposed": (torch.randn(4, 5).T, b),
         "with gaps": (torch.randn(5, 8)[:, ::2], b),
+        "columns of one": tuple(wide[0].chunk(2, 1)),
+        "columns of two": (wide[0, :, :4], wide[1].clone()[:, 4:]),
     }
 
 
-@pytest.mark.parametrize("first", ["one twice", "apart", "halves", "zeros"])
-def test_aliasing_and_layout_are_part_of_the_signature(first):
+@pytest.mark.parametrize("first", ["one twice", "apart", "halves", "zeros", "columns of one", "columns of two"])
+def test_aliasing_and_layout_are_part_of_the_signature(first, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
     torch.manual_seed(0)
     ensemble = fastens.Ensemble([randomised(Two, seed) for seed in range(K)])
     given = pairs()

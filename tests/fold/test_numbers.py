@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,6 +59,7 @@ READ = {
     "key": lambda net, x, t: net.inner(x) * {2: 0.5, 3: 0.25}.get(t, 1.0),
     "shape": lambda net, x, t: net.inner(x) + torch.ones(int(t), 1).sum(),
     "text": lambda net, x, t: net.inner(x) * len(f"{t:.3f}"),
+    "plain text": lambda net, x, t: net.inner(x) * len(str(t)),
     "alpha": lambda net, x, t: torch.add(net.inner(x), net.inner(x), alpha=t),
 }
 VALUES = {"float": (2.0, 3.5, 9.25, 500.5, 6.0, 7.5, 3.5, 11.0), "int": (2, 3, 9, 503, 6, 7, 3, 11)}
@@ -100,7 +102,34 @@ def test_a_number_that_python_reads_is_folded_after_four_values(use, values):
     assert len(report.plans) <= 4
     if _native.load():
         assert "a number among the arguments varies" in report.why_no_plan
-        assert f"{__file__}:" in report.why_no_plan or "table of Python's" in report.why_no_plan
+        assert f"{__file__}:" in report.why_no_plan or use in ("key", "plain text")
+
+
+def caught(net, x, t):
+    try:
+        return [0.5, 2.0][t]
+    except (IndexError, TypeError):
+        return 1.0
+
+
+OF_NUMBERS = {  # what a network has a branch for, and tensors of no dimension have another; the last values tell
+    "clamp": lambda net, x, t: min(t, 900) if isinstance(t, int | float) else t,
+    "no tensor": lambda net, x, t: t if torch.is_tensor(t) else torch.full((len(x), 1), max(t, 2)),
+    "condition": lambda net, x, t: 0.5 if not torch.is_tensor(t) and 2 * t - 1 > 1800 else 1.0,
+    "converted": lambda net, x, t: t if torch.is_tensor(t) else torch.tensor(min(float(t), 900.0)),
+    "by NumPy": lambda net, x, t: t if torch.is_tensor(t) else float(np.clip(t, 2, 900)),
+    "key": lambda net, x, t: 1.0 if torch.is_tensor(t) else {1: 3.0, 950: 2.0}.get(int(t), 1.0),
+    "error that is caught": caught,
+}
+
+
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("use", OF_NUMBERS)
+def test_a_branch_for_numbers_is_taken_for_every_number(use, kind, monkeypatch):
+    monkeypatch.setenv("FASTENS_AUDIT", "off")
+    ensemble, members, x = ensemble_of(lambda net, x, t: net.inner(x) * 0.01 * OF_NUMBERS[use](net, x, t))
+    held(ensemble, members, x, [kind(t) for t in (100, 200, 300, 400, 500, 950, 1, 960, 0)])
+    assert ensemble.engine == "fold"
 
 
 def test_many_values_are_checked_a_few_times(monkeypatch):
@@ -133,14 +162,16 @@ def test_times_of_published_networks(name, kind):
 
 
 @planned
+@pytest.mark.parametrize("kind", [float, np.float64])
 @pytest.mark.parametrize("order", [(0.0, -0.0), (-0.0, 0.0)])
 @pytest.mark.parametrize("use", ["tensor", "python"])
-def test_zeros_of_both_signs_are_two_numbers(use, order, monkeypatch):
+def test_zeros_of_both_signs_are_two_numbers(use, order, kind, monkeypatch):
     monkeypatch.setenv("FASTENS_AUDIT", "off")
     signs = {
         "tensor": lambda net, x, t: torch.copysign(net.inner(x), t),
         "python": lambda net, x, t: net.inner(x) * math.copysign(1.0, t),
     }
+    order = tuple(map(kind, order))
     members = [randomised(lambda: Timed(signs[use]), k) for k in range(3)]
     ensemble, (a, b) = fastens.Ensemble(members), order
     with torch.no_grad():

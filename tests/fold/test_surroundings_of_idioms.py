@@ -161,6 +161,44 @@ IDIOMS: dict[
     "an array of Python's": ('A = array.array("d", [1.0, 1.0])', "", "A[1]", item_set),
     "bytes": ('A = bytearray(b"\\x01\\x01")', "", "A[1]", item_set),
     "a view of an array": ("A = numpy.ones(2)\nV = A[1:]", "", "float(V[0])", item_set),
+    "the default of a context variable": (
+        'import contextvars\nO = types.SimpleNamespace(x=1.0)\nV = contextvars.ContextVar("v", default=O)',
+        "",
+        "V.get().x",
+        assigned("O", "x"),
+    ),
+    "a context variable of none": (
+        'import contextvars\nV = contextvars.ContextVar("v", default=1.0)',
+        "",
+        "(V.get() or 3.0)",
+        lambda names: names["V"].set(None),
+    ),
+    "the environment by another name": (
+        "from os import environ as E",
+        "",
+        'float(E["FASTENS_TEST_SCALE"])',
+        lambda names: names["E"].update(FASTENS_TEST_SCALE="3"),
+    ),
+    "the environment, asked by another name": (
+        "import os\nask = os.getenv",
+        "",
+        'float(ask("FASTENS_TEST_SCALE"))',
+        lambda names: names["os"].environ.update(FASTENS_TEST_SCALE="3"),
+    ),
+    "a dictionary of weak references": (
+        "class C: pass\nO, P = C(), C()\nO.x, P.x = 1.0, 3.0\nD = weakref.WeakValueDictionary(x=O)",
+        "",
+        'D["x"].x',
+        lambda names: names["D"].update(x=names["P"]),
+    ),
+    "the value of an enumeration": (
+        "import enum\nclass C(enum.Enum):\n    x = [1.0]",
+        "",
+        "C.x.value[-1]",
+        lambda names: names["C"].x.value.append(3.0),
+    ),
+    "all that an object has": ("class C: pass\nO = C()\nO.y = 1.0", "", "sum(vars(O).values())", assigned("O", "y")),
+    "what comes to an object": ("O = types.SimpleNamespace()", "", "sum(O.__dict__.values(), 1.0)", assigned("O", "y")),
     "a function that an object has": (
         "O = types.SimpleNamespace(of=lambda: 1.0)",
         "",
@@ -182,6 +220,7 @@ def elsewhere(monkeypatch):
     module = types.ModuleType(ELSEWHERE)
     vars(module)["x"] = 1.0
     monkeypatch.setitem(sys.modules, ELSEWHERE, module)
+    monkeypatch.setenv("FASTENS_TEST_SCALE", "1")
 
 
 @pytest.mark.parametrize("idiom", IDIOMS)
