@@ -51,12 +51,17 @@ class ByRows(nn.Module):
         evaluation = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
+        arguments.samples = evaluation.rows(arguments.batch_size)
         if self._fresh:
             refuse_adaptive(*self._engine.kind.drawn_anew)
         return evaluation
 
     def trajectory(
-        self: Any, batch_size: int, generator: torch.Generator | int | None = None
+        self: Any,
+        batch_size: int,
+        generator: torch.Generator | int | None = None,
+        *,
+        samples: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Scope of one run of a sampler: ``mixture`` draws one member per sample for all of it.
 
@@ -67,12 +72,14 @@ class ByRows(nn.Module):
         Args:
             batch_size: samples in the trajectory, B.
             generator: read once, here; or a seed; none for torch's global generator.
+            samples: their numbers, int64 [B], on which, and the seed, what is drawn for each depends: so many samples
+                in several batches get what they get in one. None for 0 to B - 1.
 
         Raises:
             RuntimeError: a trajectory is already in progress.
-            ValueError: a batch_size below one.
+            ValueError: a batch_size below one; numbers of another shape or dtype, or below zero.
         """
-        return self._draws.trajectory(batch_size, generator, self.rule)
+        return self._draws.trajectory(batch_size, generator, self.rule, samples)
 
     def assigned(
         self: Any,

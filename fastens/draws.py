@@ -15,6 +15,7 @@ from fastens.adaptive import refuse_adaptive
 from fastens.internal import output_by_rows
 from fastens.ops._scores import seed_from
 from fastens.ops.draw_members import draw_members
+from fastens.reference.draw_members import members_of
 from fastens.scopes import Blocks
 
 
@@ -26,11 +27,17 @@ class Evaluation:
         seed: of the trajectory; none outside one.
         number: 1 for the first evaluation of a trajectory, or the first outside one.
         num_samples: n; row r of the batch belongs to sample r % n, as guidance repeats the batch.
+        samples: the numbers of these, int64 [n] on the CPU; none for 0 to n - 1.
     """
 
     seed: int | None
     number: int
     num_samples: int
+    samples: Tensor | None = None
+
+    def rows(self, batch: int) -> Tensor | None:
+        """The number of each row's sample, int64 [batch]; none where they are 0 to n - 1."""
+        return None if self.samples is None else self.samples.repeat(batch // max(self.num_samples, 1))
 
 
 @dataclass
@@ -39,6 +46,7 @@ class _Trajectory:
 
     seed: int
     batch_size: int
+    samples: Tensor | None
     evaluations: int = 0
 
 
@@ -128,6 +136,19 @@ def numbers_of(members: Any, num_members: int, where: str) -> Tensor:
     return rows
 
 
+def _sample_numbers(samples: Tensor, batch_size: int) -> Tensor:
+    """Numbers of a trajectory's samples, int64 [B] on the CPU."""
+    if samples.dtype != torch.int64 or tuple(samples.shape) != (batch_size,):
+        raise ValueError(
+            f"trajectory: samples is {samples.dtype} {list(samples.shape)}, expected int64 [{batch_size}], the number "
+            "of each sample"
+        )
+    samples = samples.detach().to("cpu", copy=True)
+    if bool((samples < 0).any()):
+        raise ValueError(f"trajectory: samples has {int(samples.min())}, expected numbers of at least 0")
+    return samples
+
+
 class Draws:
     """The random state of one ensemble.
 
@@ -145,15 +166,18 @@ class Draws:
         return Draws, (self.num_members, self._evaluations_outside)
 
     @contextmanager
-    def trajectory(self, batch_size: int, generator: torch.Generator | int | None, rule: rules.Rule) -> Iterator[None]:
+    def trajectory(
+        self, batch_size: int, generator: torch.Generator | int | None, rule: rules.Rule, samples: Tensor | None = None
+    ) -> Iterator[None]:
         """Scope of one trajectory; see :meth:`fastens.Ensemble.trajectory`."""
         if self._trajectory() is not None:
             raise RuntimeError("a trajectory of this ensemble is already in progress; leave it before the next one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
         self._check_nested(rule, self.assignment(), batch_size)
+        samples = None if samples is None else _sample_numbers(samples, batch_size)
         seed = generator if isinstance(generator, int) else seed_from(generator)
-        with _TRAJECTORIES.block(self, _Trajectory(seed, batch_size)):
+        with _TRAJECTORIES.block(self, _Trajectory(seed, batch_size, samples)):
             yield
 
     @contextmanager
@@ -241,7 +265,7 @@ class Draws:
                 f"the batch has {batch} rows, expected a multiple of the trajectory's batch_size {current.batch_size}"
             )
         current.evaluations += 1
-        return Evaluation(current.seed, current.evaluations, current.batch_size)
+        return Evaluation(current.seed, current.evaluations, current.batch_size, current.samples)
 
     def members(self, rule: rules.Rule, evaluation: Evaluation, batch: int) -> Tensor:
         """The member of each row under a random rule, int64 [B] on the CPU.
@@ -260,7 +284,11 @@ class Draws:
             drawn = draw_members(seed_from(None), 0, self.num_members, evaluation.num_samples)
         else:
             number = evaluation.number if rule.per_evaluation else 0
-            drawn = draw_members(evaluation.seed, number, self.num_members, evaluation.num_samples)
+            samples = evaluation.samples
+            if samples is None:
+                drawn = draw_members(evaluation.seed, number, self.num_members, evaluation.num_samples)
+            else:
+                drawn = members_of(evaluation.seed, number, self.num_members, samples)
         return drawn.repeat(batch // max(evaluation.num_samples, 1))
 
 

@@ -1,8 +1,9 @@
 """Whole runs of a sampler: DDIM, Euler and Heun, step by step, or on a GPU as a few recorded graphs.
 
 Every step is linear in the state x and in what the network predicts, so a schedule becomes a table of coefficients,
-once and in float64; a step reads its row, and is one kernel (:mod:`fastens.ops.sampler_step`). Noise comes from
-counters: sample i is a function of the seed and i alone, and recorded steps draw what eager ones draw.
+once and in float64; a step reads its row, and is one kernel (:mod:`fastens.ops.sampler_step`). Noise, and members and
+masks that are drawn, come from counters: sample i is a function of the seed and i alone, and recorded steps draw what
+eager ones draw.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Sampler:
         else:
             grid, ends = _grid(denoiser, steps, times, to_data)
         self.num_steps = len(ends)
+        self._start_std = denoiser.schedule.start_std(grid[0])
         self._ends_in_data = times is None or isinstance(ends[-1], Tensor) or ends[-1][1] == 0
         table, self._network_times = _coefficients(denoiser, method, grid, ends, eta, clip is not None)
         self._last_is_euler = method == "heun" and not bool(torch.isfinite(table[-1]).all())
@@ -114,7 +116,7 @@ class Sampler:
         device = self.denoiser.device
         numbers = torch.arange(samples) if isinstance(samples, int) else samples
         numbers = numbers.to(device)
-        x = self.denoiser.schedule.prior_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
+        x = self._start_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
         recordings = self._recordings.get((len(numbers), *shape))
         if recordings is not None and all(recording.is_current(self.denoiser) for recording in recordings):
             first = 0
@@ -124,7 +126,7 @@ class Sampler:
                     first += recording.steps
             return x.clone()
         seeds = number_on(seed, device)
-        with self._drawn(len(numbers), seed):
+        with self._drawn(samples, seed):
             for i in range(self.num_steps):
                 last = i == self.num_steps - 1
                 x = self._run(x, *self._rows(i, 1, x), numbers, seeds, torch.full_like(seeds, i), last)
@@ -204,10 +206,12 @@ class Sampler:
     def _predict(self, x: Tensor, network_time: Tensor) -> Tensor:
         return self.denoiser.predict(x.to(self._network_dtype), network_time)
 
-    def _drawn(self, batch_size: int, seed: int) -> contextlib.AbstractContextManager[None]:
+    def _drawn(self, samples: int | Tensor, seed: int) -> contextlib.AbstractContextManager[None]:
         model: Any = self.denoiser.model
         scope = getattr(model, "trajectory", None)
-        return contextlib.nullcontext() if scope is None else scope(batch_size, seed)
+        if scope is None:
+            return contextlib.nullcontext()
+        return scope(samples, seed) if isinstance(samples, int) else scope(len(samples), seed, samples=samples)
 
 
 class _Recording:

@@ -135,6 +135,22 @@ def test_a_module_can_be_imported_first(module):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_student_with_counters():
+    ensemble = fastens.Ensemble([Net(k) for k in range(2)])
+
+    class Normed(Net):
+        def __init__(self):
+            super().__init__(9)
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x, t):
+            return self.norm(super().forward(x, t))
+
+    found = distill(ensemble, Normed(), points(64), schedule=VP(), steps=7).student
+    assert found.norm.num_batches_tracked == 7
+    assert found.norm.running_var.isfinite().all()
+
+
 def test_bad_input():
     ensemble = fastens.Ensemble([Net(k) for k in range(2)])
     with pytest.raises(TypeError, match="expected one network"):

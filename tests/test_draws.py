@@ -109,6 +109,27 @@ def test_a_sample_keeps_its_member_in_a_smaller_batch(ensemble):
         assert draw(ensemble, x[:4]) == whole[:4]
 
 
+@pytest.mark.parametrize("rule", ["alternating", "mixture"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_samples_that_are_numbered_have_members_by_their_numbers(ensemble, rule, times):
+    ensemble.rule = rule
+    x, numbers = torch.randn(16, 3), torch.tensor([11, 3, 15, 4])
+    with ensemble.trajectory(16, 0):
+        whole = [draw(ensemble, x) for _ in range(3)]
+    with ensemble.trajectory(4, 0, samples=numbers):
+        found = [draw(ensemble, torch.cat([x[numbers]] * times)) for _ in range(3)]
+    assert found == [[each[i] for i in numbers] * times for each in whole]
+    with ensemble.trajectory(1, 0, samples=torch.tensor([2**40])):  # no list of all before it
+        draw(ensemble, x[:1])
+    for samples, message in (
+        (numbers.float(), "is torch.float32"),
+        (numbers[:2], r"expected int64 \[4\]"),
+        (-numbers, "-15"),
+    ):
+        with pytest.raises(ValueError, match=message), ensemble.trajectory(4, 0, samples=samples):
+            pass
+
+
 def test_trajectory_ends_with_an_error_inside(ensemble):
     x = torch.randn(2, 3)
     with pytest.raises(ZeroDivisionError), ensemble.trajectory(2):

@@ -62,6 +62,7 @@ LEVELS = [  # a module imports from its own level or below
         "modes",
         "provenance",
         "proven",
+        "raw",
         "refusals",
         "scopes",
     },

@@ -159,6 +159,55 @@ def test_random_rules_draw_from_the_seed(rule):
     assert not torch.equal(first, other)
 
 
+def dropping(masks):
+    torch.manual_seed(0)
+    return fastens.MCDropout(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 3)), 3, masks=masks)
+
+
+class Timeless(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return self.model(x)
+
+    def trajectory(self, *args, **kwargs):
+        return self.model.trajectory(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(lambda rule=rule: ensemble(rule) for rule in ("mean", "mixture", "alternating")),
+        lambda: Timeless(dropping("fixed")),
+        lambda: Timeless(dropping("fresh")),
+    ],
+    ids=["mean", "mixture", "alternating", "fixed masks", "fresh masks"],
+)
+def test_a_sample_depends_on_the_seed_and_its_number_alone(model, method):
+    sampler = Sampler(Denoiser(model(), SCHEDULES["vp"]), method, steps=5)
+    whole = sampler(8, (3,), 3)
+    for numbers in ([0, 1, 2, 3], [4, 5, 6, 7], [6], [7, 2, 5]):
+        assert relative_error(sampler(torch.tensor(numbers), (3,), 3), whole[numbers]) <= NETWORK[torch.float32]
+    assert torch.equal(sampler(torch.arange(8), (3,), 3), whole)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_begins_with_the_noise_of_its_first_time(name):
+    schedule = SCHEDULES[name]
+    denoiser = Denoiser(MixtureNetwork(schedule, MEANS, 0.2, "x0"), schedule, "x0")
+    t = schedule.t_prior + 0.3 * (schedule.t_data - schedule.t_prior)
+    times = torch.tensor([t, t + 0.1 * (schedule.t_data - schedule.t_prior)], dtype=torch.float64)
+    std = float(schedule.sigma(t)) if name in ("edm", "ve") else 1.0  # where the data stays, the noise is all there is
+    x = std * normal(0, 0, torch.arange(4), (3,)).double()
+    (alpha, sigma), (alpha1, sigma1) = (map(float, (schedule.alpha(at), schedule.sigma(at))) for at in times)
+    data = denoiser.at(x, times[0])
+    expected = alpha1 * data + sigma1 * (x - alpha * data) / sigma
+    assert relative_error(Sampler(denoiser, times=times)(4, (3,)), expected) <= 1e-6
+
+
 def test_a_half_precision_network_keeps_its_state_in_float32():
     half = Sampler(Denoiser(ensemble(dtype=torch.bfloat16), SCHEDULES["vp"]), steps=20)(3, (3,))
     single = Sampler(Denoiser(ensemble(), SCHEDULES["vp"]), steps=20)(3, (3,))

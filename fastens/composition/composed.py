@@ -59,6 +59,7 @@ class Composed(nn.Module):
         self.guided = [term for term in terms if isinstance(term, Guided)]
         self.autoguided = [term for term in terms if isinstance(term, Autoguided)]
         self.weak = nn.ModuleList([term.weak for term in self.autoguided])
+        self.order = order
         self._branches = Branches(self.ensemble, order, together)
         self.conditional: dict[str, Any] = {}
         for term, (name, value) in ((t, item) for t in self.guided for item in t.conditional.items()):
@@ -156,9 +157,15 @@ class Composed(nn.Module):
         t = self._schedule.time(parameterisation.time_of(self.ensemble.forward, arguments, *call))
         return term.factor(self._schedule, t)
 
-    def trajectory(self, batch_size: int, generator: torch.Generator | int | None = None) -> Any:
+    def trajectory(
+        self,
+        batch_size: int,
+        generator: torch.Generator | int | None = None,
+        *,
+        samples: Tensor | None = None,
+    ) -> Any:
         """Scope of one run of a sampler; see :meth:`fastens.Ensemble.trajectory`."""
-        return self.ensemble.trajectory(batch_size, generator)
+        return self.ensemble.trajectory(batch_size, generator, samples=samples)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raise ValueError: a composition is made again from its parts."""

@@ -188,7 +188,7 @@ class _Run:
         scores = self.path.scores(self.y, i) if scores is None else scores
         noise = math.sqrt(span) * self._normal(_STEP + i)
         own = (scores * noise).flatten(2).sum(2) - 0.5 * span * scores.square().flatten(2).sum(2)
-        shares = self._shares(i, scores, self.log_densities + own, span)
+        shares = self._shares(i, scores, self.log_densities, self.log_densities + own, span)
         drift = mixed(shares, scores)
         if self.is_product:
             self._weigh(i, span, scores, drift)
@@ -208,7 +208,8 @@ class _Run:
         for stage in (i, i + 1):
             scores, divergence, variance = self.path.scores_along(y, stage, probes)
             rate = -0.5 * (divergence + scores.square().flatten(2).sum(2))
-            drift = mixed(self._shares(stage, scores, log_densities + span * rate, 0.5 * span), scores)
+            reached = log_densities + span * rate
+            drift = mixed(self._shares(stage, scores, log_densities, reached, 0.5 * span), scores)
             rate = rate + 0.5 * (scores * drift).flatten(2).sum(2)
             first, second = second, (drift, rate, variance, scores)
             if stage == i:
@@ -223,10 +224,10 @@ class _Run:
         deviation = 0.5 * (first[2].sqrt() + second[2].sqrt())  # of one probe: the stages err together
         self.variance = self.variance + (0.5 * span * deviation).square()
 
-    def _shares(self, i: int, scores: Tensor, reached: Tensor, gain: float) -> Tensor:
-        """How much of each member's score is taken at level i, [K, B] or [K]."""
+    def _shares(self, i: int, scores: Tensor, now: Tensor, reached: Tensor, gain: float) -> Tensor:
+        """How much of each member's score is taken at level i, [K, B] or [K], by the log-densities there and after."""
         if isinstance(self.target, Or):
-            return self.target.shares(self.log_densities)
+            return self.target.shares(now)
         if isinstance(self.target, And):
             flat = scores.flatten(2).transpose(0, 1)
             return self.target.shares(flat @ flat.mT, reached, gain)

@@ -316,11 +316,11 @@ class Distributed(OfOneProcess):
 
     # One member a row
 
-    def trajectory(self: Any, batch_size: int, generator: torch.Generator | int | None = None) -> Any:
+    def trajectory(self: Any, batch_size: int, generator: Any = None, *, samples: Tensor | None = None) -> Any:
         """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
         seed = generator if isinstance(generator, int) else seed_from(generator)
         seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
-        return cast(Any, super()).trajectory(batch_size, seed)
+        return cast(Any, super()).trajectory(batch_size, seed, samples=samples)
 
     def _drawn(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)

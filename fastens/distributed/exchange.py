@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastens.raw import raw
+
 _REPORTING = 3.0  # seconds in which those that live say so, once a collective failed
 
 
@@ -47,7 +49,7 @@ class Exchange:
         if self.size == 1:
             return [parts[0]]
         dtype, device = parts[0].dtype, parts[0].device
-        given = [part.contiguous().reshape(-1).view(torch.uint8) for part in parts]
+        given = [raw(part) for part in parts]
         item = parts[0].element_size()
         lengths = [item * torch.Size(shape).numel() for shape in shapes]
         received = torch.empty(sum(lengths), dtype=torch.uint8, device=device)

@@ -20,6 +20,7 @@ from fastens import reproducible
 from fastens._version import __version__
 from fastens.distributed.exchange import Exchange, RankLost, RanksDiffer
 from fastens.engine.arguments import Arguments
+from fastens.raw import raw
 
 
 class Share:
@@ -64,8 +65,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         found = zlib.crc32(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), found)
         if tensor.numel() and not tensor.is_meta:
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-            found = zlib.crc32(flat.numpy().data, found)
+            found = zlib.crc32(raw(tensor).cpu().numpy().data, found)
     return found
 
 

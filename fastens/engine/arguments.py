@@ -87,7 +87,7 @@ class Arguments:
         per_row: positions of leaves that have an entry for each row, which a member sees alone; see :meth:`of_rows`.
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
-        samples: int64 [B], the sample of each row, where rows were selected; else none.
+        samples: int64 [B], the sample of each row, where rows were selected or samples are numbered; else none.
         varying: of the numbers that had several values, by position, another one than now.
         free: positions of those that had so many that there may be any.
         owned: whether the tensors are copies, which a network may write to.

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from fastens.distributed.jobs import from_own_place
-from fastens.draws import Assignment, assigned_to
 from fastens.evaluation.denoiser import Denoiser, check_data
 from fastens.evaluation.ode import AugmentedFlow, integrate
 from fastens.evaluation.progress import Progress
-from fastens.evaluation.results import Parts, fingerprint
+from fastens.evaluation.results import Parts
 from fastens.ops.normal import normal
 
 DIVERGENCES = ("rademacher", "gaussian", "exact")
@@ -150,12 +149,7 @@ def likelihood(
         batch_size=batch_size,
         seed=seed,
     )
-    assigned = assigned_to(denoiser.model)
-    settings |= {"assigned": assigned.members.tolist()} if isinstance(assigned, Assignment) else {}
-    rule = denoiser.rule.to_dict()
-    prediction = denoiser.prediction.to_dict()
-    key = fingerprint(model=denoiser.model, data=data, rule=rule, prediction=prediction, settings=settings)
-    parts = Parts(cache, key if cache is not None else "")
+    parts = Parts.of(cache, denoiser, data=data, settings=settings)
     _check_deterministic(denoiser, data)
     bits, seconds = np.empty((repeats, len(data))), 0.0
     pieces = [(repeat, start) for repeat in range(repeats) for start in range(0, len(data), batch_size)]

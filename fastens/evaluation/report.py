@@ -22,7 +22,7 @@ from fastens.evaluation.likelihood import Likelihood, likelihood
 from fastens.evaluation.loss import DenoisingLoss, Estimate, denoising_loss, level_weights, subsets_of
 from fastens.evaluation.progress import Bars
 from fastens.evaluation.quality import check_enough, features, quality
-from fastens.evaluation.results import Parts, fingerprint
+from fastens.evaluation.results import Parts
 from fastens.evaluation.sampling import sample
 from fastens.evaluation.subjects import Subject
 from fastens.evaluation.weights import fit_weights, held_out_gain
@@ -138,8 +138,7 @@ def _cached_loss(
 ) -> DenoisingLoss:
     """The loss, read from an earlier run where it is there whole."""
     settings = {**options, "levels": plan.noise_levels, "seed": plan.seed, "most": plan.most_subsets, "kind": "loss"}
-    identity = {"prediction": denoiser.prediction.to_dict(), "settings": settings}
-    parts = Parts(cache, fingerprint(model=denoiser.model, data=data, **identity))
+    parts = Parts.of(cache, denoiser, data=data, settings=settings)
     kept = parts.read("loss")
     if kept is None:
         loss = denoising_loss(

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastens.checkpoints import load_members
 from fastens.network.stacking import tensors_of
+from fastens.raw import raw
 
 _FILES = frozenset((".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl"))
 _NO_SNAPSHOT = re.compile(
@@ -87,5 +87,5 @@ class RunMembers(Sequence[nn.Module]):
 def _digest(member: nn.Module) -> str:
     total = hashlib.sha256()
     for tensor in tensors_of(member).values():
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(raw(tensor).cpu().numpy().data)
     return total.hexdigest()

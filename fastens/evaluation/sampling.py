@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastens import rules
 from fastens.distributed.jobs import from_own_place
-from fastens.draws import Assignment, assigned_to
+from fastens.draws import assigned_to
 from fastens.evaluation.denoiser import Denoiser
 from fastens.evaluation.ode import time_grid
 from fastens.evaluation.progress import Progress
-from fastens.evaluation.results import Parts, fingerprint
-from fastens.ops.draw_members import draw_members
+from fastens.evaluation.results import Parts
 from fastens.ops.normal import normal
 
 
@@ -36,7 +36,7 @@ def sample(
 ) -> Tensor:
     """Sample by DDIM (Song et al., "Denoising diffusion implicit models", ICLR 2021) under any schedule.
 
-    The noise of sample i, and the members that random rules draw for it, are functions of the seed, i and the step.
+    The noise of sample i, and the members and masks that are drawn for it, are functions of the seed, i and the step.
     So samples depend neither on ``batch_size`` (beyond the rounding of the network's arithmetic) nor on interruption.
 
     Args:
@@ -64,10 +64,7 @@ def sample(
             "eta in [0, 1]"
         )
     settings = dict(steps=steps, eta=eta, clip=clip, batch_size=batch_size, seed=seed, shape=shape)
-    assigned = assigned_to(denoiser.model)
-    settings |= {"assigned": assigned.members.tolist()} if isinstance(assigned, Assignment) else {}
-    identity = dict(rule=denoiser.rule.to_dict(), prediction=denoiser.prediction.to_dict(), settings=settings)
-    parts = Parts(cache, fingerprint(model=denoiser.model, **identity) if cache is not None else "")
+    parts = Parts.of(cache, denoiser, settings=settings)
     grid = time_grid(denoiser.schedule, steps) if denoiser.schedule.name == "edm" else _even(denoiser, steps)
     starts, batches = range(0, num, batch_size), {}
     with Progress(f"sampling by {denoiser.rule.name}", num, "sample", progress) as bar:
@@ -76,7 +73,8 @@ def sample(
             name = f"samples_{start:07}_{len(rows)}"
             part = parts.read(name)
             if part is None:
-                images = _trajectory(denoiser, rows, shape, grid.flip(0), eta, clip, seed)
+                with _drawn(denoiser.model, rows, seed):
+                    images = _trajectory(denoiser, rows, shape, grid.flip(0), eta, clip, seed)
                 if not torch.isfinite(images).all():
                     raise RuntimeError(f"samples {start} to {int(rows[-1])} are not finite under {denoiser.rule}")
                 part = {"samples": images.numpy()}
@@ -104,7 +102,7 @@ def _trajectory(
     number = rows.to(device)
     x = clean = schedule.prior_std * normal(seed, 0, number, shape)
     for step, (now, then) in enumerate(itertools.pairwise(times.to(device))):
-        predicted = _predicted(denoiser, x, now, rows, step, seed)
+        predicted = denoiser.at(x, now)
         (alpha, sigma), (alpha_next, sigma_next) = (schedule.coefficients(t, x) for t in (now, then))
         clean = denoiser.to("x0", predicted, x, now)  # finite for v where there is no data at all
         epsilon = denoiser.to_epsilon(predicted, x, now)
@@ -121,10 +119,9 @@ def _trajectory(
     return clean.cpu() if clip is not None else x.cpu()
 
 
-def _predicted(denoiser: Denoiser, x: Tensor, t: Tensor, rows: Tensor, step: int, seed: int) -> Tensor:
-    rule: rules.Rule = denoiser.rule
-    if not rule.random:
-        return denoiser.at(x, t)
-    offset = 0 if rule.per_trajectory else step + 1
-    member = draw_members(seed, offset, denoiser.num_members, int(rows[-1]) + 1)[rows].to(x.device)
-    return denoiser.outputs(x, t)[member, torch.arange(len(x), device=x.device)]
+def _drawn(model: Any, rows: Tensor, seed: int) -> contextlib.AbstractContextManager[None]:
+    """The run of these samples, by whose numbers members and masks are drawn where rows have no members."""
+    scope = getattr(model, "trajectory", None)
+    if scope is None or assigned_to(model) is not None:
+        return contextlib.nullcontext()
+    return scope(len(rows), seed, samples=rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv as table_of
+import io
 import re
 from typing import Any
 
@@ -237,11 +239,13 @@ def latex(report: dict[str, Any]) -> str:
 
 def csv(report: dict[str, Any]) -> str:
     """Every number of the tables, one a line: what, of which, value, error or interval."""
-    rows = ["quantity,of,value,error,low,high"]
+    text = io.StringIO()
+    writer = table_of.writer(text, lineterminator="\n")
+    writer.writerow(["quantity", "of", "value", "error", "low", "high"])
 
     def add(quantity: str, of: str, found: dict[str, float]) -> None:
         cells = [f"{found[key]:.8g}" if key in found else "" for key in ("value", "error", "low", "high")]
-        rows.append(",".join([quantity, of, *cells]))
+        writer.writerow([quantity, of, *cells])
 
     loss, bits = report["loss"], report["likelihood"]
     for k, found in enumerate(loss["members"]):
@@ -281,4 +285,4 @@ def csv(report: dict[str, Any]) -> str:
             add("frechet distance, dropout network", name, found["frechet"])
     for name, value in report["cost"]["milliseconds"].items():
         add("milliseconds", name, {"value": value})
-    return "\n".join(rows) + "\n"
+    return text.getvalue()

@@ -102,8 +102,8 @@ class VarianceMaps:
     """The variance over members at every step of a pipeline, from the pass that the pipeline makes anyway.
 
     ``with VarianceMaps(ens) as maps: pipe(..., callback_on_step_end=maps)``. Pipelines without callbacks leave the
-    argument out; then every evaluation is a step. With guidance the variance is that of the batch's first block, the
-    unconditional one in diffusers' pipelines, unless ``block`` says another.
+    argument out; then every evaluation is a step. With guidance say ``blocks=2``: the variance is then that of the
+    batch's first block, the unconditional one in diffusers' pipelines, unless ``block`` says another.
 
     Args:
         ensemble: with a rule that evaluates all members.

@@ -16,6 +16,7 @@ from fastens.io.choice import NoFit, Wish, choose
 from fastens.io.contents import Contents, components
 from fastens.io.members import Factory
 from fastens.io.names import EMA, STATE, UNCLEAR, UNSAID, decay_in, kind_of, unwrapped, words
+from fastens.raw import raw
 
 # Names of modules and dictionaries that hold a network, and say nothing else of it.
 _HOLDERS = frozenset(
@@ -46,7 +47,7 @@ class Group:
         for name, tensor in sorted(self.tensors.items()):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             if tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized:
-                total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                total.update(raw(tensor).numpy().data)
         return total.hexdigest()[:16]
 
     def lines(self, names: bool) -> Iterator[str]:

@@ -20,7 +20,11 @@ def draw_members(
     Returns:
         int64 tensor [batch], each in ``[0, num_members)``.
     """
-    index = torch.arange(batch, dtype=torch.int64, device=device)
+    return members_of(seed, offset, num_members, torch.arange(batch, dtype=torch.int64, device=device))
+
+
+def members_of(seed: int, offset: int, num_members: int, index: Tensor) -> Tensor:
+    """The same for samples of these numbers, int64 [B], none negative."""
     low, high = torch.full_like(index, offset & _MASK), torch.full_like(index, (offset >> 32) & _MASK)
     words = philox((index & _MASK, index >> 32, low, high), seed)
     return (words[0] * num_members) >> 32

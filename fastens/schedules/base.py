@@ -39,6 +39,10 @@ class Schedule:
         """Standard deviation of the centred Gaussian that sampling starts from."""
         return 1.0
 
+    def start_std(self, t: Time) -> float:
+        """Standard deviation of the centred Gaussian that sampling starts from at ``t``: the prior's at any time."""
+        return self.prior_std
+
     def alpha(self, t: Time) -> Tensor:
         """Factor of the data at ``t``."""
         raise NotImplementedError

@@ -144,6 +144,10 @@ class VE(Schedule):
         """``sigma_max``."""
         return self.sigma_max
 
+    def start_std(self, t: Time) -> float:
+        """``sigma`` at ``t``, beside which the data is small."""
+        return float(self.sigma(t))
+
     @property
     def _log_ratio(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
@@ -216,6 +220,10 @@ class EDM(Schedule):
     def prior_std(self) -> float:
         """``sigma_max``."""
         return self.sigma_max
+
+    def start_std(self, t: Time) -> float:
+        """``sigma`` at ``t``, beside which the data is small."""
+        return float(self.sigma(t))
 
     def alpha(self, t: Time) -> Tensor:
         """1."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastens.evaluation.identity import fingerprint
 from fastens.evaluation.progress import Progress
-from fastens.evaluation.results import fingerprint
 from fastens.files import write_json
 from fastens.tabular.metrics import coverage, downstream, real_versus_generated, wasserstein
 

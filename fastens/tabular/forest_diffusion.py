@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -149,7 +148,7 @@ class ForestDiffusion(BaseEstimator):
         evaluate = self._evaluator(rule, drawn, rng, gain=gain)
         if self.diffusion_type == "flow":
             for i in range(self.n_t - 1):
-                x = x + evaluate(x, i / (self.n_t - 1)) / (self.n_t - 1)
+                x = x + evaluate(x, i) / (self.n_t - 1)
         else:
             x = self._reverse(x, evaluate, rng if sampler == "stochastic" else None)
         table = self.columns_.decode(x)
@@ -171,11 +170,11 @@ class ForestDiffusion(BaseEstimator):
         codes = np.zeros(len(rows), int) if y is None else self._label_codes(y, len(rows))
         evaluate = self._evaluator(rule, codes, rng)
 
-        def given(x: np.ndarray, t: float) -> np.ndarray:
-            alpha, sigma = self._coefficients(t)
+        def given(x: np.ndarray, level: int) -> np.ndarray:
+            alpha, sigma = self._coefficients(self._time(level))
             return np.where(holes, x, alpha * np.nan_to_num(rows) + sigma * rng.normal(size=x.shape))
 
-        x = self._reverse(rng.normal(size=rows.shape), lambda x, t: evaluate(given(x, t), t), rng)
+        x = self._reverse(rng.normal(size=rows.shape), lambda x, level: evaluate(given(x, level), level), rng)
         return self.columns_.fill(X, np.where(holes, x, rows))
 
     def score(
@@ -196,19 +195,20 @@ class ForestDiffusion(BaseEstimator):
         errors = []
         for i in range(self.n_t):
             noisy, target = self._noisy(rows, self._time(i), rng)
-            errors.append(np.nanmean((evaluate(noisy, i / max(1, self.n_t - 1)) - target) ** 2))
+            errors.append(np.nanmean((evaluate(noisy, i) - target) ** 2))
         return -float(np.mean(errors))
 
     def _reverse(self, x: np.ndarray, evaluate: Any, rng: np.random.Generator | None) -> np.ndarray:
         """Euler steps from t = 1 of the reverse SDE, of the probability flow without rng; a Tweedie step at eps."""
-        times = np.linspace(1, self.eps, self.n_t)
-        for t, after in itertools.pairwise(times):
-            beta, h = self.beta_min + t * (self.beta_max - self.beta_min), t - after
+        for level in range(self.n_t - 1, 0, -1):
+            t, score = self._time(level), evaluate(x, level)
+            beta, h = self.beta_min + t * (self.beta_max - self.beta_min), t - self._time(level - 1)
             if rng is None:
-                x = x + 0.5 * beta * (x + evaluate(x, t)) * h
+                x = x + 0.5 * beta * (x + score) * h
             else:
-                x = x + (0.5 * beta * x + beta * evaluate(x, t)) * h + np.sqrt(beta * h) * rng.normal(size=x.shape)
-        return x + self._coefficients(self.eps)[1] ** 2 * evaluate(x, self.eps)
+                x = x + (0.5 * beta * x + beta * score) * h + np.sqrt(beta * h) * rng.normal(size=x.shape)
+        alpha, sigma = self._coefficients(self.eps)
+        return (x + sigma**2 * evaluate(x, 0)) / alpha
 
     def _evaluator(
         self,
@@ -218,11 +218,11 @@ class ForestDiffusion(BaseEstimator):
         as_score: bool = True,
         gain: float = 1.0,
     ) -> Any:
-        """The field of one trajectory: (x, t) -> score (the velocity of a flow), or the forest's own prediction."""
+        """The field of one trajectory: (x, level) -> score (the velocity of a flow), or the forest's own prediction."""
         value = rules.get(self.rule if rule is None else rule)
         seed, evaluations = int(rng.integers(2**31)), 0
 
-        def evaluate(x: np.ndarray, t: float) -> np.ndarray:
+        def evaluate(x: np.ndarray, level: int) -> np.ndarray:
             nonlocal evaluations
             evaluations += 1
             out = np.empty_like(x)
@@ -233,10 +233,10 @@ class ForestDiffusion(BaseEstimator):
                 offset = j if value.per_trajectory else evaluations * len(self.forests_) + j
                 parts = [
                     forest.predict_drawn(x[mine], seed, offset) if value.random else forest.predict(x[mine], value)
-                    for forest in levels[round(t * (self.n_t - 1))]
+                    for forest in levels[level]
                 ]
                 out[mine] = gain * np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
-            return -out / self._coefficients(t)[1] if as_score and self.diffusion_type == "vp" else out
+            return -out / self._coefficients(self._time(level))[1] if as_score and self.diffusion_type == "vp" else out
 
         return evaluate
 

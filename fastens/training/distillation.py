@@ -173,6 +173,8 @@ def _average(decay: float) -> Callable[[Tensor, Tensor, Any], Tensor]:
     """A moving average that forgets its beginning: of n weights the decay is at most ``(1 + n) / (10 + n)``."""
 
     def average(kept: Tensor, new: Tensor, number: Any) -> Tensor:
+        if not (new.is_floating_point() or new.is_complex()):  # a counter, as of batch norms
+            return new
         return torch.lerp(kept, new, 1 - min(decay, (1 + float(number)) / (10 + float(number))))
 
     return average

@@ -135,6 +135,16 @@ def test_or_is_the_mixture(noise):
         assert (part.std(0) - STD).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("target", [Or((3.0, 1.0)), And(0.1), rules.Product((0.7, 0.6))], ids=str)
+def test_the_ode_is_solved_to_second_order(target):
+    denoiser = denoiser_of(networks())
+    exact, *found = (
+        superpose(denoiser, 60, (2,), target, noise="ode", steps=steps, start=10.0).samples for steps in (640, 40, 80)
+    )
+    coarse, fine = ((each - exact).norm(dim=1).median() for each in found)
+    assert float(coarse / fine) > 3.3  # 4, and 2 where the second stage takes shares of the first
+
+
 @pytest.mark.parametrize("noise", ["sde", "ode"])
 def test_and_is_where_densities_are_equal(noise):
     members = networks()

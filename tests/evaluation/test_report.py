@@ -1,5 +1,6 @@
 """``fastens evaluate``, as a user types it, on little data."""
 
+import csv
 import importlib
 import json
 import re
@@ -14,6 +15,7 @@ import torch
 from fastens.cli import main
 from fastens.demo.data import load_digits
 from fastens.evaluation import quality
+from fastens.evaluation import tables as tables_of
 from fastens.evaluation.random_features import RandomFeatures
 from fastens.evaluation.report import QUICK
 from fastens.evaluation.tables import verdict
@@ -42,6 +44,25 @@ def whole(folders, images, tmp_path_factory):
     return out
 
 
+def test_names_with_commas_are_one_cell():
+    found, named = {"value": 0.25, "error": 0.5}, "Mean(weights=(0.5, 0.5))"
+    of_rule = {**found, "against_member_mean": found, "by_level": []}
+    judged = {"members": [found], "by_size": {}, "rules": {named: of_rule}}
+    masks = {"rules": {"mean": {**found, "against_off": found}}}
+    report = {
+        "loss": {**judged, "diversity": found, "times": []},
+        "likelihood": judged,
+        "quality": {},
+        "mc_dropout": {"loss": {"off": found, "fixed": masks, "fresh": masks}, "likelihood": {"off": found}},
+        "cost": {"milliseconds": {named: 1.5}},
+    }
+    head, *rows = csv.reader(tables_of.csv(report).splitlines())
+    assert head == ["quantity", "of", "value", "error", "low", "high"]
+    assert {len(row) for row in rows} == {6}
+    assert ["loss", named, "0.25", "0.5", "", ""] in rows
+    assert ["loss, fixed dropout masks, against off", "mean", "0.25", "0.5", "", ""] in rows
+
+
 def test_report_on_folders(folders, images, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -58,6 +79,7 @@ def test_report_on_folders(folders, images, whole, tmp_path, capsys):
     assert not re.search(r"[^\\][%&]\w|±|_(?!abs)", tables.replace("% \\usepackage", ""))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.csv").read_text().startswith("quantity,of,value")
+    assert {len(row) for row in csv.reader((tmp_path / "report.csv").open())} == {6}
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(stamps) > 5
     main(arguments_of(folders, images, tmp_path))  # nothing is computed twice

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fastens
+from fastens.composition import Guided, compose
 from fastens.evaluation import Denoiser, features, quality, sample
 from fastens.evaluation.results import Parts
 from fastens.files import write_whole
@@ -65,6 +66,37 @@ def test_batch_size_does_not_matter(denoiser, rule):
     assert torch.allclose(whole, parts, atol=1e-5)
     assert not torch.allclose(whole, sample(denoiser, 11, (2,), seed=1, **options), atol=0.1)
     denoiser.model.rule = "mean"
+
+
+class Dropping(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.drop, self.last = nn.Linear(2, 16), nn.Dropout(0.4), nn.Linear(16, 2)
+
+    def forward(self, x, t, label=0.0):
+        return self.last(self.drop(self.first(x + torch.as_tensor(label).reshape(-1, 1)).tanh()))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: fastens.MCDropout(Dropping(), 3, masks="fresh"),
+        lambda: fastens.MCDropout(Dropping(), 3, "alternating", masks="fresh"),
+        lambda: compose(
+            fastens.Ensemble([Dropping(k).eval() for k in range(3)], "alternating"),
+            Guided(2.0, unconditional={"label": 1.0}, conditional={"label": 0.0}),
+        ),
+    ],
+    ids=["fresh masks", "fresh masks of drawn members", "a composition"],
+)
+def test_what_is_drawn_depends_on_seed_and_sample_alone(model):
+    denoiser = Denoiser(model(), VP())
+    options = {"steps": 4, "seed": 5}
+    whole = sample(denoiser, 7, (2,), batch_size=7, **options)
+    assert torch.allclose(sample(denoiser, 7, (2,), batch_size=3, **options), whole, atol=1e-5)  # in any batches, again
+    assert torch.allclose(sample(Denoiser(model(), VP()), 2, (2,), **options), whole[:2], atol=1e-5)
+    assert not torch.allclose(sample(denoiser, 7, (2,), steps=4, seed=6), whole, atol=0.05)
 
 
 def test_interrupted_sampling_goes_on(denoiser, tmp_path):

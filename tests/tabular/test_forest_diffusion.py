@@ -180,6 +180,46 @@ def test_bad_input():
         fitted(diffusion_type="flow").impute(data)
 
 
+class Exact:
+    """In a forest's place: the noise of rows of unit variance, which says at what time it was asked."""
+
+    def __init__(self, t, sigma, asked):
+        self.t, self.sigma, self.asked = t, sigma, asked
+
+    def predict(self, x, rule):
+        self.asked.append(self.t)
+        return self.sigma * x
+
+
+@pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])
+@pytest.mark.parametrize(("n_t", "eps"), [(8, 1e-3), (12, 0.2), (40, 0.05), (1200, 1e-3)])
+def test_each_time_asks_the_forest_of_its_level(n_t, eps, sampler):
+    model = fitted(n_t=2)
+    model = clone(model).set_params(n_t=n_t, eps=eps)
+    model.columns_, model.labels_, model.probabilities_ = fitted(n_t=2).columns_, [None], np.ones(1)
+    asked, times = [], np.linspace(eps, 1, n_t)
+    model.forests_ = [[[Exact(t, model._coefficients(t)[1], asked)] for t in times]]
+    model.sample(3, sampler=sampler)
+    np.testing.assert_array_equal(asked, times[::-1])
+    asked.clear()
+    model.score(load_iris().data)
+    np.testing.assert_array_equal(asked, times)
+    asked.clear()
+    holes = load_iris().data.copy()
+    holes[::3, 1] = np.nan
+    model.impute(holes)
+    np.testing.assert_array_equal(asked, times[::-1])
+
+
+def test_the_last_step_is_tweedies():
+    model = clone(fitted(n_t=2)).set_params(n_t=2, eps=0.5)
+    alpha, sigma = model._coefficients(0.5)
+    x = np.random.default_rng(0).normal(size=(5, 4))
+    found = model._reverse(x, lambda x, level: np.zeros_like(x) if level else -x / 3, None)
+    begun = x * (1 + 0.5 * 0.5 * model.beta_max)
+    np.testing.assert_allclose(found, (begun - sigma**2 * begun / 3) / alpha, rtol=1e-12)  # E[x_0 | x]
+
+
 def test_samplers_and_gain():
     model = fitted()
     stochastic, deterministic = (model.sample(40, sampler=name) for name in ("stochastic", "deterministic"))

@@ -15,6 +15,7 @@ from fastens.plan.loops import simplified
 from fastens.plan.memory import At, Buffer, Cast, Constant, Constants, address_unit
 from fastens.program import steps
 from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Step, Strided
+from fastens.raw import raw
 
 _POINTWISE_GRAIN = 8192  # elements that are worth a task
 _DRAW_GRAIN = 4096
@@ -76,7 +77,7 @@ class Emitter:
         if view is None or not isinstance(view.where, Constant):
             return self.at_or_none(view)
         constant = view.where
-        flat = constant.tensor.contiguous().flatten().view(torch.uint8)
+        flat = raw(constant.tensor)
         held = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.float32)
         return self.constants.add(constant.key, held, constant.source)
 
