@@ -7,6 +7,7 @@ shows it. ``--case "Case(Network(...), ...)"`` runs one that was printed.
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,9 +20,11 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from tests.fuzz.cases import draw_case, read_case, run_case
+from tests.fuzz.plain import Rounded
 from tests.fuzz.run import Case, Outcome
 from tests.fuzz.shrink import kind, shrunk, source
 
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 TOP = 12
 NAMES = ("wholly", "partly", "looped", "own", "asked", "unknown", "float32", "planned", "wrong", "raised", "crashed")
 SAID = {
@@ -124,13 +127,12 @@ def run(
     seeds: list[int], jobs: int, shrinks: bool, limit: float, only: str | None, draw: Callable[[int], Case]
 ) -> Tally:
     """Run seeds in processes of their own, so that a crash or a hang is one fault."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     tally, waiting = Tally(), list(reversed(seeds))
     workers: dict[Connection, tuple[multiprocessing.process.BaseProcess, int, float]] = {}
 
     def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, shrinks, only, draw), daemon=True)
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=work, args=(theirs, shrinks, only, draw), daemon=True)
         process.start()
         theirs.close()
         give(ours, process)
@@ -153,7 +155,11 @@ def run(
                 _, outcome, small, error = pipe.recv()
             except EOFError:
                 process.join()
-                lost(tally, draw(seed), f"crashed, exit status {process.exitcode}")
+                if loop_crashes(draw(seed), limit):
+                    tally.networks += 1
+                    tally.invalid["it crashed"] += 1
+                else:
+                    lost(tally, draw(seed), f"crashed, exit status {process.exitcode}")
                 del workers[pipe]
                 if waiting:
                     start()
@@ -176,6 +182,16 @@ def run(
                 if waiting:
                     start()
     return tally
+
+
+def loop_crashes(case: Case, limit: float) -> bool:
+    """Whether torch crashes under the members alone, without any ensemble."""
+    process = CONTEXT.Process(target=run_case, args=(case, Rounded), daemon=True)
+    process.start()
+    process.join(limit)
+    process.kill()
+    process.join()
+    return process.exitcode in (-signal.SIGSEGV, -signal.SIGFPE, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL)
 
 
 def lost(tally: Tally, case: Case, why: str) -> None:
