@@ -127,14 +127,34 @@ def difference_of_copy(member: nn.Module, made: nn.Module) -> str | None:
     return None
 
 
-def _made_anew(module: nn.Module) -> Iterator[Tensor]:
-    """The weights that hooks of torch compute before every call, which autograd made: Python cannot copy those."""
-    for each in module.modules():
+_COMPUTING = {  # hooks of torch, and what does the same without an attribute
+    BasePruningMethod: "pruning computes and keeps: make it a parameter by torch.nn.utils.prune.remove",
+    WeightNorm: "weight_norm computes and keeps: use torch.nn.utils.parametrizations.weight_norm",
+    SpectralNorm: "spectral_norm computes and keeps: use torch.nn.utils.parametrizations.spectral_norm",
+}
+
+
+def _computed(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """The weights that hooks of torch compute before every call: names, values, and what to do to be folded."""
+    for path, each in modules_of(module):
         for hook in each._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
-                weight = vars(each).get(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
-                if isinstance(weight, Tensor) and not weight.is_leaf:
-                    yield weight
+                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                weight = vars(each).get(name)
+                if isinstance(weight, Tensor):
+                    kind = next(base for base in type(hook).__mro__ if base in _COMPUTING)
+                    yield f"{path}.{name}" if path else name, weight, _COMPUTING[kind]
+
+
+def _made_anew(module: nn.Module) -> Iterator[Tensor]:
+    """Those of them that autograd made: Python cannot copy those."""
+    return (weight for _, weight, _ in _computed(module) if not weight.is_leaf)
+
+
+def _remedy(member: nn.Module, difference: str) -> str:
+    """What to do where members differ in what a hook of torch computes of their weights; empty where they do not."""
+    found = (what for name, _, what in _computed(member) if difference.startswith(f"{name}:"))
+    return next((f", which {what} on every member, and they are evaluated at once" for what in found), "")
 
 
 def make_skeleton(member: nn.Module) -> nn.Module:
@@ -255,7 +275,7 @@ def stack_members(
         found |= overlapping([member])
         difference = first_difference(first, member)
         if difference is not None:
-            raise DifferentMembers(f"member {k} differs from member 0 at {difference}")
+            raise DifferentMembers(f"member {k} differs from member 0 at {difference}{_remedy(first, difference)}")
         others = tensors_of(member)
         check_placement(tensors, others, k, place)
         for name, tensor in others.items():

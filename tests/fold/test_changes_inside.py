@@ -2,11 +2,14 @@
 
 import collections
 import copy
+import functools
+import re
 import types
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import fastens
@@ -316,21 +319,104 @@ def test_a_change_inside_of_members_that_differ_is_done_to_all(change, looked):
             trained_alike(ensemble, members)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda m: doubled(m.gain), lambda m: doubled(m.block.layer.weight), lambda m: m.block.layer.reset_parameters()],
-)
+def written(part, value):
+    part.weight.data = value
+
+
+WEIGHTS = {
+    "in place": (lambda m: doubled(m.gain), "gain"),
+    "inside": (lambda m: doubled(m.block.layer.weight), "block.layer.weight"),
+    "reset": (lambda m: m.block.layer.reset_parameters(), "block.layer.weight"),
+    "data": (lambda m: written(m.block.layer, torch.ones(4, 4)), "block.layer.weight"),
+    "data of a parameter": (lambda m: m.gain.data.zero_(), "gain"),
+    "data in place": (lambda m: m.block.layer.weight.data.zero_(), "block.layer.weight"),
+    "an item of data": (lambda m: m.blocks[0].layer.bias.data.__setitem__(0, 5.0), "blocks.0.layer.bias"),
+    "data, moved": (lambda m: m.gain.data.copy_(torch.arange(4.0)), "gain"),
+    "halves": (lambda m: m.block.half().float(), "block.layer.weight"),
+    "array": (lambda m: m.block.layer.bias.detach().numpy().fill(2.0), "block.layer.bias"),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS)
 def test_weights_of_the_first_of_members_that_differ_are_not_changed_alone(change):
     ensemble, members = apart()
     called(ensemble, members)
+    change, path = WEIGHTS[change]
     for member in members:
         change(member)
     change(ensemble)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"change each of ens\.network\.children\(\)"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(path)} was .*change each of ens\.network\.children\(\)"):
             ensemble(X)
     ensemble.load_state_dict(fastens.Ensemble(members).state_dict())  # all of them, as the remedy says
     called(ensemble, members)
+
+
+@pytest.mark.parametrize("change", ["data", "data of a parameter", "data in place", "in place", "halves"])
+def test_weights_of_members_that_differ_are_changed_one_by_one(change):
+    ensemble, members = apart()
+    assert ensemble.block is not None
+    assert ensemble.gain is not None
+    called(ensemble, members)
+    for each in (*members, *ensemble.network.children()):
+        WEIGHTS[change][0](each)
+    for _ in range(2):
+        called(ensemble, members)
+
+
+PUT_ON = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+    "weight": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight.detach())),
+    "buffer": lambda layer: layer.register_buffer("twice", 2 * layer.weight.detach()),
+    "module": lambda layer: setattr(layer, "inner", nn.Linear(4, 4)),
+    "held": lambda layer: setattr(layer, "held", [layer.weight]),
+    "hook": lambda layer: layer.register_forward_hook(functools.partial(hooked, layer)),
+}
+TAKEN_OFF = {
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "pruning": (PUT_ON["pruning"], lambda layer: prune.remove(layer, "weight")),
+    "parametrization": (PUT_ON["parametrization"], lambda layer: parametrize.remove_parametrizations(layer, "weight")),
+}
+
+
+def hooked(layer, module, args, y):
+    return y + layer.bias
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", PUT_ON)
+def test_what_is_made_of_weights_of_the_first_of_members_that_differ_is_not_given_to_others(change):
+    ensemble, members = apart()
+    called(ensemble, members)
+    PUT_ON[change](ensemble.block.layer)
+    with pytest.raises(ValueError, match=r"^block\.layer.*change each of ens\.network\.children\(\)"):
+        ensemble(X)
+    if change in ("orthogonal", "parametrization"):  # which write to the weight as well
+        with pytest.raises(ValueError, match=r"^block\.layer"):
+            ensemble(X)
+    else:
+        for _ in range(2):
+            called(ensemble, members)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", TAKEN_OFF)
+def test_what_computes_weights_of_members_that_differ_is_not_taken_off_the_first_alone(change):
+    put_on, taken_off = TAKEN_OFF[change]
+    ensemble, members = apart()
+    for each in (*members, *ensemble.network.children()):
+        torch.manual_seed(0)
+        put_on(each.block.layer)
+    called(ensemble, members)
+    taken_off(ensemble.block.layer)
+    with pytest.raises(ValueError, match=r"^block\.layer.*change each of ens\.network\.children\(\)"):
+        ensemble(X)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
