@@ -89,29 +89,6 @@ def test_different_members_take_the_loop_and_say_so(x):
         fastens.Ensemble(members, engine="loop")
 
 
-class Holding(nn.Module):
-    """A network that holds an ensemble."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.last = fastens.Ensemble([mlp(), mlp()]), nn.Linear(5, 4)
-
-    def forward(self, x):
-        """The ensemble's answer, and a layer."""
-        return self.last(self.inner(x))
-
-
-@pytest.mark.parametrize("num_members", [1, 3])
-def test_members_that_hold_ensembles_are_looped_and_told(num_members):
-    members, x = [Holding() for _ in range(num_members)], torch.randn(2, 5)
-    with pytest.warns(UserWarning, match="inner is an ensemble itself"):
-        ensemble = fastens.Ensemble(members)
-    assert "make one ensemble of them" in ensemble.report().why
-    assert relative_error(ensemble(x), torch.stack([each(x) for each in members]).mean(0)) < NETWORK[torch.float32]
-    with pytest.raises(ValueError, match="inner is an ensemble itself"):
-        fastens.MCDropout(members[0], 3, p=0.5)
-
-
 def test_settings_count_as_structure():
     a, b = (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=eps)) for eps in (1e-5, 1e-2))
     with pytest.raises(ValueError, match=r"1\.eps: 1e-05 against 0\.01"):

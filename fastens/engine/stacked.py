@@ -101,7 +101,8 @@ class StackedMembers:
     @property
     def skeleton(self) -> nn.Module:
         """One member's structure as it is now, without weights."""
-        return skeleton_of(self.network)
+        with self._views.as_given():
+            return skeleton_of(self.network)
 
     @property
     def shared(self) -> frozenset[str]:

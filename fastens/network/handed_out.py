@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.fold.tensor import TABLES, modules_of
-from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.in_place import Node, do_to_all, has_changed, seen
 from fastens.network.snapshots import can_change
 
@@ -115,49 +113,6 @@ class HandedOut:
         if not any(map(has_changed, others)):  # else it was code of theirs, which a checkpoint runs again
             do_to_all(self._name, first, others, self._why)
         self._seen = self._look()
-
-
-class ValuesInside:
-    """What the network of all members holds that can change in place, of which members write to their own.
-
-    Args:
-        network: of all members.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._seen = [
-            (path, module, name, seen(value, tuple))  # but for tensors and modules, which are followed elsewhere
-            for path, module in modules_of(network)
-            for name, value in vars(module).items()
-            if name not in TABLES and name not in HOOK_TABLES and can_change(value)
-        ]
-
-    def follow(self, written: Any, members: list[nn.Module], given: list[nn.Module], why: str) -> None:
-        """Do to the values of members that wrote to theirs what others did to the network's; and to what was given.
-
-        Args:
-            written: identities of modules, and names of their attributes, that were given other values since.
-            members: all of them.
-            given: the same as they were before code of their own ran.
-            why: members have values of their own.
-
-        Raises:
-            ValueError: it depends on what the network has there, which members have not; it is undone.
-        """
-        changed = [
-            (path, name, node)
-            for path, module, name, node in self._seen
-            if (id(module), name) not in written and vars(module).get(name) is node.value and has_changed(node)
-        ]
-        if not changed:
-            return
-        apart = [attributes_apart(*both, {"training"}) for both in zip(members, given, strict=True)]
-        own, before = [dict(modules_of(x)) for x in members], [dict(modules_of(x)) for x in given]
-        for path, name, node in changed:
-            pairs = [(mine.get(path), was[path]) for mine, was in zip(own, before, strict=True)]
-            if any(m is not None and name in differ(m, was) for differ, (m, was) in zip(apart, pairs, strict=True)):
-                values = [vars(x)[name] for pair in pairs for x in pair if x is not None and name in vars(x)]
-                do_to_all(f"{path}.{name}" if path else name, node, [seen(value) for value in values], why)
 
 
 def own_value(member: nn.Module, name: str) -> Any:

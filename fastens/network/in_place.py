@@ -21,15 +21,14 @@ from fastens.network.snapshots import can_change, held_tensors, is_atom, same_bi
 _SEQUENCES = list | collections.deque
 
 
-def do_to_all(name: str, first: Node, others: Sequence[Node], why: str) -> None:
+def do_to_all(name: str, first: Node, others: Sequence[Node | None], why: str) -> None:
     """Do to other values what others did to one; where that cannot be told, undo it and raise."""
     try:
         own = {id(each.value) for each in _nodes(first) if isinstance(each.value, Tensor)}
         for edit, value in list(_edits(name, first, others, own)):
             edit(value)
     except _Unclear as error:
-        for node in _nodes(first):
-            _put_back(node)
+        put_back(first)
         raise ValueError(
             f"{error} was changed in place, which reached the first member only, since {why} set it anew, as by "
             f"ens.{name} = ...; lists can be emptied and extended, and items and flags set"
@@ -88,6 +87,7 @@ def seen(
     reached: Any = Tensor | tuple | nn.Module,
     known: set[int] | None = None,
     exactly: bool = False,
+    bits: bool = True,
 ) -> Node:
     """A value as it is, with what it reaches: what can change itself, and what is of these classes.
 
@@ -96,16 +96,25 @@ def seen(
         reached: the classes.
         known: identities of what is looked at already.
         exactly: whether values of tensors are kept, so that every other one is told from them.
+        bits: whether values of tensors count that were written to without being counted.
     """
     content, known = _content(value), known or set()
     known.add(id(value))
     parts = {} if isinstance(value, Tensor | np.ndarray | set | frozenset) else content
     deeper = {k: x for k, x in parts.items() if not is_atom(x) and (isinstance(x, reached) or can_change(x))}
-    below = {key: seen(x, reached, known, exactly) for key, x in deeper.items() if id(x) not in known}
-    bits = None
-    if isinstance(value, Tensor) and _has_bits(value):
-        bits = value.detach().clone() if exactly else _sum_of_bits(value)
-    return Node(value, type(value), content, below, bits)
+    below = {key: seen(x, reached, known, exactly, bits) for key, x in deeper.items() if id(x) not in known}
+    values = None
+    if bits and isinstance(value, Tensor) and _has_bits(value):
+        values = value.detach().clone() if exactly else _sum_of_bits(value)
+    return Node(value, type(value), content, below, values)
+
+
+def reached_by(value: Any) -> Iterator[Any]:
+    """A value, and what is inside of it."""
+    for node in _nodes(seen(value, bits=False)):
+        yield node.value
+        if not isinstance(node.value, Tensor | np.ndarray):
+            yield from node.content.values()
 
 
 def _nodes(node: Node) -> list[Node]:
@@ -235,6 +244,12 @@ def _edit(path: str, node: Node, now: dict[Any, Any], others: list[Any]) -> Call
         table.update({key: own_copy(x) for key, x in items.items()})
 
     return edit
+
+
+def put_back(node: Node) -> None:
+    """Let a value, and what it reached, have the class and the content that it had, but for tensors and arrays."""
+    for each in _nodes(node):
+        _put_back(each)
 
 
 def _put_back(node: Node) -> None:
