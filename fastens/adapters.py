@@ -11,7 +11,7 @@ from torch import nn
 
 from fastens.fold.tensor import MemberTensor
 from fastens.methods import call_method
-from fastens.network.handed_out import own_copy
+from fastens.network.in_place import own_copy
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble

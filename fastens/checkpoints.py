@@ -22,7 +22,8 @@ from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
 from fastens.modes import evaluating, moved
-from fastens.network.stacking import AS_THEY_ARE, Placement, make_skeleton, tensors_of
+from fastens.network.overlaps import overlapping, trained_together
+from fastens.network.stacking import AS_THEY_ARE, Placement, Stacked, make_skeleton, tensors_of
 from fastens.pickled import KINDS, rebuild
 from fastens.settings import check_settings
 
@@ -285,6 +286,11 @@ def load_ensemble(
         numbers = sum(stack.numel() for stack in found.values())
         member = described.make(file, name, config["member_config"], numbers)
     skeleton = make_skeleton(evaluating(member))
+    if (pair := trained_together(member)) is not None:
+        raise ValueError(
+            f"{' and '.join(pair)} share memory in the member and are trained, which stacks hold apart: freeze them in "
+            "what factory makes, by requires_grad_(False)"
+        )
     shared = frozenset(config["shared"])
     _check_fit(weights, skeleton, found, shared, num_members)
     wanted: dict[str, Tensor] = {}
@@ -294,7 +300,7 @@ def load_ensemble(
         if wanted_dtype is not None and stack.is_floating_point():
             stack = stack.to(torch.float32 if exact.intersection(name.split(".")) else wanted_dtype)
         wanted[name] = nn.Parameter(stack, like.requires_grad) if isinstance(like, nn.Parameter) else stack
-    content = (skeleton, wanted, shared)
+    content = Stacked(skeleton, wanted, shared, overlapping([member]))
     ensemble = evaluating(rebuild(num_members, config["rule"], settings, content, KINDS["masks" in settings]))
     return ensemble if device is None else ensemble.to(device)
 

@@ -12,7 +12,8 @@ from fastens.engine.masked import Masked
 from fastens.engine.masks import Masks
 from fastens.ensemble import Ensemble
 from fastens.network.gradients import warn_of_hooks
-from fastens.network.stacking import Placement, make_skeleton, tensors_of
+from fastens.network.overlaps import overlapping, trained_together
+from fastens.network.stacking import Placement, Stacked, check_apart, make_skeleton, tensors_of
 from fastens.pickled import KINDS
 from fastens.settings import check_settings
 
@@ -45,8 +46,8 @@ class MCDropout(Ensemble):
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: no members, p outside [0, 1), an unknown kind of masks; at the first call: a network that drops
-            nothing.
+        ValueError: no members, p outside [0, 1), an unknown kind of masks; parameters that share memory and are
+            trained; a network that holds an ensemble; at the first call: a network that drops nothing.
     """
 
     def __init__(
@@ -80,8 +81,14 @@ class MCDropout(Ensemble):
         settings = check_settings(engine, backend, max_fold, prediction, aggregate_in, schedule)
         self._setup(num_members, rule, {**settings, "masks": masks, "p": p, "seed": seed})
         warn_of_hooks([model])
+        if (pair := trained_together(model)) is not None:
+            raise ValueError(
+                f"{' and '.join(pair)} share memory in the model and are trained, which copies of them would not: tie "
+                "them as one parameter, as `second.weight = first.weight`, or freeze them by requires_grad_(False)"
+            )
+        check_apart(model)
         stacks = {name: _copied(t, place) for name, t in tensors_of(model).items()}
-        self._adopt(make_skeleton(model), stacks, frozenset(stacks))
+        self._adopt(Stacked(make_skeleton(model), stacks, frozenset(stacks), overlapping([model])))
 
     @classmethod
     def _kind(cls) -> type[Ensemble]:

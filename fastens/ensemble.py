@@ -28,7 +28,7 @@ from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
 from fastens.network.gradients import warn_of_hooks
 from fastens.network.modules_apart import ModulesApart
-from fastens.network.stacking import AS_THEY_ARE, DifferentMembers, Placement, check_members, set_format, stack_members
+from fastens.network.stacking import DifferentMembers, Placement, Stacked, check_members, set_format, stack_members
 from fastens.ops.member_variance import member_variance
 from fastens.outputs import agreed, combined, enters, plain, stacked
 from fastens.pickled import KINDS, Pickled
@@ -99,11 +99,11 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     # Construction
 
-    def _take(self, members: Sequence[nn.Module], place: Placement = AS_THEY_ARE, into: Any = None) -> None:
-        """Become the ensemble of these members, its views too, in stacks that there are by name."""
+    def _take(self, members: Sequence[nn.Module], place: Placement, into: Any = None, known: Any = ()) -> None:
+        """Become the ensemble of these members, its views too; see :func:`stack_members`."""
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
-                self._adopt(*stack_members(members, place, into), originals=None if place.changes else members)
+                self._adopt(stack_members(members, place, into, known), originals=None if place.changes else members)
         except DifferentMembers as error:
             if self._settings["engine"] == "fold":
                 raise ValueError(f"{error}; members of different structure run with engine='loop' or 'auto'") from error
@@ -126,14 +126,12 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
         self._views.add(self)
         self.rule = rule
 
-    def _adopt(
-        self, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str], originals: Any = None
-    ) -> None:
-        kind = self._kind_of_members(skeleton)
-        engine = Engine(skeleton, stacks, shared, self.num_members, self._settings, originals, kind)
+    def _adopt(self, stacked: Stacked, originals: Any = None) -> None:
+        kind = self._kind_of_members(stacked.skeleton)
+        engine = Engine(stacked, self.num_members, self._settings, originals, kind)
         self.__dict__["_engine"] = engine
         self.network = engine.network
-        self._become_member_like(skeleton)
+        self._become_member_like(stacked.skeleton)
         if kind.mode is not None:
             self.training = kind.mode
 

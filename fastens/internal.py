@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from fastens.network.stacking import AS_THEY_ARE
+
 if TYPE_CHECKING:
     from fastens import rules, schedules
     from fastens.draws import Assignment, Draws
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
     from fastens.network.modules_apart import ModulesApart
+    from fastens.network.stacking import Stacked
     from fastens.views import Views
 
 Args = tuple[Any, ...]
@@ -115,9 +118,9 @@ def begin(ensemble: Ensemble, num_members: int, rule: str | rules.Rule, settings
     ensemble._setup(num_members, rule, dict(settings))
 
 
-def hold_stacks(ensemble: Ensemble, skeleton: nn.Module, stacks: dict[str, Tensor], shared: frozenset[str]) -> None:
-    """Give it members of one structure, as stacks [K, ...] by name, or tensors that all share."""
-    ensemble._adopt(skeleton, stacks, shared)
+def hold_stacks(ensemble: Ensemble, stacked: Stacked) -> None:
+    """Give it members of one structure."""
+    ensemble._adopt(stacked)
 
 
 def hold_modules(ensemble: Ensemble, modules: Sequence[nn.Module], why: str) -> None:
@@ -126,8 +129,9 @@ def hold_modules(ensemble: Ensemble, modules: Sequence[nn.Module], why: str) -> 
 
 
 def take(ensemble: Ensemble, members: Sequence[nn.Module], into: Mapping[str, Tensor]) -> None:
-    """Make it, and its views, the ensemble of copies of other members, in stacks that there are by name."""
-    ensemble._take(members, into=into)
+    """Make it, and its views, the ensemble of what copies of its members became, in stacks that there are by name."""
+    engine = engine_of(ensemble)
+    ensemble._take(members, AS_THEY_ARE, into, () if engine is None else engine.overlapping)
 
 
 def forget(ensemble: Ensemble) -> None:

@@ -14,7 +14,7 @@ from fastens.internal import engine_of, modules_apart
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
 from fastens.network.closures import reaches_back
-from fastens.network.overlaps import overlapping, trained_together
+from fastens.network.overlaps import overlapping
 from fastens.network.own_states import State, own_state
 from fastens.network.own_states import moved as moved_state
 from fastens.network.own_states import write as write_state
@@ -59,7 +59,7 @@ def copied(member: nn.Module) -> nn.Module:
     One comes as it is that cannot be copied, whose copy differs from it or would reach it by a closure, and in which
     tensors share memory, which a copy would hold apart.
     """
-    if reaches_back(member) is not None or overlapping([member]) or trained_together(member) is not None:
+    if reaches_back(member) is not None or overlapping([member]):
         return member
     try:
         made = copy_of(member)
@@ -124,6 +124,10 @@ def _write(engine: Any, k: int, module: nn.Module, with_state: bool) -> None:
                 f"member {k}: {name} is {tensor.dtype}, but {stacks[name].dtype} in the ensemble; "
                 f"convert it first, e.g. member.to({stacks[name].dtype})"
             )
+    try:
+        engine.check_overlaps(module)
+    except ValueError as error:
+        raise ValueError(f"member {k}: {error}; {_anew(k)}") from error
     shared = [name for name in engine.shared if not torch.equal(tensors[name].to(stacks[name].device), stacks[name])]
     engine.unshare(shared)
     one = next((name for name in shared if name in engine.shared), None)

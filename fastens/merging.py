@@ -15,7 +15,7 @@ from fastens.ensemble import Ensemble
 from fastens.internal import engine_of, settings_of, why_looped
 from fastens.modes import evaluating
 from fastens.network.alike import first_difference
-from fastens.network.stacking import DifferentMembers, check_members, replaced, tensors_of
+from fastens.network.stacking import DifferentMembers, Stacked, check_members, replaced, tensors_of
 from fastens.pickled import rebuild
 from fastens.rules import Mean
 
@@ -195,7 +195,8 @@ class _Candidates:
             stacks = {**self._kept, **{name: value.detach().clone() for name, value in sums.items()}}
             stacks = {n: nn.Parameter(x, n in sums) if n in parameters else x for n, x in stacks.items()}
             settings = {**settings_of(self._source), "engine": "fold"}
-            made = rebuild(count, Mean(), settings, (engine.skeleton, stacks, frozenset(self._kept)), Ensemble)
+            content = Stacked(engine.skeleton, stacks, frozenset(self._kept), engine.overlapping)
+            made = rebuild(count, Mean(), settings, content, Ensemble)
             self._ensemble = evaluating(made)
         else:
             own = tensors_of(self._ensemble.network)

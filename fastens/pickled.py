@@ -11,7 +11,7 @@ from fastens import rules
 from fastens.fold.attributes import attributes_of, give
 from fastens.internal import begin, engine_of, hold_modules, hold_stacks
 from fastens.network.loading import fit
-from fastens.network.stacking import tensors_of
+from fastens.network.stacking import Stacked, tensors_of
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -35,7 +35,8 @@ class Pickled(nn.Module):
             content: Any = (None, self.network.get(), self.__dict__["_why_loop"])
         else:
             skeleton = engine.skeleton
-            content = (skeleton, tensors_of(self.network), engine.shared, *engine.states_of_copy(skeleton))
+            stacked = Stacked(skeleton, tensors_of(self.network), engine.shared, engine.overlapping)
+            content = (*stacked, *engine.states_of_copy(skeleton))
         own = {name: x for name, x in vars(self).items() if name not in _REMADE and (name not in _MODULE or x)}
         own["training"] = self.training
         added = {name: module for name, module in self._modules.items() if name != "network"}
@@ -70,8 +71,8 @@ def rebuild(
         num_members: K.
         rule: its rule.
         settings: as :func:`fastens.settings.check_settings` gives them.
-        content: skeleton, stacks, names of shared tensors, and where members are looped what they wrote to themselves
-            and why they are looped; or none, modules, and why.
+        content: what :class:`Stacked` consists of, and where members are looped what they wrote to themselves and why
+            they are looped; or none, modules, and why.
         kind: its class, before a framework's own base class is added.
         attributes: of the skeleton, or of each module, what code set on its parameters and buffers, by their names:
             copies of torch's come without.
@@ -87,8 +88,8 @@ def rebuild(
         modules, why = rest
         hold_modules(ensemble, modules, why)
     else:
-        stacks, shared, *own = rest
-        hold_stacks(ensemble, skeleton, stacks, shared)
+        stacks, shared, overlapping, *own = rest
+        hold_stacks(ensemble, Stacked(skeleton, stacks, shared, overlapping))
         engine = engine_of(ensemble)
         if own and engine is not None:  # files have none
             engine.adopt_states(skeleton, *own)

@@ -27,7 +27,7 @@ from fastens.engine.engine import Engine
 from fastens.engine.row_by_row import each_member, through_members
 from fastens.internal import begin
 from fastens.methods import call_method
-from fastens.network.stacking import tensors_of
+from fastens.network.stacking import Stacked, tensors_of
 from fastens.ops._scores import seed_from
 from fastens.ops.aggregate import aggregate
 from fastens.ops.member_variance import member_variance
@@ -72,15 +72,15 @@ class Distributed(OfOneProcess):
 
     # Construction
 
-    def _adopt(self: Any, skeleton: nn.Module, stacks: Any, shared: frozenset[str], originals: Any = None) -> None:
+    def _adopt(self: Any, stacked: Stacked, originals: Any = None) -> None:
         if "masks" in self._settings:
-            cast(Any, super())._adopt(skeleton, stacks, shared)
+            cast(Any, super())._adopt(stacked)
             return
-        engine = Engine(skeleton, stacks, shared, self._share.held, self._settings)
+        engine = Engine(stacked, self._share.held, self._settings)
         engine.cap.of_all = self.num_members
         self.__dict__["_engine"] = engine
         self.network = engine.network
-        self._become_member_like(skeleton)
+        self._become_member_like(stacked.skeleton)
 
     def _become_member_like(self: Any, member: nn.Module) -> None:
         cast(Any, super())._become_member_like(member)

@@ -18,7 +18,7 @@ from fastens.engine.engine import Engine
 from fastens.ensemble import Ensemble
 from fastens.internal import base_of, engine_of, hold_modules, hold_stacks, modules_apart, settings_of, why_looped
 from fastens.members import copied
-from fastens.network.stacking import check_members, stack_members, tensors_of
+from fastens.network.stacking import Stacked, check_members, stack_members, tensors_of
 from fastens.settings import check_settings
 
 
@@ -81,7 +81,7 @@ def _of_ensemble(ensemble: Ensemble, place: Place) -> Any:
     else:
         if engine.remember:
             raise ValueError("distribute: the members wrote to themselves and are looped; distribute them before")
-        hold_stacks(made, engine.skeleton, stacks_of(engine, share), engine.shared)
+        hold_stacks(made, Stacked(engine.skeleton, stacks_of(engine, share), engine.shared, engine.overlapping))
     made.train(ensemble.training)
     return made
 
@@ -110,15 +110,15 @@ def _of_members(members: Sequence[nn.Module], place: Place, rule: Any = "mean", 
     facts = facts_of(held[0], len(members), settings, rules.get(rule))
     check_alike(place.control, facts)
     with torch.inference_mode(False):
-        skeleton, stacks, shared = stack_members(held)
-        shared = _shared_by_all(place, stacks, shared, share.held)
+        stacked = stack_members(held)
+        stacks, shared = stacked.stacks, _shared_by_all(place, stacked.stacks, stacked.shared, share.held)
     own = {name: checksum([stack]) for name, stack in stacks.items() if name in shared}
     check_alike(place.control, {"the tensors that members share": own})
     if place.data is not None and place.data.size > 1:
         numbers = {"the weights": checksum(stacks[name] for name in sorted(stacks))}
         _check_replicas(place, share, numbers)
     made = over(Ensemble, len(members), rule, settings, place, share)
-    hold_stacks(made, skeleton, stacks, shared)
+    hold_stacks(made, stacked._replace(shared=shared))
     made.train(held[0].training)
     return made
 

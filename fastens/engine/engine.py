@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError as StopRecomputation
 
 from fastens import reproducible
@@ -30,6 +30,7 @@ from fastens.fold.callsite import counted_if_it_succeeds
 from fastens.fold.stand_ins import number_of
 from fastens.fold.tensor import NotFoldable
 from fastens.fold.writes import WritesInput
+from fastens.network.stacking import Stacked
 
 
 class Engine(FoldedMembers):
@@ -38,9 +39,7 @@ class Engine(FoldedMembers):
     Nothing of a call is kept here: what a pass needs travels with it, so that any number of threads may call.
 
     Args:
-        skeleton: one member's structure, parameters and buffers on the meta device.
-        stacks: its tensors [K, ...] by name.
-        shared: the names of those that are held once.
+        stacked: their structure and stacks.
         num_members: K.
         settings: of the ensemble.
         originals: the members that were handed in, against which the first call is held; none where they are gone.
@@ -56,9 +55,7 @@ class Engine(FoldedMembers):
 
     def __init__(
         self,
-        skeleton: nn.Module,
-        stacks: dict[str, Tensor],
-        shared: frozenset[str],
+        stacked: Stacked,
         num_members: int,
         settings: dict[str, Any],
         originals: Any = None,
@@ -66,7 +63,7 @@ class Engine(FoldedMembers):
     ) -> None:
         why = "asked for" if settings["engine"] != "auto" else "members agree in everything but their weights"
         behaviour = Behaviour(settings["engine"] == "loop", why, wrapped=kind.wrapped)
-        members = skeleton, stacks, shared, num_members, kind, behaviour, originals
+        members = stacked, num_members, kind, behaviour, originals
         super().__init__(*members, max_fold=settings["max_fold"], backend=settings["backend"])
         self.states = States()
         self.plans = Plans(self.network, num_members, self.backend, self.states, self.guards)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.guards import Guards
@@ -22,9 +22,10 @@ from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
-from fastens.network.overlaps import check_unwritten, overlapping, values_of, written
+from fastens.network.overlaps import check_unwritten, overlapping, trained_together, values_of, written
 from fastens.network.own_states import State, standing_alone
 from fastens.network.snapshots import thread_locals
+from fastens.network.stacking import Stacked
 from fastens.network.tables import tables_of, unshare
 from fastens.network.views import MemberViews
 from fastens.network.weights import as_it_is
@@ -34,9 +35,7 @@ class StackedMembers:
     """K members of one structure, whose tensors are stacks [K, ...].
 
     Args:
-        skeleton: one member's structure, parameters and buffers on the meta device.
-        stacks: its tensors [K, ...] by name.
-        shared: the names of those that are held once.
+        stacked: their structure and stacks.
         num_members: K.
         kind: what members have for themselves.
         behaviour: what is known of the network as a whole.
@@ -51,9 +50,7 @@ class StackedMembers:
 
     def __init__(
         self,
-        skeleton: nn.Module,
-        stacks: dict[str, Tensor],
-        shared: frozenset[str],
+        stacked: Stacked,
         num_members: int,
         kind: MemberKind,
         behaviour: Behaviour,
@@ -61,13 +58,13 @@ class StackedMembers:
     ) -> None:
         self.num_members, self.kind, self.behaviour = num_members, kind, behaviour
         self._turns = Turns()
-        self.network = build_network(skeleton, stacks, shared, num_members)
+        self.network = build_network(*stacked[:3], num_members)
         self.guards = Guards(self.network)
         self.questions = Questions(self.guards.names)
         self.originals = None if originals is None else Originals(originals, self.network)
         self._one_object = frozenset() if self.originals is None else self.originals.of_one_object()
-        self._overlapping = frozenset() if self.originals is None else overlapping(self.originals.modules())
-        held_once = shared - self._one_object if kind.own_weights else ()
+        self._overlapping = stacked.overlapping
+        held_once = stacked.shared - self._one_object if kind.own_weights else ()
         self._frozen = [(n, t) for n, t in tensors_of(self.network).items() if n in held_once and not t.requires_grad]
         self._views = MemberViews(self.network, num_members, self.guards.barrier)
         self.look()
@@ -109,7 +106,8 @@ class StackedMembers:
     @property
     def skeleton(self) -> nn.Module:
         """One member's structure as it is now, without weights."""
-        return skeleton_of(self.network)
+        with self._views.as_given():
+            return skeleton_of(self.network)
 
     @property
     def shared(self) -> frozenset[str]:
@@ -136,20 +134,14 @@ class StackedMembers:
         with self.turn():
             return (self._members.own_states(skeleton) if self.behaviour.looped else []), self.behaviour.why
 
-    def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str, frozenset[str]]:
-        """The same for a copy, without what members keep for each thread: a copy makes that as its class says.
-
-        Last, the names of buffers that code must not write to; see :meth:`check_written`.
-        """
+    def states_of_copy(self, skeleton: nn.Module) -> tuple[list[State], str]:
+        """The same for a copy, without what members keep for each thread: a copy makes that as its class says."""
         states, why = self.own_states(skeleton)
         states = [[{n: x for n, x in own.items() if not thread_locals(x)} for own in state] for state in states]
-        return states, why, self._overlapping
+        return states, why
 
-    def adopt_states(
-        self, skeleton: nn.Module, states: list[State], why: str, overlapping: frozenset[str] = frozenset()
-    ) -> None:
+    def adopt_states(self, skeleton: nn.Module, states: list[State], why: str) -> None:
         """Go on with what the members of another engine wrote to themselves, one by one; see :meth:`states_of_copy`."""
-        self._overlapping |= overlapping
         if any(any(state) for state in states):
             self.behaviour.looped, self.behaviour.why = True, why
             self.unshare_all()
@@ -201,8 +193,23 @@ class StackedMembers:
                 self._views.check_kept(view)
             return output
 
+    @property
+    def overlapping(self) -> frozenset[str]:
+        """Names of tensors that shared memory in the members that were handed in; see :class:`Stacked`."""
+        return self._overlapping
+
+    def check_overlaps(self, member: nn.Module) -> None:
+        """Take note of what shares memory in a member that takes the place of another.
+
+        Raises:
+            ValueError: some of it is trained.
+        """
+        if (pair := trained_together(member)) is not None:
+            raise ValueError(f"{' and '.join(pair)} share memory in it and are trained, which stacks hold apart")
+        self._overlapping |= overlapping([member])
+
     def check_written(self, names: Iterable[str]) -> None:
-        """Raise where code writes to one of several buffers that shared memory in the members that were handed in.
+        """Raise where code writes to one of several tensors that shared memory in the members that were handed in.
 
         Raises:
             ValueError: it does.
@@ -249,13 +256,20 @@ class StackedMembers:
             self.unshare(dict(self.network.named_parameters()))
 
     def check_frozen(self) -> None:
-        """Raise where a parameter that is held once, since all members had it frozen, is to be trained."""
+        """Raise where a parameter is to be trained that all members had frozen, and that is held once or apart."""
         for name, tensor in self._frozen:
             if tensor.requires_grad and name in self.shared:
                 raise ValueError(
                     f"{name} is held once, being equal and frozen in all members, and would be trained on the sum of "
                     "their gradients: unfreeze by ens.requires_grad_(), after which each member has its own, and "
                     "freeze again what stays as it is; or make the ensemble of members in which it is not frozen"
+                )
+
+        for name, tensor in tensors_of(self.network).items() if self._overlapping else ():
+            if tensor.requires_grad and name in self._overlapping:
+                raise ValueError(
+                    f"{name} shared memory with another tensor in the members, which were frozen; in the stacks it has "
+                    "its own and would be trained apart: make the ensemble of members in which it is not frozen"
                 )
 
     def all_one_object(self, names: Iterable[str]) -> bool:

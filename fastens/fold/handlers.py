@@ -19,7 +19,8 @@ def outside_a_pass(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if current_fold() is not None:
             raise
         raise RuntimeError(
-            f"{error}: it is of all members at once; do this to the members, and make the ensemble of them"
+            f"{error}: it is of all members at once; do this to the members, and make the ensemble of them, also where "
+            "it is a parametrization that does it"
         ) from error
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
 
 from fastens.network.snapshots import thread_locals
 
@@ -36,3 +40,25 @@ def _copied(value: T, memo: dict[int, Any]) -> T:
             own = memo[id(each)]
             object.__setattr__(own, "__dict__", own)
     return made
+
+
+@contextmanager
+def outliving() -> Iterator[None]:
+    """Scope in which no tensor is made an inference tensor."""
+    grad = torch.is_grad_enabled()  # which leaving inference mode would enable
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
+def undisturbed(make: Callable[[], T]) -> T:
+    """Return ``make()``, called again where another thread changed what it iterates over meanwhile.
+
+    It outlives a call in inference mode, so no tensor of it is an inference tensor.
+    """
+    while True:
+        try:
+            with outliving():
+                return make()
+        except RuntimeError as error:
+            if "changed size during iteration" not in str(error):
+                raise

@@ -15,9 +15,9 @@ from fastens.network.snapshots import same_bits
 
 
 def overlapping(members: Iterable[nn.Module]) -> frozenset[str]:
-    """The names of buffers, and of tensors in attributes, that have an element in common with another, in any member.
+    """The names of parameters, buffers and attributes that have an element in common with another, in any member.
 
-    The other may be a parameter.
+    What is computed of a parameter and kept in an attribute is none of them.
     """
     found: set[str] = set()
     for member in members:
@@ -25,7 +25,7 @@ def overlapping(members: Iterable[nn.Module]) -> frozenset[str]:
         for a, b in _pairs(tensors):
             if not {a, b} <= registered.keys() and any(isinstance(tensors[n], nn.Parameter) for n in (a, b)):
                 continue  # as hooks of torch keep what they compute of a parameter
-            found |= {name for name in (a, b) if not isinstance(tensors[name], nn.Parameter)}
+            found |= {a, b}
     return frozenset(found)
 
 
@@ -68,8 +68,9 @@ def _named(network: nn.Module) -> dict[str, Tensor]:
 
 
 def values_of(network: nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
-    """Copies of some tensors of a network."""
-    return {name: x.detach().clone() for name, x in _named(network).items() if name in names}
+    """Copies of some tensors of a network, but for its parameters."""
+    found = {name: x for name, x in _named(network).items() if name in names and not isinstance(x, nn.Parameter)}
+    return {name: x.detach().clone() for name, x in found.items()}
 
 
 def check_unwritten(names: Iterable[str]) -> None:
@@ -80,7 +81,7 @@ def check_unwritten(names: Iterable[str]) -> None:
     """
     if names := sorted(names):
         raise ValueError(
-            f"{', '.join(names[:3])}: the members' code writes to a buffer that shares memory with another of its "
+            f"{', '.join(names[:3])}: the members' code writes to a tensor that shares memory with another of its "
             "member, which stacks hold apart: register the whole alone, and take the part where it is used, as "
             "`self.whole[1:3]`; or give each a memory of its own by `clone()`"
         )

@@ -2,9 +2,9 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fastens.fold.tensor import MemberTensor, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
 from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
-from fastens.network.overlaps import trained_together
+from fastens.network.overlaps import overlapping, trained_together
 from fastens.network.parametrized import with_own_classes
 from fastens.network.snapshots import held_tensors, same_bits
 from fastens.network.tables import tables_of
@@ -27,6 +27,7 @@ __all__ = [
     "AS_THEY_ARE",
     "DifferentMembers",
     "Placement",
+    "Stacked",
     "check_members",
     "make_skeleton",
     "replaced",
@@ -83,6 +84,23 @@ class DifferentMembers(ValueError):
     """Members whose structure or parameter shapes differ, so that only the loop can run them."""
 
 
+class Stacked(NamedTuple):
+    """Members of one structure, as they were read.
+
+    Attributes:
+        skeleton: one member's structure, parameters and buffers on the meta device.
+        stacks: its tensors [K, ...] by name, a shared one as it is.
+        shared: the names of those that are held once.
+        overlapping: the names of those that share memory in a member, which stacks hold apart, attributes among them:
+            code may read and not write to them, and they are not trained; see :mod:`fastens.network.overlaps`.
+    """
+
+    skeleton: nn.Module
+    stacks: dict[str, Tensor]
+    shared: frozenset[str]
+    overlapping: frozenset[str]
+
+
 def replaced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Copy a module with its parameters and buffers replaced, ties and second references kept."""
     originals = tensors_of(module)
@@ -109,14 +127,34 @@ def difference_of_copy(member: nn.Module, made: nn.Module) -> str | None:
     return None
 
 
-def _made_anew(module: nn.Module) -> Iterator[Tensor]:
-    """The weights that hooks of torch compute before every call, which autograd made: Python cannot copy those."""
-    for each in module.modules():
+_COMPUTING = {  # hooks of torch, and what does the same without an attribute
+    BasePruningMethod: "pruning computes and keeps: make it a parameter by torch.nn.utils.prune.remove",
+    WeightNorm: "weight_norm computes and keeps: use torch.nn.utils.parametrizations.weight_norm",
+    SpectralNorm: "spectral_norm computes and keeps: use torch.nn.utils.parametrizations.spectral_norm",
+}
+
+
+def _computed(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """The weights that hooks of torch compute before every call: names, values, and what to do to be folded."""
+    for path, each in modules_of(module):
         for hook in each._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
-                weight = vars(each).get(hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name)
-                if isinstance(weight, Tensor) and not weight.is_leaf:
-                    yield weight
+                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                weight = vars(each).get(name)
+                if isinstance(weight, Tensor):
+                    kind = next(base for base in type(hook).__mro__ if base in _COMPUTING)
+                    yield f"{path}.{name}" if path else name, weight, _COMPUTING[kind]
+
+
+def _made_anew(module: nn.Module) -> Iterator[Tensor]:
+    """Those of them that autograd made: Python cannot copy those."""
+    return (weight for _, weight, _ in _computed(module) if not weight.is_leaf)
+
+
+def _remedy(member: nn.Module, difference: str) -> str:
+    """What to do where members differ in what a hook of torch computes of their weights; empty where they do not."""
+    found = (what for name, _, what in _computed(member) if difference.startswith(f"{name}:"))
+    return next((f", which {what} on every member, and they are evaluated at once" for what in found), "")
 
 
 def make_skeleton(member: nn.Module) -> nn.Module:
@@ -175,18 +213,22 @@ def check_placement(first: dict[str, Tensor], other: dict[str, Tensor], k: int, 
 
 
 def stack_members(
-    members: Sequence[nn.Module], place: Placement = AS_THEY_ARE, into: Mapping[str, Tensor] | None = None
-) -> tuple[nn.Module, dict[str, Tensor], frozenset[str]]:
+    members: Sequence[nn.Module],
+    place: Placement = AS_THEY_ARE,
+    into: Mapping[str, Tensor] | None = None,
+    known: Iterable[str] = (),
+) -> Stacked:
     """Read the members one at a time into stacks.
 
     Args:
         members: K modules of one structure; a lazy sequence is indexed once per member, so that only one is in memory.
         place: device and dtype of the stacks.
         into: stacks by name that take the members' values where these fit; what members had apart stays apart.
+        known: names of tensors that shared memory in what the members were made from.
 
     Returns:
-        The skeleton; the stacks [K, ...] by name (a shared tensor as it is); and the names of the shared tensors: those
-        that are one tensor in all members, and those that are equal in all of them and are not trained.
+        What was read. Shared are tensors that are one in all members, and those that are equal in all of them and are
+        not trained.
 
     Raises:
         DifferentMembers: members differ in anything but the values of their tensors; names the first difference.
@@ -194,11 +236,8 @@ def stack_members(
     """
     num_members, into = len(members), into or {}
     first = members[0]
-    for path, module in (each for member in members for each in modules_of(member)):
-        if isinstance(module, torch.jit.ScriptModule):
-            raise DifferentMembers(
-                f"{path or 'the member'} is a TorchScript module, whose functions the fold does not see"
-            )
+    for member in members if isinstance(members, list | tuple | nn.ModuleList) else (first,):
+        check_apart(member)
     back = reaches_back(first)
     if back is not None:
         raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
@@ -221,9 +260,7 @@ def stack_members(
     referring = _refers_to_weight(tensors)
     if referring is not None:
         raise DifferentMembers(f"{referring}, an attribute of a parameter or buffer, holds a weight of its member")
-    for member in members if isinstance(members, list | tuple | nn.ModuleList) else (first,):
-        if (pair := trained_together(member)) is not None:
-            raise DifferentMembers(f"{' and '.join(pair)} share memory in a member, which stacks hold apart")
+    found = overlapping([first]).union(known)
     identical = set(tensors)
     equal = {name for name, tensor in tensors.items() if not tensor.requires_grad} - set(_statistics(first))
     equal -= {name for name in equal if name in into and into[name].ndim > tensors[name].ndim}
@@ -234,9 +271,11 @@ def stack_members(
         stacks[name] = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
     for k in range(1, num_members):
         member = members[k]
+        check_apart(member)
+        found |= overlapping([member])
         difference = first_difference(first, member)
         if difference is not None:
-            raise DifferentMembers(f"member {k} differs from member 0 at {difference}")
+            raise DifferentMembers(f"member {k} differs from member 0 at {difference}{_remedy(first, difference)}")
         others = tensors_of(member)
         check_placement(tensors, others, k, place)
         for name, tensor in others.items():
@@ -263,7 +302,27 @@ def stack_members(
         one = stacks[name].data[0].clone()
         trained = tensors[name].requires_grad
         stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
-    return skeleton, {name: _written_into(into.get(name), stack) for name, stack in stacks.items()}, frozenset(shared)
+    stacks = {name: _written_into(into.get(name), stack) for name, stack in stacks.items()}
+    return Stacked(skeleton, stacks, frozenset(shared), found)
+
+
+def check_apart(member: nn.Module) -> None:
+    """Raise where a member has parts that no stacks can stand for.
+
+    Raises:
+        DifferentMembers: names the part.
+    """
+    for path, module in modules_of(member):
+        where = path or "the member"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DifferentMembers(f"{where} is a TorchScript module, whose functions the fold does not see")
+        if "_engine" in vars(module):
+            raise DifferentMembers(
+                f"{where} is an ensemble itself, which evaluates its members by itself: where all are to be evaluated "
+                "at once, make one ensemble of them"
+            )
+    if (pair := trained_together(member)) is not None:
+        raise DifferentMembers(f"{' and '.join(pair)} share memory in a member, which stacks hold apart")
 
 
 def _written_into(held: Tensor | None, stack: Tensor) -> Tensor:

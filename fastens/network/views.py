@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
@@ -17,8 +16,8 @@ from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, counts, unwatched
 from fastens.network.closures import reaches_back
 from fastens.network.contents import Looks, inside
-from fastens.network.deep_copies import copied
-from fastens.network.handed_out import HandOuts, ValuesInside
+from fastens.network.deep_copies import copied, outliving, undisturbed
+from fastens.network.handed_out import HandOuts
 from fastens.network.made import MadeWhenCalled
 from fastens.network.member_tables import (
     MemberTable,
@@ -29,34 +28,12 @@ from fastens.network.member_tables import (
     view_of_member,
 )
 from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
+from fastens.network.shown import Shown
 from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
 from fastens.network.weights import Weights
 
-Made = TypeVar("Made")
 _WHY = "members wrote to it themselves, each its own:"
-
-
-@contextmanager
-def _outliving() -> Iterator[None]:
-    """Scope in which no tensor is made an inference tensor."""
-    grad = torch.is_grad_enabled()  # which leaving inference mode would enable
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        yield
-
-
-def undisturbed(make: Callable[[], Made]) -> Made:
-    """Return ``make()``, called again where another thread changed what it iterates over meanwhile.
-
-    It outlives a call in inference mode, so no tensor of it is an inference tensor.
-    """
-    while True:
-        try:
-            with _outliving():
-                return make()
-        except RuntimeError as error:
-            if "changed size during iteration" not in str(error):
-                raise
 
 
 class MemberViews:
@@ -72,16 +49,17 @@ class MemberViews:
 
     def __init__(self, network: nn.Module, num_members: int, barrier: Barrier) -> None:
         self._network = network
+        self._values = Shown(network)
         self._num_members = num_members
         self._barrier = barrier
         self.forget()
 
     def forget(self) -> None:
         """Drop the members, and what they wrote to themselves."""
+        self._values.hide()
         self._views: list[nn.Module] = []
         self._given: list[nn.Module] = []  # the members, as they were before code of their own ran
         self._given_references: list[Reference] = []
-        self._values: ValuesInside  # of the network, as these were given them
         self._modules: list[nn.Module] = []  # of the network, when they were made
         self._references: list[Reference] = []  # of their attributes, to parts of the stacks
         self._hooks_seen = -1
@@ -129,9 +107,37 @@ class MemberViews:
             self.forget()
             raise
 
-    def running(self, k: int | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def running(self, k: int | None = None) -> Iterator[None]:
         """Scope of code of member k, or of all of them, which may change what was handed out of theirs."""
-        return self._handed_out.running(range(self._num_members) if k is None else (k,))
+        with self._handed_out.running(range(self._num_members) if k is None else (k,)):
+            try:
+                yield
+            finally:
+                if not k and self._given and not self.stale:
+                    self._show()
+
+    def _show(self) -> None:
+        """Let the network show what the first member wrote to itself, which is no write of others."""
+        if self._values.show(self._views[0], self._given[0]):
+            self._see()
+
+    def _see(self) -> None:
+        """Take the network as it is for what members were given."""
+        self._held, self._inside = Weights(held_tensors(self._network)), inside(self._network)
+        self._writes = self._barrier.written, self._held.state()
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        """Scope in which the network is as members were given it, without what the first of them wrote."""
+        if self._given:
+            self._current()
+        self._values.hide()
+        try:
+            yield
+        finally:
+            if self._given:
+                self._show()
 
     def _current(self) -> list[nn.Module]:
         if self._handed_out:
@@ -203,7 +209,7 @@ class MemberViews:
         """Keep what members write to themselves from now on."""
         if not self._given:
             self._given, self._given_references = self._anew()
-            self._values = ValuesInside(self._network)
+            self._values = Shown(self._network)
 
     def check_kept(self, view: nn.Module) -> None:
         """Raise where a member keeps a weight, which a call of it read, in an attribute.
@@ -226,6 +232,9 @@ class MemberViews:
         """An attribute of the network, or the first member's where it wrote to that itself."""
         if self._given:
             view, given = self.get()[0], self._given[0]
+            if name in self._values:
+                self._show()  # a checkpoint may have run its code again in a backward pass
+                return getattr(self._network, name)
             own = vars(view).get(name, GONE) if name not in TENSORS else GONE
             wrote = is_atom(own) or name in self._handed_out  # of which what it holds may be as it was
             if own is not GONE and (wrote or name in attributes_apart(view, given, NO_STATE)(view, given)):
@@ -252,6 +261,7 @@ class MemberViews:
             self.keep()
             for view, state in zip(self._views, states, strict=True):
                 write(view, moved(state, skeleton, view))
+            self._show()
 
     def fresh(self, k: int) -> nn.Module:
         """Member k with the state that the network has now, noticed or not, and with what it wrote to itself."""
@@ -267,6 +277,7 @@ class MemberViews:
     def _make(self) -> list[nn.Module]:
         if self._views and self._given:
             self._values.follow(self._barrier.names, self._views, self._given, _WHY)
+        self._values.hide(self._barrier.names)
         self._held, self._inside = Weights(held_tensors(self._network)), inside(self._network)
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
         self._barrier.names = set()
@@ -280,12 +291,14 @@ class MemberViews:
         views = self._views
         if views and self._given:
             given, given_references = self._anew()
-            with _outliving():
+            with outliving():
                 references = self._update(made, references, given, written)
             made, self._given, self._given_references = views, given, given_references
-            self._values = ValuesInside(self._network)
+            self._values = Shown(self._network)
         self._hook(made)
         self._modules, self._views, self._writes, self._references = modules, made, writes, references
+        if self._given and not self.stale:
+            self._show()
         return made
 
     def _update(

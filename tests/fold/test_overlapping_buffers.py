@@ -107,6 +107,49 @@ def test_copies_refuse_writes_too(called, way):
         way(way(ensemble))(x)
 
 
+def from_files(members, make, folder):
+    paths = [folder / f"{k}.pt" for k in range(len(members))]
+    for member, path in zip(members, paths, strict=True):
+        torch.save(member.state_dict(), path)
+    return fastens.load_members(paths, make)
+
+
+def saved(members, make, folder):
+    fastens.Ensemble(members).save_pretrained(folder)
+    return fastens.Ensemble.from_pretrained(folder, make)
+
+
+ROUTES = {
+    "files": lambda *given: fastens.Ensemble(from_files(*given)),
+    "saved": saved,
+    "dtype": lambda members, *_: fastens.Ensemble(members, dtype=torch.float32),
+    "dropout": lambda members, *_: fastens.MCDropout(members[0], K, p=0.5),
+    "new weights": lambda members, *_: fastens.Ensemble(members).renewed(),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("writes", ["whole", "part", ""])
+def test_members_by_every_route(writes, route, tmp_path):
+    class Dropping(Network):
+        def forward(self, x, late=True):
+            return torch.dropout(super().forward(x, late), 0.5, self.training)
+
+        def renewed(self):
+            self.layer.weight = nn.Parameter(torch.from_numpy(2 * self.layer.weight.detach().numpy()))
+            return self
+
+    members = [Dropping("part", writes).eval() for _ in range(K)]
+    ensemble, x = ROUTES[route](members, lambda: Dropping("part", writes).eval(), tmp_path), torch.randn(3, 4)
+    ensemble(x, False)
+    if writes:
+        with pytest.raises(ValueError, match="shares memory"):
+            ensemble(x)
+    else:
+        assert ensemble(x).isfinite().all()
+        assert ensemble.engine == "fold"
+
+
 class Tied(nn.Module):
     """Two parameters, or a parameter and a buffer, in one memory."""
 
@@ -117,7 +160,7 @@ class Tied(nn.Module):
             self.second.weight = nn.Parameter(self.first.weight.data)
         elif kind == "part":
             self.second.bias = nn.Parameter(self.first.weight.data[1])
-        else:
+        elif kind == "buffer":
             self.register_buffer("row", self.first.weight.data[2])
 
     def forward(self, x):
@@ -149,3 +192,47 @@ def test_what_is_trained_together_is_so_in_the_ensemble(kind, frozen):
                     p -= 0.01 * p.grad
                     p.grad = None
     assert ensemble.engine == ("fold" if frozen else "loop")
+
+
+ROUTES_OF_TIED = {
+    "dropout": lambda tied: fastens.MCDropout(tied, K, p=0.5),
+    "unfrozen": lambda tied: fastens.Ensemble([tied.requires_grad_(False), frozen_like(tied)]).requires_grad_(),
+    "one unfrozen": lambda tied: unfrozen(fastens.Ensemble([tied.requires_grad_(False), frozen_like(tied)])),
+    "unfrozen dropout": lambda tied: fastens.MCDropout(tied.requires_grad_(False), K, p=0.5).requires_grad_(),
+    "replaced": lambda tied: fastens.Ensemble([Tied("apart") for _ in range(K)]).replace_member(1, tied),
+}
+
+
+def frozen_like(tied):
+    made = copy.deepcopy(tied)
+    made.second.weight = nn.Parameter(made.first.weight.data.mul_(0.5), requires_grad=False)
+    return made
+
+
+def unfrozen(ensemble):
+    ensemble.second.weight.requires_grad_(True)
+    return ensemble
+
+
+@pytest.mark.parametrize("route", ROUTES_OF_TIED)
+def test_what_would_be_trained_apart_is_an_error(route):
+    with pytest.raises(ValueError, match=r"shared? memory"):
+        ROUTES_OF_TIED[route](Tied("parameters"))(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("kind", ["parameters", "part", "buffer"])
+def test_members_from_files_are_trained_together(kind, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return [Tied(kind).eval() for _ in range(K)]
+
+    ensemble = fastens.Ensemble(from_files(made(), lambda: Tied(kind), tmp_path))
+    assert "share memory" in ensemble.report().why
+    x, references = torch.randn(5, 4), made()
+    for answer in (ensemble(x), torch.stack([each(x) for each in references]).mean(0)):
+        answer.square().sum().backward()
+    with torch.no_grad():
+        for p in (p for each in (ensemble, *references) for p in each.parameters()):
+            p -= 0.1 * p.grad
+        expected = torch.stack([each(x) for each in references]).mean(0)
+        assert relative_error(ensemble(x), expected) < NETWORK[torch.float32]

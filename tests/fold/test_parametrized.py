@@ -1,6 +1,7 @@
 """Parametrized networks: a member's weights are its own, whatever torch keeps of them and whoever takes them apart."""
 
 import gc
+import re
 import threading
 import weakref
 
@@ -151,3 +152,41 @@ def test_members_can_be_dropped():
     ens.refresh()  # lets go of the members that first calls are held against
     gc.collect()
     assert first() is None
+
+
+COMPUTING = {
+    "weight_norm": (nn.utils.weight_norm, "parametrizations.weight_norm"),
+    "spectral_norm": (nn.utils.spectral_norm, "parametrizations.spectral_norm"),
+    "pruning": (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
+}
+ON_ENSEMBLE = {
+    **{name: (put_on, "weight is a stack .* put those on the members") for name, (put_on, _) in COMPUTING.items()},
+    "parametrized": (nn.utils.parametrizations.weight_norm, "weight is a stack .* put those on the members"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "do this to the members"),
+    "function": (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+        "do this to the members.* a parametrization",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTING)
+def test_what_computes_weights_for_an_attribute_is_named_with_the_remedy(kind):
+    members = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    for member in members:
+        COMPUTING[kind][0](member[0])
+    with pytest.warns(UserWarning, match=rf"at 0\.weight.*{re.escape(COMPUTING[kind][1])} on every member"):
+        fastens.Ensemble(members)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ON_ENSEMBLE)
+def test_what_computes_weights_is_put_on_members(kind):
+    put_on, message = ON_ENSEMBLE[kind]
+    members, x = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)], torch.randn(2, 4)
+    ensemble = fastens.Ensemble(members)
+    for _ in range(2):
+        assert torch.allclose(ensemble(x), torch.stack([member(x) for member in members]).mean(0), atol=1e-6)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            put_on(ensemble.network[0])

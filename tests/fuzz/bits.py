@@ -22,6 +22,7 @@ from fastens.distributed.spreading import stacks_of
 from fastens.engine.answers import answers_seen
 from fastens.engine.arguments import Arguments
 from fastens.engine.engine import Engine
+from fastens.network.stacking import Stacked
 from fastens.reproducible import NotReproducible
 from tests.fuzz.inputs import draw_form, make_call
 from tests.fuzz.networks import Network, draw_network, members_of
@@ -82,7 +83,11 @@ def _over_ranks(ensemble: Any, ranks: int, args: Any, kwargs: Any) -> list[Tenso
     engine, parts, agreed = ensemble._engine, [], False
     shares = [Share(ensemble.num_members, ranks, rank) for rank in range(ranks)]
     engines = [
-        Engine(engine.skeleton, stacks_of(engine, share), engine.shared, share.held, ensemble._settings)
+        Engine(
+            Stacked(engine.skeleton, stacks_of(engine, share), engine.shared, engine.overlapping),
+            share.held,
+            ensemble._settings,
+        )
         for share in shares
     ]
     while not agreed:

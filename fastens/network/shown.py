@@ -1,0 +1,171 @@
+"""What the network of looped members shows of them: of what they wrote to themselves, the first one's."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+from fastens.fold.stand_ins import tracing
+from fastens.fold.tensor import TABLES, modules_of
+from fastens.network.alike import HOOK_TABLES, attributes_apart
+from fastens.network.code import of_library
+from fastens.network.containers import container_of, items_in, pairs_in
+from fastens.network.in_place import Node, do_to_all, has_changed, own_copy, put_back, reached_by, seen
+from fastens.network.own_states import NO_STATE, pairs_of
+from fastens.network.snapshots import can_change, is_atom, slots_of
+
+_SEQUENCES = list | collections.deque
+_CONTAINERS = {list, collections.deque, dict, collections.OrderedDict, collections.defaultdict, set}
+_GONE = object()
+
+
+class Shown:
+    """The values of a network that its members, each a copy, wrote to: as these were given them, and as it shows them.
+
+    Whoever holds a list of the network has the first member's items in it between calls, so that whatever is done to
+    it is seen, and is done to the lists of all members.
+
+    Args:
+        network: of all members.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._given = [
+            (path, module, name, seen(value, tuple))  # but for tensors and modules, which are followed elsewhere
+            for path, module in modules_of(network)
+            for name, value in vars(module).items()
+            if name not in TABLES and name not in HOOK_TABLES and can_change(value)
+        ]
+        # of attributes that show the first member's, by the identity of the module and the name: as given, and as shown
+        self._before: dict[tuple[int, str], tuple[nn.Module, Any, Node | None]] = {}
+        self._now: dict[tuple[int, str], tuple[str, Any, Node | None]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an attribute of the network shows the first member's."""
+        return (id(self._network), name) in self._before
+
+    def show(self, first: nn.Module, given: nn.Module) -> bool:
+        """Show what the first member wrote to itself; return whether anything is shown.
+
+        Args:
+            first: the member.
+            given: the same as it was before code of its own ran.
+        """
+        if tracing() or peek_interpreter_stack() is not None:
+            return False
+        apart, paths = attributes_apart(first, given, NO_STATE), [path for path, _ in modules_of(self._network)]
+        pairs = zip(paths, pairs_of(first, self._network), modules_of(given), strict=True)
+        for path, mine, module, was in [(p, m, n, w) for p, (m, n), (_, w) in pairs if m is not None]:
+            names = {*apart(mine, was), *(name for owner, name in self._before if owner == id(module))}
+            for name in [n for n in vars(mine) if n in names and n not in HOOK_TABLES]:
+                value, held, key = vars(mine)[name], vars(module).get(name, _GONE), (id(module), name)
+                if not _is_data(value):
+                    continue
+                if key not in self._before:
+                    self._before[key] = module, held, seen(held, tuple) if can_change(held) else None
+                vars(module)[name] = now = _written(held, value)
+                node = seen(now, bits=False) if can_change(now) else None
+                self._now[key] = f"{path}.{name}" if path else name, now, node
+        return bool(self._before)
+
+    def hide(self, written: Any = ()) -> None:
+        """Let the network have what members were given; but for attributes that were given other values since.
+
+        Args:
+            written: identities of modules, and names of those.
+        """
+        for key, (module, held, node) in self._before.items():
+            name = key[1]
+            if node is not None:
+                put_back(node)
+            if key in written or vars(module).get(name, _GONE) is not self._now[key][1]:
+                continue
+            if held is _GONE:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = held
+        self._before, self._now = {}, {}
+
+    def follow(self, written: set[Any], members: list[nn.Module], given: list[nn.Module], why: str) -> None:
+        """Do to the values of members what others did to the network's.
+
+        Args:
+            written: identities of modules, and names of their attributes, that were given other values since; those
+                are taken out that have the object that they had.
+            members: all of them.
+            given: the same as they were before code of their own ran.
+            why: members have values of their own.
+
+        Raises:
+            ValueError: it depends on what the network has there, which members have not; it is undone.
+        """
+        own = [dict(modules_of(x)) for x in members]
+        for key, (path, now, node) in self._now.items():
+            parent, _, name = path.rpartition(".")
+            if node is None or vars(self._before[key][0]).get(name) is not now:
+                continue
+            written.discard(key)  # as `past += [1]` sets what it has changed in place
+            if has_changed(node):
+                values = [vars(each[parent]).get(name) if parent in each else None for each in own]
+                alike = all(type(x) is type(now) for x in values)  # else nothing can be done to them
+                do_to_all(path, node, [seen(x, bits=False) for x in values] if alike else [None], why)
+        self._follow_given(written, members, given, why)
+
+    def _follow_given(self, written: Any, members: list[nn.Module], given: list[nn.Module], why: str) -> None:
+        """The same of values that are as they were given, since the first member has not written to them."""
+        changed = [
+            (path, name, node)
+            for path, module, name, node in self._given
+            if (id(module), name) not in written
+            and (id(module), name) not in self._before
+            and vars(module).get(name) is node.value
+            and has_changed(node)
+        ]
+        if not changed:
+            return
+        apart = [attributes_apart(*both, {"training"}) for both in zip(members, given, strict=True)]
+        own, before = [dict(modules_of(x)) for x in members], [dict(modules_of(x)) for x in given]
+        for path, name, node in changed:
+            pairs = [(mine.get(path), was[path]) for mine, was in zip(own, before, strict=True)]
+            if any(m is not None and name in differ(m, was) for differ, (m, was) in zip(apart, pairs, strict=True)):
+                values = [vars(x)[name] for pair in pairs for x in pair if x is not None and name in vars(x)]
+                do_to_all(f"{path}.{name}" if path else name, node, [seen(value) for value in values], why)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value can be had as the content of another, and reaches no code of a member."""
+    return is_atom(value) or (can_change(value) and all(map(_takes_content, reached_by(value))))
+
+
+def _takes_content(value: Any) -> bool:
+    kind = type(value)
+    if kind in _CONTAINERS or kind is Tensor or is_atom(value):
+        return True
+    apart = isinstance(value, Tensor | nn.Module) or container_of(kind) is not None or of_library(kind.__module__)
+    return not apart and bool(kind.__dictoffset__) and not list(slots_of(kind))
+
+
+def _written(held: Any, value: Any) -> Any:
+    """A value in the place of one that is held: its content in that, where it is of the same class."""
+    if type(held) is not type(value) or is_atom(value) or isinstance(value, Tensor):
+        return own_copy(value)
+    if isinstance(value, _SEQUENCES):
+        old = items_in(held)
+        fresh = [_written(old[i] if i < len(old) else None, x) for i, x in enumerate(items_in(value))]
+        held.clear()
+        held.extend(fresh)
+    elif isinstance(value, set):
+        fresh = set(value)
+        held.clear()
+        held.update(fresh)
+    else:
+        table, new = (x if isinstance(x, dict) else vars(x) for x in (held, value))
+        old = dict(pairs_in(table))
+        fresh = {key: _written(old.get(key), x) for key, x in pairs_in(new)}
+        table.clear()
+        table.update(fresh)
+    return held
