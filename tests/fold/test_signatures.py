@@ -60,7 +60,9 @@ def test_reductions(function):
     check(function, values(2, 3, 4))
 
 
-@pytest.mark.parametrize("given", [(values(3), values(1)[0].double()), (values(1)[0].double(), values(3))])
+@pytest.mark.parametrize(
+    "given", [(values(3), torch.tensor(0.1, dtype=torch.float64)), (torch.tensor(0.1, dtype=torch.float64), values(3))]
+)
 def test_powers_in_double_precision_are_of_numbers_in_their_own(given):
     base, exponent = given
     check(lambda a, b: torch.float_power(a.abs(), b), base, exponent)
@@ -130,7 +132,8 @@ def test_attention_believes_that_a_mask_is_causal():
 
 @pytest.mark.parametrize("empty", [torch.tensor([]), torch.tensor([], dtype=torch.float64)])
 def test_empty_tensors_that_are_skipped_have_a_dtype(empty):
-    check(lambda x: torch.cat([empty, x.long()]).double() + torch.cat([x, empty]), values(2, 3))
+    check(lambda x: torch.cat([empty, x.long()]), values(2, 3))
+    check(lambda x: torch.cat([x, empty]), values(2, 3))
 
 
 def test_products_with_a_number_of_no_dimension():
