@@ -279,7 +279,7 @@ class _Together(_Assigned, Fold):
         if func.__name__ in _BY_SHAPE:
             first = mapped(lambda x: self.stack(x)[0] if member_valued(x) else plain(x), (args, kwargs))
             return self.common(func(*first[0], **first[1]))
-        if writes_to(func, args) and not member_valued(args[0]):
+        if writes_to(func, args, kwargs) and not member_valued(args[0]):
             promote(self, args[0])
         source = kwargs.get("generator") or device_of(self.device_type(args)).generator()
         state, ends = source.get_state(), []

@@ -181,7 +181,7 @@ def test_finds_a_library_in_the_users_cache(tmp_path, monkeypatch):
 
 LIGHT = """_build _native _version adapters adaptive aggregation by_rows capture device draws dropout engine ensemble
     files fold holders internal kernels laplace members methods modes network ops outputs parameterisation pickled plan
-    program reference report reproducible rules schedules scopes settings summary through_forward trace
+    program reference refusals report reproducible rules schedules scopes settings summary through_forward trace
     views""".split()
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from fastens import reproducible
 from fastens.engine.arguments import Arguments
 from fastens.fold.callsite import calling_line
-from fastens.fold.dispatch import READS, Fold, named
+from fastens.fold.dispatch import READS, Fold
+from fastens.fold.names import named
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.rules.elementwise import result_type
 from fastens.fold.tensor import MemberTensor, ReadsValues, getters

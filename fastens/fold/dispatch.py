@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import types as python_types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from fastens.fold.callsite import calling_line, check_derivatives, check_transforms, checkpoint_in_progress
 from fastens.fold.dropouts import BY_TORCH, Dropouts
+from fastens.fold.names import OPERATIONS, tag_of
 from fastens.fold.nested import first_in_front, is_shape, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.reads import SHAPED_BY_VALUES, SIZED_BY_VALUES, check_constants, takes_shapes
 from fastens.fold.seeds import Seeds
@@ -34,7 +34,7 @@ from fastens.fold.tensor import (
     memory_of,
     modules_of,
 )
-from fastens.fold.writes import WritesInput, check_weights, count_write, depending, of_call, promote, writes_to
+from fastens.fold.writes import Copies, WritesInput, check_written, count_write, depending, of_call, promote, writes_to
 from fastens.reference._rows import rows_of
 from fastens.scopes import scope
 
@@ -47,7 +47,8 @@ RULES: dict[Any, Rule] = {}
 OWN_OPS: set[Rule] = set()  # rules that call our ops, which autocast does not know
 READS: set[Any] = set()  # functions that give Python the values of a tensor
 AS_STEPS: dict[Any, Rule] = {}  # of common values while a pass is recorded: our ops, which plans know
-RANDOM: dict[Any, Rule] = {}  # functions that draw, also where nothing among the arguments is a member's
+# Functions that draw, also where nothing among the arguments is a member's; by torch's tag the operations that draw.
+RANDOM: dict[Any, Rule] = {}
 
 
 class Fold(TorchFunctionMode):
@@ -68,6 +69,7 @@ class Fold(TorchFunctionMode):
         ways: of convolution, by the identity of their kernels.
         reads: the line of Python that read a common value first, empty where none did.
         functions: the ``autograd.Function``s that were differentiated.
+        copies: of what members have views of.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Fold(TorchFunctionMode):
         self.reads = ""
         self.functions: set[type] = set()
         self.ways: dict[int, str] = {}
+        self.copies = Copies()
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
         self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
@@ -122,6 +125,11 @@ class Fold(TorchFunctionMode):
     def wrap(self, stack: Tensor, alias: bool = True) -> MemberTensor:
         """A value that each member has its own of; ``stack`` [N, ...]."""
         return MemberTensor(stack, self.hidden, alias)
+
+    def copied(self, stack: Tensor, viewed: Tensor) -> MemberTensor:
+        """A value that had to be copied where a member has a view of ``viewed``: neither can be written to."""
+        self.copies.add(stack, viewed)
+        return MemberTensor(stack, self.hidden, False)
 
     def common(self, value: Any) -> Any:
         """A value that is the same for all members."""
@@ -256,27 +264,6 @@ def rule(*functions: Any, own_op: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-_NAMESPACES: tuple[Any, ...] = (
-    torch,
-    torch.Tensor,
-    torch.nn.functional,
-    torch.special,
-    *(getattr(torch._C, name) for name in ("_nn", "_VariableFunctions")),  # in no stub
-)
-
-
-def named(*names: str) -> list[Any]:
-    """Every torch function and method of these names, each once; ``linalg.norm`` is that of ``torch.linalg`` alone."""
-    found: dict[Any, None] = {}
-    for name in " ".join(names).split():
-        module, _, name = name.rpartition(".")
-        for space in (getattr(torch, module),) if module else _NAMESPACES:
-            function = getattr(space, name, None)
-            if callable(function) and not isinstance(function, type | python_types.ModuleType):
-                found.setdefault(function)
-    return list(found)
-
-
 def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a torch function for all members of a pass."""
     if fold.numbers is not None:
@@ -300,10 +287,16 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         _resume(fold)
         if wrappers:
             check_derivatives(leaves)
-    if fold.outside and args and writes_to(func, args):
+    writes = bool(args) and writes_to(func, args, kwargs)
+    if fold.outside and writes:
         count_write(args[0])
-    if func in RANDOM:
-        return RANDOM[func](fold, func, *args, **kwargs)
+    draw = RANDOM.get(tag_of(func) if isinstance(func, OPERATIONS) else func)
+    if draw is not None:
+        if kwargs.get("out") is not None:
+            return _into(fold, func, args, kwargs)
+        result = draw(fold, func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
     sized = SIZED_BY_VALUES.get(func)
     if (sized is not None and sized(args, kwargs)) or (func in SHAPED_BY_VALUES and takes_shapes(func, args, kwargs)):
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
@@ -311,16 +304,17 @@ def dispatch(fold: Fold, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         if fold.recording and func in AS_STEPS:
             return AS_STEPS[func](fold, func, *args, **kwargs)
         return run_common(fold, func, args, kwargs, wrappers)
-    if fold.alone and (func in READS or (writes_to(func, args) and not member_valued(args[0]))):
+    if writes:
+        check_written(fold, args[0])
+    if fold.alone and (func in READS or (writes and not member_valued(args[0]))):
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
         return of_one(fold, func, args, kwargs)
     if func in READS:
         raise ReadsValues(f"{name_of(func)} of a tensor that differs between members has no one answer")
     if kwargs.get("out") is not None:
         return _into(fold, func, args, kwargs)
-    if writes_to(func, args):
+    if writes:
         target = args[0]
-        check_weights(fold, target)
         if not member_valued(target):
             promote(fold, target, next(x for x in leaves_of((args, kwargs)) if member_valued(x)))
         elif not fold.aliases(target):
@@ -344,9 +338,9 @@ def run_common(fold: Fold, func: Any, args: Any, kwargs: Any, wrappers: bool) ->
         if fold.recording:
             check_constants(func, args)
         fold.reads = fold.reads or f"{name_of(func)} in {calling_line()}"
-    writes = writes_to(func, args)
+    writes = writes_to(func, args, kwargs)
     if writes:
-        check_weights(fold, args[0] if args else None)
+        check_written(fold, args[0] if args else None)
     if not wrappers and not fold.wrapped and not fold.input_storages:
         return func(*args, **kwargs)
     if writes and args and isinstance(args[0], Tensor) and memory_of(plain(args[0])) in fold.input_storages:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from fastens.fold.dispatch import Fold, current_fold, dispatch, run_common
 from fastens.fold.nested import leaves_of
@@ -45,4 +46,14 @@ def below_autograd(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return result
 
 
-HANDLERS.update(function=outside_a_pass, dispatch=below_autograd)
+def inside_a_pass() -> bool:
+    """Whether a network's own code runs in a pass: rules, and what is around a pass, run outside its mode."""
+    return any(isinstance(mode, Fold) for mode in _get_current_function_mode_stack())
+
+
+def read(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Evaluate a function that torch does not hand over, as it would inside the pass in progress."""
+    return torch.overrides.handle_torch_function(func, args[:1], *args, **kwargs)
+
+
+HANDLERS.update(function=outside_a_pass, dispatch=below_autograd, inside=inside_a_pass, read=read)

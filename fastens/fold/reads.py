@@ -10,9 +10,10 @@ from fastens.fold.nested import leaves_of, name_of, plain
 from fastens.fold.tensor import ReadsValues
 from fastens.trace.record import in_progress
 
-_AS_NUMBERS = frozenset(
-    "item tolist __bool__ __float__ __int__ __index__ __complex__ __contains__ is_nonzero equal allclose".split()
-)
+_TOLD = """
+    item tolist __bool__ __float__ __int__ __index__ __complex__ __contains__ is_nonzero equal allclose
+    __format__ __repr__
+""".split()  # functions that tell Python values, and no memory
 SHAPED_BY_VALUES: set[Any] = set()  # functions that take shapes from values of integers, where no mode may see it
 # Functions whose results have as many entries as there are values of a kind, and whether they do with their arguments.
 SIZED_BY_VALUES: dict[Any, Callable[..., bool]] = {}
@@ -44,7 +45,7 @@ def check_constants(func: Any, args: Any) -> None:
     The recording knows these from then on, so that its plan is dropped where one is written to.
     """
     recording, read = in_progress(), [plain(x) for x in leaves_of(args) if isinstance(x, Tensor)]
-    if recording is None or name_of(func) not in _AS_NUMBERS or any(map(recording.depends, read)):
+    if recording is None or name_of(func) not in _TOLD or any(map(recording.depends, read)):
         raise ReadsValues(f"{name_of(func)} reads values of the input in {calling_line()}")
     for x in read:
         recording.ref(x)

@@ -21,7 +21,7 @@ def of_one(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a function that reads, or writes to its first argument, on the only entry: it is as good as common."""
     own, named = mapped(lambda x: fold.stack(x)[0] if member_valued(x) else plain(x), (args, kwargs))
     result = func(*own, **named)
-    return args[0] if writes_to(func, args) else result
+    return args[0] if writes_to(func, args, kwargs) else result
 
 
 def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     fold.slices[name] += 1
     columns: dict[int, Any] = {}
     shapes: dict[int, torch.Size] = {}
-    writes = writes_to(func, args)
+    writes = writes_to(func, args, kwargs)
     targets = {id(x): x for x in leaves_of(args[0]) if member_valued(x)} if writes else {}
 
     def entries(x: Tensor) -> Any:
@@ -41,8 +41,8 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
         return x
 
     mapped(entries, (args, kwargs))
-    shared = [x for x in leaves_of((args, kwargs)) if isinstance(x, Tensor) and id(x) not in columns]
-    shared = [(x, x._version) for x in map(plain, shared) if not x.is_inference()]
+    common = [plain(x) for x in leaves_of((args, kwargs)) if isinstance(x, Tensor) and id(x) not in columns]
+    shared = [(x, x._version) for x in common if not x.is_inference()]
     results = []
     for n in range(fold.hidden.size):
         own_args, own_kwargs = mapped(
@@ -62,7 +62,7 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
             for key, target in targets.items():
                 fold.stack(target).copy_(torch.stack(columns[key]))
         return args[0] if isinstance(results[0], Tensor) else None
-    storages = {memory_of(x[0]) for x in columns.values()} - {None}
+    storages = set(map(memory_of, (*common, *(x[0] for x in columns.values())))) - {None}
     return stacked(fold, results, name, storages)
 
 
@@ -81,8 +81,8 @@ def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None]
         if isinstance(first, Tensor):
             if any(x.shape != first.shape or x.dtype != first.dtype for x in column):
                 raise NotFoldable(f"{name} gives members tensors of different shapes")
-            alias = memory_of(first) not in storages
-            joined.append(fold.wrap(torch.stack(column), alias))
+            made = torch.stack(column)
+            joined.append(fold.copied(made, first) if memory_of(first) in storages else fold.wrap(made))
         else:
             if any(type(x) is not type(first) or x != first for x in column):
                 raise ReadsValues(f"{name} gives members different values")

@@ -173,6 +173,7 @@ class MemberTensor(Tensor):
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.stack.requires_grad_(value)
+        self.flat = None  # to which no graph leads from there
 
     def size(self, dim: int | None = None) -> Any:
         """The shape that a member sees, or one of its entries."""
@@ -214,9 +215,11 @@ class MemberTensor(Tensor):
             raise ReadsValues("a number of the call is looked up in a table of Python's")
         return id(self)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:
         if self.symbol:
             raise ReadsValues("a number of the call is written as text")
+        if HANDLERS.get("inside", bool)():  # a network's own code reads the values in it
+            return HANDLERS["read"](Tensor.__repr__, (self,), kwargs)
         kind = "common" if self.hidden is None else f"{self.hidden.size} values of"
         return f"MemberTensor({kind} {list(self.shape)}, {self.dtype})"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +34,11 @@ class WritesInput(NotFoldable):
     """The network writes to an argument of the call, which is the caller's."""
 
 
-def writes_to(func: Any, args: Any) -> bool:
+def writes_to(func: Any, args: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a function changes its first argument."""
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").partition(".")[0]  # of an operation without its overload
+    if kwargs.get("inplace"):  # as torch.nn.functional names it
+        return True
     if name in ("__get__", "requires_grad_"):
         return False
     if name == "__set__" and _sets_nothing(*args):
@@ -55,12 +60,50 @@ def of_call(fold: Fold, x: Tensor) -> bool:
     return memory_of(x) in fold.input_storages if recording is None else recording.depends(x)
 
 
-def check_weights(fold: Fold, targets: Any) -> None:
-    """Raise where what is written to is in the memory of the network's parameters: those are each member's own."""
+def check_written(fold: Fold, targets: Any) -> None:
+    """Raise where a pass cannot write to something.
+
+    Raises:
+        NotFoldable: it is in the memory of the network's parameters, which are each member's own, or of a tensor of
+            which a view had to be copied: that would not change with it.
+    """
     for target in leaves_of(targets):
         value = target.stack if type(target) is MemberTensor else target
-        if isinstance(value, Tensor) and memory_of(value) in fold.weights:
+        if not isinstance(value, Tensor):
+            continue
+        memory = memory_of(value)
+        if memory in fold.weights:
             raise NotFoldable("the network writes to its parameters")
+        if memory is not None and fold.copies.of(memory):
+            raise NotFoldable("the network writes to a tensor of which a view had to be copied")
+
+
+class Copies:
+    """What a pass had to copy where a member has a view: by the memory that the view would be of."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[torch.UntypedStorage, list[weakref.ref[Tensor]]]] = {}
+
+    def of(self, memory: int) -> list[Tensor]:
+        """The copies of views of some memory that are still there."""
+        found = [ref() for ref in self._held[memory][1]] if memory in self._held else []
+        return [x for x in found if x is not None]
+
+    def add(self, copy: Tensor, viewed: Tensor) -> None:
+        """Remember that a tensor is a copy where a member has a view of another, or of what that one is a copy of."""
+        memory = memory_of(viewed)
+        if memory is None:
+            return
+        behind = [m for m in list(self._held) if any(memory_of(x) == memory for x in self.of(m))]
+        for each in behind:
+            self._held[each][1].append(weakref.ref(copy, functools.partial(self._forget, each)))
+        # the memory is held as long as the copy is, as a view would: no other tensor gets its address
+        held = self._held.setdefault(memory, (viewed.untyped_storage(), []))
+        held[1].append(weakref.ref(copy, functools.partial(self._forget, memory)))
+
+    def _forget(self, memory: int, _: Any) -> None:
+        if memory in self._held and not self.of(memory):
+            del self._held[memory]
 
 
 def count_write(written: Any) -> None:

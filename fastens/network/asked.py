@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastens.fold.dispatch import named
+from fastens.fold.names import named
 from fastens.fold.tensor import getters
 from fastens.network.gradients import gradient_of, set_gradient
 from fastens.network.member_tables import parts_of

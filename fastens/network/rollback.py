@@ -48,7 +48,7 @@ class Rollback(TorchFunctionMode):
         if getattr(func, "__module__", "") == nn.init.__name__ and any(map(member_valued, leaves_of((args, kwargs)))):
             raise NotFoldable(f"{func.__name__} is of one member's tensor, to which it gives draws of its own")
         with torch._C.DisableTorchFunction():
-            targets = [args[0]] if args and writes_to(func, args) else []
+            targets = [args[0]] if args and writes_to(func, args, kwargs) else []
             targets += [kwargs["out"]] if kwargs.get("out") is not None else []
             for target in leaves_of(targets):
                 self._save(target)

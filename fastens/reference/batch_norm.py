@@ -20,4 +20,4 @@ def batch_norm(
     if weight is not None:
         scale = scale * weight
     centred = affine(x, None, -running_mean, 1, offsets)
-    return affine(centred, scale.to(x.dtype), bias, 1, offsets)
+    return affine(centred, scale.to(centred.dtype), bias, 1, offsets).to(x.dtype)

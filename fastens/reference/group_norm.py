@@ -30,4 +30,4 @@ def group_norm(
     """
     y = affine(F.group_norm(x, num_groups, eps=eps), weight, bias, 1, offsets)
     y = activate(modulate(y, scale, shift, 1), activation)
-    return masked(y, members, samples, p, key, evaluation)
+    return masked(y.to(x.dtype), members, samples, p, key, evaluation)

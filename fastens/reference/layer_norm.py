@@ -33,4 +33,4 @@ def layer_norm(
     y = F.layer_norm(x, list(normalized_shape), eps=eps)
     axis = x.ndim - len(normalized_shape)
     y = activate(modulate(affine(y, weight, bias, axis, offsets), scale, shift, axis), activation)
-    return masked(y, members, samples, p, key, evaluation)
+    return masked(y.to(x.dtype), members, samples, p, key, evaluation)

@@ -17,4 +17,4 @@ def rms_norm(
 ) -> Tensor:
     """Normalise, then scale. Shapes as in :func:`fastens.ops.rms_norm.rms_norm`."""
     y = F.rms_norm(x, list(normalized_shape), eps=eps)
-    return affine(y, weight, None, x.ndim - len(normalized_shape), offsets)
+    return affine(y, weight, None, x.ndim - len(normalized_shape), offsets).to(x.dtype)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import RANDOM, Fold, dispatch, named
+from fastens.fold.dispatch import RANDOM, Fold, dispatch
+from fastens.fold.names import named
 from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.slices import entry_by_entry
 from fastens.fold.tensor import NotFoldable, member_valued
@@ -27,12 +28,14 @@ def scaled_dot_product(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
             q = fold.wrap(fold.entries(q).contiguous())
         else:
             return fold.common(func(plain(q), plain(k), plain(v), plain(mask), **bound))
+    if any(x.ndim != q.ndim for x in (k, v)) or (mask is not None and mask.ndim > q.ndim):
+        return entry_by_entry(fold, func, (q, k, v, mask), bound)
     if q.ndim < 3:
         return fold.wrap(
             func(*(fold.entries(x) for x in (q, k, v)), None if mask is None else fold.entries(mask), **bound)
         )
     lead = q.shape[0]
-    if any(x.ndim != q.ndim or x.shape[0] not in (1, lead) for x in (k, v)):
+    if any(x.shape[0] not in (1, lead) for x in (k, v)):
         return entry_by_entry(fold, func, (q, k, v, mask), bound)
     q, k, v = (x if x.shape[0] == lead else fold.again(Tensor.expand, x, lead, *x.shape[1:]) for x in (q, k, v))
     if fold.recording and bound.pop("enable_gqa", False):
@@ -98,6 +101,9 @@ def multi_head(
         heads = call(Tensor.unflatten, projected, -1, (num_heads, -1))
         parts.append(call(Tensor.transpose, heads, 1, 2))  # [B, heads, tokens, head width]
     q, k, v = parts
+    causal = is_causal and key_padding_mask is None and not need_weights
+    if causal:
+        attn_mask = None  # which torch believes to be the causal one
     mask = _mask(call, attn_mask, key_padding_mask, q, num_heads)
     p = dropout_p if drops else 0.0
     weights = None
@@ -109,7 +115,6 @@ def multi_head(
         attended = call(torch.matmul, weights, v)
         weights = call(Tensor.mean, weights, 1) if average_attn_weights else weights
     else:
-        causal = is_causal and attn_mask is None
         attended = call(F.scaled_dot_product_attention, q, k, v, mask, p, causal)
     joined = call(Tensor.flatten, call(Tensor.transpose, attended, 1, 2), 2)
     output = call(F.linear, joined, out_proj_weight, out_proj_bias)

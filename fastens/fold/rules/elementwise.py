@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import leaves_of, mapped, plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, member_valued, memory_of
 from fastens.fold.writes import writes_to
@@ -28,7 +29,7 @@ NAMES = """
     __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__
     zeros_like ones_like full_like empty_like
 """
-_IN_PLACE = " ".join(f"{name}_" for name in NAMES.split() if not name.endswith("_"))
+_IN_PLACE = " ".join(f"{name}_" for name in NAMES.split() if not name.endswith("_") and name != "detach")
 _LAYOUTS = {torch.contiguous_format: None, torch.preserve_format: None}
 
 
@@ -48,7 +49,7 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented  # torch broadcasts no limits where it differentiates, nor a tensor against a number
     if func in _UNLIKE and (len(tensors) == 1 or (member_valued(tensors[-1]) and func in _FILLS)):
         return NotImplemented
-    writes = writes_to(func, args)
+    writes = writes_to(func, args, kwargs)
     target: Any = next(iter(args), None)
     if func is Tensor.fill_ and len(tensors) > 1:
         return fold.again(Tensor.copy_, target, tensors[1])
@@ -60,7 +61,7 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         align = _aligned_rows(fold, [target] if writes else tensors, tensors)
     if align is None:
         align, back = _aligned_stacks(fold, ndim), fold.wrap
-    dtype = _promoted(tensors)
+    dtype = None if func in _OF_DOUBLES else _promoted(tensors)
     cast = align if dtype is None else lambda x: align(x).to(dtype) if x.dtype != torch.bool else align(x)
     if writes:
         rest, named_rest = mapped(cast, (args[1:], kwargs))
@@ -68,21 +69,34 @@ def elementwise(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
         return target
     own_args, own_kwargs = mapped(cast, (args, kwargs))
     made = func(*own_args, **own_kwargs)
+    if made is NotImplemented:  # by an operator, of what is no number: Python asks the other side
+        return made
     if made is next(iter(own_args), None) and member_valued(target):  # which a member's code gets back itself
         return target
-    result = back(made)
     if func in _MAY_ALIAS and member_valued(target):
-        result.alias = _reaches(fold, target, result, kwargs)
-    return result
+        return _maybe_itself(fold, func, target, made, back, args[1:], kwargs)
+    return back(made)
 
 
 _MAY_ALIAS = set(named("detach contiguous to cpu cuda type type_as float double half bfloat16 int long bool short"))
 
 
-def _reaches(fold: Fold, x: MemberTensor, result: MemberTensor, kwargs: Any) -> bool:
-    """Whether writing to what a member's own tensor may be itself reaches what it does there."""
-    itself = (result.dtype, result.device) == (x.dtype, x.device) and not kwargs.get("copy")
-    return not itself or (fold.aliases(x) and memory_of(result.stack) == memory_of(x.stack))
+def _maybe_itself(
+    fold: Fold, func: Any, x: MemberTensor, made: Tensor, back: Any, rest: Any, kwargs: dict[str, Any]
+) -> MemberTensor:
+    """What a member's own tensor may be itself, or a copy: in another dtype or layout, elsewhere, or asked for."""
+    stack, result = fold.stack(x), back(made)
+    flags = [a for a in rest if isinstance(a, bool)]  # non_blocking, copy
+    layout = next((a for a in leaves_of((rest, kwargs)) if isinstance(a, torch.memory_format)), None)
+    if layout is None and func is Tensor.contiguous:
+        layout = torch.contiguous_format
+    is_so = layout in (None, torch.preserve_format) or (len(stack) and stack[0].is_contiguous(memory_format=layout))
+    if (made.dtype, made.device) != (x.dtype, x.device) or kwargs.get("copy", any(flags[1:])) or not is_so:
+        return result
+    if memory_of(made) != memory_of(stack):
+        return fold.copied(result.stack, stack)
+    result.alias = fold.aliases(x)
+    return result
 
 
 def _has_numbers(*arguments: Any) -> bool:
@@ -91,6 +105,7 @@ def _has_numbers(*arguments: Any) -> bool:
 
 _CLAMPS = set(named("clamp clip clamp_ clip_"))
 _TAKES_OTHER = set(named("to type_as"))
+_OF_DOUBLES = set(named("float_power float_power_"))  # of whatever it is given, at its own precision
 _FILLS = set(named("masked_fill masked_fill_"))
 _UNLIKE = _FILLS | set(named("where"))
 
@@ -104,9 +119,7 @@ def _converted(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
         made = func(stack, other, *rest, **kwargs)
         if made is stack:
             return x
-        result = fold.wrap(made)
-        result.alias = _reaches(fold, x, result, kwargs)
-        return result
+        return _maybe_itself(fold, func, x, made, fold.wrap, rest, kwargs)
     return fold.common(func(plain(x), other, *rest, **kwargs))
 
 
@@ -188,7 +201,8 @@ def _laid_out(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     if x.ndim != expected or not member_valued(x):
         return NotImplemented
     rest, named_rest = mapped(lambda y: fold.stack(y) if member_valued(y) else plain(y), (args[1:], kwargs))
-    return fold.unrows(func(fold.rows(x), *rest, **named_rest))
+    made = func(fold.rows(x), *rest, **named_rest)
+    return _maybe_itself(fold, func, x, made, fold.unrows, rest, kwargs) if func in _MAY_ALIAS else fold.unrows(made)
 
 
 @rule(F.prelu, torch.prelu, Tensor.prelu, own_op=True)  # autocast knows it, and not the functions that it is made of
@@ -207,4 +221,12 @@ def prelu(fold: Fold, func: Any, input: Any, weight: Any) -> Any:
 def requires_grad_(fold: Fold, func: Any, x: MemberTensor, requires_grad: bool = True) -> MemberTensor:
     """Ask for gradients of the stack."""
     fold.stack(x).requires_grad_(requires_grad)
+    x.flat = None
+    return x
+
+
+@rule(*named("detach_"))
+def detach_(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
+    """The same values, to which no graph leads; torch's own refuses stacks that are views."""
+    x.become(fold.stack(x).detach(), fold.hidden)
     return x

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import plain
 from fastens.fold.rules.shape import behind
 from fastens.fold.tensor import NotFoldable, member_valued
@@ -56,7 +57,10 @@ def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
         return NotImplemented
     chosen = fold.stack(numbers)
     members = torch.arange(len(chosen), device=chosen.device).view(-1, *(1,) * numbers.ndim)
-    return fold.wrap(fold.entries(x)[members, chosen])
+    found = fold.entries(x)[members, chosen]
+    return (
+        fold.wrap(found) if numbers.ndim else fold.copied(found, fold.entries(x))
+    )  # by one number a member sees a part
 
 
 def _check_bounds(x: Any, indices: tuple[Any, ...]) -> None:

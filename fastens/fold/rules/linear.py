@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
 from fastens.ops.linear import linear
@@ -86,7 +87,7 @@ def rmatmul(fold: Fold, func: Any, input: Any, other: Any) -> Any:
 @rule(*named("mv dot inner vdot"), own_op=True)
 def vectors(fold: Fold, func: Any, input: Any, other: Any) -> Any:
     """Products with vectors."""
-    if other.ndim != 1 or input.ndim > 2 or func.__name__ == "vdot":
+    if other.ndim != 1 or not 1 <= input.ndim <= 2 or func.__name__ == "vdot":
         return NotImplemented
     return matmul(fold, torch.matmul, input, other)
 

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import READS, Fold, named, rule
+from fastens.fold.dispatch import READS, Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import leaves_of, plain
 from fastens.fold.reads import SHAPED_BY_VALUES, SIZED_BY_VALUES
 from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued
-from fastens.fold.writes import check_weights, writes_to
+from fastens.fold.writes import check_written, writes_to
 
 _ATTRIBUTES = """
     device dtype is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
@@ -19,13 +20,13 @@ _ATTRIBUTES = """
 _METHODS = """
     size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous is_signed stride
     storage_offset get_device is_tensor is_storage is_inference is_conj is_neg is_same_size is_set_to has_names
-    is_pinned is_shared is_coalesced dim_order result_type can_cast __len__ __hash__ __repr__ __format__ _is_view
+    is_pinned is_shared is_coalesced dim_order result_type can_cast __len__ __hash__
     is_nonzero_ broadcast_tensors_shape _is_zerotensor
 """
 _READS = """
     item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__ is_nonzero equal allclose __contains__
     data_ptr untyped_storage storage _typed_storage __iter_values__ __dlpack__ to_dlpack __reduce_ex__ share_memory_
-    register_hook backward retain_grad set_ resize_ resize_as_ as_subclass pin_memory _make_subclass
+    __repr__ __format__ register_hook backward retain_grad set_ resize_ resize_as_ as_subclass pin_memory _make_subclass
 """
 READS.update(named(_READS))
 SHAPED_BY_VALUES.update(
@@ -80,6 +81,12 @@ def of_the_stack(fold: Fold, func: Any, x: MemberTensor) -> Any:
     return func(fold.stack(x))
 
 
+@rule(*named("_is_view"), *getters("_base"))
+def of_memory(fold: Fold, func: Any, x: MemberTensor) -> Any:
+    """Whose memory a stack is in says nothing of a member's."""
+    raise NotFoldable("the network asks of which tensor another is a view")
+
+
 @rule(*getters("data"))
 def data(fold: Fold, func: Any, x: MemberTensor) -> MemberTensor:
     """The stack without its derivatives, in the same memory."""
@@ -91,7 +98,7 @@ def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
     """Replace what the stack holds."""
     if not writes_to(func, (x, value)):
         return
-    check_weights(fold, x)
+    check_written(fold, x)
     if not member_valued(x):
         raise NotFoldable("a tensor that is the same for all members takes member-valued data")
     if not fold.aliases(x):
@@ -101,6 +108,7 @@ def set_data(fold: Fold, func: Any, x: Any, value: Any) -> None:
         with torch.inference_mode(False):
             value = value.clone()
     func(fold.stack(x), value)
+    x.flat = None
 
 
 @rule(*getters("grad"))
@@ -126,13 +134,16 @@ def autograd_grad(
         else fold.entries(seed)
         for x, seed in zip(outs, seeds, strict=True)
     ]
+    batched = kwargs.get("is_grads_batched", False)  # several seeds at once, [N, G, ...]
     with torch.enable_grad():  # parts of the outputs belong to the graph, wherever it is differentiated
         outs = [fold.entries(x) for x in outs]
         parts = [[x[n] for x in outs] for n in range(fold.hidden.size)]
     apart = [x for x in ins if _is_apart(fold, x)]
     rest = [x for x in ins if not _is_apart(fold, x)]
     kwargs["retain_graph"] = True if rest else kwargs.get("retain_graph")
-    whole = func(outs, [_bare(x) for x in apart], seeds, *args, **kwargs) if apart else ()
+    in_front = [seed.movedim(1, 0) if batched and seed is not None else seed for seed in seeds]
+    whole = func(outs, [_bare(x) for x in apart], in_front, *args, **kwargs) if apart else ()
+    whole = [g.movedim(1, 0) if batched and g is not None else g for g in whole]
     columns: list[list[Any]] = []
     for n, part in enumerate(parts if rest else ()):
         own = [None if seed is None else seed[n] for seed in seeds]

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import AS_STEPS, Fold, named, rule
+from fastens.fold.dispatch import AS_STEPS, Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import plain
 from fastens.fold.tensor import member_valued
-from fastens.fold.writes import promote
+from fastens.fold.writes import check_written, promote
 from fastens.ops.batch_norm import batch_norm
 from fastens.ops.group_norm import group_norm
 from fastens.ops.layer_norm import layer_norm
@@ -77,7 +78,7 @@ def rms(fold: Fold, func: Any, input: Any, normalized_shape: Sequence[int], weig
     return fold.unrows(rms_norm(fold.rows(input), normalized_shape, scale, eps, offsets))
 
 
-@rule(F.batch_norm, torch.batch_norm, own_op=True)
+@rule(F.batch_norm, own_op=True)
 def batch(fold: Fold, func: Any, input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
           training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *_: Any) -> Any:  # fmt: skip
     """Running statistics of each member; those of a batch are taken entry by entry."""
@@ -88,6 +89,13 @@ def batch(fold: Fold, func: Any, input: Any, running_mean: Any, running_var: Any
         return NotImplemented
     (mean, var, scale, shift), offsets = _parameters(fold, input, running_mean, running_var, weight, bias)
     return fold.unrows(batch_norm(fold.rows(input), mean, var, scale, shift, eps, offsets))
+
+
+@rule(torch.batch_norm, own_op=True)
+def batch_of_torch(fold: Fold, func: Any, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+                   *options: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """The same by torch's own function, which takes the parameters first."""
+    return batch(fold, func, input, running_mean, running_var, weight, bias, *options, **kwargs)
 
 
 @rule(
@@ -102,6 +110,7 @@ def native_batch(fold: Fold, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _own_statistics(fold: Fold, *statistics: Any) -> None:
     """Statistics that a batch updates become each member's own."""
+    check_written(fold, statistics)
     for x in statistics:
         if isinstance(x, Tensor) and not member_valued(x):
             promote(fold, x)
@@ -121,3 +130,11 @@ def instance(fold: Fold, func: Any, input: Any, running_mean: Any = None, runnin
     if math.prod(input.shape[2:]) < 2:
         return NotImplemented  # torch's own error
     return group(fold, F.group_norm, input, input.shape[1], weight, bias, eps)
+
+
+@rule(torch.instance_norm, own_op=True)
+def instance_of_torch(fold: Fold, func: Any, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+                      *options: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """The same by torch's own function, which takes the parameters first."""
+    options = options[:3]  # without that of a library
+    return instance(fold, func, input, running_mean, running_var, weight, bias, *options, **kwargs)

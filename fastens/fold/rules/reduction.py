@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.names import named
 from fastens.fold.rules.shape import behind
 from fastens.fold.tensor import MemberTensor, member_valued
 
@@ -16,6 +17,7 @@ _OVER_SOME = """
     argmax argmin max min median nanmedian
 """
 _ALONG_ONE = "softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort topk glu kthvalue mode"
+_SPREADS = ("std", "var", "std_mean", "var_mean")
 _ALL = object()
 
 
@@ -40,14 +42,19 @@ def reduce(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(before[0], str) or (name == "norm" and len(args) > 2):
             return NotImplemented
     stack = fold.stack(x)
-    if name in ("std", "var", "std_mean", "var_mean") and args and isinstance(args[0], bool):
+    if name in _SPREADS and args and isinstance(args[0], bool):  # ``std(unbiased)``
         kwargs["correction"], args = int(args[0]), args[1:]
     dim = kwargs.pop("dim", kwargs.pop("axis", args[0] if args else _ALL))
     args = args[1:]
-    keepdim = kwargs.pop("keepdim", args[0] if args and isinstance(args[0], bool) else False)
+    if name in _SPREADS and args and isinstance(args[0], bool):  # ``std(dim, unbiased, keepdim)``
+        kwargs["correction"], args = int(args[0]), args[1:]
+    keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", args[0] if args and isinstance(args[0], bool) else False))
     if len(args) > 1 or (args and not isinstance(args[0], bool)):
         return NotImplemented
-    if dim is _ALL or dim is None or (isinstance(dim, tuple | list) and not dim):
+    none_named = isinstance(dim, tuple | list) and not dim
+    if none_named and name in ("all", "any"):
+        return NotImplemented  # which then reduce over none; the others over all
+    if dim is _ALL or dim is None or none_named:
         if keepdim:
             return _kept(fold, func, stack, before, kwargs)
         return _over_all(fold, func, stack, before, kwargs)
@@ -103,7 +110,7 @@ def along_one(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     rest = list(args)
     default = -1 if name in ("sort", "argsort", "topk", "kthvalue", "glu", "mode") else None
-    dim = rest.pop(position) if len(rest) > position else kwargs.pop("dim", default)
+    dim = rest.pop(position) if len(rest) > position else kwargs.pop("dim", kwargs.pop("axis", default))
     if isinstance(dim, bool) or not isinstance(dim, int):
         return NotImplemented
     kwargs["dim"] = behind(dim, x.ndim)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.fold.dispatch import AS_STEPS, Fold, named, rule, run_common
+from fastens.fold.dispatch import AS_STEPS, Fold, rule, run_common
+from fastens.fold.names import named
 from fastens.fold.nested import mapped, plain
 from fastens.fold.tensor import member_valued
 

@@ -1,12 +1,14 @@
 """Functions that move dimensions, cut and join: the same behind the hidden dimension."""
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastens.fold.dispatch import Fold, named, rule
+from fastens.fold.dispatch import Fold, rule
+from fastens.fold.names import named
 from fastens.fold.nested import plain
 from fastens.fold.tensor import MemberTensor, NotFoldable, getters, member_valued, memory_of
 
@@ -55,7 +57,9 @@ def reshape(fold: Fold, func: Any, x: Any, *shape: Any, **kwargs: Any) -> Any:
     out = stack.reshape(len(stack), *sizes)
     copied = memory_of(out) != memory_of(stack)
     views = getattr(func, "__name__", "").startswith("view")  # where a member's own tensor would have been seen
-    return fold.wrap(out, fold.aliases(x) if not copied else fold.recording or not views)
+    if copied and views and not fold.recording:
+        return fold.copied(out, stack)
+    return fold.wrap(out, copied or fold.aliases(x))
 
 
 @rule(*named("flatten unflatten"), torch.unflatten)
@@ -115,6 +119,8 @@ def squeeze(fold: Fold, func: Any, x: Any, dim: Any = None) -> Any:
 def expand(fold: Fold, func: Any, x: Any, *sizes: Any, **kwargs: Any) -> Any:
     """Dimensions of one seen several times, and new ones in front."""
     sizes = (next(iter(kwargs.values())),) if kwargs and not sizes else sizes
+    if isinstance(sizes[0], Tensor) and func.__name__ != "expand_as":
+        return NotImplemented  # whose value is a size
     sizes = (sizes[0].shape,) if isinstance(sizes[0], Tensor) else sizes
     sizes = _sizes(sizes)
     if not member_valued(x):
@@ -136,12 +142,12 @@ def broadcast_tensors(fold: Fold, func: Any, *tensors: Any) -> Any:
 @rule(*named("view_as_complex view_as_real"))
 def complex_view(fold: Fold, func: Any, x: Any) -> Any:
     """Pairs of numbers seen as complex ones, as rotary embeddings do, and the other way round."""
-    stack, alias = fold.stack(x), fold.aliases(x)
+    stack = fold.stack(x)
     if func.__name__ == "view_as_complex" and (x.ndim == 0 or x.shape[-1] != 2):
         return NotImplemented  # the member's own error
     if func.__name__ == "view_as_complex" and (stack.stride(0) % 2 or stack.storage_offset() % 2):
-        stack, alias = stack.contiguous(), False
-    return fold.wrap(func(stack), alias)
+        return fold.copied(func(stack.contiguous()), stack)
+    return fold.wrap(func(stack), fold.aliases(x))
 
 
 @rule(*named("repeat tile"))
@@ -178,22 +184,54 @@ def unbind(fold: Fold, func: Any, x: Any, dim: int = 0) -> Any:
     return iter(parts) if func is Tensor.__iter__ else parts
 
 
-@rule(*named("select narrow diagonal linalg.diagonal flip roll index_select repeat_interleave movedim_"))
+@rule(*named("select"))
+def select(fold: Fold, func: Any, x: Any, dim: int, index: int) -> Any:
+    """One entry along a dimension."""
+    if not x.ndim or not isinstance(dim, int) or isinstance(index, Tensor):
+        return NotImplemented
+    size = x.shape[dim]
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of bounds for dimension {dim} of size {size}")
+    return fold.wrap(fold.stack(x).select(behind(dim, x.ndim), index), fold.aliases(x))
+
+
+@rule(*named("narrow"))
+def narrow(fold: Fold, func: Any, x: Any, dim: int, start: Any, length: int) -> Any:
+    """Some entries along a dimension."""
+    if not x.ndim or isinstance(start, Tensor):
+        return NotImplemented
+    return fold.wrap(fold.stack(x).narrow(behind(dim, x.ndim), start, length), fold.aliases(x))
+
+
+@rule(*named("diagonal"))
+def diagonal(fold: Fold, func: Any, x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """The entries whose places along two dimensions are the same."""
+    if x.ndim < 2:
+        return NotImplemented
+    dims = behind(dim1, x.ndim), behind(dim2, x.ndim)
+    return fold.wrap(fold.stack(x).diagonal(offset, *dims), fold.aliases(x))
+
+
+@rule(*getters("real imag"))
+def part(fold: Fold, func: Any, x: Any) -> Any:
+    """The real or imaginary parts, as views."""
+    stack = fold.stack(x)
+    seen = func(stack)
+    return x if seen is stack else fold.wrap(seen, fold.aliases(x))
+
+
+@rule(*named("ravel"))
+def ravel(fold: Fold, func: Any, x: Any) -> Any:
+    """All elements in a row."""
+    return fold.again(Tensor.reshape, fold.again(Tensor.contiguous, x), -1)
+
+
+@rule(*named("flip roll index_select repeat_interleave"))
 def along(fold: Fold, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Functions of one dimension, or of some, that are given by number."""
     name = func.__name__
     if not x.ndim:
         return NotImplemented
-    if name in ("select", "narrow"):
-        if any(isinstance(a, Tensor) for a in args):
-            return NotImplemented
-        bound = dict(zip(("dim", "a", "b"), args, strict=False)) if not kwargs else None
-        if bound is None:
-            return NotImplemented
-        dim, *rest = args
-        if name == "select" and not -x.shape[dim] <= rest[0] < x.shape[dim]:
-            raise IndexError(f"index {rest[0]} is out of bounds for dimension {dim} of size {x.shape[dim]}")
-        return fold.wrap(func(fold.stack(x), behind(dim, x.ndim), *rest), fold.aliases(x))
     if name == "flip":
         dims = _sizes((kwargs["dims"],) if kwargs else args)
         return fold.wrap(func(fold.stack(x), [behind(d, x.ndim) for d in dims]))
@@ -228,6 +266,9 @@ def cat(fold: Fold, func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     dim = behind(_dim_of(args, kwargs), ndim)
     empty = [x.ndim == 1 and not x.numel() and ndim > 1 for x in tensors]  # torch skips them, whatever their shape
     kept = [x for x, skipped in zip(tensors, empty, strict=True) if not skipped]
+    if len(kept) < len(tensors):  # their dtype counts
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+        kept = [fold.again(Tensor.to, x, dtype) for x in kept]
     if fold.recording and dim > 1 and ndim > 1:
         return fold.unrows(torch.cat([fold.rows(x) for x in kept], dim - 1))
     return fold.wrap(torch.cat([fold.entries(x) for x in kept], dim))
