@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastens.fold.tensor import TABLES, memory_of
+from fastens.fold.tensor import TABLES, MemberTensor, memory_of
 from fastens.network.containers import items_in, pairs_in
 from fastens.network.deep_copies import copied
 from fastens.network.made import has_tensors
@@ -54,6 +54,8 @@ class Node(NamedTuple):
 
 def _content(value: Any) -> dict[Any, Any]:
     """What a value consists of, by position, key or name."""
+    if isinstance(value, MemberTable | MemberTensor):  # parts of stacks, which are all members'
+        return {}
     if isinstance(value, Tensor):
         version = None if value.is_inference() else value._version
         place = value.data_ptr() if _has_bits(value) else None, value.dtype, value.shape
@@ -62,8 +64,6 @@ def _content(value: Any) -> dict[Any, Any]:
         return {"values": value.tobytes()}
     if isinstance(value, _SEQUENCES | tuple):
         return dict(enumerate(items_in(value)))
-    if isinstance(value, MemberTable):  # parts of stacks, which are all members'
-        return {}
     if isinstance(value, dict):
         return dict(pairs_in(value))
     if isinstance(value, set | frozenset):
@@ -72,8 +72,9 @@ def _content(value: Any) -> dict[Any, Any]:
 
 
 def _has_bits(tensor: Tensor) -> bool:
-    plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or is_lazy(tensor))
-    return plain and memory_of(tensor) is not None
+    if isinstance(tensor, MemberTensor) or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_meta or tensor.is_quantized or is_lazy(tensor)) and memory_of(tensor) is not None
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

@@ -9,17 +9,35 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from fastens.fold.stand_ins import tracing
-from fastens.fold.tensor import TABLES, modules_of
+from fastens.fold.tensor import TABLES, MemberTensor, modules_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.code import of_library
 from fastens.network.containers import container_of, items_in, pairs_in
+from fastens.network.contents import Looks, inside
 from fastens.network.in_place import Node, do_to_all, has_changed, own_copy, put_back, reached_by, seen
 from fastens.network.own_states import NO_STATE, pairs_of
-from fastens.network.snapshots import can_change, is_atom, slots_of
+from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
+from fastens.network.weights import Weights
 
 _SEQUENCES = list | collections.deque
 _CONTAINERS = {list, collections.deque, dict, collections.OrderedDict, collections.defaultdict, set}
 _GONE = object()
+
+
+class _AsItWas:
+    """A member after a call, to tell whether a later one changed it."""
+
+    def __init__(self, member: nn.Module) -> None:
+        tables = [table for _, module in modules_of(member) for table in (vars(module), module._modules)]
+        self._member, self._attributes = member, Looks([table.values for table in tables])
+        self._inside = inside(member)
+        self._tensors = Weights([x for x in held_tensors(member) if not isinstance(x, MemberTensor)])
+        self._state = self._tensors.state()
+
+    def still_is(self, member: nn.Module) -> bool:
+        """Whether it is this member, with all that it had; of a large array's values that cannot be told."""
+        as_it_was = member is self._member and self._attributes.same() and self._inside.same()
+        return as_it_was and self._tensors.state() == self._state
 
 
 class Shown:
@@ -43,19 +61,22 @@ class Shown:
         # of attributes that show the first member's, by the identity of the module and the name: as given, and as shown
         self._before: dict[tuple[int, str], tuple[nn.Module, Any, Node | None]] = {}
         self._now: dict[tuple[int, str], tuple[str, Any, Node | None]] = {}
+        self._first: _AsItWas | None = None  # when it was shown
 
     def __contains__(self, name: str) -> bool:
         """Whether an attribute of the network shows the first member's."""
         return (id(self._network), name) in self._before
 
     def show(self, first: nn.Module, given: nn.Module) -> bool:
-        """Show what the first member wrote to itself; return whether anything is shown.
+        """Show what the first member wrote to itself; return whether anything may have changed in the network.
 
         Args:
             first: the member.
             given: the same as it was before code of its own ran.
         """
         if tracing() or peek_interpreter_stack() is not None:
+            return False
+        if self._first is not None and self._first.still_is(first):
             return False
         apart, paths = attributes_apart(first, given, NO_STATE), [path for path, _ in modules_of(self._network)]
         pairs = zip(paths, pairs_of(first, self._network), modules_of(given), strict=True)
@@ -70,6 +91,7 @@ class Shown:
                 vars(module)[name] = now = _written(held, value)
                 node = seen(now, bits=False) if can_change(now) else None
                 self._now[key] = f"{path}.{name}" if path else name, now, node
+        self._first = _AsItWas(first)
         return bool(self._before)
 
     def hide(self, written: Any = ()) -> None:
@@ -88,7 +110,11 @@ class Shown:
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = held
-        self._before, self._now = {}, {}
+        self._before, self._now, self._first = {}, {}, None
+
+    def look(self) -> None:
+        """Compare all of the first member when it is shown next, large arrays too."""
+        self._first = None
 
     def follow(self, written: set[Any], members: list[nn.Module], given: list[nn.Module], why: str) -> None:
         """Do to the values of members what others did to the network's.

@@ -233,6 +233,7 @@ class MemberViews:
         if self._given:
             view, given = self.get()[0], self._given[0]
             if name in self._values:
+                self._values.look()
                 self._show()  # a checkpoint may have run its code again in a backward pass
                 return getattr(self._network, name)
             own = vars(view).get(name, GONE) if name not in TENSORS else GONE
