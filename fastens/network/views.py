@@ -77,7 +77,12 @@ class MemberViews:
     @property
     def stale(self) -> bool:
         """Whether the network, or what it holds, was written to, or weights moved that attributes hold."""
-        written = not self._views or self._writes != (self._barrier.written, self._held.state())
+        return self._written or self._writes[1] != self._held.state()
+
+    @property
+    def _written(self) -> bool:
+        """The same but for values of tensors that it holds, which may be the first member's own."""
+        written = not self._views or self._writes is None or self._writes[0] != self._barrier.written
         return written or not self._inside.same() or any(reference.stale for reference in self._references)
 
     def get(self) -> list[nn.Module]:
@@ -111,10 +116,11 @@ class MemberViews:
     def running(self, k: int | None = None) -> Iterator[None]:
         """Scope of code of member k, or of all of them, which may change what was handed out of theirs."""
         with self._handed_out.running(range(self._num_members) if k is None else (k,)):
+            shows = not k and not self.stale  # else others wrote to it before
             try:
                 yield
             finally:
-                if not k and self._given and not self.stale:
+                if shows and self._given and not self._written:
                     self._show()
 
     def _show(self) -> None:
