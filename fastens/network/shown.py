@@ -80,17 +80,18 @@ class Shown:
             return False
         apart, paths = attributes_apart(first, given, NO_STATE), [path for path, _ in modules_of(self._network)]
         pairs = zip(paths, pairs_of(first, self._network), modules_of(given), strict=True)
+        shown: list[tuple[str, nn.Module, str, Any]] = []
         for path, mine, module, was in [(p, m, n, w) for p, (m, n), (_, w) in pairs if m is not None]:
             names = {*apart(mine, was), *(name for owner, name in self._before if owner == id(module))}
-            for name in [n for n in vars(mine) if n in names and n not in HOOK_TABLES]:
-                value, held, key = vars(mine)[name], vars(module).get(name, _GONE), (id(module), name)
-                if not _is_data(value):
-                    continue
-                if key not in self._before:
-                    self._before[key] = module, held, seen(held, tuple) if can_change(held) else None
-                vars(module)[name] = now = _written(held, value)
-                node = seen(now, bits=False) if can_change(now) else None
-                self._now[key] = f"{path}.{name}" if path else name, now, node
+            shown += [(path, module, n, x) for n, x in vars(mine).items() if n in names and _is_data(n, x)]
+        for _, module, name, _ in shown:  # before any is written to, which may be in several places
+            held, key = vars(module).get(name, _GONE), (id(module), name)
+            if key not in self._before:
+                self._before[key] = module, held, seen(held, tuple) if can_change(held) else None
+        for path, module, name, value in shown:
+            vars(module)[name] = now = _written(vars(module).get(name, _GONE), value)
+            node = seen(now, bits=False) if can_change(now) else None
+            self._now[id(module), name] = f"{path}.{name}" if path else name, now, node
         self._first = _AsItWas(first)
         return bool(self._before)
 
@@ -100,7 +101,7 @@ class Shown:
         Args:
             written: identities of modules, and names of those.
         """
-        for key, (module, held, node) in self._before.items():
+        for key, (module, held, node) in reversed(self._before.items()):  # what was seen first is as it was given
             name = key[1]
             if node is not None:
                 put_back(node)
@@ -162,8 +163,10 @@ class Shown:
                 do_to_all(f"{path}.{name}" if path else name, node, [seen(value) for value in values], why)
 
 
-def _is_data(value: Any) -> bool:
-    """Whether a value can be had as the content of another, and reaches no code of a member."""
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an attribute can be had as the content of another, and reaches no code of a member."""
+    if name in HOOK_TABLES:
+        return False
     return is_atom(value) or (can_change(value) and all(map(_takes_content, reached_by(value))))
 
 
