@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastens.network.in_place import Node, do_to_all, has_changed, seen
+from fastens.network.in_place import Node, do, edits_of_all, has_changed, seen
 from fastens.network.snapshots import can_change
 
 BY_NUMBER: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # members that are modules, for dynamo
@@ -111,7 +111,7 @@ class HandedOut:
         if not has_changed(first):
             return
         if not any(map(has_changed, others)):  # else it was code of theirs, which a checkpoint runs again
-            do_to_all(self._name, first, others, self._why)
+            do(edits_of_all(self._name, first, others, self._why))
         self._seen = self._look()
 
 

@@ -19,20 +19,39 @@ from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import can_change, held_tensors, is_atom, same_bits
 
 _SEQUENCES = list | collections.deque
+Edit = tuple[Callable[[Any], Any], Any]  # and the value to which it is done
 
 
-def do_to_all(name: str, first: Node, others: Sequence[Node | None], why: str) -> None:
-    """Do to other values what others did to one; where that cannot be told, undo it and raise."""
+def edits_of_all(
+    name: str, first: Node, others: Sequence[Node | None], why: str, done: set[int] | None = None
+) -> list[Edit]:
+    """What is to be done to other values for them to change as others changed one, which is undone where it raises.
+
+    Args:
+        name: of the one, for messages.
+        first: it, as it was.
+        others: the others.
+        why: there are others.
+        done: identities of what was looked at already, to which this is added: one list may be in several places.
+
+    Raises:
+        ValueError: that cannot be told.
+    """
+    own = {id(each.value) for each in _nodes(first) if isinstance(each.value, Tensor)}
     try:
-        own = {id(each.value) for each in _nodes(first) if isinstance(each.value, Tensor)}
-        for edit, value in list(_edits(name, first, others, own)):
-            edit(value)
+        return list(_edits(name, first, others, own, set() if done is None else done))
     except _Unclear as error:
         put_back(first)
         raise ValueError(
             f"{error} was changed in place, which reached the first member only, since {why} set it anew, as by "
             f"ens.{name} = ...; lists can be emptied and extended, and items and flags set"
         ) from None
+
+
+def do(edits: list[Edit]) -> None:
+    """Do to each value what is to be done to it."""
+    for edit, value in edits:
+        edit(value)
 
 
 class _Unclear(Exception):
@@ -154,9 +173,7 @@ def own_copy(value: Any) -> Any:
     return copied(value, dict(tensors))
 
 
-def _edits(
-    path: str, node: Node, others: Sequence[Node | None], own: set[int]
-) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+def _edits(path: str, node: Node, others: Sequence[Node | None], own: set[int], done: set[int]) -> Iterator[Edit]:
     """What is to be done to other members' values, each with the value, for them to change as one did.
 
     Args:
@@ -164,11 +181,15 @@ def _edits(
         node: it, as it was.
         others: the others.
         own: identities of tensors of the one.
+        done: identities of what was done to others already.
 
     Raises:
         _Unclear: that cannot be told.
     """
     now = _content(node.value)
+    if id(node.value) in done:
+        return
+    done.add(id(node.value))
     if _same(node, now):
         if _has_other_bits(node):
             raise _Unclear(path)
@@ -185,7 +206,9 @@ def _edits(
             below = path if key in TABLES else f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r}]"
             if isinstance(node.value, nn.Module) and key in TABLES:
                 _check_weights(path, part)
-            yield from _edits(below, part, [None if each is None else each.parts.get(key) for each in others], own)
+            yield from _edits(
+                below, part, [None if each is None else each.parts.get(key) for each in others], own, done
+            )
 
 
 def _check_told(path: str, node: Node, now: dict[Any, Any], own: set[int]) -> None:

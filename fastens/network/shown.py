@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,17 @@ from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.code import of_library
 from fastens.network.containers import container_of, items_in, pairs_in
 from fastens.network.contents import Looks, inside
-from fastens.network.in_place import Node, do_to_all, has_changed, own_copy, put_back, reached_by, seen
+from fastens.network.in_place import (
+    Edit,
+    Node,
+    do,
+    edits_of_all,
+    has_changed,
+    own_copy,
+    put_back,
+    reached_by,
+    seen,
+)
 from fastens.network.own_states import NO_STATE, pairs_of
 from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
 from fastens.network.weights import Weights
@@ -130,7 +141,7 @@ class Shown:
         Raises:
             ValueError: it depends on what the network has there, which members have not; it is undone.
         """
-        own = [dict(modules_of(x)) for x in members]
+        own, done, edits = [dict(modules_of(x)) for x in members], set[int](), list[Edit]()
         for key, (path, now, node) in self._now.items():
             parent, _, name = path.rpartition(".")
             if node is None or vars(self._before[key][0]).get(name) is not now:
@@ -139,11 +150,14 @@ class Shown:
             if has_changed(node):
                 values = [vars(each[parent]).get(name) if parent in each else None for each in own]
                 alike = all(type(x) is type(now) for x in values)  # else nothing can be done to them
-                do_to_all(path, node, [seen(x, bits=False) for x in values] if alike else [None], why)
-        self._follow_given(written, members, given, why)
+                theirs = [seen(x, bits=False) for x in values] if alike else [None]
+                edits += edits_of_all(path, node, theirs, why, done)
+        do([*edits, *self._edits_of_given(written, members, given, why)])  # all, or with an error none
 
-    def _follow_given(self, written: Any, members: list[nn.Module], given: list[nn.Module], why: str) -> None:
-        """The same of values that are as they were given, since the first member has not written to them."""
+    def _edits_of_given(
+        self, written: Any, members: list[nn.Module], given: list[nn.Module], why: str
+    ) -> Iterator[Edit]:
+        """What is to be done where values are as they were given, since the first member has not written to them."""
         changed = [
             (path, name, node)
             for path, module, name, node in self._given
@@ -156,11 +170,12 @@ class Shown:
             return
         apart = [attributes_apart(*both, {"training"}) for both in zip(members, given, strict=True)]
         own, before = [dict(modules_of(x)) for x in members], [dict(modules_of(x)) for x in given]
+        done = set[int]()
         for path, name, node in changed:
             pairs = [(mine.get(path), was[path]) for mine, was in zip(own, before, strict=True)]
             if any(m is not None and name in differ(m, was) for differ, (m, was) in zip(apart, pairs, strict=True)):
                 values = [vars(x)[name] for pair in pairs for x in pair if x is not None and name in vars(x)]
-                do_to_all(f"{path}.{name}" if path else name, node, [seen(value) for value in values], why)
+                yield from edits_of_all(f"{path}.{name}" if path else name, node, list(map(seen, values)), why, done)
 
 
 def _is_data(name: str, value: Any) -> bool:

@@ -161,6 +161,32 @@ def test_what_others_do_to_what_the_network_held_before_is_done_to_what_members_
             CHANGES[change](part(each) if change.startswith("set anew") else own)
 
 
+class Twice(Keeps):
+    """Has one list in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.also, self.past_of = self.past, {"past": self.past}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_is_in_several_places_is_changed_once_and_with_an_error_not_at_all(engine):
+    members = [made(lambda _: Twice(), k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    for _ in range(3):
+        called(ensemble, members)
+        for each in (ensemble, *members):
+            each.past_of["past"].append(1.0)
+    ensemble.past.append(2.0)  # follows, once the other change is undone
+    ensemble.recent.popleft()
+    with pytest.raises(ValueError, match="recent was changed in place"):
+        ensemble(X)
+    for member in members:
+        member.past.append(2.0)
+    for _ in range(2):
+        called(ensemble, members)
+
+
 def test_what_others_cannot_do_to_what_members_wrote_is_an_error():
     members = [made(lambda _: Keeps(), k) for k in range(K)]
     for each in members:
