@@ -7,7 +7,6 @@ import fastens
 from bench.bench_forward import NETWORKS, K
 from bench.contest import contest
 from fastens.engine.calls import PlannedCall
-from fastens.engine.copies import separate
 
 CALLS = 1000 // 9  # for each audit of a thousand: those at calls 2, 4, ..., 512
 
@@ -39,7 +38,6 @@ def test_guards(benchmark, goal, in_succession, monkeypatch):
         arguments = ensemble._arguments((x, t), {})
         assert engine.can_plan(arguments)
         assert engine.plans.current(PlannedCall(engine, arguments).key) is not None
-        separate(arguments.tensors)
         return expected
 
     contest(

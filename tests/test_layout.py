@@ -1,6 +1,7 @@
 """The tree keeps its shape: one op in every folder, imports downward, short files."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -218,3 +219,28 @@ def test_no_module_is_taken_from_a_change_of_its_mode(path):
         and ast.unparse(node.func) != "xgboost.train"
     ]
     assert not taken
+
+
+BESIDE = sorted(path for folder in ("bench", "examples", "tests", "docs") for path in (ROOT / folder).rglob("*.py"))
+
+
+def is_there(module, name):
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_of_the_package_is_there(path):
+    """Benchmarks, and modules that tests run in processes of their own, are imported by no test."""
+    imported = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fastens"
+        for alias in node.names
+    ]
+    assert not [f"{module}.{name}" for module, name in imported if not is_there(module, name)]
