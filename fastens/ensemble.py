@@ -222,7 +222,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _aggregation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], Tensor]:
         """How scores [K, B, ...] of this call become one: in which parameterisation, and variances apart."""
-        forward = type(self).forward.__get__(self)
+        forward = functools.partial(type(self).forward, self)
         make = functools.partial(aggregation, self.rule, self._settings, self._prediction, forward)
         if not reproducible.enabled() or by_kernels(self.rule, self._prediction, self._settings):
             return make(args, kwargs)

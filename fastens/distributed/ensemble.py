@@ -146,7 +146,7 @@ class Distributed(OfOneProcess):
         own, shape = scores[: share.count], scores[0].shape
         simple = self.rule.linear and not self.rule.needs_noise_level
         few = shape[0] < place.members.size and len(shape) > 1
-        forward = type(self).forward.__get__(self)
+        forward = functools.partial(type(self).forward, self)
         apart = functools.partial(elements_apart, self.rule, self._settings, self._prediction, forward)
         slices = Slices(
             place.members, share.counts, shape, few and of_elements(self.rule) and apart(arguments.call, shape)

@@ -1,6 +1,7 @@
 """What dynamo calls as it is: functions of a module of their own, since marking them imports ``torch._dynamo``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
     with unset_fake_temporarily():
         _ = engine.behaviour.looped and engine.views  # made here, no tensors of theirs are fakes
     try:
-        with with_stacks(engine, tuple(stacks)):
+        with _compiling(), with_stacks(engine, tuple(stacks)):
             tensors, nested = _at_once(*engine.evaluate_at_once(arguments, False, method))
     except (NotFoldable, GuardOnDataDependentSymNode) as error:
         raise NotImplementedError(f"fastens: {error}") from error
@@ -54,6 +55,17 @@ def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple
     if engine.nested != nested:
         engine.nested = nested
     return as_traced(tensors, number)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Scope in which ``torch.compiler.is_compiling()``, as torch after 2.11 has it while dynamo calls a node."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _at_once(*columns: Any) -> tuple[tuple[Tensor, ...], Nested]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastens.fold.attributes import standing_for
 from fastens.scopes import scope
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastens.engine.engine import Engine
 
 ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+_OF_TRACES = (FakeTensor, FunctionalTensor)  # a tuple, which costs less to ask than a union
 _NUMBERS = itertools.count()
 _STANDING_IN: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("stacks", default=None)
 
@@ -74,7 +76,7 @@ def traced(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or tracing():
         return True
     for x in tensors:  # noqa: SIM110  (asked for every weight that a member reads, where a generator costs more)
-        if isinstance(x, FakeTensor):
+        if isinstance(x, _OF_TRACES):
             return True
     return False
 
