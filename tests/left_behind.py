@@ -5,12 +5,11 @@ import os
 import numpy as np
 import torch
 from torch.nn.modules import module
-from torch.overrides import _len_torch_function_stack
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 import fastens
 
-HOOKS_OF_ALL = [name for name, table in vars(module).items() if name.startswith("_global_") and isinstance(table, dict)]
+# Of calls; those of registrations torch sets itself, when a part of it is imported.
+HOOKS_OF_ALL = [name for name in vars(module) if name.startswith(("_global_forward", "_global_backward"))]
 
 
 def settings():
@@ -29,7 +28,10 @@ def settings():
             torch.backends.cuda.math_sdp_enabled(),
         ),
         "mkldnn": torch.backends.mkldnn.enabled,
-        "modes of functions and operations": (_len_torch_function_stack(), _len_torch_dispatch_stack()),
+        "modes of functions and operations": (
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
+        ),
         "hooks of all modules": [len(vars(module)[name]) for name in HOOKS_OF_ALL],
         "NumPy's errors": np.geterr(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("FASTENS_", "OMP_"))},
