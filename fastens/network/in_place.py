@@ -18,7 +18,7 @@ from fastens.network.made import has_tensors
 from fastens.network.member_tables import MemberTable
 from fastens.network.snapshots import can_change, held_tensors, is_atom, same_bits
 
-_SEQUENCES = list | collections.deque
+SEQUENCES = list | collections.deque
 Edit = tuple[Callable[[Any], Any], Any]  # and the value to which it is done
 
 
@@ -81,7 +81,7 @@ def _content(value: Any) -> dict[Any, Any]:
         return {"version": version, "trained": value.requires_grad, "place": place}
     if isinstance(value, np.ndarray):
         return {"values": value.tobytes()}
-    if isinstance(value, _SEQUENCES | tuple):
+    if isinstance(value, SEQUENCES | tuple):
         return dict(enumerate(items_in(value)))
     if isinstance(value, dict):
         return dict(pairs_in(value))
@@ -244,7 +244,7 @@ def _edit(path: str, node: Node, now: dict[Any, Any], others: list[Any]) -> Call
         if _has_other_bits(node) or not all(isinstance(other, Tensor) and other.is_leaf for other in others):
             raise _Unclear(path)
         return lambda other: other.requires_grad_(now["trained"])
-    if isinstance(value, _SEQUENCES):
+    if isinstance(value, SEQUENCES):
         old, new = list(before.values()), list(now.values())
         if not new:
             return lambda other: other.clear()
@@ -282,8 +282,8 @@ def _put_back(node: Node) -> None:
         return
     if type(value) is not node.kind:
         value.__class__ = node.kind
-    table = value if isinstance(value, dict | set | _SEQUENCES) else vars(value)
+    table = value if isinstance(value, dict | set | SEQUENCES) else vars(value)
     table.clear()
-    (table.extend if isinstance(table, _SEQUENCES) else table.update)(
-        before.values() if isinstance(table, _SEQUENCES) else before
+    (table.extend if isinstance(table, SEQUENCES) else table.update)(
+        before.values() if isinstance(table, SEQUENCES) else before
     )

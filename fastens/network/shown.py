@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from fastens.fold.stand_ins import tracing
-from fastens.fold.tensor import TABLES, MemberTensor, memory_of, modules_of
+from fastens.fold.tensor import TABLES, MemberTensor, modules_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.code import of_library
 from fastens.network.containers import container_of, items_in, pairs_in
 from fastens.network.contents import Looks, inside
 from fastens.network.in_place import (
+    SEQUENCES,
     Edit,
     Node,
     do,
@@ -30,7 +31,6 @@ from fastens.network.own_states import NO_STATE, pairs_of
 from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
 from fastens.network.weights import Weights
 
-_SEQUENCES = list | collections.deque
 _CONTAINERS = {list, collections.deque, dict, collections.OrderedDict, collections.defaultdict, set}
 _GONE = object()
 
@@ -42,14 +42,12 @@ class _AsItWas:
         tables = [table for _, module in modules_of(member) for table in (vars(module), module._modules)]
         self._member, self._attributes = member, Looks([table.values for table in tables])
         self._inside = inside(member)
-        tensors = [x for x in held_tensors(member) if not isinstance(x, MemberTensor)]
-        self._tensors = Weights(tensors)
-        self._told = all(memory_of(x) is not None for x in tensors)  # not of those that a transform left there
-        self._state = self._tensors.state() if self._told else None
+        self._tensors = Weights([x for x in held_tensors(member) if not isinstance(x, MemberTensor)])
+        self._state = self._tensors.state()
 
     def still_is(self, member: nn.Module) -> bool:
         """Whether it is this member, with all that it had; of a large array's values that cannot be told."""
-        as_it_was = self._told and member is self._member and self._attributes.same() and self._inside.same()
+        as_it_was = member is self._member and self._attributes.same() and self._inside.same()
         return as_it_was and self._tensors.state() == self._state
 
 
@@ -199,7 +197,7 @@ def _written(held: Any, value: Any) -> Any:
     """A value in the place of one that is held: its content in that, where it is of the same class."""
     if type(held) is not type(value) or is_atom(value) or isinstance(value, Tensor):
         return own_copy(value)
-    if isinstance(value, _SEQUENCES):
+    if isinstance(value, SEQUENCES):
         old = items_in(held)
         fresh = [_written(old[i] if i < len(old) else None, x) for i, x in enumerate(items_in(value))]
         held.clear()

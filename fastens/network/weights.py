@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastens import _native
+from fastens.fold.tensor import memory_of
 
 _EPOCHS = itertools.count(step=1 << 32)  # those of one list of tensors are fewer
 
@@ -41,7 +42,10 @@ def as_it_is(tensor: Tensor) -> tuple[Any, ...]:
     """
     version = -1 if tensor.is_inference() else tensor._version
     strided = tensor.layout is torch.strided
-    where = (tensor.data_ptr(), tensor.stride()) if strided else None  # others tell no address
+    try:
+        where = (tensor.data_ptr(), tensor.stride()) if strided else None  # others tell no address
+    except RuntimeError:  # nor does what a transform of torch.func left in an attribute
+        where = None
     return version, where, tensor.dtype, tensor.shape
 
 
@@ -72,7 +76,7 @@ class _Watch(ctypes.Structure):
 def _watch_of(tensors: list[Tensor]) -> _Watch | None:
     """The library's watch over tensors; none where it cannot be had, or sees another state than Python."""
     library = _native.functions()
-    ordinary = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    ordinary = all(type(t) in (Tensor, nn.Parameter) and memory_of(t) is not None for t in tensors)
     if library is None or not tensors or not ordinary or not library.fastens_watch_layouts_possible():
         return None
     seen = [(t.data_ptr(), as_it_is(t)[0]) for t in tensors]

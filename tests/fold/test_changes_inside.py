@@ -265,3 +265,32 @@ def test_what_is_set_to_itself_is_changed_in_place(place):
         for each in (ensemble, *members):
             part(each).past += [1.5]
             part(each).seen |= {7.5}
+
+
+class KeepsInput(nn.Module):
+    """Keeps what it made of its first input, in a value and in a list, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.first, self.each = nn.Linear(4, 4), {}, []
+
+    def forward(self, x):
+        """One layer, and the number of the call."""
+        self.first.setdefault("sine", x.sin())
+        self.each.append(x.cos())
+        return self.layer(x) + len(self.each)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_tensors_that_a_transform_left_in_members_are_no_error(engine, grad):
+    members = [made(lambda _: KeepsInput(), k) for k in range(K)]
+    ensemble, ones = fastens.Ensemble(copy.deepcopy(members), engine=engine), torch.ones_like(X)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            found = torch.func.jvp(ensemble, (X,), (ones,))
+            expected = [torch.func.jvp(member, (X,), (ones,)) for member in members]
+            for mine, theirs in zip(found, zip(*expected, strict=True), strict=True):
+                near(mine, torch.stack(theirs).mean(0))
+            for _ in range(2):
+                near(ensemble(X), torch.stack([member(X) for member in members]).mean(0))
