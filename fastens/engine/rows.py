@@ -46,9 +46,8 @@ class RowsOfMembers:
                 found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
                 self._found.clear()
-            self._found[key] = self._found[_key(engine, arguments, method)] = (
-                found  # a network may write as it is called
-            )
+            for each in (key, _key(engine, arguments, method)):  # a network may write to itself as it is called
+                self._found[each] = found
         return self._found[key]
 
     def known(self, engine: FoldedMembers, arguments: Arguments, method: str = "forward") -> bool:

@@ -261,9 +261,7 @@ class _Reader:
         self._looks += looks
         self._waiting += items
         attributes = vars(value) if kind.__dictoffset__ else {}
-        if of_library(kind.__module__) and issubclass(
-            kind, Collection
-        ):  # as the environment is, which keeps a dictionary
+        if of_library(kind.__module__) and issubclass(kind, Collection):  # such as the environment, which keeps another
             self._looks.append(attributes.values)
             self._waiting += attributes.values()
         if not self._of_library(kind.__module__):

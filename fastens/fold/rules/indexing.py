@@ -58,9 +58,9 @@ def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
     chosen = fold.stack(numbers)
     members = torch.arange(len(chosen), device=chosen.device).view(-1, *(1,) * numbers.ndim)
     found = fold.entries(x)[members, chosen]
-    return (
-        fold.wrap(found) if numbers.ndim else fold.copied(found, fold.entries(x))
-    )  # by one number a member sees a part
+    if not numbers.ndim:  # by one number a member sees a part
+        return fold.copied(found, fold.entries(x))
+    return fold.wrap(found)
 
 
 def _check_bounds(x: Any, indices: tuple[Any, ...]) -> None:
