@@ -3,7 +3,8 @@
 It shares no code with the package: members are rebuilt from their specification, and every change is applied to each.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -113,8 +114,21 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_held_to = [1.0]  # the share of the tolerances that differences may have
+
+
+@contextlib.contextmanager
+def finer(share: float) -> Iterator[None]:
+    """Hold differences to a share of the tolerances, to see those that pass them."""
+    _held_to.append(share)
+    try:
+        yield
+    finally:
+        _held_to.pop()
+
+
 def tolerance(dtype: torch.dtype, rule: str = "mean") -> float:
-    return (GEOMETRIC if rule == "geometric" else TOLERANCE)[dtype]
+    return _held_to[-1] * (GEOMETRIC if rule == "geometric" else TOLERANCE)[dtype]
 
 
 def largest(outputs: list[Any]) -> float:
@@ -190,9 +204,11 @@ def check_drawn(actual: Any, candidates: list[list[Any]], dim: int, relative: fl
         rows = leaf.shape[dim]
         found = found or [set(range(len(candidates))) for _ in range(rows)]
         for row in range(rows):
-            found[row] &= {k for k, option in enumerate(options) if _is_row(leaf, option, dim, row, relative)}
+            off = [_off(leaf, option, dim, row) for option in options]
+            found[row] &= {k for k, distance in enumerate(off) if distance <= relative}
             if not found[row]:
-                raise Mismatch(f"row {row} is no member's")
+                nearest = min(off)
+                raise Mismatch(f"row {row} is no member's", nearest if nearest > relative else float("inf"))
     return found
 
 
@@ -208,14 +224,15 @@ def zip_outputs(outputs: list[Any]) -> Any:
     return [Options(column) for column in zip(*leaves, strict=True)]
 
 
-def _is_row(leaf: Tensor, options: Options, dim: int, row: int, relative: float) -> bool:
-    got = leaf.detach().select(dim, row).double()
+def _off(leaf: Tensor, options: Options, dim: int, row: int) -> float:
+    """How far a row is from the nearest of a member's outputs, relative to that one's largest magnitude."""
+    got, nearest = leaf.detach().select(dim, row).double(), float("inf")
     for value in options.values:
         if value.shape != leaf.shape or value.dtype != leaf.dtype:
             continue
         value, expected = value.detach(), value.detach().select(dim, row).double()
-        allowed = relative * max(float(torch.where(value.isfinite(), value, 0.0).abs().max()), FLOOR)
+        scale = max(float(torch.where(value.isfinite(), value, 0.0).abs().max()), FLOOR)
         same = (got == expected) | (got.isnan() & expected.isnan())  # weights that a training lost make rows of NaN
-        if float(torch.where(same, 0.0, (got - expected).abs()).max()) <= allowed:
-            return True
-    return False
+        difference = float(torch.where(same, 0.0, (got - expected).abs()).max()) / scale
+        nearest = min(nearest, difference if difference == difference else float("inf"))
+    return nearest
