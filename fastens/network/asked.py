@@ -150,8 +150,9 @@ class _Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, own, answer = kwargs or {}, _OF_WEIGHTS.get(func), _ANSWERS.get(func)
+        given = []
         if "out" in kwargs or func in _RESIZES:
-            self._give_memory((args, kwargs) if func in _RESIZES else kwargs["out"])
+            given = self._give_memory((args, kwargs) if func in _RESIZES else kwargs["out"])
         if own is None and self._switches:
             args, kwargs = pytree.tree_map_only(nn.Parameter, self._as_switched, (args, kwargs))
         if own is not None or answer is not None:
@@ -164,7 +165,10 @@ class _Answers(TorchFunctionMode):
                 elif answer is not None and (part := _part_behind(args[0], self._parts)) is not None:
                     self._noted()
                     return answer(func, part, *args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(x.shape != shape for x, shape in given):
+            self._noted()
+        return result
 
     def _noted(self) -> None:
         self._parts.asked = True
@@ -196,14 +200,19 @@ class _Answers(TorchFunctionMode):
             "weights get at once: register it on the ensemble's parameter"
         )
 
-    def _give_memory(self, written: Any) -> None:
-        """Give parts that a function may resize memory of their own, beside which there is no other member's."""
+    def _give_memory(self, written: Any) -> list[tuple[Tensor, torch.Size]]:
+        """Give parts that a function may resize memory of their own, beside which there is no other member's.
+
+        Returns:
+            The parts, with their shapes.
+        """
         with torch._C.DisableTorchFunction():
             parts = {id(part) for _, part in list(self._parts.items())}
-            for x in pytree.tree_leaves(written):
-                if id(x) in parts and not isinstance(x, nn.Parameter):
-                    self._noted()
-                    x.data = x.detach().clone()
+            given = [x for x in pytree.tree_leaves(written) if id(x) in parts and not isinstance(x, nn.Parameter)]
+            for x in given:
+                self._note()
+                x.data = x.detach().clone()
+        return [(x, x.shape) for x in given]
 
     def _as_switched(self, x: Tensor) -> Tensor:
         """What a part is since its stack was frozen or is trained again, which is another tensor to autograd."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
+
+
+def keys_and_values(held: dict[Any, Any]) -> Iterable[Any]:
+    """All keys of a dictionary, then all values."""
+    return itertools.chain(dict.keys(held), dict.values(held))
+
 
 LOOKS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
     list: (list.__iter__,),
@@ -14,7 +21,7 @@ LOOKS: dict[type, tuple[Callable[[Any], Iterable[Any]], ...]] = {
     frozenset: (frozenset.__iter__,),
     deque: (deque.__iter__,),
     OrderedDict: (OrderedDict.keys, dict.values),  # the order of the first is that of the dictionary
-    dict: (dict.keys, dict.values),
+    dict: (keys_and_values,),
     types.MappingProxyType: (types.MappingProxyType.keys, types.MappingProxyType.values),
 }
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import array
 import functools
-import itertools
-from collections.abc import Callable, Iterable
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -16,15 +13,12 @@ from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.code import of_library
 from fastens.network.containers import LOOKS, container_of, items_in
+from fastens.network.looks import Look, Looks, values_of
 from fastens.network.snapshots import is_atom, slots_in, slots_of
-
-Look = Callable[[], Iterable[Any]]
 
 _FIXED = tuple, frozenset
 _ARRAYS = np.ndarray | array.array | bytearray
 _LARGEST = 1 << 16  # bytes of an array that are compared in every call
-_END = (object(),)
-_GONE = LookupError, AttributeError, ValueError, RuntimeError  # a name, or a size, since it was found
 
 
 class _Bytes:
@@ -38,27 +32,6 @@ class _Bytes:
         if now != self._held:
             self._held = now
         return (self._held,)
-
-
-class Looks:
-    """Values by what gives them, and whether these are the same objects as before."""
-
-    def __init__(self, looks: list[Look]) -> None:
-        self._looks = looks
-        try:
-            self._before = tuple(self._now())
-        except _GONE:
-            self._before = (object(),)  # which nothing is
-
-    def _now(self) -> Iterable[Any]:
-        return itertools.chain.from_iterable([part for look in self._looks for part in (look(), _END)])
-
-    def same(self) -> bool:
-        """Whether everything is the object that it was."""
-        try:
-            return all(map(is_, self._now(), self._before))
-        except _GONE:
-            return False
 
 
 def items_of(value: Any) -> tuple[list[Look], list[Any]]:
@@ -99,7 +72,7 @@ def looks_inside(waiting: list[Any]) -> list[Look]:
         waiting += items
         if not of_library(kind.__module__):
             if kind.__dictoffset__:
-                looks.append(vars(value).values)
+                looks.append(values_of(vars(value)))
                 waiting += vars(value).values()
             slots = list(slots_of(kind))
             if slots:

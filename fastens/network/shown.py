@@ -14,7 +14,7 @@ from fastens.fold.tensor import TABLES, MemberTensor, modules_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.code import of_library
 from fastens.network.containers import container_of, items_in, pairs_in
-from fastens.network.contents import Looks, inside
+from fastens.network.contents import inside
 from fastens.network.in_place import (
     SEQUENCES,
     Edit,
@@ -27,6 +27,7 @@ from fastens.network.in_place import (
     reached_by,
     seen,
 )
+from fastens.network.looks import Looks, values_of
 from fastens.network.own_states import NO_STATE, pairs_of
 from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
 from fastens.network.weights import Weights
@@ -40,7 +41,7 @@ class _AsItWas:
 
     def __init__(self, member: nn.Module) -> None:
         tables = [table for _, module in modules_of(member) for table in (vars(module), module._modules)]
-        self._member, self._attributes = member, Looks([table.values for table in tables])
+        self._member, self._attributes = member, Looks([values_of(table) for table in tables])
         self._inside = inside(member)
         self._tensors = Weights([x for x in held_tensors(member) if not isinstance(x, MemberTensor)])
         self._state = self._tensors.state()

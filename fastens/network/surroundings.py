@@ -21,7 +21,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Set
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,8 @@ from torch import nn
 
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.code import functions_of, globals_in, imports_in, names_in, of_library
-from fastens.network.contents import Look, Looks, items_of, looks_inside
+from fastens.network.contents import items_of, looks_inside
+from fastens.network.looks import Look, Looks, named, values_of
 from fastens.network.snapshots import is_atom, slots_of
 
 _BEGIN = frozenset({"forward", "__call__"})
@@ -168,9 +169,7 @@ class _Reader:
 
     def looks(self) -> list[Look]:
         """What gives the values that were found, as they are when it is called."""
-        owners = [owner for owner in self._owners.values() if owner.watched]
-        several = [(tuple(watched) * (1 + (len(watched) == 1)), names) for names, watched, _ in owners]
-        return [*self._looks, *(functools.partial(itemgetter(*watched), names) for watched, names in several)]
+        return [*self._looks, *(named(names, watched) for names, watched, _ in self._owners.values() if watched)]
 
     def absent(self) -> list[tuple[Any, Set[str]]]:
         """The names that were not found, each of them with what has none such."""
@@ -203,7 +202,7 @@ class _Reader:
             for _, module in modules_of(value):
                 self._class(type(module))
                 self._named_in(vars(module), vars(module), set(vars(module)) - set(TABLES), code=True)
-                self._looks += [functools.partial(dict.values, vars(module)[table]) for table in TABLES]
+                self._looks += [values_of(vars(module)[table]) for table in TABLES]
         else:
             self._object(value, kind)
 
@@ -262,7 +261,7 @@ class _Reader:
         self._waiting += items
         attributes = vars(value) if kind.__dictoffset__ else {}
         if of_library(kind.__module__) and issubclass(kind, Collection):  # such as the environment, which keeps another
-            self._looks.append(attributes.values)
+            self._looks.append(values_of(attributes))
             self._waiting += attributes.values()
         if not self._of_library(kind.__module__):
             self._class(kind)
@@ -277,7 +276,7 @@ class _Reader:
         """Watch all that an object has, where the code may list it."""
         if not done and not self.names.isdisjoint(_LISTS):
             done.append(True)
-            self._looks.append(attributes.values)
+            self._looks.append(values_of(attributes))
             self._waiting += attributes.values()
 
     def _slot(self, member: Any, owner: Any, done: set[str]) -> None:

@@ -15,9 +15,10 @@ from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, counts, unwatched
 from fastens.network.closures import reaches_back
-from fastens.network.contents import Looks, inside
+from fastens.network.contents import inside
 from fastens.network.deep_copies import copied, outliving, undisturbed
 from fastens.network.handed_out import HandOuts
+from fastens.network.looks import Looks
 from fastens.network.made import MadeWhenCalled
 from fastens.network.member_tables import (
     MemberTable,

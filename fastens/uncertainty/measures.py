@@ -81,6 +81,13 @@ def _pooled(samples: Array, truth: Array, least: int = 1) -> tuple[Tensor, Tenso
     return x, y.to(x.device)
 
 
+def _check_ordered(**given: Tensor) -> None:
+    """Raise where a value has no place among others: compared, NaN would count as the smallest, or as outside."""
+    for name, x in given.items():
+        if lost := int(x.isnan().sum()):
+            raise ValueError(f"{name} is NaN in {lost} of {x.numel()} elements, which has no rank: leave those out")
+
+
 def decompose(samples: Array, unbiased: bool = False) -> Variances:
     """Split the variance of samples into that between members and that within them: the law of total variance.
 
@@ -219,9 +226,10 @@ def rank_histogram(samples: Array, truth: Array, seed: int = 0) -> Array:
         seed: of those draws.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or NaN.
     """
     x, y = _pooled(samples, truth)
+    _check_ordered(samples=x, truth=y)
     below, equal = (x < y).sum(0), (x == y).sum(0)
     at = torch.rand(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype).to(y.device)
     rank = below + (at * (equal + 1)).floor().long()
@@ -241,11 +249,12 @@ def sparsification(error: Array, uncertainty: Array, steps: int = 20) -> Sparsif
         steps: points of the curves.
 
     Raises:
-        ValueError: shapes that differ, errors below zero or all zero, no steps.
+        ValueError: shapes that differ, errors below zero or all zero, NaN, no steps.
     """
     e, u = _read("error", error).flatten(), _read("uncertainty", uncertainty)
     if u.numel() != e.numel() or tuple(u.shape) != tuple(np.shape(error)):
         raise ValueError(f"uncertainty is {list(u.shape)}, expected {list(np.shape(error))}, as error")
+    _check_ordered(error=e, uncertainty=u)
     if steps < 1 or (e < 0).any() or not e.sum() > 0:
         raise ValueError(f"expected at least one step, and errors of which none is below and some above zero; {steps=}")
     fractions = torch.arange(steps, dtype=e.dtype) / steps
@@ -273,9 +282,10 @@ def calibration(samples: Array, truth: Array, levels: Array = None) -> Calibrati
         levels: p, [n], within 0 and 1; none for 0.1, 0.2, ..., 0.9.
 
     Raises:
-        ValueError: shapes that do not fit, one sample, levels out of range.
+        ValueError: shapes that do not fit, one sample, levels out of range, NaN.
     """
     x, y = _pooled(samples, truth, 2)
+    _check_ordered(samples=x, truth=y)
     p = _read("levels", np.arange(1, 10) / 10 if levels is None else levels).flatten().to(x.device)
     if not ((p > 0) & (p < 1)).all():
         raise ValueError(f"levels are {p.tolist()}, expected numbers above 0 and below 1")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import HistogramObserver, default_fake_quant, get_default_qat_qconfig, prepare_qat
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from tests.fold.contract import Held, batch, near
 
@@ -48,6 +50,31 @@ def test_a_buffer_may_be_resized_in_place(write, engine):
     held.gradients(batch(3, 4))
     held.ensemble = copy.deepcopy(held.ensemble)
     held.sampling(batch(4, 4), 2)
+
+
+class Checkpointed(nn.Module):
+    """Reads a value of its own, and runs a layer again in the backward pass, which writes to buffers by ``out=``."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layer = parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.first(x) * (1 if self.first.bias[0] > 0 else 2)
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_what_is_written_by_out_is_written_again_in_a_backward_pass(engine, reentrant):
+    held = Held(lambda k: Checkpointed(reentrant), engine=engine)
+    held.each(lambda member: member.train())
+    for _ in range(3):
+        held.gradients(batch(3, 4))
+        for k, member in enumerate(held.members):
+            near(dict(held.ensemble.members[k].named_buffers()), dict(member.named_buffers()))
 
 
 def trained_quantised(k):

@@ -104,6 +104,19 @@ def test_extreme_values_one_by_one(opcode):
             assert_close(y[None], expected[None])
 
 
+@pytest.mark.parametrize("opcode", UNARY, ids=lambda opcode: opcode.name)
+def test_zero_keeps_its_sign_where_it_does_in_torch(opcode):
+    """Behind it may be a division."""
+    zeros = torch.tensor([0.0, -0.0])
+    expected = UNARY[opcode](zeros)
+    assert_equal_with_signs(chain([(opcode, 0, 0, 0.0)], zeros), expected)
+
+
+def assert_equal_with_signs(actual, expected):
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual.signbit(), expected.signbit())
+
+
 def check_instruction(opcode):
     """One instruction, for files that run every one elsewhere: on other targets, and on other machines."""
     if opcode in UNARY:

@@ -9,6 +9,7 @@ from torchmetrics.functional.regression import continuous_ranked_probability_sco
 import fastens.uncertainty as unc
 
 RNG = np.random.default_rng(0)
+NAN = np.array([0.5, np.nan])
 
 
 def test_parts_of_the_variance_add_up_to_that_of_all_samples():
@@ -120,6 +121,10 @@ BAD = [
     (lambda: unc.sparsification(np.ones(4), np.zeros((2, 2))), ValueError, r"uncertainty is \[2, 2\]"),
     (lambda: unc.sparsification(np.ones(3), np.zeros(3), 0), ValueError, "at least one step"),
     (lambda: unc.calibration(np.zeros((3, 2)), np.zeros(2), [0.5, 1.0]), ValueError, "above 0 and below 1"),
+    (lambda: unc.calibration(np.zeros((3, 2)), NAN), ValueError, "truth is NaN in 1 of 2 elements"),
+    (lambda: unc.rank_histogram(np.zeros((3, 2)), NAN), ValueError, "truth is NaN in 1 of 2 elements"),
+    (lambda: unc.rank_histogram(np.stack([NAN, NAN]), np.zeros(2)), ValueError, "samples is NaN in 2 of 4"),
+    (lambda: unc.sparsification(np.ones(2), NAN), ValueError, "uncertainty is NaN"),
     (lambda: unc.plot_maps(np.zeros((3, 2)), "x.png"), ValueError, r"expected \[K, N, B, C, H, W\]"),
 ]
 
