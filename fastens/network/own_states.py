@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,18 +93,30 @@ def moved(state: State, source: nn.Module, target: nn.Module) -> State:
 
 def same_objects(fresh: Any, own: Any, memo: dict[int, Any]) -> None:
     """Note what a member has of its own in the place of each object of a value that it was given."""
-    if not can_change(fresh) or id(fresh) in memo:
+    for one, other in in_same_places(fresh, own, memo):
+        memo[id(one)] = other
+
+
+def in_same_places(value: Any, other: Any, known: Container[int]) -> Iterator[tuple[Any, Any]]:
+    """The objects of a value that can change, each with what another one has in its place.
+
+    Args:
+        value: what is followed.
+        other: what is like it.
+        known: identities of objects that are left out; what was yielded is to be added before the next.
+    """
+    if not can_change(value) or id(value) in known:
         return
-    memo[id(fresh)] = own
-    mine, given = (x if isinstance(x, dict | list) else getattr(x, "__dict__", {}) for x in (own, fresh))
-    if isinstance(given, dict) and isinstance(mine, dict):
-        others = dict(pairs_in(mine))
-        for key, one in pairs_in(given):
+    yield value, other
+    mine, theirs = (x if isinstance(x, dict | list) else getattr(x, "__dict__", {}) for x in (value, other))
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        others = dict(pairs_in(theirs))
+        for key, one in pairs_in(mine):
             if key in others:
-                same_objects(one, others[key], memo)
-    elif isinstance(given, list) and isinstance(mine, list):
-        for one, other in zip(items_in(given), items_in(mine), strict=False):
-            same_objects(one, other, memo)
+                yield from in_same_places(one, others[key], known)
+    elif isinstance(mine, list) and isinstance(theirs, list):
+        for one, another in zip(items_in(mine), items_in(theirs), strict=False):
+            yield from in_same_places(one, another, known)
 
 
 def write(member: nn.Module, state: State) -> None:

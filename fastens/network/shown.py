@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,12 +29,13 @@ from fastens.network.in_place import (
     seen,
 )
 from fastens.network.looks import Looks, values_of
-from fastens.network.own_states import NO_STATE, pairs_of
+from fastens.network.own_states import NO_STATE, in_same_places, pairs_of
 from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
 from fastens.network.weights import Weights
 
 _CONTAINERS = {list, collections.deque, dict, collections.OrderedDict, collections.defaultdict, set}
 _GONE = object()
+Places = dict[int, tuple[Any, Any]]  # of objects of the first member, by identity: each, and what shows it
 
 
 class _AsItWas:
@@ -60,9 +62,10 @@ class Shown:
 
     Args:
         network: of all members.
+        before: the same, of the network before it was given other values.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, before: Shown | None = None) -> None:
         self._network = network
         self._given = [
             (path, module, name, seen(value, tuple))  # but for tensors and modules, which are followed elsewhere
@@ -74,6 +77,11 @@ class Shown:
         self._before: dict[tuple[int, str], tuple[nn.Module, Any, Node | None]] = {}
         self._now: dict[tuple[int, str], tuple[str, Any, Node | None]] = {}
         self._first: _AsItWas | None = None  # when it was shown
+        self._places: Places = {} if before is None else before._places  # of its objects, whether shown now or hidden
+
+    def begin(self, first: nn.Module) -> None:
+        """Note what shows each object of the first member, no code of which has run."""
+        self._places = self._unchanged(dict(modules_of(first)), set())
 
     def __contains__(self, name: str) -> bool:
         """Whether an attribute of the network shows the first member's."""
@@ -91,21 +99,40 @@ class Shown:
         if self._first is not None and self._first.still_is(first):
             return False
         apart, paths = attributes_apart(first, given, NO_STATE), [path for path, _ in modules_of(self._network)]
-        pairs = zip(paths, pairs_of(first, self._network), modules_of(given), strict=True)
+        pairs = list(zip(paths, pairs_of(first, self._network), modules_of(given), strict=True))
         shown: list[tuple[str, nn.Module, str, Any]] = []
         for path, mine, module, was in [(p, m, n, w) for p, (m, n), (_, w) in pairs if m is not None]:
             names = {*apart(mine, was), *(name for owner, name in self._before if owner == id(module))}
             shown += [(path, module, n, x) for n, x in vars(mine).items() if n in names and _is_data(n, x)]
+            gone = names & vars(module).keys() - vars(mine).keys()
+            shown += [(path, module, n, _GONE) for n in gone if _is_data(n, vars(module)[n])]
         for _, module, name, _ in shown:  # before any is written to, which may be in several places
             held, key = vars(module).get(name, _GONE), (id(module), name)
             if key not in self._before:
                 self._before[key] = module, held, seen(held, tuple) if can_change(held) else None
+        places = _Places(
+            self._places, self._unchanged({p: m for p, (m, _), _ in pairs}, {(id(m), n) for _, m, n, _ in shown})
+        )
         for path, module, name, value in shown:
-            vars(module)[name] = now = _written(vars(module).get(name, _GONE), value)
-            node = seen(now, bits=False) if can_change(now) else None
+            now, node = value, None
+            if value is _GONE:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = now = places.written(vars(module).get(name, _GONE), value)
+                node = seen(now, bits=False) if can_change(now) else None
             self._now[id(module), name] = f"{path}.{name}" if path else name, now, node
-        self._first = _AsItWas(first)
+        self._first, self._places = _AsItWas(first), places.now
         return bool(self._before)
+
+    def _unchanged(self, own: Mapping[str, nn.Module | None], shown: set[tuple[int, str]]) -> Places:
+        """The objects of the first member that are as they were given, which the network shows by its own."""
+        found: Places = {}
+        for path, module, name, _ in self._given:
+            mine = own.get(path)
+            if (id(module), name) not in shown and mine is not None and name in vars(mine) and name in vars(module):
+                for one, other in in_same_places(vars(mine)[name], vars(module)[name], found):
+                    found[id(one)] = one, other
+        return found
 
     def hide(self, written: Any = ()) -> None:
         """Let the network have what members were given; but for attributes that were given other values since.
@@ -194,23 +221,54 @@ def _takes_content(value: Any) -> bool:
     return not apart and bool(kind.__dictoffset__) and not list(slots_of(kind))
 
 
-def _written(held: Any, value: Any) -> Any:
-    """A value in the place of one that is held: its content in that, where it is of the same class."""
-    if type(held) is not type(value) or is_atom(value) or isinstance(value, Tensor):
-        return own_copy(value)
-    if isinstance(value, SEQUENCES):
-        old = items_in(held)
-        fresh = [_written(old[i] if i < len(old) else None, x) for i, x in enumerate(items_in(value))]
-        held.clear()
-        held.extend(fresh)
-    elif isinstance(value, set):
-        fresh = set(value)
-        held.clear()
-        held.update(fresh)
-    else:
-        table, new = (x if isinstance(x, dict) else vars(x) for x in (held, value))
-        old = dict(pairs_in(table))
-        fresh = {key: _written(old.get(key), x) for key, x in pairs_in(new)}
-        table.clear()
-        table.update(fresh)
-    return held
+class _Places:
+    """What shows each object of the first member, which is one object as long as that is, wherever it is.
+
+    Args:
+        before: of objects when they were shown last.
+        unchanged: of those that are as they were given.
+
+    Attributes:
+        now: of all of them.
+    """
+
+    def __init__(self, before: Places, unchanged: Places) -> None:
+        self.now, self._before = unchanged, before
+        self._taken = {id(place) for places in (unchanged, before) for _, place in places.values()}
+
+    def written(self, held: Any, value: Any) -> Any:
+        """What shows a value: where no other is shown by it, what is held there, if it is of the same class."""
+        if is_atom(value) or isinstance(value, Tensor):
+            return own_copy(value)
+        if id(value) in self.now:
+            return self.now[id(value)][1]
+        known = self._before.get(id(value))
+        place = known[1] if known is not None else None if id(held) in self._taken else held
+        if type(place) is not type(value):
+            place = _emptied(copy.copy(value)) if type(value) in _CONTAINERS else own_copy(value)
+        self.now[id(value)] = value, place
+        self._taken.add(id(place))
+        self._fill(place, value)
+        return place
+
+    def _fill(self, place: Any, value: Any) -> None:
+        if isinstance(value, SEQUENCES):
+            old = items_in(place)
+            fresh = [self.written(old[i] if i < len(old) else None, x) for i, x in enumerate(items_in(value))]
+            place.clear()
+            place.extend(fresh)
+        elif isinstance(value, set):
+            fresh = set(value)
+            place.clear()
+            place.update(fresh)
+        else:
+            table, new = (x if isinstance(x, dict) else vars(x) for x in (place, value))
+            old = dict(pairs_in(table))
+            fresh = {key: self.written(old.get(key), x) for key, x in pairs_in(new)}
+            table.clear()
+            table.update(fresh)
+
+
+def _emptied(container: Any) -> Any:
+    container.clear()
+    return container

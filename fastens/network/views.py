@@ -217,6 +217,8 @@ class MemberViews:
         if not self._given:
             self._given, self._given_references = self._anew()
             self._values = Shown(self._network)
+            if self._views:
+                self._values.begin(self._views[0])
 
     def check_kept(self, view: nn.Module) -> None:
         """Raise where a member keeps a weight, which a call of it read, in an attribute.
@@ -302,7 +304,7 @@ class MemberViews:
             with outliving():
                 references = self._update(made, references, given, written)
             made, self._given, self._given_references = views, given, given_references
-            self._values = Shown(self._network)
+            self._values = Shown(self._network, self._values)
         self._hook(made)
         self._modules, self._views, self._writes, self._references = modules, made, writes, references
         if self._given and not self.stale:
