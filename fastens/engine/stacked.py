@@ -20,6 +20,7 @@ from fastens.engine.turns import Turns
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.asked import Questions, one_by_one
 from fastens.network.folded import build_network, shared_names, skeleton_of
+from fastens.network.hooks import hooks_for_all
 from fastens.network.member_tables import settle
 from fastens.network.originals import Originals
 from fastens.network.overlaps import check_unwritten, overlapping, trained_together, values_of, written
@@ -235,7 +236,7 @@ class StackedMembers:
     def loop(self, arguments: Arguments, method: str = "forward", call_member: Any = None) -> list[Any]:
         """Run the members one by one; the leaves of their outputs, lists of K, and the structure last."""
         call_member = call_member or functools.partial(self.call_member, remembers=True)
-        with self._views.hooks_for_all() as for_next, one_by_one():
+        with hooks_for_all(self.network) as for_next, one_by_one():
             outputs = (call_member(k, arguments, method) for k in range(self.num_members) if for_next())
             return columns_of([pytree.tree_flatten(output) for output in outputs])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,6 +117,22 @@ def in_same_places(value: Any, other: Any, known: Container[int]) -> Iterator[tu
     elif isinstance(mine, list) and isinstance(theirs, list):
         for one, another in zip(items_in(mine), items_in(theirs), strict=False):
             yield from in_same_places(one, another, known)
+
+
+def known_places(value: Any, fresh: Any, own: Mapping[int, Any], memo: dict[int, Any]) -> None:
+    """Note, for the copy of a value, what a member has of its own in the place of objects that the value reaches.
+
+    Args:
+        value: of the network.
+        fresh: the copy.
+        own: by identity of such objects, the member's.
+        memo: by identity of objects of the copy.
+    """
+    seen: dict[int, Any] = {}
+    for one, other in in_same_places(value, fresh, seen):
+        seen[id(one)] = one
+        if id(one) in own:
+            same_objects(other, own[id(one)], memo)
 
 
 def write(member: nn.Module, state: State) -> None:

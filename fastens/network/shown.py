@@ -29,7 +29,7 @@ from fastens.network.in_place import (
     seen,
 )
 from fastens.network.looks import Looks, values_of
-from fastens.network.own_states import NO_STATE, in_same_places, pairs_of
+from fastens.network.own_states import NO_STATE, in_same_places, pairs_of, same_objects
 from fastens.network.snapshots import can_change, held_tensors, is_atom, slots_of
 from fastens.network.weights import Weights
 
@@ -134,6 +134,16 @@ class Shown:
                     found[id(one)] = one, other
         return found
 
+    def own(self, member: nn.Module) -> dict[int, Any]:
+        """What a member has of its own in the place of each object that is shown, by the identity of that."""
+        found: dict[int, Any] = {}
+        modules = dict(modules_of(member))
+        for path, now, _ in self._now.values():
+            parent, _, name = path.rpartition(".")
+            if parent in modules and name in vars(modules[parent]):
+                same_objects(now, vars(modules[parent])[name], found)
+        return found
+
     def hide(self, written: Any = ()) -> None:
         """Let the network have what members were given; but for attributes that were given other values since.
 
@@ -233,8 +243,9 @@ class _Places:
     """
 
     def __init__(self, before: Places, unchanged: Places) -> None:
-        self.now, self._before = unchanged, before
-        self._taken = {id(place) for places in (unchanged, before) for _, place in places.values()}
+        others = {id(place) for one, place in unchanged.values()}  # such as one that was given to another attribute
+        self.now, self._before = unchanged, {i: each for i, each in before.items() if id(each[1]) not in others}
+        self._taken = others.union(id(place) for _, place in before.values())
 
     def written(self, held: Any, value: Any) -> Any:
         """What shows a value: where no other is shown by it, what is held there, if it is of the same class."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +16,7 @@ from fastens.network.closures import reaches_back
 from fastens.network.contents import inside
 from fastens.network.deep_copies import copied, outliving, undisturbed
 from fastens.network.handed_out import HandOuts
+from fastens.network.hooks import rebound
 from fastens.network.looks import Looks
 from fastens.network.made import MadeWhenCalled
 from fastens.network.member_tables import (
@@ -28,7 +27,18 @@ from fastens.network.member_tables import (
     take_parts,
     view_of_member,
 )
-from fastens.network.own_states import GONE, NO_STATE, TENSORS, State, moved, own_state, pairs_of, same_objects, write
+from fastens.network.own_states import (
+    GONE,
+    NO_STATE,
+    TENSORS,
+    State,
+    known_places,
+    moved,
+    own_state,
+    pairs_of,
+    same_objects,
+    write,
+)
 from fastens.network.shown import Shown
 from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
@@ -178,7 +188,7 @@ class MemberViews:
                     given = known.get(id(own), set[int]()) if id(view) in known_members else None
                     kept = own if given is not None else {}  # of a member that is new, the tables are copies
                     now = {
-                        key: kept[key] if given and key in given else _rebound(hook, modules)
+                        key: kept[key] if given and key in given else rebound(hook, modules)
                         for key, hook in hooks.items()
                         if not given or key not in given or key in kept
                     }
@@ -189,28 +199,6 @@ class MemberViews:
                     if hooks:
                         self._hooks_given.append((own, set(hooks)))
         del before  # whose identities stand for them until here
-
-    @contextmanager
-    def hooks_for_all(self) -> Iterator[Callable[[], bool]]:
-        """Scope of calls of all members, of whose hooks each takes away its own: yields what to call before each."""
-        tables = [table for _, m in modules_of(self._network) for name in HOOK_TABLES if (table := vars(m)[name])]
-        before = [dict(table) for table in tables]
-
-        def whole() -> bool:
-            for table, hooks in zip(tables, before, strict=True):
-                if table.keys() != hooks.keys():
-                    gone.extend((table, key) for key in hooks.keys() - table.keys())
-                    made = {key: hook for key, hook in table.items() if key not in hooks}
-                    table.clear()
-                    table.update({**hooks, **made})
-            return True
-
-        gone: list[tuple[dict[int, Any], int]] = []
-        try:
-            yield whole
-        finally:
-            for table, key in gone:
-                table.pop(key, None)
 
     def keep(self) -> None:
         """Keep what members write to themselves from now on."""
@@ -287,6 +275,7 @@ class MemberViews:
     def _make(self) -> list[nn.Module]:
         if self._views and self._given:
             self._values.follow(self._barrier.names, self._views, self._given, _WHY)
+        own = [self._values.own(view) for view in self._views]  # as `ens.b = ens.a` gives each member its own
         self._values.hide(self._barrier.names)
         self._held, self._inside = Weights(held_tensors(self._network)), inside(self._network)
         writes, written = (self._barrier.written, self._held.state()), self._barrier.names
@@ -302,7 +291,7 @@ class MemberViews:
         if views and self._given:
             given, given_references = self._anew()
             with outliving():
-                references = self._update(made, references, given, written)
+                references = self._update(made, references, given, written, own)
             made, self._given, self._given_references = views, given, given_references
             self._values = Shown(self._network, self._values)
         self._hook(made)
@@ -312,7 +301,12 @@ class MemberViews:
         return made
 
     def _update(
-        self, made: list[nn.Module], references: list[Reference], given: list[nn.Module], written: Any
+        self,
+        made: list[nn.Module],
+        references: list[Reference],
+        given: list[nn.Module],
+        written: Any,
+        shown: list[dict[int, Any]],
     ) -> list[Reference]:
         """Give members what the network was given since; what they keep of themselves refers to them as before.
 
@@ -323,10 +317,11 @@ class MemberViews:
             references: of these.
             given: the same once more, to compare others with.
             written: identities of the network's modules, and names of their attributes, that were written to.
+            shown: of each member, its own in the place of what the network showed.
         """
         network, renewed = self._network.modules, list[Reference]()
         tensors = {id(x): x for x in tensors_of(self._network).values()}  # those of all members stay
-        for view, new, before, now in zip(self._views, made, self._given, given, strict=True):
+        for view, new, before, now, own_of in zip(self._views, made, self._given, given, shown, strict=True):
             renew_parts(before, self._given_references)
             apart, own = attributes_apart(before, now, NO_STATE), dict(modules_of(view))
             known = {id(x): (own.get(path), b) for x, (path, b) in zip(self._modules, modules_of(before), strict=True)}
@@ -344,6 +339,8 @@ class MemberViews:
                 names = {*apart(was, other), *(name for m, name in written if m == id(original))}
                 names = {*(vars(fresh) if module is fresh else names)} - {*TABLES, *HOOK_TABLES, *NO_STATE}
                 values |= {(id(original), name): vars(fresh)[name] for name in names if name in vars(fresh)}
+                for name in names & vars(fresh).keys() & vars(original).keys():
+                    known_places(vars(original)[name], vars(fresh)[name], own_of, memo)
                 for name in names - vars(fresh).keys():
                     vars(module).pop(name, None)
                 for name in vars(fresh).keys() & vars(module).keys() - names - {*TABLES, *HOOK_TABLES}:
@@ -379,16 +376,3 @@ def _move_table(module: nn.Module, fresh: nn.Module, name: str) -> None:
     for each in table.own:
         other.keep(each, table[each])
     vars(module)[name] = other
-
-
-def _rebound(hook: Any, own: dict[int, nn.Module]) -> Any:
-    """A hook for one member: a method of a module of the network is that of the member's own module."""
-    if isinstance(hook, types.MethodType) and id(hook.__self__) in own:
-        return types.MethodType(hook.__func__, own[id(hook.__self__)])
-    if isinstance(hook, functools.partial):
-        function, args = _rebound(hook.func, own), [own.get(id(x), x) for x in hook.args]
-        keywords = {name: own.get(id(x), x) for name, x in hook.keywords.items()}
-        before = (hook.func, *hook.args, *hook.keywords.values())
-        if any(a is not b for a, b in zip(before, (function, *args, *keywords.values()), strict=True)):
-            return functools.partial(function, *args, **keywords)
-    return hook

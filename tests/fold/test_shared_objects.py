@@ -134,3 +134,47 @@ def test_the_network_shows_one_object_for_one_of_the_first_members(seed, engine)
         if call == 3:
             ensemble = pickle.loads(pickle.dumps(copy.deepcopy(ensemble)))
             kept = None
+
+
+class Grows(nn.Module):
+    """Keeps numbers of its own: in the list that it has, or in a new one."""
+
+    def __init__(self, anew):
+        super().__init__()
+        self.layer, self.anew = nn.Linear(4, 4), anew
+        self.past, self.other, self.table = [1.5], [2.5], {"past": [3.5]}
+
+    def forward(self, x):
+        """One layer, and the sum of what it kept."""
+        y = self.layer(x) + 0.1 * sum(self.past) + 0.01 * sum(self.other) + 0.2 * sum(self.table["past"])
+        number = [float(y.detach().sum()) / 10]
+        if self.anew:
+            self.past, self.table = self.past + number, {"past": self.table["past"] + number}
+        else:
+            self.past += number
+            self.table["past"] += number
+        return y
+
+
+GIVEN = {
+    "an attribute": lambda each: setattr(each, "other", each.past),
+    "what is inside of one": lambda each: setattr(each, "other", each.table["past"]),
+    "in a dictionary": lambda each: setattr(each, "table", {"past": each.past, "more": each.table}),
+    "a copy of the same numbers": lambda each: setattr(each, "other", [1.5, *[0.0] * 2]),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("anew", [False, True], ids=["in place", "anew"])
+@pytest.mark.parametrize("give", GIVEN.values(), ids=GIVEN)
+def test_what_others_put_elsewhere_is_each_members_own(give, anew, engine):
+    members = [made(lambda _: Grows(anew), k) for k in range(K)]
+    ensemble = fastens.Ensemble(copy.deepcopy(members), engine=engine)
+    for call in range(6):
+        near(ensemble(X), torch.stack([member(X) for member in members]).mean(0))
+        for name in ("past", "other"):
+            assert getattr(ensemble, name) == pytest.approx(getattr(members[0], name), abs=1e-4)
+        assert (ensemble.other is ensemble.past) is (members[0].other is members[0].past)
+        if call in (1, 3):
+            for each in (ensemble, *members):
+                give(each)
