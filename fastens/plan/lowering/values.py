@@ -14,9 +14,14 @@ from fastens.trace.record import Ref
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """A tensor as images with contiguous channels: element strides of rows, lines and pixels."""
+    """A tensor as images with contiguous channels: element strides of rows, lines and pixels.
+
+    Attributes:
+        channel_dim: which of the tensor's dimensions is the channels; sizes and strides alone do not tell.
+    """
 
     ref: Ref
+    channel_dim: int
     rows: int
     height: int
     width: int
@@ -62,12 +67,13 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
     """
     if len(ref.size) < 2:
         return None
-    dims = [d for d in range(1, len(ref.size)) if d != channel_dim % len(ref.size)]
+    channel_dim %= len(ref.size)
+    dims = [d for d in range(1, len(ref.size)) if d != channel_dim]
     channels = ref.size[channel_dim]
     if len(dims) > 2 or (channels > 1 and ref.stride[channel_dim] != 1):
         return None
     sizes, strides = [1, 1, *(ref.size[d] for d in dims)][-2:], [0, 0, *(ref.stride[d] for d in dims)][-2:]
-    return Pixels(ref, ref.size[0], sizes[0], sizes[1], channels, ref.stride[0], strides[0], strides[1])
+    return Pixels(ref, channel_dim, ref.size[0], sizes[0], sizes[1], channels, ref.stride[0], strides[0], strides[1])
 
 
 @dataclasses.dataclass(frozen=True)

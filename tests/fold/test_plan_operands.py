@@ -1,0 +1,84 @@
+"""What a plan takes into a step is what the network computes, also where the recorded call could not tell."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastens
+from fastens import _native
+from fastens.plan.cpu.plan import TARGET
+from fastens.plan.graph import views
+from fastens.plan.lowering.lower import lower_all
+from fastens.plan.memory import Buffer, address_unit
+from fastens.trace.record import record
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=f"no compiled library: {_native.status()}")
+
+
+class Added(nn.Module):
+    """The result of a layer, and what a function makes of a second input."""
+
+    def __init__(self, layer, function):
+        super().__init__()
+        self.layer, self.function = layer(), function
+
+    def forward(self, x, y):
+        return self.layer(x) + self.function(y)
+
+
+def linear():
+    return nn.Linear(8, 8)
+
+
+CASES = {  # layer, function of the second input, both shapes
+    "a number for each of the lines of tokens": (linear, lambda y: y, (2, 5, 3, 8), (2, 5, 1, 1)),
+    "as many lines as channels": (linear, lambda y: y, (2, 8, 3, 8), (2, 8, 1, 1)),
+    "tokens with their channels elsewhere": (linear, lambda y: y.permute(0, 3, 1, 2), (2, 8, 3, 8), (2, 3, 8, 8)),
+    "tokens turned": (linear, lambda y: y.transpose(1, 3), (2, 8, 1, 8), (2, 8, 1, 8)),
+    "a signal as long as it has channels": (lambda: nn.Conv1d(8, 8, 3, padding=1), lambda y: y, (2, 8, 8), (2, 8, 8)),
+    "a signal of a transposed convolution": (
+        lambda: nn.ConvTranspose1d(8, 8, 3, padding=1), lambda y: y, (2, 8, 8), (2, 8, 8),
+    ),
+    "bits of bfloat16": (linear, lambda y: y.bfloat16().view(torch.int16).float(), (2, 8), (2, 8)),
+    "an image": (lambda: nn.Conv2d(3, 8, 3, padding=1), lambda y: y, (2, 3, 8, 8), (2, 8, 8, 8)),
+    "a number for each channel": (lambda: nn.Conv2d(3, 8, 3, padding=1), lambda y: y, (2, 3, 8, 8), (2, 8, 1, 1)),
+    "an image of 2 by 2, 3.2 times as large": (
+        lambda: nn.Conv2d(3, 8, 3, padding=1), lambda y: F.interpolate(y, scale_factor=3.2), (2, 3, 6, 6), (2, 8, 2, 2),
+    ),
+    "an image of 2 by 2, 3 times as large": (
+        lambda: nn.Conv2d(3, 8, 3, padding=1), lambda y: F.interpolate(y, scale_factor=3), (2, 3, 6, 6), (2, 8, 2, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_operand_that_was_zero_when_the_plan_was_made(case):
+    layer, function, *shapes = CASES[case]
+    torch.manual_seed(0)
+    members = [Added(layer, function).eval() for _ in range(2)]
+    ensemble, (x, y) = fastens.Ensemble(members, engine="fold"), (torch.randn(shape) for shape in shapes)
+    with torch.no_grad():
+        for _ in range(2):  # the plan is held against the members at both
+            ensemble.member_outputs(x, torch.zeros_like(y))
+        assert ensemble.report().plans, ensemble.report().why_no_plan
+        torch.testing.assert_close(ensemble.member_outputs(x, y), torch.stack([member(x, y) for member in members]))
+
+
+def apart(x):
+    """Memory with room between its rows, written in parts."""
+    made = x.new_empty_strided((4, 8), (64, 1))
+    made[:, 1:] = x[:, :-1]
+    made[:, :1] = x[:, -1:]
+    return made * 2
+
+
+@pytest.mark.parametrize("function", [apart, lambda x: x.flip(1).cumsum(1), lambda x: x.bfloat16().float() + x])
+def test_every_operand_lies_in_its_buffer(function):
+    x = torch.randn(4, 8)
+    builder, _ = lower_all(record(lambda: function(x), [x])[0], 1, TARGET)
+    for node in builder.nodes:
+        for view in views(list(node.operands.values())):
+            if isinstance(view.where, Buffer):
+                last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
+                assert (last + 1) * address_unit(view.where.dtype) <= view.where.num_bytes
