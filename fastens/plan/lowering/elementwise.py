@@ -82,7 +82,7 @@ def binary(builder: Builder, op: Operation) -> bool:
     a, b = op.args[:2]
     out = op.outs[0]
     opcode = BINARY[op.name.removeprefix("aten.").rstrip("_")]
-    if op.kwargs.get("alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
+    if argument(op, 2, "alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
         return False
     for ref, other in ((a, b), (b, a)):
         one = builder.constant(other) if isinstance(other, Ref) and isinstance(ref, Ref) else None
@@ -296,5 +296,5 @@ def empty(builder: Builder, op: Operation) -> bool:
     out = op.outs[0]
     if out.dtype not in builder.target.floats:
         return False
-    builder.values[out.storage] = Stored(builder.buffer(out.numel, out.dtype))
+    builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
     return True
