@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastens.plan.graph import Code, Mask, Runs, View
-from fastens.plan.memory import Argument, Buffer, Constant
+from fastens.plan.memory import HALVES, Constant, Memory
 from fastens.program.steps import Opcode
 from fastens.trace.record import Ref
 
@@ -78,15 +78,13 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A value in memory, in a buffer or an argument, laid out as torch laid it out when it was recorded.
+    """A value in memory, laid out as torch laid it out when it was recorded.
 
     Attributes:
-        where: the memory.
-        as_float32: whether another dtype is held in float32, as elementwise nodes read and write it.
+        where: the memory; a cast buffer has its bytes as torch has them, where others hold half precision in float32.
     """
 
-    where: Buffer | Argument
-    as_float32: bool = False
+    where: Memory
 
 
 @dataclasses.dataclass
@@ -192,10 +190,21 @@ class Apply:
 
 @dataclasses.dataclass
 class Expression:
-    """A chain of elementwise instructions."""
+    """A chain of elementwise instructions.
+
+    Attributes:
+        rounds: whether the result is a conversion to half precision. What reads it otherwise than as the operand of a
+            product or norm in half precision gets what the network asked for: a timestep of 999 is 1000 in bfloat16.
+    """
 
     ref: Ref
     root: Leaf | Apply
+    rounds: bool = False
+
+
+def is_rounded(x: Ref, out: Ref) -> bool:
+    """Whether a copy of ``x`` to ``out`` is a conversion to half precision."""
+    return out.dtype in HALVES and x.dtype != out.dtype
 
 
 @dataclasses.dataclass
