@@ -7,6 +7,7 @@ from torch import nn
 
 import fastens
 from fastens import _native
+from fastens.engine import planned
 from fastens.plan.cpu.plan import TARGET
 from fastens.plan.graph import views
 from fastens.plan.lowering.lower import lower_all
@@ -82,3 +83,31 @@ def test_every_operand_lies_in_its_buffer(function):
             if isinstance(view.where, Buffer):
                 last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
                 assert (last + 1) * address_unit(view.where.dtype) <= view.where.num_bytes
+
+
+class Written(nn.Module):
+    """Two images joined twice, and a part of one written to in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.of_both = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x, part):
+        a, b = self.first(x), self.second(x)
+        before = self.of_both(torch.cat([a, b], 1)).cumsum(1)
+        a[:, :1] = part
+        return before + self.of_both(torch.cat([a, b], 1))
+
+
+@pytest.mark.parametrize("launches", [False, True])
+def test_what_is_joined_again_is_as_it_was_written_to(launches, monkeypatch):
+    monkeypatch.setattr(planned, "launches_on", lambda _: launches)
+    torch.manual_seed(0)
+    members = [Written().eval() for _ in range(2)]
+    ensemble, x, part = fastens.Ensemble(members, engine="fold"), torch.randn(2, 3, 6, 6), torch.rand(2, 1, 4, 4) > 0.5
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = ensemble.member_outputs(x, part)
+        assert ensemble.report().plans, ensemble.report().why_no_plan
+        torch.testing.assert_close(outputs, torch.stack([member(x, part) for member in members]))
