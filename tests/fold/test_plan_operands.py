@@ -86,26 +86,56 @@ def test_every_operand_lies_in_its_buffer(function):
 
 
 class Written(nn.Module):
-    """Two images joined twice, and a part of one written to in between."""
+    """What two layers make of an image, a part of which is written to in between."""
+
+    def __init__(self, layer, last):
+        super().__init__()
+        self.image, self.before, self.behind = nn.Conv2d(3, 8, 3, padding=1), layer(), layer()
+        self.last = last
+
+    def forward(self, x, part):
+        image = self.image(x)
+        if self.last:
+            image = image.permute(0, 2, 3, 1).contiguous()
+        before = self.before(image)
+        if part.dtype == torch.bool:
+            before = before.cumsum(1)  # by torch, now
+        image[:, :1] = part
+        return before * 2 + self.behind(image)
+
+
+class JoinedWith(nn.Module):
+    """A convolution of an image and its negative."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-        self.of_both = nn.Conv2d(8, 4, 1)
+        self.conv = nn.Conv2d(16, 4, 1)
 
-    def forward(self, x, part):
-        a, b = self.first(x), self.second(x)
-        before = self.of_both(torch.cat([a, b], 1)).cumsum(1)
-        a[:, :1] = part
-        return before + self.of_both(torch.cat([a, b], 1))
+    def forward(self, x):
+        return self.conv(torch.cat([x, -x], 1))
+
+
+LAYERS = {  # and whether the channels are last
+    "a normalisation": (lambda: nn.GroupNorm(2, 8), False),
+    "a block": (lambda: nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3)), False),
+    "a convolution": (lambda: nn.Conv2d(8, 4, 3), False),
+    "a convolution of pixels": (lambda: nn.Conv2d(8, 4, 1), False),
+    "a linear layer": (lambda: nn.Linear(8, 4), True),
+    "two images": (JoinedWith, False),
+}
 
 
 @pytest.mark.parametrize("launches", [False, True])
-def test_what_is_joined_again_is_as_it_was_written_to(launches, monkeypatch):
+@pytest.mark.parametrize("by_torch", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_reads_what_was_written_since(layer, by_torch, launches, monkeypatch):
     monkeypatch.setattr(planned, "launches_on", lambda _: launches)
+    make, last = LAYERS[layer]
     torch.manual_seed(0)
-    members = [Written().eval() for _ in range(2)]
-    ensemble, x, part = fastens.Ensemble(members, engine="fold"), torch.randn(2, 3, 6, 6), torch.rand(2, 1, 4, 4) > 0.5
+    members = [Written(make, last).eval() for _ in range(2)]
+    part = torch.randn(2, 1, 6, 8 if last else 6)
+    part = part > 0 if by_torch else part
+    ensemble, x = fastens.Ensemble(members, engine="fold"), torch.randn(2, 3, 6, 6)
     with torch.no_grad():
         for _ in range(2):
             outputs = ensemble.member_outputs(x, part)
