@@ -66,6 +66,30 @@ def test_an_operand_that_was_zero_when_the_plan_was_made(case):
         torch.testing.assert_close(ensemble.member_outputs(x, y), torch.stack([member(x, y) for member in members]))
 
 
+class Paired(nn.Module):
+    """The size of pairs of numbers, as complex ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x):
+        return self.linear(x) + torch.view_as_complex(x.view(2, 4, 2)).abs().repeat(1, 2)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_an_input_seen_as_another_dtype_may_begin_anywhere(start):
+    torch.manual_seed(0)
+    members = [Paired().eval() for _ in range(2)]
+    ensemble, numbers = fastens.Ensemble(members, engine="fold"), torch.randn(40)
+    with torch.no_grad():
+        for _ in range(2):
+            ensemble.member_outputs(numbers[:16].view(2, 8))
+        assert ensemble.report().plans, ensemble.report().why_no_plan
+        x = numbers[start : start + 16].view(2, 8)
+        torch.testing.assert_close(ensemble.member_outputs(x), torch.stack([m(x.clone()) for m in members]))
+
+
 def apart(x):
     """Memory with room between its rows, written in parts."""
     made = x.new_empty_strided((4, 8), (64, 1))

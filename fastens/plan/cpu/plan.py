@@ -56,8 +56,11 @@ class _Given:
         view, dtype, x = self.view, self.view.dtype, given[self.number]
         if self.whole:
             return x
-        start = x.storage_offset() * x.itemsize // dtype.itemsize + view.offset
-        return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), start, view.size, view.stride)
+        start, rest = divmod(x.storage_offset() * x.itemsize, dtype.itemsize)
+        if rest and x.numel():  # where no element of that dtype begins: of a copy
+            span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            x, start = x.as_strided((span,), (1,)).clone(), 0
+        return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), start + view.offset, view.size, view.stride)
 
 
 @dataclasses.dataclass(frozen=True)
