@@ -132,6 +132,7 @@ Tensor conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int
   const Images in(x);
   const bool image = x.dim() == 4;
   const int64_t members = weight.size(0), outputs = weight.size(1);
+  STD_TORCH_CHECK(in.channels > 0, "conv: the native kernel takes one channel or more");
   Conv step{};
   step.header.kind = static_cast<int64_t>(program::Kind::kConv);
   step.rows = in.rows;

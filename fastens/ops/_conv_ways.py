@@ -144,6 +144,8 @@ def refuses_native(c: Convolution) -> str | None:
         return "not in one or two dimensions"
     if c.x.dtype != torch.float32 or c.weight.dtype != torch.float32:
         return "not float32"
+    if c.weight.shape[2] == 0:
+        return "no channels"
     if c.x.device.type != "cpu":
         return f"the tensors are on {c.x.device}, and the kernel serves the CPU"
     if torch.compiler.is_compiling():  # which does not trace how libraries are found; asked for where missing, it fails

@@ -13,11 +13,12 @@ from torch import Tensor
 from fastens.program.steps import NONE, Slot, address
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def address_unit(dtype: torch.dtype) -> int:
     """How many bytes one element takes in the addresses of the arena, where half precision is held in float32."""
-    return 4 if dtype in (torch.bfloat16, torch.float16) else dtype.itemsize
+    return 4 if dtype in HALVES else dtype.itemsize
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,6 +72,9 @@ class Cast:
 
     where: Buffer | Argument
     dtype: torch.dtype
+
+
+Memory = Buffer | Argument | Cast
 
 
 @dataclasses.dataclass(frozen=True)

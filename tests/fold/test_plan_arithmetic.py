@@ -82,6 +82,16 @@ def test_a_division_by_a_number_is_torchs(divisor):
     torch.testing.assert_close(planned, looped, rtol=0, atol=0, equal_nan=True)
 
 
+def in_a_part(whole, x):
+    whole[:, 1:] = x
+    return whole
+
+
+def many(x):
+    """Two of each, brought to the batch as networks bring timesteps to it."""
+    return (x * torch.ones(len(x), 1, dtype=x.dtype)).repeat(2, 1)
+
+
 CHAINS = {
     "two factors": lambda _, x: x * 0.1 * 0.7,
     "a factor and its reciprocal": lambda _, x: x * 1e-3 * 1e3,
@@ -96,6 +106,15 @@ CHAINS = {
     "a square": lambda _, x: (x * 0.1) ** 2,
     "tensors": lambda _, x: (x * x + x) / (x + 3) - x,
     "alpha": lambda _, x: torch.add(x, x * x, alpha=0.1),
+    "alpha by position": lambda _, x: torch.ops.aten.add.Scalar(x, 2.0, 0.1),
+    "bfloat16": lambda _, x: x.bfloat16().float() / 3,
+    "bfloat16 of a product": lambda _, x: (x * 0.1).bfloat16().float() * 3,
+    "bfloat16 of whole numbers": lambda _, x: x.long().to(torch.bfloat16).float() + 1,
+    "bfloat16 in another layout": lambda _, x: torch.cat([x, 1 - x], 1).bfloat16().t().contiguous().float().t(),
+    "bfloat16 in place of other numbers": lambda _, x: torch.zeros_like(x, dtype=torch.bfloat16).copy_(x).float() * 3,
+    "bfloat16 in a part": lambda _, x: in_a_part(torch.zeros(len(x), 2, dtype=torch.bfloat16), x).float() * 3,
+    "half": lambda _, x: (x * 100).half().float(),
+    "large whole numbers": lambda _, x: torch.remainder(many(x.long() + 2**24), 1000).float(),
     "a mean": lambda _, x: torch.cat([x, x * 0.1, x + 1], 1).mean(1, keepdim=True),
     "a linear layer, divided": lambda net, x: net.linear(x) / 1000,
     "a linear layer, times two factors": lambda net, x: net.linear(x) * 0.1 * 0.7,
@@ -113,6 +132,33 @@ def test_a_chain_rounds_where_the_network_rounds(chain):
     for x in (TIMES.float(),) if whole else (TIMES.float(), SIGMAS):
         planned, looped = planned_and_looped(CHAINS[chain], x[:, None])
         torch.testing.assert_close(planned, looped, rtol=0, atol=0, equal_nan=True)
+
+
+class Converted(nn.Module):
+    """What is rounded, and what is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x.bfloat16().float(), self.linear(x)
+
+
+def test_what_is_returned_is_rounded_too():
+    x, ensemble = torch.randn(4, 8), fastens.Ensemble([Converted().eval() for _ in range(2)], engine="fold")
+    with torch.no_grad():
+        for _ in range(3):
+            rounded, _ = ensemble.member_outputs(x)
+        assert ensemble.report().plans, ensemble.report().why_no_plan
+    assert torch.equal(rounded[0], x.bfloat16().float())
+
+
+@pytest.mark.parametrize("far", [0.0, 90.0, 95.0])
+def test_weights_by_hand_of_what_is_far_away_are_finite(far):
+    x = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) + far
+    planned, looped = planned_and_looped(lambda _, x: (-x).exp() / (-x).exp().sum(1, keepdim=True), x)
+    torch.testing.assert_close(planned, looped, rtol=1e-3, atol=0)  # subnormal numbers have few digits
 
 
 def sinusoidal(x, scale, max_period=1e4):

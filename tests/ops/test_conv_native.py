@@ -74,6 +74,8 @@ def test_shared_rows_empty_batch_and_nan():
     assert relative_error(conv(*shared, way="native"), expected_of(shared)) <= OP[torch.float32]
     empty = (arguments[0][:0], *arguments[1:])
     assert conv(*empty, way="native").shape == (0, *expected_of(shared).shape[1:])
+    no_channels = (shared[0][:, :0], arguments[1][:, :, :0], *arguments[2:])
+    assert torch.equal(conv(*no_channels), expected_of(no_channels).float())  # the bias
     poisoned = case(SHAPES[2], 2, 4)
     poisoned[0][1, 0, 3, 2] = torch.nan
     assert torch.equal(conv(*poisoned, way="native").isnan(), expected_of(poisoned).isnan())

@@ -10,9 +10,13 @@ FASTENS_INLINE Vector load(const float* p) { return *reinterpret_cast<const Loos
 FASTENS_INLINE void store(float* p, Vector v) { *reinterpret_cast<LooseVector*>(p) = v; }
 FASTENS_INLINE Vector splat(float x) { return x - Vector{}; }
 
-// exp(x) to 2 units in the last place; overflows to inf, underflows to 0, keeps NaN.
-FASTENS_INLINE Vector exponential(Vector x) {
-  const Vector high = splat(88.72283f), low = splat(-87.33654f);
+// exp(x) is a normal number from here on, and from there on a number at all.
+constexpr float kNormalFrom = -87.33654f, kNumberFrom = -104.0f;
+
+// exp(x) to 2 units in the last place; overflows to inf, keeps NaN. It is 0 below `least`: a subnormal counts as little
+// beside the 1 that sums of these have, and slows down what multiplies it.
+FASTENS_INLINE Vector exponential(Vector x, float least = kNormalFrom) {
+  const Vector high = splat(88.72283f), low = splat(least);
   const Vector clipped = x > high ? high : x < low ? low : x;
   const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vector n = (clipped * 1.44269504f + magic) - magic;
@@ -24,7 +28,7 @@ FASTENS_INLINE Vector exponential(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const Vector e = p * (r * r) + r + 1.0f;
-  // 2^n in two factors, because n reaches 128
+  // 2^n in two factors, because n reaches 128 and -150
   const IntVector whole = __builtin_convertvector(clipped == clipped ? n : Vector{}, IntVector);
   const IntVector half = whole >> 1, rest = whole - half;
   const Vector scaled = e * reinterpret_cast<Vector>((half + 127) << 23) * reinterpret_cast<Vector>((rest + 127) << 23);

@@ -12,7 +12,7 @@ from fastens.plan import graph
 from fastens.plan.cpu.convolution import convolution
 from fastens.plan.graph import Code, TorchCall, View
 from fastens.plan.loops import simplified
-from fastens.plan.memory import At, Buffer, Cast, Constant, Constants, address_unit
+from fastens.plan.memory import HALVES, At, Buffer, Cast, Constant, Constants, address_unit
 from fastens.program import steps
 from fastens.program.steps import NONE, Activation, Image, Opcode, Slot, Step, Strided
 from fastens.raw import raw
@@ -105,9 +105,7 @@ class Emitter:
     def _strided(self, view: View) -> Strided:
         """An elementwise operand; half precision in buffers is held in float32, and constants are."""
         where = view.where
-        held = isinstance(where, Constant) or (
-            isinstance(where, Buffer) and where.dtype in (torch.bfloat16, torch.float16)
-        )
+        held = isinstance(where, Constant) or (isinstance(where, Buffer) and where.dtype in HALVES)
         return Strided(self.at(view), 0 if held else steps.DTYPES[where.dtype], list(view.stride))
 
     # Nodes

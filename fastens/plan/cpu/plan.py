@@ -17,14 +17,13 @@ from fastens.plan.cpu.exact import is_exact
 from fastens.plan.graph import TorchCall, View
 from fastens.plan.lowering.lower import lower_all
 from fastens.plan.lowering.target import Target
-from fastens.plan.memory import Argument, At, Buffer, Cast, Constants, lay_out
+from fastens.plan.memory import HALVES, Argument, At, Buffer, Cast, Constants, lay_out
 from fastens.plan.torch_call import call
 from fastens.program import steps
 from fastens.program.steps import Step
 from fastens.trace.record import NotLowerable, Recording, mapped
 
 _PRODUCTS, _BYTES = 100e3, 8e3  # multiply-adds and bytes of one thread in a microsecond, about
-_HALF = (torch.bfloat16, torch.float16)
 _WORTH_WAKING = 80  # microseconds of work: less is done before a sleeping thread takes its share
 
 
@@ -57,8 +56,11 @@ class _Given:
         view, dtype, x = self.view, self.view.dtype, given[self.number]
         if self.whole:
             return x
-        start = x.storage_offset() * x.itemsize // dtype.itemsize + view.offset
-        return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), start, view.size, view.stride)
+        start, rest = divmod(x.storage_offset() * x.itemsize, dtype.itemsize)
+        if rest and x.numel():  # where no element of that dtype begins: of a copy
+            span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            x, start = x.as_strided((span,), (1,)).clone(), 0
+        return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), start + view.offset, view.size, view.stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Plan:
         buffer = where.where if isinstance(where, Cast) else where
         if not isinstance(buffer, Buffer):
             return _Given(buffer.number, view, self._is_whole(buffer, view))
-        held = torch.float32 if dtype in _HALF else dtype
+        held = torch.float32 if dtype in HALVES and where is buffer else dtype
         found = self._arena.view(held).as_strided(view.size, view.stride, buffer.offset // held.itemsize + view.offset)
         return found if held is dtype else _Wide(found, dtype)
 

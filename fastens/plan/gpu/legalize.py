@@ -92,6 +92,13 @@ class Legalizer:
             if any(isinstance(view.where, Cast) for view in (*node.reads(), *node.writes())):
                 raise NotLowerable(f"{node.name} of a value that is held in another dtype")
             self.kinds[type(node)](node)
+            self._join_anew({view.where for view in node.writes()})
+
+    def _join_anew(self, written: set[Any]) -> None:
+        """Forget joins of images that a node has written to."""
+        self._joined = {
+            key: view for key, view in self._joined.items() if written.isdisjoint(v.where for v in key[:-1])
+        }
 
     # Operands
 
@@ -258,14 +265,11 @@ class Legalizer:
         self.nodes.append(GroupNorm(out, image, prologue, None if of is None else self._offsets(of.runs)))
 
     def _pointwise(self, node: Pointwise) -> None:
-        """The same over as few dimensions as it has; what was joined of what it overwrites is joined anew."""
+        """The same over as few dimensions as it has."""
         operands = [node.out, *node.inputs]
         sizes, strides = simplified(list(node.out.size), [list(view.stride) for view in operands])
         out, *inputs = (_kept(view, sizes, stride) for view, stride in zip(operands, strides, strict=True))
         self.nodes.append(Pointwise(out, inputs, self._as_torch(node.code)))
-        self._joined = {
-            key: view for key, view in self._joined.items() if all(v.where is not out.where for v in key[:-1])
-        }
 
     def _as_torch(self, code: Code) -> Code:
         """(x / d)  ->  x (1 / d), by the reciprocal that torch itself takes on CUDA."""

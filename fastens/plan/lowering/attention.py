@@ -10,7 +10,7 @@ from fastens.plan.layout import Factors
 from fastens.plan.lowering.builder import Builder
 from fastens.plan.lowering.origin import Origin, origin
 from fastens.plan.lowering.registry import argument, call, lowers
-from fastens.plan.lowering.values import Expression, Leaf, Scores, Stored
+from fastens.plan.lowering.values import Expression, Leaf, Scores, Stored, is_rounded
 from fastens.trace.record import Operation, Ref
 
 _MOST_WIDTH = 512  # of a head: beyond it, its keys and values leave the second-level cache
@@ -121,6 +121,8 @@ def kept_scores(builder: Builder, x: Ref, out: Ref, number: float, compute: Call
     """
     found = scores_of(builder, x)
     if found is None or not _in_line(out) or out.size != x.size or (found.softmax and number != 1.0):
+        return False
+    if not found.softmax and is_rounded(x, out):
         return False
     scale = found.scale * number
     builder.values[out.storage] = dataclasses.replace(found, ref=out, scale=scale, compute=compute)

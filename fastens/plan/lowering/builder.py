@@ -30,7 +30,7 @@ from fastens.plan.lowering.values import (
     Value,
     instructions,
 )
-from fastens.plan.memory import ALIGNMENT, Argument, Buffer, Cast, Constant, address_unit
+from fastens.plan.memory import ALIGNMENT, HALVES, Argument, Buffer, Cast, Constant, Memory, address_unit
 from fastens.program import steps
 from fastens.program.block import Epilogue
 from fastens.trace.record import NotLowerable, Recording, Ref
@@ -105,8 +105,15 @@ class Builder:
         if not isinstance(value, Stored):
             value = self._store(ref.storage, value)
         where = value.where
-        same = value.as_float32 or where.dtype == ref.dtype
-        return View(where if same else Cast(where, ref.dtype), ref.offset, ref.size, ref.stride)
+        if where.dtype != ref.dtype:
+            if self._widened(where):
+                raise NotLowerable(f"{where.dtype} that is read as {ref.dtype}")
+            where = Cast(where.where if isinstance(where, Cast) else where, ref.dtype)
+        return View(where, ref.offset, ref.size, ref.stride)
+
+    def _widened(self, where: Memory) -> bool:
+        """Whether memory holds half precision in float32."""
+        return self.target.widens and isinstance(where, Buffer) and where.dtype in HALVES
 
     def operand(self, ref: Ref, like: tuple[int, ...] = ()) -> View:
         """A view of an elementwise operand, a constant laid out like strides are."""
@@ -143,9 +150,14 @@ class Builder:
 
     def readable(self, ref: Ref) -> bool:
         """Whether nodes read a value as it is where it is."""
+        return ref.dtype in (self.target.read_in_buffers if self.inside(ref) else self.target.read_in_arguments)
+
+    def inside(self, ref: Ref) -> bool:
+        """Whether a value is in a buffer of its dtype, as nodes hold it, or will be."""
         value = self.values.get(ref.storage)
-        inside = not isinstance(value, Stored) or isinstance(value.where, Buffer)
-        return ref.dtype in (self.target.read_in_buffers if inside else self.target.read_in_arguments)
+        if isinstance(value, Stored):
+            return isinstance(value.where, Buffer) and value.where.dtype == ref.dtype
+        return not (isinstance(value, Expression) and value.rounds and self.target.widens)
 
     # Reading
 
@@ -250,13 +262,14 @@ class Builder:
             value.compute()
             return self._store(storage, self.values[storage])
         ref = value.ref if isinstance(value, Expression) else value.pixels.ref
-        as_float32 = self.target.widens and ref.dtype not in self.target.floats
-        place = Stored(self.buffer(ref.span, torch.float32 if as_float32 else ref.dtype), as_float32)
+        where = self.buffer(ref.span, ref.dtype)
+        rounded = isinstance(value, Expression) and value.rounds and self.target.widens
+        place = Stored(Cast(where, ref.dtype) if rounded else where)
         self._write(value, place.where)
         self.values[storage] = place
         return place
 
-    def _write(self, value: Value, where: Buffer | Argument) -> None:
+    def _write(self, value: Value, where: Memory) -> None:
         if isinstance(value, Expression):
             self.expression(value.root, View(where, 0, value.ref.size, value.ref.stride))
         elif isinstance(value, Convolved):
@@ -266,7 +279,7 @@ class Builder:
         elif isinstance(value, Activated | Dropped | Normed | Joined | Enlarged):
             materialized(self, value, where)
 
-    def convolution(self, value: Convolved, where: Buffer | Argument, offset: int = 0) -> None:
+    def convolution(self, value: Convolved, where: Memory, offset: int = 0) -> None:
         """Append the convolution that computes a value into memory.
 
         It computes of its input what nothing else needs in memory: ``pad(x)`` is its own padding.

@@ -27,6 +27,7 @@ from fastens.plan.lowering.values import (
     Leaf,
     Stored,
     collect_leaves,
+    is_rounded,
     pixels_of,
 )
 from fastens.program import steps
@@ -82,12 +83,13 @@ def binary(builder: Builder, op: Operation) -> bool:
     a, b = op.args[:2]
     out = op.outs[0]
     opcode = BINARY[op.name.removeprefix("aten.").rstrip("_")]
-    if op.kwargs.get("alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
+    if argument(op, 2, "alpha", 1) != 1 or op.kwargs.get("rounding_mode") is not None:
         return False
     for ref, other in ((a, b), (b, a)):
         one = builder.constant(other) if isinstance(other, Ref) and isinstance(ref, Ref) else None
         whole = one is not None and opcode is Opcode.MULTIPLY and ref.size == out.size and ref.dtype == out.dtype
-        if whole and bool((one == 1).all()):  # as networks do to bring timesteps to the batch
+        # as networks do to bring timesteps to the batch
+        if whole and ref.dtype in builder.target.copied and bool((one == 1).all()):
             builder.values[out.storage] = Expression(out, Leaf(ref))
             return True
     if out.dtype not in builder.target.floats:
@@ -151,7 +153,8 @@ def _inlined(builder: Builder, ref: Ref) -> Leaf | Apply:
     """The expression that a value is kept as, where this is its only use; otherwise the value as a leaf."""
     value = builder.values.get(ref.storage)
     alone = builder.uses[ref.storage] == 1
-    return value.root if isinstance(value, Expression) and same_view(value.ref, ref) and alone else Leaf(ref)
+    known = isinstance(value, Expression) and same_view(value.ref, ref) and not value.rounds
+    return value.root if known and alone else Leaf(ref)
 
 
 def express(builder: Builder, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
@@ -226,10 +229,11 @@ def copy(builder: Builder, op: Operation) -> bool:
 
 def _copied(builder: Builder, x: Ref, out: Ref) -> None:
     value = builder.values.get(x.storage)
-    if isinstance(value, Expression) and same_view(value.ref, x) and builder.uses[x.storage] == 1:
-        builder.values[out.storage] = Expression(out, value.root)
+    known = isinstance(value, Expression) and same_view(value.ref, x) and builder.uses[x.storage] == 1
+    if known and not (value.rounds and out.dtype != x.dtype):
+        builder.values[out.storage] = Expression(out, value.root, value.rounds or is_rounded(x, out))
     else:
-        builder.values[out.storage] = Expression(out, Leaf(x))
+        builder.values[out.storage] = Expression(out, Leaf(x), is_rounded(x, out))
 
 
 @lowers("aten.repeat")
@@ -256,13 +260,13 @@ def partial_copy(builder: Builder, op: Operation) -> bool:
     in_step = out.dtype in builder.target.floats and x.dtype in builder.target.copied
     if not same_view(out, written):  # the whole, under another name
         if in_step:
-            builder.values[written.storage] = Expression(written, Leaf(x))
+            builder.values[written.storage] = Expression(written, Leaf(x), is_rounded(x, written))
         return in_step
     for storage in list(builder.values):  # whatever still waits may read what is overwritten here
         builder.store(storage)
     for ref in [ref for ref in builder.copies if ref.storage == out.storage]:
         del builder.copies[ref]
-    if in_step:
+    if in_step and not (builder.target.widens and is_rounded(x, out)):
         builder.expression(Leaf(x), builder.stored(out))
     else:
         call_into(builder, op)
@@ -296,5 +300,5 @@ def empty(builder: Builder, op: Operation) -> bool:
     out = op.outs[0]
     if out.dtype not in builder.target.floats:
         return False
-    builder.values[out.storage] = Stored(builder.buffer(out.numel, out.dtype))
+    builder.values[out.storage] = Stored(builder.buffer(out.span, out.dtype))
     return True

@@ -68,6 +68,8 @@ def row_bias_in_epilogue(builder: Builder, out: Ref, x: Ref, other: Ref) -> bool
     before = _open(builder, out, x)
     if before is None or before.row_bias is not None or before.residual is not None or before.mask is not None:
         return False
+    if before.pixels.channel_dim != 1:  # of tokens, whose channels are last
+        return False
     vector = row_vector(builder, other, out)
     if vector is None or not _relaid(before, out):
         return False
@@ -83,7 +85,7 @@ def residual_in_epilogue(builder: Builder, out: Ref, x: Ref, other: Ref) -> bool
         return False
     if other.size != out.size or other.dtype not in builder.target.floats:
         return False
-    pixels = pixels_of(other, 1 if len(out.size) == 4 else -1)
+    pixels = pixels_of(other, before.pixels.channel_dim)
     if pixels is None or (builder.constant(other) is None and not builder.readable(other)):
         return False
     residual = pixels.reshaped(before.pixels.height, before.pixels.width)
@@ -100,7 +102,8 @@ def scale_in_norm(builder: Builder, out: Ref, x: Ref, other: Ref) -> bool:
     """norm(x) (1 + s), of one number for a row and channel  ->  norm(x, row_scale=s)."""
     value = _open_norm(builder, out, x)
     factor = builder.values.get(other.storage)
-    root = factor.root if isinstance(factor, Expression) and same_view(factor.ref, other) else None
+    known = isinstance(factor, Expression) and same_view(factor.ref, other) and not factor.rounds
+    root = factor.root if known else None
     if value is None or value.row_scale is not None:
         return False
     if not isinstance(root, Apply) or (root.opcode, root.number) != (Opcode.ADD_NUMBER, 1.0):

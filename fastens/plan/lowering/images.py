@@ -9,16 +9,14 @@ import torch
 
 from fastens.plan.graph import Code, Materialize, View
 from fastens.plan.lowering.values import Activated, Dropped, Enlarged, Joined, Normed, Padded
-from fastens.plan.memory import Argument, Buffer, Constant
+from fastens.plan.memory import Constant, Memory
 from fastens.program.steps import Opcode
 
 if TYPE_CHECKING:
     from fastens.plan.lowering.builder import Builder
 
 
-def materialized(
-    builder: Builder, value: Activated | Dropped | Normed | Joined | Enlarged, where: Buffer | Argument
-) -> None:
+def materialized(builder: Builder, value: Activated | Dropped | Normed | Joined | Enlarged, where: Memory) -> None:
     """Append the node that writes a value which is computed on the way."""
     pixels = value.pixels
     chain = builder.chain(pixels)
@@ -31,7 +29,7 @@ def materialized(
     builder.add(Materialize(out, builder.source(chain)))
 
 
-def padded(builder: Builder, value: Padded, where: Buffer | Argument) -> None:
+def padded(builder: Builder, value: Padded, where: Memory) -> None:
     """Append the nodes that write an image with zeros around it."""
     pixels, inner = value.pixels, value.inner
     left, _, top, _ = value.padding

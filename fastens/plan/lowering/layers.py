@@ -320,11 +320,15 @@ def stack(builder: Builder, op: Operation) -> bool:
 @lowers("aten.upsample_nearest2d")
 def upsample(builder: Builder, op: Operation) -> bool:
     """Nearest-neighbour enlargement by a whole number."""
-    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
-    if pixels is None or out is None or not out.ref.numel:
+    height, width = op.args[0].size[2:]
+    factor = op.outs[0].size[2] // height if op.outs[0].numel else 0
+    lines, columns = (torch.arange(n * factor, dtype=torch.float64) // max(1, factor) for n in (height, width))
+    # which pixels torch takes depends on a given scale_factor and on rounding too: 2 become 6 by 3.2 as well as by 3
+    numbers = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
+    if not torch.equal(op.func(numbers, *op.args[1:], **op.kwargs)[0, 0], lines[:, None] * width + columns):
         return False
-    factor = out.height // pixels.height
-    if (out.height, out.width) != (pixels.height * factor, pixels.width * factor):
+    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
+    if pixels is None or out is None:
         return False
     builder.values[out.ref.storage] = Enlarged(out, pixels, factor)
     return True

@@ -39,6 +39,8 @@ def origin(builder: Builder, ref: Ref, scaled: bool = False) -> Origin:
     dims: list[Factors] = [[(n, s)] if n > 1 else [] for n, s in zip(ref.size, ref.stride, strict=True)]
     storage, offset, dtype, scale = ref.storage, ref.offset, ref.dtype, 1.0
     while isinstance(value := builder.values.get(storage), Expression):
+        if value.rounds and ref.dtype != value.ref.dtype:
+            break
         root, number = value.root, 1.0
         if scaled and isinstance(root, Apply) and root.opcode in (Opcode.MULTIPLY_NUMBER, Opcode.DIVIDE_NUMBER):
             number = 1 / root.number if root.opcode is Opcode.DIVIDE_NUMBER and root.number else root.number

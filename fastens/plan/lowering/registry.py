@@ -100,8 +100,7 @@ def image_pixels(builder: Builder, ref: Ref, channel_dim: int) -> Pixels | None:
         if direct is not None and builder.constant(direct.ref) is None and builder.readable(direct.ref):
             return direct
     pixels = pixels_of(ref, channel_dim)
-    inside = not (isinstance(value, Stored) and isinstance(value.where, Argument))
-    if pixels is not None and (inside or ref.dtype == torch.float32):
+    if pixels is not None and (builder.inside(ref) or ref.dtype == torch.float32):
         return pixels
     if len(ref.size) > 4:
         return None

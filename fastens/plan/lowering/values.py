@@ -7,16 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from fastens.plan.graph import Code, Mask, Runs, View
-from fastens.plan.memory import Argument, Buffer, Constant
+from fastens.plan.memory import HALVES, Constant, Memory
 from fastens.program.steps import Opcode
 from fastens.trace.record import Ref
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """A tensor as images with contiguous channels: element strides of rows, lines and pixels."""
+    """A tensor as images with contiguous channels: element strides of rows, lines and pixels.
+
+    Attributes:
+        channel_dim: which of the tensor's dimensions is the channels; sizes and strides alone do not tell.
+    """
 
     ref: Ref
+    channel_dim: int
     rows: int
     height: int
     width: int
@@ -62,25 +67,24 @@ def pixels_of(ref: Ref, channel_dim: int) -> Pixels | None:
     """
     if len(ref.size) < 2:
         return None
-    dims = [d for d in range(1, len(ref.size)) if d != channel_dim % len(ref.size)]
+    channel_dim %= len(ref.size)
+    dims = [d for d in range(1, len(ref.size)) if d != channel_dim]
     channels = ref.size[channel_dim]
     if len(dims) > 2 or (channels > 1 and ref.stride[channel_dim] != 1):
         return None
     sizes, strides = [1, 1, *(ref.size[d] for d in dims)][-2:], [0, 0, *(ref.stride[d] for d in dims)][-2:]
-    return Pixels(ref, ref.size[0], sizes[0], sizes[1], channels, ref.stride[0], strides[0], strides[1])
+    return Pixels(ref, channel_dim, ref.size[0], sizes[0], sizes[1], channels, ref.stride[0], strides[0], strides[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A value in memory, in a buffer or an argument, laid out as torch laid it out when it was recorded.
+    """A value in memory, laid out as torch laid it out when it was recorded.
 
     Attributes:
-        where: the memory.
-        as_float32: whether another dtype is held in float32, as elementwise nodes read and write it.
+        where: the memory; a cast buffer has its bytes as torch has them, where others hold half precision in float32.
     """
 
-    where: Buffer | Argument
-    as_float32: bool = False
+    where: Memory
 
 
 @dataclasses.dataclass
@@ -186,10 +190,21 @@ class Apply:
 
 @dataclasses.dataclass
 class Expression:
-    """A chain of elementwise instructions."""
+    """A chain of elementwise instructions.
+
+    Attributes:
+        rounds: whether the result is a conversion to half precision. What reads it otherwise than as the operand of a
+            product or norm in half precision gets what the network asked for: a timestep of 999 is 1000 in bfloat16.
+    """
 
     ref: Ref
     root: Leaf | Apply
+    rounds: bool = False
+
+
+def is_rounded(x: Ref, out: Ref) -> bool:
+    """Whether a copy of ``x`` to ``out`` is a conversion to half precision."""
+    return out.dtype in HALVES and x.dtype != out.dtype
 
 
 @dataclasses.dataclass

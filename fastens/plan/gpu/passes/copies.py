@@ -11,7 +11,7 @@ from fastens.plan.gpu.launch import Conv, Entry, Join
 from fastens.plan.graph import Code, Node, Pointwise, View, factors_through
 from fastens.plan.layout import joined
 from fastens.plan.loops import in_line
-from fastens.plan.memory import Argument
+from fastens.plan.memory import HALVES, Argument
 from fastens.program.steps import Opcode
 from fastens.trace.functionalize import contiguous
 from fastens.trace.record import Ref
@@ -24,6 +24,11 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def copied(node: Node | None) -> Pointwise | None:
     """The node as a copy of one operand; none where it computes or reads more."""
     return node if isinstance(node, Pointwise) and node.is_copy else None
+
+
+def _rounds(node: Pointwise) -> bool:
+    """Whether a node writes half precision of what is not: the network's conversion, which later nodes rely on."""
+    return node.out.dtype in HALVES and any(view.dtype != node.out.dtype for view in node.inputs)
 
 
 def return_what_was_copied(flow: Dataflow) -> None:
@@ -58,11 +63,14 @@ def _enter(copy: Pointwise, inputs: list[Ref]) -> None:
 
 
 def _original(flow: Dataflow, view: View, any_dtype: bool = False) -> View:
-    """A view where it was copied from first."""
+    """A view where it was copied from first, but for what a copy has rounded."""
+    dtype = view.dtype
     while (copy := copied(flow.writer(view))) and flow.is_settled(copy):
         (source,) = copy.inputs
         moved = view.through(copy.out, source)
         if moved is None or not (any_dtype or source.dtype == view.dtype):
+            break
+        if _rounds(copy) and copy.out.dtype != dtype:
             break
         view = moved
     return view
@@ -148,7 +156,9 @@ def _take_in(flow: Dataflow, node: Pointwise) -> bool:
         once = len(flow.readers(view)) == 1
         floats = all(v.dtype in _FLOATS for v in (their_out, *their_inputs))
         same = all(v.dtype == their_out.dtype for v in their_inputs)
-        if not (same if before.is_copy else floats) or not (once or math.prod(their_out.size) <= _CHEAP):
+        if _rounds(before) or not (same if before.is_copy else floats):
+            continue
+        if not (once or math.prod(their_out.size) <= _CHEAP):
             continue
         if len(inputs) - 1 + len(their_inputs) > _MOST_INPUTS or len(code) + len(their_code) > _MOST_INSTRUCTIONS:
             continue

@@ -32,7 +32,7 @@ def stack_layers(flow: Dataflow) -> None:
     """conv(x; V) and conv(x; W), of one prologue  ->  conv(x; [V W]), whose results lie side by side."""
     groups: dict[Any, list[Conv]] = defaultdict(list)
     for node in flow.nodes:
-        if not isinstance(node, Conv) or node.moments or _reads_pixels(node.block):
+        if not isinstance(node, Conv) or node.moments or _reads_pixels(node.block) or not flow.is_settled(node):
             continue
         block = node.block
         if block.epilogue.row_bias is block.epilogue.residual is None:
@@ -118,7 +118,8 @@ def merge_linear_layers(flow: Dataflow) -> None:
     for node in flow.nodes:
         conv = _linear(node)
         if conv is not None and conv.block.epilogue.output_scale == 1 and flow.writer(conv.out) is conv:
-            block, alone = conv.block, None if conv.block.offsets is None else conv.out
+            block = conv.block
+            alone = None if block.offsets is None and flow.is_settled(conv) else conv.out
             groups[block.x, block.epilogue.output_activation, conv.out.size[2:], alone].append(conv)
     for (x, activation, _, _), group in groups.items():
         first = group[0]

@@ -107,7 +107,8 @@ def _group_sizes(wanted: list[_Wanted], last: list[_Wanted]) -> dict[Any, int]:
 def _taken(flow: Dataflow, want: _Wanted, image: View, sizes: dict[Any, int], taken: dict[Any, View]) -> View:
     """The moments of an image."""
     name = _name(image)
-    if name in taken:
+    # what is written to in between has others each time
+    if name in taken and flow.is_settled(want.node):
         return taken[name]
     groups, spans = image.size[1] // sizes[name], len(counts(math.prod(image.size[2:])))
     stride = (groups * spans * 2, spans * 2, 2, 1)
