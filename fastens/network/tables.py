@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -289,17 +290,36 @@ class Stacks(dict[str, Any]):
         self._seen.clear()
 
     def unshared(self, name: str, tied: Tensor | None = None) -> Tensor:
-        """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to."""
+        """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to.
+
+        Of a parameter the stack is the same object, which an optimizer may hold.
+        """
         tensor, stack = super().__getitem__(name), tied
         if stack is None:
             with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
-            stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+            stack = _grown(tensor, stack, name) if isinstance(tensor, nn.Parameter) else stack
             standing_for(stack, tensor)
         self.common.discard(name)
         super().__setitem__(name, stack)
         self._written()
         return stack
+
+
+def _grown(parameter: nn.Parameter, stack: Tensor, name: str) -> nn.Parameter:
+    """A parameter with other values and a dimension more: the same object, unless a graph needs it as it was."""
+    if parameter.is_inference():
+        return nn.Parameter(stack, parameter.requires_grad)
+    if parameter._use_count() > 1 or parameter.grad is not None:
+        warnings.warn(
+            f"fastens: {name} {list(parameter.shape)} is another parameter from now on, with values for each member, "
+            "since a graph or a view holds the one that it was, or that has a gradient: an optimizer made before does "
+            "not train it; make it anew where it should",
+            stacklevel=2,
+        )
+        return nn.Parameter(stack, parameter.requires_grad)
+    parameter.data = stack
+    return parameter
 
 
 def _fixed(name: str) -> ValueError:
