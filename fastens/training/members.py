@@ -21,10 +21,7 @@ from fastens.engine.arguments import member_arguments
 from fastens.ensemble import Ensemble
 from fastens.internal import combine, engine_of, output_of_member
 from fastens.outputs import columns, plain, stacked
-
-_MIXING = tuple(
-    getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "Muon") if hasattr(torch.optim, name)
-)  # their steps depend on norms, factors or products of a whole tensor, and ours holds K members
+from fastens.training.optimizers import check_optimizer
 
 
 def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
@@ -77,14 +74,11 @@ def training_step(
         [K], each member's loss before the step.
 
     Raises:
-        TypeError: an optimizer whose steps would mix the members.
-        ValueError: losses without the member axis, or arguments without rows of every member.
+        TypeError: an optimizer whose steps are not those of separate training; see :func:`check_optimizer`.
+        ValueError: an optimizer of other parameters; losses without the member axis, or arguments without rows of every
+            member.
     """
-    if isinstance(optimizer, _MIXING):
-        raise TypeError(
-            f"{type(optimizer).__name__} computes a step from a whole tensor, and a stack holds all members: its steps "
-            "would not be those of separate training; use one that treats every number alone, as AdamW"
-        )
+    check_optimizer(ensemble, optimizer)
     optimizer.zero_grad()
     losses = loss(member_forward(ensemble, *args, **kwargs))
     if losses.ndim == 0 or losses.shape[0] != ensemble.num_members:
