@@ -28,6 +28,7 @@ from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
 from fastens.network.snapshots import exchange
+from fastens.network.whole import check_whole
 from fastens.scopes import scope
 
 
@@ -244,6 +245,7 @@ class Stacks(dict[str, Any]):
             made = isinstance(value, nn.Parameter) and not tied
             value = nn.Parameter(value.stack.detach(), value.requires_grad) if made else value.stack
         elif isinstance(value, Tensor):
+            check_whole(name, value)
             ndim = self._ndim.get(name)
             if ndim is None or value.ndim == ndim:
                 self.common.add(name)
@@ -324,8 +326,8 @@ def _grown(parameter: nn.Parameter, stack: Tensor, name: str) -> nn.Parameter:
 
 def _fixed(name: str) -> ValueError:
     return ValueError(
-        f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations or pruning do: "
-        "put those on the members, and make the ensemble of them"
+        f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations, pruning and FSDP do: put the "
+        "former on the members, and make the ensemble of them; DistributedDataParallel trains on several devices"
     )
 
 
