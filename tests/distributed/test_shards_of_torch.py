@@ -41,9 +41,7 @@ def column_wise(ensemble, mesh):
 @pytest.mark.parametrize("cut", [fully_sharded, flat, column_wise])
 def test_what_would_cut_stacks_is_named(cut, mesh):
     ensemble = fastens.Ensemble([randomised(mlp, seed) for seed in range(3)])
-    with pytest.raises(
-        ValueError, match="is a stack of an ensemble.*DistributedDataParallel trains on several devices"
-    ):
+    with pytest.raises(ValueError, match=r"is a stack of an ensemble.*DistributedDataParallel trains on several"):
         cut(ensemble, mesh)
 
 
