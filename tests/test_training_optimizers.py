@@ -126,6 +126,14 @@ def test_steps_are_those_of_separate_training_or_named(name, engine, recwarn):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+def test_what_is_one_object_in_all_members_is_stepped_as_any():
+    shared = nn.Linear(5, 5)
+    ensemble = fastens.Ensemble([nn.Sequential(shared, randomised(mlp, seed)) for seed in range(3)])
+    check_optimizer(ensemble, Lars(ensemble.network[0].parameters()))
+    masked = fastens.MCDropout(nn.Sequential(nn.Linear(5, 5), nn.Dropout(0.5)), 3)
+    check_optimizer(masked, Lars(masked.parameters()))
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 def test_a_schedule_that_begins_at_zero_hides_nothing(rate):
     _, ensemble = ensemble_of("fold")

@@ -45,6 +45,8 @@ def check_optimizer(ensemble: Ensemble, optimizer: torch.optim.Optimizer) -> Non
     steps on two members at once are compared with steps on each. Where one cannot be made so, or draws random numbers,
     a warning says that nothing is known of it.
 
+    Parameters that are one object in all members, which no member has its own of, are not asked about.
+
     Args:
         ensemble: of K members.
         optimizer: of its parameters, among others.
@@ -53,15 +55,17 @@ def check_optimizer(ensemble: Ensemble, optimizer: torch.optim.Optimizer) -> Non
         TypeError: its steps mix the members, or depend on how many dimensions a parameter has; it needs a closure.
         ValueError: it holds no parameter of the ensemble.
     """
-    shared = frozenset[str]() if (engine := engine_of(ensemble)) is None else engine.shared
-    own = {id(p): p.ndim - (engine is not None and n not in shared) for n, p in ensemble.network.named_parameters()}
-    ranks = [tuple(sorted({own[id(p)] for p in g["params"] if id(p) in own})) for g in optimizer.param_groups]
-    if not any(ranks):
+    engine = engine_of(ensemble)
+    shared = frozenset[str]() if engine is None else engine.shared
+    every = {id(p) for p in ensemble.network.parameters()}
+    if not any(id(p) in every for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "the optimizer holds no parameter of the ensemble, whose weights are copies of the members': make it of "
             "ensemble.parameters()"
         )
-    if type(optimizer) in _BY_NUMBER or _CHECKED.get(optimizer) == ranks:
+    own = {id(p): p.ndim - (engine is not None) for n, p in ensemble.network.named_parameters() if n not in shared}
+    ranks = [tuple(sorted({own[id(p)] for p in g["params"] if id(p) in own})) for g in optimizer.param_groups]
+    if type(optimizer) in _BY_NUMBER or not any(ranks) or _CHECKED.get(optimizer) == ranks:
         return
     name = type(optimizer).__name__
     try:
