@@ -85,6 +85,7 @@ class Arguments:
         leaves: the arguments' leaves; of a :class:`PerMember` its stack [K, ...].
         own: positions of leaves that are stacks with one entry for each member.
         per_row: positions of leaves that have an entry for each row, which a member sees alone; see :meth:`of_rows`.
+        begun: the evaluation that it is, where that draws numbers of its own; none before.
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
         samples: int64 [B], the sample of each row, where rows were selected or samples are numbered; else none.
@@ -97,6 +98,7 @@ class Arguments:
         TypeError: a nested tensor of the layout that has no shape.
     """
 
+    begun: Any = None
     evaluation: tuple[int | None, int] = (None, 0)
     num_samples: int = 0
     samples: Tensor | None = None
@@ -373,16 +375,16 @@ def _told_apart(leaf: Any) -> Any:
     return float.hex(leaf) if isinstance(leaf, float) else leaf
 
 
-def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+def member_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int) -> Arguments:
     """The arguments of a call that gives each member rows of its own.
 
     The first tensor of at least two dimensions is [K, B, ...], and so is every tensor whose first two dimensions are
     these. A tensor [B, ...] is the same for all members; the rest is passed as it is.
 
     Args:
-        num_members: K.
         args: positional arguments.
         kwargs: keyword arguments.
+        num_members: K.
 
     Raises:
         ValueError: the first tensor has not one group of rows per member.

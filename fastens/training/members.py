@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastens.engine.arguments import member_arguments
 from fastens.ensemble import Ensemble
-from fastens.internal import combine, engine_of, output_of_member
+from fastens.internal import arguments_of, combine, engine_of, output_of_member
 from fastens.outputs import columns, plain, stacked
 from fastens.training.optimizers import check_optimizer
 
@@ -42,7 +42,7 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     """
     if "_share" in vars(ensemble):
         raise ValueError("an ensemble over a mesh is not trained; train the members apart, or in one process")
-    arguments = member_arguments(ensemble.num_members, args, kwargs)
+    arguments = arguments_of(ensemble, args, kwargs, member_arguments)
     engine = engine_of(ensemble)
     if engine is not None:
         leaves = engine.evaluate(arguments, ensemble.training)
