@@ -206,8 +206,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
             return engine.evaluate(arguments, self.training)
         return each_member(self.network, arguments, self._call_module)
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], make: Any = Arguments) -> Arguments:
-        arguments = make(args, kwargs, self.num_members)
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        arguments = Arguments(args, kwargs, self.num_members)
         if self._fresh:
             self._begin(arguments)
         return arguments

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from fastens.engine.arguments import Arguments
 from fastens.network.stacking import AS_THEY_ARE
 
 if TYPE_CHECKING:
     from fastens import rules, schedules
     from fastens.draws import Assignment, Draws
+    from fastens.engine.arguments import Arguments
     from fastens.engine.engine import Engine
     from fastens.ensemble import Ensemble
     from fastens.network.modules_apart import ModulesApart
@@ -75,16 +75,9 @@ def is_fresh(ensemble: Ensemble) -> bool:
 # Evaluation
 
 
-def arguments_of(ensemble: Ensemble, args: Args, kwargs: Kwargs, make: Any = Arguments) -> Arguments:
-    """The arguments of a call, which begins an evaluation where each draws numbers of its own.
-
-    Args:
-        ensemble: that is called.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        make: of what they are made, given them and how many members there are.
-    """
-    return ensemble._arguments(args, kwargs, make)
+def arguments_of(ensemble: Ensemble, args: Args, kwargs: Kwargs) -> Arguments:
+    """The arguments of a call, which begins an evaluation where each draws numbers of its own."""
+    return ensemble._arguments(args, kwargs)
 
 
 def outputs_of(ensemble: Ensemble, args: Args, kwargs: Kwargs) -> list[Any]:

@@ -260,9 +260,9 @@ class Distributed(OfOneProcess):
             spec,
         ]
 
-    def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], make: Any = Arguments) -> Arguments:
+    def _arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The arguments of a call, with the values of a :class:`fastens.PerMember` for this rank's members alone."""
-        arguments = cast(Any, super())._arguments(args, kwargs, make)
+        arguments = cast(Any, super())._arguments(args, kwargs)
         if arguments.own and "masks" not in self._settings:
             arguments.leaves = list(arguments.leaves)
             for i in arguments.own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -119,6 +119,14 @@ class Arguments:
             if num_members is not None:
                 self.leaves[i].check(num_members)
             self.leaves[i] = self.leaves[i].stack
+
+    def of_members(self, own: Iterable[int], num_members: int) -> Arguments:
+        """The same call, of whose leaves those at some positions are what a :class:`PerMember` holds."""
+        other = copy.copy(self)
+        other.own, other._found = self.own.union(own), None
+        for i in other.own:
+            PerMember.of(other.leaves[i]).check(num_members)
+        return other
 
     @property
     def _rows(self) -> tuple[int | None, frozenset[int]]:
@@ -373,28 +381,3 @@ def _shown(leaf: Any) -> str:
 def _told_apart(leaf: Any) -> Any:
     """What a leaf that is no tensor is in a key: 0.0 and -0.0, which are equal, are two."""
     return float.hex(leaf) if isinstance(leaf, float) else leaf
-
-
-def member_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], num_members: int) -> Arguments:
-    """The arguments of a call that gives each member rows of its own.
-
-    The first tensor of at least two dimensions is [K, B, ...], and so is every tensor whose first two dimensions are
-    these. A tensor [B, ...] is the same for all members; the rest is passed as it is.
-
-    Args:
-        args: positional arguments.
-        kwargs: keyword arguments.
-        num_members: K.
-
-    Raises:
-        ValueError: the first tensor has not one group of rows per member.
-    """
-    arguments = Arguments(args, kwargs, num_members)
-    shapes = {i: x.shape for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own}
-    primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
-    if primary is None or shapes[primary][0] != num_members:
-        found = "no tensor of two dimensions" if primary is None else f"{list(shapes[primary])}"
-        raise ValueError(f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}")
-    first = shapes[primary][:2]
-    arguments.own |= {i for i, shape in shapes.items() if shape[:2] == first}
-    return arguments

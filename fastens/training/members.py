@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens.engine.arguments import member_arguments
+from fastens.engine.arguments import PerMember
 from fastens.ensemble import Ensemble
-from fastens.internal import arguments_of, combine, engine_of, output_of_member
-from fastens.outputs import columns, plain, stacked
+from fastens.internal import engine_of
 from fastens.training.optimizers import check_optimizer
 
 
@@ -42,13 +42,16 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     """
     if "_share" in vars(ensemble):
         raise ValueError("an ensemble over a mesh is not trained; train the members apart, or in one process")
-    arguments = arguments_of(ensemble, args, kwargs, member_arguments)
-    engine = engine_of(ensemble)
-    if engine is not None:
-        leaves = engine.evaluate(arguments, ensemble.training)
-    else:
-        leaves = columns([output_of_member(ensemble, k, arguments) for k in range(ensemble.num_members)])
-    return plain(combine(ensemble, leaves, stacked))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    shape = next((x.shape for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
+    if shape is None or shape[0] != ensemble.num_members:
+        found = "no tensor of two dimensions" if shape is None else f"{list(shape)}"
+        raise ValueError(
+            f"each member takes rows of its own: expected a tensor [{ensemble.num_members}, B, ...], got {found}"
+        )
+    own = [PerMember.of(x) if isinstance(x, Tensor) and x.shape[:2] == shape[:2] else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(own, spec)
+    return ensemble.member_outputs(*args, **kwargs)
 
 
 def training_step(
