@@ -76,3 +76,35 @@ def test_a_parameter_that_a_graph_holds_is_another_and_is_named():
     output.sum().backward()
     torch.stack([member(theirs) for member in members]).mean(0).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class Listing(nn.Module):
+    """Has a weight under two names, and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.bias = self.first.bias
+        self.all = [self.first.weight, self.second.weight]
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * self.all[0].sum()
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop", "modules"])
+def test_an_optimizer_made_before_trains_a_member_that_was_put_in(engine):
+    members = [randomised(Listing, seed) for seed in range(3)]
+    if engine == "modules":
+        members[2].other = nn.Linear(1, 1)
+    ensemble = fastens.Ensemble(members, engine="fold" if engine == "fold" else "loop").train()
+    optimizer = optim.SGD(ensemble.parameters(), 0.01)
+    held, other = list(ensemble.parameters()), randomised(Listing, 9)
+    values = [p.detach().clone() for p in other.parameters()]
+    ensemble.replace_member(1, other)
+    assert all(a is b for a, b in zip(ensemble.parameters(), held, strict=True))
+    x = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    training_step(ensemble, optimizer, lambda y: y.square(), x)
+    assert all(map(torch.equal, other.parameters(), values))  # what was put in is a copy
+    other(x[1]).square().mean().backward()
+    for ours, p in zip(ensemble.members[1].parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.detach() - 0.01 * p.grad, rtol=1e-4, atol=1e-6)
