@@ -34,7 +34,7 @@ class ByRows(nn.Module):
 
     def _evaluated_by(self: Any, assigned: Assignment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self._arguments(args, kwargs)
-        if self.rule.random:  # otherwise fresh masks have begun it
+        if self.rule.random:
             self._begin(arguments)
         return self._by_rows(arguments, assigned.of_batch(arguments.batch_size))
 
@@ -46,9 +46,14 @@ class ByRows(nn.Module):
         return pytree.tree_unflatten([leaf[0] for leaf in leaves], spec)
 
     def _begin(self: Any, arguments: Arguments) -> Evaluation:
-        """Start an evaluation; what it draws depends on its number, and on the trajectory's seed where there is one."""
+        """Start an evaluation; what it draws depends on its number, and on the trajectory's seed where there is one.
+
+        A call is one evaluation, whoever asks first.
+        """
+        if arguments.begun is not None:
+            return arguments.begun
         refuse_tracers()  # a graph would repeat what is drawn
-        evaluation = self._draws.begin(arguments.members_batch)
+        evaluation = arguments.begun = self._draws.begin(arguments.members_batch)
         arguments.evaluation = evaluation.seed, evaluation.number
         arguments.num_samples = evaluation.num_samples
         arguments.samples = evaluation.rows(arguments.batch_size)

@@ -208,8 +208,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = Arguments(args, kwargs, self.num_members)
-        engine = self._engine
-        if engine is not None and engine.kind.fresh and not self.rule.random:
+        if self._fresh:
             self._begin(arguments)
         return arguments
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastens.fold.attributes import standing_for
+from fastens.fold.tensor import modules_of
 from fastens.internal import engine_of, modules_apart
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
@@ -18,7 +20,8 @@ from fastens.network.overlaps import overlapping
 from fastens.network.own_states import State, own_state
 from fastens.network.own_states import moved as moved_state
 from fastens.network.own_states import write as write_state
-from fastens.network.stacking import difference_of_copy, make_skeleton, replaced, tensors_of
+from fastens.network.snapshots import exchange
+from fastens.network.stacking import difference_of_copy, make_skeleton, replaced, tensors_of, written_into
 
 if TYPE_CHECKING:
     from fastens.ensemble import Ensemble
@@ -102,12 +105,26 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
         raise TypeError(f"member is a {type(member).__name__}, expected a torch.nn.Module or a state_dict")
     with torch.inference_mode(False):
         if engine is None:
-            _check_dtypes(list(ensemble.network.children())[k], module, k)
+            held = list(ensemble.network.children())[k]
+            _check_dtypes(held, module, k)
             own = moved(in_mode(copied(module), ensemble.training), ensemble.device)
+            if own is not module and copied(held) is not held:  # which could not be copied, and are the user's
+                _hold_parameters(held, own)
             ensemble.network.register_module(str(k), own)
         else:
             _write(engine, k, module, with_state=module is member)
     ensemble.refresh()
+
+
+def _hold_parameters(held: nn.Module, own: nn.Module) -> None:
+    """Let a module have the parameters of another, where its own values fit into them: an optimizer may hold those."""
+    before, kept = tensors_of(held), dict[int, Tensor]()
+    for name, p in tensors_of(own).items():
+        if isinstance(p, nn.Parameter) and (other := written_into(before.get(name), p)) is not p:
+            kept[id(p)] = standing_for(other, p)
+    for _, each in modules_of(own):
+        each._parameters.update({n: kept[id(p)] for n, p in each._parameters.items() if id(p) in kept})
+    exchange(own, kept)
 
 
 def _write(engine: Any, k: int, module: nn.Module, with_state: bool) -> None:

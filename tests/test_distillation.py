@@ -60,6 +60,18 @@ def test_a_student_comes_to_predict_what_the_ensemble_does_under_its_rule(rule):
     assert all(p.grad is None for p in (*ensemble.parameters(), *new.parameters()))
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "first", "all"])
+def test_what_is_frozen_in_a_student_stays_as_it_is_unless_all_is(frozen):
+    ensemble, student = fastens.Ensemble([Net(k) for k in range(2)]), Net(9)
+    if frozen != "nothing":
+        (student.first if frozen == "first" else student).requires_grad_(False)
+    found = distill(ensemble, student, points(16), schedule=VP(), steps=2).student
+    for name, p in found.named_parameters():
+        stays = frozen == "first" and name.startswith("first.")
+        assert torch.equal(p, dict(student.named_parameters())[name]) == stays, name
+        assert p.requires_grad != stays
+
+
 def test_conditions_go_with_their_rows_and_draws_with_the_seed():
     ensemble = fastens.Ensemble([Net(k, classes=2) for k in range(2)])
     with torch.no_grad():

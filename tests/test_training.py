@@ -204,6 +204,34 @@ def test_members_on_rows_of_their_own_are_planned():
     assert ensemble.report().plans or not ensemble.report().target, ensemble.report().why_no_plan
 
 
+@pytest.mark.parametrize("engine", ["fold", "loop", "modules"])
+def test_rows_of_a_members_own_keep_their_bits_in_every_batch(engine):
+    members = [randomised(lambda: nn.Sequential(nn.Linear(33, 65), nn.SiLU(), nn.Linear(65, 9)), k) for k in range(3)]
+    if engine == "modules":
+        members[2] = nn.Sequential(members[2], nn.Tanh())
+    ensemble = fastens.Ensemble(members, engine="fold" if engine == "fold" else "loop")
+    x = torch.randn(3, 16, 33, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), fastens.deterministic():
+        whole = member_forward(ensemble, x)
+        for rows in (slice(0, 1), slice(3, 5), slice(2, 13)):
+            assert torch.equal(member_forward(ensemble, x[:, rows]), whole[:, rows])
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+def test_a_compiled_step_gives_the_members_gradients(engine):
+    members = [randomised(mlp, seed) for seed in range(3)]
+    ensemble, x = fastens.Ensemble(members, engine=engine), torch.randn(3, 4, 5)
+    members = [copy.deepcopy(member) for member in members]
+
+    def loss(x):
+        return member_forward(ensemble, x).square().flatten(1).mean(1).sum()
+
+    torch.compile(loss, backend="aot_eager", fullgraph=engine == "fold")(x).backward()
+    for k, member in enumerate(members):
+        member(x[k]).square().mean().backward()
+    check_gradients(ensemble, members, torch.float32)
+
+
 class Skipping(nn.Module):
     """A network that uses one of its layers at high noise alone."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -85,6 +85,7 @@ class Arguments:
         leaves: the arguments' leaves; of a :class:`PerMember` its stack [K, ...].
         own: positions of leaves that are stacks with one entry for each member.
         per_row: positions of leaves that have an entry for each row, which a member sees alone; see :meth:`of_rows`.
+        begun: the evaluation that it is, where that draws numbers of its own; none before.
         evaluation: seed of the trajectory and number of the evaluation, on which fresh dropout masks depend.
         num_samples: how many samples there are; row r belongs to sample r % n. Zero for as many as rows.
         samples: int64 [B], the sample of each row, where rows were selected or samples are numbered; else none.
@@ -97,6 +98,7 @@ class Arguments:
         TypeError: a nested tensor of the layout that has no shape.
     """
 
+    begun: Any = None
     evaluation: tuple[int | None, int] = (None, 0)
     num_samples: int = 0
     samples: Tensor | None = None
@@ -117,6 +119,14 @@ class Arguments:
             if num_members is not None:
                 self.leaves[i].check(num_members)
             self.leaves[i] = self.leaves[i].stack
+
+    def of_members(self, own: Iterable[int], num_members: int) -> Arguments:
+        """The same call, of whose leaves those at some positions are what a :class:`PerMember` holds."""
+        other = copy.copy(self)
+        other.own, other._found = self.own.union(own), None
+        for i in other.own:
+            PerMember.of(other.leaves[i]).check(num_members)
+        return other
 
     @property
     def _rows(self) -> tuple[int | None, frozenset[int]]:
@@ -371,28 +381,3 @@ def _shown(leaf: Any) -> str:
 def _told_apart(leaf: Any) -> Any:
     """What a leaf that is no tensor is in a key: 0.0 and -0.0, which are equal, are two."""
     return float.hex(leaf) if isinstance(leaf, float) else leaf
-
-
-def member_arguments(num_members: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The arguments of a call that gives each member rows of its own.
-
-    The first tensor of at least two dimensions is [K, B, ...], and so is every tensor whose first two dimensions are
-    these. A tensor [B, ...] is the same for all members; the rest is passed as it is.
-
-    Args:
-        num_members: K.
-        args: positional arguments.
-        kwargs: keyword arguments.
-
-    Raises:
-        ValueError: the first tensor has not one group of rows per member.
-    """
-    arguments = Arguments(args, kwargs, num_members)
-    shapes = {i: x.shape for i, x in enumerate(arguments.leaves) if isinstance(x, Tensor) and i not in arguments.own}
-    primary = next((i for i, shape in shapes.items() if len(shape) > 1), None)
-    if primary is None or shapes[primary][0] != num_members:
-        found = "no tensor of two dimensions" if primary is None else f"{list(shapes[primary])}"
-        raise ValueError(f"each member takes rows of its own: expected a tensor [{num_members}, B, ...], got {found}")
-    first = shapes[primary][:2]
-    arguments.own |= {i for i, shape in shapes.items() if shape[:2] == first}
-    return arguments

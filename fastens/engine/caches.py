@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastens.engine.arguments import Arguments
 from fastens.engine.objects import objects_kept
 from fastens.engine.rows import drawn_like
+from fastens.engine.structure import uncounted
 from fastens.fold.tensor import tensors_of
 from fastens.network.alike import first_difference
 from fastens.network.barrier import unwatched
@@ -30,7 +31,7 @@ def remembers_calls(engine: Engine, arguments: Arguments, method: str = "forward
     if not engine.kind.own_weights:  # one network for all members
         return True
     left = []
-    with torch.no_grad(), random_kept(), objects_kept(arguments):
+    with uncounted(), torch.no_grad(), random_kept(), objects_kept(arguments):
         for _ in range(2):
             try:
                 found = _left_behind(engine, arguments, method)

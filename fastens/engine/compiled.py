@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from fastens import reproducible
+from fastens.engine.arguments import PerMember
 from fastens.fold.stand_ins import Nested
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ def compiled_pass(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any],
     from fastens.engine.node import looked_at, node  # as dynamo traces this line, which has been imported then
 
     looked_at(engine.number, engine.guards.barrier.state)  # and what replaced a stack, or changed a mode, traces anew
-    tensors = list(node(engine.number, method, args, kwargs, engine.tensors))  # pyright: ignore[reportCallIssue]  # torch's stub
+    leaves, spec = pytree.tree_flatten((args, kwargs))  # dynamo gives a graph no objects, but what is in them
+    own = [i for i, x in enumerate(leaves) if isinstance(x, PerMember)]
+    args, kwargs = pytree.tree_unflatten([x.stack if isinstance(x, PerMember) else x for x in leaves], spec)
+    tensors = list(node(engine.number, method, args, kwargs, own, engine.tensors))  # pyright: ignore[reportCallIssue]  # torch's stub
     nested = tensors.pop() if isinstance(tensors[-1], Nested) else engine.nested  # of the trace that has just run
     return nested.filled(tensors)
 

@@ -27,7 +27,7 @@ from fastens.engine.memory_cap import is_out_of_memory, suppress_out_of_memory
 from fastens.engine.objects import unchanged
 from fastens.engine.predictable import PredictableDraws
 from fastens.engine.states import UNKNOWN, Folded, Looped
-from fastens.engine.structure import exactly
+from fastens.engine.structure import exactly, uncounted
 from fastens.engine.transformed import in_transform
 from fastens.fold.callsite import counted_if_it_succeeds
 from fastens.fold.tensor import Hidden, NotFoldable, ReadsValues
@@ -232,7 +232,7 @@ class DrawnCall:
             if remembers_calls(engine, arguments):
                 engine.give_up("the network remembers its calls, and a draw calls some members only")
                 return False
-            with torch.no_grad():
+            with uncounted(), torch.no_grad():
                 engine.fold(arguments)
             engine.states.filled.add(key)
         return True
@@ -249,7 +249,7 @@ class DrawnCall:
     def _expected(self) -> list[Tensor] | None:
         """What the members give, which a first pass is held against; none where they draw random numbers."""
         engine = self._engine
-        with random_kept(), torch.no_grad(), unchanged(self._arguments), ExitStack() as kept:
+        with uncounted(), random_kept(), torch.no_grad(), unchanged(self._arguments), ExitStack() as kept:
             changed = [kept.enter_context(state_kept(network)) for network in (engine.network, *engine.views)]
             draws = TorchDraws()
             outputs = self._one_by_one(self._arguments.copied())
@@ -284,7 +284,7 @@ class DrawnCall:
     def _check_drawing_alike(self, arguments: Arguments, weights: Any) -> None:
         """The same for members that draw random numbers, which fold and members draw alike for once."""
         networks = self._engine.network, *self._engine.views
-        with random_kept(), torch.no_grad(), unchanged(arguments), PredictableDraws(), ExitStack() as kept:
+        with uncounted(), random_kept(), torch.no_grad(), unchanged(arguments), PredictableDraws(), ExitStack() as kept:
             _ = [kept.enter_context(state_kept(network)) for network in networks]
             try:
                 expected = self._one_by_one(arguments.copied())

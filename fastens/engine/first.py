@@ -58,9 +58,8 @@ class FirstPass:
         None where the caller has to fold, or members are looped.
         """
         engine, weights = self._engine, self._engine.weights_now()
-        with random_kept(), objects_kept(self._arguments):
-            with uncounted():
-                problem = self._run_members(weights)
+        with uncounted(), random_kept(), objects_kept(self._arguments):
+            problem = self._run_members(weights)
             if problem is not None:
                 engine.give_up(problem)
                 return None
@@ -70,8 +69,7 @@ class FirstPass:
                 engine.plans.decline("members draw random numbers in this mode")
             elif self._plannable:
                 planned = engine.planned(self._arguments, self._key, self._expected)
-            with uncounted():
-                problem, leaves = self._folded() if planned is None else (None, planned)
+            problem, leaves = self._folded() if planned is None else (None, planned)
             if problem is None and leaves is not None:
                 structure = Structure(engine, self._arguments, self._method, self._expected)
                 problem = structure.problem_drawing_alike() if random else structure.problem(leaves)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fastens.fold.callsite import saved_through_hooks
 from fastens.fold.tensor import modules_of, tensors_of
 from fastens.network.barrier import HOOKS, Barrier, counts, watch
 from fastens.network.parametrized import any_parametrized, caching
@@ -163,11 +164,13 @@ def transformed() -> bool:
 
 
 def observed() -> bool:
-    """Whether somebody is to see what members call: a transform, or a mode that is not torch's or ours."""
+    """Whether somebody is to see what members call or save: a transform, a mode or hook that is not torch's or ours."""
     modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
     if torch._C._len_torch_dispatch_stack():
         modes += _get_current_dispatch_mode_stack()
-    return transformed() or any(_owner(mode) not in ("torch", "fastens") for mode in modes)
+    if transformed() or any(_owner(mode) not in ("torch", "fastens") for mode in modes):
+        return True
+    return torch.is_grad_enabled() and saved_through_hooks()
 
 
 def refuse_tracers() -> None:

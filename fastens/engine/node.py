@@ -27,16 +27,24 @@ def looked_at(number: str, state: str) -> bool:
 
 @torch.compiler.allow_in_graph
 @torch.compiler.disable  # where it is called outside a graph, what it calls is compiled no more
-def node(number: str, method: str, args: Any, kwargs: Any, stacks: Any) -> tuple[Any, ...]:
+def node(number: str, method: str, args: Any, kwargs: Any, own: Any, stacks: Any) -> tuple[Any, ...]:
     """The tensors that a call of an engine's members gives, where a trace has these stand-ins for its stacks.
 
     Run outside a trace, as where the graph was parted here, it is an ordinary call, and its structure comes last.
+
+    Args:
+        number: of the engine.
+        method: what is called.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        own: positions of those leaves that are stacks of what each member has its own of.
+        stacks: stand-ins for the engine's.
 
     Raises:
         NotImplementedError: no graph holds what the members do; dynamo parts the graph here.
     """
     engine = ENGINES[number]
-    arguments = Arguments(tuple(args), dict(kwargs), engine.num_members)
+    arguments = Arguments(tuple(args), dict(kwargs)).of_members(own, engine.num_members)
     if not traced(*arguments.tensors, *stacks):
         tensors, nested = _at_once(*engine.evaluate(arguments, engine.network.training, method))
         return *tensors, nested

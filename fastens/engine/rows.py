@@ -13,6 +13,7 @@ from torch import Tensor
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, relative_error, tolerance_for
 from fastens.engine.objects import objects_kept
+from fastens.engine.structure import uncounted
 from fastens.network.state import random_kept, state_kept
 from fastens.network.tables import converted, seen_as
 
@@ -42,7 +43,7 @@ class RowsOfMembers:
         """Positions of the leaves that only look like the batch; none where the rows of a call are mixed."""
         key = _key(engine, arguments, method)
         if key not in self._found:
-            with engine.turn():
+            with engine.turn(), uncounted():
                 found = _established(engine, arguments, method)
             if len(self._found) > _MOST:
                 self._found.clear()

@@ -7,14 +7,16 @@ inputs. Stacks and members stay as they are: other values are made of them when 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from fastens.engine.arguments import Arguments
 from fastens.engine.check import HALVES, compared, relative_error, rounding_tolerance, tolerance_for
@@ -28,6 +30,7 @@ from fastens.network.tables import converted, seen_as
 if TYPE_CHECKING:
     from fastens.engine.engine import Engine
 
+_SELECTIVE = _CachingTorchDispatchMode, _CachedTorchDispatchMode
 _DRAWN = 10  # drawn weights may be worse conditioned than trained ones
 
 
@@ -45,13 +48,20 @@ def exactly(engine: Engine, k: int, arguments: Arguments, method: str = "forward
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
 
-def uncounted() -> AbstractContextManager[Any]:
-    """Scope of a pass whose graph is dropped: a checkpoint around it, which counts what is saved, sees none of that.
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Scope of what is computed beside a call, of which a checkpoint around that sees nothing.
 
-    The pass has the call's own gradient mode, on which torch's paths depend.
+    It counts what is saved, and a selective one keeps results of operations by their order: the second run of the call
+    computes nothing beside it. The call's own gradient mode stays, on which torch's paths depend.
     """
-    saves = _top_saved_tensors_default_hooks(True) is not None
-    return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged) if saves else nullcontext()
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+    with ExitStack() as around:
+        if _top_saved_tensors_default_hooks(True) is not None:
+            around.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
+        if any(isinstance(mode, _SELECTIVE) for mode in modes):
+            around.enter_context(_disable_current_modes())
+        yield
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -52,6 +52,15 @@ def checkpoint_in_progress() -> Any:
     return next((x for x in held if isinstance(x, _CheckpointFrame)), None)  # none in such a second run
 
 
+def saved_through_hooks() -> bool:
+    """Whether hooks that are not torch's see what autograd saves: in a pass those get the tensors of all members.
+
+    They may look at the whole of one, as those that quantise it do; torch's own move it or make it again.
+    """
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and (getattr(hooks[0], "__module__", None) or "").split(".")[0] not in ("torch", "fastens")
+
+
 @contextmanager
 def counted_if_it_succeeds() -> Iterator[None]:
     """Scope of a pass; where it raises, the checkpoint around it does not count what the pass saved.
@@ -81,7 +90,13 @@ def check_transforms(leaves: list[Any]) -> None:
 
 
 def check_derivatives(leaves: list[Any]) -> None:
-    """Raise where torch differentiated a wrapper, below its functions: derivatives went by that, not by the stack."""
+    """Raise where derivatives are not those of one member.
+
+    Torch differentiated a wrapper, below its functions, so that they went by that and not by the stack; or hooks of the
+    network's own see what is saved for them.
+    """
+    if saved_through_hooks():
+        raise NotFoldable("hooks on what autograd saves would see all members at once")
     for leaf in leaves:
         if (
             type(leaf) is MemberTensor

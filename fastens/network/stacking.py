@@ -302,7 +302,7 @@ def stack_members(
         one = stacks[name].data[0].clone()
         trained = tensors[name].requires_grad
         stacks[name] = nn.Parameter(one, trained) if isinstance(stacks[name], nn.Parameter) else one
-    stacks = {name: _written_into(into.get(name), stack) for name, stack in stacks.items()}
+    stacks = {name: written_into(into.get(name), stack) for name, stack in stacks.items()}
     return Stacked(skeleton, stacks, frozenset(shared), found)
 
 
@@ -325,7 +325,7 @@ def check_apart(member: nn.Module) -> None:
         raise DifferentMembers(f"{' and '.join(pair)} share memory in a member, which stacks hold apart")
 
 
-def _written_into(held: Tensor | None, stack: Tensor) -> Tensor:
+def written_into(held: Tensor | None, stack: Tensor) -> Tensor:
     """What is held with the values of a stack, where it can have them; else the stack."""
     place = ("shape", "dtype", "device")
     if held is None or held.is_inference() or type(held) is not type(stack):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,6 +28,7 @@ from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
 from fastens.network.snapshots import exchange
+from fastens.network.whole import check_whole
 from fastens.scopes import scope
 
 
@@ -243,6 +245,7 @@ class Stacks(dict[str, Any]):
             made = isinstance(value, nn.Parameter) and not tied
             value = nn.Parameter(value.stack.detach(), value.requires_grad) if made else value.stack
         elif isinstance(value, Tensor):
+            check_whole(name, value)
             ndim = self._ndim.get(name)
             if ndim is None or value.ndim == ndim:
                 self.common.add(name)
@@ -289,12 +292,15 @@ class Stacks(dict[str, Any]):
         self._seen.clear()
 
     def unshared(self, name: str, tied: Tensor | None = None) -> Tensor:
-        """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to."""
+        """Give each member a value of its own of a tensor that they share, or the stack of one that it is tied to.
+
+        Of a parameter the stack is the same object, which an optimizer may hold.
+        """
         tensor, stack = super().__getitem__(name), tied
         if stack is None:
             with torch.inference_mode(False), torch.no_grad():  # it is kept for calls outside it
                 stack = tensor.detach().expand(self.num_members, *tensor.shape).clone()
-            stack = nn.Parameter(stack, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stack
+            stack = _grown(tensor, stack, name) if isinstance(tensor, nn.Parameter) else stack
             standing_for(stack, tensor)
         self.common.discard(name)
         super().__setitem__(name, stack)
@@ -302,10 +308,26 @@ class Stacks(dict[str, Any]):
         return stack
 
 
+def _grown(parameter: nn.Parameter, stack: Tensor, name: str) -> nn.Parameter:
+    """A parameter with other values and a dimension more: the same object, unless a graph needs it as it was."""
+    if parameter.is_inference():
+        return nn.Parameter(stack, parameter.requires_grad)
+    if parameter._use_count() > 1 or parameter.grad is not None:
+        warnings.warn(
+            f"fastens: {name} {list(parameter.shape)} is another parameter from now on, with values for each member, "
+            "since a graph or a view holds the one that it was, or that has a gradient: an optimizer made before does "
+            "not train it; make it anew where it should",
+            stacklevel=2,
+        )
+        return nn.Parameter(stack, parameter.requires_grad)
+    parameter.data = stack
+    return parameter
+
+
 def _fixed(name: str) -> ValueError:
     return ValueError(
-        f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations or pruning do: "
-        "put those on the members, and make the ensemble of them"
+        f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations, pruning and FSDP do: put the "
+        "former on the members, and make the ensemble of them; DistributedDataParallel trains on several devices"
     )
 
 

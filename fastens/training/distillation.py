@@ -100,7 +100,8 @@ def distill(
     The loss is the mean squared difference of the noise that both find in noisy data, at times drawn evenly over the
     schedule (Hinton et al., arXiv 1503.02531, of regression). The ensemble is frozen: evaluated as it is, in planned
     passes, and no gradient reaches it. The student given is left as it is too; a copy of it is trained by AdamW with a
-    learning rate that falls to zero, and its weights' moving average is returned.
+    learning rate that falls to zero, and its weights' moving average is returned. What is frozen in it stays as it is,
+    as random features that are parameters do, unless all of it is.
 
     Args:
         ensemble: the teacher, an :class:`fastens.Ensemble` or any module that takes ``(x, t)``.
@@ -137,9 +138,10 @@ def distill(
     draw = _drawer(data, conditions or {}, data_range)
     teacher = Denoiser(ensemble, schedule, prediction)
     trained = in_mode(copy.deepcopy(student), True)
-    trained.requires_grad_(True)
+    if not any(p.requires_grad for p in trained.parameters()):  # as of a member of a frozen ensemble
+        trained.requires_grad_(True)
     of_student = Denoiser(trained, teacher.schedule, student_prediction or teacher.prediction)
-    parameters = list(trained.parameters())
+    parameters = [p for p in trained.parameters() if p.requires_grad]
     average = torch.optim.swa_utils.AveragedModel(trained, avg_fn=_average(ema), use_buffers=True)
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -15,16 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastens.engine.arguments import member_arguments
+from fastens.engine.arguments import PerMember
 from fastens.ensemble import Ensemble
-from fastens.internal import combine, engine_of, output_of_member
-from fastens.outputs import columns, plain, stacked
-
-_MIXING = tuple(
-    getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "Muon") if hasattr(torch.optim, name)
-)  # their steps depend on norms, factors or products of a whole tensor, and ours holds K members
+from fastens.internal import engine_of
+from fastens.training.optimizers import check_optimizer
 
 
 def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
@@ -45,13 +42,16 @@ def member_forward(ensemble: Ensemble, *args: Any, **kwargs: Any) -> Any:
     """
     if "_share" in vars(ensemble):
         raise ValueError("an ensemble over a mesh is not trained; train the members apart, or in one process")
-    arguments = member_arguments(ensemble.num_members, args, kwargs)
-    engine = engine_of(ensemble)
-    if engine is not None:
-        leaves = engine.evaluate(arguments, ensemble.training)
-    else:
-        leaves = columns([output_of_member(ensemble, k, arguments) for k in range(ensemble.num_members)])
-    return plain(combine(ensemble, leaves, stacked))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    shape = next((x.shape for x in leaves if isinstance(x, Tensor) and x.ndim > 1), None)
+    if shape is None or shape[0] != ensemble.num_members:
+        found = "no tensor of two dimensions" if shape is None else f"{list(shape)}"
+        raise ValueError(
+            f"each member takes rows of its own: expected a tensor [{ensemble.num_members}, B, ...], got {found}"
+        )
+    own = [PerMember.of(x) if isinstance(x, Tensor) and x.shape[:2] == shape[:2] else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(own, spec)
+    return ensemble.member_outputs(*args, **kwargs)
 
 
 def training_step(
@@ -77,14 +77,11 @@ def training_step(
         [K], each member's loss before the step.
 
     Raises:
-        TypeError: an optimizer whose steps would mix the members.
-        ValueError: losses without the member axis, or arguments without rows of every member.
+        TypeError: an optimizer whose steps are not those of separate training; see :func:`check_optimizer`.
+        ValueError: an optimizer of other parameters; losses without the member axis, or arguments without rows of every
+            member.
     """
-    if isinstance(optimizer, _MIXING):
-        raise TypeError(
-            f"{type(optimizer).__name__} computes a step from a whole tensor, and a stack holds all members: its steps "
-            "would not be those of separate training; use one that treats every number alone, as AdamW"
-        )
+    check_optimizer(ensemble, optimizer)
     optimizer.zero_grad()
     losses = loss(member_forward(ensemble, *args, **kwargs))
     if losses.ndim == 0 or losses.shape[0] != ensemble.num_members:

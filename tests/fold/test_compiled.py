@@ -222,6 +222,34 @@ def test_methods_are_called_outside_the_graph(engine):
             assert relative_error(run(x), ens.encode(x) + 1) < NETWORK[torch.float32]
 
 
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, shift, condition=None):
+        return torch.tanh(self.inner(x) + shift) * condition["scale"]
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop", "modules"])
+def test_what_each_member_has_its_own_of_is_in_the_graph(engine):
+    members = [randomised(Shifted, seed) for seed in range(3)]
+    if engine == "modules":
+        members[1].other = nn.Linear(1, 1)
+    ens = fastens.Ensemble(members, engine="fold" if engine == "fold" else "loop")
+    torch._dynamo.reset()
+    run = torch.compile(ens, fullgraph=engine != "modules", dynamic=True, backend="aot_eager")
+    for rows in (5, 7):
+        x, shifts = torch.randn(rows, 4, requires_grad=True), torch.randn(3, rows, 4)
+        scales = [0.5, 1.0, 2.0]
+        found = run(x, fastens.PerMember(list(shifts)), condition={"scale": fastens.PerMember(scales)})
+        each = (m(x, shift, {"scale": s}) for m, shift, s in zip(members, shifts, scales, strict=True))
+        expected = torch.stack(list(each)).mean(0)
+        assert relative_error(found.detach(), expected.detach()) < NETWORK[torch.float32]
+        theirs, ours = (torch.autograd.grad(y.square().sum(), x)[0] for y in (expected, found))
+        assert relative_error(ours, theirs) < NETWORK[torch.float32]
+
+
 class Placed(nn.Module):
     """A network with buffers that no state dict has, as position embeddings are kept."""
 

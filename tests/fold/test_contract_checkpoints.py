@@ -1,13 +1,20 @@
 """Checkpoints (``torch.utils.checkpoint``) inside a network and around the ensemble."""
 
+import functools
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import fastens
+from fastens.training import member_forward
 from tests.fold.contract import Held, K, averaged, gradients_of, made, near
 from tests.fold.test_contract_transforms import VECTORS, Network
 
@@ -186,6 +193,55 @@ def test_a_checkpoint_around_the_ensemble(reentrant, engine):
     for name, _ in held.members[0].named_parameters():
         theirs = torch.stack([dict(m.named_parameters())[name].grad for m in held.members])
         near(gradients_of(held.ensemble)[name], theirs, 1e-4)
+
+
+_SAVED = {"tanh", "mul", "add", "addmm", "bmm", "baddbmm", "mm", "native_layer_norm"}
+
+
+def selected(context, op, *args, **kwargs):
+    """Keep results of some operations, which the second run takes by their order."""
+    kept = op.name().split("::")[-1].split(".")[0] in _SAVED
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class OfRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))) * x)
+
+
+@pytest.mark.parametrize("engine", ["fold", "loop"])
+@pytest.mark.parametrize("way", ["rule", "own rows", "assigned"])
+def test_a_selective_checkpoint_around_the_ensemble(way, engine):
+    held = Held(lambda k: OfRows(), engine=engine)
+    x, rows = torch.randn(K, 5, 4), torch.arange(5) % K
+    contexts = functools.partial(create_selective_checkpoint_contexts, selected)
+
+    def ours(x):
+        if way == "own rows":
+            return member_forward(held.ensemble, x)
+        with held.ensemble.assigned(rows.tolist()) if way == "assigned" else nullcontext():
+            return held.ensemble(x[0])
+
+    def theirs(x):
+        found = torch.stack([member(x[k] if way == "own rows" else x[0]) for k, member in enumerate(held.members)])
+        return {"rule": found.mean(0), "own rows": found, "assigned": found[rows, torch.arange(5)]}[way]
+
+    for _ in range(2):  # the first call of its kind computes more than the second run of it
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        for each in (held.ensemble, *held.members):
+            each.zero_grad()
+        found, expected = checkpoint(ours, a, use_reentrant=False, context_fn=contexts), theirs(b)
+        near(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        near(a.grad, b.grad, 1e-4)
+        for name, _ in held.members[0].named_parameters():
+            parts = torch.stack([dict(m.named_parameters())[name].grad for m in held.members])
+            near(gradients_of(held.ensemble)[name], parts, 1e-4)
 
 
 class Reading(torch.autograd.Function):
