@@ -426,8 +426,8 @@ def made(seed: int) -> tuple[list[Graph], list[list[Tensor]]]:
     return members, [inputs() for _ in range(CALLS)]
 
 
-def outcome(seed: int) -> str:
-    """What became of a graph: how it was evaluated, or that its members do not run.
+def outcome(seed: int, make: Callable[..., Any] = fastens.Ensemble) -> str:
+    """What became of a graph: how an ensemble, or what ``make`` makes, evaluated it, or that its members do not run.
 
     Raises:
         AssertionError: an answer was not the loop's, or there was none.
@@ -440,7 +440,7 @@ def outcome(seed: int) -> str:
         other.rounds = True
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that members are looped
-        ensemble = fastens.Ensemble(copy.deepcopy(members))
+        ensemble = make(copy.deepcopy(members))
         for number, call in enumerate(calls):
             try:
                 outputs, roundings = ([m(*copied(call)) for m in each] for each in (members, others))
