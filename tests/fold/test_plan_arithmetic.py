@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastens
@@ -82,6 +83,10 @@ def test_a_division_by_a_number_is_torchs(divisor):
     torch.testing.assert_close(planned, looped, rtol=0, atol=0, equal_nan=True)
 
 
+def pixel(x):
+    return x[:, :, None, None]
+
+
 def in_a_part(whole, x):
     whole[:, 1:] = x
     return whole
@@ -113,6 +118,8 @@ CHAINS = {
     "bfloat16 in another layout": lambda _, x: torch.cat([x, 1 - x], 1).bfloat16().t().contiguous().float().t(),
     "bfloat16 in place of other numbers": lambda _, x: torch.zeros_like(x, dtype=torch.bfloat16).copy_(x).float() * 3,
     "bfloat16 in a part": lambda _, x: in_a_part(torch.zeros(len(x), 2, dtype=torch.bfloat16), x).float() * 3,
+    "bfloat16, enlarged": lambda _, x: F.interpolate(pixel(x).bfloat16(), scale_factor=2).float()[:, :, 1, 0] * 3,
+    "bfloat16, padded": lambda _, x: F.pad(pixel(x).bfloat16(), (1, 0, 0, 1)).float()[:, :, 0, 1] * 3,
     "half": lambda _, x: (x * 100).half().float(),
     "large whole numbers": lambda _, x: torch.remainder(many(x.long() + 2**24), 1000).float(),
     "a mean": lambda _, x: torch.cat([x, x * 0.1, x + 1], 1).mean(1, keepdim=True),

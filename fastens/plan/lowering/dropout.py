@@ -42,7 +42,7 @@ def drop(builder: Builder, op: Operation) -> bool:
         mask = _mask(builder, op, result, dim % len(x.size), members, samples, p, key)
         if mask_in_epilogue(builder, out, x, mask):
             return True
-        inner = image_pixels(builder, x, dim)
+        inner = image_pixels(builder, x, dim, moved=True)
         if inner is None:
             raise NotLowerable(f"dropout of {list(x.size)}, {list(x.stride)}")
         builder.values[out.storage] = Dropped(result, inner, mask)

@@ -153,8 +153,9 @@ def _inlined(builder: Builder, ref: Ref) -> Leaf | Apply:
     """The expression that a value is kept as, where this is its only use; otherwise the value as a leaf."""
     value = builder.values.get(ref.storage)
     alone = builder.uses[ref.storage] == 1
-    known = isinstance(value, Expression) and same_view(value.ref, ref) and not value.rounds
-    return value.root if known and alone else Leaf(ref)
+    if isinstance(value, Expression) and same_view(value.ref, ref) and alone and not value.rounds:
+        return value.root
+    return Leaf(ref)
 
 
 def express(builder: Builder, out: Ref, opcode: Opcode, operands: tuple[Ref, ...], number: float = 0.0) -> bool:
@@ -229,11 +230,11 @@ def copy(builder: Builder, op: Operation) -> bool:
 
 def _copied(builder: Builder, x: Ref, out: Ref) -> None:
     value = builder.values.get(x.storage)
-    known = isinstance(value, Expression) and same_view(value.ref, x) and builder.uses[x.storage] == 1
-    if known and not (value.rounds and out.dtype != x.dtype):
-        builder.values[out.storage] = Expression(out, value.root, value.rounds or is_rounded(x, out))
-    else:
-        builder.values[out.storage] = Expression(out, Leaf(x), is_rounded(x, out))
+    root, rounds = Leaf(x), is_rounded(x, out)
+    alone, same = builder.uses[x.storage] == 1, out.dtype == x.dtype
+    if isinstance(value, Expression) and same_view(value.ref, x) and alone and (same or not value.rounds):
+        root, rounds = value.root, value.rounds or rounds
+    builder.values[out.storage] = Expression(out, root, rounds)
 
 
 @lowers("aten.repeat")

@@ -102,8 +102,9 @@ def scale_in_norm(builder: Builder, out: Ref, x: Ref, other: Ref) -> bool:
     """norm(x) (1 + s), of one number for a row and channel  ->  norm(x, row_scale=s)."""
     value = _open_norm(builder, out, x)
     factor = builder.values.get(other.storage)
-    known = isinstance(factor, Expression) and same_view(factor.ref, other) and not factor.rounds
-    root = factor.root if known else None
+    root = factor.root if isinstance(factor, Expression) and same_view(factor.ref, other) else None
+    if isinstance(factor, Expression) and factor.rounds:
+        return False
     if value is None or value.row_scale is not None:
         return False
     if not isinstance(root, Apply) or (root.opcode, root.number) != (Opcode.ADD_NUMBER, 1.0):

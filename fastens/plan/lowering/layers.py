@@ -327,7 +327,7 @@ def upsample(builder: Builder, op: Operation) -> bool:
     numbers = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
     if not torch.equal(op.func(numbers, *op.args[1:], **op.kwargs)[0, 0], lines[:, None] * width + columns):
         return False
-    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
+    pixels, out = image_pixels(builder, op.args[0], 1, moved=True), pixels_of(op.outs[0], 1)
     if pixels is None or out is None:
         return False
     builder.values[out.ref.storage] = Enlarged(out, pixels, factor)
@@ -340,7 +340,7 @@ def pad(builder: Builder, op: Operation) -> bool:
     padding = [*op.args[1], 0, 0, 0, 0][:4]
     if len(op.args[1]) > 2 * (len(op.outs[0].size) - 2):
         return False
-    pixels, out = image_pixels(builder, op.args[0], 1), pixels_of(op.outs[0], 1)
+    pixels, out = image_pixels(builder, op.args[0], 1, moved=True), pixels_of(op.outs[0], 1)
     value = argument(op, 2, "value", 0)
     if pixels is None or out is None or value or len(op.args[1]) > 4 or min(padding) < 0 or not out.ref.numel:
         return False

@@ -27,7 +27,7 @@ class Origin:
         return dataclasses.replace(self.ref, size=tuple(n for n, _ in pairs), stride=tuple(s for _, s in pairs))
 
 
-def origin(builder: Builder, ref: Ref, scaled: bool = False) -> Origin:
+def origin(builder: Builder, ref: Ref, scaled: bool = False, moved: bool = False) -> Origin:
     """Follow a view back through copies that were not made yet.
 
     Args:
@@ -35,11 +35,13 @@ def origin(builder: Builder, ref: Ref, scaled: bool = False) -> Origin:
         ref: the view.
         scaled: follow multiplications and divisions by a number too; only for what goes into softmax, since the scale
             is the product of factors and reciprocals, rounded once.
+        moved: follow no conversion to half precision. Products and norms in half precision may take what was converted,
+            where what moves values passes on those that the network asked for.
     """
     dims: list[Factors] = [[(n, s)] if n > 1 else [] for n, s in zip(ref.size, ref.stride, strict=True)]
     storage, offset, dtype, scale = ref.storage, ref.offset, ref.dtype, 1.0
     while isinstance(value := builder.values.get(storage), Expression):
-        if value.rounds and ref.dtype != value.ref.dtype:
+        if value.rounds and (moved or ref.dtype != value.ref.dtype):
             break
         root, number = value.root, 1.0
         if scaled and isinstance(root, Apply) and root.opcode in (Opcode.MULTIPLY_NUMBER, Opcode.DIVIDE_NUMBER):

@@ -89,13 +89,20 @@ def argument(op: Operation, index: int, name: str, default: Any = None) -> Any:
     return op.args[index] if index < len(op.args) else op.kwargs.get(name, default)
 
 
-def image_pixels(builder: Builder, ref: Ref, channel_dim: int) -> Pixels | None:
-    """A tensor as images; one with the channels elsewhere is copied into that layout first."""
+def image_pixels(builder: Builder, ref: Ref, channel_dim: int, moved: bool = False) -> Pixels | None:
+    """A tensor as images; one with the channels elsewhere is copied into that layout first.
+
+    Args:
+        builder: knows where it is.
+        ref: the tensor.
+        channel_dim: its dimension that becomes the channels.
+        moved: whether its values are only moved, so that what was rounded has to be; see :func:`origin`.
+    """
     if ref.dtype not in builder.target.floats:
         return None
     value = builder.values.get(ref.storage)
     if isinstance(value, Expression):
-        seen = origin(builder, ref).simple()
+        seen = origin(builder, ref, moved=moved).simple()
         direct = None if seen is None or seen.storage == ref.storage else pixels_of(seen, channel_dim)
         if direct is not None and builder.constant(direct.ref) is None and builder.readable(direct.ref):
             return direct
