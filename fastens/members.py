@@ -118,7 +118,7 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
 
 def _hold_parameters(held: nn.Module, own: nn.Module) -> None:
     """Let a module have the parameters of another, where its own values fit into them: an optimizer may hold those."""
-    before, kept = tensors_of(held), dict[int, Tensor]()
+    before, kept = tensors_of(held), dict[int, Any]()
     for name, p in tensors_of(own).items():
         if isinstance(p, nn.Parameter) and (other := written_into(before.get(name), p)) is not p:
             kept[id(p)] = standing_for(other, p)

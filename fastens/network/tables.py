@@ -312,7 +312,8 @@ def _grown(parameter: nn.Parameter, stack: Tensor, name: str) -> nn.Parameter:
     """A parameter with other values and a dimension more: the same object, unless a graph needs it as it was."""
     if parameter.is_inference():
         return nn.Parameter(stack, parameter.requires_grad)
-    if parameter._use_count() > 1 or parameter.grad is not None:
+    held: Any = parameter  # torch's stub has no count of its uses
+    if held._use_count() > 1 or parameter.grad is not None:
         warnings.warn(
             f"fastens: {name} {list(parameter.shape)} is another parameter from now on, with values for each member, "
             "since a graph or a view holds the one that it was, or that has a gradient: an optimizer made before does "
