@@ -70,11 +70,14 @@ class LaplaceMembers(Sequence[nn.Module]):
 
     Args:
         model: the checkpoint, of which a copy is kept: the draws stay what they are where it is trained on.
-        curvature: H by parameter name, as :func:`squared_gradients` gives it.
+        curvature: H by parameter name, as :func:`squared_gradients` gives it; copied as well.
         num_members: K.
         temperature: tau.
         prior_precision: lambda, above 0.
         seed: of z, which is drawn on the CPU: the same on every device.
+
+    Raises:
+        ValueError: numbers out of range; a curvature below zero, that is not a number, or of what the model has not.
     """
 
     def __init__(
@@ -94,11 +97,18 @@ class LaplaceMembers(Sequence[nn.Module]):
             )
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}, expected 0 or more")
+        for name, h in curvature.items():
+            if not bool((h >= 0).all()):
+                raise ValueError(
+                    f"curvature of {name!r} is below zero or not a number in {int((~(h >= 0)).sum())} of {h.numel()} "
+                    "elements, expected sums of squares; was a loss not finite?"
+                )
         unknown = set(curvature) - dict(model.named_parameters()).keys()
         if unknown:
             raise ValueError(f"curvature names {sorted(unknown)[0]!r}, which the model has not")
         with torch.inference_mode(False):
-            self._model, self._curvature, self._count = copy_of(model), curvature, num_members
+            self._model, self._count = copy_of(model), num_members
+            self._curvature = {name: h.detach().clone() for name, h in curvature.items()}
         self._temperature, self._prior, self._seed = temperature, prior_precision, seed
 
     def __len__(self) -> int:

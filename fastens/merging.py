@@ -119,7 +119,8 @@ def merge_weights(
         Weights of each member, by the beginnings of names; under ``""`` those of all other tensors.
 
     Raises:
-        ValueError: another way; no loss; options of another way; layers that no tensor's name begins with.
+        ValueError: another way; no loss; options of another way; layers that no tensor's name begins with; a loss that
+            is not a number for any candidate.
     """
     members = _checked(members)
     if how not in HOW:
@@ -182,8 +183,12 @@ class _Candidates:
         """The merged tensors [C, ...] of weights [C, K, G], to which gradients go back."""
         found = {}
         for name, stack in self._merged.items():
-            wide = stack.to(_wide(stack))
-            found[name] = torch.tensordot(weights[:, :, self._place[name]].to(wide), wide, 1).to(stack.dtype)
+            wide, factors = stack.to(_wide(stack)), weights[:, :, self._place[name]]
+            if not (factors.all() or wide.isfinite().all()):  # a member of weight zero is not looked at, NaN or not
+                parts = [torch.tensordot(row[row != 0].to(wide), wide[row != 0], 1) for row in factors]
+                found[name] = torch.stack(parts).to(stack.dtype)
+                continue
+            found[name] = torch.tensordot(factors.to(wide), wide, 1).to(stack.dtype)
         return found
 
     def ensemble(self, sums: dict[str, Tensor]) -> Ensemble:
@@ -258,6 +263,10 @@ class _Fit:
         uniform = torch.full((1, *self._shape[1:]), 1 / self._shape[1], dtype=torch.float64)
         found = torch.cat([uniform, self._weights(free).detach()])
         losses = _values(validation, _Candidates(self._source, self._groups), found)
+        if losses.isnan().all():
+            raise ValueError(
+                "merge: the loss of every merge is not a number: look for a member with NaN, or infinities"
+            )
         best = found[int(losses.nan_to_num(math.inf).argmin())]
         return {name: tuple(best[:, g].tolist()) for g, name in enumerate(self._groups)}
 

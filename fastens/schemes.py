@@ -25,14 +25,25 @@ def mean_of_samples(
         device: of the generators.
 
     Returns:
-        [B, ...].
+        [B, ...], of the samples' dtype; added up in float32 at least.
+
+    Raises:
+        TypeError: samples of no floating-point dtype, such as images in bytes, whose sum does not fit into their dtype.
     """
     total: Tensor | None = None
+    dtype = torch.float32
     for member in ensemble.members:
         end = sample(member, torch.Generator(device).manual_seed(seed))
-        total = end.clone() if total is None else total + end
+        if not end.is_floating_point():
+            raise TypeError(
+                f"mean_of_samples: the samples are {end.dtype}, expected a floating-point dtype; return them as the "
+                "sampler has them, before they are made bytes, or end.float()"
+            )
+        dtype = end.dtype
+        wide = end.to(torch.promote_types(dtype, torch.float32))
+        total = wide if total is None else total + wide
     assert total is not None
-    return total / ensemble.num_members
+    return (total / ensemble.num_members).to(dtype)
 
 
 class _Averaged(TorchFunctionMode):
@@ -44,13 +55,29 @@ class _Averaged(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.randn, torch.randn_like):
+        counted = isinstance(func, torch._ops.OpOverloadPacket) and _draws_from_counters(func, args)
+        if not counted and func not in (torch.randn, torch.randn_like):
             return func(*args, **kwargs)
         if self._left > 0:
             self._left -= 1
             return func(*args, **kwargs)
-        draws = [func(*args, **kwargs) for _ in range(self._members)]
-        return torch.stack(draws).mean(0)
+        if counted:
+            raise RuntimeError(
+                f"averaged_noise: {func} takes its noise from counters, which it does not reach: take a sampler that "
+                "draws by torch.randn, or, of one of fastens, eta=0"
+            )
+        out = kwargs.get("out")
+        if out is not None:  # each draw is a tensor of its own, of the dtype and device of the one to fill
+            kwargs = {"dtype": out.dtype, "device": out.device, **{n: v for n, v in kwargs.items() if n != "out"}}
+        return torch.mean(torch.stack([func(*args, **kwargs) for _ in range(self._members)]), 0, out=out)
+
+
+def _draws_from_counters(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether one of our ops draws the noise of numbered samples."""
+    if not str(func).startswith("fastens."):
+        return False
+    names = [argument.name for argument in func.default._schema.arguments]
+    return "samples" in names[: len(args)] and args[names.index("samples")] is not None
 
 
 @contextmanager
@@ -62,7 +89,13 @@ def averaged_noise(num_members: int, first: int = 1) -> Iterator[None]:
     Args:
         num_members: K.
         first: draws that are left alone: the one that makes the starting noise.
+
+    Raises:
+        ValueError: no members.
+        RuntimeError: inside, where a sampler takes more noise from counters, as those of fastens do.
     """
+    if num_members < 1:
+        raise ValueError(f"averaged_noise: num_members is {num_members}, expected at least one")
     with _Averaged(num_members, first):
         yield
 
@@ -93,7 +126,8 @@ class ScoreNoise(nn.Module):
             for i in range(len(score))
         ]
         z = torch.stack(rows).to(score) if rows else score
-        norm = [torch.linalg.vector_norm(x.flatten(1).float(), dim=1) for x in (score, z)]
+        wide = torch.promote_types(score.dtype, torch.float32)
+        norm = [torch.linalg.vector_norm(x.reshape(len(x), -1).to(wide), dim=1) for x in (score, z)]
         factor = self.scale * norm[0] / (norm[1] + 1e-8)
         return score + (factor.reshape(-1, *(1,) * (score.ndim - 1)) * z).to(score.dtype)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import fastens
 from tests.fresh import python
@@ -214,3 +215,40 @@ def test_unknown_layouts_are_named(tmp_path, content, message):
     torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         fastens.Ensemble(fastens.load_members([path], mlp))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.register_buffer("table", torch.zeros(2, dtype=torch.uint8))
+        self.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("table", torch.tensor([300, 5]), "torch.int64 in the file, of values that torch.uint8 in the network"),
+        ("table", torch.tensor([2.5, 5.0]), "torch.float32 in the file, of values that torch.uint8 in the network"),
+        ("table", torch.tensor([-1, 5]), "of values that torch.uint8"),
+        ("mask", torch.tensor([2, 0]), "of values that torch.bool"),
+        ("weight", torch.ones(2), "torch.float32 in the file and torch.complex64 in the network"),
+        ("table", torch.tensor([7, 5]), None),
+        ("table", torch.tensor([7.0, 5.0]), None),
+        ("mask", torch.tensor([1, 0], dtype=torch.uint8), None),
+        ("weight", torch.ones(2, dtype=torch.complex128), None),
+        ("num_batches_tracked", torch.tensor(99.5), None),  # the mean of a moving average
+    ],
+)
+def test_values_that_a_network_has_no_place_for(name, value, message, tmp_path):
+    torch.save({**Mixed().state_dict(), name: value}, tmp_path / "a.pt")
+    members = fastens.load_members([tmp_path / "a.pt"], Mixed)
+    if message is not None:
+        with pytest.raises(ValueError, match=f"{name} is .*{message}"):
+            members[0]
+    elif name != "num_batches_tracked":
+        assert torch.equal(members[0].state_dict()[name].to(value.dtype), value)

@@ -121,6 +121,22 @@ def test_draws_are_a_sequence(data):
         LaplaceMembers(nn.Linear(2, 2), {"weight": torch.ones(2)}, 3)[0]
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_curvature_is_of_squares(value):
+    curvature = {"weight": torch.full((2, 2), value), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match="curvature of 'weight' is below zero or not a number in 4 of 4 elements"):
+        LaplaceMembers(nn.Linear(2, 2), curvature, 3)
+
+
+def test_draws_stay_where_the_curvature_is_written_to():
+    model = nn.Linear(2, 2)
+    curvature = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    draws = LaplaceMembers(model, curvature, 2)
+    before = draws[0].weight.clone()
+    curvature["weight"].mul_(100)
+    assert torch.equal(draws[0].weight, before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

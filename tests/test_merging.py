@@ -125,6 +125,19 @@ def test_greedy_takes_what_makes_the_loss_fall_and_no_more():
     assert losses_of(loss, [found])[0] < min(losses_of(loss, [far, low, high]))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", range(3))
+def test_greedy_looks_at_what_it_takes_alone(place, value):
+    target, low, high, far = along_a_line([0.5, 0.3, 0.7, 4.0])
+    members = [low, high]
+    with torch.no_grad():
+        far.first.weight.fill_(value)
+    members.insert(place, far)
+    assert merge_weights(members, "greedy", against(target))[""] == tuple(0.5 * (k != place) for k in range(3))
+    with pytest.raises(ValueError, match="loss of every merge is not a number"):
+        merge_weights(members, "fitted", against(target), steps=2)
+
+
 def test_greedy_is_the_loop_over_all_additions():
     members, loss = nets(4), against(Net(8).eval())
     taken, least = [], float("inf")

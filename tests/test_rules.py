@@ -4,7 +4,9 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from fastens import rules
 
@@ -68,6 +70,36 @@ def test_names_and_randomness():
 )
 def test_bad_values_name_themselves(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+def test_numbers_of_arrays_are_kept_as_floats(make):
+    rows, levels = [[1.0, 0.0], [0.25, 0.75]], [-1.0, 2.0]
+    for rule in (
+        rules.Mean(make(rows[1])),
+        rules.Product(make(rows[0])),
+        rules.Product(make(rows), make(levels)),
+        rules.NoiseDependentMean(make(rows), make(levels)),
+        rules.Geometric(eps=np.float32(0.5)),
+        rules.Geometric(eps=torch.tensor(0.5)),
+    ):
+        assert rules.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.Geometric(eps="small"), "`eps`: expected a number, got 'small'"),
+        (
+            lambda: rules.NoiseDependentMean([[1.0]], ["low"]),
+            "`log_snr`: expected one number per level",
+        ),
+        (lambda: rules.Product([1.0], ["low"]), "expected one number per member"),
+    ],
+)
+def test_what_is_no_number_names_itself(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

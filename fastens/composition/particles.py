@@ -11,19 +11,40 @@ from fastens.ops.normal import normal
 
 
 def effective_size(log_weights: Tensor) -> float:
-    """Kish's effective sample size as a share of the samples, 1 where all weigh the same."""
-    weights = log_weights.softmax(0)
+    """Kish's effective sample size as a share of the samples, 1 where all weigh the same.
+
+    Raises:
+        RuntimeError: a weight that is no number, beside which no other counts.
+    """
+    weights = _shares(log_weights)
     return float(1 / weights.square().sum() / len(weights))
 
 
 def systematic(log_weights: Tensor, seed: int, draw: int) -> Tensor:
-    """Which particles go on, int64 [N]: each as often as its weight says, but for less than one (Kitagawa, 1996)."""
+    """Which particles go on, int64 [N]: each as often as its weight says, but for less than one (Kitagawa, 1996).
+
+    Raises:
+        RuntimeError: as :func:`effective_size`.
+    """
     number = len(log_weights)
     device = log_weights.device
     shift = torch.special.ndtr(normal(seed, draw, torch.zeros(1, dtype=torch.int64, device=device), (1,)).double())
     at = (torch.arange(number, dtype=torch.float64, device=device) + shift.reshape(())) / number
-    edges = log_weights.softmax(0).cumsum(0)
+    edges = _shares(log_weights).cumsum(0)
     return torch.searchsorted(edges, at).clamp_max(number - 1)
+
+
+def _shares(log_weights: Tensor) -> Tensor:
+    """The weights, of sum 1."""
+    shares = log_weights.softmax(0)
+    if shares.isnan().any():
+        lost = (log_weights.isnan() | log_weights.isposinf()).nonzero()
+        which = f"sample {int(lost[0])} of" if len(lost) else "all"
+        raise RuntimeError(
+            f"the weight of {which} {len(log_weights)} is not a number: scores or log-densities overflowed there; take "
+            "more steps, or begin at less noise (start=)"
+        )
+    return shares
 
 
 def mixed(weights: Tensor, values: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def class_log_likelihoods(
     Raises:
         TypeError: data that is no floating-point tensor; options of the other.
         ValueError: no classes, or one model per class and classes too; numbers out of range; another ``by``.
+        RuntimeError: an error that is not finite.
     """
     check_data("data", data, *data_range)
     per_class = _denoisers(model, classes, argument)
@@ -180,7 +181,14 @@ def _by_denoising(
         for draw in order[stage * draws // stages : (stage + 1) * draws // stages].tolist():
             for c, of_class in enumerate(per_class):
                 for where in alive[:, c].nonzero()[:, 0].split(batch_size):
-                    errors[draw, :, where, c] = _errors(of_class, data, where, times[draw], seed, draw)
+                    found = _errors(of_class, data, where, times[draw], seed, draw)
+                    if not found.isfinite().all():  # NaN is what was not drawn
+                        image = int(where[(~found.isfinite().all(0)).nonzero()[0]])
+                        raise RuntimeError(
+                            f"the error of image {image} under class {c} is not finite at time {float(times[draw]):g}: "
+                            "a member returns NaN or infinity there; leave that member, or that image, out"
+                        )
+                    errors[draw, :, where, c] = found
         if give_up is not None and stage < stages - 1:
             alive &= ~_given_up(errors[:, 0], give_up)
     values = -0.5 * span * _paired(errors, alive)
@@ -197,7 +205,7 @@ def _errors(of_class: _OfClass, data: Tensor, where: Tensor, t: Tensor, seed: in
     outputs = denoiser.outputs(x, t)
     combined = denoiser.combine(outputs, denoiser.rule, x, t)
     found = torch.cat([combined.unsqueeze(0), outputs])
-    return (denoiser.to_epsilon(found, x, t) - noise).double().square().flatten(2).sum(2).cpu()
+    return (denoiser.to_epsilon(found, x, t).double() - noise.double()).square().flatten(2).sum(2).cpu()
 
 
 def _paired(errors: Tensor, alive: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastens.engine.arguments import PerMember
 from fastens.ensemble import Ensemble
 from fastens.internal import settings_of
 from fastens.raw import raw
@@ -78,7 +79,10 @@ class _Digest:
             self._add_array(torch.from_numpy(value) if value.dtype.kind in "biuf" else value)
         elif isinstance(value, nn.Module):
             self._add_module(value)
+        elif isinstance(value, PerMember):
+            self._add_array(value.stack)
         elif isinstance(value, Mapping):
+            self._write(str(len(value)))
             for key in sorted(value, key=repr):
                 self.add(key)
                 self.add(value[key])
@@ -89,9 +93,8 @@ class _Digest:
             for each in value:
                 self.add(each)
         elif isinstance(value, types.FunctionType):
-            code = value.__code__
-            self.add([value.__qualname__, code.co_code, code.co_names, value.__defaults__, value.__kwdefaults__])
-            self.add([each for each in code.co_consts if not isinstance(each, types.CodeType)])
+            self.add([value.__qualname__, value.__defaults__, value.__kwdefaults__])
+            self._add_code(value.__code__)
             self.add([cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()])
         elif isinstance(value, types.MethodType):
             self.add([value.__func__, value.__self__])
@@ -102,6 +105,13 @@ class _Digest:
         elif type(value).__module__.partition(".")[0] not in _CLOSED:
             slots = {n for kind in type(value).__mro__ for n in _names_of(kind.__dict__.get("__slots__", ()))}
             self.add({name: getattr(value, name, None) for name in slots} | dict(getattr(value, "__dict__", {})))
+
+    def _add_code(self, code: types.CodeType) -> None:
+        inside = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+        values = [each for each in code.co_consts if not isinstance(each, types.CodeType)]
+        self.add([code.co_code, code.co_names, values, len(inside)])
+        for each in inside:  # of functions that it makes
+            self._add_code(each)
 
     def _add_array(self, array: Any) -> None:
         self._write(f"{array.dtype} {tuple(array.shape)}")

@@ -17,12 +17,17 @@ def levels(schedule: Schedule, steps: int, start: float | None) -> tuple[Tensor,
         start: the greatest ratio; none for the schedule's, but at most 1e3.
 
     Raises:
-        ValueError: fewer than one step, or a start outside the schedule.
+        ValueError: fewer than one step, a start outside the schedule, or a schedule that begins without noise.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
     ends = torch.tensor([schedule.t_data, schedule.t_prior], dtype=torch.float64)
     least, most = (float(v) for v in torch.exp(-schedule.log_snr(ends) / 2))
+    if not least > 0:
+        raise ValueError(
+            f"{schedule} has no noise at its first time, {schedule.t_data:g}, to which no ratio leads down; leave out "
+            "the steps without noise (alphas_cumprod of 1)"
+        )
     begin = min(most, 1e3) if start is None else start
     if not least < begin <= most * (1 + 1e-9):
         raise ValueError(f"start is {start}, expected a noise-to-signal ratio above {least:g} and at most {most:g}")

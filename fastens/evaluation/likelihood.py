@@ -112,7 +112,7 @@ def likelihood(
 
     Args:
         denoiser: the model or ensemble, with its rule, under its schedule.
-        data: [N, ...] in ``data_range``.
+        data: [N, ...] in ``data_range``, of the dtype that the model takes; the ODE is solved in float32 at least.
         levels: how many equally spaced values the data takes; none for data with a density (no dequantisation).
         data_range: least and greatest value of the data.
         dequantisation: ``"uniform"``, ``"gaussian"`` or ``"none"``.
@@ -176,7 +176,9 @@ def _batch(denoiser: Denoiser, data: Tensor, rows: Tensor, repeat: int, settings
     """Bits per dimension of a batch, and the forward passes that it took."""
     schedule, seed, shape = denoiser.schedule, settings["seed"], tuple(data.shape[1:])
     size = math.prod(shape)
-    x, bits = data, 0.0
+    wide = torch.promote_types(data.dtype, torch.float32)
+    given, data, bits = data.dtype, data.to(wide), 0.0
+    x = data
     levels, dequantisation = settings["levels"], settings["dequantisation"]
     low, high = settings["data_range"]
     if levels is not None and dequantisation != "none":
@@ -195,9 +197,9 @@ def _batch(denoiser: Denoiser, data: Tensor, rows: Tensor, repeat: int, settings
     if settings["divergence"] != "exact":
         number = settings["num_probes"]
         drawn = [normal(seed, PROBE_DRAWS + repeat * number + i, rows, shape) for i in range(number)]
-        probes = torch.stack(drawn).to(denoiser.device, data.dtype)
+        probes = torch.stack(drawn).to(denoiser.device, given)
         probes = probes.sign() if settings["divergence"] == "rademacher" else probes
-    flow = AugmentedFlow(denoiser, probes)
+    flow = AugmentedFlow(denoiser, probes, given)
     x = x.to(denoiser.device)
     start = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
     solver = (settings["method"], settings["steps"], settings["rtol"], settings["atol"])

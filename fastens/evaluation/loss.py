@@ -145,12 +145,19 @@ def times_at(schedule: Schedule, share: Tensor) -> Tensor:
     return times.round() if schedule.name == "discrete" else times
 
 
+def _spacing(schedule: Schedule, times: Tensor) -> Tensor:
+    """How much time a level of :func:`times_at` stands for, up to a factor."""
+    return times if schedule.name == "edm" else torch.ones_like(times)
+
+
 def level_weights(denoiser: Denoiser, times: Tensor, weighting: str, sigma_data: float = 0.5) -> np.ndarray:
     """Weights of the levels' noise-prediction losses, summing to 1.
 
-    ``"uniform"``: equal. ``"likelihood"``: ``g^2 / sigma^2``, the score-matching loss that bounds the likelihood (Song
-    et al., "Maximum likelihood training of score-based diffusion models", NeurIPS 2021). ``"edm"``: ``1 + (s /
-    sigma_data)^2`` with ``s = sigma / alpha``, EDM's loss of the denoised image (Karras et al., NeurIPS 2022).
+    ``"uniform"``: equal. ``"likelihood"``: ``g^2 / sigma^2 dt``, by which the losses add up to the score-matching loss
+    that bounds the likelihood (Song et al., "Maximum likelihood training of score-based diffusion models", NeurIPS
+    2021); dt is the time between levels spaced as :func:`times_at` does: equal ones, or in log sigma for EDM's.
+    ``"edm"``: ``1 + (s / sigma_data)^2`` with ``s = sigma / alpha``, EDM's loss of the denoised image (Karras et al.,
+    NeurIPS 2022).
 
     Raises:
         ValueError: another weighting, or weights that are not finite at these times.
@@ -159,7 +166,9 @@ def level_weights(denoiser: Denoiser, times: Tensor, weighting: str, sigma_data:
     if weighting == "uniform":
         weights = torch.ones_like(times)
     elif weighting == "likelihood":
-        weights = (schedule.diffusion(times) / schedule.sigma(times)).square()
+        # g^2 / sigma^2, whichever way the time runs
+        rate = 2 * (schedule.sigma_rate(times) / schedule.sigma(times) - schedule.drift(times)).abs()
+        weights = rate * _spacing(schedule, times)
     elif weighting == "edm":
         weights = 1 + (schedule.sigma(times) / schedule.alpha(times) / sigma_data).square()
     else:
@@ -202,7 +211,8 @@ def denoising_loss(
     Args:
         denoiser: the model or ensemble under its schedule.
         data: [N, ...] in ``data_range``.
-        rule_names: names or values of rules; ``"mixture"`` draws one member per row for all levels.
+        rule_names: names or values of rules; ``"mixture"`` draws one member per row for all levels. Rules by noise
+            level go by their class's name; the second of them is ``"noise_dependent_mean 2"``.
         times: times of the noise levels, float [L], or how many of :func:`noise_levels`.
         draws: noise draws per row and level, averaged.
         by_size: rules to evaluate also over subsets of the members.
@@ -221,8 +231,7 @@ def denoising_loss(
     check_data("data", data, *data_range)
     if draws < 1 or batch_size < 1:
         raise ValueError(f"draws is {draws} and batch_size {batch_size}, expected at least 1 of each")
-    named = {_name(rule): rules.get(rule) for rule in rule_names}
-    sized = {_name(rule): rules.get(rule) for rule in by_size}
+    named, sized = _named(rule_names), _named(by_size)
     for rule in sized.values():
         if rule.random or getattr(rule, "weights", None) is not None:
             raise ValueError(f"by_size: rule {rule} has no meaning for a subset of the members")
@@ -251,14 +260,14 @@ def denoising_loss(
             x = (alpha * clean + sigma * noise).to(clean.dtype)
             outputs = denoiser.outputs(x, t)  # [K, B, ...]
             epsilons = denoiser.to_epsilon(outputs, x, t)
-            errors = (epsilons - noise).double().flatten(2)  # [K, B, D]
+            errors = (epsilons.double() - noise.double()).flatten(2)  # [K, B, D]
             add("gram", where, torch.einsum("kbd,lbd->bkl", errors, errors) / errors.shape[-1])
             add("members", where, errors.square().mean(-1).T)
             spread = epsilons.double() - epsilons.double().mean(0)
             add("diversity", where, spread.square().flatten(2).mean((0, 2)))
 
             def loss_of(predicted: Tensor, x: Tensor = x, t: Tensor = t, noise: Tensor = noise) -> Tensor:
-                return (denoiser.to_epsilon(predicted, x, t) - noise).double().square().flatten(1).mean(1)
+                return (denoiser.to_epsilon(predicted, x, t).double() - noise.double()).square().flatten(1).mean(1)
 
             for name, rule in named.items():
                 if rule.random:
@@ -286,8 +295,16 @@ def denoising_loss(
     )
 
 
-def _name(rule: str | rules.Rule) -> str:
-    value = rules.get(rule)
+def _named(given: Sequence[str | rules.Rule]) -> dict[str, rules.Rule]:
+    """Rules by names of their own: of those that share one the second has a 2 behind it."""
+    found: dict[str, rules.Rule] = {}
+    for value in dict.fromkeys(map(rules.get, given)):
+        name, same = _name(value), sum(_name(other) == _name(value) for other in found.values())
+        found[f"{name} {same + 1}" if same else name] = value
+    return found
+
+
+def _name(value: rules.Rule) -> str:
     if value.needs_noise_level:
         return value.name
     return value.name if value == rules.get(value.name) else str(value)

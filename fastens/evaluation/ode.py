@@ -26,28 +26,32 @@ class AugmentedFlow:
     Args:
         denoiser: the model under its schedule.
         probes: [P, B, ...], or none for the exact divergence.
+        dtype: of what the model is given; the state may be wider. None for the state's.
 
     Attributes:
         evaluations: forward passes so far.
     """
 
-    def __init__(self, denoiser: Denoiser, probes: Tensor | None) -> None:
+    def __init__(self, denoiser: Denoiser, probes: Tensor | None, dtype: torch.dtype | None = None) -> None:
         self.denoiser = denoiser
         self.probes = probes
+        self.dtype = dtype
         self.evaluations = 0
 
     def __call__(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The derivative of ``x`` [B, ...] and of the gain in log-density [B] at the time ``t`` []."""
         self.evaluations += 1
         x = state[0].detach()
-        epsilon, divergence = self._forward_mode(x, t) or self._reverse_mode(x, t)
+        given = x if self.dtype is None else x.to(self.dtype)
+        found = self._forward_mode(given, t) or self._reverse_mode(given, t)
+        epsilon, divergence = (each.to(x.dtype) for each in found)
         factor, noise_factor = self.denoiser.velocity_factors(x, t)
         rate = factor * x[0].numel() + noise_factor * divergence
         return factor * x + noise_factor * epsilon, rate
 
     def _forward_mode(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the noise and its divergence by forward-mode derivatives, None where the members allow none."""
-        denoiser, total = self.denoiser, torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        denoiser, total = self.denoiser, _nothing(x)
         epsilon = None
         if denoiser.rule.random or assigned_to(denoiser.model) is not None:
             return None
@@ -63,7 +67,7 @@ class AugmentedFlow:
                 of_x, of_outputs = torch.autograd.grad(
                     epsilon, (inner, outputs), direction, allow_unused=True, materialize_grads=True
                 )
-            total = total + (of_outputs * moved).flatten(2).sum((0, 2)) + (of_x * direction).flatten(1).sum(1)
+            total = total + _products(of_outputs, moved).sum(0) + _products(of_x[None], direction[None])[0]
         assert epsilon is not None
         return epsilon.detach(), total if self.probes is None else total / len(self.probes)
 
@@ -93,11 +97,22 @@ class AugmentedFlow:
                 for i in range(size)
             ]
             return torch.stack(parts).sum(0)
-        total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        total = _nothing(x)
         for i, probe in enumerate(self.probes):
             (product,) = torch.autograd.grad(epsilon, x, probe, retain_graph=i < len(self.probes) - 1)
-            total = total + (product * probe).flatten(1).sum(1)
+            total = total + _products(product[None], probe[None])[0]
         return total / len(self.probes)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """A sum of each sample [B, ...] to begin with, [B]: in float32 at least."""
+    return torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of samples [K, B, ...], [K, B], in float32 at least."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).flatten(2).sum(2)
 
 
 def time_grid(schedule: Schedule, steps: int) -> Tensor:

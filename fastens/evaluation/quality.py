@@ -141,7 +141,8 @@ def quality(
 
     Raises:
         ModuleNotFoundError: torchmetrics is not installed.
-        ValueError: features of different width, not finite, or of fewer samples than a covariance of that width needs.
+        ValueError: features of different width, not finite, or of fewer samples than a covariance of that width needs,
+            or than ``neighbours``.
     """
     for name, vectors in (("generated", generated), ("real", real)):
         if vectors.ndim != 2 or vectors.shape[1] != real.shape[-1]:
@@ -150,8 +151,10 @@ def quality(
                 "both from one feature network"
             )
         if not torch.isfinite(vectors).all():
-            raise ValueError(f"{name} features are not all finite")
+            raise ValueError(f"{name} features are not all finite; look for such images, or samples that diverged")
         check_enough(name, len(vectors), vectors.shape[1])
+        if not 1 <= neighbours < len(vectors):
+            raise ValueError(f"neighbours is {neighbours}, expected 1 to {len(vectors) - 1} for {len(vectors)} samples")
     z = float(torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64)))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -166,7 +169,7 @@ def quality(
         index = torch.from_numpy(resampler.integers(0, len(generated), len(generated)))
         drawn.append(_frechet(generated[index], real))
     half = z * float(np.std(drawn, ddof=1)) if resamples > 1 else math.nan
-    precision, recall = _precision_recall(generated, real, neighbours)
+    precision, recall = _precision_recall(generated.double(), real.double(), neighbours)
     return Quality(
         frechet=Interval(frechet, max(0.0, frechet - half), frechet + half),
         kernel=Interval(kernel, kernel - z * kernel_std, kernel + z * kernel_std),
@@ -208,16 +211,23 @@ def _frechet(generated: Tensor, real: Tensor) -> float:
 
 
 def _kernel(generated: Tensor, real: Tensor, size: int) -> tuple[float, float]:
-    """The kernel distance, and its standard error over disjointly drawn subsets of half the samples."""
+    """The kernel distance, and its standard error: a delete-d jackknife by subsets of half the size.
+
+    Subsets of m of n samples vary, given these, by ``(n - m) / m`` times the variance of all n (Shao and Wu, "A general
+    theory for jackknife variance estimation", 1989). A mean over subsets varies besides by which they are.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    least, half = min(len(generated), len(real)), max(2, size // 2)
+    number = 1 if size == least else 50
     values = []
-    for subsets, number in ((1 if size == min(len(generated), len(real)) else 50, size), (50, max(2, size // 2))):
-        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=subsets, subset_size=number)
-        metric.update(real, real=True)
-        metric.update(generated, real=False)
+    for subsets, each in ((number, size), (50, half)):
+        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=subsets, subset_size=each)
+        metric.update(real.double(), real=True)
+        metric.update(generated.double(), real=False)
         values.append([float(v) for v in metric.compute()])
-    return values[0][0], values[1][1] / math.sqrt(2)
+    (value, between), (_, spread) = values
+    return value, math.sqrt(spread**2 * half / max(1, least - half) + between**2 / number)
 
 
 def _inception_score(logits: Tensor) -> tuple[float, float]:
@@ -229,7 +239,7 @@ def _inception_score(logits: Tensor) -> tuple[float, float]:
     return float(mean), float(std) / math.sqrt(metric.splits)
 
 
-def _precision_recall(generated: Tensor, real: Tensor, k: int, chunk: int = 2048) -> tuple[float, float]:
+def _precision_recall(generated: Tensor, real: Tensor, k: int, chunk: int = 1024) -> tuple[float, float]:
     def radii(points: Tensor) -> Tensor:
         return torch.cat([torch.cdist(part, points).kthvalue(k + 1, 1).values for part in points.split(chunk)])
 

@@ -119,10 +119,20 @@ class Wanted:
                 return f"{name} is stored as {tensor.layout}, quantised, or without its values"
             if like.is_floating_point() and not tensor.is_floating_point():
                 return f"{name} is {tensor.dtype} in the file and {like.dtype} in the network (quantised weights?)"
+            if like.is_complex() != tensor.is_complex():
+                return f"{name} is {tensor.dtype} in the file and {like.dtype} in the network"
+            counted = name.endswith("num_batches_tracked")  # which averages may hold a mean of
+            if not (counted or like.is_floating_point() or like.is_complex() or _holds(like.dtype, tensor)):
+                return f"{name} is {tensor.dtype} in the file, of values that {like.dtype} in the network does not hold"
             for other in self.ties[name]:
                 if other in tensors and not same(tensor, tensors[other]):
                     return f"{name} and {other} are one tensor in the network, and two different ones in the file"
         return ""
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether a dtype of integers or booleans has all values of a tensor."""
+    return dtype == tensor.dtype or bool((tensor.to(dtype).to(tensor.dtype) == tensor).all())
 
 
 def identity(tensor: Tensor) -> tuple:

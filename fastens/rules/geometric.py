@@ -23,6 +23,7 @@ class Geometric(Rule):
             number in float32.
 
     Raises:
+        TypeError: ``eps`` is no number.
         ValueError: another value of ``shift``; ``eps`` not finite or too small.
     """
 
@@ -34,6 +35,10 @@ class Geometric(Rule):
     def __post_init__(self) -> None:
         """Check ``shift`` and ``eps``."""
         check_choice("shift", self.shift, ("sample", "batch"))
+        try:
+            object.__setattr__(self, "eps", float(self.eps))
+        except (TypeError, ValueError):
+            raise TypeError(f"`eps`: expected a number, got {self.eps!r}") from None
         if not (math.isfinite(self.eps) and self.eps >= 1e-30):
             raise ValueError(f"`eps`: expected a finite number of at least 1e-30, got {self.eps!r}")
 

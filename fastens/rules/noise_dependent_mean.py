@@ -36,7 +36,10 @@ class NoiseDependentMean(Mean):
     def __post_init__(self) -> None:
         """Check weights and levels and keep them as tuples, so that the value hashes."""
         rows = tuple(checked_weights(row) for row in self.weights)
-        levels = tuple(float(level) for level in self.log_snr)
+        try:
+            levels = tuple(float(level) for level in self.log_snr)
+        except (TypeError, ValueError):
+            raise TypeError(f"`log_snr`: expected one number per level, got {self.log_snr!r}") from None
         check_levels(rows, levels)
         object.__setattr__(self, "weights", rows)
         object.__setattr__(self, "log_snr", levels)

@@ -38,10 +38,10 @@ class Product(Rule):
 
     def __post_init__(self) -> None:
         """Check weights and levels and keep them as tuples, so that the value hashes."""
-        rows: Any = (self.weights,) if self.weights is not None and not self.log_snr else self.weights or ()
         try:
-            rows = tuple(tuple(float(weight) for weight in row) for row in rows)
             levels = tuple(float(level) for level in self.log_snr)
+            rows: Any = () if self.weights is None else self.weights if levels else (self.weights,)
+            rows = tuple(tuple(float(weight) for weight in row) for row in rows)
         except (TypeError, ValueError):
             raise TypeError(
                 f"`weights`: expected one number per member, or with log_snr= one tuple of them per level, got "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
@@ -94,6 +95,8 @@ class ForestDiffusion(BaseEstimator):
         labels = np.zeros(len(rows)) if y is None else np.asarray(y)
         if len(labels) != len(rows):
             raise ValueError(f"`y` has {len(labels)} labels, `X` {len(rows)} rows")
+        if lost := int(pd.isna(labels).sum()):
+            raise ValueError(f"`y` has no label for {lost} of {len(rows)} rows: leave those out, or label them")
         values, counts = np.unique(labels, return_counts=True)
         self.labels_ = [None] if y is None else values.tolist()
         self.probabilities_ = counts / counts.sum()
@@ -158,7 +161,7 @@ class ForestDiffusion(BaseEstimator):
         """Fill the missing values of a table, given the others; the others come back as they are.
 
         Raises:
-            ValueError: a flow, which cannot impute.
+            ValueError: a flow, which cannot impute; no labels of a table that was fitted with labels, or others.
             sklearn.exceptions.NotFittedError: not fitted.
         """
         self._check_fitted()
@@ -167,7 +170,7 @@ class ForestDiffusion(BaseEstimator):
         rng = np.random.default_rng(random_state)
         rows = self.columns_.encode(X)
         holes = np.isnan(rows)
-        codes = np.zeros(len(rows), int) if y is None else self._label_codes(y, len(rows))
+        codes = self._label_codes(y, len(rows))
         evaluate = self._evaluator(rule, codes, rng)
 
         def given(x: np.ndarray, level: int) -> np.ndarray:
@@ -186,11 +189,15 @@ class ForestDiffusion(BaseEstimator):
         random_state: int = 0,
         gain: float = 1.0,
     ) -> float:
-        """The negative mean squared error of the noise (of the velocity) over all levels; higher is better."""
+        """The negative mean squared error of the noise (of the velocity) over all levels; higher is better.
+
+        Raises:
+            ValueError: no labels of a table that was fitted with labels, or others.
+        """
         self._check_fitted()
         rng = np.random.default_rng(random_state)
         rows = self.columns_.encode(X)
-        codes = np.zeros(len(rows), int) if y is None else self._label_codes(y, len(rows))
+        codes = self._label_codes(y, len(rows))
         evaluate = self._evaluator(rule, codes, rng, as_score=False, gain=gain)
         errors = []
         for i in range(self.n_t):
@@ -280,6 +287,14 @@ class ForestDiffusion(BaseEstimator):
         return float(np.linspace(self.eps, 1, self.n_t)[level])
 
     def _label_codes(self, labels: Any, n: int) -> np.ndarray:
+        if (labels is None) != (self.labels_ == [None]):
+            raise ValueError(
+                "there were no labels in training, so none are taken: leave `y` out"
+                if labels is not None
+                else f"each label has forests of its own: pass `y`, the label of each row, of {self.labels_}"
+            )
+        if labels is None:
+            return np.zeros(n, int)
         labels = np.asarray(labels)
         if labels.shape != (n,):
             raise ValueError(f"labels are {list(labels.shape)}, expected [{n}]")
@@ -297,6 +312,16 @@ class ForestDiffusion(BaseEstimator):
         for name, choices in (("diffusion_type", ("vp", "flow")), ("learner", ("random_forest", "xgboost"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}`: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        for name, least in (("n_t", 2), ("n_estimators", 1), ("duplicate_K", 1)):
-            if getattr(self, name) < least:
+        if self.diffusion_type == "vp":
+            if not 0 < self.eps < 1:
+                raise ValueError(f"`eps`: expected a time above 0, where there is noise, and below 1, got {self.eps!r}")
+            if not 0 <= self.beta_min <= self.beta_max < np.inf or not self.beta_max > 0:
+                raise ValueError(
+                    f"`beta_min`, `beta_max`: expected 0 <= beta_min <= beta_max, the latter above 0 and finite, got "
+                    f"{self.beta_min!r} and {self.beta_max!r}"
+                )
+        elif not 0 <= self.eps < 1:
+            raise ValueError(f"`eps`: expected a time of at least 0 and below 1, got {self.eps!r}")
+        for name, least in (("n_t", 2), ("n_estimators", 1), ("duplicate_K", 1), ("max_depth", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"`{name}`: expected at least {least}, got {getattr(self, name)}")

@@ -15,7 +15,7 @@ def wasserstein(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     """1-Wasserstein distance between two tables, solved exactly by POT; memory grows with the product of their rows.
 
     Raises:
-        ValueError: tables of different columns, without rows, or with NaN.
+        ValueError: tables of different columns, without rows, or with NaN or infinities.
     """
     import ot
 
@@ -25,7 +25,7 @@ def wasserstein(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
 
 
 def coverage(real: npt.ArrayLike, generated: npt.ArrayLike, neighbours: int = 5) -> float:
-    """Share of real rows with a generated row nearer than their k-th real neighbour (Naeem et al., ICML 2020).
+    """Share of real rows with a generated row no farther than their k-th real neighbour (Naeem et al., ICML 2020).
 
     Raises:
         ValueError: as :func:`wasserstein`; also fewer than ``neighbours + 1`` real rows.
@@ -68,8 +68,13 @@ def _scaled(real: npt.ArrayLike, generated: npt.ArrayLike) -> tuple[npt.NDArray,
     ours, theirs = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     if ours.ndim != 2 or theirs.ndim != 2 or ours.shape[1] != theirs.shape[1] or 0 in (*ours.shape, *theirs.shape):
         raise ValueError(f"tables are {list(ours.shape)} and {list(theirs.shape)}, expected rows of the same columns")
-    if np.isnan(ours).any() or np.isnan(theirs).any():
-        raise ValueError("a table has NaN; impute it first")
+    for name, table in (("real", ours), ("generated", theirs)):
+        if not np.isfinite(table).all():
+            row, column = np.argwhere(~np.isfinite(table))[0]
+            raise ValueError(
+                f"the {name} table has {table[row, column]} in row {row}, column {column}, which is at no distance "
+                "from others: impute it, or leave the row out"
+            )
     low, span = ours.min(0), np.ptp(ours, 0)
     span = np.where(span > 0, span, 1.0)
     return (ours - low) / span, (theirs - low) / span

@@ -58,8 +58,8 @@ class Calibration(NamedTuple):
 
 
 def _read(name: str, value: Array, least_dims: int = 0) -> Tensor:
-    x = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    if not (x.is_floating_point() or x.dtype in (torch.int64, torch.int32, torch.uint8)):
+    x = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.require(value, requirements=("C", "W")))
+    if x.dtype is torch.bool or x.is_complex():
         raise TypeError(f"{name} is {x.dtype}, expected real numbers")
     if x.ndim < least_dims or not x.numel():
         axes = ", ".join("KN"[:least_dims]) if name == "samples" and least_dims == 2 else "M"
@@ -241,7 +241,8 @@ def sparsification(error: Array, uncertainty: Array, steps: int = 20) -> Sparsif
 
     AUSE is the area between the curve by uncertainty and that by the error itself, both over the error of all (Ilg et
     al., "Uncertainty estimates and multi-hypotheses networks for optical flow", ECCV 2018, arXiv 1802.07095): 0 is an
-    uncertainty that ranks as the error does.
+    uncertainty that ranks as the error does. Of elements that are equally uncertain any is as likely to be removed: the
+    curve is its mean over their orders, flat where the uncertainty is the same everywhere.
 
     Args:
         error: of each element, none below zero.
@@ -258,12 +259,14 @@ def sparsification(error: Array, uncertainty: Array, steps: int = 20) -> Sparsif
     if steps < 1 or (e < 0).any() or not e.sum() > 0:
         raise ValueError(f"expected at least one step, and errors of which none is below and some above zero; {steps=}")
     fractions = torch.arange(steps, dtype=e.dtype) / steps
-    kept = (len(e) - (fractions * len(e)).floor()).long().to(e.device)
+    kept = len(e) - (torch.arange(steps, device=e.device) * len(e)).div(steps, rounding_mode="floor")
 
-    def curve(order: Tensor) -> Tensor:
-        return e[order].cumsum(0)[kept - 1] / kept / e.mean()
+    def curve(rank: Tensor) -> Tensor:
+        _, group, sizes = rank.unique(return_inverse=True, return_counts=True)  # those that share a rank
+        alike = torch.zeros(len(sizes), dtype=e.dtype, device=e.device).index_add_(0, group, e) / sizes
+        return alike.repeat_interleave(sizes).cumsum(0)[kept - 1] / kept / e.mean()
 
-    mine, best = curve(u.flatten().to(e.device).argsort(stable=True)), curve(e.argsort())
+    mine, best = curve(u.flatten().to(e.device)), curve(e)
     ause = float(torch.trapezoid(mine - best, fractions.to(e.device)))
     fractions, mine, best = _like(error, fractions, mine, best)
     return Sparsification(fractions, mine, best, ause)
@@ -295,7 +298,7 @@ def calibration(samples: Array, truth: Array, levels: Array = None) -> Calibrati
     part = (place - low).reshape(-1, *(1,) * y.ndim)
     found = ordered[low].lerp(ordered[(low + 1).clamp_max(len(x) - 1)], part)
     lower, upper = found.chunk(2)
-    coverage = ((lower <= y) & (y <= upper)).double().flatten(1).mean(1)
+    coverage = ((lower <= y) & (y <= upper)).double().reshape(len(p), -1).mean(1)
     apart = float((coverage - p).abs().mean())
     p, coverage = _like(samples, p, coverage)
     return Calibration(p, coverage, apart)

@@ -348,3 +348,16 @@ def test_what_has_no_density_or_cannot_be_moved():
     denoiser = denoiser_of(networks())
     with denoiser.model.assigned([0, 1, 0]), pytest.raises(ValueError, match=r"leave ens\.assigned"):
         superpose(denoiser, 3, (2,), Or())
+
+
+def test_a_weight_that_is_no_number_is_not_drawn_by():
+    weights = torch.zeros(5, dtype=torch.float64)
+    weights[3] = torch.nan
+    for use in (effective_size, lambda w: systematic(w, 0, 0)):
+        with pytest.raises(RuntimeError, match="weight of sample 3 of 5 is not a number"):
+            use(weights)
+
+
+def test_levels_lead_to_no_noise_nowhere():
+    with pytest.raises(ValueError, match="no noise at its first time"):
+        levels(schedules.Discrete((1.0, 0.9, 0.5, 0.1)), 3, None)

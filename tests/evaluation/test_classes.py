@@ -134,3 +134,15 @@ def test_models_that_do_not_belong_together():
     drawn = Denoiser(fastens.Ensemble([Conditional(), Conditional(0.1)], "alternating"), SCHEDULE)
     with pytest.raises(ValueError, match=r"take ens\.with_rule"):
         class_log_likelihoods(drawn, data, [0, 1], data_range=(-9, 9))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("give_up", [None, 3.0])
+def test_an_error_that_is_no_number_is_not_left_out(value, member, give_up):
+    members = [Conditional(), Conditional(0.02)]
+    with torch.no_grad():
+        members[member].centres[2, 0] = value
+    model = Denoiser(fastens.Ensemble(members), SCHEDULE)
+    with pytest.raises(RuntimeError, match="error of image 0 under class 2 is not finite"):
+        class_log_likelihoods(model, torch.zeros(3, 2, dtype=torch.float64), [0, 1, 2], draws=4, give_up=give_up)

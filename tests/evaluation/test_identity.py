@@ -107,6 +107,10 @@ def test_calls_change_nothing_and_speed_is_not_part_of_it(tmp_path):
     likelihood(Denoiser(model, schedules.VP(), "epsilon"), torch.zeros(1, 3), method="euler", steps=1)  # keeps nothing
 
 
+def of_inner(factor):
+    return eval(f"lambda x: (lambda y: y * {factor})(x)")  # one name and place for both
+
+
 @pytest.mark.parametrize("pair", [
     (torch.zeros(2), torch.zeros(2, dtype=torch.int32)), (torch.zeros(2, 3), torch.zeros(3, 2)), ([1, 2], [12]),
     ({"a": 1}, {"a": 2}), (1, True), ("1", 1), (np.zeros(2), np.zeros(2, np.float32)),
@@ -114,6 +118,8 @@ def test_calls_change_nothing_and_speed_is_not_part_of_it(tmp_path):
     (schedules.VP(), schedules.SubVP()), (SimpleNamespace(a=1), SimpleNamespace(a=2)), (slice(1), slice(2)),
     (np.float64(1), np.float64(2)), (Slotted(1), Slotted(2)), (deque([1]), deque([2])),
     (re.compile("a"), re.compile("b")),
+    ({"a": {}, "b": 1}, {"a": {"b": 1}}), ([{"a": 1}, {}], [{}, {"a": 1}]), (of_inner(2), of_inner(3)),
+    (fastens.PerMember([0.0, 1.0]), fastens.PerMember([1.0, 1.0])),
     (np, torch), (Fraction(1, 2), Fraction(1, 3)), (functools.partial(max, 1), functools.partial(max, 2)),
 ])  # fmt: skip
 def test_values_differ(pair):

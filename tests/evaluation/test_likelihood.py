@@ -140,6 +140,29 @@ class Linear(nn.Module):
         return self.dropout(x @ self.weight)
 
 
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("divergence", ["exact", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_of_the_network_alone(dtype, divergence, looped):
+    x = (torch.rand(4, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype).float()
+    options = {"levels": None, "divergence": divergence, "method": "rk4", "steps": 8}
+
+    def bits(data, kind):  # weights and slope have no rounding, so that the whole error is the solver's
+        model = fastens.Ensemble([Scaled(0.5).to(kind), Scaled(0.25).to(kind)], engine="loop" if looped else "auto")
+        return likelihood(Denoiser(model, VP()), data.to(kind), **options).rows
+
+    np.testing.assert_allclose(bits(x, dtype), bits(x, torch.float32), atol=2e-3)
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x, t):
+        return self.scale * x
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

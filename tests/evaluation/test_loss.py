@@ -9,9 +9,10 @@ from torch import nn
 
 import fastens
 from fastens.evaluation import Denoiser, denoising_loss, fit_weights, held_out_gain, noise_levels, weighted_loss
-from fastens.evaluation.loss import level_weights, subsets_of
+from fastens.evaluation.loss import level_weights, subsets_of, times_at
 from fastens.evaluation.weights import _simplex
 from fastens.parameterisation import PREDICTIONS
+from fastens.rules import NoiseDependentMean
 from fastens.schedules import EDM, VE, VP, Discrete, Flow
 from tests.evaluation.densities import MixtureNetwork
 
@@ -139,6 +140,25 @@ def test_weightings():
         level_weights(denoiser, t, "snr")
 
 
+@pytest.mark.parametrize(
+    "schedule", [VP(), VE(), EDM(), Flow(), Flow(data_at=1), Discrete.linear(num_steps=801)], ids=repr
+)
+def test_likelihood_weights_are_steps_of_log_snr(schedule):
+    share = torch.linspace(0.1, 0.9, 321, dtype=torch.float64)  # so close that the middle of an interval stands for it
+    steps = schedule.log_snr(times_at(schedule, share)).diff().abs()
+    middles = times_at(schedule, (share[1:] + share[:-1]) / 2)
+    weights = level_weights(Denoiser(Member(0), schedule), middles, "likelihood")
+    np.testing.assert_allclose(weights, (steps / steps.sum()).numpy(), rtol=2e-3)
+
+
+def test_rules_of_one_name_have_results_each(denoiser, data):
+    first, second = (NoiseDependentMean((row,), (0.0,)) for row in ((1, 0, 0), (0, 0, 1)))
+    found = denoising_loss(denoiser, data, rule_names=[first, "mean", second, first], times=2)
+    assert list(found.rules) == ["noise_dependent_mean", "mean", "noise_dependent_mean 2"]
+    assert np.allclose(found.rules["noise_dependent_mean"], found.members[0])
+    assert np.allclose(found.rules["noise_dependent_mean 2"], found.members[2])
+
+
 def test_subsets():
     assert subsets_of(5, 2, 100) == list(itertools.combinations(range(5), 2))
     assert len(subsets_of(12, 6, 10)) == 10
@@ -197,7 +217,7 @@ def test_weights_find_the_good_member(data):
         ({"draws": 0}, "at least 1"),
         ({"times": 0}, "at least one"),
         ({"weighting": "snr"}, "uniform"),
-        ({"weighting": "likelihood", "schedule": Flow(data_at=1)}, "not finite"),
+        ({"weighting": "likelihood", "schedule": Flow(data_at=1), "times": torch.tensor([0.0, 0.5])}, "not finite"),
     ],
 )
 def test_bad_input(denoiser, options, message):

@@ -159,6 +159,33 @@ def test_equal_distributions():
     assert 1 < found.score.value < 5
 
 
+@pytest.mark.parametrize(("number", "subset_size"), [(240, 1000), (240, 60)])
+def test_kernel_distance_strays_as_its_interval_says(number, subset_size):
+    seeds = range(0, 160, 2)
+    pairs = [(gaussian(number, 8, 0.3, 1.2, seed), gaussian(number, 8, seed=seed + 1)) for seed in seeds]
+    found = [quality(*pair, resamples=1, subset_size=subset_size).kernel for pair in pairs]
+    strays = np.std([each.value for each in found], ddof=1)  # of so many: 8 % off, two times out of three
+    said = np.mean([each.high - each.value for each in found]) / 1.959964
+    assert 0.85 < said / strays < 1.4
+
+
+@pytest.mark.parametrize("shift", [0.0, 300.0])
+def test_kernel_distance_is_computed_in_float64(shift):
+    one, other = gaussian(60, 3) + shift, gaussian(60, 3, seed=1) + shift
+    ours, theirs, both = (
+        (x.double() @ y.double().T / 3 + 1) ** 3 for x, y in ((one, one), (other, other), (one, other))
+    )
+    apart = 1 - torch.eye(60, dtype=torch.float64)
+    expected = ((ours + theirs) * apart).sum() / (60 * 59) - 2 * both.mean()
+    assert quality(one, other, resamples=1).kernel.value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_manifolds_are_where_they_are_shifted_to():
+    one, other = gaussian(200, 8), gaussian(200, 8, scale=0.9, seed=1)
+    here, there = (quality(one + shift, other + shift, resamples=1) for shift in (0.0, 1024.0))
+    assert (here.precision, here.recall) == pytest.approx((there.precision, there.recall), abs=0.006)
+
+
 def test_far_distributions():
     found = quality(gaussian(300, 4, 20.0), gaussian(300, 4), resamples=5)
     assert (found.precision, found.recall) == (0, 0)
@@ -190,6 +217,12 @@ def test_quality_is_reproducible():
 def test_bad_features(generated, real, message):
     with pytest.raises(ValueError, match=message):
         quality(generated, real)
+
+
+@pytest.mark.parametrize("neighbours", [0, 100])
+def test_neighbours_that_there_are_not(neighbours):
+    with pytest.raises(ValueError, match=f"neighbours is {neighbours}, expected 1 to 99 for 100 samples"):
+        quality(gaussian(100, 8), gaussian(100, 8, seed=1), resamples=1, neighbours=neighbours)
 
 
 def test_features_stream():

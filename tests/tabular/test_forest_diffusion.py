@@ -160,6 +160,17 @@ def test_noisy_copies_are_drawn_one_at_a_time():
     assert forest.num_outputs == rows.shape[1]
 
 
+@pytest.mark.parametrize("use", [ForestDiffusion.score, ForestDiffusion.impute])
+def test_rows_are_those_of_their_labels(use):
+    data = load_iris()
+    with pytest.raises(ValueError, match=r"pass `y`, the label of each row, of \[0, 1, 2\]"):
+        use(fitted(True), data.data)
+    with pytest.raises(ValueError, match="leave `y` out"):
+        use(fitted(), data.data, data.target)
+    use(fitted(True), data.data, data.target)
+    use(fitted(), data.data)
+
+
 def test_bad_input():
     data = load_iris().data
     with pytest.raises(NotFittedError, match="call `fit` first"):
@@ -169,6 +180,13 @@ def test_bad_input():
         ({"learner": "tree"}, "`learner`"),
         ({"diffusion_type": "ve"}, "`diffusion_type`"),
         ({"rule": "mode"}, "unknown rule"),
+        ({"eps": 0.0}, "`eps`: expected a time above 0, where there is noise"),
+        ({"eps": float("nan")}, "`eps`"),
+        ({"eps": -0.1, "diffusion_type": "flow"}, "`eps`: expected a time of at least 0"),
+        ({"beta_min": -5.0}, "`beta_min`, `beta_max`"),
+        ({"beta_min": 9.0}, "`beta_min`, `beta_max`"),
+        ({"beta_min": 0.0, "beta_max": 0.0}, "`beta_min`, `beta_max`"),
+        ({"max_depth": 0}, "`max_depth`: expected at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             ForestDiffusion(**(SMALL | options)).fit(data)
@@ -176,6 +194,8 @@ def test_bad_input():
         ForestDiffusion(**SMALL).fit(np.where(data > 7, np.nan, data))
     with pytest.raises(ValueError, match="`y` has 3 labels"):
         ForestDiffusion(**SMALL).fit(data, [1, 2, 3])
+    with pytest.raises(ValueError, match="`y` has no label for 50 of 150 rows"):
+        ForestDiffusion(**SMALL).fit(data, np.where(np.arange(150) < 50, np.nan, 1.0))
     with pytest.raises(ValueError, match="'vp'"):
         fitted(diffusion_type="flow").impute(data)
 

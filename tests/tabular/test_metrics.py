@@ -51,5 +51,14 @@ def test_a_classifier_tells_noise_from_data():
 def test_tables_that_cannot_be_compared():
     with pytest.raises(ValueError, match="the same columns"):
         wasserstein(np.zeros((3, 2)), np.zeros((3, 1)))
-    with pytest.raises(ValueError, match="NaN"):
-        wasserstein(np.zeros((3, 2)), np.full((3, 2), np.nan))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("measure", [wasserstein, coverage, real_versus_generated])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_has_no_distance_is_named(measure, value, which):
+    tables = [np.random.default_rng(i).normal(size=(12, 2)) for i in range(2)]
+    tables[which][7, 1] = value
+    name = ("real", "generated")[which]
+    with pytest.raises(ValueError, match=f"the {name} table has {value} in row 7, column 1"):
+        measure(*tables)

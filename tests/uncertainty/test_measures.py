@@ -88,6 +88,44 @@ def test_an_uncertainty_that_ranks_as_the_error_has_no_area():
     assert 0.1 < none.ause < wrong.ause
 
 
+@pytest.mark.parametrize("size", [4, 7, 100])
+def test_equal_uncertainties_are_removed_in_no_order(size):
+    error = RNG.exponential(size=size)
+    for of in (error, np.sort(error), np.sort(error)[::-1]):
+        found = unc.sparsification(of, np.ones(size))
+        np.testing.assert_allclose(found.by_uncertainty, 1, rtol=1e-12)
+    uncertainty = RNG.integers(3, size=size)
+    orders = [RNG.permutation(size) for _ in range(3)]
+    one, *others = (unc.sparsification(error[order], uncertainty[order]) for order in orders)
+    for other in others:
+        np.testing.assert_allclose(other.by_uncertainty, one.by_uncertainty, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [7, 29, 100])
+def test_as_many_are_removed_as_the_fraction_says(steps):
+    error = np.arange(1.0, steps + 1)
+    kept = np.array([error[: steps - i].mean() for i in range(steps)])
+    np.testing.assert_allclose(unc.sparsification(error, error, steps).by_error, kept / error.mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("measure", [unc.crps, unc.spread_skill, unc.rank_histogram, unc.calibration])
+def test_one_truth_is_a_truth_of_one_element(measure):
+    samples, truth = RNG.normal(size=9), 0.1
+    one, other = measure(samples, truth), measure(samples[:, None], [truth])
+    pairs = [(one, other[0])] if measure is unc.crps else zip(one, other, strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int8, np.int16, np.uint16, np.float32])
+def test_every_real_dtype_and_layout_is_read(dtype):
+    samples = RNG.integers(0, 9, size=(3, 4, 5)).astype(dtype)
+    samples.flags.writeable = False
+    for given in (samples, samples[::-1], samples[:, ::-1, ::2]):
+        found, expected = unc.decompose(given), given.astype(float).var((0, 1))
+        np.testing.assert_allclose(found.total, expected)
+
+
 def test_intervals_hold_what_they_should_where_truth_is_one_of_them():
     x, y = RNG.normal(size=(50, 20_000)), RNG.normal(size=20_000)
     assert unc.calibration(x, y).error < 0.02
