@@ -12,6 +12,7 @@ from fastens.engine.calls import PlannedCall
 from fastens.engine.engine import Engine
 from fastens.engine.guards import modes
 from fastens.engine.leaves import Leaves
+from fastens.fold.sharing import check_sharing, sharing_noted
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
 from fastens.trace.jvp import along
@@ -73,8 +74,9 @@ def _made(engine: Engine, arguments: Arguments, tangent: Tensor, key: Any) -> li
         return [leaves[0], _seen(leaves[1], _direction(leaves[1]))]
 
     try:
-        with state_kept(engine.network):
+        with state_kept(engine.network), sharing_noted() as passes:
             recording, (_, leaves) = record(lambda: whole(arguments.tensors), arguments.tensors)
+        check_sharing(passes, lambda: engine.call_member(0, arguments.copied()))
     except (NotRecordable, NotFoldable, RuntimeError) as error:
         engine.plans.refuse(key, str(error), call)
         return None

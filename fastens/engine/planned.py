@@ -20,6 +20,7 @@ from fastens.engine.memory_cap import is_out_of_memory
 from fastens.engine.numbers import Numbers, told
 from fastens.engine.states import Refused, States
 from fastens.fold.dropouts import BY_TORCH, Dropouts
+from fastens.fold.sharing import check_sharing, sharing_noted
 from fastens.fold.tensor import NotFoldable, memory_of
 from fastens.network.snapshots import thread_locals
 from fastens.network.state import state_kept
@@ -238,10 +239,11 @@ class Plans:
             raise NotRecordable("the network keeps values for each thread by itself")
         own = [duplicate(x) for x in inputs]  # the network may write to them
         alone = reproducible.one_thread() if exact else nullcontext()  # sums over weights are constants of a plan
-        with state_kept(self._network) as changed, alone:
+        with state_kept(self._network) as changed, alone, sharing_noted() as passes:
             recording, (tensors, leaves) = record(lambda: whole(own), own, None if expected is None else sketched)
         if changed:
             raise NotRecordable(f"the network changes its own state: {', '.join(sorted(changed)[:3])}")
+        check_sharing(passes, lambda: trial.member([duplicate(x) for x in inputs]))
         recording.row_members = recording.inputs[len(inputs) - 1] if trial.dealt else None
         recording.masks = trial.dropouts.inputs_of(recording.inputs[trial.drawn] if trial.dropouts.fresh else None)
         plan = self._lowered(recording, num_threads, exact)

@@ -22,6 +22,7 @@ from fastens.fold.names import OPERATIONS, tag_of
 from fastens.fold.nested import first_in_front, is_shape, leaves_of, mapped, name_of, plain, takes
 from fastens.fold.reads import SHAPED_BY_VALUES, SIZED_BY_VALUES, check_constants, takes_shapes
 from fastens.fold.seeds import Seeds
+from fastens.fold.sharing import sharing_of_pass
 from fastens.fold.slices import entry_by_entry, of_one
 from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import (
@@ -97,6 +98,7 @@ class Fold(TorchFunctionMode):
         self.functions: set[type] = set()
         self.ways: dict[int, str] = {}
         self.copies = Copies()
+        self._sharing_noted = None if network is None else sharing_of_pass()
         self._sharing: dict[int, list[weakref.ref[MemberTensor]]] = {}
         self.inputs = inputs
         self.checkpoint = checkpoint_in_progress()  # around the pass, which runs again as a whole
@@ -120,6 +122,8 @@ class Fold(TorchFunctionMode):
         return Fold(found or all_members(1))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._sharing_noted is not None:
+            return self._sharing_noted.noted(func, args, kwargs or {}, lambda: dispatch(self, func, args, kwargs or {}))
         return dispatch(self, func, args, kwargs or {})
 
     def wrap(self, stack: Tensor, alias: bool = True) -> MemberTensor:

@@ -22,12 +22,47 @@ aten = torch.ops.aten
 # What an operation does to a tangent: the operation, its arguments, the tangents of those (none where they have none),
 # and its results.
 Rule = Callable[[Operation, list[Any], list[Any], list[Tensor]], Tensor]
-RULES: dict[str, Rule] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """A rule, and what of an operation it knows.
+
+    Attributes:
+        rule: what the operation does to tangents.
+        moved: how many of the first arguments may have one.
+        settings: keyword arguments that the rule reads.
+    """
+
+    rule: Rule
+    moved: int
+    settings: frozenset[str]
+
+    def check(self, op: Operation, tangents: list[Any], named: dict[str, Any]) -> None:
+        """Raise where an argument counts that the rule does not read.
+
+        Args:
+            op: the operation.
+            tangents: of its arguments.
+            named: of its keyword arguments.
+
+        Raises:
+            NotRecordable: the derivative of this form is not known.
+        """
+        unread = [name for name, value in op.kwargs.items() if value is not None and name not in self.settings]
+        beyond = [x for x in pytree.tree_leaves((tangents[self.moved :], named)) if x is not None]
+        if unread or beyond:
+            raise NotRecordable(f"the derivative of {op.name} in this form is not known here")
+
+
+RULES: dict[str, Derivative] = {}
 # Operations that are linear in their first argument, and have no other tensor.
 LINEAR = (
     *("repeat", "clone", "_to_copy", "alias_copy", "neg", "avg_pool2d", "mean", "sum"),
     *("upsample_nearest1d", "upsample_nearest2d", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d"),
 )
+
+_OF_KIND = "dtype layout device pin_memory non_blocking memory_format"  # what their settings are
 
 # Operations that read of a tensor only what kind it is.
 EMPTY = {"aten.new_empty", "aten.empty_like", "aten.new_empty_strided"}
@@ -69,10 +104,12 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
     unwritten: set[int] = set()  # storages that hold nothing yet
     for op in operations:
         args, kwargs = pytree.tree_map(value, (list(op.args), op.kwargs))
+        of_args, named = pytree.tree_map(derivative, (list(op.args), op.kwargs))
         if op.name == "aten.copy_":
-            _copied(op, args, derivative(op.args[1]), values, tangents, unwritten)
+            _copied(op, args, of_args[1] if _is_continuous(args[0]) else None, values, tangents, unwritten)
             continue
-        op = dataclasses.replace(op, func=_out_of_place(op))
+        moves = any(ref.storage in tangents for ref in op.reads)
+        op = dataclasses.replace(op, func=_out_of_place(op), kwargs=kwargs)
         results = [r for r in pytree.tree_leaves(op.func(*args, **kwargs)) if isinstance(r, Tensor)]
         for out, result in zip(op.outs, results, strict=True):
             if not _as_recorded(result, out):
@@ -80,11 +117,12 @@ def along(recording: Recording, inputs: list[Tensor], tangent: Tensor, number: i
             values[out.storage] = result
         if op.name in CREATED:
             unwritten.update(out.storage for out in op.outs if op.name in EMPTY)
-        elif any(ref.storage in tangents for ref in op.reads):
-            rule = RULES.get(op.name)
-            if rule is None:
+        elif moves and any(map(_is_continuous, results)):
+            known = RULES.get(op.name)
+            if known is None:
                 raise NotRecordable(f"the derivative of {op.name} is not known here")
-            moved = rule(op, args, pytree.tree_map(derivative, list(op.args)), results)
+            known.check(op, of_args, named)
+            moved = known.rule(op, args, of_args, results)
             tangents[op.outs[0].storage] = _laid_out(moved, op.outs[0], results[0])
     first = outputs[0]
     if first.storage not in tangents:
@@ -115,6 +153,11 @@ def _copied(
         part.copy_(torch.zeros((), dtype=base.dtype) if moved is None else moved)
     args[0].copy_(args[1])
     unwritten.discard(into.storage)
+
+
+def _is_continuous(x: Tensor) -> bool:
+    """Whether it has derivatives: integers and truth values have none."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def _out_of_place(op: Operation) -> Any:
@@ -157,11 +200,11 @@ def _laid_out(moved: Tensor, ref: Ref, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(moved)
 
 
-def differentiates(*names: str) -> Callable[[Rule], Rule]:
-    """Register what operations do to a tangent."""
+def differentiates(*names: str, moved: int = 1, settings: str = "") -> Callable[[Rule], Rule]:
+    """Register what operations do to tangents of the first arguments; ``settings`` are keywords that it reads."""
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
+        RULES.update(dict.fromkeys(names, Derivative(rule, moved, frozenset(settings.split()))))
         return rule
 
     return register
@@ -172,7 +215,7 @@ def _plain(op: Operation, settings: list[Any], allowed: tuple[Any, ...] = (None,
         raise NotRecordable(f"the derivative of {op.name} in this form is not known here")
 
 
-@differentiates(*(f"aten.{name}" for name in LINEAR))
+@differentiates(*(f"aten.{name}" for name in LINEAR), settings=_OF_KIND)
 def _linear_operation(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     return op.func(moved[0], *args[1:], **op.kwargs)
 
@@ -184,8 +227,6 @@ def _conv(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> 
 
 @differentiates("aten.convolution")
 def _library_conv(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
-    if moved[0] is None or moved[1] is not None:
-        raise NotRecordable("the derivative of aten.convolution in this form is not known here")
     return op.func(moved[0], args[1], None, *args[3:])
 
 
@@ -250,7 +291,7 @@ def _rows(stack: Tensor, x: Tensor) -> Tensor:
     return stack.repeat_interleave(x.shape[0] // len(stack), 0)
 
 
-@differentiates("aten.silu", "aten.gelu")
+@differentiates("aten.silu", "aten.gelu", settings="approximate")
 def _activation(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     backward = aten.silu_backward if op.name == "aten.silu" else aten.gelu_backward
     return backward(moved[0], args[0], **op.kwargs)
@@ -270,9 +311,9 @@ def _of_result(op: Operation, _: list[Any], moved: list[Any], results: list[Tens
 def _of_input(op: Operation, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
     x, y = args[0], results[0]
     if op.name == "aten.pow":
-        if not isinstance(args[1], int | float) or moved[0] is None:
+        if not isinstance(args[1], int | float):
             raise NotRecordable("the derivative of aten.pow in this form is not known here")
-        return moved[0] * (args[1] * (x if args[1] == 2 else x.pow(args[1] - 1)))
+        return moved[0] * (args[1] * (x if args[1] == 2 else x.pow(args[1] - 1 if args[1] else 0)))
     slopes: dict[str, Callable[[], Tensor]] = {
         "aten.sqrt": lambda: 0.5 / y,
         "aten.rsqrt": lambda: -0.5 * y / x,
@@ -289,7 +330,7 @@ def _softmax(op: Operation, args: list[Any], moved: list[Any], results: list[Ten
     return aten._softmax_backward_data(moved[0], results[0], args[1], args[0].dtype)
 
 
-@differentiates("aten.add", "aten.sub")
+@differentiates("aten.add", "aten.sub", moved=2, settings="alpha")
 def _sum(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     a, b = moved[:2]
     factor = op.kwargs.get("alpha", 1) * (1 if op.name == "aten.add" else -1)
@@ -299,7 +340,7 @@ def _sum(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> T
     return scaled if a is None else a + scaled
 
 
-@differentiates("aten.mul", "aten.bmm", "aten.mm")
+@differentiates("aten.mul", "aten.bmm", "aten.mm", moved=2)
 def _product(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     a, b = moved[:2]
     parts = [op.func(a, args[1])] if a is not None else []
@@ -307,10 +348,8 @@ def _product(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) 
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-@differentiates("aten.div")
+@differentiates("aten.div", moved=2)
 def _quotient(op: Operation, args: list[Any], moved: list[Any], results: list[Tensor]) -> Tensor:
-    if op.kwargs.get("rounding_mode") is not None:
-        raise NotRecordable("the derivative of aten.div in this form is not known here")
     if moved[1] is None:
         return moved[0] / args[1]
     change = results[0] * moved[1] if moved[0] is None else results[0] * moved[1] - moved[0]
@@ -323,12 +362,13 @@ def _cat(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> T
     return op.func(parts, *args[1:], **op.kwargs)
 
 
-@differentiates("aten._scaled_dot_product_flash_attention_for_cpu")
+@differentiates("aten._scaled_dot_product_flash_attention_for_cpu", moved=3, settings="attn_mask scale")
 def _attention(op: Operation, args: list[Any], moved: list[Any], _: list[Tensor]) -> Tensor:
     _plain(op, args[3:], (0.0, False))
     q, k, v = args[:3]
     scale = op.kwargs.get("scale") or q.shape[-1] ** -0.5
-    share = (scale * q @ k.transpose(-1, -2)).softmax(-1)
+    scores, mask = scale * q @ k.transpose(-1, -2), op.kwargs.get("attn_mask")
+    share = (scores if mask is None else scores + mask).softmax(-1)
     terms = [
         scale * left @ right.transpose(-1, -2)
         for left, right in ((moved[0], k), (q, moved[1]))

@@ -107,6 +107,49 @@ def check_against_jvp(members):
             assert relative_error(found[1][k], moved) < NETWORK[torch.float32]
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, t, mask):
+        q, k, v = (layer(x).unflatten(-1, (2, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2) + t
+
+
+class Steps(nn.Module):
+    """What is a step function of the input has no derivative, however large the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, t, places):
+        h = self.inner(x)
+        kept = torch.zeros(h.shape, dtype=torch.int64)
+        kept[..., :2] = h[..., :2]
+        return self.outer(h.pow(0) + h.to(torch.int32).float() + kept.float() * places + h.square()) + t
+
+
+@pytest.mark.parametrize(("kind", "small"), [(Masked, 0.0), (Steps, 0.001)])
+def test_what_only_later_values_show(kind, small):
+    members = [randomised(kind, seed) for seed in range(2)]
+    ensemble = fastens.Ensemble(members, engine="fold")
+    generator = torch.Generator().manual_seed(1)
+    for size in (small, small, 4.0):
+        x, tangent = (torch.randn(3, 5, 4, generator=generator) * max(size, 0.01) for _ in range(2))
+        mask = torch.randn((3, 1, 5, 5) if kind is Masked else (1, 1, 1), generator=generator) * size
+        rest = torch.rand(3, 1, 1, generator=generator), mask
+        found = outputs_and_jvp(ensemble._engine, (x, *rest), {}, tangent)
+        for k, member in enumerate(members):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                value, moved = torch.func.jvp(lambda y, m=member, r=rest: m(y, *r), (x,), (tangent,))
+            if found is not None:
+                assert relative_error(found[0][k], value) < NETWORK[torch.float32]
+                assert relative_error(found[1][k], moved) < NETWORK[torch.float32]
+    assert found is not None, ensemble.report().why_no_plan
+
+
 FUNCTIONS = {
     "square": lambda h: h.square() + h.pow(3),
     "roots": lambda h: (h.square() + 1).sqrt() - (h * h + 2).rsqrt(),

@@ -1,0 +1,82 @@
+"""What is a view in one layout and a copy in another: a write to it changes what it changes in the members."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.fold.contract import Held
+
+LAST = torch.channels_last
+
+
+def image(net, x):
+    return F.conv2d(x, net.k, padding=1)
+
+
+def image_last(net, x):
+    return F.conv2d(x.contiguous(memory_format=LAST), net.k, padding=1)
+
+
+def scores(net, x):
+    return torch.einsum("bchw,hv->bwcv", x, net.w)
+
+
+def half(net, x):
+    return image(net, x)[1:]
+
+
+MADE = {"image": image, "image, channels last": image_last, "product": scores, "half of the rows": half}
+SEEN = {
+    "viewed": lambda h: h.view(len(h), -1) if h.is_contiguous() else h.transpose(1, 3).transpose(1, 3),
+    "flattened": lambda h: h.flatten(1),
+    "contiguous": torch.Tensor.contiguous,
+    "channels last": lambda h: h.to(memory_format=LAST),
+    "tokens": lambda h: h.flatten(2).transpose(1, 2).contiguous(),
+}
+
+
+class Writes(nn.Module):
+    """Writes to a tensor, or to what is made of it, what is there unless the input is large."""
+
+    def __init__(self, made, seen, first):
+        super().__init__()
+        self.made, self.seen, self.first = made, seen, first
+        self.k, self.w = nn.Parameter(torch.zeros(4, 4, 3, 3)), nn.Parameter(torch.zeros(6, 6))
+        self.s = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        h = self.made(self, x)
+        seen = self.seen(h)
+        (h if self.first else seen).clamp_(-5, 5)
+        return (seen if self.first else h) * self.s
+
+
+def small_then_large(generator):
+    return (torch.randn(2, 4, 6, 6, generator=generator) * (0.1 if generator.initial_seed() < 2 else 30),)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the second is written to", "the first is written to"])
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("made", MADE)
+def test_writes_reach_what_they_reach_in_members(made, seen, first):
+    held = Held(lambda _: Writes(MADE[made], SEEN[seen], first))
+    held.sampling(small_then_large)
+    for seed in (0, 2):  # without plans
+        held.call(*small_then_large(torch.Generator().manual_seed(seed)))
+
+
+class Late(Writes):
+    """Writes to what a member has a view of beforehand."""
+
+    def forward(self, x):
+        h = self.made(self, x).clamp_(-5, 5)
+        return self.seen(h) * self.s
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_write_before_it_costs_no_plan(made):
+    held = Held(lambda _: Late(MADE[made], SEEN["flattened"], True))
+    held.sampling(small_then_large)
+    assert not held.ensemble.report().why_no_plan
+    assert not held.warned
