@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
-from fastens.device import capturing, convolution_precision, device_of, product_precision
+from fastens.device import capturing, convolution_precision, copy_given, device_of, product_precision
 from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
@@ -88,7 +88,7 @@ class RecordedStep:
         with self._turns:
             for static, given in zip(self.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
                 if isinstance(static, Tensor):
-                    static.copy_(given, non_blocking=True)
+                    copy_given(static, given)
             self.replay()
             return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.output)
 
