@@ -36,14 +36,14 @@ from fastens.trace.record import Recording, mapped
 class _Bound:
     """Launches with the tensors that they read and write."""
 
-    inputs: list[tuple[int, Tensor, list[int]]]
+    inputs: list[tuple[int, Tensor]]
     outputs: list[tuple[Tensor, torch.dtype]]
     launches: list[tuple[Node, dict[str, Any]]]
 
     def read(self, given: list[Tensor]) -> None:
         """Copy what the launches read of a call to where they read it."""
-        for number, static, repeated in self.inputs:
-            copy_given(_once(static, repeated), _once(given[number], repeated))
+        for number, static in self.inputs:
+            copy_given(static, given[number])
 
     def launch(self, last: int | None, weights: list[float] | None) -> list[Tensor]:
         """Run all launches, and return the outputs of the pass.
@@ -63,13 +63,6 @@ class _Bound:
         """The results in memory of their own, and of the dtypes of the pass."""
         dtypes = [dtype for _, dtype in self.outputs]
         return [torch.empty(x.shape, dtype=t, device=x.device).copy_(x) for x, t in zip(results, dtypes, strict=True)]
-
-
-def _once(x: Tensor, repeated: list[int]) -> Tensor:
-    """A tensor without the copies that it has of its elements along some dimensions."""
-    for d in repeated:
-        x = x.narrow(d, 0, 1)
-    return x
 
 
 class LaunchPlan:
@@ -170,11 +163,7 @@ class LaunchPlan:
 
         launches = [(node, mapped(View, tensor, arguments_of(node, self._backend))) for node in self._launches]
         outputs = list(zip(map(tensor, self._outputs), self._dtypes, strict=True))
-        inputs = [
-            (number, made, [d for d in range(made.ndim) if made.shape[d] > 1 and not made.stride(d)])
-            for where, (made, number) in slots.items()
-            if where not in self._slots
-        ]
+        inputs = [(number, made) for where, (made, number) in slots.items() if where not in self._slots]
         return _Bound(inputs, outputs, launches)
 
     def run(self, inputs: list[Tensor], weights: list[float] | None = None) -> list[Tensor]:
