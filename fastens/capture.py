@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastens import reproducible
-from fastens.device import capturing, convolution_precision, device_of, product_precision
+from fastens.device import capturing, convolution_precision, copy_given, device_of, product_precision
 from fastens.engine.arguments import Arguments
 from fastens.engine.compiled import drawn_pass
 from fastens.engine.guards import Guards, unmodified_context
@@ -69,12 +69,14 @@ class RecordedStep:
     """
 
     def __init__(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], model: Any) -> None:
-        device = model.device
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        device, arguments = model.device, Arguments(args, kwargs)
         # CPU tensors, such as a scheduler's timesteps, become device memory: a graph cannot read them anew.
-        self.inputs = [x.to(device, copy=True) if isinstance(x, Tensor) else x for x in leaves]
-        static_args, static_kwargs = pytree.tree_unflatten(self.inputs, spec)
-        self.call = Arguments(args, kwargs).described()
+        self.inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in arguments.tensors
+        ]
+        self._read(arguments)
+        static_args, static_kwargs = arguments.with_tensors(self.inputs).call
+        self.call = arguments.described()
         self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
         self._turns = device_of(device).turns()
@@ -83,12 +85,14 @@ class RecordedStep:
         """Whether weights and state are those that were recorded."""
         return self._facts.hold(model)
 
+    def _read(self, arguments: Arguments) -> None:
+        for static, given in zip(self.inputs, arguments.tensors, strict=True):
+            copy_given(static, given)
+
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
         with self._turns:
-            for static, given in zip(self.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
-                if isinstance(static, Tensor):
-                    static.copy_(given, non_blocking=True)
+            self._read(Arguments(args, kwargs))
             self.replay()
             return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.output)
 
@@ -99,16 +103,18 @@ class Capturing(nn.Module):
     def capture(self: Any, *args: Any, **kwargs: Any) -> None:
         """Record the evaluation of these arguments as a CUDA graph; calls of the same signature replay it from then on.
 
-        The signature is the shapes and dtypes of tensors, the values of everything else, the rule, autocast, and the
-        precision of float32 products. A recording is replayed in evaluation mode under ``torch.no_grad`` only, and what
-        it returns is the caller's. After a change of weights or of the members' Python state it is not replayed any
-        more, since it may hold what was derived from them: capture again. After a change that cannot be noticed,
-        :meth:`refresh` forgets it.
+        The signature is shapes, strides, dtypes and devices of tensors, the values of everything else, the rule,
+        autocast, and the precision of float32 products. A recording is replayed in evaluation mode under
+        ``torch.no_grad`` only, and what it returns is the caller's. After a change of weights or of the members' Python
+        state it is not replayed any more, since it may hold what was derived from them: capture again. After a change
+        that cannot be noticed, :meth:`refresh` forgets it.
 
         Raises:
             RuntimeError: the ensemble is not on a CUDA device.
-            ValueError: training mode, a rule that draws members or fresh dropout masks, which a replay would repeat:
-                such calls need no capture, since the launches of a plan replay as a graph by themselves.
+            TypeError: an argument that is no ordinary tensor, number or name: a replay would not see it change inside.
+            ValueError: training mode; arguments that share memory, where the network writes to them; a rule that draws
+                members or fresh dropout masks, which a replay would repeat: such calls need no capture, since the
+                launches of a plan replay as a graph by themselves.
         """
         if not device_of(self.device).launches:
             raise RuntimeError(f"capture: the ensemble is on {self.device}, expected a CUDA device; call it as it is")
@@ -120,15 +126,23 @@ class Capturing(nn.Module):
         why = self._why_not_recorded()
         if why is not None:
             raise ValueError(f"capture: {why}")
+        arguments = Arguments(args, kwargs)
+        if not arguments.plain():
+            raise TypeError(
+                f"capture: arguments are {arguments.described()}, expected ordinary tensors, numbers, names and "
+                "dtypes, as a replay sees nothing else change; pass what such an object holds, or do not capture"
+            )
         with torch.inference_mode(False), torch.no_grad():  # later calls write to what a recording keeps
             self._evaluated(args, kwargs)  # checks fold against loop, which no recording can
+            if self._shared(arguments):
+                raise ValueError("capture: the network writes to its arguments, and they share memory; pass copies")
             step = RecordedStep(
                 self._evaluated,
                 args,
                 kwargs,
                 self,
             )
-        self._recorded[self._signature(args, kwargs)] = step
+        self._recorded[self._signature(arguments)] = step
 
     def _why_not_recorded(self: Any) -> str | None:
         """Return what a replay would wrongly repeat, such as random draws; None where there is no such thing."""
@@ -138,13 +152,16 @@ class Capturing(nn.Module):
             return "{} at every call; {}".format(*self._engine.kind.drawn_anew)
         return f"rule {self.rule.name!r} draws members, so each call runs other rows" if self.rule.random else None
 
-    def _signature(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        of_leaves = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
+    def _signature(self: Any, arguments: Arguments) -> Any:
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         precision = product_precision(), convolution_precision()
-        return tuple(of_leaves), str(spec), self.rule, autocast, precision, reproducible.enabled()
+        settings = autocast, precision, reproducible.enabled()
+        return arguments.plan_key(), self._shared(arguments), self.rule, settings
+
+    def _shared(self: Any, arguments: Arguments) -> bool:
+        """Whether what the network writes to one argument changes another, which those of a recording do not show."""
+        return self._engine.behaviour.writes_arguments and arguments.share_memory()
 
     if TYPE_CHECKING:
         _draws: Any
@@ -177,10 +194,8 @@ class Capturing(nn.Module):
             return None
         if capturing():
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
-        try:
-            step = recorded.get(self._signature(args, kwargs))
-        except TypeError:  # an argument that does not hash has no recording
-            return None
+        arguments = Arguments(args, kwargs)
+        step = recorded.get(self._signature(arguments)) if arguments.plain() else None
         return step if step is None or step.is_current(self) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -232,6 +232,22 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def copy_given(into: Tensor, given: Tensor) -> None:
+    """Copy what a caller gave, who may write to it as soon as this returns; while a graph is recorded, at each replay.
+
+    Pinned memory is read when the copy's turn comes on the device, unless it is waited for; any other is staged before.
+
+    Args:
+        into: where dimensions of stride 0 repeat one element.
+        given: of the same shape, which repeats its elements along those dimensions.
+    """
+    if 0 in into.stride():
+        for d, (size, stride) in enumerate(zip(into.shape, into.stride(), strict=True)):
+            if size > 1 and not stride:
+                into, given = into.narrow(d, 0, 1), given.narrow(d, 0, 1)
+    into.copy_(given, non_blocking=not (given.is_cpu and given.is_pinned()) or capturing())
+
+
 def lacking(library: str) -> str | None:
     """Why this torch has not what a compiled library is linked with, or none."""
     return f"torch {torch.__version__} has no CUDA" if library == "cuda" and torch.version.cuda is None else None

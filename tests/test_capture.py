@@ -1,6 +1,7 @@
 """Recorded steps: what is replayed and what is not, with code that runs again in place of a CUDA graph."""
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -145,6 +146,76 @@ def test_refusals(ens):
         ens._record((X, T), {})
     with pytest.raises(ValueError, match="training mode"):
         ens.train()._record((X, T), {})
+
+
+class Reading(nn.Module):
+    """What of its arguments a network's Python may read."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, other, number=1.0):
+        scale = 2 if x is other else 3 if x.stride(-1) == 0 else 5
+        scale = scale if not isinstance(number, SimpleNamespace) else number.scale
+        return self.layer(x) * scale * math.copysign(1.0, number if isinstance(number, float) else 1.0) + other
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, other):
+        x.mul_(2)
+        return self.layer(x) + other
+
+
+CALLS = {
+    "the same tensor twice": (X, X),
+    "another tensor": (X, X.clone()),
+    "elements that are repeated": (X[:, :1].expand(2, 4), X),
+    "a number": (X, X.clone(), 0.0),
+    "its negative": (X, X.clone(), -0.0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_pythons_of_members_read_of_a_call_is_part_of_its_signature(call, ens):
+    members = [Reading().eval() for _ in range(2)]
+    other = fastens.Ensemble(members, engine="fold")
+    with torch.no_grad():
+        for args in CALLS.values():
+            expected = torch.stack([member(*args) for member in members]).mean(0)
+            torch.testing.assert_close(other(*args), expected)
+        other._record(CALLS[call], {})
+        for name, args in CALLS.items():
+            replays = len(ens.replays)
+            expected = torch.stack([member(*args) for member in members]).mean(0)
+            torch.testing.assert_close(other(*args), expected)
+            assert len(ens.replays) == replays + (name == call)
+
+
+def test_what_may_change_inside_is_not_recorded(ens):
+    class Scale(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    with torch.no_grad(), pytest.raises(TypeError, match="a replay sees nothing else change"):
+        fastens.Ensemble([Reading(), Reading()]).eval()._record((X, X, Scale(scale=2.0)), {})
+
+
+def test_arguments_that_share_memory_and_are_written_to_are_not_recorded(ens):
+    members = [Writing().eval() for _ in range(2)]
+    other, memory = fastens.Ensemble(members), torch.randn(2, 6)
+    apart = [x.clone() for x in (memory[:, :4], memory[:, 2:])]
+    with torch.no_grad():
+        other._record((*apart,), {})
+        with pytest.raises(ValueError, match="share memory"):
+            other._record((memory[:, :4], memory[:, 2:]), {})
+        shared = torch.randn(2, 4)
+        expected = other.member_outputs(shared, shared).mean(0)
+        torch.testing.assert_close(other(shared, shared), expected)
+    assert not ens.replays
 
 
 def test_every_signature_has_a_recording_of_its_own(ens):

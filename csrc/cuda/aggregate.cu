@@ -107,8 +107,9 @@ std::tuple<Tensor, Tensor> all(const std::vector<Tensor>& scores, const std::str
   STD_TORCH_CHECK(!scores.empty(), "aggregate: `scores` has no member; expected K >= 1");
   const Tensor& first = scores[0];
   const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
-  const auto new_like = [](const Tensor& a) {
-    return is_flat(a) ? torch::stable::empty_like(a) : torch::stable::new_empty(a, a.sizes());
+  // half of the rows lie as all of them do: a single row is flat by itself, whatever is between the rows
+  const auto new_like = [flat = is_flat(first)](const Tensor& a) {
+    return flat ? torch::stable::empty_like(a) : torch::stable::new_empty(a, a.sizes());
   };
   const Tensor layout = new_like(first);
   std::vector<Tensor> members;

@@ -315,7 +315,7 @@ class Arguments:
     # What tells calls apart
 
     def plan_key(self, varying: Collection[int] = ()) -> tuple[Any, ...]:
-        """The key of a plan: everything of a call but the values of its tensors, strides included.
+        """The key of a plan: everything of a call but the values of its tensors, strides and devices included.
 
         Args:
             varying: positions of numbers that are inputs of the plan.
@@ -323,7 +323,7 @@ class Arguments:
         key = [self._nesting, self.own, self.per_row, self._same]
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor):
-                key += (leaf.shape, leaf.stride(), leaf.dtype)
+                key += (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
             else:
                 key += (type(leaf), "any" if i in varying else _told_apart(leaf))
         return tuple(key)

@@ -12,19 +12,25 @@ from fastens.kernels._graph import keep
 UNROLLED = 16  # members that a kernel holds in registers and takes from a list of pointers
 
 
-def result_like(scores: list[Tensor]) -> Tensor:
-    """An uninitialised result [B, ...] in the layout that the native kernels give: as `csrc/cpu/flat.h` decides."""
+def result_like(scores: list[Tensor], rows: int | None = None) -> Tensor:
+    """An uninitialised result in the layout that the native kernels give: as `csrc/cpu/flat.h` decides.
+
+    Args:
+        scores: K tensors [B, ...], whose layout decides.
+        rows: of the result, where it is of the first of the B alone; none for all.
+    """
     first = scores[0]
     sizes, strides = first.shape, first.stride()
+    result = first if rows is None else first[:rows]
     expected = 1
     for d in sorted(range(1, first.ndim), key=lambda d: strides[d]):
         if sizes[d] == 1:
             continue
         if strides[d] != expected:
-            return first.new_empty(sizes)
+            return result.new_empty(result.shape)
         expected *= sizes[d]
     flat = sizes[0] == 1 or strides[0] == expected
-    return torch.empty_like(first) if flat else first.new_empty(sizes)
+    return torch.empty_like(result) if flat else result.new_empty(result.shape)
 
 
 def flattened(scores: list[Tensor], like: Tensor) -> list[Tensor]:

@@ -21,8 +21,7 @@ def aggregate_update(
     variance: bool,
 ) -> tuple[Tensor, Tensor]:
     """Combine and continue; the arguments are those of ``fastens::aggregate_update``."""
-    half = scores if guidance is None else [score[: score.shape[0] // 2] for score in scores]
-    out = result_like(half)
+    out = result_like(scores, None if guidance is None else scores[0].shape[0] // 2)
     spread = result_like(scores) if variance else scores[0].new_empty(0)
     x, noise = (None if t is None else _members.flattened([t], out)[0] for t in (x, noise))
     coefficients, guidance = (None if t is None else t.contiguous() for t in (coefficients, guidance))

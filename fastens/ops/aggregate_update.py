@@ -42,8 +42,8 @@ def _fake(
     guidance: Tensor | None,
     variance: bool,
 ) -> tuple[Tensor, Tensor]:
-    half = scores if guidance is None else [score[: score.shape[0] // 2] for score in scores]
-    return result_like(half), result_like(scores) if variance else scores[0].new_empty(0)
+    out = result_like(scores, None if guidance is None else scores[0].shape[0] // 2)
+    return out, result_like(scores) if variance else scores[0].new_empty(0)
 
 
 _update = Op(

@@ -32,8 +32,9 @@ def followed(copy: Layout, source: Layout, offset: int, dims: list[Factors]) -> 
 
     The sizes of the factors of a dimension depend on the copy alone.
     """
-    # the copy's dimensions, outermost first: where they overlap, a position says not which element it is
-    own = sorted((s, n, t) for n, s, t in zip(copy.size, copy.stride, source.stride, strict=True) if n > 1)[::-1]
+    # the copy's dimensions, outermost first: where they overlap, a position says not which element it is, but for
+    # those that repeat one
+    own = sorted((s, n, t) for n, s, t in zip(copy.size, copy.stride, source.stride, strict=True) if n > 1 and s)[::-1]
     if any(inner[0] * inner[1] > outer[0] for outer, inner in itertools.pairwise(own)):
         return None
     reached, start, rest = [], source.offset, offset - copy.offset

@@ -43,6 +43,24 @@ def test_equals_reference(what, rule, backend):
             assert relative_error(variance, expected[1]) <= OP[torch.float32]
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1] + KERNELS[1:])
+@pytest.mark.parametrize("what", [("guidance",), ("x", "noise", "guidance", "variance")], ids="-".join)
+@pytest.mark.parametrize("rows", [2, 4])
+def test_guided_rows_with_room_between_them(rows, what, backend):
+    torch.manual_seed(0)
+    # channels last; a single row of them is dense, several are not
+    scores = [torch.randn(2 * rows, 4, 3, 2).movedim(-1, 1)[::2] for _ in range(2)]
+    options = {
+        name: torch.randn(rows // 2, 2, 4, 3) if name in ("x", "noise") else value
+        for name, value in arguments(what, rows // 2).items()
+    }
+    expected = reference.aggregate_update([s.double() for s in scores], "mean", **options)
+    assert expected[0].shape == (rows // 2, 2, 4, 3)
+    out, variance = aggregate_update(scores, "mean", **options, backend=backend)
+    assert relative_error(out, expected[0]) <= OP[torch.float32]
+    assert variance is None or relative_error(variance, expected[1]) <= OP[torch.float32]
+
+
 @pytest.mark.parametrize("backend", KERNELS[1:])
 def test_gradients_and_opcheck(backend):
     options = arguments(("x", "noise", "guidance", "variance"), dtype=torch.double)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fastens
 from fastens.engine import planned
@@ -9,7 +10,7 @@ from fastens.plan.gpu import pipeline
 from fastens.plan.gpu.passes.moments import skip_joins
 from tests.fold.test_launch_counts import Network
 from tests.networks import randomised
-from tests.tolerances import NETWORK, relative_error
+from tests.tolerances import NETWORK, OP, relative_error
 
 # what skip_joins leaves to be placed is no launch before place_moments
 WHOLE = [n for n in range(len(pipeline.PASSES) + 1) if n == 0 or pipeline.PASSES[n - 1] is not skip_joins]
@@ -37,3 +38,30 @@ def test_the_first_passes_alone_give_what_the_members_give(count, monkeypatch):
 @pytest.mark.parametrize("rewriting", dict.fromkeys(pipeline.PASSES), ids=lambda rewriting: rewriting.__name__)
 def test_a_pass_says_what_it_rewrites(rewriting):
     assert "  ->  " in rewriting.__doc__
+
+
+class InDtypes(nn.Module):
+    """Layers of one input in several dtypes."""
+
+    def __init__(self, dtypes):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8).to(dtype) for dtype in dtypes)
+
+    def forward(self, x):
+        h = self.first(x)
+        return torch.cat([layer(h.to(layer.weight.dtype)).float().tanh() for layer in self.layers], -1)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float16, torch.float32)], ids=str
+)
+def test_layers_of_several_dtypes_are_no_group(dtypes):
+    torch.manual_seed(0)
+    members = [InDtypes(dtypes).eval() for _ in range(2)]
+    ensemble, x = fastens.Ensemble(members, engine="fold"), torch.randn(3, 8)
+    with torch.no_grad():
+        expected = torch.stack([member(x) for member in members])
+        for _ in range(2):
+            assert relative_error(ensemble.member_outputs(x), expected) < OP[torch.bfloat16]
+    assert ensemble.report().plans, ensemble.report().why_no_plan

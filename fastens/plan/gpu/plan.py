@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastens.device import device_of
+from fastens.device import copy_given, device_of
 from fastens.kernels._graph import keep
 from fastens.ops.conv2d_sum import sums
 from fastens.plan.gpu import calls as run
@@ -43,7 +43,7 @@ class _Bound:
     def read(self, given: list[Tensor]) -> None:
         """Copy what the launches read of a call to where they read it."""
         for number, static in self.inputs:
-            static.copy_(given[number], non_blocking=True)
+            copy_given(static, given[number])
 
     def launch(self, last: int | None, weights: list[float] | None) -> list[Tensor]:
         """Run all launches, and return the outputs of the pass.

@@ -120,7 +120,9 @@ def merge_linear_layers(flow: Dataflow) -> None:
         if conv is not None and conv.block.epilogue.output_scale == 1 and flow.writer(conv.out) is conv:
             block = conv.block
             alone = None if block.offsets is None and flow.is_settled(conv) else conv.out
-            groups[block.x, block.epilogue.output_activation, conv.out.size[2:], alone].append(conv)
+            # a kernel reads the weights of all of them in one dtype
+            kind = block.weight.dtype, conv.out.size[2:]
+            groups[block.x, block.epilogue.output_activation, kind, alone].append(conv)
     for (x, activation, _, _), group in groups.items():
         first = group[0]
         if len(group) == 1:
