@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.fold.contract import Held
+from tests.fold.contract import Held, near
 
 LAST = torch.channels_last
 
@@ -123,3 +123,23 @@ class ByOperation(nn.Module):
 def test_writes_of_operations_reach_what_they_reach_in_members(made, seen, write, first):
     held = Held(lambda _: ByOperation(MADE[made], SEEN[seen], OPERATIONS[write], first))
     held.sampling(small_then_large)
+
+
+TURNED = {
+    "copied": lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),
+    "reshaped": lambda h: h.transpose(0, 1).reshape(4, -1).unflatten(1, (-1, 36)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the second is written to", "the first is written to"])
+@pytest.mark.parametrize("turned", TURNED)
+def test_rows_of_members_of_their_own(turned, first):
+    """A row that is dealt out alone is contiguous where it is not in its batch."""
+    held = Held(lambda _: Writes(image, TURNED[turned], first))
+    members = [0, 1]
+    for seed in (0, 1, 2):
+        (x,) = small_then_large(torch.Generator().manual_seed(seed))
+        with held.ensemble.assigned(members):
+            found = held.quietly(lambda x=x: held.ensemble(x))
+        loop = held.loop(x)
+        near(found, torch.stack([loop[k][row] for row, k in enumerate(members)]))
