@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from fastens.engine.states import UNKNOWN, Folded, Looped
 from fastens.engine.structure import exactly, uncounted
 from fastens.engine.transformed import in_transform
 from fastens.fold.callsite import counted_if_it_succeeds
+from fastens.fold.sharing import Sharing, sharing_noted
 from fastens.fold.tensor import Hidden, NotFoldable, ReadsValues
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.state import TorchDraws, random_kept, state_kept
@@ -160,8 +161,9 @@ class DrawnCall:
             if found is not None:
                 return _result(found, order)
         memory = (*kind, torch.is_grad_enabled())
-        with unchanged(arguments):
+        with unchanged(arguments), sharing_noted() if first else nullcontext(list[Sharing]()) as passes:
             folded = engine.fold_apart(lambda: self._folded(dealt, memory, order, offsets, row_members))
+        engine.hold_sharing(passes, self._arguments)
         if engine.functions:
             engine.hold_functions(arguments, self._one_by_one, self._at_once, "one member a row")
         if expected is not None:

@@ -17,7 +17,7 @@ from fastens.engine.objects import objects_kept, why_changed
 from fastens.engine.states import Folded
 from fastens.engine.structure import Structure, uncounted
 from fastens.fold.attributes import SetWhenCalled
-from fastens.fold.sharing import check_sharing, sharing_noted
+from fastens.fold.sharing import sharing_noted
 from fastens.fold.tensor import memory_of, tensors_of
 from fastens.fold.writes import NeedsWrappers, WritesInput
 from fastens.network.made import MadeWhenCalled
@@ -189,7 +189,7 @@ class FirstPass:
             try:
                 with state_kept(engine.network) as changed, sharing_noted() as passes:
                     leaves = engine.fold(self._arguments, self._key, self._method)
-                check_sharing(passes, self._one_member)
+                engine.hold_sharing(passes, self._arguments, self._method)
                 engine.behaviour.writes_itself = engine.behaviour.writes_itself or bool(changed)
                 break
             except NeedsWrappers as error:
@@ -206,11 +206,6 @@ class FirstPass:
         else:
             return "the fold fails again and again", None
         return None, leaves
-
-    def _one_member(self) -> None:
-        member = self._engine.view(0)
-        with state_kept(self._engine.network), state_kept(member):
-            self._engine.call_module(member, 0, self._arguments.copied(), self._method)
 
     def _unshare(self, error: NeedsWrappers) -> bool:
         """Give each member its own of the buffer that a pass wrote to; return whether it was one."""

@@ -25,10 +25,11 @@ from fastens.engine.stacked import StackedMembers
 from fastens.fold import functions, handlers, rules  # noqa: F401  (they register themselves)
 from fastens.fold.callsite import check_derivatives
 from fastens.fold.dispatch import Fold, inside
+from fastens.fold.sharing import Sharing, check_sharing
 from fastens.fold.stand_ins import traced
 from fastens.fold.tensor import Hidden, NotFoldable
 from fastens.network.stacking import tensors_of
-from fastens.network.state import NetworkState
+from fastens.network.state import NetworkState, random_kept, state_kept
 from fastens.refusals import insisted
 
 Result = TypeVar("Result")
@@ -167,6 +168,20 @@ class FoldedMembers(StackedMembers):
                 raise Disturbed(f"{error}") from error
             names = ", ".join(sorted(each.__name__ for each, _ in new))
             raise NotFoldable(f"autograd.Function ({names}): {error}") from error
+
+    def hold_sharing(self, passes: list[Sharing], arguments: Arguments, method: str = "forward") -> None:
+        """Hold what passes wrote to against the first member, which nothing of this call stays behind in.
+
+        Raises:
+            NotFoldable: a write reaches what it does not reach in the member, or the other way round.
+        """
+
+        def member() -> None:
+            view = self.view(0)
+            with random_kept(), state_kept(self.network), state_kept(view):
+                self.call_module(view, 0, arguments.copied(), method)
+
+        check_sharing(passes, member)
 
     def _one_by_one(self, method: str, arguments: Arguments) -> list[Tensor]:
         """The members' tensors, one member after the other."""

@@ -12,7 +12,7 @@ from fastens.engine.calls import PlannedCall
 from fastens.engine.engine import Engine
 from fastens.engine.guards import modes
 from fastens.engine.leaves import Leaves
-from fastens.fold.sharing import check_sharing, sharing_noted
+from fastens.fold.sharing import sharing_noted
 from fastens.fold.tensor import NotFoldable, all_members
 from fastens.network.state import state_kept
 from fastens.trace.jvp import along
@@ -76,7 +76,7 @@ def _made(engine: Engine, arguments: Arguments, tangent: Tensor, key: Any) -> li
     try:
         with state_kept(engine.network), sharing_noted() as passes:
             recording, (_, leaves) = record(lambda: whole(arguments.tensors), arguments.tensors)
-        check_sharing(passes, lambda: engine.call_member(0, arguments.copied()))
+        engine.hold_sharing(passes, arguments)
     except (NotRecordable, NotFoldable, RuntimeError) as error:
         engine.plans.refuse(key, str(error), call)
         return None

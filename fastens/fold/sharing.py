@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fastens.fold.names import named
 from fastens.fold.nested import leaves_of
 from fastens.fold.tensor import MemberTensor, NotFoldable, memory_of
-from fastens.fold.writes import writes_to
+from fastens.fold.writes import written_by
 from fastens.scopes import scope
 
 _BY_LAYOUT = set(
@@ -41,7 +41,7 @@ class Sharing(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[Any, bool]] = []
         self.written: set[int] = set()
-        self._involved: dict[int, set[int]] = {}  # calls by memory
+        self._involved: dict[int | None, set[int]] = {}  # calls by memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,10 +49,8 @@ class Sharing(TorchFunctionMode):
 
     def noted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
         """What ``run`` gives, which calls the function."""
-        if args and writes_to(func, args, kwargs):
-            self._writes(args[0])
-        if kwargs.get("out") is not None:
-            self._writes(kwargs["out"])
+        for target in written_by(func, args, kwargs):
+            self.written |= self._involved.get(_memory(target), set())
         if func not in _BY_LAYOUT:
             return run()
         given = next((x for x in leaves_of((args[:1], kwargs)) if isinstance(x, Tensor)), None)
@@ -64,12 +62,6 @@ class Sharing(TorchFunctionMode):
                 self._involved.setdefault(memory, set()).add(len(self.calls))
             self.calls.append((func, before == after))
         return result
-
-    def _writes(self, targets: Any) -> None:
-        for target in leaves_of(targets):
-            memory = _memory(target) if isinstance(target, Tensor) else None
-            if memory is not None:
-                self.written |= self._involved.get(memory, set())
 
     def alike(self, other: Sharing) -> bool:
         """Whether what was written to shares memory, or not, with the same as in another run of the same code."""

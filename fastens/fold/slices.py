@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastens.fold.nested import leaves_of, mapped, name_of, plain
 from fastens.fold.tensor import NotFoldable, ReadsValues, member_valued, memory_of
-from fastens.fold.writes import writes_to
+from fastens.fold.writes import check_written, writes_to, written_by
 
 if TYPE_CHECKING:
     from fastens.fold.dispatch import Fold
@@ -28,6 +28,10 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a function once for each entry of the hidden dimension and stack the results: right for any function."""
     name = name_of(func)
     fold.slices[name] += 1
+    for x in written_by(func, args, kwargs):
+        check_written(fold, x)
+        if member_valued(x) and not fold.aliases(x):
+            raise NotFoldable(f"{name} writes to a view that had to be copied")
     columns: dict[int, Any] = {}
     shapes: dict[int, torch.Size] = {}
     writes = writes_to(func, args, kwargs)

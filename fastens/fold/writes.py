@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastens.fold.names import OPERATIONS
 from fastens.fold.nested import leaves_of
 from fastens.fold.tensor import MemberTensor, NotFoldable, memory_of
 from fastens.trace.record import in_progress
@@ -47,6 +48,28 @@ def writes_to(func: Any, args: Any, kwargs: Mapping[str, Any] = MappingProxyType
     return in_place or (
         name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
     )
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What a function changes among its arguments: the first, ``out``, and what the schema of an operation names."""
+    found = [args[0]] if args and writes_to(func, args, kwargs) else []
+    found.append(kwargs.get("out"))
+    for i, name in _changed_by(func) if isinstance(func, OPERATIONS) else ():
+        found.append(args[i] if i < len(args) else kwargs.get(name))
+    return [x for x in leaves_of(found) if isinstance(x, Tensor)]
+
+
+@functools.cache
+def _changed_by(operation: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that an operation changes in any of its forms."""
+    whole = isinstance(operation, torch._ops.OpOverloadPacket)
+    each = [getattr(operation, name) for name in operation.overloads()] if whole else [operation]
+    return [
+        (i, argument.name)
+        for op in each
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
+    ]
 
 
 def _sets_nothing(target: Any, value: Any) -> bool:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.fold.contract import Held
+from tests.fold.contract import Held, near
 
 LAST = torch.channels_last
 
@@ -80,3 +80,66 @@ def test_a_write_before_it_costs_no_plan(made):
     held.sampling(small_then_large)
     assert not held.ensemble.report().why_no_plan
     assert not held.warned
+
+
+@torch.library.custom_op("fastens_tests::clamp_first", mutates_args=("x",))
+def clamp_first(x: torch.Tensor) -> None:
+    x.clamp_(-5, 5)
+
+
+@torch.library.custom_op("fastens_tests::clamp_second", mutates_args=("x",))
+def clamp_second(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    x.clamp_(-5, 5)
+    return like.clone()
+
+
+OPERATIONS = {
+    "an operation's first argument": clamp_first,
+    "its second": lambda x: clamp_second(x, x),
+    "its overload": lambda x: torch.ops.fastens_tests.clamp_first.default(x),
+    "a list": lambda x: torch._foreach_clamp_max_([x], 5.0),  # pyright: ignore[reportPrivateImportUsage]
+    "a row": lambda x: x[torch.tensor(0)].clamp_(-5, 5),
+}
+
+
+class ByOperation(nn.Module):
+    """Writes by operations whose names do not say that they do."""
+
+    def __init__(self, made, seen, write, first):
+        super().__init__()
+        self.made, self.seen, self.write, self.first = made, seen, write, first
+        self.k, self.s = nn.Parameter(torch.zeros(4, 4, 3, 3)), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        h = self.made(self, x)
+        seen = self.seen(h)
+        self.write(h if self.first else seen)
+        return (seen if self.first else h) * self.s
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the second is written to", "the first is written to"])
+@pytest.mark.parametrize("write", OPERATIONS)
+@pytest.mark.parametrize(("made", "seen"), [("half of the rows", "contiguous"), ("image, channels last", "flattened")])
+def test_writes_of_operations_reach_what_they_reach_in_members(made, seen, write, first):
+    held = Held(lambda _: ByOperation(MADE[made], SEEN[seen], OPERATIONS[write], first))
+    held.sampling(small_then_large)
+
+
+TURNED = {
+    "copied": lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),
+    "reshaped": lambda h: h.transpose(0, 1).reshape(4, -1).unflatten(1, (-1, 36)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the second is written to", "the first is written to"])
+@pytest.mark.parametrize("turned", TURNED)
+def test_rows_of_members_of_their_own(turned, first):
+    """A row that is dealt out alone is contiguous where it is not in its batch."""
+    held = Held(lambda _: Writes(image, TURNED[turned], first))
+    members = [0, 1]
+    for seed in (0, 1, 2):
+        (x,) = small_then_large(torch.Generator().manual_seed(seed))
+        with held.ensemble.assigned(members):
+            found = held.quietly(lambda x=x: held.ensemble(x))
+        loop = held.loop(x)
+        near(found, torch.stack([loop[k][row] for row, k in enumerate(members)]))

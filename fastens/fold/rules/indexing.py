@@ -9,7 +9,7 @@ from fastens.fold.dispatch import Fold, rule
 from fastens.fold.names import named
 from fastens.fold.nested import plain
 from fastens.fold.rules.shape import behind
-from fastens.fold.tensor import NotFoldable, member_valued
+from fastens.fold.tensor import NotFoldable, member_valued, memory_of
 
 
 def _basic(index: Any) -> bool:
@@ -51,7 +51,8 @@ def getitem(fold: Fold, func: Any, x: Any, index: Any) -> Any:
         return NotImplemented
     if not any(map(member_valued, tensors)):
         own = tuple(plain(i) if isinstance(i, Tensor) else i for i in indices)
-        return fold.wrap(fold.stack(x)[(slice(None), *own)])
+        seen = fold.stack(x)[(slice(None), *own)]  # a view where all are numbers
+        return fold.wrap(seen, memory_of(seen) != memory_of(fold.stack(x)) or fold.aliases(x))
     numbers: Any = tensors[0]
     if len(indices) > 1 or numbers.dtype == torch.bool:
         return NotImplemented
