@@ -1,5 +1,6 @@
 """Recorded steps: the evaluation of an ensemble as one CUDA graph per signature, with eager code where none fits."""
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,17 @@ from fastens.internal import engine_of
 from fastens.kernels._graph import record_graph
 from fastens.network.weights import as_it_is
 from fastens.report import CallReport
+
+
+def settings(kind: str) -> tuple[Any, ...]:
+    """What launches on this kind of device depend on beside a model: autocast, precisions, deterministic mode."""
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, product_precision(), convolution_precision(), reproducible.enabled()
+
+
+def may_replay(kind: str) -> bool:
+    """Whether nobody is told of functions and operations in this context, and no graph is recorded in it."""
+    return unmodified_context(kind) and not capturing()
 
 
 class Facts:
@@ -79,6 +91,7 @@ class RecordedStep:
         self.call = arguments.described()
         self._facts = Facts(model)
         self.replay, self.output = record_graph(lambda: run(static_args, static_kwargs), device)
+        self._lock = threading.Lock()
         self._turns = device_of(device).turns()
 
     def is_current(self, model: nn.Module) -> bool:
@@ -91,7 +104,7 @@ class RecordedStep:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the arguments in, replay, and return copies: no later call writes to what was returned."""
-        with self._turns:
+        with self._lock, self._turns:
             self._read(Arguments(args, kwargs))
             self.replay()
             return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.output)
@@ -153,11 +166,7 @@ class Capturing(nn.Module):
         return f"rule {self.rule.name!r} draws members, so each call runs other rows" if self.rule.random else None
 
     def _signature(self: Any, arguments: Arguments) -> Any:
-        kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        precision = product_precision(), convolution_precision()
-        settings = autocast, precision, reproducible.enabled()
-        return arguments.plan_key(), self._shared(arguments), self.rule, settings
+        return arguments.plan_key(), self._shared(arguments), self.rule, settings(self.device.type)
 
     def _shared(self: Any, arguments: Arguments) -> bool:
         """Whether what the network writes to one argument changes another, which those of a recording do not show."""
@@ -190,9 +199,7 @@ class Capturing(nn.Module):
             return None
         if not recorded or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if not unmodified_context(self.device.type):
-            return None
-        if capturing():
+        if not may_replay(self.device.type):
             return None  # a graph that is being recorded, such as a sampler's, holds the evaluation and no replay
         arguments = Arguments(args, kwargs)
         step = recorded.get(self._signature(arguments)) if arguments.plain() else None

@@ -9,6 +9,7 @@ eager ones draw.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ class Sampler:
             )
         self._table = table
         self._moved: dict[Any, tuple[Tensor, ...]] = {}
-        self._recordings: dict[Any, list[_Recording]] = {}
+        self._recordings: dict[Any, _RecordedRun] = {}
 
     @torch.no_grad()
     def __call__(self, samples: int | Tensor, shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -117,14 +118,9 @@ class Sampler:
         numbers = torch.arange(samples) if isinstance(samples, int) else samples
         numbers = numbers.to(device)
         x = self._start_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
-        recordings = self._recordings.get((len(numbers), *shape))
-        if recordings is not None and all(recording.is_current(self.denoiser) for recording in recordings):
-            first = 0
-            for recording in recordings:
-                for _ in range(recording.replays):
-                    x = recording(x, self._rows(first, recording.steps, x), numbers, seed, first)
-                    first += recording.steps
-            return x.clone()
+        recorded = self._recordings.get((len(numbers), *shape))
+        if recorded is not None and recorded.is_current(self.denoiser):
+            return recorded(self, x, numbers, seed)
         seeds = number_on(seed, device)
         with self._drawn(samples, seed):
             for i in range(self.num_steps):
@@ -135,8 +131,9 @@ class Sampler:
     def capture(self, batch_size: int, shape: Sequence[int]) -> None:
         """Record the run of so many samples of a shape as a few CUDA graphs; calls of that size replay them.
 
-        The recordings read the weights where they are. After a change of the weights, or of the rule, they are not
-        replayed any more: record again. After a change that torch does not count, such as by ``.data``, do so too.
+        The recordings read the weights where they are. After a change of the weights, of the rule or of training mode
+        they are not replayed any more: record again. Under another autocast or precision the run goes step by step.
+        After a change that torch does not count, such as by ``.data``, record again too.
 
         Raises:
             RuntimeError: the model is not on a CUDA device.
@@ -163,9 +160,9 @@ class Sampler:
         ordinary = self.num_steps - 1  # the last step may be of another kind
         whole = min(RECORDED_STEPS, max(ordinary, 1))
         parts = [(whole, ordinary // whole, False), (ordinary % whole, 1, False), (1, 1, True)]
-        self._recordings[(batch_size, *shape)] = [
-            _Recording(self, x, steps, replays, last) for steps, replays, last in parts if steps and replays
-        ]
+        run = _RecordedRun(self)  # knows the state before: where a recording changes it, none is replayed
+        run.parts = [_Recording(self, x, steps, replays, last) for steps, replays, last in parts if steps and replays]
+        self._recordings[(batch_size, *shape)] = run
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -229,14 +226,7 @@ class _Recording:
         def run() -> Tensor:
             return sampler._run(self.x, self.table, self.times, self.numbers, self.seed, self.first, last)
 
-        self.facts = capture.Facts(sampler.denoiser.model)
-        self.rule = sampler.denoiser.rule
         self.replay, self.output = capture.record_graph(run, device)
-
-    def is_current(self, denoiser: Denoiser) -> bool:
-        """Whether the model has the weights, the state and the rule that were recorded."""
-        same = self.rule == denoiser.rule and assigned_to(denoiser.model) is None
-        return same and self.facts.hold(denoiser.model)
 
     def __call__(self, x: Tensor, rows: tuple[Tensor, Tensor], numbers: Tensor, seed: int, first: int) -> Tensor:
         """Replay on the state ``x``; the result is the recording's own, until the next replay."""
@@ -248,6 +238,38 @@ class _Recording:
         self.first.fill_(first)
         self.replay()
         return self.output
+
+
+class _RecordedRun:
+    """A whole run as graphs, which one caller at a time replays."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.parts: list[_Recording] = []
+        self._device = sampler.denoiser.device
+        self._facts = capture.Facts(sampler.denoiser.model)
+        self._state = self._state_of(sampler.denoiser)
+        self._lock = threading.Lock()
+        self._turns = device_of(self._device).turns()
+
+    def _state_of(self, denoiser: Denoiser) -> Any:
+        modes = [module.training for module in denoiser.model.modules()]
+        return denoiser.rule, modes, capture.settings(self._device.type)
+
+    def is_current(self, denoiser: Denoiser) -> bool:
+        """Whether the model has the weights, state, modes and rule that were recorded, under the same settings."""
+        if assigned_to(denoiser.model) is not None or not capture.may_replay(self._device.type):
+            return False
+        return self._state_of(denoiser) == self._state and self._facts.hold(denoiser.model)
+
+    def __call__(self, sampler: Sampler, x: Tensor, numbers: Tensor, seed: int) -> Tensor:
+        """Replay from the state ``x`` on; return the samples in memory of their own."""
+        with self._lock, self._turns:
+            first = 0
+            for part in self.parts:
+                for _ in range(part.replays):
+                    x = part(x, sampler._rows(first, part.steps, x), numbers, seed, first)
+                    first += part.steps
+            return x.clone()
 
 
 def _default_times(denoiser: Denoiser, steps: int) -> Tensor:

@@ -148,12 +148,8 @@ def test_refusals(ens):
         ens.train()._record((X, T), {})
 
 
-class Reading(nn.Module):
+class Reading(Net):
     """What of its arguments a network's Python may read."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x, other, number=1.0):
         scale = 2 if x is other else 3 if x.stride(-1) == 0 else 5
@@ -161,11 +157,7 @@ class Reading(nn.Module):
         return self.layer(x) * scale * math.copysign(1.0, number if isinstance(number, float) else 1.0) + other
 
 
-class Writing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
+class Writing(Net):
     def forward(self, x, other):
         x.mul_(2)
         return self.layer(x) + other

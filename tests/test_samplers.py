@@ -1,12 +1,16 @@
 """Whole runs: against the sampler of the evaluation, against exact solutions, and recorded against step by step."""
 
+import contextlib
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastens
 from fastens import capture, schedules
@@ -38,6 +42,11 @@ class Network(nn.Module):
 def ensemble(rule="mean", dtype=torch.float32):
     torch.manual_seed(0)
     return fastens.Ensemble([Network().to(dtype) for _ in range(3)], rule).eval()
+
+
+class CountedOperations(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -273,6 +282,49 @@ def test_recordings_of_what_has_changed_are_not_replayed(change, replays):
     assert len(replays) > count
 
 
+class AfterOneLayer(nn.Module):
+    """No ensemble: layers that drop when they are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.dropped = nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return self.dropped(self.layer(x.to(self.layer.weight.dtype)))
+
+
+@contextlib.contextmanager
+def in_precision(precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+SETTINGS = {
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16),
+    "precision": lambda model: in_precision("tf32"),
+    "mode": lambda model: CountedOperations(),
+    "training": lambda model: contextlib.nullcontext(model.train()),
+    "training of a part": lambda model: contextlib.nullcontext(next(model.children()).train()),
+}
+
+
+@pytest.mark.parametrize("make", [ensemble, lambda: AfterOneLayer().eval()], ids=["ensemble", "module"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_recordings_are_of_their_settings(setting, make, replays):
+    sampler = Sampler(Denoiser(make(), SCHEDULES["vp"], "epsilon"), steps=4)
+    sampler._record(2, (3,))
+    sampler(2, (3,))
+    count = len(replays)
+    assert count
+    with SETTINGS[setting](sampler.denoiser.model):
+        sampler(2, (3,))
+    assert len(replays) == count
+
+
 def test_refusals():
     denoiser = Denoiser(ensemble(), SCHEDULES["vp"])
     with pytest.raises(RuntimeError, match="is on cpu, expected a CUDA device"):
@@ -296,3 +348,35 @@ def test_a_graph_being_recorded_holds_no_replay_of_another(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert model._recorded_step((), {}) is None
+
+
+@pytest.mark.parametrize("what", ["a run", "an evaluation"])
+def test_callers_replay_one_at_a_time(what, monkeypatch):
+    def record(run, device):
+        output = run()
+
+        def replay():
+            time.sleep(0.02)  # another caller's turn
+            for old, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(run()), strict=True):
+                old.copy_(new)
+
+        return replay, output
+
+    monkeypatch.setattr(capture, "record_graph", record)
+    model = ensemble()
+    sampler = Sampler(Denoiser(model, SCHEDULES["vp"]), steps=4)
+    inputs, t = torch.randn(3, 2, 3), torch.rand(2)
+
+    def call(i):
+        with torch.no_grad():
+            return sampler(2, (3,), seed=i) if what == "a run" else model(inputs[i], t)
+
+    expected = [call(i) for i in range(3)]
+    if what == "a run":
+        sampler._record(2, (3,))
+    else:
+        model._record((inputs[0], t), {})
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(call, range(3)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
