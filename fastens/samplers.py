@@ -115,7 +115,7 @@ class Sampler:
             [B, *shape] on the model's device, float32, or float64 where the model is.
         """
         device = self.denoiser.device
-        numbers = torch.arange(samples) if isinstance(samples, int) else samples
+        numbers = samples if isinstance(samples, Tensor) else torch.arange(samples)
         numbers = numbers.to(device)
         x = self._start_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
         recordings = self._recordings.get((len(numbers), *shape))
@@ -212,7 +212,7 @@ class Sampler:
         scope = getattr(model, "trajectory", None)
         if scope is None:
             return contextlib.nullcontext()
-        return scope(samples, seed) if isinstance(samples, int) else scope(len(samples), seed, samples=samples)
+        return scope(len(samples), seed, samples=samples) if isinstance(samples, Tensor) else scope(samples, seed)
 
 
 class _Recording:
