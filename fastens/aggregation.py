@@ -102,7 +102,10 @@ def elements_apart(
 def _converted(
     combined: Combine, scores: Any, prediction: schedules.Prediction, target: str, x: Tensor, time: Any
 ) -> Tensor:
-    """The rule applied in another parameterisation: converted, combined and converted back."""
+    """The rule applied in another parameterisation: converted, combined and converted back, in float32 at least.
+
+    A score has one over the noise as a factor, which half precision does not hold where there is little.
+    """
     schedule, kind, deviation = prediction.schedule, prediction.kind, prediction.sigma_data
     assert schedule is not None
     assert kind is not None
@@ -119,8 +122,9 @@ def _converted(
     if not (torch.compiler.is_compiling() or capturing()) and _has_gaps(schedule, kind, target, deviation):
         _check_determined(schedule, kind, target, t, deviation)
     stack = as_stack(scores if isinstance(scores, Tensor) else list(scores))
-    moved = parameterisation.convert(stack, noisy, t, schedule, kind, target, deviation)
-    return parameterisation.convert(combined(moved), noisy, t, schedule, target, kind, deviation)
+    wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
+    moved = parameterisation.convert(wide, noisy, t, schedule, kind, target, deviation)
+    return parameterisation.convert(combined(moved), noisy, t, schedule, target, kind, deviation).to(stack.dtype)
 
 
 def _determined(schedule: schedules.Schedule, kind: str, target: str, t: Any, deviation: float | None) -> bool:

@@ -176,7 +176,7 @@ class Draws:
             raise ValueError(f"batch_size is {batch_size}, expected at least one sample")
         self._check_nested(rule, self.assignment(), batch_size)
         samples = None if samples is None else _sample_numbers(samples, batch_size)
-        seed = generator if isinstance(generator, int) else seed_from(generator)
+        seed = seed_from(generator)
         with _TRAJECTORIES.block(self, _Trajectory(seed, batch_size, samples)):
             yield
 

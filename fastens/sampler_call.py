@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,21 +65,27 @@ class SamplerCall:
     def seeded(self, generator: torch.Generator | int | None) -> Iterator[None]:
         """Give the sampler its generator or seed, or seed torch's own for the time of the run."""
         if "generator" in self._names:
-            if isinstance(generator, int):
-                generator = torch.Generator(self.ensemble.device).manual_seed(generator)
+            if generator is not None and not isinstance(generator, torch.Generator):
+                generator = torch.Generator(self.ensemble.device).manual_seed(_seed(generator))
             self.arguments.setdefault("generator", generator)
             yield
         elif "seed" in self._names:
             if generator is not None:
-                self.arguments["seed"] = generator if isinstance(generator, int) else seed_from(generator)
+                self.arguments["seed"] = _seed(generator)
             yield
         elif generator is None:
             yield
         else:
             with torch.random.fork_rng():
-                torch.manual_seed(generator if isinstance(generator, int) else seed_from(generator))
+                torch.manual_seed(_seed(generator))
                 yield
 
     def samples(self, output: Any) -> Any:
         """The samples in what a pipeline returned; what any other sampler returned is its samples."""
         return output[0] if self.rows_last else output
+
+
+def _seed(generator: Any) -> int:
+    """What a sampler is seeded with: a seed as it is, unsigned where that was given, else one read from a generator."""
+    seed = seed_from(generator)
+    return seed if isinstance(generator, torch.Generator) else operator.index(generator)

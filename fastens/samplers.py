@@ -55,9 +55,9 @@ class Sampler:
             is left; ``times`` are then one per step, each of which ends where the next begins.
 
     Raises:
-        ValueError: an unknown method, too few steps or times, eta out of [0, 1], eta, clip, to_data or a scheduler for
-            another method, a scheduler that contradicts the denoiser or clips otherwise, or coefficients that are not
-            finite at a time.
+        ValueError: an unknown method, too few steps or times, times that lead to more noise, eta out of [0, 1], eta,
+            clip, to_data or a scheduler for another method, a scheduler that contradicts the denoiser or clips
+            otherwise, or coefficients that are not finite at a time.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Sampler:
         self._start_std = denoiser.schedule.start_std(grid[0])
         self._ends_in_data = times is None or isinstance(ends[-1], Tensor) or ends[-1][1] == 0
         table, self._network_times = _coefficients(denoiser, method, grid, ends, eta, clip is not None)
-        self._last_is_euler = method == "heun" and not bool(torch.isfinite(table[-1]).all())
+        silent = isinstance(ends[-1], Tensor) and float(denoiser.schedule.sigma(ends[-1])) == 0
+        self._last_is_euler = method == "heun" and (silent or not bool(torch.isfinite(table[-1]).all()))
         if self._last_is_euler:
             table[-1] = _coefficients(denoiser, "euler", grid[-1:], ends[-1:], 0.0, False)[0][0]
         if not torch.isfinite(table).all():
@@ -115,7 +116,7 @@ class Sampler:
             [B, *shape] on the model's device, float32, or float64 where the model is.
         """
         device = self.denoiser.device
-        numbers = torch.arange(samples) if isinstance(samples, int) else samples
+        numbers = samples if isinstance(samples, Tensor) else torch.arange(samples)
         numbers = numbers.to(device)
         x = self._start_std * normal(seed, 0, numbers, tuple(shape)).to(self._dtype)
         recorded = self._recordings.get((len(numbers), *shape))
@@ -208,7 +209,7 @@ class Sampler:
         scope = getattr(model, "trajectory", None)
         if scope is None:
             return contextlib.nullcontext()
-        return scope(samples, seed) if isinstance(samples, int) else scope(len(samples), seed, samples=samples)
+        return scope(len(samples), seed, samples=samples) if isinstance(samples, Tensor) else scope(samples, seed)
 
 
 class _Recording:
@@ -286,6 +287,14 @@ def _grid(denoiser: Denoiser, steps: int, times: Any, to_data: bool) -> tuple[Te
     grid = _default_times(denoiser, steps) if times is None else torch.as_tensor(times, dtype=torch.float64).cpu()
     if grid.ndim != 1 or len(grid) < (1 if to_data and times is not None else 2):
         raise ValueError(f"times is {list(grid.shape)}, expected at least {'one' if to_data else 'two'}")
+    rising = (denoiser.schedule.log_snr(grid).diff() < 0).nonzero()
+    if len(rising):
+        at = int(rising[0])
+        raise ValueError(
+            f"times go from {grid[at]:g} to {grid[at + 1]:g}, where there is more noise; expected times of "
+            f"{denoiser.schedule.name!r} from most noise to least, as from {denoiser.schedule.t_prior:g} to "
+            f"{denoiser.schedule.t_data:g}"
+        )
     if not to_data:
         return grid[:-1], list(grid[1:])
     return (grid, [*grid[1:], _DATA]) if times is not None else (grid[:-1], [*grid[1:-1], _DATA])

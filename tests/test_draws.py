@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -10,6 +11,9 @@ from torch import nn
 from torchdiffeq import odeint
 
 import fastens
+from fastens.evaluation import Denoiser
+from fastens.samplers import Sampler
+from fastens.schedules import VP
 from tests.networks import mlp, randomised
 from tests.tolerances import relative_error
 
@@ -237,3 +241,49 @@ def test_what_fails_in_the_fold_alone_is_looped(error, scope):
     else:
         expected = rows[[1, 0, 1], [0, 1, 2]] if scope == "assigned" else rows.mean(0)
         assert relative_error(found, expected) < 1e-6
+
+
+SEEDS = [(np.int64(3), 3), (np.uint64(2**63), 2**63), (2**64 - 1, -1), (torch.tensor(3), 3), (-(2**63), -(2**63))]
+
+
+@pytest.mark.parametrize(("given", "plain"), SEEDS, ids=repr)
+def test_a_seed_is_a_whole_number_of_64_bits(given, plain):
+    ensemble = fastens.Ensemble([Which(k) for k in range(5)], "mixture")
+    drawn = []
+    for seed in (given, plain):
+        with ensemble.trajectory(40, seed):
+            drawn.append(ensemble(torch.zeros(40, 1)))
+    assert torch.equal(*drawn)
+    shape = (np.int64(2), (3,))
+    sampler = Sampler(Denoiser(randomised(Noisy, 0), VP(), "epsilon"), steps=2, eta=1.0)
+    assert torch.equal(sampler(*shape, given), sampler(2, (3,), plain))
+    runs = [
+        fastens.sample_members(lambda n: ensemble(torch.randn(n, 1)), None, 2, ensemble=ensemble, generator=seed)
+        for seed in (given, int(given))
+    ]
+    assert torch.equal(*runs)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (3.0, TypeError, "generator is a float, expected a torch.Generator, a seed"),
+        ("3", TypeError, "generator is a str, expected a torch.Generator, a seed"),
+        (2**64, ValueError, "the seed 18446744073709551616 has more than 64 bits"),
+        (-(2**63) - 1, ValueError, "has more than 64 bits"),
+    ],
+)
+def test_what_is_no_seed_is_named(seed, error, message, ensemble):
+    with pytest.raises(error, match=message), ensemble.trajectory(4, seed):
+        pass
+    with pytest.raises(error, match=message):
+        fastens.sample_members(lambda n: ensemble(torch.randn(n, 1)), None, 2, ensemble=ensemble, generator=seed)

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastens
 from fastens import schedules
+from fastens.evaluation import Denoiser
 from fastens.parameterisation import PREDICTIONS, convert
 from tests.networks import randomised
 from tests.tolerances import relative_error
@@ -91,6 +92,32 @@ def test_rule_is_applied_in_the_other_parameterisation(members, x, time, engine)
         stack = torch.stack([member(x, time) for member in members])
         wanted = fastens.aggregate(convert(stack, x, 400, schedule, "epsilon", "x0"), "dominant")
         assert relative_error(ensemble(x, t=time), convert(wanted, x, 400, schedule, "x0", "epsilon")) < 1e-4
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x, t):
+        return self.scale * x
+
+
+@pytest.mark.parametrize("rule", ["median", "dominant", "geometric"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "target"), [("x0", "score"), ("epsilon", "score"), ("x0", "epsilon"), ("v", "x0")])
+def test_half_precision_is_converted_wide(kind, target, dtype, rule):
+    schedule, sigma = schedules.EDM(sigma_min=1e-5), 1e-5 if target == "score" else 0.5
+    networks = [Scaled(scale).to(dtype) for scale in (0.5, 1.25, 1.5, 1.75)]
+    x, t = torch.full((2, 3), 0.75, dtype=dtype), torch.full((2,), sigma)
+    outputs = torch.stack([network(x, t) for network in networks]).detach()
+    moved = convert(outputs.double(), x.double(), t, schedule, kind, target)
+    expected = convert(fastens.aggregate(moved, rule), x.double(), t, schedule, target, kind)
+    ensemble = fastens.Ensemble(networks, rule, prediction=kind, schedule=schedule, aggregate_in=target)
+    denoised = Denoiser(ensemble).combine(outputs, ensemble.rule, x, t)
+    for found in (ensemble(x, t), denoised):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["median", "dominant", "sum"])

@@ -131,6 +131,33 @@ def test_heun_ends_without_noise_by_eulers_step():
     assert relative_error(found, x) <= 1e-10
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "score", "flow"])
+@pytest.mark.parametrize("schedule", [schedules.Flow(), schedules.Flow(data_at=1), schedules.EDM()], ids=repr)
+def test_heun_asks_no_network_where_there_is_no_noise(schedule, prediction):
+    asked = []
+
+    class Noted(Network):
+        def forward(self, x, t):
+            asked.append(float(t[0]))
+            return super().forward(x, t)
+
+    first, middle, last = (0.1, 0.5, 1.0) if getattr(schedule, "data_at", 0) else (0.9, 0.5, 0.0)
+    Sampler(Denoiser(Noted().eval(), schedule, prediction), "heun", times=[first, middle, last])(2, (3,))
+    assert asked == pytest.approx([first, middle, middle])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_times_lead_from_noise_to_data(name, method):
+    schedule = SCHEDULES[name]
+    share = torch.tensor([0.8, 0.8, 0.3, 0.5, 0.1], dtype=torch.float64)
+    times = schedule.t_data + share * (schedule.t_prior - schedule.t_data)
+    denoiser = Denoiser(MixtureNetwork(schedule, MEANS, 0.4), schedule)
+    with pytest.raises(ValueError, match=f"times go from {times[2]:g} to {times[3]:g}, where there is more noise"):
+        Sampler(denoiser, method, times=times)
+    Sampler(denoiser, method, times=times[[0, 1, 2, 4]])
+
+
 @pytest.mark.parametrize("steps", [1, 2, RECORDED_STEPS + 1, 2 * RECORDED_STEPS + 4])
 @pytest.mark.parametrize(("method", "options"), [
     ("ddim", {}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5, "clip": (-1.0, 1.0)}), ("euler", {}), ("heun", {}),
@@ -240,7 +267,7 @@ def test_the_seed_may_be_a_tensor():
         (lambda d: Sampler(d, eta=2.0), "eta is 2"),
         (lambda d: Sampler(d, "heun", eta=1.0), "eta, clip and to_data are of 'ddim'"),
         (
-            lambda d: Sampler(Denoiser(d.model, schedules.EDM(), "x0"), "euler", times=[0.0, 1.0]),
+            lambda d: Sampler(Denoiser(d.model, schedules.EDM(), "x0"), "euler", times=[0.0, 0.0]),
             "no finite coeff",
         ),
     ],

@@ -145,6 +145,7 @@ class Composed(nn.Module):
             assert ours.schedule is not None
             t = ours.schedule.time(parameterisation.time_of(forward, arguments, *call))
             noisy = parameterisation.path_input(ours, x, t, channels)
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
             data = parameterisation.convert(y, noisy, t, ours.schedule, said.kind, "x0", said.sigma_data)
             return parameterisation.convert(data, noisy, t, ours.schedule, "x0", ours.kind, ours.sigma_data)
 

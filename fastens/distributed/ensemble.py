@@ -318,7 +318,7 @@ class Distributed(OfOneProcess):
 
     def trajectory(self: Any, batch_size: int, generator: Any = None, *, samples: Tensor | None = None) -> Any:
         """Scope of one run of a sampler; the seed is the first rank's. See the ensemble's."""
-        seed = generator if isinstance(generator, int) else seed_from(generator)
+        seed = seed_from(generator)
         seed = int(self._place.control.from_first(torch.tensor([seed]))[0])
         return cast(Any, super()).trajectory(batch_size, seed, samples=samples)
 

@@ -48,7 +48,7 @@ def train_classifier(images: Tensor, labels: Tensor, *, epochs: int = 20, seed: 
         seed: of initial weights and order.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # those of GPUs are not forked here
         network = Classifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(seed)

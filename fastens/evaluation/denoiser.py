@@ -122,18 +122,22 @@ class Denoiser:
         return self.to_epsilon(self.at(x, t), x, t)
 
     def combine(self, outputs: Tensor, rule: rules.Rule, x: Tensor, t: Tensor) -> Tensor:
-        """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule."""
+        """What an ensemble of these members would predict for ``x``: their ``outputs`` [K, B, ...] under a rule.
+
+        It is combined and converted in float32 at least, and of the outputs' dtype.
+        """
         settings = settings_of(self.model) if isinstance(self.model, Ensemble) else {}
         kind = self._kind
         target = None if rule.linear else applied_in(rule, self.prediction, settings.get("aggregate_in"))
         target, deviation = target or kind, self.prediction.sigma_data
-        moved = parameterisation.convert(outputs, x, t, self.schedule, kind, target, deviation)
+        wide = outputs if target == kind else outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        moved = parameterisation.convert(wide, x, t, self.schedule, kind, target, deviation)
         if rule.needs_noise_level:
             combine = noise_dependent(rule, self.schedule, self.schedule.network_time(t), outputs.shape[1])
         else:
             combine = functools.partial(aggregate, rule=rule, backend=settings.get("backend", "auto"))
         combined = combine(moved)
-        return parameterisation.convert(combined, x, t, self.schedule, target, kind, deviation)
+        return parameterisation.convert(combined, x, t, self.schedule, target, kind, deviation).to(outputs.dtype)
 
     @property
     def _kind(self) -> str:

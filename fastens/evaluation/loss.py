@@ -226,16 +226,20 @@ def denoising_loss(
 
     Raises:
         TypeError: data that is no floating-point tensor.
-        ValueError: data out of range or empty; an unknown rule or weighting; fewer than one draw.
+        ValueError: data out of range or empty; an unknown rule or weighting; fewer than one draw, level or subset.
     """
     check_data("data", data, *data_range)
-    if draws < 1 or batch_size < 1:
-        raise ValueError(f"draws is {draws} and batch_size {batch_size}, expected at least 1 of each")
+    if min(draws, batch_size, most_subsets) < 1:
+        raise ValueError(
+            f"draws is {draws}, batch_size {batch_size} and most_subsets {most_subsets}, expected at least 1 of each"
+        )
     named, sized = _named(rule_names), _named(by_size)
     for rule in sized.values():
         if rule.random or getattr(rule, "weights", None) is not None:
             raise ValueError(f"by_size: rule {rule} has no meaning for a subset of the members")
     levels = noise_levels(denoiser, times) if isinstance(times, int) else torch.as_tensor(times, dtype=torch.float64)
+    if levels.ndim != 1 or not len(levels):
+        raise ValueError(f"times is {list(levels.shape)}, expected [L], the times of L noise levels, or how many")
     weights = level_weights(denoiser, levels, weighting, sigma_data)
     num_members, rows, num_levels = denoiser.num_members, len(data), len(levels)
     chosen = {size: subsets_of(num_members, size, most_subsets) for size in range(1, num_members)}

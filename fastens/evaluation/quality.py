@@ -158,7 +158,7 @@ def quality(
     z = float(torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64)))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)  # torchmetrics permutes with the global generator
+        torch.default_generator.manual_seed(seed)  # torchmetrics permutes with it; those of GPUs are not forked here
         size = min(subset_size, len(generated), len(real))
         kernel, kernel_std = _kernel(generated, real, size)
         score = None if logits is None else _inception_score(logits)

@@ -22,19 +22,24 @@ def fit_weights(loss: DenoisingLoss, *, constraint: str = "simplex", ridge: floa
         ridge: pulls towards equal weights: this share of the Gram matrix's mean diagonal is added to its diagonal.
 
     Raises:
-        ValueError: another constraint, or a negative ridge.
+        ValueError: another constraint, a negative ridge, or levels without data or noise.
     """
     if constraint not in CONSTRAINTS or ridge < 0:
         raise ValueError(
             f"constraint is {constraint!r} and ridge {ridge!r}, expected one of {', '.join(CONSTRAINTS)} and ridge >= 0"
         )
-    order = np.argsort(loss.log_snr)
+    if not np.isfinite(loss.log_snr).all():
+        raise ValueError(
+            f"the loss has levels of data alone, or of noise alone, at the times {loss.times.tolist()}; leave those out"
+        )
+    levels, place = np.unique(loss.log_snr, return_inverse=True)  # a discrete schedule may have fewer than were asked
+    every = loss.gram.mean(0)
     weights = []
-    for gram in loss.gram.mean(0)[order]:
+    for gram in (every[place == i].mean(0) for i in range(len(levels))):
         regular = gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
         w = _affine(regular) if constraint == "affine" else _simplex(regular)
         weights.append(tuple(float(value) for value in w))
-    return NoiseDependentMean(tuple(weights), tuple(float(level) for level in loss.log_snr[order]))
+    return NoiseDependentMean(tuple(weights), tuple(float(level) for level in levels))
 
 
 def weighted_loss(fitted: NoiseDependentMean, loss: DenoisingLoss) -> np.ndarray:

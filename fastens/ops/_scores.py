@@ -1,6 +1,8 @@
 """The check of a stack of scores, shared by the ops that reduce over members."""
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -64,7 +66,22 @@ def _refusal(op: str, members: list[Tensor]) -> Exception:
     raise AssertionError("the members agree")
 
 
-def seed_from(generator: torch.Generator | None) -> int:
-    """Read a seed from a generator, on its own device; none for torch's global one."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+def seed_from(generator: torch.Generator | SupportsIndex | None) -> int:
+    """Read a seed from a generator, on its own device; none for torch's global one. A seed is taken as it is, signed.
+
+    Raises:
+        TypeError: no generator and no whole number.
+        ValueError: a number of more than 64 bits.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    try:
+        seed = operator.index(generator)
+    except TypeError:
+        raise TypeError(
+            f"generator is a {type(generator).__name__}, expected a torch.Generator, a seed (a whole number), or None"
+        ) from None
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"the seed {seed} has more than 64 bits; take one from -2**63 to 2**64 - 1")
+    return seed - 2**64 if seed >= 2**63 else seed

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastens.ops._dispatch import Op
+from fastens.ops._scores import seed_from
 from fastens.reference import draw_members as reference
 
 _draw = Op(
@@ -27,11 +28,11 @@ def draw_members(seed: int, offset: int, num_members: int, batch: int, *, backen
         int64 [B] on the CPU, each in [0, K); uniform up to a bias of K / 2^32.
 
     Raises:
-        ValueError: K out of range, or a negative batch.
+        ValueError: K out of range, a negative batch, or a seed of more than 64 bits.
     """
     if not 0 < num_members < 2**31 or batch < 0:
         raise ValueError(
             f"draw_members: num_members is {num_members} and batch {batch}, expected 1 to 2**31 - 1 members and at "
             "least 0 samples"
         )
-    return _draw.resolve(backend, ())(seed, offset, num_members, batch)
+    return _draw.resolve(backend, ())(seed_from(seed), offset, num_members, batch)

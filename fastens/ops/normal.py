@@ -1,5 +1,6 @@
 """Gaussian noise from counters: each sample has its own stream, the same on every device."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -61,5 +62,5 @@ def number_on(x: int | Tensor, device: torch.device) -> Tensor:
     """A number's 64 bits as int64 [] on a device; a tensor as it is."""
     if isinstance(x, Tensor):
         return x
-    x &= 0xFFFFFFFFFFFFFFFF
+    x = operator.index(x) & 0xFFFFFFFFFFFFFFFF
     return torch.full((), x - (1 << 64) if x >> 63 else x, dtype=torch.int64, device=device)

@@ -180,6 +180,23 @@ def test_weights_are_the_minimum(loss):
     assert weighted_loss(simplex, loss).mean() <= loss.rules["mean"].mean()
 
 
+def test_levels_that_are_one_are_fitted_as_one(data):
+    denoiser = Denoiser(fastens.Ensemble([Member(k) for k in range(K)]), Discrete.linear(num_steps=10))
+    found = denoising_loss(denoiser, data, times=torch.tensor([7.0, 3.0, 7.0]))
+    fitted = fit_weights(found, constraint="affine")
+    grams = found.gram.mean(0)
+    expected = np.linalg.solve(grams[[0, 2]].mean(0), np.ones(K))
+    assert fitted.log_snr == tuple(float(found.log_snr[i]) for i in (0, 1))
+    assert np.allclose(fitted.weights[0], expected / expected.sum())
+    fit_weights(denoising_loss(denoiser, data, times=20))
+
+
+def test_levels_without_noise_have_no_weights(data):
+    denoiser = Denoiser(fastens.Ensemble([Member(k) for k in range(K)]), Flow())
+    with pytest.raises(ValueError, match="data alone, or of noise alone"):
+        fit_weights(denoising_loss(denoiser, data, times=torch.tensor([1.0, 0.5])))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_simplex_satisfies_its_conditions(seed):
     a = np.random.default_rng(seed).normal(size=(6, 4))
@@ -216,6 +233,9 @@ def test_weights_find_the_good_member(data):
         ({"by_size": ("alternating",)}, "subset"),
         ({"draws": 0}, "at least 1"),
         ({"times": 0}, "at least one"),
+        ({"times": torch.tensor(3.0)}, r"times is \[\], expected \[L\]"),
+        ({"times": torch.zeros(0)}, r"times is \[0\], expected \[L\]"),
+        ({"by_size": ("mean",), "most_subsets": 0}, "most_subsets 0"),
         ({"weighting": "snr"}, "uniform"),
         ({"weighting": "likelihood", "schedule": Flow(data_at=1), "times": torch.tensor([0.0, 0.5])}, "not finite"),
     ],

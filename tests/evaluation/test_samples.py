@@ -8,6 +8,7 @@ from torch import nn
 import fastens
 from fastens.composition import Guided, compose
 from fastens.evaluation import Denoiser, features, quality, sample
+from fastens.evaluation.classifier import train_classifier
 from fastens.evaluation.results import Parts
 from fastens.files import write_whole
 from fastens.reference.normal import normal
@@ -196,6 +197,12 @@ def test_narrow_samples_lose_recall():
     found = quality(gaussian(500, 4, scale=0.2), gaussian(500, 4), resamples=5)
     assert found.precision > 0.95
     assert found.recall < 0.6
+
+
+def test_generators_of_other_devices_are_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+    quality(gaussian(60, 4), gaussian(60, 4, seed=1), resamples=1)
+    train_classifier(torch.randn(8, 1, 4, 4), torch.arange(8) % 2, epochs=1)
 
 
 def test_quality_is_reproducible():
