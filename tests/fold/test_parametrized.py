@@ -160,8 +160,8 @@ COMPUTING = {
     "pruning": (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
 }
 ON_ENSEMBLE = {
-    **{name: (put_on, "weight is a stack .* put those on the members") for name, (put_on, _) in COMPUTING.items()},
-    "parametrized": (nn.utils.parametrizations.weight_norm, "weight is a stack .* put those on the members"),
+    **{name: (put_on, "weight is a stack .* put the former on the members") for name, (put_on, _) in COMPUTING.items()},
+    "parametrized": (nn.utils.parametrizations.weight_norm, "weight is a stack .* put the former on the members"),
     "orthogonal": (nn.utils.parametrizations.orthogonal, "do this to the members"),
     "function": (
         lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh()),

@@ -120,7 +120,7 @@ class Written(nn.Module):
     def forward(self, x, part):
         image = self.image(x)
         if self.last:
-            image = image.permute(0, 2, 3, 1).contiguous()
+            image = image.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         before = self.before(image)
         if part.dtype == torch.bool:
             before = before.cumsum(1)  # by torch, now
