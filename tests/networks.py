@@ -25,6 +25,18 @@ def randomised(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model.eval()
 
 
+class Scaled(nn.Module):
+    """Scales what it is given, whatever the time is."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Its input, times the scale."""
+        return self.scale * x
+
+
 def unet_2d(attention: bool, **options: Any) -> nn.Module:
     """A small U-Net, with other ``options`` of its class where asked for."""
     from diffusers import UNet2DModel

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 import fastens
@@ -18,6 +17,7 @@ from fastens.engine import planned
 from fastens.kernels import _graph
 from fastens.trace.record import mapped
 from tests.fold.test_plans import members_of
+from tests.replayed import replayed_by_code
 
 
 class Net(nn.Module):
@@ -32,19 +32,7 @@ class Net(nn.Module):
 @pytest.fixture
 def ens(monkeypatch):
     """An ensemble whose recordings count their replays and write the same memory every time."""
-    replays = []
-
-    def record(run, device):
-        output = run()
-
-        def replay():
-            replays.append(1)
-            for old, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(run()), strict=True):
-                old.copy_(new)
-
-        return replay, output
-
-    monkeypatch.setattr(capture, "record_graph", record)
+    replays = replayed_by_code(monkeypatch)
     torch.manual_seed(0)
     ensemble = fastens.Ensemble([Net() for _ in range(3)], "median").eval()
     ensemble.__dict__["replays"] = replays

@@ -4,28 +4,16 @@ import pytest
 import torch
 
 import fastens
-from fastens import capture
 from fastens.evaluation.denoiser import Denoiser
 from fastens.samplers import Sampler
+from tests.replayed import replayed_by_code
 from tests.test_deterministic import Rows, members_of, unet
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_trajectories_first_planned_and_captured(eta, monkeypatch):
     """A sample is that of its number alone, in whatever company; recordings run again in place of CUDA graphs."""
-
-    replays = []
-
-    def record(run, device):
-        output = run()
-
-        def replay():
-            replays.append(1)
-            output.copy_(run())
-
-        return replay, output
-
-    monkeypatch.setattr(capture, "record_graph", record)
+    replays = replayed_by_code(monkeypatch)
     denoiser = Denoiser(fastens.Ensemble(members_of(unet, torch.float32, 2)), fastens.schedules.VP(), "epsilon")
     sampler, seen = Sampler(denoiser, steps=4, eta=eta), Rows()
     with fastens.deterministic():

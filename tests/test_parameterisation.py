@@ -11,7 +11,7 @@ import fastens
 from fastens import schedules
 from fastens.evaluation import Denoiser
 from fastens.parameterisation import PREDICTIONS, convert
-from tests.networks import randomised
+from tests.networks import Scaled, randomised
 from tests.tolerances import relative_error
 
 SCHEDULES = [(schedules.VP(), 0.4), (schedules.EDM(), 1.7), (schedules.Flow(), 0.3), (schedules.Discrete.linear(), 321)]
@@ -92,15 +92,6 @@ def test_rule_is_applied_in_the_other_parameterisation(members, x, time, engine)
         stack = torch.stack([member(x, time) for member in members])
         wanted = fastens.aggregate(convert(stack, x, 400, schedule, "epsilon", "x0"), "dominant")
         assert relative_error(ensemble(x, t=time), convert(wanted, x, 400, schedule, "x0", "epsilon")) < 1e-4
-
-
-class Scaled(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, x, t):
-        return self.scale * x
 
 
 @pytest.mark.parametrize("rule", ["median", "dominant", "geometric"])

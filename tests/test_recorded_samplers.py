@@ -6,18 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastens import capture
 from fastens.evaluation import Denoiser
 from fastens.samplers import RECORDED_STEPS, Sampler
 from tests.evaluation.densities import MixtureNetwork
+from tests.replayed import replayed_by_code
 from tests.test_samplers import MEANS, SCHEDULES, ensemble
 
 
-class CountedOperations(TorchDispatchMode):
+class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
@@ -25,20 +24,7 @@ class CountedOperations(TorchDispatchMode):
 @pytest.fixture
 def replays(monkeypatch):
     """Code that runs again into the same memory, in place of CUDA graphs; how often it did."""
-    counted = []
-
-    def record(run, device):
-        output = run()
-
-        def replay():
-            counted.append(1)
-            for old, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(run()), strict=True):
-                old.copy_(new)
-
-        return replay, output
-
-    monkeypatch.setattr(capture, "record_graph", record)
-    return counted
+    return replayed_by_code(monkeypatch)
 
 
 @pytest.mark.parametrize("steps", [1, 2, RECORDED_STEPS + 1, 2 * RECORDED_STEPS + 4])
@@ -126,7 +112,7 @@ def in_precision(precision):
 SETTINGS = {
     "autocast": lambda model: torch.autocast("cpu", torch.bfloat16),
     "precision": lambda model: in_precision("tf32"),
-    "mode": lambda model: CountedOperations(),
+    "mode": lambda model: Watching(),
     "training": lambda model: contextlib.nullcontext(model.train()),
     "training of a part": lambda model: contextlib.nullcontext(next(model.children()).train()),
 }
@@ -147,17 +133,7 @@ def test_recordings_are_of_their_settings(setting, make, replays):
 
 @pytest.mark.parametrize("what", ["a run", "an evaluation"])
 def test_callers_replay_one_at_a_time(what, monkeypatch):
-    def record(run, device):
-        output = run()
-
-        def replay():
-            time.sleep(0.02)  # another caller's turn
-            for old, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(run()), strict=True):
-                old.copy_(new)
-
-        return replay, output
-
-    monkeypatch.setattr(capture, "record_graph", record)
+    replayed_by_code(monkeypatch, before=lambda: time.sleep(0.02))  # another caller's turn
     model = ensemble()
     sampler = Sampler(Denoiser(model, SCHEDULES["vp"]), steps=4)
     inputs, t = torch.randn(3, 2, 3), torch.rand(2)

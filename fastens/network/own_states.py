@@ -128,9 +128,9 @@ def known_places(value: Any, fresh: Any, own: Mapping[int, Any], memo: dict[int,
         own: by identity of such objects, the member's.
         memo: by identity of objects of the copy.
     """
-    seen: dict[int, Any] = {}
+    seen = set[int]()
     for one, other in in_same_places(value, fresh, seen):
-        seen[id(one)] = one
+        seen.add(id(one))
         if id(one) in own:
             same_objects(other, own[id(one)], memo)
 

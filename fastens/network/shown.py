@@ -243,7 +243,7 @@ class _Places:
     """
 
     def __init__(self, before: Places, unchanged: Places) -> None:
-        others = {id(place) for one, place in unchanged.values()}  # such as one that was given to another attribute
+        others = {id(place) for _, place in unchanged.values()}  # such as one that was given to another attribute
         self.now, self._before = unchanged, {i: each for i, each in before.items() if id(each[1]) not in others}
         self._taken = others.union(id(place) for _, place in before.values())
 

@@ -11,6 +11,7 @@ import fastens
 from fastens.evaluation import Denoiser, bits_offset, likelihood
 from fastens.schedules import EDM, VE, VP, Discrete, Flow, SubVP
 from tests.evaluation.densities import MixtureNetwork
+from tests.networks import Scaled
 
 GAUSSIAN = [[0.3, -0.2, 0.5]]
 MIXTURE = [[0.6, 0.6], [-0.6, 0.2], [0.1, -0.7]]
@@ -152,15 +153,6 @@ def test_half_precision_is_of_the_network_alone(dtype, divergence, looped):
         return likelihood(Denoiser(model, VP()), data.to(kind), **options).rows
 
     np.testing.assert_allclose(bits(x, dtype), bits(x, torch.float32), atol=2e-3)
-
-
-class Scaled(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, x, t):
-        return self.scale * x
 
 
 @pytest.mark.parametrize(
