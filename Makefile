@@ -67,7 +67,7 @@ demo: $(VENV)/demo build/native
 
 SELECTED := not gpu_compiler and not interpreted and not full
 test: $(VENV)/dev build/native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "$(SELECTED)" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 -m "$(SELECTED)" tests
 
 # The combinations of parameters that `make test` samples.
 test-full: $(VENV)/dev build/native

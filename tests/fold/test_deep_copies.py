@@ -1,12 +1,14 @@
 """What members hold is copied as it is, or the members themselves are looped."""
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastens
+from fastens.network.deep_copies import copied
 from tests.tolerances import NETWORK, relative_error
 
 
@@ -160,3 +162,42 @@ def test_handles_of_other_hooks(other):
     members = [Hooked(), Hooked(**other)]
     with pytest.raises(ValueError, match="differs from member 0"):
         fastens.Ensemble(members, engine="fold")
+
+
+class Named(OrderedDict):
+    """A dictionary of a class of its own."""
+
+
+def with_attribute():
+    table = OrderedDict()
+    table.note = [1]
+    return table
+
+
+EMPTY = {"dict": dict, "set": set, "OrderedDict": OrderedDict, "list": list, "derived": Named, "noted": with_attribute}
+
+
+@pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
+def test_empty_containers(make):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[0].held = network[1].held = make()
+    network[1].own = make()
+    made = copied(network)
+    assert made[0].held is made[1].held
+    assert made[1].own is not made[0].held
+    assert type(made[0].held) is type(network[0].held)
+    assert vars(made[0].held) == vars(network[0].held) if hasattr(network[0].held, "__dict__") else True
+    assert made[0].held is not network[0].held
+    if make is with_attribute:
+        assert made[0].held.note is not network[0].held.note
+    assert made[0]._forward_hooks is not network[0]._forward_hooks
+    assert made[0]._forward_hooks is not made[1]._forward_hooks
+    made[0].register_forward_hook(print)
+    assert not network[0]._forward_hooks
+    assert not made[1]._forward_hooks
+
+
+def test_what_the_memo_holds_is_put_in():
+    network, own = nn.Linear(2, 2), {}
+    network.held = {}
+    assert copied(network, {id(network.held): own}).held is own

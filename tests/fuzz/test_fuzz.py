@@ -6,7 +6,7 @@ from tests.fuzz import plain
 from tests.fuzz.cases import SMALL, draw_case, read_case, run_case
 from tests.fuzz.shrink import shrunk, source
 
-GROUPS, EACH, LENGTH = 20, 10, 4
+GROUPS, EACH, LENGTH = 20, 5, 4
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
