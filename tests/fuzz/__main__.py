@@ -212,7 +212,7 @@ def main() -> int:
     )
     parser.add_argument("--length", type=int, help="steps of each sequence, instead of three to eight")
     parser.add_argument(
-        "--samplers", type=int, default=0, help="how many samplers, of 10 to 60 calls each, run in each sequence"
+        "--samplers", type=int, default=0, help="how many samplers, of 10 to 200 calls each, run in each sequence"
     )
     parser.add_argument("--steps", help="only these steps of a sequence, by name, with commas; -name: all but this one")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they are")

@@ -60,7 +60,10 @@ def sample(run: Run, draw: Random) -> None:
 
 @step(0.5)
 def sampler(run: Run, draw: Random) -> None:
-    """A sampler to its end: many calls of one signature, each on what was made of the answer before."""
+    """A sampler: many calls of one signature, each on what was made of the answer before.
+
+    To its end where that runs a plan, which is audited at some of its calls; elsewhere each call is as the first.
+    """
     (x, _, *context), _ = run.make(draw, Form(run.spec.rows))
     replaces, kept = draw.random() < 0.5, copied(((x,), {}))[0][0]
 
@@ -74,7 +77,9 @@ def sampler(run: Run, draw: Random) -> None:
             x.mul_(0.75).add_(step, alpha=0.5)
 
     with torch.no_grad():
-        for _ in range(draw.choice([10, 25, 60])):
+        for i in range(draw.choice([10, 25, 60, 200])):
+            if i == 10 and isinstance(run.ensemble, fastens.Ensemble) and not run.ensemble.report().plans:
+                break
             time = run.make(draw, Form(run.spec.rows))[0][1]
             run.call(((x, time, *context), {}), then=onwards)
 
