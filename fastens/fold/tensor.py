@@ -6,6 +6,7 @@ hidden dimension in front: the members, or, where each row has a member of its o
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -95,6 +96,10 @@ HANDLERS: dict[str, Callable[..., Any]] = {}
 _FIELDS = frozenset(("stack", "hidden", "alias", "flat", "symbol", "_is_param", "_known", "told"))
 
 
+# By identity, what is made in a context that asks for it.
+BORN: contextvars.ContextVar[dict[int, weakref.ref[MemberTensor]] | None] = contextvars.ContextVar("born", default=None)
+
+
 class MemberTensor(Tensor):
     """One tensor per member, of the shape that a member sees; or one for all, while a pass is recorded.
 
@@ -127,6 +132,8 @@ class MemberTensor(Tensor):
         own["stack"], own["hidden"], own["alias"], own["flat"] = stack, hidden, alias, None
         own["_is_param"] = isinstance(stack, torch.nn.Parameter)
         own["_known"] = shape, dtype, device  # asked of the stack inside a pass they would be functions of it
+        if (born := BORN.get()) is not None:
+            born[id(wrapper)] = weakref.ref(wrapper)
         return wrapper
 
     def __init__(self, *_: Any) -> None:

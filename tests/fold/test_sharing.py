@@ -1,5 +1,7 @@
 """What is a view in one layout and a copy in another: a write to it changes what it changes in the members."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,86 @@ class Late(Writes):
 @pytest.mark.parametrize("made", MADE)
 def test_a_write_before_it_costs_no_plan(made):
     held = Held(lambda _: Late(MADE[made], SEEN["flattened"], True))
+    held.sampling(small_then_large)
+    assert not held.ensemble.report().why_no_plan
+    assert not held.warned
+
+
+class Dropped(Writes):
+    """Writes to what is made of a tensor that nobody has any more, as layers in a row do that work in place."""
+
+    def forward(self, x):
+        return self.seen(self.made(self, x)).clamp_(-5, 5) * self.s
+
+
+LEFT = {
+    "a part": lambda h: h[:1],
+    "a row": lambda h: next(iter(h)),
+    "a chunk": lambda h: h.chunk(2)[0],
+    "another shape": lambda h: h.unsqueeze(0),
+    "the same": lambda h: h,
+    "detached": torch.Tensor.detach,
+    "in an object": lambda h: types.SimpleNamespace(h=h),
+    "of a function": lambda h: Same.apply(h),
+    "to be called": lambda h: h.mean,
+}
+
+
+REFUSED = [LEFT[name] for name in ("a row", "a chunk", "of a function")]  # by torch, to members that differentiate them
+
+
+class Same(torch.autograd.Function):
+    """A view, by a function of the user's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Cut(Writes):
+    """The same, where somebody has something of it left."""
+
+    def __init__(self, made, seen, left):
+        super().__init__(made, seen, False)
+        self.left = left
+
+    def forward(self, x):
+        h = self.made(self, x)
+        left, seen = self.left(h), self.seen(h)
+        del h
+        seen.clamp_(-5, 5)
+        left = getattr(left, "h", left)
+        return (left() if callable(left) else left) * self.s
+
+
+@pytest.mark.parametrize("seen", [name for name in SEEN if name != "viewed"])  # where a layout is read
+@pytest.mark.parametrize("made", ["image", "image, channels last", "product"])
+def test_what_nobody_has_any_more_costs_no_plan(made, seen):
+    held = Held(lambda _: Dropped(MADE[made], SEEN[seen], False))
+    held.sampling(small_then_large)
+    assert not held.ensemble.report().why_no_plan
+    assert not held.warned
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+@pytest.mark.parametrize("seen", ["flattened", "contiguous", "tokens"])
+@pytest.mark.parametrize("made", MADE)
+def test_what_somebody_has_left_is_seen(made, seen, left):
+    held = Held(lambda _: Cut(MADE[made], SEEN[seen], left))
+    held.sampling(small_then_large)
+    if left not in REFUSED:
+        for seed in (0, 2):  # without plans
+            held.call(*small_then_large(torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_in_a_row_that_work_in_place(training):
+    held = Held(lambda _: nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(64, 3)))
+    held.ensemble.train(training)
     held.sampling(small_then_large)
     assert not held.ensemble.report().why_no_plan
     assert not held.warned
