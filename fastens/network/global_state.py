@@ -15,37 +15,44 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastens.network.closures import IN_PLACE
+from fastens.network.closures import IN_PLACE, content_of
 from fastens.network.code import codes_in, functions_of
 from fastens.network.snapshots import can_change, snapshots_of
 
 _LIBRARIES = ("torch", "fastens", "builtins", "abc", "typing", "collections")
 _ABSENT = object()
-_GENERATORS = random.Random, np.random.Generator, np.random.RandomState, torch.Generator
+_OWN = types.FunctionType, types.CellType  # whose values are no items of a dictionary
+_ALWAYS = random.Random, np.random.Generator, np.random.RandomState, torch.Generator, torch.Tensor
 
 
 class Place:
-    """A name that code may assign, or whose value it may change: of a class, of globals, of a function's defaults."""
+    """A name that code may assign, or whose value it may change: of a class, of globals, of a function's own values.
 
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner, self.name = owner, name
-        self._names = owner if isinstance(owner, dict) else vars(owner)
+    Args:
+        owner: a class, the globals of a module, a function for its defaults, or a cell of its closure.
+        name: there.
+        said: the name in messages, where that is another.
+    """
+
+    def __init__(self, owner: Any, name: str, said: str = "") -> None:
+        self._owner, self._name, self.name = owner, name, said or name
+        self._names: Any = owner if isinstance(owner, dict) else {} if isinstance(owner, _OWN) else vars(owner)
         self.key = id(owner), name
 
     def get(self) -> Any:
         """Return what the name stands for now."""
-        if isinstance(self._owner, types.FunctionType):
-            return getattr(self._owner, self.name)
-        return self._names.get(self.name, _ABSENT)
+        if isinstance(self._owner, _OWN):
+            return getattr(self._owner, self._name, _ABSENT)
+        return self._names.get(self._name, _ABSENT)
 
     def put(self, value: Any) -> None:
         """Put back what was there."""
         if isinstance(self._owner, dict):
-            self._owner.pop(self.name, None) if value is _ABSENT else self._owner.__setitem__(self.name, value)
+            self._owner.pop(self._name, None) if value is _ABSENT else self._owner.__setitem__(self._name, value)
         elif value is _ABSENT:
-            delattr(self._owner, self.name)
+            delattr(self._owner, self._name)
         else:
-            setattr(self._owner, self.name, value)
+            setattr(self._owner, self._name, value)
 
 
 class _Reach(NamedTuple):
@@ -131,14 +138,19 @@ def _read(code: type | types.FunctionType) -> _Reach:
                 places.append(Place(globals_, name))
         places += [Place(globals_, name) for name in _assigned_globals(function.__code__)]
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if changes or any(issubclass(type(x), _GENERATORS) for x in defaults):
+        if changes or any(issubclass(type(x), _ALWAYS) for x in defaults):
             places += [Place(function, name) for name in ("__defaults__", "__kwdefaults__") if getattr(function, name)]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        places += [Place(x, "cell_contents", name) for name, x in cells if _changes(changes, content_of(x))]
     return _Reach(places, draws, values, assigned)
 
 
 def _changes(in_place: bool, value: Any) -> bool:
-    """Whether code can change a value; of a generator any call draws, whatever else the code may do in place."""
-    return issubclass(type(value), _GENERATORS) or (in_place and can_change(value))
+    """Whether code can change a value.
+
+    Of a generator any call draws, whatever else the code may do in place, and a tensor is written to in too many ways.
+    """
+    return issubclass(type(value), _ALWAYS) or (in_place and can_change(value))
 
 
 def _is_generator(value: Any) -> bool:
@@ -158,7 +170,8 @@ def _reads(code: types.CodeType) -> tuple[set[str], bool, bool]:
     names = {name for each in codes_in(code) for name in each.co_names}
     steps = {step for each in codes_in(code) for step in each.co_code[::2]}
     stored = dis.opmap["STORE_ATTR"] in steps
-    return names, stored or dis.opmap["STORE_SUBSCR"] in steps or bool(IN_PLACE & names), stored
+    written = any(name.endswith("_") and not name.endswith("__") for name in names)  # by torch's functions in place
+    return names, stored or written or dis.opmap["STORE_SUBSCR"] in steps or bool(IN_PLACE & names), stored
 
 
 def _assigned_globals(code: types.CodeType) -> set[str]:
