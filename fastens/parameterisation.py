@@ -21,6 +21,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastens import schedules
@@ -29,7 +30,7 @@ from fastens.schedules.prediction import PRECONDITIONED, PREDICTIONS, Prediction
 from fastens.schedules.schedulers import described, prediction_of
 
 # What the networks of the sampler families call their time.
-_TIMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_labels", "time_cond", "labels")
+_TIMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_labels", "time_cond")
 
 
 def combination(
@@ -193,6 +194,8 @@ def read(schedule: Any) -> Prediction:
 def time_of(forward: Any, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The time among a network's arguments: by its name, else the first number or tensor that is not the batch.
 
+    What is called ``labels`` is the time of score_sde's networks, which take it second, else it is classes.
+
     Raises:
         ValueError: there is none.
     """
@@ -200,7 +203,7 @@ def time_of(forward: Any, arguments: Arguments, args: tuple[Any, ...], kwargs: d
     for name in _TIMES:
         if bound.get(name) is not None and bound[name] is not arguments.batch:
             return bound[name]
-    for leaf in arguments.leaves:
+    for leaf in pytree.tree_leaves((list(bound.values()), arguments.leaves)):
         if leaf is not arguments.batch and isinstance(leaf, int | float | Tensor) and not isinstance(leaf, bool):
             return leaf
     raise ValueError(

@@ -1,6 +1,8 @@
 """Conversions between what networks predict, and rules applied in another parameterisation."""
 
+import inspect
 import itertools
+import types
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import fastens
-from fastens import schedules
+from fastens import parameterisation, schedules
 from fastens.evaluation import Denoiser
 from fastens.parameterisation import PREDICTIONS, convert
 from tests.networks import Scaled, randomised
@@ -189,3 +191,25 @@ def test_a_time_at_which_the_input_does_not_say_the_other_is_an_error(schedule, 
             assert fastens.Ensemble(networks, "dominant", aggregate_in=other, **said)(x, t).isfinite().all()
         assert ensemble(x, 0.5 if isinstance(schedule, schedules.Flow) else 1).isfinite().all()
         assert torch.equal(ensemble.with_rule("mean")(x, t), fastens.Ensemble(networks, **said)(x, t))
+
+
+@pytest.mark.parametrize(
+    ("forward", "named"),
+    [
+        (lambda x, labels: x, ()),
+        (lambda x, noise, labels: x, ()),
+        (lambda x, noise, labels: x, ("labels", "noise")),
+        (lambda x, labels, timestep: x, ("timestep",)),
+        (lambda x, labels, sigma: x, ("sigma", "labels")),
+    ],
+)
+def test_labels_are_classes_behind_a_time(forward, named):
+    """Arguments that are named are given by name, in the order of the call."""
+    x, time, classes = torch.randn(2, 3), torch.tensor([0.5, 0.25]), torch.tensor([1, 2])
+    names = list(inspect.signature(forward).parameters)
+    values = {"x": x, "labels": classes if len(names) > 2 else time} | {
+        n: time for n in names if n not in ("x", "labels")
+    }
+    args, kwargs = [values[n] for n in names if n not in named], {n: values[n] for n in named}
+    called = types.SimpleNamespace(batch=x, leaves=[*args, *kwargs.values()])
+    assert parameterisation.time_of(forward, called, tuple(args), kwargs) is time
