@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastens.engine.arguments import PerMember
 from fastens.ensemble import Ensemble
 from fastens.internal import settings_of
+from fastens.network.code import globals_in, of_library
 from fastens.raw import raw
 
 # Packages whose objects hold what a result does not depend on.
@@ -96,6 +97,7 @@ class _Digest:
             self.add([value.__qualname__, value.__defaults__, value.__kwdefaults__])
             self._add_code(value.__code__)
             self.add([cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()])
+            self.add(_globals_of(value))
         elif isinstance(value, types.MethodType):
             self.add([value.__func__, value.__self__])
         elif isinstance(value, functools.partial):
@@ -131,6 +133,16 @@ class _Digest:
             if isinstance(part, Ensemble):
                 self.add({name: value for name, value in settings_of(part).items() if name not in _SPEED})
                 self.add(part.rule)
+
+
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """What a function's code names in its module; of a library's functions the names alone say what they are."""
+    if of_library(function.__module__):
+        return {}
+    named = globals_in(function.__code__) & function.__globals__.keys()
+    found = {name: function.__globals__[name] for name in named}
+    own = types.FunctionType | types.BuiltinFunctionType
+    return {n: x.__qualname__ if isinstance(x, own) and of_library(x.__module__) else x for n, x in found.items()}
 
 
 def _names_of(slots: Any) -> set[str]:

@@ -127,3 +127,29 @@ def test_values_differ(pair):
     assert fingerprint(x=one) != fingerprint(x=other)
     same = one if one is np else copy.deepcopy(one)
     assert fingerprint(x=one) == fingerprint(x=same)
+
+
+LIMITS, SCALE = [1.0], torch.ones(2)
+
+
+def scaled(x):
+    return x * SCALE
+
+
+def limited(x):
+    return torch.clamp(scaled(x), max=LIMITS[0])
+
+
+@pytest.mark.parametrize(("name", "value"), [("LIMITS", [2.0]), ("SCALE", torch.zeros(2)), ("scaled", lambda x: x)])
+def test_a_function_is_what_it_names_in_its_module(name, value, monkeypatch):
+    before = fingerprint(scorer=limited)
+    assert fingerprint(scorer=limited) == before
+    monkeypatch.setitem(globals(), name, value)
+    assert fingerprint(scorer=limited) != before
+
+
+def test_a_function_that_calls_itself_has_a_fingerprint():
+    def depth(x):
+        return depth(x[0]) if isinstance(x, list) else limited(x)
+
+    assert fingerprint(scorer=depth) == fingerprint(scorer=depth)
