@@ -131,7 +131,8 @@ def likelihood(
     Raises:
         TypeError: data that is no floating-point tensor.
         ValueError: data out of range; an unknown method, divergence or dequantisation; a field that is not a function
-            of its input, because the rule draws members or the model draws dropout masks.
+            of its input, because the rule draws members or the model draws dropout masks; the exact divergence where
+            the rule mixes the rows of a batch.
         RuntimeError: an adaptive method that finds no small enough step.
     """
     check_data("data", data, *data_range)
@@ -230,6 +231,11 @@ def _check(
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if dequantisation not in DEQUANTISATIONS:
         raise ValueError(f"dequantisation: expected one of {', '.join(DEQUANTISATIONS)}, got {dequantisation!r}")
+    if divergence == "exact" and batch_size > 1 and getattr(denoiser.rule, "shift", "") == "batch":
+        raise ValueError(
+            "the rule shifts by the minimum over the batch, so that rows depend on each other, which the exact "
+            "divergence leaves out: take shift='sample', batch_size=1 or probes"
+        )
     if levels is not None and levels < 2:
         raise ValueError(f"levels is {levels}, expected at least 2, or None for data with a density")
     if min(repeats, num_probes, batch_size) < 1:

@@ -160,6 +160,7 @@ def test_half_precision_is_of_the_network_alone(dtype, divergence, looped):
     [
         ({"rule": "alternating"}, "draws members"),
         ({"rule": "mixture"}, "draws members"),
+        ({"rule": fastens.rules.Geometric("batch"), "divergence": "exact"}, "rows depend on each other"),
         ({"data": torch.full((2, 2), 1.5)}, r"expected \[-1, 1\]"),
         ({"data": torch.full((2, 2), float("nan"))}, "nan"),
         ({"data": torch.zeros(0, 2)}, "N >= 1"),
