@@ -142,3 +142,22 @@ def test_a_schedule_that_begins_at_zero_hides_nothing(rate):
     with pytest.raises(TypeError, match="Lars computes a step from a whole tensor"):
         check_optimizer(ensemble, optimizer)
     assert schedule.last_epoch == 0
+
+
+@pytest.mark.parametrize("name", ["Lars", "OfOneNorm", "DecayOfMatrices", "Adafactor"])
+def test_of_one_member_norms_are_its_own_and_dimensions_are_not(name):
+    make, member = CASES[name][0], randomised(mlp, 0).double().train()
+    twin, ensemble = copy.deepcopy(member), fastens.Ensemble([member])
+    optimizer = make(list(ensemble.parameters()))
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if name == "DecayOfMatrices":
+        with pytest.raises(TypeError, match="whole tensor"):
+            training_step(ensemble, optimizer, lambda y: y.square(), x[None])
+        return
+    own = make(list(twin.parameters()))
+    for _ in range(2):
+        training_step(ensemble, optimizer, lambda y: y.square(), x[None])
+        own.zero_grad()
+        twin(x).square().mean().backward()
+        own.step()
+    torch.testing.assert_close([p[0] for p in ensemble.parameters()], list(twin.parameters()))

@@ -2,7 +2,7 @@
 
 An optimizer that treats every number alone does. One that looks at a whole tensor (its norm, its factors, how many
 dimensions it has) or at all tensors finds K members where it should find one. What torch has is known; others are tried
-on small tensors of two members.
+on small tensors of two members, or of the only one.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def check_optimizer(ensemble: Ensemble, optimizer: torch.optim.Optimizer) -> Non
             f"{name}.step needs a closure, which evaluates all members, and chooses one step for all of them: use an "
             "optimizer that treats every number alone, as AdamW"
         ) from error
-    apart = _apart(optimizer, ranks, stacked=engine is not None)
+    apart = _apart(optimizer, ranks, min(ensemble.num_members, 2), stacked=engine is not None)
     if apart is None:
         warnings.warn(
             f"fastens: whether the steps of {name} on stacks of members are those of separate training is not known, "
@@ -92,27 +92,28 @@ def check_optimizer(ensemble: Ensemble, optimizer: torch.optim.Optimizer) -> Non
     _CHECKED[optimizer] = ranks
 
 
-def _apart(optimizer: torch.optim.Optimizer, ranks: Ranks, stacked: bool) -> float | None:
-    """How far steps on two members at once are from steps on each, of the largest; none where that cannot be told.
+def _apart(optimizer: torch.optim.Optimizer, ranks: Ranks, count: int, stacked: bool) -> float | None:
+    """How far steps on members at once are from steps on each, of the largest; none where that cannot be told.
 
     Args:
         optimizer: made again for it, and left as it is.
         ranks: of members' parameters, by group.
+        count: of members, one or two.
         stacked: whether all members' are one tensor, or each is its own.
     """
     make, generator = _maker(optimizer), torch.Generator().manual_seed(0)
 
-    def of_two(size: float) -> list[list[Tensor]]:
-        """Numbers of two members by group, of which those of the second are larger."""
+    def drawn_of(size: float) -> list[list[Tensor]]:
+        """Numbers of the members by group, of which those of the second are larger."""
         shapes = [[_SIZES[:rank] for rank in group] for group in ranks]
         sizes = torch.tensor([1.0, size], dtype=torch.float64)
         drawn = torch.randn(2, math.prod(_SIZES), dtype=torch.float64, generator=generator) * sizes[:, None]
-        return [[drawn[:, : math.prod(shape)].reshape(2, *shape) for shape in group] for group in shapes]
+        return [[drawn[:count, : math.prod(shape)].reshape(count, *shape) for shape in group] for group in shapes]
 
-    begins, gradients = of_two(5.0), [of_two(30.0) for _ in range(_STEPS)]
+    begins, gradients = drawn_of(5.0), [drawn_of(30.0) for _ in range(_STEPS)]
 
     def moved(parts: list[Any]) -> list[Tensor]:
-        """By how much an optimizer moves parameters, each of which holds one of these parts of the two members."""
+        """By how much an optimizer moves parameters, each of which holds one of these parts of the members."""
         held = [[nn.Parameter(x[part].clone()) for x in group for part in parts] for group in begins]
         own = make(held)
         for step in gradients:
@@ -126,18 +127,18 @@ def _apart(optimizer: torch.optim.Optimizer, ranks: Ranks, stacked: bool) -> flo
     with random_kept(), torch.no_grad():
         state = torch.get_rng_state()
         try:
-            ours = moved([slice(None)]) if stacked else moved([0, 1])
+            ours = moved([slice(None)]) if stacked else moved(list(range(count)))
         except Exception:  # whatever it is that keeps it from being made or run so
             return None
         try:
-            theirs = [torch.stack(pair) for pair in zip(moved([0]), moved([1]), strict=True)]
+            theirs = [torch.stack(each) for each in zip(*(moved([k]) for k in range(count)), strict=True)]
         except Exception:  # it takes no parameter of such a shape
             return math.inf
         if not torch.equal(torch.get_rng_state(), state):
             return None
-    ours = ours if stacked else [torch.stack(pair) for pair in zip(ours[::2], ours[1::2], strict=True)]
-    errors = [(a - b).reshape(2, -1).abs().amax(1) for a, b in zip(ours, theirs, strict=True)]
-    sizes = [b.reshape(2, -1).abs().amax(1) for b in theirs]
+    ours = ours if stacked else [torch.stack(ours[i : i + count]) for i in range(0, len(ours), count)]
+    errors = [(a - b).reshape(count, -1).abs().amax(1) for a, b in zip(ours, theirs, strict=True)]
+    sizes = [b.reshape(count, -1).abs().amax(1) for b in theirs]
     apart = float((torch.stack(errors) / torch.stack(sizes)).max())
     return apart if math.isfinite(apart) else None
 
