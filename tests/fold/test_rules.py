@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 import fastens  # noqa: F401  (registers the rules)
 from fastens.fold.dispatch import Fold
 from fastens.fold.tensor import MemberTensor, NotFoldable, all_members
+from tests.fold.contract import Held, batch
 
 op_db = pytest.importorskip("torch.testing._internal.common_methods_invocations").op_db
 
@@ -223,3 +224,23 @@ def test_the_name_of_a_type_is_a_members(question):
     stack = torch.randn(K, 2, 3)
     with Fold(all_members(K)):
         assert question(MemberTensor(stack, all_members(K))) == question(stack[0])
+
+
+class OneBias(torch.nn.Module):
+    """A product to all of whose features one number is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 5, 3)])
+def test_one_bias_for_all_features(shape):
+    held = Held(lambda _: OneBias())
+    held.sampling(batch(*shape))
+    assert held.ensemble.report().plans or len(shape) == 1
+    held.everywhere(batch(*shape))
+    assert not held.warned

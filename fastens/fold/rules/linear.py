@@ -31,6 +31,8 @@ def linear_rule(fold: Fold, func: Any, input: Any, weight: Any, bias: Any = None
         return NotImplemented
     if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"linear: input of {input.shape[-1]} features, weight expects {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:  # one number for all features
+        return fold.again(torch.add, fold.again(func, input, weight), bias)
     tokens = fold.dealt_tokens(input)
     if tokens is not None:
         y = fold.stack(fold.again(F.linear, tokens, weight, bias))
