@@ -37,7 +37,7 @@ def joined(
 ):  # fmt: skip
     """Mean and sum of squared differences from it of groups [HELD], each of PARTS sub-groups of SPANS spans."""
     each = tl.arange(0, BLOCK)[None, :]
-    total = (space * (PARTS * PER_PART)).to(WIDE)
+    total = tl.cast(space * (PARTS * PER_PART), WIDE)
     mean = tl.zeros([HELD], WIDE)
     squares = tl.zeros([HELD], WIDE)
     for again in tl.static_range(2):  # the mean, then what is around it
@@ -115,7 +115,7 @@ def normalise_kernel(
         moments, skip_moments, row, start // PER_GROUP + held, groups, first, second, space, span, PARTS, SPANS,
         PER_GROUP // PARTS, HELD, BLOCK, WIDE,
     )  # fmt: skip
-    rstd = 1.0 / tl.sqrt(squares / (space * PER_GROUP).to(WIDE) + eps)
+    rstd = 1.0 / tl.sqrt(squares / tl.cast(space * PER_GROUP, WIDE) + eps)
     own = of_group[:, None] == held[None, :]
     mean = tl.sum(tl.where(own, mean[None, :], 0.0), 1)
     factor = tl.sum(tl.where(own, rstd[None, :], 0.0), 1)

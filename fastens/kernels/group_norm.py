@@ -129,7 +129,7 @@ def group_norm_kernel(
         row, bundle, span, channels, space, stride_r, stride_c, stride_s, CG, NG, PADDED_CG, SPAN
     )
     value = tl.load(x + offs, mask, other=0.0).to(WIDE)
-    total = (space * CG).to(WIDE)
+    total = tl.cast(space * CG, WIDE)
     if SPANS == 1:
         mean, squares = moments(value, mask, total, NG, PADDED_CG)
     else:

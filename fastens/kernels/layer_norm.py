@@ -66,7 +66,7 @@ def layer_norm_kernel(
     before = (vector % per_row) * length  # elements of the row before this vector
     x += row * x_row + vector % per_row * x_vector
     y += row * y_row + vector % per_row * y_vector
-    total = length.to(WIDE)
+    total = tl.cast(length, WIDE)
     if WHOLE:
         feature = tl.arange(0, BLOCK)[None, :]
         mask = (vector < vectors) & (feature < length)

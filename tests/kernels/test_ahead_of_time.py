@@ -35,13 +35,27 @@ def test_a_sample_compiles_without_spills(capability):
     check_compiled(capability, "sample")
 
 
-def check_compiled(capability, *options):
-    """Compile in a process of its own, and compare what each kernel takes with the limits."""
+def in_process(module, *options):
+    """What a process without Triton's interpreter prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.ahead_of_time", str(capability), *options]
+    command = [sys.executable, "-m", f"tests.kernels.{module}", *options]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.gpu_compiler
+@needs_triton
+def test_sizes_of_one_compile():
+    """A norm of one place, say: a method of a tensor is none of the number that Triton makes of such an argument."""
+    found = in_process("ones", "90")
+    assert {"group_norm_kernel", "layer_norm_kernel", "conv2d_kernel", "pointwise_kernel"} <= {*found["compiled"]}
+    assert found["errors"] == {}
+
+
+def check_compiled(capability, *options):
+    """Compile in a process of its own, and compare what each kernel takes with the limits."""
+    rows = in_process("ahead_of_time", str(capability), *options)
     assert {row["kernel"] for row in rows} == {
         "aggregate_kernel", "smallest_kernel", "partial_kernel", "group_norm_kernel", "layer_norm_kernel",
         "linear_kernel", "linear_group_kernel", "dropout_kernel", "conv2d_kernel", "conv2d_sum_kernel",
