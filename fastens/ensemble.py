@@ -26,6 +26,7 @@ from fastens.engine.entering import call
 from fastens.engine.kinds import PLAIN, MemberKind
 from fastens.engine.row_by_row import Modules, each_member, rows_of
 from fastens.members import Members, copied, replace_member
+from fastens.network.abandoned import abandon
 from fastens.network.gradients import warn_of_hooks
 from fastens.network.modules_apart import ModulesApart
 from fastens.network.stacking import DifferentMembers, Placement, Stacked, check_members, set_format, stack_members
@@ -101,6 +102,8 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
 
     def _take(self, members: Sequence[nn.Module], place: Placement, into: Any = None, known: Any = ()) -> None:
         """Become the ensemble of these members, its views too; see :func:`stack_members`."""
+        engine = self.__dict__.get("_engine")
+        stacks = {} if engine is None else dict(engine.network.named_parameters())
         try:
             with torch.inference_mode(False):  # stacks that autograd and version counters know
                 self._adopt(stack_members(members, place, into, known), originals=None if place.changes else members)
@@ -113,6 +116,7 @@ class Ensemble(MemberLike, ByRows, Capturing, Pickled):
                 self._hold([copied(member) for member in members], str(error))
             if place.changes:
                 self.to(*place.arguments)
+        abandon(stacks, self.network, members)
         self._recorded.clear()
         self._views.follow(self)
 

@@ -21,8 +21,8 @@ from fastens.fold.names import named
 from fastens.fold.tensor import getters
 from fastens.network.gradients import gradient_of, set_gradient
 from fastens.network.member_tables import parts_of
+from fastens.network.own_part import part_of
 from fastens.network.parts import Parts, Place
-from fastens.network.tables import part_of
 from fastens.scopes import scope
 
 _WITH_FAST_PATHS = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder

@@ -19,9 +19,10 @@ from fastens.fold.tensor import MemberTensor, memory_of, modules_of, tensors_of
 from fastens.network.deep_copies import copied
 from fastens.network.gradients import set_gradient
 from fastens.network.made import MadeWhenCalled, has_tensors, is_apart
+from fastens.network.own_part import part_of
 from fastens.network.parts import COPIED, Parts, Reference
 from fastens.network.snapshots import exchange, member_values
-from fastens.network.tables import Stacks, as_seen, part_as_seen, part_of, seen_otherwise, tables_of
+from fastens.network.tables import Stacks, as_seen, part_as_seen, seen_otherwise, tables_of
 from fastens.scopes import scope
 
 _READ: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("read", default=None)

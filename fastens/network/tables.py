@@ -16,7 +16,6 @@ from torch._C._functorch import (
     get_unwrapped,
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
-    peek_interpreter_stack,
 )
 from torch.nn.parameter import is_lazy
 from torch.nn.utils._named_member_accessor import swap_tensor
@@ -27,6 +26,7 @@ from fastens.fold.dispatch import current_fold
 from fastens.fold.stand_ins import standing_in, tracing
 from fastens.fold.tensor import MemberTensor, all_members, memory_of, modules_of, of_stack
 from fastens.fold.writes import STACKS
+from fastens.network.own_part import part_of
 from fastens.network.snapshots import exchange
 from fastens.network.whole import check_whole
 from fastens.scopes import scope
@@ -330,17 +330,6 @@ def _fixed(name: str) -> ValueError:
         f"{name} is a stack of an ensemble and cannot be taken away, as parametrizations, pruning and FSDP do: put the "
         "former on the members, and make the ensemble of them; DistributedDataParallel trains on several devices"
     )
-
-
-def part_of(stack: Tensor, k: int, copied: bool = False) -> Tensor:
-    """Member k's part of a stack: a parameter where that is one, but no leaf, so that gradients reach the stack."""
-    own: Any = stack[k].clone() if copied else stack[k]
-    if not isinstance(stack, nn.Parameter):
-        return standing_for(own, stack)
-    if type(own) is Tensor and peek_interpreter_stack() is None and not tracing():
-        return standing_for(own.as_subclass(nn.Parameter), stack)
-    own._is_param = True
-    return standing_for(own, stack)
 
 
 def unsaved_in(module: nn.Module, table: str) -> set[str]:

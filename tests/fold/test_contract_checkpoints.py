@@ -198,10 +198,43 @@ def test_a_checkpoint_around_the_ensemble(reentrant, engine):
 _SAVED = {"tanh", "mul", "add", "addmm", "bmm", "baddbmm", "mm", "native_layer_norm"}
 
 
-def selected(context, op, *args, **kwargs):
+_VIEWS = {"select", "slice", "alias", "view", "detach", "unbind", "t", "transpose", "clone", "expand", "_unsafe_view"}
+
+
+def selected(saved, context, op, *args, **kwargs):
     """Keep results of some operations, which the second run takes by their order."""
-    kept = op.name().split("::")[-1].split(".")[0] in _SAVED
+    kept = op.name().split("::")[-1].split(".")[0] in saved
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keeping(saved):
+    return functools.partial(create_selective_checkpoint_contexts, functools.partial(selected, saved))
+
+
+class KeepsViews(nn.Module):
+    """Checkpoints a part that takes its weights apart, one of which it has read before, and keeps what it takes."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.first, self.second, self.reads = nn.Linear(4, 4), nn.Linear(4, 4), reads
+
+    def part(self, h):
+        h = torch.tanh(self.second(h + h.select(1, 1)[:, None] * h[:, 1:2]))
+        h = h * self.first.weight.select(0, 1) + self.second.bias[2]
+        return -h if self.reads and bool(self.second.bias.detach()[0] > 0) else h
+
+    def forward(self, x):
+        h = x + self.second.weight.sum()
+        return checkpoint(self.part, h, use_reentrant=False, context_fn=keeping(_VIEWS)) + self.first(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "fold", "loop"])
+@pytest.mark.parametrize("reads", [False, True], ids=["folded", "reads"])
+def test_what_members_take_of_their_weights_is_no_operation_of_theirs(engine, reads):
+    held = Held(lambda k: KeepsViews(reads), engine=engine)
+    for _ in range(2):
+        held.gradients(VECTORS)
+    held.everywhere(VECTORS)
 
 
 class OfRows(nn.Module):
@@ -215,10 +248,10 @@ class OfRows(nn.Module):
 
 @pytest.mark.parametrize("engine", ["fold", "loop"])
 @pytest.mark.parametrize("way", ["rule", "own rows", "assigned"])
-def test_a_selective_checkpoint_around_the_ensemble(way, engine):
+@pytest.mark.parametrize("saved", [_SAVED, _VIEWS], ids=["results", "views"])
+def test_a_selective_checkpoint_around_the_ensemble(saved, way, engine):
     held = Held(lambda k: OfRows(), engine=engine)
     x, rows = torch.randn(K, 5, 4), torch.arange(5) % K
-    contexts = functools.partial(create_selective_checkpoint_contexts, selected)
 
     def ours(x):
         if way == "own rows":
@@ -234,7 +267,7 @@ def test_a_selective_checkpoint_around_the_ensemble(way, engine):
         a, b = (x.clone().requires_grad_() for _ in range(2))
         for each in (held.ensemble, *held.members):
             each.zero_grad()
-        found, expected = checkpoint(ours, a, use_reentrant=False, context_fn=contexts), theirs(b)
+        found, expected = checkpoint(ours, a, use_reentrant=False, context_fn=keeping(saved)), theirs(b)
         near(found, expected)
         found.square().sum().backward()
         expected.square().sum().backward()

@@ -108,3 +108,63 @@ def test_an_optimizer_made_before_trains_a_member_that_was_put_in(engine):
     other(x[1]).square().mean().backward()
     for ours, p in zip(ensemble.members[1].parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, p.detach() - 0.01 * p.grad, rtol=1e-4, atol=1e-6)
+
+
+class Growing(nn.Module):
+    """Gets a layer more where its weights say so, and another last layer where it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), None, nn.Linear(4, 4)
+
+    def grow(self):
+        if self.first.weight[0, 0] > 0:
+            self.second = nn.Linear(4, 4)
+
+    def widen(self):
+        self.last = nn.Linear(4, 5 + (self.first.weight[0, 0] > 5))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h if self.second is None else self.second(h))
+
+
+def growing():
+    members = [randomised(Growing, seed) for seed in range(3)]
+    for k, member in enumerate(members):
+        member.first.weight.data[0, 0] = 1.0 - k
+    return fastens.Ensemble(members).train()
+
+
+def step(ensemble, optimizer):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    ensemble.member_outputs(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:fastens. members are evaluated one by one")
+def test_an_optimizer_of_members_that_came_apart_says_so():
+    """Its steps trained what no member has."""
+    ensemble = growing()
+    optimizer, other = optim.Adam(ensemble.parameters()), optim.Adam(randomised(Growing, 5).parameters())
+    step(ensemble, optimizer)
+    ensemble.grow()
+    assert ensemble.engine == "loop"
+    with pytest.raises(RuntimeError, match=r"first\.weight \[3, 4, 4\] .* Make the optimizer anew"):
+        step(ensemble, optimizer)
+    other.step()
+    held, before = ensemble.network[0].first.weight, ensemble.network[0].first.weight.detach().clone()
+    step(ensemble, optim.Adam(ensemble.parameters()))
+    assert not torch.equal(held, before)
+
+
+def test_an_optimizer_goes_on_beside_a_layer_that_members_replaced():
+    """It would with a network alone, which has that layer no more either."""
+    ensemble = growing()
+    optimizer = optim.Adam(ensemble.parameters())
+    step(ensemble, optimizer)
+    ensemble.widen()
+    before = next(ensemble.parameters()).detach().clone()
+    step(ensemble, optimizer)
+    assert not torch.equal(next(ensemble.parameters()), before)
