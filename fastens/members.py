@@ -15,11 +15,11 @@ from fastens.fold.tensor import modules_of
 from fastens.internal import engine_of, modules_apart
 from fastens.modes import in_mode, moved
 from fastens.network.alike import first_difference
-from fastens.network.closures import reaches_back
 from fastens.network.overlaps import overlapping
 from fastens.network.own_states import State, own_state
 from fastens.network.own_states import moved as moved_state
 from fastens.network.own_states import write as write_state
+from fastens.network.reaching_back import reaches_back
 from fastens.network.snapshots import exchange
 from fastens.network.stacking import difference_of_copy, make_skeleton, replaced, tensors_of, written_into
 
@@ -59,7 +59,7 @@ def checked_index(k: int, num_members: int) -> int:
 def copied(member: nn.Module) -> nn.Module:
     """A module with tensors of its own.
 
-    One comes as it is that cannot be copied, whose copy differs from it or would reach it by a closure, and in which
+    One comes as it is that cannot be copied, whose copy differs from it or would reach it, and in which
     tensors share memory, which a copy would hold apart.
     """
     if reaches_back(member) is not None or overlapping([member]):
@@ -179,7 +179,7 @@ def _new_state(engine: Any, skeleton: nn.Module, module: nn.Module, k: int) -> S
     back = reaches_back(module)
     if back is not None:
         raise ValueError(
-            f"member {k}: {back} reaches a part of its member by a closure, which a copy of it would share"
+            f"member {k}: {back.name} reaches a part of its member {back.how}, which a copy of it would share"
         )
     shell = _shell(module, skeleton)
     if first_difference(_shell(engine.member(k), skeleton), shell) is None:

@@ -128,7 +128,7 @@ class FirstPass:
             if each_thread:  # of what other threads keep, a fold that becomes a loop would see nothing
                 return "they keep values for each thread (threading.local)"
             if changed.back is not None:
-                return f"they keep a function that reaches them by a closure ({changed.back}) when they are called"
+                return f"they keep what reaches them {changed.back.how} ({changed.back.name}) when they are called"
             if written_to:
                 return f"their code writes to their parameters ({', '.join(sorted(written_to)[:3])})"
             self._random = self._random or draws.drawn()

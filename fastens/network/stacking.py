@@ -16,10 +16,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastens.fold.attributes import attributes_of, give
 from fastens.fold.tensor import MemberTensor, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart, first_difference
-from fastens.network.closures import reaches_back
 from fastens.network.deep_copies import copied
 from fastens.network.overlaps import overlapping, trained_together
 from fastens.network.parametrized import with_own_classes
+from fastens.network.reaching_back import reaches_back
 from fastens.network.snapshots import held_tensors, same_bits
 from fastens.network.tables import tables_of
 
@@ -240,7 +240,7 @@ def stack_members(
         check_apart(member)
     back = reaches_back(first)
     if back is not None:
-        raise DifferentMembers(f"{back} reaches a part of its member by a closure, which a copy of it would share")
+        raise DifferentMembers(f"{back.name} reaches a part of its member {back.how}, which a copy of it would share")
     for name, tensor in tensors_of(first).items():
         if is_lazy(tensor):
             raise DifferentMembers(

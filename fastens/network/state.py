@@ -19,10 +19,10 @@ from fastens.fold.attributes import attributes_of, give, set_since
 from fastens.fold.tensor import TABLES, modules_of
 from fastens.network.alike import HOOK_TABLES
 from fastens.network.barrier import class_of
-from fastens.network.closures import reaches_back
 from fastens.network.global_state import GlobalState
 from fastens.network.made import has_tensors
 from fastens.network.member_tables import MemberTable
+from fastens.network.reaching_back import Back, reaches_back
 from fastens.network.snapshots import TENSOR, Snapshot, is_atom, snapshots_of
 from fastens.network.tables import Stacks
 
@@ -38,11 +38,11 @@ class Changed(set[str]):
         outside: whether some of it is shared by all members: attributes of classes, globals, defaults of functions.
         attributes: those of parameters and buffers that it set.
         modules: the paths of modules with tensors that it made, replaced or removed.
-        back: a function that it left behind and that reaches the network by a closure, none where there is none.
+        back: what it left behind that reaches the network and that a copy keeps, none where there is none.
     """
 
     outside = False
-    back: str | None = None
+    back: Back | None = None
     attributes: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
 

@@ -12,7 +12,6 @@ from torch import nn
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.alike import HOOK_TABLES, attributes_apart
 from fastens.network.barrier import Barrier, counts, unwatched
-from fastens.network.closures import reaches_back
 from fastens.network.contents import inside
 from fastens.network.deep_copies import copied, outliving, undisturbed
 from fastens.network.handed_out import HandOuts
@@ -39,6 +38,7 @@ from fastens.network.own_states import (
     same_objects,
     write,
 )
+from fastens.network.reaching_back import reaches_back
 from fastens.network.shown import Shown
 from fastens.network.snapshots import held_tensors, is_atom
 from fastens.network.state import REREAD
@@ -283,8 +283,8 @@ class MemberViews:
         back = reaches_back(self._network, HOOK_TABLES)
         if back is not None:
             raise ValueError(
-                f"{back} reaches a part of the ensemble's network by a closure, which members one by one would share: "
-                "call every member once, and make the ensemble of them then"
+                f"{back.name} reaches a part of the ensemble's network {back.how}, which members one by one would "
+                "share: call every member once, and make the ensemble of them then"
             )
         modules, (made, references) = list(self._network.modules()), self._anew()
         views = self._views

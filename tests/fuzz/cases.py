@@ -9,11 +9,9 @@ import fastens
 from tests.fuzz import changes, contents, draws, oracle, surface, transforms  # noqa: F401 - they register their steps
 from tests.fuzz.networks import Network, draw_network
 from tests.fuzz.plain import Rounded
+from tests.fuzz.rounding import SMALL, WITNESS
 from tests.fuzz.run import Case, Fault, Outcome, take
 from tests.fuzz.sequences import STEPS, draw_steps
-
-SMALL = 0.02
-WITNESS = 10  # how many times the difference of one rounding another's may be
 
 
 def draw_case(seed: int, length: int | None = None, samplers: int = 0) -> Case:
