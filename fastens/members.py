@@ -79,7 +79,7 @@ def copy_of(module: nn.Module) -> nn.Module:
     """
 
     def own(tensor: Tensor) -> Tensor:
-        if is_lazy(tensor):
+        if is_lazy(tensor) or (isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter):  # of its class
             return copy.deepcopy(tensor)
         clone = tensor.detach().clone()
         return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

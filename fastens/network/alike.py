@@ -21,6 +21,7 @@ from fastens.fold.attributes import attributes_of
 from fastens.fold.tensor import TABLES, modules_of, tensors_of
 from fastens.network.closures import content_of, writes_to_closure
 from fastens.network.containers import items_in, pairs_in
+from fastens.network.parametrized import is_weight
 from fastens.network.snapshots import same_bits, slots_in, slots_of
 
 # Where a checkpoint came from, which changes nothing that its network computes.
@@ -199,6 +200,8 @@ class _Comparison:
         if isinstance(a, weakref.ref):
             return self._same(a(), b(), path)
         if isinstance(a, property):
+            if is_weight(a) and is_weight(b):  # of the module that is asked, whichever one the class was made for
+                return None
             parts = ((a.fget, b.fget), (a.fset, b.fset), (a.fdel, b.fdel))
             return next((d for x, y in parts if (d := self._same(x, y, path)) is not None), None)
         if isinstance(a, staticmethod | classmethod):

@@ -46,17 +46,18 @@ def forget(modules: Iterable[nn.Module]) -> None:
         cache.pop(key, None)
 
 
+def is_weight(value: Any) -> bool:
+    """Whether an attribute of a class is what computes a parametrized weight, of the name that it has there."""
+    return isinstance(value, property) and getattr(value.fget, "__module__", "") in (parametrize.__name__, __name__)
+
+
 def _own_class(kind: type) -> type:
     """A class that differs in its weights alone, which are the module's that is asked; itself where it has none."""
-    names = [name for name, value in vars(kind).items() if _is_weight(value)]
+    names = [name for name, value in vars(kind).items() if is_weight(value)]
     if not names:
         return kind
     taken = {name: x for name, x in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(kind)(kind.__name__, kind.__bases__, {**taken, **{name: _weight(name) for name in names}})
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, property) and getattr(value.fget, "__module__", "") in (parametrize.__name__, __name__)
 
 
 def _weight(name: str) -> property:

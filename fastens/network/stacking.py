@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -78,6 +79,7 @@ class Placement:
 
 
 AS_THEY_ARE = Placement()
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the classes of tensors that stacks stand for
 
 
 class DifferentMembers(ValueError):
@@ -321,6 +323,10 @@ def check_apart(member: nn.Module) -> None:
                 f"{where} is an ensemble itself, which evaluates its members by itself: where all are to be evaluated "
                 "at once, make one ensemble of them"
             )
+    for name, tensor in tensors_of(member).items():
+        if not (type(tensor) in _PLAIN or is_lazy(tensor)):
+            kind = type(tensor).__qualname__
+            raise DifferentMembers(f"{name} is a {kind}, a class of its own, which no stack of all members has")
     if (pair := trained_together(member)) is not None:
         raise DifferentMembers(f"{' and '.join(pair)} share memory in a member, which stacks hold apart")
 
