@@ -11,6 +11,7 @@ from fastens.fold.tensor import MemberTensor, modules_of, of_stack, tensors_of
 from fastens.network.barrier import unwatched
 from fastens.network.deep_copies import copied
 from fastens.network.registry import fold_registered
+from fastens.network.snapshots import held_tensors, member_values
 from fastens.network.stacking import replaced
 from fastens.network.tables import Stacks, unsaved_in
 from fastens.report import LayerReport
@@ -44,8 +45,11 @@ def build_network(
 
 
 def skeleton_of(network: nn.Module) -> nn.Module:
-    """One member's structure as it is now, with parameters and buffers on the meta device."""
-    memo: dict[int, Any] = {}
+    """One member's structure as it is now, with parameters and buffers on the meta device.
+
+    What autograd made and the network kept comes without its graph: Python cannot copy that.
+    """
+    memo = _without_graphs(network)
     for _, module in modules_of(network):
         for table in (module._parameters, module._buffers):
             for name, stack in table.items():
@@ -66,6 +70,18 @@ def skeleton_of(network: nn.Module) -> nn.Module:
         for name in ("_parameters", "_buffers"):
             module.__dict__[name] = dict(module.__dict__[name].items())
     return skeleton
+
+
+def _without_graphs(network: nn.Module) -> dict[int, Any]:
+    """Copies of the values that autograd made and that a network keeps in its attributes, by the identity of those."""
+    copies: dict[int, Any] = {}
+    for each in held_tensors(network):
+        if not each.is_leaf:
+            copies[id(each)] = each.detach().clone()
+    for each in member_values(network):
+        if not each.stack.is_leaf:
+            copies[id(each)] = MemberTensor(each.stack.detach().clone(), each.hidden, each.alias)
+    return copies
 
 
 def shared_names(network: nn.Module) -> frozenset[str]:
