@@ -99,7 +99,9 @@ class _OfModule:
         self._children = self._before["_modules"], dict(self._before["_modules"])
         self._tensors = [_Kept(table, name, x) for table in tables for name, x in _own(table) if x is not None]
         # of a member's stacks, the network's tables tell
-        self._names = [(table, set(table)) for table in tables if not isinstance(table, MemberTable)]
+        self._names = [
+            (table, {n: x is None for n, x in dict.items(table)}) for table in tables if type(table) is not MemberTable
+        ]
         self._held = [
             (name, held)
             for name, value in self._before.items()
@@ -131,10 +133,14 @@ class _OfModule:
                 table.clear()
                 table.update(before)
         for table, names in self._names:
-            if len(table) != len(names):
-                for name in set(table) - names:  # registered meanwhile
-                    changed.add(f"{prefix}{name}")
-                    table.withdraw(name) if isinstance(table, Stacks) else table.pop(name)
+            for name in [n for n, x in dict.items(table) if names.get(n, True) and (x is not None or n not in names)]:
+                changed.add(f"{prefix}{name}")  # registered meanwhile, or set where there was none
+                if isinstance(table, Stacks):
+                    table.withdraw(name, empty=name in names)
+                elif name in names:
+                    table[name] = None
+                else:
+                    table.pop(name)
 
     def attributes_put_back(self) -> list[str]:
         """Undo what was set on its parameters and buffers; return what it was."""

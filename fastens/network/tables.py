@@ -159,9 +159,9 @@ class Stacks(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         raise _fixed(name)
 
-    def withdraw(self, name: str) -> None:
-        """Take away what a pass that is undone registered."""
-        super().pop(name)
+    def withdraw(self, name: str, empty: bool = False) -> None:
+        """Take away what a pass that is undone registered, or put where there was a name without a tensor."""
+        super().__setitem__(name, None) if empty else super().pop(name)
         self.common.discard(name)
         self._ndim.pop(name, None)
         self._seen.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -348,6 +348,7 @@ class MemberViews:
                 if (id(original), "training") in written:
                     _set_mode([x for n, x in module._modules.items() if n not in was._modules], original.training)
                 for table in TENSORS:
+                    _drop(vars(module)[table], [name for m, name in written if m == id(original)])
                     _move_table(module, fresh, table)
                 for name in was._modules.keys() - original._modules.keys():
                     module._modules.pop(name, None)
@@ -366,6 +367,13 @@ def _set_mode(made: list[nn.Module | None], mode: bool) -> None:
     """Give modules that a member made a mode."""
     for each in [x for child in made if child is not None for _, x in modules_of(child)]:
         each.training = mode
+
+
+def _drop(table: Any, names: Iterable[str]) -> None:
+    """Let a member have what the network was given, in the place of tensors of its own by these names."""
+    if isinstance(table, MemberTable):
+        for name in table.own.intersection(names, table.source):
+            table.own.discard(name)
 
 
 def _move_table(module: nn.Module, fresh: nn.Module, name: str) -> None:
