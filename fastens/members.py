@@ -107,7 +107,10 @@ def replace_member(ensemble: Ensemble, k: int, member: nn.Module | Mapping[str, 
         if engine is None:
             held = list(ensemble.network.children())[k]
             _check_dtypes(held, module, k)
-            own = moved(in_mode(copied(module), ensemble.training), ensemble.device)
+            own = copied(module)
+            if own.training is not held.training:  # of parts the modes stay, as those of a member that is loaded into
+                own = in_mode(own, held.training)
+            own = moved(own, ensemble.device)
             if own is not module and copied(held) is not held:  # which could not be copied, and are the user's
                 _hold_parameters(held, own)
             ensemble.network.register_module(str(k), own)
@@ -155,7 +158,7 @@ def _write(engine: Any, k: int, module: nn.Module, with_state: bool) -> None:
         )
     for name, stack in tensors_of(engine.network).items():
         if name not in engine.shared:
-            with torch.no_grad():
+            with torch.inference_mode() if stack.is_inference() else torch.no_grad():
                 stack[k].copy_(tensors[name].detach())
     if state is not None:
         engine.take_state(skeleton, k, state)
