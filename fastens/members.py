@@ -136,6 +136,8 @@ def _write(engine: Any, k: int, module: nn.Module, with_state: bool) -> None:
     state = _new_state(engine, skeleton, module, k) if with_state else None
     tensors, stacks = tensors_of(module), tensors_of(engine.network)
     for name, tensor in tensors.items():
+        if name not in stacks:
+            raise ValueError(f"member {k}: {name} is a tensor that calls made, of which there is no stack; {_anew(k)}")
         shape = stacks[name].shape if name in engine.shared else stacks[name].shape[1:]
         if tensor.shape != shape:  # one that the member itself put there
             raise ValueError(f"member {k}: {name} is {list(tensor.shape)}, but {list(shape)} in others; {_anew(k)}")

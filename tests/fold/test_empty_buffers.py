@@ -77,6 +77,15 @@ def test_buffers_that_grew_can_be_emptied(engine):
             torch.testing.assert_close(ens.member_outputs(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_what_has_no_stack_is_named_where_a_member_is_replaced():
+    members, x = [Filling() for _ in range(K)], torch.randn(2, 4)
+    ens = fastens.Ensemble(members, engine="loop")
+    for network in (ens, members[0]):
+        network(x)
+    with pytest.raises(ValueError, match="member 1: mean is a tensor that calls made"):
+        ens.replace_member(1, members[0])
+
+
 def test_a_first_call_leaves_members_as_they_are():
     members = [Filling() for _ in range(K)]
     ens, x = fastens.Ensemble(members), torch.randn(2, 4)
