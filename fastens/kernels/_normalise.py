@@ -5,7 +5,7 @@ from the moments of its spans and sub-groups (Chan et al., "Updating formulae an
 sample variances", 1979). The image may be two, the channels of the second behind those of the first; a group may
 straddle them.
 """
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportReturnType=false, reportArgumentType=false
 # Triton compiles these functions: pyright takes them for Python.
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _attributes(modules: Iterable[tuple[str, nn.Module]], skipped: Collection[st
         prefix = f"{path}." if path else ""
         owners: list[Any] = [kind for kind in type(module).__mro__ if "<locals>" in kind.__qualname__]
         for owner in (module, *owners):
-            for name, value in vars(owner).items():
+            for name, value in (vars(owner) if isinstance(owner, type) else _state_of(owner)).items():
                 if not (_is_plain(value) or name in TABLES or name in skipped):
                     yield prefix + name, value, owner is not module
 
@@ -168,5 +168,17 @@ def _of_object(value: Any, kind: type, how: str) -> Iterator[tuple[str, Iterable
         return
     if not issubclass(kind, nn.Module) and not of_library(kind.__module__) and hasattr(kind, "__deepcopy__"):
         how = how or "by an object that is copied in its own way"
-    yield how, vars(value).values() if kind.__dictoffset__ else ()
+    yield how, _state_of(value).values() if kind.__dictoffset__ else ()
     yield how, [held for _, held in slots_in(value, slots_of(kind))]
+
+
+def _state_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object that a copy of it is made of: recurrent layers, say, make some of theirs anew."""
+    if type(value).__getstate__ is not object.__getstate__:
+        try:
+            state = value.__getstate__()
+        except Exception:  # nor can it be copied
+            state = None
+        if isinstance(state, dict):
+            return state
+    return vars(value)
