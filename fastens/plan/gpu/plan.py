@@ -129,7 +129,8 @@ class LaunchPlan:
         symmetric = tuple((n + 2 * p - taps) // s + 1 for n, taps, s, p in space) == tuple(out.size[2:])
         plain = sums(block) and last.moments is None and len(block.weight) == self._num_members
         plain = plain and not block.prologue.norm_groups
-        return flow.position(last) if whole and symmetric and plain else None
+        is_last = last is flow.nodes[-1]  # a sum is run behind all others, which may have the memory of its inputs
+        return flow.position(last) if whole and symmetric and plain and is_last else None
 
     def _bind(self) -> _Bound:
         """The launches in memory of their own."""
