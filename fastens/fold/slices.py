@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,8 @@ def entry_by_entry(fold: Fold, func: Any, args: Any, kwargs: Any) -> Any:
     def entries(x: Tensor) -> Any:
         if member_valued(x) and id(x) not in columns:
             shapes[id(x)] = x.shape
-            parts = fold.stack(x).unbind(0)  # of which torch differentiates none that was written to
+            # of which torch differentiates none that was written to
+            parts = [with_usual_strides(part) for part in fold.stack(x).unbind(0)]
             columns[id(x)] = [part.clone() for part in parts] if id(x) in targets else parts
         return x
 
@@ -83,6 +84,7 @@ def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None]
     for column in zip(*(leaves for leaves, _ in flat), strict=True):
         first = column[0]
         if isinstance(first, Tensor):
+            _expect_usual_strides(column)
             if any(x.shape != first.shape or x.dtype != first.dtype for x in column):
                 raise NotFoldable(f"{name} gives members tensors of different shapes")
             made = torch.stack(column)
@@ -92,6 +94,34 @@ def stacked(fold: Fold, results: list[Any], name: str, storages: Set[int | None]
                 raise ReadsValues(f"{name} gives members different values")
             joined.append(first)
     return pytree.tree_unflatten(joined, flat[0][1])
+
+
+def with_usual_strides(x: Tensor) -> Tensor:
+    """An image whose strides in dimensions of size 1 are those of a tensor by itself: a part of a stack may have any.
+
+    Torch's derivative of a batch norm, and its antialiased interpolation, take the memory format from them.
+    """
+    if x.ndim not in _FORMATS or 1 not in x.shape or x.layout is not torch.strided or x.is_meta:
+        return x
+    own = next((f for f in (torch.contiguous_format, _FORMATS[x.ndim]) if x.is_contiguous(memory_format=f)), None)
+    if own is None:
+        return x
+    order = [*range(x.ndim)] if own is torch.contiguous_format else [0, *range(2, x.ndim), 1]
+    usual, step = dict[int, int](), 1
+    for dim in reversed(order):
+        usual[dim] = step
+        step *= x.shape[dim]
+    return x if all(x.stride(dim) == step for dim, step in usual.items()) else x.clone(memory_format=own)
+
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _expect_usual_strides(results: Iterable[Tensor]) -> None:
+    """Let the gradients of results that are stacked have such strides, which those of a stack's parts have not."""
+    for x in results:
+        if x.requires_grad and x.grad_fn is not None and x.ndim in _FORMATS and 1 in x.shape:
+            x.register_hook(with_usual_strides)
 
 
 def _initialises(func: Any) -> bool:
