@@ -22,6 +22,7 @@ from fastens.io.choice import Wish
 from fastens.io.members import Factory, load_member
 from fastens.io.torch_files import refusal
 from fastens.modes import evaluating, moved
+from fastens.network.loading import save_own
 from fastens.network.overlaps import overlapping, trained_together
 from fastens.network.stacking import AS_THEY_ARE, Placement, Stacked, make_skeleton, tensors_of
 from fastens.pickled import KINDS, rebuild
@@ -185,6 +186,8 @@ def save_ensemble(
         raise ValueError("members of different structure have no common stacks; save them one by one")
     directory, variant = Path(directory), stacks.checked_variant(variant)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of(ensemble.network).items()}
+    if engine.behaviour.looped:
+        save_own(engine.views, tensors, "")
     base = _base(type(ensemble).__name__)
     files: dict[str, Any] = dict(stacks.split(tensors, base, variant, max_shard_size))
     if len(files) > 1:
@@ -381,4 +384,7 @@ def _check_fit(
             raise ValueError(f"weights {file}: {name} is {found[name].dtype}, the member needs {like.dtype}")
     unknown = sorted((shared | found.keys()) - expected.keys())
     if unknown:
-        raise ValueError(f"weights {file}: the member has no {', '.join(unknown[:3])}")
+        raise ValueError(
+            f"weights {file}: the member has no {', '.join(unknown[:3])}; what its calls register has to be there "
+            "before: register it in the module's __init__"
+        )

@@ -10,7 +10,7 @@ from torch import nn
 from fastens import rules
 from fastens.fold.attributes import attributes_of, give
 from fastens.internal import begin, engine_of, hold_modules, hold_stacks
-from fastens.network.loading import fit
+from fastens.network.loading import fit, load_own, save_own
 from fastens.network.stacking import Stacked, tensors_of
 
 if TYPE_CHECKING:
@@ -46,9 +46,19 @@ class Pickled(nn.Module):
 
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load what is the ensemble's own; its network is loaded next, from the same dictionary."""
-        if self._engine is not None and self._engine.kind.own_weights:
-            fit(self.network, state_dict, f"{prefix}network.", self._engine.unshare)
+        engine = self._engine
+        if engine is not None and engine.kind.own_weights:
+            fit(self.network, state_dict, f"{prefix}network.", engine.unshare)
+            missing = kwargs["missing_keys"] if "missing_keys" in kwargs else args[2]
+            load_own(engine.views if engine.behaviour.looped else [], state_dict, f"{prefix}network.", missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save what is the ensemble's own, and what looped members registered themselves; its network is saved next."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        engine = self._engine
+        if engine is not None and engine.behaviour.looped:
+            save_own(engine.views, destination, f"{prefix}network.")
 
     def __setstate__(self, state: Any) -> None:
         """Take what was the ensemble's own."""
